@@ -1,0 +1,367 @@
+"""Everything a run is made of, as frozen dataclasses. A recipe returns one `TrainConfig` (or one `SftConfig`).
+
+Each dataclass checks its own values when it is made, so a wrong setting never reaches a model; what needs files or several
+parts at once (does TP divide the heads? do the tokenizers agree?) is in `check.py`. Symbols are those of the paper.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+from prune_opd.errors import ConfigError
+
+
+def _one_of(name: str, value: Any, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ConfigError(f"{name} = {value!r} is not known: choose one of {', '.join(choices)}")
+
+
+def _between(name: str, value: float, low: float, high: float = math.inf, *, open_low: bool = False) -> None:
+    inside = (low < value if open_low else low <= value) and value <= high
+    if not inside or math.isnan(value):
+        bound = f"{'above' if open_low else 'at least'} {low:g}" + (
+            f" and at most {high:g}" if high != math.inf else ""
+        )
+        raise ConfigError(f"{name} = {value!r} is out of range: give a number {bound}")
+
+
+def _required(name: str, value: Any, why: str) -> None:
+    if value is None:
+        raise ConfigError(f"{name} is not set: {why}")
+
+
+# ---------------------------------------------------------------------------------------------------- the method
+
+
+@dataclass(frozen=True)
+class GateConfig:
+    """The drift gate (Prune-OPD §3; method symbols O, γ, B, C, R, W). Defaults are the paper's."""
+
+    metric: str = (
+        "overlap"  # overlap: O_t < threshold | teacher_top_p: the sampled token is outside the teacher's nucleus
+    )
+    k: int = 16  # size of both top-k sets
+    threshold: float = 0.7  # γ, strict
+    w_drop: float = 0.01  # lost reliability per event
+    w_base: float = 0.5  # weight that is left where reliability is 0; 0 really prunes the tail
+    weight_normalisation: str = "none"  # none | base: divide by 1 + w_base | mean: divide by the response's mean weight
+    top_p: float = 0.95  # p of teacher_top_p
+
+    def __post_init__(self) -> None:
+        _one_of("gate.metric", self.metric, ("overlap", "teacher_top_p"))
+        _between("gate.k", self.k, 1)
+        _between("gate.threshold", self.threshold, 0, 1)
+        _between("gate.w_drop", self.w_drop, 0, 1)
+        _between("gate.w_base", self.w_base, 0)
+        _one_of("gate.weight_normalisation", self.weight_normalisation, ("none", "base", "mean"))
+        _between("gate.top_p", self.top_p, 0, 1, open_low=True)
+
+
+@dataclass(frozen=True)
+class HorizonConfig:
+    """How many response tokens the next rollout batch may have (Prune-OPD §3.3, POPD/TOPD). Lengths in tokens.
+
+    Constants that the papers did not publish, or chose per pair, have no default: they must be set where they are used.
+    """
+
+    strategy: str = "prune"  # full | topd | popd | prune
+    max_len: int = 12288
+    min_len: int = 1024  # prune
+    init_len: int | None = None  # prune: M_0; popd: H_0
+    step: int = 100  # prune: how far M moves
+    hit_ratio: float = 0.1  # prune: share of responses that must reach the boundary
+    margin: int = 100  # prune: boundary = max(min_len, M - margin)
+    patience: int = 3  # prune: misses in a row before M shrinks
+    rho: float | None = None  # topd: H = rho * max_len
+    increment: int | None = None  # popd: ΔH
+    interval: int | None = None  # popd: Δs, in steps
+    finished_rows: str = "miss"  # prune: what a response that ended by itself before the boundary counts as
+
+    def __post_init__(self) -> None:
+        _one_of("horizon.strategy", self.strategy, ("full", "topd", "popd", "prune"))
+        _one_of("horizon.finished_rows", self.finished_rows, ("miss", "hit_if_reliable", "exclude"))
+        _between("horizon.max_len", self.max_len, 1)
+        _between("horizon.min_len", self.min_len, 1, self.max_len)
+        _between("horizon.step", self.step, 1)
+        _between("horizon.hit_ratio", self.hit_ratio, 0, 1)
+        _between("horizon.margin", self.margin, 0)
+        _between("horizon.patience", self.patience, 1)
+        if self.init_len is not None:
+            _between("horizon.init_len", self.init_len, 1)
+        if self.rho is not None:
+            _between("horizon.rho", self.rho, 0, 1, open_low=True)
+        if self.increment is not None:
+            _between("horizon.increment", self.increment, 0)
+        if self.interval is not None:
+            _between("horizon.interval", self.interval, 1)
+        if self.strategy == "topd":
+            _required(
+                "horizon.rho", self.rho, "topd needs the fraction of max_len to generate (the paper has 0.10 and 0.25)"
+            )
+        if self.strategy == "prune":
+            _required("horizon.init_len", self.init_len, "prune needs its first window; the paper chooses it per pair")
+        if self.strategy == "popd":
+            unpublished = "popd needs it, and the paper's value is not published"
+            _required("horizon.init_len", self.init_len, unpublished)
+            _required("horizon.increment", self.increment, unpublished)
+            _required("horizon.interval", self.interval, unpublished)
+
+
+@dataclass(frozen=True)
+class ObjectiveConfig:
+    """The per-token objective (Prune-OPD §2). One global token mean over the global batch, always."""
+
+    name: str = "topk_reverse_kl"
+    k: int = 16  # candidates per token
+    support: str = "student"
+    weight: str = "student_p"
+    temperature: float = 1.0  # of both models' logits
+
+    def __post_init__(self) -> None:
+        _one_of("objective.name", self.name, ("topk_reverse_kl",))
+        _between("objective.k", self.k, 1)
+        _one_of("objective.support", self.support, ("student",))
+        _one_of("objective.weight", self.weight, ("student_p",))
+        _between("objective.temperature", self.temperature, 0, open_low=True)
+
+
+# ---------------------------------------------------------------------------------------------------- the run
+
+
+@dataclass(frozen=True)
+class RolloutConfig:
+    """What is generated each step, and the vLLM engine that does it."""
+
+    prompts: int = 64  # per step
+    responses: int = 4  # per prompt
+    temperature: float = 1.0
+    top_p: float = 1.0
+    max_prompt_len: int = 1024
+    tensor_parallel: int = 1  # ranks per engine; world / tensor_parallel engines share the prompts
+    kv_cache_gb: float = 1.0  # CPU only: a GPU takes gpu_memory_utilization
+    gpu_memory_utilization: float = 0.5
+    max_num_seqs: int = 256
+
+    def __post_init__(self) -> None:
+        for name in ("prompts", "responses", "max_prompt_len", "tensor_parallel", "max_num_seqs"):
+            _between(f"rollout.{name}", getattr(self, name), 1)
+        _between("rollout.temperature", self.temperature, 0, open_low=True)
+        _between("rollout.top_p", self.top_p, 0, 1, open_low=True)
+        _between("rollout.kv_cache_gb", self.kv_cache_gb, 0, open_low=True)
+        _between("rollout.gpu_memory_utilization", self.gpu_memory_utilization, 0, 1, open_low=True)
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where prompts come from: a procedural task by name, or a JSONL file with `prompt` and (optional) `answer`."""
+
+    source: str = "ledger"
+    min_steps: int = 20  # ledger: bookings per problem
+    max_steps: int = 40
+    shuffle: bool = True
+
+    def __post_init__(self) -> None:
+        _between("data.min_steps", self.min_steps, 1, 40)
+        _between("data.max_steps", self.max_steps, self.min_steps, 40)
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW through megatron-core, fp32 master weights. `schedule` runs from lr to min_lr after the warm-up."""
+
+    lr: float = 1e-6
+    min_lr: float = 0.0
+    schedule: str = "constant"
+    warmup_steps: int = 0
+    weight_decay: float = 0.01
+    beta1: float = 0.9
+    beta2: float = 0.999
+    eps: float = 1e-8
+    clip_grad: float = 1.0
+
+    def __post_init__(self) -> None:
+        _one_of("optimizer.schedule", self.schedule, ("constant", "linear", "cosine"))
+        _between("optimizer.lr", self.lr, 0)
+        _between("optimizer.min_lr", self.min_lr, 0, self.lr)
+        _between("optimizer.warmup_steps", self.warmup_steps, 0)
+        _between("optimizer.weight_decay", self.weight_decay, 0)
+        _between("optimizer.beta1", self.beta1, 0, 1)
+        _between("optimizer.beta2", self.beta2, 0, 1)
+        _between("optimizer.eps", self.eps, 0, open_low=True)
+        _between("optimizer.clip_grad", self.clip_grad, 0)
+
+
+@dataclass(frozen=True)
+class ParallelConfig:
+    """Layout of student and teacher. What is left over of the ranks is data parallel."""
+
+    nproc: int = 2  # ranks that `prune-opd` starts on this node when it is not already under torchrun
+    tensor: int | None = None  # TP of student and teacher; None: all ranks
+    microbatch_tokens: int = 16384  # token budget of one packed micro-batch (prompt + response)
+    timeout_minutes: float = 10.0  # of every collective: a rank that stops answering ends the run
+
+    def __post_init__(self) -> None:
+        _between("parallel.nproc", self.nproc, 1)
+        if self.tensor is not None:
+            _between("parallel.tensor", self.tensor, 1)
+        _between("parallel.microbatch_tokens", self.microbatch_tokens, 1)
+        _between("parallel.timeout_minutes", self.timeout_minutes, 0, open_low=True)
+
+    def tensor_size(self, world_size: int) -> int:
+        return self.tensor or world_size
+
+
+@dataclass(frozen=True)
+class PrecisionConfig:
+    params: str = "bf16"  # bf16 | fp32; the optimizer's master weights are always fp32
+    fp8: str | None = None  # Transformer Engine on H100 only
+
+    def __post_init__(self) -> None:
+        _one_of("precision.params", self.params, ("bf16", "fp32"))
+        if self.fp8 is not None:
+            _one_of("precision.fp8", self.fp8, ("e4m3", "hybrid"))
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """Accuracy on held-out problems, sampled by the rollout engine. `every` = 0: only before and after the run."""
+
+    every: int = 0
+    problems: int = 256
+    samples: int = 1  # avg@samples
+    temperature: float = 1.0
+    top_p: float = 1.0
+    max_len: int | None = None  # None: horizon.max_len
+    seed: int = 777
+    source: str | None = None  # None: the training source, other problems
+
+    def __post_init__(self) -> None:
+        _between("evaluation.every", self.every, 0)
+        _between("evaluation.problems", self.problems, 0)
+        _between("evaluation.samples", self.samples, 1)
+        _between("evaluation.temperature", self.temperature, 0)
+        _between("evaluation.top_p", self.top_p, 0, 1, open_low=True)
+        if self.max_len is not None:
+            _between("evaluation.max_len", self.max_len, 1)
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    every: int = 50  # steps; 0: only at the end
+    keep: int = 2  # newest checkpoints that stay on disk
+    export_hf: bool = True  # write hf/ at the end of the run
+
+    def __post_init__(self) -> None:
+        _between("checkpoint.every", self.every, 0)
+        _between("checkpoint.keep", self.keep, 1)
+
+
+@dataclass(frozen=True)
+class TrackConfig:
+    wandb: str = "offline"  # offline | online | disabled
+    project: str = "prune-opd"
+    position_bins: int = 16  # resolution of the overlap-by-position curves
+
+    def __post_init__(self) -> None:
+        _one_of("track.wandb", self.wandb, ("offline", "online", "disabled"))
+        _between("track.position_bins", self.position_bins, 1)
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """One Prune-OPD run. `student` and `teacher` are Hugging Face directories with the same tokenizer."""
+
+    name: str
+    student: str
+    teacher: str
+    steps: int
+    horizon: HorizonConfig
+    gate: GateConfig | None = field(default_factory=GateConfig)  # None: plain OPD, every token at weight 1
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    precision: PrecisionConfig = field(default_factory=PrecisionConfig)
+    evaluation: EvalConfig = field(default_factory=EvalConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    track: TrackConfig = field(default_factory=TrackConfig)
+    seed: int = 0
+    stop_after: int | None = (
+        None  # save and stop after this step (a time-boxed job); the schedule stays that of `steps`
+    )
+
+    def __post_init__(self) -> None:
+        _between("steps", self.steps, 1)
+        if self.stop_after is not None:
+            _between("stop_after", self.stop_after, 1)
+        if self.gate is None and self.horizon.strategy == "prune":
+            raise ConfigError(
+                "gate = null with horizon.strategy = prune: the window follows the gate's reliable length; set a gate or another strategy"
+            )
+
+
+# ---------------------------------------------------------------------------------------------------- supervised training
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """A Qwen3 model made from nothing. head_dim 32 is the least that vLLM's CPU attention takes."""
+
+    layers: int = 4
+    hidden: int = 128
+    heads: int = 4
+    kv_heads: int = 2
+    head_dim: int = 32
+    ffn: int = 256
+    max_positions: int = 1024
+    rope_theta: float = 10000.0
+    init_std_scale: float = 1.0
+
+
+@dataclass(frozen=True)
+class CorpusConfig:
+    """Worked ledger solutions: lengths, and what is wrong with them (all rates per booking, 0..1)."""
+
+    min_steps: int = 12
+    max_steps: int = 40
+    reverse: float = 0.0  # share of solutions that go through the labels from last to first
+    slip: float = 0.0  # wrong label or wrong delta, and the text goes on from there
+    slip_result: float = 0.0  # wrong running total
+    carry_bug: float = 0.0  # at a tens boundary the old tens digit stays: the student's systematic error
+
+
+@dataclass(frozen=True)
+class SftStage:
+    steps: int
+    batch: int
+    lr: float
+    corpus: CorpusConfig
+    warmup_steps: int = 5
+    schedule: str = "cosine"
+    final_lr: float = 0.05  # share of lr
+    sharpen: float = 1.0  # factor on the final norm's gain before the stage: sharper logits
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class SftConfig:
+    """Supervised training of a tiny model on worked solutions, through the same Megatron path as the distillation."""
+
+    name: str
+    output: str
+    stages: tuple[SftStage, ...]
+    init: str | None = None  # a Hugging Face directory; None: `shape` from nothing
+    shape: ModelShape = field(default_factory=ModelShape)
+    parallel: ParallelConfig = field(default_factory=lambda: ParallelConfig(tensor=1))
+    beta2: float = 0.98
+    weight_decay: float = 0.01
+    seed: int = 0
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """The plain nested dictionary of a config, as it is written to config.yaml."""
+    return dataclasses.asdict(config)

@@ -1,0 +1,13 @@
+"""The one error a user is meant to read: a sentence that names the field, its value and the remedy."""
+
+
+class UserError(Exception):
+    """Bad input that the user can put right. The command line prints it as one line and exits with `exit_code`."""
+
+    exit_code = 1
+
+
+class ConfigError(UserError):
+    """A recipe, an override or a setting is wrong. Raised before any model is built."""
+
+    exit_code = 2
