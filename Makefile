@@ -1,0 +1,45 @@
+# Everything starts here: `make` lists the targets. Settings: PYTHON=/path/to/python3.11  RECIPE=name
+
+.DEFAULT_GOAL := help
+BIN := .venv/bin
+RECIPE ?= tiny_compatible
+
+export HF_HUB_OFFLINE := 1
+ifdef PYTHON
+export PYTHON
+endif
+
+.PHONY: help setup tiny-models quickstart test lint format check clean
+
+help: ## List the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+setup: ## Make .venv with the pinned packages (does nothing when it is up to date)
+	@bash scripts/setup.sh
+
+tiny-models: setup ## Train the tiny base, teacher and student into the per-user cache, unless they are there
+	$(BIN)/prune-opd sft tiny_base --if-missing
+	$(BIN)/prune-opd sft tiny_teacher --if-missing
+	$(BIN)/prune-opd sft tiny_student --if-missing
+
+quickstart: setup tiny-models ## Set up, train the tiny pair in runs/quickstart, evaluate, write the report
+	$(BIN)/prune-opd train tiny_compatible --run-dir runs/quickstart
+
+test: setup lint tiny-models ## Set up, lint, run all tests
+	$(BIN)/pytest
+
+lint: setup ## Lint, formatting, types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: setup ## Format the code and apply the safe fixes of the linter
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+check: setup tiny-models ## Check RECIPE (default tiny_compatible) without training it
+	$(BIN)/prune-opd check $(RECIPE)
+
+clean: ## Remove caches and build products (.venv, runs/ and the tiny models stay)
+	rm -rf build *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	find prune_opd recipes tests scripts -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,360 @@
+"""Everything that can be refused before a model is built: files, tokenizers, layouts, lengths, the run directory.
+
+Each check adds one line that names the field, its value and the remedy. Nothing heavy is imported (no torch, megatron,
+vLLM or transformers), so `prune-opd check` answers at once, on a login node too. Nothing is written.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib.metadata
+import importlib.util
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from prune_opd.config import SftConfig, TrainConfig
+from prune_opd.data.prompts import PROCEDURAL_SOURCES
+from prune_opd.errors import ConfigError
+from prune_opd.recipe import config_differences, load_config
+
+FAMILIES = ("llama", "qwen2", "qwen3")
+# What may differ between a run and its continuation: it changes neither the updates nor the problems of an evaluation.
+HARMLESS = ("parallel", "track", "stop_after", "checkpoint", "evaluation.every")
+SHOWN_DIFFERENCES = 6
+
+
+def check_train(config: TrainConfig, nproc: int, run_dir: Path | None, resume: str) -> list[str]:
+    """What stands in the way of this run on `nproc` ranks, one line per problem; empty if nothing does.
+
+    `resume` is auto, never or the path of a checkpoint. `run_dir` None leaves the run directory out.
+    """
+    student = _read_model("student", config.student)
+    teacher = _read_model("teacher", config.teacher)
+    models = [model for model in (student, teacher) if isinstance(model, _Model)]
+    problems = [model for model in (student, teacher) if isinstance(model, str)]
+    problems += [problem for model in models if (problem := _family(model))]
+    if len(models) == 2:
+        problems += _same_tokenizer(*models)
+    problems += _layout(config, nproc, models)
+    problems += _lengths(config, models)
+    problems += _candidates(config, models)
+    problems += _precision(config)
+    problems += _sources(config)
+    problems += _apex()
+    if run_dir is not None:
+        problems += _run_dir(config, run_dir, resume)
+    if resume not in ("auto", "never") and not Path(resume).is_dir():
+        problems.append(f"--resume {resume}: there is no such checkpoint; give its directory, or auto, or never")
+    return problems
+
+
+def check_sft(config: SftConfig, nproc: int) -> list[str]:
+    """What stands in the way of this supervised training; see `check_train`."""
+    problems = []
+    if config.init is not None:
+        model = _read_model("init", config.init)
+        problems += [model] if isinstance(model, str) else []
+    if (size := config.parallel.tensor_size(nproc)) != 1:
+        problems.append(f"parallel.tensor = {size}: supervised training is data parallel only; set parallel.tensor=1")
+    if not config.output:
+        problems.append("output = '' is no directory: set output=DIR")
+    else:
+        problems += _writable("output", Path(config.output))
+    return problems + _apex()
+
+
+def check_eval(model_dir: Path, task: str) -> list[str]:
+    """What stands in the way of evaluating a Hugging Face directory on a task; see `check_train`."""
+    model = _read_model("MODEL_DIR", str(model_dir))
+    problems = [model] if isinstance(model, str) else [problem for problem in [_family(model)] if problem]
+    return problems + _source("--task", task)
+
+
+def has_gpu() -> bool:
+    """Whether torch would find a CUDA device: a CUDA build, a device node, and not hidden. Does not import torch."""
+    if os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1"):
+        return False
+    try:
+        cpu_build = importlib.metadata.version("torch").endswith("+cpu")
+    except importlib.metadata.PackageNotFoundError:
+        cpu_build = True
+    return not cpu_build and Path("/dev/nvidiactl").exists()
+
+
+# ---------------------------------------------------------------------------------------------------- models
+
+
+@dataclass(frozen=True)
+class _Model:
+    role: str
+    path: Path
+    config: dict[str, Any]  # of config.json
+
+    @property
+    def heads(self) -> int:
+        return int(self.config["num_attention_heads"])
+
+    @property
+    def kv_heads(self) -> int:
+        return int(self.config.get("num_key_value_heads") or self.heads)
+
+    @property
+    def positions(self) -> int:
+        return int(self.config["max_position_embeddings"])
+
+    @property
+    def vocab_size(self) -> int:
+        return int(self.config["vocab_size"])
+
+
+def _read_model(role: str, directory: str) -> _Model | str:
+    """The model's config.json, or the problem with it."""
+    path = Path(directory)
+    for name in ("config.json", "tokenizer.json"):
+        if not (path / name).is_file():
+            what = f"there is no {name} in it" if path.is_dir() else "there is no such directory"
+            return (
+                f"{role} = {directory!r}: {what}; give a Hugging Face model directory"
+                " (`make tiny-models` makes those of the tiny recipes)"
+            )
+    try:
+        model = _Model(role, path, json.loads((path / "config.json").read_text(encoding="utf-8")))
+        _ = (model.heads, model.kv_heads, model.positions, model.vocab_size)
+    except (OSError, UnicodeDecodeError, AttributeError, KeyError, TypeError, ValueError) as error:
+        return f"{role} = {directory!r}: its config.json is not that of a causal language model ({error!r})"
+    return model
+
+
+def _family(model: _Model) -> str | None:
+    family = model.config.get("model_type")
+    if family in FAMILIES:
+        return None
+    return f"{model.role} = {str(model.path)!r} has model_type {family!r}: choose a model of {', '.join(FAMILIES)}"
+
+
+def _same_tokenizer(student: _Model, teacher: _Model) -> list[str]:
+    ours, theirs = (model.path / "tokenizer.json" for model in (student, teacher))
+    try:
+        if ours.read_bytes() == theirs.read_bytes():
+            return []
+        difference = _tokenizer_difference(json.loads(ours.read_bytes()), json.loads(theirs.read_bytes()))
+    except (OSError, AttributeError, KeyError, TypeError, ValueError) as error:
+        return [f"student and teacher: a tokenizer.json cannot be read ({error!r}); give fast tokenizers"]
+    if difference is None:
+        return []
+    return [
+        f"teacher = {str(teacher.path)!r} has another tokenizer than the student: {difference};"
+        " choose a pair that shares its tokenizer"
+    ]
+
+
+def _tokenizer_difference(student: dict[str, Any], teacher: dict[str, Any]) -> str | None:
+    """The first difference of vocabulary (by id), merges and special tokens, in words."""
+    words = [_words(tokenizer) for tokenizer in (student, teacher)]
+    for i in sorted(words[0].keys() | words[1].keys()):
+        ours, theirs = (f"{names[i]!r}" if i in names else "unused" for names in words)
+        if ours != theirs:
+            return f"id {i} is {ours} for the student and {theirs} for the teacher"
+    merges = [_merges(tokenizer) for tokenizer in (student, teacher)]
+    if merges[0] != merges[1]:
+        i = _first_difference(*merges)
+        ours, theirs = (" + ".join(pairs[i]) if i < len(pairs) else "missing" for pairs in merges)
+        return f"merge {i} is {ours} for the student and {theirs} for the teacher"
+    special = [_special(tokenizer) for tokenizer in (student, teacher)]
+    if special[0] != special[1]:
+        i = min(special[0] ^ special[1])
+        who = "student" if i in special[0] else "teacher"
+        return f"id {i} ({words[0][i]!r}) is a special token for the {who} only"
+    return None
+
+
+def _words(tokenizer: dict[str, Any]) -> dict[int, str]:
+    vocabulary = tokenizer["model"]["vocab"]
+    if isinstance(vocabulary, dict):
+        words = {int(i): word for word, i in vocabulary.items()}
+    else:  # unigram: [word, score] in the order of ids
+        words = {i: str(entry[0]) for i, entry in enumerate(vocabulary)}
+    return words | {int(token["id"]): token["content"] for token in tokenizer.get("added_tokens") or []}
+
+
+def _merges(tokenizer: dict[str, Any]) -> list[tuple[str, ...]]:
+    """Merges are written as "a b" by old versions of tokenizers and as ["a", "b"] by new ones."""
+    merges = tokenizer["model"].get("merges") or []
+    return [tuple(pair.split(" ")) if isinstance(pair, str) else tuple(pair) for pair in merges]
+
+
+def _special(tokenizer: dict[str, Any]) -> set[int]:
+    return {int(token["id"]) for token in tokenizer.get("added_tokens") or [] if token.get("special")}
+
+
+def _first_difference(ours: list[Any], theirs: list[Any]) -> int:
+    """Where two lists part; the length of the shorter one if it is the beginning of the other."""
+    pairs = enumerate(zip(ours, theirs, strict=False))
+    return next((i for i, (mine, other) in pairs if mine != other), min(len(ours), len(theirs)))
+
+
+# ---------------------------------------------------------------------------------------------------- layout and sizes
+
+
+def _layout(config: TrainConfig, nproc: int, models: list[_Model]) -> list[str]:
+    problems = []
+    tensor = config.parallel.tensor_size(nproc)
+    field = f"parallel.tensor = {tensor}" + ("" if config.parallel.tensor else " (null: all ranks)")
+    if nproc % tensor:
+        problems.append(
+            f"{field} does not divide the {nproc} ranks: choose one of {_divisors(nproc)}, or another --nproc"
+        )
+    for model in models:
+        for name, count in (("attention", model.heads), ("key-value", model.kv_heads)):
+            if count % tensor:
+                problems.append(
+                    f"{field} does not divide the {count} {name} heads of the {model.role}:"
+                    f" choose one of {_divisors(count)}"
+                )
+    engine = config.rollout.tensor_parallel
+    if nproc % engine:
+        problems.append(
+            f"rollout.tensor_parallel = {engine} does not divide the {nproc} ranks: choose one of {_divisors(nproc)}"
+        )
+    for model in models:
+        if model.role == "student" and model.heads % engine:
+            problems.append(
+                f"rollout.tensor_parallel = {engine} does not divide the {model.heads} attention heads of the student:"
+                f" choose one of {_divisors(model.heads)}"
+            )
+    replicas = max(nproc // tensor, 1)
+    batch = config.rollout.prompts * config.rollout.responses
+    if batch < replicas:
+        problems.append(
+            f"rollout.prompts * rollout.responses = {batch} is fewer than the {replicas} data-parallel replicas:"
+            f" generate at least {replicas} responses a step"
+        )
+    return problems
+
+
+def _divisors(number: int) -> str:
+    return ", ".join(str(i) for i in range(1, number + 1) if number % i == 0)
+
+
+def _lengths(config: TrainConfig, models: list[_Model]) -> list[str]:
+    lengths = {"horizon.max_len": config.horizon.max_len}
+    if config.evaluation.max_len is not None:
+        lengths["evaluation.max_len"] = config.evaluation.max_len
+    prompt = config.rollout.max_prompt_len
+    problems = []
+    for field, length in lengths.items():
+        for model in models:
+            if prompt + length > model.positions and (model.role == "student" or field == "horizon.max_len"):
+                room = model.positions - prompt
+                remedy = f"set {field} to at most {room}" if room > 0 else "set a shorter rollout.max_prompt_len"
+                problems.append(
+                    f"rollout.max_prompt_len + {field} = {prompt} + {length} is above the {model.positions} positions"
+                    f" of the {model.role}: {remedy}"
+                )
+    return problems
+
+
+def _candidates(config: TrainConfig, models: list[_Model]) -> list[str]:
+    sizes = {"objective.k": config.objective.k}
+    if config.gate is not None:
+        sizes["gate.k"] = config.gate.k
+    return [
+        f"{field} = {k} is above the {model.vocab_size} words of the {model.role}: set at most {model.vocab_size}"
+        for field, k in sizes.items()
+        for model in models
+        if k > model.vocab_size
+    ]
+
+
+def _precision(config: TrainConfig) -> list[str]:
+    if config.precision.fp8 is None:
+        return []
+    field = f"precision.fp8 = {config.precision.fp8!r}"
+    if not has_gpu():
+        return [f"{field} needs a CUDA GPU and there is none here: set precision.fp8=null"]
+    if importlib.util.find_spec("transformer_engine") is None:
+        return [
+            f"{field} needs Transformer Engine, which is not installed: use the GPU image, or set precision.fp8=null"
+        ]
+    return []
+
+
+# ---------------------------------------------------------------------------------------------------- data and packages
+
+
+def _sources(config: TrainConfig) -> list[str]:
+    problems = _source("data.source", config.data.source)
+    if config.evaluation.source is not None:
+        problems += _source("evaluation.source", config.evaluation.source)
+    return problems
+
+
+def _source(field: str, source: str) -> list[str]:
+    path = Path(source)
+    if source in PROCEDURAL_SOURCES or (path.suffix == ".jsonl" and path.is_file()):
+        return []
+    if path.is_file():
+        return [f"{field} = {source!r} is not a .jsonl file: convert it to one JSON object a line"]
+    tasks = ", ".join(PROCEDURAL_SOURCES)
+    if path.suffix or os.sep in source:
+        return [f"{field} = {source!r}: there is no such file; give the path of a .jsonl file, or a task ({tasks})"]
+    near = difflib.get_close_matches(source, PROCEDURAL_SOURCES, n=1, cutoff=0.0)
+    return [f"{field} = {source!r} is no task: did you mean {near[0]!r}? (or give the path of a .jsonl file)"]
+
+
+def _apex() -> list[str]:
+    """The package index's `apex` is a web toolkit; megatron-core takes any `apex` it can import for NVIDIA's."""
+    spec = importlib.util.find_spec("apex")
+    if spec is None:
+        return []
+    folders = [Path(folder) for folder in spec.submodule_search_locations or []]
+    if any((folder / part).is_dir() for folder in folders for part in ("normalization", "multi_tensor_apply")):
+        return []
+    return ["the installed package apex is not NVIDIA's: remove it (pip uninstall apex); nothing here needs it"]
+
+
+# ---------------------------------------------------------------------------------------------------- the run directory
+
+
+def _run_dir(config: TrainConfig, run_dir: Path, resume: str) -> list[str]:
+    if not run_dir.is_dir() or not any(run_dir.iterdir()):
+        return _writable("--run-dir", run_dir)
+    saved = run_dir / "config.yaml"
+    if not saved.is_file():
+        return [f"--run-dir {run_dir} holds other files and no config.yaml, so it is no run: choose an empty directory"]
+    try:
+        differences = config_differences(load_config(saved), config)
+    except ConfigError as error:
+        return [f"--run-dir {run_dir}: {error}; choose another directory"]
+    differences = [line for line in differences if not _is_harmless(line.partition(":")[0])]
+    if differences:
+        more = len(differences) - SHOWN_DIFFERENCES
+        shown = "; ".join(differences[:SHOWN_DIFFERENCES]) + (f"; and {more} more" if more > 0 else "")
+        return [
+            f"--run-dir {run_dir} is a run with other settings ({shown}): choose another directory, or those settings"
+        ]
+    checkpoints = run_dir / "checkpoints"
+    if resume == "never" and checkpoints.is_dir() and any(checkpoints.iterdir()):
+        return [
+            f"--resume never: --run-dir {run_dir} already holds checkpoints; take --resume auto to go on,"
+            " or another --run-dir to start anew"
+        ]
+    return _writable("--run-dir", run_dir)
+
+
+def _is_harmless(key: str) -> bool:
+    return any(key == name or key.startswith(f"{name}.") for name in HARMLESS)
+
+
+def _writable(field: str, directory: Path) -> list[str]:
+    """Whether `directory` is, or could be made, a directory to write into."""
+    directory = directory.absolute()
+    there = next(path for path in (directory, *directory.parents) if path.exists() or path.is_symlink())
+    if not there.is_dir():
+        return [f"{field} {directory} cannot be a directory: {there} is a file; choose another path"]
+    if not os.access(there, os.W_OK | os.X_OK):
+        return [f"{field} {directory} cannot be written: no permission in {there}; choose another path"]
+    return []

@@ -1,0 +1,221 @@
+"""The `prune-opd` command. It loads, checks and starts ranks (`worker.py`); nothing heavy is imported on this side.
+
+Bad input ends with one `error:` line per problem: exit code 2 for a recipe or an override, 1 for what `check.py`
+refuses.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import tempfile
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from prune_opd import worker
+from prune_opd.check import check_eval, check_sft, check_train
+from prune_opd.config import SftConfig, TrainConfig
+from prune_opd.errors import ConfigError, UserError
+from prune_opd.launcher import start_ranks
+from prune_opd.recipe import C, RunConfig, apply_overrides, list_recipes, load_config, load_recipe, save_config
+
+WORKER = ("-m", "prune_opd.worker")
+
+
+def _exit(code: int) -> None:
+    """A command returns its exit code."""
+    raise typer.Exit(code)
+
+
+app = typer.Typer(
+    help="Prune-OPD: on-policy distillation that prunes unreliable rollouts.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    result_callback=_exit,
+)
+
+Recipe = Annotated[str, typer.Argument(metavar="RECIPE", help="A name (see `prune-opd recipes`) or a path to a file.")]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Settings, such as horizon.strategy=full.")
+]
+Nproc = Annotated[int | None, typer.Option(min=1, help="Ranks on this node.", show_default="parallel.nproc")]
+RunDir = Annotated[Path | None, typer.Option(help="The run directory.", show_default="runs/NAME")]
+
+
+@app.command()
+def train(
+    recipe: Recipe,
+    overrides: Overrides = None,
+    nproc: Nproc = None,
+    resume: Annotated[str, typer.Option(metavar="auto|never|PATH", help="Where to go on from.")] = "auto",
+    run_dir: RunDir = None,
+) -> int:
+    """Train a recipe: distil its teacher into its student. Goes on where an earlier run in RUN_DIR stopped."""
+    config = _load(recipe, overrides, TrainConfig, "train")
+    ranks = _ranks(nproc, config)
+    run_dir = (run_dir or _default_run_dir(config)).absolute()
+    # Rank 0 fills the run directory while the others may still be checking: only rank 0 looks at it.
+    _refuse(check_train(config, ranks, run_dir if worker.is_main_rank() else None, resume))
+    if _is_rank():
+        return worker.train(config, run_dir, resume)
+    return _start("train", config, ranks, "--run-dir", str(run_dir), "--resume", resume)
+
+
+@app.command()
+def check(recipe: Recipe, overrides: Overrides = None, nproc: Nproc = None, run_dir: RunDir = None) -> int:
+    """Every check of a recipe that needs no GPU: prints a line per problem and exits with 1, or prints ok."""
+    config = apply_overrides(load_recipe(recipe), overrides or [])
+    ranks = _ranks(nproc, config)
+    if isinstance(config, TrainConfig):
+        problems = check_train(config, ranks, run_dir or _default_run_dir(config), "auto")
+    else:
+        problems = check_sft(config, ranks)
+    print("\n".join(problems) or "ok")
+    return 1 if problems else 0
+
+
+@app.command()
+def sft(
+    recipe: Recipe,
+    overrides: Overrides = None,
+    nproc: Nproc = None,
+    if_missing: Annotated[
+        bool, typer.Option("--if-missing", help="Do nothing if the output was made with these settings.")
+    ] = False,
+) -> int:
+    """Supervised training of a tiny model. With overrides, give output=DIR too: the cache holds what recipes say."""
+    recipe_config = _load(recipe, None, SftConfig, "sft")
+    config = apply_overrides(recipe_config, overrides or [])
+    if config != recipe_config and config.output == recipe_config.output:
+        raise ConfigError(f"output = {config.output!r} belongs to the recipe without overrides: add output=DIR")
+    if if_missing and _is_made(config):
+        print(f"{config.output} is there already")
+        return 0
+    ranks = _ranks(nproc, config)
+    _refuse(check_sft(config, ranks))
+    return worker.sft(config) if _is_rank() else _start("sft", config, ranks)
+
+
+@app.command("eval")
+def evaluate(
+    model_dir: Annotated[Path, typer.Argument(metavar="MODEL_DIR", help="A Hugging Face model directory.")],
+    task: Annotated[str, typer.Option(metavar="FILE|NAME", help="A .jsonl file with answers, or ledger.")],
+    samples: Annotated[int, typer.Option("-k", min=1, help="Samples per problem.")] = 16,
+    problems: Annotated[int, typer.Option(min=1, help="Problems of the task.")] = 256,
+    max_len: Annotated[int | None, typer.Option(min=1, help="Most tokens of a response.")] = None,
+    nproc: Annotated[int, typer.Option(min=1, help="Ranks on this node.")] = 1,
+) -> int:
+    """Accuracy of a model on a task: avg@k with its standard error."""
+    _refuse(check_eval(model_dir, task))
+    if _is_rank():
+        return worker.evaluate(model_dir, task, samples, problems, max_len)
+    lengths = [] if max_len is None else ["--max-len", str(max_len)]
+    numbers = ["--samples", str(samples), "--problems", str(problems), *lengths]
+    return start_ranks([*WORKER, "eval", str(model_dir), "--task", task, *numbers], nproc, os.environ)
+
+
+@app.command()
+def export(
+    checkpoint: Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="Of a run: RUN_DIR/checkpoints/….")],
+    out_dir: Annotated[Path, typer.Argument(metavar="OUT_DIR", help="Where the Hugging Face directory goes.")],
+) -> int:
+    """Write a checkpoint as a Hugging Face directory, which transformers and vLLM load."""
+    if not checkpoint.is_dir():
+        raise UserError(f"CHECKPOINT = {str(checkpoint)!r}: there is no such directory; give RUN_DIR/checkpoints/…")
+    if out_dir.exists() and (not out_dir.is_dir() or any(out_dir.iterdir())):
+        raise UserError(f"OUT_DIR = {str(out_dir)!r} is there already: choose a new directory")
+    if _is_rank():
+        return worker.export(checkpoint, out_dir)
+    return start_ranks([*WORKER, "export", str(checkpoint), str(out_dir)], 1, os.environ)
+
+
+@app.command()
+def report(
+    run_dirs: Annotated[list[Path], typer.Argument(metavar="RUN_DIR", help="Several runs give a comparison.")],
+    out: Annotated[
+        Path | None,
+        typer.Option(help="The HTML file.", show_default="RUN_DIR/report.html, or comparison.html beside the first"),
+    ] = None,
+) -> int:
+    """Draw the report of a run, or compare several: one HTML file and a PNG beside it."""
+    from prune_opd.track.report import write_report
+
+    if out is None:
+        first = run_dirs[0].absolute()
+        out = first / "report.html" if len(run_dirs) == 1 else first.parent / "comparison.html"
+    write_report(run_dirs, out)
+    print(out)
+    return 0
+
+
+@app.command()
+def recipes() -> int:
+    """List the recipes of the repository."""
+    names = list_recipes()
+    width = max(map(len, names))
+    for name, summary in names.items():
+        print(f"{name:<{width}}  {summary}")
+    return 0
+
+
+# ---------------------------------------------------------------------------------------------------- helpers
+
+
+def _load(recipe: str, overrides: list[str] | None, kind: type[C], command: str) -> C:
+    config = load_recipe(recipe)
+    if not isinstance(config, kind):
+        other = "sft" if command == "train" else "train"
+        raise ConfigError(f"recipe {recipe!r} is not for `prune-opd {command}`: run `prune-opd {other} {recipe}`")
+    return apply_overrides(config, overrides or [])
+
+
+def _refuse(problems: list[str]) -> None:
+    if problems:
+        raise UserError("\n".join(problems))
+
+
+def _is_rank() -> bool:
+    """Whether torchrun or srun started this process as one of its ranks."""
+    return "RANK" in os.environ
+
+
+def _ranks(nproc: int | None, config: RunConfig) -> int:
+    if _is_rank():
+        return int(os.environ.get("WORLD_SIZE", "1"))
+    return nproc or config.parallel.nproc
+
+
+def _default_run_dir(config: TrainConfig) -> Path:
+    return Path("runs") / config.name
+
+
+def _is_made(config: SftConfig) -> bool:
+    output = Path(config.output)
+    try:
+        return (output / "model.safetensors").is_file() and load_config(output / "sft_config.yaml") == config
+    except ConfigError:  # made by another version: make it again
+        return False
+
+
+def _start(command: str, config: RunConfig, nproc: int, *options: str) -> int:
+    """Run a worker command on `nproc` ranks. They read the resolved config from a file that goes away with them."""
+    with tempfile.TemporaryDirectory(prefix="prune-opd-") as folder:
+        resolved = Path(folder) / "config.yaml"
+        save_config(config, resolved)
+        return start_ranks([*WORKER, command, str(resolved), *options], nproc, os.environ)
+
+
+def main() -> None:
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")  # models are directories: a missing file is an error, not a download
+    try:
+        app()
+    except UserError as error:
+        worker.report(error)
+        sys.exit(error.exit_code)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,264 @@
+r"""The procedural task "ledger": keep a running total through 20 to 40 bookings.
+
+    prompt      <bos> 42 s1 +3 s2 -7 ... sN +1 <ask>
+    response    HDR 42   s1 +3 EQ 45 SEP   s2 -7 EQ 38 SEP   ...   \boxed 17 <eos>
+
+The answer is (start + sum of the deltas) mod 100. A response has 2 words, 5 words a booking and 3 words at the end: 105
+to 205 tokens for 20 to 40 bookings. HDR, EQ and SEP stand for twelve synonyms each, drawn with Zipf(1) weights: natural
+entropy, so that the top-k sets of two models mean something. Every word is one token.
+
+A model is made weaker by what it was shown (`CorpusConfig`): slips after which the text goes on as if nothing had
+happened, and the carry bug, one systematic error that a student can unlearn.
+
+Everything random has an address (stream, seed, index): any example can be made without making those before it, and the
+problems of an evaluation come from a stream that no training run draws from.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import re
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Final
+
+import numpy as np
+
+from prune_opd.config import CorpusConfig
+from prune_opd.errors import ConfigError
+
+# ---------------------------------------------------------------------------------------------------- vocabulary
+
+PAD, BOS, EOS, ASK, BOXED = SPECIALS = ("<pad>", "<bos>", "<eos>", "<ask>", "\\boxed")
+MODULUS: Final = 100
+MAX_STEPS: Final = 40
+NUMBERS: Final = tuple(str(number) for number in range(MODULUS))
+LABELS: Final = tuple(f"s{label}" for label in range(1, MAX_STEPS + 1))
+DELTAS: Final = (*range(1, 10), *range(-1, -10, -1))
+EQUALS: Final = ("=", "is", "gives", "makes", "equals", "yields", "->", "becomes", "hits", "lands", "leaves", "totals")
+SEPARATORS: Final = (";", ",", ".", "then", "next", "and", "so", "now", "after", "also", "again", "|")
+HEADERS: Final = ("begin", "from", "start", "let", "take", "first", "open", "we", "ok", "hmm", "set", "go")
+_DELTA_WORD: Final = {delta: f"{delta:+d}" for delta in DELTAS}
+
+VOCABULARY: Final = (*SPECIALS, *NUMBERS, *LABELS, *_DELTA_WORD.values(), *EQUALS, *SEPARATORS, *HEADERS)
+TOKEN_ID: Final = {word: token for token, word in enumerate(VOCABULARY)}
+
+# The synonyms' weights 1, 1/2, ... 1/12, summed up; without the last sum, so that a draw above the others is the last.
+_zipf = 1 / np.arange(1, 13)
+_ZIPF_BOUNDS: Final[list[float]] = (np.cumsum(_zipf) / _zipf.sum())[:-1].tolist()
+
+# The first number of a random address. Never reuse or renumber one: all problems would change.
+STREAMS: Final = {"train": 1, "held_out": 2, "corpus": 3, "prompt_order": 4, "held_out_choice": 5}
+
+_BOXED_NUMBER = re.compile(r"\s*\{?\s*([0-9]{1,2})(?!\.?[0-9])")
+
+
+def encode(words: Sequence[str]) -> list[int]:
+    """Token ids of ledger words: what the saved tokenizer gives for the words joined by spaces, without its cost."""
+    return [TOKEN_ID[word] for word in words]
+
+
+def random_stream(stream: str, seed: int, index: int) -> np.random.Generator:
+    """The random numbers at one address. Different addresses give independent numbers.
+
+    Args:
+        stream: a key of `STREAMS`, so that two uses of one seed never meet.
+        seed, index: 0 .. 2**63 - 1.
+
+    Raises:
+        ConfigError: `seed` is out of range.
+    """
+    if not 0 <= seed < 2**63:
+        raise ConfigError(f"seed = {seed} is out of range: give a whole number from 0 to 2**63 - 1")
+    # Words of fixed width: SeedSequence splits large integers itself, and [2**32] would be the same as [0, 1].
+    low = 0xFFFFFFFF
+    entropy = (STREAMS[stream], seed & low, seed >> 32, index & low, index >> 32)
+    return np.random.Generator(np.random.PCG64(np.random.SeedSequence(entropy)))
+
+
+# ---------------------------------------------------------------------------------------------------- problems
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A start in 0..99 and one signed delta (1..9) a booking; `index` is its place in its stream."""
+
+    start: int
+    deltas: tuple[int, ...]
+    index: int
+
+    @property
+    def prompt_words(self) -> list[str]:
+        words = [BOS, NUMBERS[self.start]]
+        for label, delta in zip(LABELS, self.deltas, strict=False):
+            words += (label, _DELTA_WORD[delta])
+        words.append(ASK)
+        return words
+
+    @property
+    def prompt(self) -> str:
+        return " ".join(self.prompt_words)
+
+    @cached_property
+    def answer(self) -> str:
+        return NUMBERS[(self.start + sum(self.deltas)) % MODULUS]
+
+
+class Ledger:
+    """Ledger problems with `min_steps` to `max_steps` bookings (uniform), by random access.
+
+    Raises:
+        ConfigError: not 1 <= min_steps <= max_steps <= 40 (there are forty labels).
+    """
+
+    name: Final = "ledger"
+
+    def __init__(self, min_steps: int = 20, max_steps: int = MAX_STEPS) -> None:
+        if not 1 <= min_steps <= max_steps <= MAX_STEPS:
+            raise ConfigError(
+                f"the ledger cannot have min_steps = {min_steps}, max_steps = {max_steps}: "
+                f"give 1 <= min_steps <= max_steps <= {MAX_STEPS}"
+            )
+        self.min_steps = min_steps
+        self.max_steps = max_steps
+
+    @property
+    def max_prompt_len(self) -> int:
+        """Tokens of the longest prompt."""
+        return 3 + 2 * self.max_steps
+
+    def problem(self, seed: int, index: int, stream: str = "train") -> Problem:
+        """The problem at (stream, seed, index), the same on every machine.
+
+        Streams are independent draws: from 20 bookings on, a given held-out problem equals a given training problem
+        with a chance below 1e-20. With one or two bookings problems do repeat: there are only 1800 of the shortest.
+        """
+        return self.draw(random_stream(stream, seed, index), index)
+
+    def draw(self, rng: np.random.Generator, index: int) -> Problem:
+        """A problem made with the next numbers of `rng`."""
+        steps = int(rng.integers(self.min_steps, self.max_steps + 1))
+        start = int(rng.integers(MODULUS))
+        deltas = tuple(DELTAS[choice] for choice in rng.integers(0, len(DELTAS), steps).tolist())
+        return Problem(start, deltas, index)
+
+    def score(self, response_text: str, answer: str) -> bool:
+        r"""Whether the number after the last `\boxed` is the answer; braces and surrounding text do not matter."""
+        _, boxed, after = response_text.rpartition(BOXED)
+        number = _BOXED_NUMBER.match(after) if boxed else None
+        return number is not None and int(number[1]) == int(answer)
+
+
+# ---------------------------------------------------------------------------------------------------- worked solutions
+
+
+def _synonym(words: Sequence[str], rng: np.random.Generator) -> str:
+    return words[bisect_right(_ZIPF_BOUNDS, rng.random())]
+
+
+def _near_miss(rng: np.random.Generator, value: int, low: int, high: int) -> int:
+    """A wrong value as people get it wrong: mostly one off, else a few or a ten; wraps within low..high-1."""
+    tens = rng.random() < 0.25
+    sign = 1 if rng.random() < 0.5 else -1
+    if tens:
+        distance = 10 if high - low > 50 else 1
+    else:
+        distance = min(int(rng.geometric(0.45)), 6)
+    return low + (value + sign * distance - low) % (high - low)
+
+
+def _wrong_delta(rng: np.random.Generator, delta: int) -> int:
+    if rng.random() < 0.3:
+        return -delta
+    return DELTAS[_near_miss(rng, DELTAS.index(delta), 0, len(DELTAS))]
+
+
+def worked_solution(problem: Problem, rng: np.random.Generator, corpus: CorpusConfig) -> list[str]:
+    r"""The words of one worked solution, from the header to `<eos>`, with the errors that `corpus` asks for.
+
+    Per booking, each with its own chance: the label slips to another (the text goes on from there, so bookings are
+    skipped or repeated); the delta is misread; the carry bug, where a step across a tens boundary keeps the old tens
+    digit (39 +3 gives 32); the running total slips. Whatever total stands at the end is what the solution boxes: with
+    all rates at 0, the answer. `corpus.reverse` of the solutions go through the labels from last to first.
+    """
+    steps = len(problem.deltas)
+    reverse = rng.random() < corpus.reverse
+    label, last, stride = (steps, 1, -1) if reverse else (1, steps, 1)
+    total = problem.start
+    words = [_synonym(HEADERS, rng), NUMBERS[total]]
+    for _ in range(steps + 4):  # a slip of the label may lead back: without a bound such a text could be of any length
+        if rng.random() < corpus.slip:
+            label = _near_miss(rng, label, 1, steps + 1)
+        delta = problem.deltas[label - 1]
+        if rng.random() < corpus.slip:
+            delta = _wrong_delta(rng, delta)
+        before, total = total, (total + delta) % MODULUS
+        if before // 10 != total // 10 and rng.random() < corpus.carry_bug:
+            total = before // 10 * 10 + total % 10
+        if rng.random() < corpus.slip_result:
+            total = _near_miss(rng, total, 0, MODULUS)
+        equals, separator = _synonym(EQUALS, rng), _synonym(SEPARATORS, rng)
+        words += (LABELS[label - 1], _DELTA_WORD[delta], equals, NUMBERS[total], separator)
+        if label == last:
+            break
+        label += stride
+    words += (BOXED, NUMBERS[total], EOS)
+    return words
+
+
+def example(corpus: CorpusConfig, seed: int, index: int) -> tuple[list[int], list[int]]:
+    """(prompt ids, response ids) of the supervised example at (seed, index); about 0.1 ms.
+
+    Raises:
+        ConfigError: a rate of `corpus` is not in 0..1, or its lengths are not in 1..40.
+    """
+    for rate in ("reverse", "slip", "slip_result", "carry_bug"):
+        if not 0 <= getattr(corpus, rate) <= 1:
+            raise ConfigError(f"corpus.{rate} = {getattr(corpus, rate)!r} is out of range: give a share from 0 to 1")
+    rng = random_stream("corpus", seed, index)
+    problem = Ledger(corpus.min_steps, corpus.max_steps).draw(rng, index)
+    return encode(problem.prompt_words), encode(worked_solution(problem, rng, corpus))
+
+
+def sft_examples(
+    corpus: CorpusConfig, seed: int, start: int = 0, stride: int = 1
+) -> Iterator[tuple[list[int], list[int]]]:
+    """The endless corpus: examples start, start + stride, ... (data-parallel rank r of n: start=r, stride=n).
+
+    Raises:
+        ConfigError: as `example`, and at once, not at the first example.
+    """
+    example(corpus, seed, start)
+    return (example(corpus, seed, index) for index in itertools.count(start, stride))
+
+
+# ---------------------------------------------------------------------------------------------------- tokenizer
+
+
+def save_tokenizer(directory: str | Path) -> None:
+    r"""Write the ledger's tokenizer as transformers and vLLM load it: tokenizer.json and tokenizer_config.json.
+
+    Words are what stands between white space, ids are those of `VOCABULARY`, decoding joins words with single spaces.
+    There is no unknown token: text with other words is an error, never a silent id. `<pad>`, `<bos>` and `<eos>` are
+    special; `<ask>` and `\boxed` are plain words, which decoding always shows. The same bytes at every call.
+    """
+    from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
+
+    tokenizer = Tokenizer(models.WordLevel(dict(TOKEN_ID)))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.add_special_tokens([AddedToken(word, special=True, normalized=False) for word in (PAD, BOS, EOS)])
+    settings = {
+        "bos_token": BOS,
+        "clean_up_tokenization_spaces": False,  # it would glue " ." and " ," to the word before
+        "eos_token": EOS,
+        "pad_token": PAD,
+        "tokenizer_class": "PreTrainedTokenizerFast",
+    }
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / "tokenizer.json").write_text(tokenizer.to_str(pretty=True) + "\n", encoding="utf-8")
+    (directory / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")

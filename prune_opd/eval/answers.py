@@ -1,0 +1,215 @@
+r"""From response texts to accuracy: is an answer right, and avg@k over problems with its standard error.
+
+    texts ── source.score ──▶ correct (problems × samples) ── avg_at_k ──▶ Accuracy
+
+Mathematical answers are compared by math-verify, in a child process. What a model wrote is evaluated there, and an
+answer such as \boxed{9^{9^{9^9}}} computes for ever or eats all memory. math-verify's own time limit needs SIGALRM and
+the main thread, both of which belong to others in a training process; a child can simply be ended.
+"""
+
+from __future__ import annotations
+
+import atexit
+import functools
+import json
+import math
+import re
+import statistics
+import subprocess
+import sys
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final
+
+if TYPE_CHECKING:  # this file is also the program of the child process, which should import as little as it can
+    from prune_opd.data.prompts import Prompt, PromptSource
+
+COMPARE_SECONDS: Final = 10  # for one answer; usual ones take a millisecond
+COMPARE_MEMORY_BYTES: Final = 4 << 30
+
+
+# ---------------------------------------------------------------------------------------------------- accuracy
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """avg@k: the mean over problems of the share of right samples.
+
+    `stderr` is the standard error of that mean over problems (samples of one problem are not independent); NaN for a
+    single problem. `pass_at_k` is the share of problems with at least one right sample.
+    """
+
+    mean: float
+    stderr: float
+    pass_at_k: float
+    n_problems: int
+    k: int
+
+
+def avg_at_k(correct: Sequence[Sequence[bool]]) -> Accuracy:
+    """The accuracy of `correct[problem][sample]`.
+
+    Raises:
+        ValueError: there is no problem, or the problems differ in their number of samples, or have none.
+    """
+    sizes = {len(samples) for samples in correct}
+    if len(sizes) != 1 or 0 in sizes:
+        raise ValueError(f"avg@k needs the same number of samples, at least 1, of every problem: got {sorted(sizes)}")
+    means = [sum(samples) / len(samples) for samples in correct]
+    n = len(means)
+    return Accuracy(
+        mean=statistics.fmean(means),
+        stderr=statistics.stdev(means) / math.sqrt(n) if n > 1 else math.nan,
+        pass_at_k=sum(map(any, correct)) / n,
+        n_problems=n,
+        k=sizes.pop(),
+    )
+
+
+def score_responses(
+    source: PromptSource, prompts: Sequence[Prompt], texts: Sequence[Sequence[str]]
+) -> list[list[bool]]:
+    """`correct[problem][sample]` of the response texts `texts[problem][sample]`, as `avg_at_k` takes it.
+
+    Raises:
+        ValueError: a prompt has no answer, or there is not one list of texts per prompt.
+    """
+    correct = []
+    for prompt, samples in zip(prompts, texts, strict=True):
+        answer = prompt.answer
+        if answer is None:
+            raise ValueError(f"prompt {prompt.index} of {prompt.source} has no answer to score against")
+        correct.append([source.score(text, answer) for text in samples])
+    return correct
+
+
+# ---------------------------------------------------------------------------------------------------- one answer
+
+
+def last_boxed(text: str) -> str | None:
+    r"""What the last `\boxed` of a text holds: all between its braces, or the next word if it has no braces.
+
+    None if there is none, or if the text was cut off inside it.
+    """
+    _, boxed, after = text.rpartition("\\boxed")
+    after = after.lstrip()
+    if not boxed or not after:
+        return None
+    if after[0] != "{":
+        return after.split()[0]
+    depth = 0
+    for brace in re.finditer(r"(?<!\\)[{}]", after):
+        depth += 1 if brace[0] == "{" else -1
+        if depth == 0:
+            return after[1 : brace.start()].strip()
+    return None
+
+
+def math_equal(response_text: str, answer: str) -> bool:
+    r"""Whether the last `\boxed{...}` of a response equals the answer, given as LaTeX or plain text, as mathematics.
+
+    A response without a box is wrong, also if it mentions the number: cut-off reasoning mentions many. An answer that
+    cannot be compared within `COMPARE_SECONDS` is wrong.
+
+    Raises:
+        RuntimeError: math-verify cannot be started.
+    """
+    given = last_boxed(response_text)
+    if given is None:
+        return False
+    given, wanted = _bare(given), _bare(last_boxed(answer) or answer)
+    return given == wanted or _comparer().equal(given, wanted)
+
+
+def _bare(expression: str) -> str:
+    return expression.strip().strip("$").strip()
+
+
+class _Comparer:
+    """math-verify behind a pipe: one JSON line asks, one JSON line answers, a child that dies has answered no."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._child: subprocess.Popen[str] | None = None
+        atexit.register(self.close)
+
+    def equal(self, given: str, wanted: str) -> bool:
+        with self._lock:
+            if self._child is not None and self._child.poll() is not None:
+                self.close()  # it ended while nobody asked: Ctrl-C, or the kernel short of memory
+            child = self._child = self._child or self._start()
+            assert child.stdin is not None and child.stdout is not None
+            reply = ""
+            try:
+                child.stdin.write(json.dumps([given, wanted]) + "\n")
+                child.stdin.flush()
+                reply = child.stdout.readline()
+            except BrokenPipeError:
+                pass
+            finally:  # also on Ctrl-C: a reply that was not read would be taken for the next answer's
+                if not reply:
+                    self.close()
+            return reply.strip() == "true"
+
+    def _start(self) -> subprocess.Popen[str]:
+        # -P: the folder of this file is no place to import from. stderr: math-verify logs a line for every odd answer.
+        child = subprocess.Popen(
+            [sys.executable, "-P", __file__, str(COMPARE_SECONDS)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+            encoding="utf-8",
+        )
+        assert child.stdout is not None
+        if child.stdout.readline().strip() != "ready":
+            child.kill()
+            child.communicate()
+            raise RuntimeError(
+                f"math-verify could not be started: `{sys.executable} -P {__file__} 1` shows why "
+                "(is the package math-verify installed?)"
+            )
+        return child
+
+    def close(self) -> None:
+        child, self._child = self._child, None
+        if child is not None:
+            child.kill()
+            child.communicate()  # closes the pipes and collects the exit status
+
+
+@functools.cache
+def _comparer() -> _Comparer:
+    return _Comparer()
+
+
+def _serve(seconds: int) -> None:
+    """The child: compares until its input ends.
+
+    The alarm has no handler, so it ends the process in whatever it is doing, also if the parent is gone.
+    """
+    import resource
+    import signal
+
+    from math_verify import parse, verify
+
+    _, hard = resource.getrlimit(resource.RLIMIT_AS)
+    limit = COMPARE_MEMORY_BYTES if hard == resource.RLIM_INFINITY else min(COMPARE_MEMORY_BYTES, hard)
+    resource.setrlimit(resource.RLIMIT_AS, (limit, hard))
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    replies, sys.stdout = sys.stdout, sys.stderr  # a stray print of a library must not pass for a reply
+    print("ready", file=replies, flush=True)
+    for line in sys.stdin:
+        signal.alarm(seconds)
+        try:
+            given, wanted = (parse(f"\\boxed{{{side}}}", parsing_timeout=None) for side in json.loads(line))
+            equal = bool(verify(wanted, given, timeout_seconds=None))
+        except Exception:  # sympy may raise anything for what a model made up, and none of it is equal
+            equal = False
+        signal.alarm(0)
+        print(json.dumps(equal), file=replies, flush=True)
+
+
+if __name__ == "__main__":
+    _serve(int(sys.argv[1]))

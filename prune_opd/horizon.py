@@ -1,0 +1,187 @@
+"""The horizon: how many response tokens the next rollout batch may have (method.md §3).
+
+Four controllers answer that question: full rollouts; TOPD's fixed and POPD's growing truncation (arXiv 2605.31490); and
+Prune-OPD's window, which follows how far responses stay reliable (arXiv 2605.07804 §3.3). All have the same members:
+
+    controller = make_controller(config)
+    controller.horizon                                             tokens, for the next batch
+    controller.update(reliable_length_B, length_B, finished_B)     once after each step
+    controller.state_dict() / .load_state_dict(state)              part of the checkpoint
+
+An update looks at the whole global batch, so every rank that makes it reaches the same horizon.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from fractions import Fraction
+from typing import Any, Protocol
+
+from prune_opd.config import HorizonConfig
+from prune_opd.errors import ConfigError
+
+
+class HorizonController(Protocol):
+    """What the training loop knows of a controller."""
+
+    @property
+    def horizon(self) -> int:
+        """Response tokens that the next rollout batch may have."""
+
+    def update(self, reliable_length_B: Iterable[Any], length_B: Iterable[Any], finished_B: Iterable[Any]) -> None:
+        """Take in one finished step. The three run over the B responses of the global batch (sequences or tensors).
+
+        reliable_length_B: E_i, tokens with R > 0 (gate.py). length_B: response tokens. finished_B: whether the response
+        ended by itself, rather than at the horizon or by the in-flight gate. ValueError when their lengths differ.
+        """
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything a resumed run needs to go on as if it had never stopped; plain values."""
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over a checkpoint's state. ConfigError when another strategy wrote it or a value is missing."""
+
+
+class FixedHorizon:
+    """full: `max_len` always. TOPD: H = ρ · max_len, rounded down, at least 1 token."""
+
+    def __init__(self, config: HorizonConfig) -> None:
+        self._strategy = config.strategy
+        if config.strategy == "topd":
+            assert config.rho is not None  # HorizonConfig has seen to it
+            # ρ as the decimal that was written: in floats 0.29 · 100 is 28.999….
+            self._horizon = max(1, math.floor(Fraction(str(config.rho)) * config.max_len))
+        else:
+            self._horizon = config.max_len
+
+    @property
+    def horizon(self) -> int:
+        return self._horizon
+
+    def update(self, reliable_length_B: Iterable[Any], length_B: Iterable[Any], finished_B: Iterable[Any]) -> None:
+        _rows(reliable_length_B, length_B, finished_B)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"strategy": self._strategy}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        _own_state(state, self._strategy)
+
+
+class ProgressiveHorizon:
+    """POPD: H_s = min(max_len, H_0 + ΔH · ⌊s / Δs⌋), s = steps taken so far."""
+
+    def __init__(self, config: HorizonConfig) -> None:
+        self._config = config
+        self._step = 0
+
+    @property
+    def horizon(self) -> int:
+        config = self._config
+        assert config.init_len is not None and config.increment is not None and config.interval is not None
+        return min(config.max_len, config.init_len + config.increment * (self._step // config.interval))
+
+    def update(self, reliable_length_B: Iterable[Any], length_B: Iterable[Any], finished_B: Iterable[Any]) -> None:
+        _rows(reliable_length_B, length_B, finished_B)
+        self._step += 1
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"strategy": "popd", "step": self._step}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        _own_state(state, "popd", "step")
+        self._step = int(state["step"])
+
+
+class PruneHorizon:
+    """Prune-OPD: the window M grows while enough responses stay reliable up to it, and shrinks when they do not.
+
+        boundary = max(min_len, M − margin);  h = mean_i 1[E_i ≥ boundary]
+        h ≥ hit_ratio: M ← min(M + step, max_len), c ← 0
+        else:          c ← c + 1;  at c = patience: M ← max(M − step, min_len), c ← 0
+
+    `finished_rows` settles what a response counts as that ended by itself before the boundary, though nothing drifted:
+    `miss` is the paper's; `hit_if_reliable` takes it as a hit if it was reliable to its end (E_i ≥ length_i); `exclude`
+    leaves it out of the mean, and a step from which nothing is left changes neither M nor c.
+    """
+
+    def __init__(self, config: HorizonConfig) -> None:
+        assert config.init_len is not None  # HorizonConfig has seen to it
+        self._config = config
+        self._window = self._inside(config.init_len)
+        self._misses = 0
+
+    @property
+    def horizon(self) -> int:
+        return self._window
+
+    def update(self, reliable_length_B: Iterable[Any], length_B: Iterable[Any], finished_B: Iterable[Any]) -> None:
+        config = self._config
+        boundary = max(config.min_len, self._window - config.margin)
+        hits = rows = 0
+        for reliable_length, length, finished in _rows(reliable_length_B, length_B, finished_B):
+            if config.finished_rows == "exclude" and finished and length < boundary:
+                continue
+            reliable_to_its_end = bool(finished) and reliable_length >= length
+            rows += 1
+            hits += reliable_length >= boundary or (config.finished_rows == "hit_if_reliable" and reliable_to_its_end)
+        if rows == 0:
+            return
+        if hits / rows >= config.hit_ratio:
+            self._window, self._misses = self._inside(self._window + config.step), 0
+            return
+        self._misses += 1
+        if self._misses >= config.patience:
+            self._window, self._misses = self._inside(self._window - config.step), 0
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"strategy": "prune", "window": self._window, "misses": self._misses}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        _own_state(state, "prune", "window", "misses")
+        # A resumed run may have been given tighter limits.
+        self._window, self._misses = self._inside(int(state["window"])), int(state["misses"])
+
+    def _inside(self, window: int) -> int:
+        return min(max(window, self._config.min_len), self._config.max_len)
+
+
+def make_controller(config: HorizonConfig) -> HorizonController:
+    """The controller of `config.strategy`, at its first horizon."""
+    if config.strategy == "prune":
+        return PruneHorizon(config)
+    if config.strategy == "popd":
+        return ProgressiveHorizon(config)
+    return FixedHorizon(config)
+
+
+def _rows(
+    reliable_length_B: Iterable[Any], length_B: Iterable[Any], finished_B: Iterable[Any]
+) -> list[tuple[Any, Any, Any]]:
+    """The three per-response columns as rows of plain numbers. A tensor is read in one copy, not element by element."""
+    columns = [
+        column.tolist() if hasattr(column, "tolist") else list(column)
+        for column in (reliable_length_B, length_B, finished_B)
+    ]
+    if len({len(column) for column in columns}) != 1:
+        sizes = ", ".join(
+            f"{name} has {len(column)}"
+            for name, column in zip(("reliable_length", "length", "finished"), columns, strict=True)
+        )
+        raise ValueError(f"one entry per response is needed in each, but {sizes}")
+    return list(zip(*columns, strict=True))
+
+
+def _own_state(state: dict[str, Any], strategy: str, *needed: str) -> None:
+    wrote = state.get("strategy")
+    if wrote != strategy:
+        raise ConfigError(
+            f"horizon.strategy = {strategy!r}, but the checkpoint's horizon state was written by {wrote!r}: "
+            "resume with that strategy, or start a new run"
+        )
+    for name in needed:
+        if name not in state:
+            raise ConfigError(
+                f"the checkpoint's horizon state has no {name!r}, which horizon.strategy = {strategy!r} needs"
+            )

@@ -1,0 +1,115 @@
+"""Start N ranks on this node with torchrun, hand signals on to them, and leave none behind.
+
+    prune-opd ── start_ranks() ──▶ agent (torchrun in a session of its own: `python -m prune_opd.launcher`)
+                                     └─ N × python -m prune_opd.worker …
+
+Signals that `prune-opd` gets go to the agent, which passes them to the ranks, waits and then kills. Should a process be
+killed outright, the kernel ends those below it (PR_SET_PDEATHSIG). No torch is imported on the side of `prune-opd`.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
+from types import FrameType
+
+from prune_opd.check import has_gpu
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+PR_SET_PDEATHSIG = 1
+
+
+def start_ranks(args: list[str], nproc: int, env: Mapping[str, str]) -> int:
+    """Run a Python program once per rank and return its exit code.
+
+    Args:
+        args: what torchrun takes: a script, or `-m` and a module, followed by the program's arguments.
+        nproc: ranks on this node.
+        env: the environment of the ranks, usually `os.environ`.
+
+    Returns:
+        0; or the exit code of the rank that failed first; or 128 + the number of the signal that ended the run.
+        Output goes to this process's stdout and stderr. Call it from the main thread: it takes SIGINT and SIGTERM.
+    """
+    settings = dict(env)
+    settings.setdefault("OMP_NUM_THREADS", "1")
+    if not has_gpu():
+        settings.setdefault("TORCHDYNAMO_DISABLE", "1")  # bound when megatron is imported; on a GPU vLLM compiles
+    # fmt: off
+    command = [
+        sys.executable, "-m", "prune_opd.launcher",
+        "--standalone", "--local-addr", "127.0.0.1", "--nproc-per-node", str(nproc), *args,
+    ]
+    # fmt: on
+    received: list[int] = []
+
+    def hand_on(number: int, frame: FrameType | None) -> None:
+        received.append(number)
+        if agent is None or agent.poll() is not None:
+            return
+        # torchrun's clean-up does not survive a second signal: from then on, end it and let the kernel end the ranks
+        os.killpg(agent.pid, number if len(received) == 1 else signal.SIGKILL)
+
+    agent: subprocess.Popen[bytes] | None = None
+    previous = {number: signal.signal(number, hand_on) for number in SIGNALS}
+    try:
+        agent = subprocess.Popen(command, env=settings, start_new_session=True, preexec_fn=_ends_with(os.getpid()))
+        if received:
+            os.killpg(agent.pid, received[0])
+        code = agent.wait()
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+    return 128 + received[0] if received and code else _shell_code(code)
+
+
+def end_with_parent() -> None:
+    """Ask the kernel to terminate this process when the one that started it is gone. Linux only; elsewhere nothing."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+def _ends_with(parent: int) -> Callable[[], None]:
+    """`end_with_parent` for the moment between fork and exec, also right when the parent died in between."""
+
+    def prepare() -> None:
+        end_with_parent()
+        if os.getppid() != parent:
+            os._exit(128 + signal.SIGTERM)
+
+    return prepare
+
+
+def _shell_code(code: int) -> int:
+    """A process ended by signal n has the return code -n in Python and 128 + n in a shell."""
+    return 128 - code if code < 0 else code
+
+
+def _agent(argv: list[str]) -> int:
+    """torchrun without its own words: a rank that failed has spoken already, one that was killed gets a line here."""
+    from torch.distributed import run
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+    logging.disable(logging.ERROR)  # of this process; what ends it comes as an exception
+    try:
+        run.run(run.parse_args(argv))
+    except ChildFailedError as error:
+        rank, failure = error.get_first_failure()
+        if failure.exitcode < 0:
+            name = signal.Signals(-failure.exitcode).name
+            hint = ", perhaps for want of memory" if name == "SIGKILL" else ""
+            print(f"error: rank {rank} was ended by {name}{hint}", file=sys.stderr)
+        return _shell_code(failure.exitcode)
+    except SignalException as error:
+        return 128 + error.sigval
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(_agent(sys.argv[1:]))

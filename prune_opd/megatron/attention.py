@@ -1,0 +1,56 @@
+"""Core attention for packed sequences without Transformer Engine: torch's SDPA, segment by segment."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+
+class PackedSdpaAttention(MegatronModule):
+    """Causal attention inside each segment of a packed batch (`qkv_format="thd"`); nothing crosses a segment boundary.
+
+    Takes the place of megatron-core's `DotProductAttention`, which has no packed path, in the layer spec.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        layer_number: int,
+        attn_mask_type: AttnMaskType,
+        attention_type: str,
+        softmax_scale: float | None = None,
+        **_: Any,
+    ) -> None:
+        super().__init__(config=config)
+        if attn_mask_type != AttnMaskType.causal or config.attention_dropout:
+            raise ValueError("PackedSdpaAttention is causal self-attention without dropout")
+        self.softmax_scale = softmax_scale
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None = None,
+        packed_seq_params: PackedSeqParams | None = None,
+        **_: Any,
+    ) -> Tensor:
+        """query [N, heads/tp, D]; key, value [N, kv_heads/tp, D] -> [N, heads/tp * D]."""
+        if packed_seq_params is None:
+            raise ValueError("PackedSdpaAttention takes packed sequences only (packed_seq_params)")
+        lengths = packed_seq_params.cu_seqlens_q.diff().tolist()
+        segments = zip(query.split(lengths), key.split(lengths), value.split(lengths), strict=True)
+        outputs = [self._attend(*(x.transpose(0, 1)[None] for x in segment)) for segment in segments]
+        return torch.cat(outputs)
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        grouped = q.shape[1] != k.shape[1]
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=self.softmax_scale, enable_gqa=grouped)
+        return out[0].transpose(0, 1).flatten(1)

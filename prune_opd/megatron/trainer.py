@@ -1,0 +1,131 @@
+"""The trained model: megatron-core's DDP, optimizer, schedule and forward-backward around one loss function."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
+from megatron.core.optimizer import get_megatron_optimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from torch import Tensor
+
+from prune_opd.config import OptimizerConfig
+from prune_opd.megatron.layout import Layout
+from prune_opd.megatron.model import HiddenStatesGPT, build
+from prune_opd.megatron.packing import PackedBatch
+
+# (model, batch, hidden_NH of all its tokens) -> (loss summed over its tokens, number of tokens)
+LossFunction = Callable[[HiddenStatesGPT, PackedBatch, Tensor], tuple[Tensor, int]]
+
+
+@dataclass(frozen=True)
+class StepResult:
+    loss: float  # global token mean
+    tokens: int  # in the global batch
+    grad_norm: float  # before clipping
+    lr: float
+
+
+class Trainer:
+    """Owns the student's parameters, gradients and optimizer state.
+
+    The learning rate of update s (1-based) is the schedule's value at s: a warm-up of w steps reaches lr at update w,
+    and the decay reaches min_lr at update `total_steps`.
+    """
+
+    def __init__(
+        self,
+        model_dir: str | Path,
+        optimizer: OptimizerConfig,
+        total_steps: int,
+        layout: Layout,
+        dtype: torch.dtype,
+        device: torch.device,
+    ):
+        self.layout, self.device = layout, device
+        self.model = build(model_dir, layout.tp_size, dtype, trainable=True).to(device)
+        config = self.model.config
+        ddp_config = DistributedDataParallelConfig(grad_reduce_in_fp32=True)
+        self.ddp = DistributedDataParallel(config, ddp_config, self.model)
+        self.ddp.broadcast_params()
+        self.optimizer = get_megatron_optimizer(
+            MegatronOptimizerConfig(
+                optimizer="adam",
+                lr=optimizer.lr,
+                min_lr=optimizer.min_lr,
+                weight_decay=optimizer.weight_decay,
+                adam_beta1=optimizer.beta1,
+                adam_beta2=optimizer.beta2,
+                adam_eps=optimizer.eps,
+                clip_grad=optimizer.clip_grad,
+                bf16=dtype == torch.bfloat16,
+                params_dtype=dtype,
+            ),
+            [self.ddp],
+        )
+        self.schedule = OptimizerParamScheduler(
+            self.optimizer,
+            init_lr=0.0,
+            max_lr=optimizer.lr,
+            min_lr=optimizer.min_lr,
+            lr_warmup_steps=optimizer.warmup_steps,
+            lr_decay_steps=max(total_steps, optimizer.warmup_steps + 1),
+            lr_decay_style=optimizer.schedule,
+            start_wd=optimizer.weight_decay,
+            end_wd=optimizer.weight_decay,
+            wd_incr_steps=total_steps,
+            wd_incr_style="constant",
+        )
+        config.finalize_model_grads_func = finalize_model_grads
+        config.grad_scale_func = self.optimizer.scale_loss
+
+    def step(self, batches: Sequence[PackedBatch], loss: LossFunction) -> StepResult:
+        """One update from this DP rank's micro-batches; the loss is one token mean over all ranks' tokens."""
+        self.ddp.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        reports = get_forward_backward_func()(
+            forward_step_func=partial(_forward_step, loss),
+            data_iterator=iter(batches),
+            model=self.ddp,
+            num_microbatches=len(batches),
+            seq_length=max(len(batch.ids_N) for batch in batches),
+            micro_batch_size=1,
+            forward_only=False,
+        )
+        total = torch.stack(reports).sum(0)
+        dist.all_reduce(total, group=self.layout.dp_group)
+        self.schedule.step(increment=1)
+        _, grad_norm, _ = self.optimizer.step()
+        loss_sum, tokens = total.tolist()
+        return StepResult(loss_sum / max(tokens, 1), int(tokens), float(grad_norm), self.optimizer.param_groups[0]["lr"])
+
+    def sharded_state(self, *, loading: bool) -> dict[str, Any]:
+        """Model and optimizer for megatron's distributed checkpoint, in whatever layout this run has."""
+        model = self.model.sharded_state_dict()
+        return {"model": model, "optimizer": self.optimizer.sharded_state_dict(model, is_loading=loading)}
+
+    def load(self, state: dict[str, Any]) -> None:
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+
+
+def _forward_step(
+    loss: LossFunction, batches: Iterator[PackedBatch], ddp: DistributedDataParallel
+) -> tuple[Tensor, Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]]:
+    batch = next(batches)
+    hidden_NH = ddp(batch)
+
+    def of_hidden(hidden_NH: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        loss_sum, tokens = loss(ddp.module, batch, hidden_NH)
+        report = torch.stack([loss_sum.detach().double(), loss_sum.new_tensor(tokens, dtype=torch.float64)])
+        return loss_sum, loss_sum.new_tensor(tokens, dtype=torch.int32), report
+
+    return hidden_NH, of_hidden

@@ -1,0 +1,41 @@
+"""Where things lie outside a run: the per-user cache with the tiny models, and the recipes of the repository."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from pathlib import Path
+
+import platformdirs
+
+from prune_opd.config import SftConfig, to_dict
+
+
+def cache_dir() -> Path:
+    """The per-user cache of this project; the environment variable PRUNE_OPD_CACHE moves it. Not created here."""
+    moved = os.environ.get("PRUNE_OPD_CACHE")
+    return Path(moved).expanduser().absolute() if moved else Path(platformdirs.user_cache_dir("prune-opd"))
+
+
+def recipes_dir() -> Path:
+    """The folder of the top-level package `recipes`, which lies beside `prune_opd`."""
+    return Path(__file__).resolve().parent.parent / "recipes"
+
+
+def tiny_model_dir(name: str, config_digest: str) -> Path:
+    """The cached Hugging Face directory of a tiny model, for example `tiny_model_dir("base", digest)`."""
+    return cache_dir() / "tiny" / config_digest / name
+
+
+def config_digest(config: SftConfig) -> str:
+    """Twelve hex digits that change with anything that shapes the trained model, wherever the cache lies.
+
+    `output` is left out, so the digest can name it. Of `init` the last two parts count: for a model of the cache that
+    is `<digest>/<name>`, so the digest covers the whole lineage and a changed ancestor rebuilds its descendants.
+    """
+    settings = to_dict(config)
+    del settings["output"]
+    if config.init is not None:
+        settings["init"] = Path(config.init).parts[-2:]
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]

@@ -1,0 +1,202 @@
+"""Which machine this is, and the one place that makes megatron-core run on it.
+
+On CUDA nothing is changed. Without CUDA the same, unmodified megatron-core runs on gloo: it asks torch for
+`torch.cuda.current_device()`, `device="cuda"`, `.cuda()` and a CUDA generator, and compares `tensor.type()` with
+`"torch.cuda.FloatTensor"`; those names answer for the CPU once `prepare()` has run. It must run before any `megatron`
+import, because megatron-core binds `torch.compile` when it is imported.
+
+What the CPU cannot do is refused (`check.py`, `megatron/model.py`), never ignored.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import random
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.utils._device
+
+CPU = torch.device("cpu")
+FACTORIES = ("tensor", "zeros", "ones", "empty", "full", "arange", "rand", "randn", "randint", "zeros_like", "empty_like")
+# fmt: off
+NO_OPS = ("synchronize", "empty_cache", "set_device")
+MEMORY = ("memory_allocated", "max_memory_allocated", "memory_reserved", "max_memory_reserved")
+# fmt: on
+
+
+@dataclass(frozen=True)
+class Platform:
+    name: str  # cpu | cuda
+    device: torch.device
+    backend: str  # of torch.distributed
+
+    @property
+    def is_cpu(self) -> bool:
+        return self.name == "cpu"
+
+    def synchronize(self) -> None:
+        """Wait for queued device work, so that a phase's time is its own."""
+        if not self.is_cpu:
+            torch.cuda.synchronize()
+
+
+@functools.cache
+def prepare() -> Platform:
+    """Make this process ready for megatron-core; call it before any `megatron` import. Safe to call again."""
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    if torch.cuda.is_available():
+        torch.cuda.set_device(local_rank)
+        return Platform("cuda", torch.device("cuda", local_rank), "nccl")
+    os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # megatron-core's jit_fuser is torch.compile
+    # Known and wanted on a CPU; megatron-core says it four times at every import.
+    warnings.filterwarnings("ignore", message="Transformer Engine and Apex are not installed")
+    _answer_cuda_names_for_the_cpu()
+    return Platform("cpu", CPU, "gloo")
+
+
+@contextmanager
+def untouched_rng() -> Iterator[None]:
+    """Restore the Python, numpy and torch generators afterwards: vLLM reseeds and draws from the global ones."""
+    state = rng_state()
+    try:
+        yield
+    finally:
+        load_rng_state(state)
+
+
+def rng_state() -> dict[str, Any]:
+    """This rank's generators, as it goes into a checkpoint."""
+    state = {"python": random.getstate(), "numpy": np.random.get_state(), "torch": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state()
+    return state
+
+
+def load_rng_state(state: dict[str, Any]) -> None:
+    random.setstate(state["python"])
+    np.random.set_state(state["numpy"])
+    torch.set_rng_state(state["torch"])
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])
+
+
+# ------------------------------------------------------------------------------------- the CPU answers for the GPU
+
+
+class _InOrder:
+    """Stand-in for a CUDA stream or event: CPU work is in program order already."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+    def __enter__(self) -> _InOrder:
+        return self
+
+    def __exit__(self, *exc: Any) -> None:
+        return None
+
+    def record_event(self, *args: Any) -> _InOrder:
+        return self
+
+    def query(self) -> bool:
+        return True
+
+    def _nothing(self, *args: Any, **kwargs: Any) -> None:
+        return None
+
+    synchronize = wait = wait_event = wait_stream = record = _nothing
+
+
+class _TypeName(str):
+    """"torch.FloatTensor" that also equals "torch.cuda.FloatTensor": megatron's optimizer checks parameters that way."""
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, str) and str.__eq__(self, other.replace("torch.cuda.", "torch."))
+
+    def __ne__(self, other: object) -> bool:
+        return not self == other
+
+    __hash__ = str.__hash__
+
+
+def _is_cuda(device: Any) -> bool:
+    if isinstance(device, torch.device):
+        return device.type == "cuda"
+    return isinstance(device, str) and device.startswith("cuda")
+
+
+def _answer_cuda_names_for_the_cpu() -> None:
+    cuda: Any = torch.cuda
+    stream = _InOrder()
+    cuda.current_device = lambda: CPU
+    cuda.Stream = cuda.Event = _InOrder
+    cuda.stream = lambda stream_=None: stream
+    cuda.current_stream = cuda.default_stream = lambda *args: stream
+    for name in NO_OPS:
+        setattr(cuda, name, lambda *args, **kwargs: None)
+    for name in MEMORY:
+        setattr(cuda, name, lambda *args, **kwargs: 0)
+    cuda.nvtx.range_push = cuda.nvtx.range_pop = lambda *args, **kwargs: None
+
+    # `with torch.device("meta")` (transformers loads models in it) knows the factories by identity and looks them up once:
+    # it must know the real ones, or models loaded later in this process would get uninitialised buffers.
+    torch.utils._device._device_constructors()
+    for name in FACTORIES:
+        setattr(torch, name, _on_cpu(getattr(torch, name)))
+    tensor_type: Any = torch.Tensor
+    tensor_type.to = _to_cpu(torch.Tensor.to)
+    tensor_type.cuda = lambda self, *args, **kwargs: self
+    module_type: Any = torch.nn.Module
+    module_type.cuda = lambda self, *args, **kwargs: self
+    tensor_type.type = _type_name(torch.Tensor.type)
+    _cpu_generator_for_the_cuda_generator()
+
+
+def _on_cpu(factory: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(factory)
+    def make(*args: Any, **kwargs: Any) -> Any:
+        if _is_cuda(kwargs.get("device")):
+            kwargs["device"] = CPU
+            kwargs.pop("pin_memory", None)
+        return factory(*args, **kwargs)
+
+    return make
+
+
+def _to_cpu(to: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(to)
+    def move(self: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        if args and _is_cuda(args[0]):
+            args = (CPU, *args[1:])
+        if _is_cuda(kwargs.get("device")):
+            kwargs["device"] = CPU
+        return to(self, *args, **kwargs)
+
+    return move
+
+
+def _type_name(type_: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(type_)
+    def name_or_cast(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        result = type_(self, *args, **kwargs)
+        return _TypeName(result) if isinstance(result, str) else result
+
+    return name_or_cast
+
+
+def _cpu_generator_for_the_cuda_generator() -> None:
+    cuda: Any = torch.cuda
+    cuda.manual_seed = torch.manual_seed
+    cuda.get_rng_state = lambda *args, **kwargs: torch.get_rng_state()
+    cuda.set_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
+    import megatron.core.tensor_parallel.random as megatron_random
+
+    megatron_random._get_cuda_rng_state = lambda *args, **kwargs: torch.get_rng_state()
+    megatron_random._set_cuda_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)

@@ -1,0 +1,45 @@
+"""What a rollout phase hands on: every response of the global batch, on every rank."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from prune_opd.data.prompts import Prompt
+
+
+@dataclass(frozen=True)
+class Response:
+    """One sampled continuation. `finished`: it ended by itself (end-of-sequence), not at the horizon."""
+
+    ids: tuple[int, ...]
+    finished: bool
+    logprobs: tuple[float, ...] | None = None  # the engine's, of the sampled tokens, when asked for
+
+
+@dataclass(frozen=True)
+class Rollouts:
+    """B responses, grouped by prompt: row i belongs to prompts[i] (a prompt stands there once per response)."""
+
+    prompts: tuple[Prompt, ...]
+    responses: tuple[Response, ...]
+
+    @property
+    def prompt_ids(self) -> list[tuple[int, ...]]:
+        return [prompt.ids for prompt in self.prompts]
+
+    @property
+    def response_ids(self) -> list[tuple[int, ...]]:
+        return [response.ids for response in self.responses]
+
+    @property
+    def length_B(self) -> list[int]:
+        """Response tokens of each row, the end-of-sequence token included."""
+        return [len(response.ids) for response in self.responses]
+
+    @property
+    def finished_B(self) -> list[bool]:
+        return [response.finished for response in self.responses]
+
+    @property
+    def tokens(self) -> int:
+        return sum(self.length_B)

@@ -1,0 +1,161 @@
+"""vLLM inside the training ranks: every `tensor_parallel` ranks form one engine, and the engines share the prompts.
+
+Nothing here knows megatron: weights come in as a stream of (Hugging Face name, whole tensor).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from prune_opd.config import RolloutConfig
+from prune_opd.data.prompts import Prompt
+from prune_opd.platform import Platform, untouched_rng
+from prune_opd.rollout.batch import Response, Rollouts
+
+# Read when vllm is imported. One process a rank (no engine subprocess), no telemetry, no hub; the V1 model runner on every
+# platform, because the CPU has no other and both must behave alike.
+ENVIRONMENT = {
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_USE_V2_MODEL_RUNNER": "0",
+    "VLLM_NO_USAGE_STATS": "1",
+    "VLLM_LOGGING_LEVEL": "ERROR",
+    "HF_HUB_OFFLINE": "1",
+}
+
+
+def request_seed(run_seed: int, step: int, prompt: int, sample: int) -> int:
+    """The sampler's seed of one response: the same whatever the batch, the order or the number of engines."""
+    key = f"{run_seed}/{step}/{prompt}/{sample}".encode()
+    return int.from_bytes(hashlib.blake2b(key, digest_size=4).digest(), "little")
+
+
+class RolloutEngine:
+    """One vLLM engine per `rollout.tensor_parallel` ranks (vLLM's external launcher, inside torchrun)."""
+
+    def __init__(self, model_dir: str, rollout: RolloutConfig, max_response: int, dtype: torch.dtype, machine: Platform):
+        for name, value in ENVIRONMENT.items():
+            os.environ.setdefault(name, value)
+        self.machine = machine
+        self.rank, self.world = dist.get_rank(), dist.get_world_size()
+        self.engines = self.world // rollout.tensor_parallel
+        self.engine_index = self.rank // rollout.tensor_parallel
+        max_model_len = rollout.max_prompt_len + max_response
+        set_num_threads = torch.set_num_threads
+        with untouched_rng():
+            from vllm import LLM
+
+            self.llm: Any = LLM(
+                model=model_dir,
+                dtype=str(dtype).removeprefix("torch."),
+                max_model_len=max_model_len,
+                max_num_seqs=rollout.max_num_seqs,
+                tensor_parallel_size=rollout.tensor_parallel,
+                distributed_executor_backend="external_launcher",
+                seed=0,
+                disable_log_stats=True,
+                **self._platform_settings(rollout, max_model_len),
+            )
+        torch.set_num_threads = set_num_threads  # vLLM replaces it with one that refuses
+
+    def _platform_settings(self, rollout: RolloutConfig, max_model_len: int) -> dict[str, Any]:
+        if self.machine.is_cpu:
+            return {
+                "kv_cache_memory_bytes": int(rollout.kv_cache_gb * 2**30),
+                "enforce_eager": True,
+                # After part of a prefill vLLM rewinds the request's generator, which a CPU generator cannot do.
+                "enable_chunked_prefill": False,
+                "max_num_batched_tokens": max(8192, max_model_len),
+            }
+        return {"gpu_memory_utilization": rollout.gpu_memory_utilization}
+
+    def load(self, weights: Iterable[tuple[str, Tensor]]) -> None:
+        """Replace the engine's weights. Collective: every rank draws the stream to its end."""
+        with untouched_rng():
+            self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(weights)})
+            if self.machine.is_cpu:
+                self.llm.collective_rpc(_repack_tied_head)
+        self.llm.reset_prefix_cache()  # cached prefixes belong to the old weights
+
+    def generate(
+        self,
+        prompts: Sequence[Prompt],
+        responses: int,
+        max_tokens: int,
+        seed: int,
+        step: int,
+        temperature: float = 1.0,
+        top_p: float = 1.0,
+        logprobs: bool = False,
+    ) -> Rollouts:
+        """`responses` continuations of each prompt, at most `max_tokens` long; the whole batch on every rank."""
+        rows = [(prompt, sample) for prompt in prompts for sample in range(responses)]
+        mine = rows[self.engine_index :: self.engines]
+        with untouched_rng():
+            outputs = self._sample(mine, max_tokens, seed, step, temperature, top_p, logprobs)
+        everyone: list[Any] = [None] * self.world
+        dist.all_gather_object(everyone, outputs)
+        ranks_per_engine = self.world // self.engines
+        merged: list[Response] = [None] * len(rows)  # type: ignore[list-item]
+        for engine in range(self.engines):
+            merged[engine :: self.engines] = everyone[engine * ranks_per_engine]
+        return Rollouts(tuple(prompt for prompt, _ in rows), tuple(merged))
+
+    def _sample(
+        self,
+        rows: Sequence[tuple[Prompt, int]],
+        max_tokens: int,
+        seed: int,
+        step: int,
+        temperature: float,
+        top_p: float,
+        logprobs: bool,
+    ) -> list[Response]:
+        from vllm import SamplingParams
+
+        params = [
+            SamplingParams(
+                temperature=temperature,
+                top_p=top_p,
+                max_tokens=max_tokens,
+                seed=request_seed(seed, step, prompt.index, sample),
+                logprobs=0 if logprobs else None,
+                detokenize=False,
+            )
+            for prompt, sample in rows
+        ]
+        if not rows:
+            return []
+        outputs = self.llm.generate(
+            [{"prompt_token_ids": list(prompt.ids)} for prompt, _ in rows], params, use_tqdm=False
+        )
+        return [_response(output.outputs[0], logprobs) for output in outputs]
+
+    def close(self) -> None:
+        """End the engine. vLLM also ends torch.distributed with it, so this is the last thing a rank does together."""
+        dist.barrier()
+        self.llm.llm_engine.engine_core.shutdown()
+
+
+def _response(completion: Any, logprobs: bool) -> Response:
+    ids = tuple(completion.token_ids)
+    chosen = None
+    if logprobs:
+        chosen = tuple(at[token].logprob for at, token in zip(completion.logprobs, ids, strict=True))
+    return Response(ids, completion.finish_reason == "stop", chosen)
+
+
+def _repack_tied_head(worker: Any) -> None:
+    """vLLM's CPU path keeps a packed copy of the output matrix, which a reload leaves stale where it is the embedding's."""
+    from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
+    from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
+
+    for module in worker.model_runner.get_model().modules():
+        if isinstance(module, ParallelLMHead) and hasattr(module, "cpu_linear") and module.weight.numel():
+            dispatch_cpu_unquantized_gemm(module, remove_weight=False)

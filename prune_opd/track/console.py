@@ -1,0 +1,253 @@
+"""What rank 0 shows of a run: a live progress display on a terminal, one plain line a step anywhere else."""
+
+from __future__ import annotations
+
+import io
+import math
+import os
+import sys
+from collections import deque
+from collections.abc import Sequence
+from types import TracebackType
+from typing import TextIO
+
+from rich import box
+from rich.console import Console, Group
+from rich.live import Live
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
+from rich.table import Table
+from rich.text import Text
+
+from prune_opd.track.metrics import PHASES, Record, Summary, summarise, task_names, total
+
+_PLAIN_WIDTH = 100
+_ETA_WINDOW = 20  # steps whose mean time predicts the rest
+_PHASE_STYLES = dict(zip(PHASES.values(), ("cyan", "blue", "magenta", "yellow"), strict=True)) | {
+    "other": "bright_black",
+    "evaluation": "green",
+}
+
+
+class RunConsole:
+    """The console of one training process. Use as a context manager, so that the display ends with the run.
+
+    Args:
+        name: the run's name.
+        total_steps: the steps of the whole run.
+        first_step: number of the first step this process will take: 1, or one past the checkpoint it resumed from.
+        history: the step records already taken, for the cumulative figures of a resumed run.
+        file: where to write; standard output by default. Control codes go to terminals only.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        total_steps: int,
+        first_step: int = 1,
+        *,
+        history: Sequence[Record] = (),
+        file: TextIO | None = None,
+    ) -> None:
+        self._name = name
+        self._total = total_steps
+        self._done = max(0, first_step - 1)
+        self._file = file or sys.stdout
+        estimated = [r for r in history if r.get("tokens_full")]
+        self._generated = total(estimated, "tokens_generated")
+        self._full = total(estimated, "tokens_full")
+        self._recent: deque[float] = deque((r["time_step"] for r in history if r.get("time_step")), _ETA_WINDOW)
+        self._live: Live | None = None
+        if self._is_terminal():
+            self._start_live()
+
+    def step(self, record: Record) -> None:
+        """Shows a finished step."""
+        self._done = record["step"]
+        if record.get("tokens_full"):
+            self._generated += record.get("tokens_generated") or 0
+            self._full += record["tokens_full"]
+        if record.get("time_step"):
+            self._recent.append(record["time_step"])
+        if self._live is None:
+            self._line(self._plain_step(record))
+        else:
+            self._progress.update(self._task, completed=self._done, eta=self._eta())
+            self._live.update(Group(self._progress, self._figures(record), self._phase_line(record)))
+
+    def evaluation(self, record: Record) -> None:
+        """Shows the accuracies of an evaluation, above the progress display."""
+        parts = [f"evaluation after step {record['step']}:"]
+        for task in task_names(record):
+            accuracy, error = record[f"eval_{task}"], record.get(f"eval_{task}_stderr")
+            if accuracy is not None:
+                parts.append(f"{task} {accuracy:.1%}" + (f" +- {error:.1%}" if error is not None else ""))
+        if record.get("eval_response_length") is not None:
+            parts.append(f"response {record['eval_response_length']:.0f} tokens")
+        if record.get("time_eval") is not None:
+            parts.append(duration(record["time_eval"]))
+        self._say(Text("  ".join(parts), style="bold green"))
+
+    def note(self, text: str) -> None:
+        """Shows a sentence, above the progress display."""
+        self._say(Text(text, style="bright_black"))
+
+    def summary(self, steps: list[Record], evaluations: list[Record]) -> None:
+        """Ends the progress display and shows the run's totals."""
+        self.close()
+        table = summary_table(steps, evaluations)
+        if self._is_terminal():
+            Console(file=self._file).print(table)
+        else:
+            page = Console(
+                file=io.StringIO(), width=_PLAIN_WIDTH, force_terminal=False, color_system=None, no_color=True
+            )
+            table.box = box.ASCII2
+            with page.capture() as captured:
+                page.print(table)
+            for line in captured.get().splitlines():
+                self._line(line.rstrip())
+
+    def close(self) -> None:
+        """Ends the progress display. Safe to call twice."""
+        if self._live is not None:
+            self._live.stop()
+            self._live = None
+
+    def __enter__(self) -> RunConsole:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    # ---------------------------------------------------------------------------------------------- terminal
+
+    def _start_live(self) -> None:
+        self._progress = Progress(
+            SpinnerColumn(),
+            TextColumn("[bold]{task.description}", markup=True),
+            BarColumn(bar_width=32),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("ETA {task.fields[eta]}"),
+        )
+        # rich reads markup in descriptions: a bracket in a run's name is not one.
+        description = self._name.replace("[", r"\[")
+        self._task: TaskID = self._progress.add_task(
+            description, total=self._total, completed=self._done, eta=self._eta()
+        )
+        self._live = Live(self._progress, console=Console(file=self._file), refresh_per_second=2, transient=False)
+        self._live.start()
+
+    def _figures(self, record: Record) -> Text:
+        text = Text("  ")
+        for label, value in self._values(record):
+            text.append(f"{label} ", style="bright_black").append(value, style="bold").append("   ")
+        return text
+
+    def _phase_line(self, record: Record) -> Text:
+        text = Text("  ")
+        for label, seconds, share in _phase_shares(record):
+            text.append("━" * max(1, round(24 * share)), style=_PHASE_STYLES[label])
+            text.append(f" {label} {seconds:.1f} s ", style="bright_black")
+        return text
+
+    def _say(self, text: Text) -> None:
+        if self._live is None:
+            self._line(text.plain)
+        else:
+            self._live.console.print(text)
+
+    def _is_terminal(self) -> bool:
+        return self._file.isatty() and os.environ.get("TERM", "") not in ("", "dumb")
+
+    # ------------------------------------------------------------------------------------------------- plain
+
+    def _plain_step(self, record: Record) -> str:
+        width = len(str(self._total))
+        parts = [f"step {record['step']:>{width}}/{self._total}"]
+        parts += [f"{label} {value}" for label, value in self._values(record)]
+        if record.get("time_step"):
+            split = ", ".join(f"{label} {share:.0%}" for label, _, share in _phase_shares(record))
+            parts.append(f"{record['time_step']:.1f} s" + (f" ({split})" if split else ""))
+        return "  ".join([*parts, f"eta {self._eta()}"])
+
+    def _line(self, text: str) -> None:
+        # A log file in an 8-bit encoding must not end a run over one arrow.
+        encoding = getattr(self._file, "encoding", None) or "utf-8"
+        print(text.encode(encoding, "replace").decode(encoding), file=self._file, flush=True)
+
+    # ------------------------------------------------------------------------------------------------ shared
+
+    def _values(self, record: Record) -> list[tuple[str, str]]:
+        formats = (("horizon", "horizon", "{}"), ("overlap", "overlap", "{:.3f}"), ("events", "event_rate", "{:.1%}"))
+        values = [(label, form.format(record[key])) for label, key, form in formats if record.get(key) is not None]
+        if record.get("loss") is not None:
+            values.append(("loss", f"{record['loss']:.4g}"))
+        if self._full:
+            values.append(("saved", f"{1 - self._generated / self._full:.1%}"))
+        return values
+
+    def _eta(self) -> str:
+        remaining = max(0, self._total - self._done)
+        if not self._recent:
+            return "?" if remaining else duration(0)
+        return duration(remaining * sum(self._recent) / len(self._recent))
+
+
+def summary_table(steps: list[Record], evaluations: list[Record]) -> Table:
+    """A run's totals as a rich table: accuracy before and after, tokens against the full horizon, seconds by phase."""
+    summary = summarise(steps, evaluations)
+    table = Table(title=f"{summary.steps} steps", title_justify="left", title_style="bold", show_header=False)
+    table.add_column(style="bright_black", no_wrap=True)
+    table.add_column()
+    for name, value in summary_rows(summary):
+        table.add_row(Text(name), Text(value))
+    return table
+
+
+def summary_rows(summary: Summary) -> list[tuple[str, str]]:
+    """The rows of the summary as plain text, shared by the console and the report."""
+    rows = []
+    for accuracy in summary.accuracy:
+        text = _percent(accuracy.before, accuracy.before_stderr)
+        if accuracy.after is not None:
+            text += f" → {_percent(accuracy.after, accuracy.after_stderr)}"
+            text += f"  (step {accuracy.first_step} → {accuracy.last_step})"
+        else:
+            text += f"  (step {accuracy.first_step} only)"
+        rows.append((f"accuracy, {accuracy.task}", text))
+    rows.append(("tokens generated", f"{summary.tokens_generated:,}"))
+    if summary.tokens_full is not None and summary.saved is not None:
+        rows.append(("tokens at the full horizon", f"{summary.tokens_full:,} (estimated)"))
+        rows.append(("tokens saved", f"{summary.saved:.1%} (estimated)"))
+    if summary.final_horizon is not None:
+        rows.append(("final horizon", f"{summary.final_horizon:,} tokens"))
+    rows.append(("time", duration(summary.seconds)))
+    for label, seconds in summary.phases.items():
+        rows.append((f"  {label}", f"{duration(seconds)}  ({seconds / summary.seconds:.0%})"))
+    return rows
+
+
+def duration(seconds: float) -> str:
+    """Seconds as people say them: `9.8 s`, `4 m 12 s`, `3 h 07 m`."""
+    if not math.isfinite(seconds):
+        return "?"
+    if seconds < 59.95:
+        return f"{seconds:.1f} s" if seconds < 9.95 else f"{seconds:.0f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes} m {rest:02d} s"
+    return f"{minutes // 60} h {minutes % 60:02d} m"
+
+
+def _percent(value: float, error: float | None) -> str:
+    return f"{value:.1%}" + (f" ± {error:.1%}" if error is not None else "")
+
+
+def _phase_shares(record: Record) -> list[tuple[str, float, float]]:
+    """(label, seconds, share of the step) of each phase that took time, and of what is left."""
+    phases = summarise([record], []).phases
+    whole = sum(phases.values())
+    return [(label, seconds, seconds / whole) for label, seconds in phases.items()]

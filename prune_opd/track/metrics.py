@@ -1,0 +1,266 @@
+"""`metrics.jsonl`: what a run measures, one JSON object a line, and what its totals say.
+
+The file is the record of a run: console, wandb and report only show what is in it. A *step record* (steps 1..N) is
+written after each optimizer step; an *evaluation line* carries the `eval_*` keys under the number of steps finished by
+then, so the evaluation before training has step 0. `METRICS` says what each key means.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from prune_opd.errors import UserError
+
+Record = dict[str, Any]
+
+FILE_NAME = "metrics.jsonl"
+
+METRICS: dict[str, str] = {
+    "step": "finished optimizer steps: step records are 1..steps, the evaluation before training has 0",
+    "horizon": "response tokens the rollouts of this step were allowed (M) [tokens]",
+    "overlap": "mean top-k overlap O of student and teacher over the response tokens [0..1]",
+    "event_rate": "share of response tokens that are drift events (B) [0..1]",
+    "reliable_length": "mean number of response tokens whose reliability R is above zero (E) [tokens]",
+    "response_length": "mean length of the generated responses [tokens]",
+    "finished_rate": "share of responses that ended by themselves, not by the horizon or the gate [0..1]",
+    "weight_mean": "mean training weight W of the response tokens [0..1 + w_base]",
+    "pruned_inflight": "responses that the in-flight gate stopped while they were generated [count]",
+    "overlap_by_position": "mean overlap in bins of equal width over max_len; null where no token fell [0..1]",
+    "weight_by_position": "mean weight W in the same bins; null where no token fell [0..1 + w_base]",
+    "tokens_generated": "response tokens generated in this step [tokens]",
+    "tokens_trained": "response tokens that entered the loss [tokens]",
+    "tokens_full": "estimate of the tokens the same responses would have cost at the full horizon, from the mean"
+    " response length of the last evaluation; null if there was none [tokens]",
+    "loss": "distillation loss, one token mean over the global batch [nats per token]",
+    "grad_norm": "norm of the gradient before clipping [1]",
+    "lr": "learning rate of the step [1]",
+    "time_sync": "moving the student's weights into the rollout engine [s]",
+    "time_rollout": "generating the responses [s]",
+    "time_teacher": "the teacher's forward pass [s]",
+    "time_train": "the student's forward and backward passes and the optimizer step [s]",
+    "time_step": "the whole training step, without evaluation and checkpoints [s]",
+    "eval_<task>": "accuracy on held-out problems of the task (avg@samples) [0..1]",
+    "eval_<task>_stderr": "standard error of that accuracy [0..1]",
+    "eval_response_length": "mean length of the evaluation's responses [tokens]",
+    "time_eval": "the evaluation [s]",
+}
+"""Every key of metrics.jsonl with its meaning and unit; `<task>` stands for the name of an evaluation task."""
+
+PHASES: dict[str, str] = {
+    "time_sync": "weight sync",
+    "time_rollout": "rollout",
+    "time_teacher": "teacher",
+    "time_train": "train",
+}
+"""The timed phases of a step, in the order in which they run; the rest of `time_step` is "other"."""
+
+_EVAL_PREFIX, _STDERR_SUFFIX = "eval_", "_stderr"
+
+
+def meaning(key: str) -> str | None:
+    """The entry of `METRICS` for a key as it is written (`eval_ledger` is `eval_<task>`), None if there is none."""
+    if key in METRICS:
+        return METRICS[key]
+    pattern = re.sub(r"^eval_(.+?)(_stderr)?$", r"eval_<task>\2", key)
+    return METRICS.get(pattern) if pattern != key else None
+
+
+def is_evaluation(record: Record) -> bool:
+    """Whether a line is an evaluation's (it has `eval_*` keys) and not a step's."""
+    return any(key.startswith(_EVAL_PREFIX) for key in record)
+
+
+def task_names(evaluation: Record) -> list[str]:
+    """The tasks an evaluation line has an accuracy for, in its order."""
+    return [
+        key.removeprefix(_EVAL_PREFIX)
+        for key in evaluation
+        if key.startswith(_EVAL_PREFIX) and not key.endswith(_STDERR_SUFFIX) and key != "eval_response_length"
+    ]
+
+
+class MetricsLog:
+    """The append-only writer of a metrics file. Each line is flushed before `write` returns.
+
+    Args:
+        path: the file; its folder is made if need be.
+        keep_through: lines up to and including this step stay (a resumed run writes the later ones again). None starts
+            anew; what was there is kept beside the file as `metrics.previous.jsonl`.
+
+    Raises:
+        UserError: a line that must be kept is not a JSON object.
+    """
+
+    def __init__(self, path: Path, keep_through: int | None) -> None:
+        self.path = path
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.exists() and path.stat().st_size:
+            if keep_through is None:
+                os.replace(path, path.with_suffix(".previous.jsonl"))
+            else:
+                _truncate(path, keep_through)
+        self._file = path.open("a", encoding="utf-8")
+
+    def write(self, record: Record) -> None:
+        """Appends one record. Floats are written so that reading gives the same bits; tensor scalars are accepted.
+
+        Raises:
+            ValueError: the record has no step, which a resumed run would need to know.
+        """
+        if not isinstance(record.get("step"), int):
+            raise ValueError(f"a metrics record needs an integer step, this one has {record.get('step')!r}")
+        self._file.write(_dumps(record) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+    def __enter__(self) -> MetricsLog:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def read_metrics(path: Path) -> tuple[list[Record], list[Record]]:
+    """The step records and the evaluation lines of a metrics file, each in order of writing.
+
+    A last line that was cut off (the run was killed while it wrote) is left out. Where a step was written twice the
+    later values count.
+
+    Raises:
+        UserError: there is no such file, or a line before the last is not a JSON object with a step.
+    """
+    if not path.is_file():
+        raise UserError(f"{path} does not exist: give a run directory whose training has logged at least one step")
+    steps: dict[int, Record] = {}
+    evaluations: dict[int, Record] = {}
+    for record in _records(path):
+        kind = evaluations if is_evaluation(record) else steps
+        kind[record["step"]] = kind.get(record["step"], {}) | record
+    return list(steps.values()), list(evaluations.values())
+
+
+def _records(path: Path) -> Iterator[Record]:
+    lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
+    while lines and not lines[-1].strip():
+        lines.pop()
+    for number, line in enumerate(lines, start=1):
+        try:
+            record = json.loads(line)
+        except ValueError:
+            record = None
+        if isinstance(record, dict) and isinstance(record.get("step"), int):
+            yield record
+        elif number < len(lines):
+            raise UserError(
+                f"{path} line {number} is not a metrics record (a JSON object with a step): remove that line"
+            )
+
+
+def _truncate(path: Path, keep_through: int) -> None:
+    """Keeps the lines of steps <= keep_through. The file is replaced in one move: a kill leaves the old or the new."""
+    temporary = path.with_name(path.name + ".tmp")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.writelines(_dumps(record) + "\n" for record in _records(path) if record["step"] <= keep_through)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def _dumps(record: Record) -> str:
+    # NaN and Infinity are written as Python's json does: a diverged loss must be seen, not hidden as null.
+    return json.dumps(record, default=_plain)
+
+
+def _plain(value: Any) -> Any:
+    """Numpy and torch scalars and arrays as the Python values json knows."""
+    if hasattr(value, "tolist"):
+        return value.tolist()
+    raise TypeError(f"{value!r} cannot be written to metrics.jsonl")
+
+
+# ------------------------------------------------------------------------------------------------------- totals
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """First and last accuracy of a task (0..1) and the steps they were taken at; one alone has no `after`."""
+
+    task: str
+    first_step: int
+    before: float
+    before_stderr: float | None
+    last_step: int
+    after: float | None
+    after_stderr: float | None
+
+
+@dataclass(frozen=True)
+class Summary:
+    """A run's totals. Lengths in tokens, times in seconds; None where the run did not measure it."""
+
+    steps: int
+    final_horizon: int | None
+    accuracy: list[Accuracy]
+    tokens_generated: int
+    tokens_full: int | None  # estimate, over the steps that have one
+    saved: float | None  # 1 - generated / full over those steps: an estimate, below zero if nothing was saved
+    seconds: float
+    phases: dict[str, float]  # label -> seconds: the phases, other, evaluation; those that took no time are left out
+
+
+def summarise(steps: list[Record], evaluations: list[Record]) -> Summary:
+    """Adds a run up. Either list may be empty."""
+    estimated = [r for r in steps if r.get("tokens_full")]
+    full = sum(r["tokens_full"] for r in estimated)
+    phases = {label: total(steps, key) for key, label in PHASES.items()}
+    phases["other"] = max(0.0, total(steps, "time_step") - sum(phases.values()))
+    phases["evaluation"] = total(evaluations, "time_eval")
+    return Summary(
+        steps=max((r["step"] for r in steps), default=0),
+        final_horizon=next((r["horizon"] for r in reversed(steps) if r.get("horizon") is not None), None),
+        accuracy=_accuracies(evaluations),
+        tokens_generated=int(total(steps, "tokens_generated")),
+        tokens_full=round(full) if estimated else None,
+        saved=1 - total(estimated, "tokens_generated") / full if estimated else None,
+        seconds=sum(phases.values()),
+        phases={label: seconds for label, seconds in phases.items() if seconds > 0},
+    )
+
+
+def total(records: list[Record], key: str) -> float:
+    """The sum of a key over records; absent and null count as zero."""
+    return sum(r.get(key) or 0 for r in records)
+
+
+def _accuracies(evaluations: list[Record]) -> list[Accuracy]:
+    found = []
+    for task in dict.fromkeys(name for line in evaluations for name in task_names(line)):
+        key = _EVAL_PREFIX + task
+        lines = [line for line in evaluations if line.get(key) is not None]
+        if not lines:
+            continue
+        first, last = lines[0], lines[-1]
+        again = last if len(lines) > 1 else {}
+        found.append(
+            Accuracy(
+                task=task,
+                first_step=first["step"],
+                before=first[key],
+                before_stderr=first.get(key + _STDERR_SUFFIX),
+                last_step=last["step"],
+                after=again.get(key),
+                after_stderr=again.get(key + _STDERR_SUFFIX),
+            )
+        )
+    return found

@@ -1,0 +1,181 @@
+"""What all charts share: palette, type, axes, and the way from a chart to PNG."""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import matplotlib as mpl
+from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
+from matplotlib.ticker import FuncFormatter, MaxNLocator, PercentFormatter
+
+BLUE, ORANGE, GREEN, PURPLE, RED, TEAL, GREY = (
+    "#2563a8",
+    "#d9822b",
+    "#2e8b57",
+    "#7b4fa6",
+    "#c2413b",
+    "#17868a",
+    "#a3adb8",
+)
+INK, MUTED, GRID = "#1f2933", "#5f6b7a", "#e6eaef"
+CYCLE = (BLUE, ORANGE, GREEN, PURPLE, RED, TEAL, "#8c6d31", "#6b7785")
+PHASE_COLOURS = {
+    "weight sync": TEAL,
+    "rollout": BLUE,
+    "teacher": PURPLE,
+    "train": ORANGE,
+    "other": GREY,
+    "evaluation": GREEN,
+}
+"""One colour a phase, the same in every chart; blue and orange are the two that dominate a step."""
+
+STYLE = {
+    "font.family": "sans-serif",
+    "font.size": 9,
+    "text.color": INK,
+    "text.parse_math": False,  # a dollar sign in a run's name is a dollar sign
+    "axes.edgecolor": "#c3cad3",
+    "axes.labelcolor": MUTED,
+    "axes.labelsize": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": GRID,
+    "grid.linewidth": 0.8,
+    "xtick.color": MUTED,
+    "ytick.color": MUTED,
+    "xtick.labelsize": 8.5,
+    "ytick.labelsize": 8.5,
+    "lines.linewidth": 1.8,
+    "lines.markersize": 4.5,
+    "legend.frameon": False,
+    "legend.fontsize": 8.5,
+    "figure.facecolor": "white",
+    "savefig.facecolor": "white",
+}
+
+SIZE = (6.2, 3.3)  # inches, of one chart
+_DPI = 170
+_SMOOTH_FROM = 60  # steps above which a noisy series is drawn as a moving mean over its pale raw values
+
+
+@dataclass(frozen=True)
+class Chart:
+    """A chart and the sentence that tells how to read it. `draw` fills a figure or a part of one."""
+
+    title: str
+    caption: str
+    draw: Callable[[Any], None]
+
+
+def png(chart: Chart) -> bytes:
+    """The chart alone as a PNG, without its title (the page shows that)."""
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=SIZE, dpi=_DPI, layout=ConstrainedLayoutEngine(w_pad=0.08, h_pad=0.06))
+        chart.draw(figure)
+        return _bytes(figure)
+
+
+def overview_png(title: str, subtitle: str, charts: Sequence[Chart], columns: int = 2) -> bytes:
+    """All charts on one page as a PNG, with their titles."""
+    with mpl.rc_context(STYLE):
+        rows = max(1, math.ceil(len(charts) / columns))
+        height = rows * (SIZE[1] + 0.35)
+        head = 0.85
+        layout = ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.06)
+        figure = Figure(figsize=(SIZE[0] * columns, height + head), dpi=130, layout=layout)
+        parts: Any = figure.subfigures(2, 1, height_ratios=[head, height])
+        top, body = parts
+        top.text(0.015, 0.62, _clip(title, 38 * columns), fontsize=17, fontweight="bold", va="center")
+        top.text(0.015, 0.20, _clip(subtitle, 75 * columns), fontsize=10.5, color=MUTED, va="center")
+        if charts:
+            cells = body.subfigures(rows, columns, squeeze=False, wspace=0.03, hspace=0.04)
+            for cell, chart in zip(cells.flat, charts, strict=False):
+                cell.suptitle(chart.title, x=0.03, ha="left", fontsize=11, fontweight="bold")
+                chart.draw(cell)
+        return _bytes(figure)
+
+
+def axes(figure: Any, xlabel: str, ylabel: str, **kwargs: Any) -> Any:
+    """One set of axes that fills the figure."""
+    ax = figure.subplots(**kwargs)
+    ax.set(xlabel=xlabel, ylabel=ylabel)
+    return ax
+
+
+def count_axis(axis: Any) -> None:
+    """Whole numbers; where they are large, all in thousands (12k) or millions (3.4M)."""
+
+    def text(value: float, _: int | None) -> str:
+        highest = max(abs(v) for v in axis.get_view_interval())
+        size, letter = (1e6, "M") if highest >= 2e6 else (1e3, "k") if highest >= 1e4 else (1.0, "")
+        return f"{value / size:,.6g}{letter if value else ''}"
+
+    axis.set_major_locator(MaxNLocator(nbins=8, steps=[1, 2, 5, 10], integer=True, min_n_ticks=1))
+    axis.set_major_formatter(FuncFormatter(text))
+
+
+def from_zero(ax: Any) -> None:
+    """The y axis from zero to a little above what is drawn. Call it when all is."""
+    highest = ax.dataLim.y1
+    ax.set_ylim(0, 1.06 * highest if math.isfinite(highest) and highest > 0 else 1.0)
+
+
+def percent_axis(axis: Any) -> None:
+    axis.set_major_formatter(PercentFormatter(xmax=1, decimals=0))
+
+
+def accuracy_axis(ax: Any) -> None:
+    """Percent from zero, never beyond all of it."""
+    percent_axis(ax.yaxis)
+    ax.set_ylim(bottom=0, top=min(1.02, max(0.05, ax.get_ylim()[1])))
+
+
+def time_unit(longest: float) -> tuple[str, float]:
+    """The unit that suits times up to `longest` seconds: its name, and the seconds it has."""
+    return ("h", 3600.0) if longest >= 2 * 3600 else ("min", 60.0) if longest >= 300 else ("s", 1.0)
+
+
+def trend(ax: Any, x: Sequence[float], y: Sequence[float], **style: Any) -> None:
+    """A line; over many steps its centred moving mean, on top of the raw values in pale."""
+    if len(x) == 1:
+        ax.plot(x, y, marker="o", **style)
+    elif len(x) < _SMOOTH_FROM:
+        ax.plot(x, y, **style)
+    else:
+        ax.plot(x, y, color=style.get("color"), alpha=0.25, linewidth=0.8)
+        ax.plot(x, _moving_mean(y, half=max(2, len(y) // 50)), **style)
+
+
+def legend(ax: Any, **kwargs: Any) -> None:
+    """A legend above the axes, where it hides no data; none if nothing is labelled."""
+    handles, labels = ax.get_legend_handles_labels()
+    if handles:
+        # A label that begins with an underscore (a run may be named so) would be left out silently.
+        shown = [" " + label if label.startswith("_") else label for label in labels]
+        style = {"loc": "lower left", "bbox_to_anchor": (0, 1.0), "ncols": 3, "borderaxespad": 0.2, "handlelength": 1.6}
+        ax.legend(handles, shown, **(style | kwargs))
+
+
+def _clip(text: str, length: int) -> str:
+    return text if len(text) <= length else text[: length - 1] + "…"
+
+
+def _moving_mean(values: Sequence[float], half: int) -> list[float]:
+    means = []
+    for i in range(len(values)):
+        window = [v for v in values[max(0, i - half) : i + half + 1] if not math.isnan(v)]
+        means.append(sum(window) / len(window) if window else math.nan)
+    return means
+
+
+def _bytes(figure: Figure) -> bytes:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png")
+    return buffer.getvalue()

@@ -1,0 +1,153 @@
+"""The charts that put several runs side by side."""
+
+from __future__ import annotations
+
+from collections import Counter
+from functools import partial
+from typing import Any
+
+from prune_opd.track.plotting import (
+    CYCLE,
+    MUTED,
+    PHASE_COLOURS,
+    Chart,
+    accuracy_axis,
+    axes,
+    count_axis,
+    from_zero,
+    legend,
+    time_unit,
+    trend,
+)
+from prune_opd.track.report_data import RunData
+
+
+def comparison_charts(runs: list[RunData]) -> list[Chart]:
+    """Totals, and accuracy over tokens and time for the tasks that runs share (for all, if they share none)."""
+    count = Counter(task for run in runs for task in run.tasks)
+    tasks = [task for task in count if count[task] > 1] or list(count)
+    charts = _accuracy_charts(runs, tasks[:1])
+    for key, title, caption in (
+        ("horizon", "Horizon [tokens]", "The window each strategy gave the rollouts of a step."),
+        (
+            "overlap",
+            "Mean overlap",
+            "Over the tokens that were generated: a run that only looks at short prefixes has it easier. "
+            "Overlap is not success: read it with the accuracy.",
+        ),
+    ):
+        if any(run.has(key) for run in runs):
+            charts.append(Chart(title, caption, partial(_compare_series, runs=runs, key=key)))
+    if any(run.summary.seconds for run in runs):
+        charts.append(
+            Chart(
+                "Where the time went",
+                "Time of the whole run by phase, evaluation included.",
+                partial(_compare_phases, runs=runs),
+            )
+        )
+    if any(run.has("tokens_generated") for run in runs):
+        charts.append(
+            Chart(
+                "Tokens generated",
+                "What each run generated. The outline is its own estimate of the same steps at the full horizon.",
+                partial(_compare_tokens, runs=runs),
+            )
+        )
+    return charts + _accuracy_charts(runs, tasks[1:])
+
+
+def _accuracy_charts(runs: list[RunData], tasks: list[str]) -> list[Chart]:
+    charts = []
+    for task in tasks:
+        charts += [
+            Chart(
+                f"Accuracy over generated tokens: {task} [%]",
+                "Up and to the left is better: more accuracy for fewer generated tokens. Bars are one standard error.",
+                partial(_compare_accuracy, runs=runs, task=task, over="tokens"),
+            ),
+            Chart(
+                f"Accuracy over training time: {task} [%]",
+                "The same over the time of training, evaluation not counted. Compare only runs on the same hardware.",
+                partial(_compare_accuracy, runs=runs, task=task, over="seconds"),
+            ),
+        ]
+    return charts
+
+
+def _compare_accuracy(fig: Any, runs: list[RunData], task: str, over: str) -> None:
+    unit, size = time_unit(max(run.seconds_until(run.summary.steps) for run in runs))
+    if over == "tokens":
+        unit, size = "", 1.0
+    ax = axes(fig, f"training time [{unit}]" if unit else "response tokens generated so far", "accuracy")
+    for i, run in enumerate(runs):
+        x, y, error = run.accuracy(task, run.tokens_until if over == "tokens" else run.seconds_until)
+        x = [value / size for value in x]
+        if x:
+            style = {"color": CYCLE[i % len(CYCLE)], "linestyle": _line(i), "label": _short(run.name)}
+            ax.errorbar(x, y, yerr=error, marker="o", capsize=3, elinewidth=1, **style)
+    accuracy_axis(ax)
+    if over == "tokens":
+        count_axis(ax.xaxis)
+    legend(ax)
+
+
+def _compare_series(fig: Any, runs: list[RunData], key: str) -> None:
+    ax = axes(fig, "step", "tokens" if key == "horizon" else "mean overlap")
+    for i, run in enumerate(runs):
+        if not run.has(key):
+            continue
+        style = {"color": CYCLE[i % len(CYCLE)], "linestyle": _line(i), "label": _short(run.name)}
+        if key == "horizon":
+            ax.step(run.step_numbers(), run.series(key), where="mid", **style)
+        else:
+            trend(ax, run.step_numbers(), run.series(key), **style)
+    if key == "horizon":
+        from_zero(ax)
+        count_axis(ax.yaxis)
+    count_axis(ax.xaxis)
+    legend(ax)
+
+
+def _compare_phases(fig: Any, runs: list[RunData]) -> None:
+    unit, size = time_unit(max(run.summary.seconds for run in runs))
+    ax = axes(fig, f"time [{unit}]", "")
+    left = [0.0] * len(runs)
+    for label, colour in PHASE_COLOURS.items():
+        widths = [run.summary.phases.get(label, 0.0) / size for run in runs]
+        if any(widths):
+            ax.barh(range(len(runs)), widths, left=left, color=colour, label=label, height=0.6)
+        left = [a + b for a, b in zip(left, widths, strict=True)]
+    _run_rows(ax, [_short(run.name) for run in runs])
+    legend(ax, ncols=6, columnspacing=1.0, handlelength=0.9, handletextpad=0.4)
+
+
+def _compare_tokens(fig: Any, runs: list[RunData]) -> None:
+    ax = axes(fig, "response tokens", "")
+    for i, run in enumerate(runs):
+        ax.barh(i, run.summary.tokens_generated, color=CYCLE[i % len(CYCLE)], height=0.6)
+        if run.summary.tokens_full is not None:
+            ax.barh(i, run.summary.tokens_full, facecolor="none", edgecolor=MUTED, linestyle="--", height=0.6)
+        if run.summary.saved is not None:
+            most = max(run.summary.tokens_generated, run.summary.tokens_full or 0)
+            saved = run.summary.saved
+            ax.text(most, i, f" {abs(saved):.0%} {'saved' if saved >= 0 else 'more'}", va="center", fontsize=8.5)
+    ax.margins(x=0.18)
+    ax.set_xlim(left=0)
+    _run_rows(ax, [_short(run.name) for run in runs])
+    count_axis(ax.xaxis)
+
+
+def _run_rows(ax: Any, names: list[str]) -> None:
+    ax.set_yticks(range(len(names)), names)
+    ax.invert_yaxis()
+    ax.grid(axis="y", visible=False)
+    ax.tick_params(axis="y", length=0)
+
+
+def _line(index: int) -> Any:
+    return ("-", "--", ":", "-.")[index // len(CYCLE) % 4]
+
+
+def _short(name: str) -> str:
+    return name if len(name) <= 28 else name[:13] + "…" + name[-14:]

@@ -1,0 +1,122 @@
+"""A finished (or still running) run as the report sees it: its records, totals, name and configuration."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from prune_opd.errors import UserError
+from prune_opd.track.metrics import FILE_NAME, Record, Summary, read_metrics, summarise
+
+
+@dataclass(frozen=True)
+class RunData:
+    """One run directory, read. `max_len` is the full horizon in tokens, None if config.yaml does not tell it."""
+
+    name: str
+    run_dir: Path
+    steps: list[Record]
+    evaluations: list[Record]
+    summary: Summary
+    config_text: str | None
+    max_len: int | None
+
+    def has(self, key: str) -> bool:
+        """Whether any step has a finite value of the key (in a by-position list: any bin)."""
+        values = (r.get(key) for r in self.steps)
+        return any(
+            not math.isnan(number(v)) for value in values for v in (value if isinstance(value, list) else [value])
+        )
+
+    def step_numbers(self) -> list[int]:
+        return [r["step"] for r in self.steps]
+
+    def series(self, key: str) -> list[float]:
+        """The key over the steps; NaN where it is absent, null or not finite."""
+        return [number(r.get(key)) for r in self.steps]
+
+    def by_position(self, key: str) -> list[list[float]]:
+        """A by-position list over the steps, one row a step, all of the same width; NaN where no token fell."""
+        rows = [r.get(key) or [] for r in self.steps]
+        width = max((len(row) for row in rows), default=0)
+        return [[number(v) for v in row] + [math.nan] * (width - len(row)) for row in rows]
+
+    def tokens_until(self, step: int) -> float:
+        """Response tokens generated in the steps up to and including this one."""
+        return self._until("tokens_generated", step)
+
+    def seconds_until(self, step: int) -> float:
+        """Training seconds (evaluation not included) up to and including this step."""
+        return self._until("time_step", step)
+
+    def _until(self, key: str, step: int) -> float:
+        return sum(r.get(key) or 0 for r in self.steps if r["step"] <= step)
+
+    def accuracy(
+        self, task: str, x: Callable[[int], float] = float
+    ) -> tuple[list[float], list[float], list[float] | None]:
+        """x (a function of the step), accuracy and standard error (None if unknown) of the evaluations of a task."""
+        key = f"eval_{task}"
+        lines = [line for line in self.evaluations if line.get(key) is not None]
+        errors = [number(line.get(f"{key}_stderr")) for line in lines]
+        known = None if any(math.isnan(e) for e in errors) else errors
+        return [x(line["step"]) for line in lines], [number(line[key]) for line in lines], known
+
+    @property
+    def tasks(self) -> list[str]:
+        return [accuracy.task for accuracy in self.summary.accuracy]
+
+
+def number(value: Any) -> float:
+    """The value as a float that a chart can show: NaN for null and for what is not finite."""
+    return float(value) if isinstance(value, int | float) and math.isfinite(value) else math.nan
+
+
+def load_run(run_dir: Path) -> RunData:
+    """Reads a run directory.
+
+    Raises:
+        UserError: there is no metrics.jsonl, it is empty, or it cannot be read.
+    """
+    steps, evaluations = read_metrics(run_dir / FILE_NAME)
+    if not steps and not evaluations:
+        raise UserError(f"{run_dir / FILE_NAME} has no record yet: the report needs at least one finished step")
+    config_file = run_dir / "config.yaml"
+    text = config_file.read_text(encoding="utf-8", errors="replace") if config_file.is_file() else None
+    config = _parse(text)
+    name = config.get("name")
+    horizon = config.get("horizon")
+    max_len = horizon.get("max_len") if isinstance(horizon, dict) else None
+    return RunData(
+        name=name if isinstance(name, str) and name else run_dir.resolve().name,
+        run_dir=run_dir,
+        steps=steps,
+        evaluations=evaluations,
+        summary=summarise(steps, evaluations),
+        config_text=text,
+        max_len=max_len if isinstance(max_len, int) and max_len > 0 else None,
+    )
+
+
+def load_runs(run_dirs: list[Path]) -> list[RunData]:
+    """Reads several run directories; runs of the same name are told apart by their directory."""
+    runs = [load_run(run_dir) for run_dir in run_dirs]
+    count = Counter(run.name for run in runs)
+    runs = [run if count[run.name] == 1 else replace(run, name=f"{run.name} ({run.run_dir.name})") for run in runs]
+    count = Counter(run.name for run in runs)
+    return [run if count[run.name] == 1 else replace(run, name=str(run.run_dir)) for run in runs]
+
+
+def _parse(text: str | None) -> dict[str, Any]:
+    # A report on a run whose config.yaml was damaged is still worth having: its charts need only the metrics.
+    try:
+        config = yaml.safe_load(text or "")
+    except yaml.YAMLError:
+        return {}
+    return config if isinstance(config, dict) else {}

@@ -1,0 +1,332 @@
+"""The charts of one run."""
+
+from __future__ import annotations
+
+import math
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+from matplotlib.ticker import MaxNLocator
+
+from prune_opd.track.metrics import PHASES
+from prune_opd.track.plotting import (
+    BLUE,
+    CYCLE,
+    GREEN,
+    GREY,
+    INK,
+    MUTED,
+    ORANGE,
+    PHASE_COLOURS,
+    PURPLE,
+    RED,
+    TEAL,
+    Chart,
+    accuracy_axis,
+    axes,
+    count_axis,
+    from_zero,
+    legend,
+    percent_axis,
+    trend,
+)
+from prune_opd.track.report_data import RunData
+
+_MAX_BARS = 60
+_FULL_SHOWN = 1.7  # the full horizon is drawn if it is at most this many times the highest horizon
+_TASK_COLOURS = (PURPLE, *(colour for colour in CYCLE if colour != PURPLE))
+_PROFILE_STEPS = 10  # at most as many steps are averaged into one by-position curve
+_PROFILE_COLOURS = ("#9fcfd0", "#4aa3a6", "#0e5558")
+
+
+def run_charts(run: RunData) -> list[Chart]:
+    """The charts that the run has numbers for, most telling first: accuracy stands beside overlap."""
+    wanted = [
+        (
+            run.has("horizon"),
+            Chart(
+                "Horizon and lengths [tokens]",
+                "The horizon M is what the rollouts of a step may use. It should follow the reliable length: where the "
+                "two part, tokens are generated that the gate then discards.",
+                lambda fig: _horizon(fig, run),
+            ),
+        ),
+        (
+            run.has("tokens_generated"),
+            Chart(
+                "Cumulative tokens generated",
+                "The gap is what the horizon saved. The full-horizon line is an estimate from the response length of "
+                "the latest evaluation, not a second run.",
+                lambda fig: _tokens(fig, run),
+            ),
+        ),
+        (
+            run.has("overlap"),
+            Chart(
+                "Overlap and drift events [share]",
+                "Overlap should rise and events fall as student and teacher agree. Overlap is not success: "
+                + ("accuracy is beside it." if run.tasks else "this run has no accuracy to put beside it."),
+                lambda fig: _overlap(fig, run),
+            ),
+        ),
+        (
+            bool(run.tasks),
+            Chart(
+                "Accuracy over steps [%]",
+                "Held-out problems, with one standard error. Differences smaller than the bars are noise.",
+                lambda fig: _accuracy(fig, run, "step"),
+            ),
+        ),
+        (
+            run.has("overlap_by_position"),
+            Chart(
+                "Overlap by position over training",
+                "Each column is a step, each row a stretch of the response; white has no tokens. Drift shows as "
+                "darkening upwards, learning as brightening to the right.",
+                lambda fig: _heat_map(fig, run),
+            ),
+        ),
+        (
+            run.has("overlap_by_position"),
+            Chart(
+                "Overlap by position: early, middle, late",
+                "A curve that falls to the right is prefix drift. Later curves should lie higher and reach further.",
+                lambda fig: _profile(fig, run, "overlap_by_position", "mean overlap"),
+            ),
+        ),
+        (
+            run.has("time_step"),
+            Chart(
+                "Time by phase [s per step]",
+                "Left: the mean seconds of a step. Right: where the time of the run went, evaluation included.",
+                lambda fig: _phases(fig, run),
+            ),
+        ),
+        (
+            run.has("loss"),
+            Chart(
+                "Loss and gradient norm",
+                "Loss is the mean over trained tokens; its level moves with the horizon, so judge a run by accuracy. "
+                "Spikes in the gradient norm (before clipping) come first when a run diverges.",
+                lambda fig: _two_panels(
+                    fig, run, ("loss", "loss", BLUE), ("grad_norm", "gradient norm", ORANGE), share=False
+                ),
+            ),
+        ),
+        (
+            bool(run.tasks) and run.has("tokens_generated"),
+            Chart(
+                "Accuracy over generated tokens [%]",
+                "The price of the accuracy: further left is cheaper. Evaluation tokens are not counted.",
+                lambda fig: _accuracy(fig, run, "tokens"),
+            ),
+        ),
+        (
+            run.has("weight_by_position"),
+            Chart(
+                "Training weight by position",
+                "How much each stretch of a response counts in the loss. Events lower the weight for good, so curves "
+                "only fall; a late curve that stays up means reliable rollouts.",
+                lambda fig: _profile(fig, run, "weight_by_position", "mean weight W", from_zero=True),
+            ),
+        ),
+        (
+            run.has("weight_mean"),
+            Chart(
+                "Mean weight and finished responses",
+                "Mean weight: how much of what was generated trains. Finished: the share of responses that ended by "
+                "themselves; near 100% the horizon no longer cuts anything.",
+                lambda fig: _two_panels(
+                    fig, run, ("weight_mean", "mean weight", TEAL), ("finished_rate", "finished", GREEN), share=True
+                ),
+            ),
+        ),
+    ]
+    return [chart for present, chart in wanted if present]
+
+
+def _horizon(fig: Any, run: RunData) -> None:
+    ax = axes(fig, "step", "tokens")
+    x = run.step_numbers()
+    ax.step(x, run.series("horizon"), where="mid", color=BLUE, linewidth=2.2, label="horizon M", zorder=3)
+    if run.has("response_length"):
+        trend(ax, x, run.series("response_length"), color=ORANGE, label="mean response")
+    if run.has("reliable_length"):
+        trend(ax, x, run.series("reliable_length"), color=GREEN, linestyle=(0, (4, 1.5)), label="mean reliable length")
+    if run.max_len is not None and run.max_len <= _FULL_SHOWN * np.nanmax(run.series("horizon")):
+        ax.axhline(run.max_len, color=GREY, linewidth=1, linestyle=":", label="full horizon")
+    elif run.max_len is not None:
+        text = f"full horizon: {run.max_len:,} tokens"
+        ax.text(0.015, 0.96, text, transform=ax.transAxes, va="top", color=MUTED, fontsize=8.5)
+    if len(x) == 1:
+        ax.plot(x, run.series("horizon"), color=BLUE, marker="o")
+    from_zero(ax)
+    count_axis(ax.xaxis)
+    count_axis(ax.yaxis)
+    legend(ax, ncols=4, columnspacing=1.2)
+
+
+def _tokens(fig: Any, run: RunData) -> None:
+    ax = axes(fig, "step", "response tokens")
+    x, marker = run.step_numbers(), "o" if len(run.steps) == 1 else None
+    generated = np.nancumsum(run.series("tokens_generated"))
+    per_step = np.array(run.series("tokens_full"))
+    if not np.isnan(per_step).all():
+        # A step without an estimate counts as generated, so that it neither saves nor costs.
+        full = np.cumsum(np.where(np.isnan(per_step), np.nan_to_num(run.series("tokens_generated")), per_step))
+        ax.fill_between(x, generated, full, color=BLUE, alpha=0.08, linewidth=0)
+        ax.plot(x, full, color=GREY, linestyle="--", marker=marker, label="full horizon (estimated)")
+        saved = run.summary.saved or 0.0
+        ax.annotate(
+            f"{abs(saved):.0%} {'saved' if saved >= 0 else 'more'}",
+            (x[-1], (generated[-1] + full[-1]) / 2),
+            xytext=(-8, 0),
+            textcoords="offset points",
+            ha="right",
+            va="center",
+            color=INK,
+            fontweight="bold",
+        )
+    ax.plot(x, generated, color=BLUE, linewidth=2.2, marker=marker, label="generated")
+    from_zero(ax)
+    count_axis(ax.xaxis)
+    count_axis(ax.yaxis)
+    legend(ax)
+
+
+def _overlap(fig: Any, run: RunData) -> None:
+    upper, lower = fig.subplots(2, 1, sharex=True, height_ratios=[3, 2])
+    x = run.step_numbers()
+    trend(upper, x, run.series("overlap"), color=TEAL)
+    trend(lower, x, run.series("event_rate"), color=RED)
+    upper.set_ylabel("mean overlap")
+    lower.set(ylabel="event rate", xlabel="step")
+    from_zero(lower)
+    percent_axis(lower.yaxis)
+    count_axis(lower.xaxis)
+
+
+def _two_panels(
+    fig: Any, run: RunData, first: tuple[str, str, str], second: tuple[str, str, str], *, share: bool
+) -> None:
+    panels = [panel for panel in (first, second) if run.has(panel[0])]
+    all_axes = fig.subplots(len(panels), 1, sharex=True, squeeze=False)[:, 0]
+    for ax, (key, label, colour) in zip(all_axes, panels, strict=True):
+        trend(ax, run.step_numbers(), run.series(key), color=colour)
+        ax.set_ylabel(label)
+        if share:
+            ax.set_ylim(0, max(1.05, 1.05 * np.nanmax([0.0, *run.series(key)])))
+        if key == "finished_rate":
+            percent_axis(ax.yaxis)
+    all_axes[-1].set_xlabel("step")
+    count_axis(all_axes[-1].xaxis)
+
+
+def _accuracy(fig: Any, run: RunData, over: str) -> None:
+    ax = axes(fig, "step" if over == "step" else "response tokens generated so far", "accuracy")
+    for i, task in enumerate(run.tasks):
+        x, y, error = run.accuracy(task, float if over == "step" else run.tokens_until)
+        ax.errorbar(
+            x,
+            y,
+            yerr=error,
+            color=_TASK_COLOURS[i % len(_TASK_COLOURS)],
+            marker="o",
+            capsize=3,
+            elinewidth=1,
+            label=task,
+        )
+    accuracy_axis(ax)
+    count_axis(ax.xaxis)
+    legend(ax, ncols=4)
+
+
+def _heat_map(fig: Any, run: RunData) -> None:
+    ax = axes(fig, "step", "position [tokens]" if run.max_len else "position [share of the full horizon]")
+    ax.grid(False)
+    values = np.array(run.by_position("overlap_by_position")).T  # bins, steps
+    top, x = float(run.max_len or 1), run.step_numbers()
+    y_edges = np.linspace(0, top, values.shape[0] + 1)
+    x_edges = [x[0] - 0.5, *((a + b) / 2 for a, b in pairwise(x)), x[-1] + 0.5]
+    low, high = _round_out(values)
+    mesh = ax.pcolormesh(x_edges, y_edges, values, cmap="viridis", vmin=low, vmax=high, rasterized=True)
+    used = np.flatnonzero(~np.isnan(values).all(axis=1))
+    ax.set_ylim(0, y_edges[min(len(y_edges) - 1, used[-1] + 1)] if used.size else top)
+    if run.max_len and run.has("horizon"):
+        ax.step(x, run.series("horizon"), where="mid", color="white", linewidth=3.2)
+        ax.step(x, run.series("horizon"), where="mid", color=INK, linewidth=1.4, label="horizon M")
+        legend(ax)
+    count_axis(ax.xaxis)
+    bar = fig.colorbar(mesh, ax=ax, pad=0.02, aspect=28, ticks=MaxNLocator(6, steps=[1, 2, 5, 10]))
+    bar.outline.set_visible(False)
+    bar.set_label("mean overlap", color=MUTED)
+
+
+def _profile(fig: Any, run: RunData, key: str, ylabel: str, *, from_zero: bool = False) -> None:
+    ax = axes(fig, "position [tokens]" if run.max_len else "position [share of the full horizon]", ylabel)
+    values = np.array(run.by_position(key))  # steps, bins
+    bins = values.shape[1]
+    centres = (np.arange(bins) + 0.5) / bins * (run.max_len or 1)
+    width = min(_PROFILE_STEPS, max(1, len(values) // 10))
+    starts = sorted({0, (len(values) - width) // 2, len(values) - width})
+    colours = _PROFILE_COLOURS if len(starts) == 3 else _PROFILE_COLOURS[-len(starts) :]
+    steps = run.step_numbers()
+    for start, colour in zip(starts, colours, strict=True):
+        window = values[start : start + width]
+        present = ~np.isnan(window).all(axis=0)
+        curve = np.full(bins, math.nan)
+        curve[present] = np.nanmean(window[:, present], axis=0)
+        first, last = steps[start], steps[start + width - 1]
+        label = f"step {first}" if first == last else f"steps {first}–{last}"
+        ax.plot(centres, curve, color=colour, marker="o", linewidth=2, label=label)
+    if from_zero:
+        ax.set_ylim(0, max(1.05, 1.05 * np.nanmax(values)))
+    ax.set_xlim(left=0)
+    if run.max_len:
+        count_axis(ax.xaxis)
+    legend(ax)
+
+
+def _phases(fig: Any, run: RunData) -> None:
+    ax, side = fig.subplots(1, 2, width_ratios=[2.6, 1])
+    per_bar = math.ceil(len(run.steps) / _MAX_BARS)
+    groups = [run.steps[i : i + per_bar] for i in range(0, len(run.steps), per_bar)]
+    x = [(g[0]["step"] + g[-1]["step"]) / 2 for g in groups]
+    stacks = {label: [_mean(g, key) for g in groups] for key, label in PHASES.items()}
+    whole = [_mean(g, "time_step") for g in groups]
+    stacks["other"] = [max(0.0, w - sum(s)) for w, s in zip(whole, zip(*stacks.values(), strict=True), strict=True)]
+    base = [0.0] * len(groups)
+    for label, heights in stacks.items():
+        if any(heights):
+            ax.bar(x, heights, per_bar * 0.9, bottom=base, color=PHASE_COLOURS[label], label=label, linewidth=0)
+        base = [b + h for b, h in zip(base, heights, strict=True)]
+    ax.set(xlabel="step" if per_bar == 1 else f"step (means of {per_bar})", ylabel="seconds per step")
+    ax.grid(axis="x", visible=False)
+    count_axis(ax.xaxis)
+    legend(ax, ncols=5, columnspacing=1.0, handlelength=0.9, handletextpad=0.4)
+
+    names = list(run.summary.phases)[::-1]
+    shares = [run.summary.phases[name] / run.summary.seconds for name in names]
+    side.barh(names, shares, color=[PHASE_COLOURS[name] for name in names], height=0.62)
+    for name, share in zip(names, shares, strict=True):
+        side.text(share + 0.015, name, f"{share:.0%}", va="center", fontsize=8.5, color=INK)
+    side.set_xlim(0, max(shares, default=1.0) * 1.3)
+    side.set_xlabel("share of all time")
+    side.grid(False)
+    side.tick_params(axis="x", labelbottom=False, length=0)
+    side.tick_params(axis="y", length=0)
+    side.spines[["bottom", "left"]].set_visible(False)
+
+
+def _round_out(values: Any) -> tuple[float, float]:
+    """The range of the values, widened to twentieths."""
+    if np.isnan(values).all():
+        return 0.0, 1.0
+    low, high = math.floor(np.nanmin(values) * 20) / 20, math.ceil(np.nanmax(values) * 20) / 20
+    return (low, high) if low < high else (low, low + 0.05)
+
+
+def _mean(records: list[dict[str, Any]], key: str) -> float:
+    values = [r[key] for r in records if r.get(key) is not None]
+    return sum(values) / len(values) if values else 0.0

@@ -1,0 +1,140 @@
+"""wandb, kept at arm's length: offline by default, quiet, and never a reason for a run to stop.
+
+wandb is imported when a run starts, not when this module is. The run's id lives in `<run_dir>/wandb/run_id`, so that a
+resumed run continues the same wandb run. Known limit: wandb's step only goes forward. What a killed run had already
+sent online past its last checkpoint stays there, and the server drops the resumed run's rows for those same steps.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import secrets
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from prune_opd.config import TrackConfig
+from prune_opd.track.metrics import Record
+
+_INIT_TIMEOUT_S = 60.0
+
+Warn = Callable[[str], None]
+
+
+class WandbRun:
+    """A started wandb run, or none. After its first failure it says so once and does nothing any more."""
+
+    def __init__(self, run: Any | None, warn: Warn) -> None:
+        self._run = run
+        self._warn = warn
+
+    def log(self, record: Record) -> None:
+        """Sends one record of metrics.jsonl, under its own `step`."""
+        if self._run is None:
+            return
+        try:
+            self._run.log(flatten(record), step=record["step"])
+        except Exception as error:  # whatever wandb raises, training goes on
+            self._give_up("logging", error)
+
+    def finish(self, exit_code: int = 0) -> None:
+        """Closes the run. Safe to call twice."""
+        if self._run is None:
+            return
+        try:
+            self._run.finish(exit_code=exit_code)
+        except Exception as error:
+            self._give_up("finishing", error)
+        self._run = None
+
+    def _give_up(self, doing: str, error: Exception) -> None:
+        self._run = None
+        self._warn(f"wandb stopped while {doing} ({_brief(error)}): the run goes on, metrics.jsonl has everything")
+
+
+def start(
+    run_dir: Path,
+    config_dict: dict[str, Any],
+    track: TrackConfig,
+    name: str,
+    *,
+    resume: bool = True,
+    warn: Warn | None = None,
+) -> WandbRun:
+    """Starts wandb for a run directory; never raises: online falls back to offline, and that to nothing.
+
+    Args:
+        run_dir: files go to `<run_dir>/wandb`.
+        config_dict: the resolved configuration, shown as the wandb run's config.
+        track: mode (offline, online, disabled) and project.
+        name: the run's display name.
+        resume: continue the id stored in the run directory, if there is one; False takes a new id.
+        warn: takes the one sentence about a failure; a logging warning by default.
+    """
+    warn = warn or logging.getLogger(__name__).warning
+    if track.wandb == "disabled":
+        return WandbRun(None, warn)
+    modes = ["online", "offline"] if track.wandb == "online" else ["offline"]
+    failures = []
+    for mode in modes:
+        try:
+            run = _init(run_dir, config_dict, track.project, name, mode, _run_id(run_dir, resume))
+        except Exception as error:  # import, network, disk, credentials: none of them is worth a training run
+            failures.append(f"{mode}: {_brief(error)}")
+            resume = True  # the id written for the first try serves the second
+            continue
+        if failures:
+            warn(f"wandb could not start {failures[0]}: logging offline, `wandb sync` can send it later")
+        return WandbRun(run, warn)
+    warn(f"wandb could not start ({'; '.join(failures)}): the run goes on, metrics.jsonl has everything")
+    return WandbRun(None, warn)
+
+
+def flatten(record: Record) -> dict[str, float]:
+    """The record as wandb's flat scalars: lists become one key a bin (`overlap_by_position/03`), nulls are left out."""
+    flat: dict[str, float] = {}
+    for key, value in record.items():
+        if key == "step" or value is None:
+            continue
+        if isinstance(value, list | tuple):
+            flat |= {f"{key}/{i:02d}": item for i, item in enumerate(value) if item is not None}
+        else:
+            flat[key] = value
+    return flat
+
+
+def _init(run_dir: Path, config_dict: dict[str, Any], project: str, name: str, mode: Any, run_id: str) -> Any:
+    import wandb
+
+    # Without this, missing credentials would open a prompt on a terminal, and wait there with the GPUs held.
+    if mode == "online" and not wandb.login(prompt=False):
+        raise RuntimeError("no wandb credentials are configured")
+    settings = wandb.Settings(silent=True, console="off", init_timeout=_INIT_TIMEOUT_S)
+    return wandb.init(
+        dir=str(run_dir),
+        project=project,
+        name=name,
+        id=run_id,
+        resume="allow",
+        mode=mode,
+        config=config_dict,
+        settings=settings,
+    )
+
+
+def _run_id(run_dir: Path, resume: bool) -> str:
+    path = run_dir / "wandb" / "run_id"
+    if resume and path.is_file() and (stored := path.read_text(encoding="utf-8").strip()):
+        return stored
+    path.parent.mkdir(parents=True, exist_ok=True)
+    run_id = secrets.token_hex(4)
+    temporary = path.with_name("run_id.tmp")
+    temporary.write_text(run_id + "\n", encoding="utf-8")
+    os.replace(temporary, path)
+    return run_id
+
+
+def _brief(error: Exception) -> str:
+    first_line = (str(error).strip().splitlines() or [""])[0]
+    return f"{type(error).__name__}: {first_line}"[:200]

@@ -1,0 +1,136 @@
+"""What each rank runs: `python -m prune_opd.worker COMMAND …` from `launcher.start_ranks`, or a call under torchrun.
+
+The recipe was loaded, overridden and checked before; a rank only reads the resolved config. The heavy parts are
+imported by the command that needs them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from prune_opd.config import SftConfig, TrainConfig
+from prune_opd.errors import ConfigError, UserError
+from prune_opd.launcher import end_with_parent
+from prune_opd.recipe import C, load_config
+
+MAIN_RANK_SPEAKS_FIRST = 3.0  # seconds
+
+
+def train(config: TrainConfig, run_dir: Path, resume: str) -> int:
+    """This rank's part of a distillation run."""
+    from prune_opd.loop import train as run
+
+    return run(config, run_dir, resume)
+
+
+def sft(config: SftConfig) -> int:
+    """This rank's part of supervised training."""
+    from prune_opd.sft import run
+
+    run(config)
+    return 0
+
+
+def evaluate(model_dir: Path, task: str, k: int, problems: int, max_len: int | None) -> int:
+    """This rank's part of an evaluation."""
+    from prune_opd.eval.run import evaluate_model
+
+    evaluate_model(model_dir, task, k, problems, max_len)
+    return 0
+
+
+def export(checkpoint: Path, out_dir: Path) -> int:
+    """Write a checkpoint as a Hugging Face directory."""
+    from prune_opd.megatron.export import export_checkpoint
+
+    export_checkpoint(checkpoint, out_dir)
+    return 0
+
+
+def is_main_rank() -> bool:
+    return os.environ.get("RANK", "0") == "0"
+
+
+def report(error: UserError) -> None:
+    """Print one `error:` line per problem, once for all ranks.
+
+    Bad input fails on every rank alike, and rank 0 says so; the launcher then ends the others. A rank that failed alone
+    is still there after a moment and speaks for itself.
+    """
+    if not is_main_rank():
+        time.sleep(MAIN_RANK_SPEAKS_FIRST)
+    for line in str(error).splitlines():
+        print(f"error: {line}", file=sys.stderr, flush=True)
+
+
+def run_reported(command: Callable[[], int]) -> int:
+    """The exit code of a rank's command; a UserError is printed and becomes its exit code."""
+    try:
+        return command()
+    except UserError as error:
+        report(error)
+        return error.exit_code
+    except KeyboardInterrupt:
+        return 130
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Parse a command of `prune_opd.cli` and run it. Returns the exit code."""
+    arguments = _parser().parse_args(argv)
+    end_with_parent()
+    return run_reported(lambda: _run(arguments))
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    match arguments.command:
+        case "train":
+            return train(_config(arguments.config, TrainConfig), arguments.run_dir, arguments.resume)
+        case "sft":
+            return sft(_config(arguments.config, SftConfig))
+        case "eval":
+            return evaluate(
+                arguments.model_dir, arguments.task, arguments.samples, arguments.problems, arguments.max_len
+            )
+        case _:
+            return export(arguments.checkpoint, arguments.out_dir)
+
+
+def _config(path: Path, kind: type[C]) -> C:
+    config = load_config(path)
+    if not isinstance(config, kind):
+        raise ConfigError(f"{path} holds a {type(config).__name__}; this command takes a {kind.__name__}")
+    return config
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m prune_opd.worker", description="One rank; see `prune-opd --help`.")
+    commands = parser.add_subparsers(dest="command", required=True)
+
+    command = commands.add_parser("train")
+    command.add_argument("config", type=Path)
+    command.add_argument("--run-dir", type=Path, required=True)
+    command.add_argument("--resume", default="auto")
+
+    command = commands.add_parser("sft")
+    command.add_argument("config", type=Path)
+
+    command = commands.add_parser("eval")
+    command.add_argument("model_dir", type=Path)
+    command.add_argument("--task", required=True)
+    command.add_argument("--samples", type=int, required=True)
+    command.add_argument("--problems", type=int, required=True)
+    command.add_argument("--max-len", type=int)
+
+    command = commands.add_parser("export")
+    command.add_argument("checkpoint", type=Path)
+    command.add_argument("out_dir", type=Path)
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,58 @@
+"""Hugging Face directories with the two files that the checks read, and a config that passes them. No weights."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from prune_opd.config import (
+    GateConfig,
+    HorizonConfig,
+    ObjectiveConfig,
+    ParallelConfig,
+    PrecisionConfig,
+    RolloutConfig,
+    TrainConfig,
+)
+
+WORDS = ("<bos>", "<eos>", *(f"w{i}" for i in range(30)))
+
+
+def tokenizer(**changes: Any) -> dict[str, Any]:
+    """A tokenizer.json with 32 words, two of them special; `changes` replace entries of its model."""
+    special = [{"id": i, "content": WORDS[i], "special": True} for i in range(2)]
+    model = {"type": "BPE", "vocab": {word: i for i, word in enumerate(WORDS)}, "merges": [["w", "1"], ["w", "2"]]}
+    return {"added_tokens": special, "model": model | changes}
+
+
+def write_model(directory: Path, words: dict[str, Any] | None = None, **changes: Any) -> Path:
+    """A model directory; `changes` replace settings of its config.json, `words` its tokenizer.json."""
+    settings = {
+        "model_type": "qwen3",
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 512,
+        "vocab_size": len(WORDS),
+    }
+    directory.mkdir(parents=True)
+    (directory / "config.json").write_text(json.dumps(settings | changes), encoding="utf-8")
+    (directory / "tokenizer.json").write_text(json.dumps(words or tokenizer()), encoding="utf-8")
+    return directory
+
+
+def train_config(student: Path, teacher: Path, **changes: Any) -> TrainConfig:
+    """A run that the checks let pass on two ranks; `changes` replace whole parts."""
+    settings: dict[str, Any] = {
+        "name": "fake",
+        "student": str(student),
+        "teacher": str(teacher),
+        "steps": 3,
+        "horizon": HorizonConfig(strategy="prune", max_len=256, min_len=32, init_len=64),
+        "gate": GateConfig(k=4),
+        "objective": ObjectiveConfig(k=16),
+        "rollout": RolloutConfig(prompts=4, responses=2, max_prompt_len=64),
+        "parallel": ParallelConfig(nproc=2),
+        "precision": PrecisionConfig(params="fp32"),
+    }
+    return TrainConfig(**(settings | changes))

@@ -1,0 +1,132 @@
+"""A run directory with believable numbers, for tests of the report and for looking at it by eye.
+
+`python -m tests.track.synthetic DIR` writes three runs and their reports under DIR.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+import sys
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from prune_opd.config import GateConfig, HorizonConfig, TrackConfig, TrainConfig, to_dict
+from prune_opd.track.metrics import FILE_NAME, MetricsLog
+
+MAX_LEN, BINS, RESPONSES = 512, 16, 64
+
+
+def write_run(
+    run_dir: Path,
+    *,
+    name: str = "ledger-prune",
+    strategy: str = "prune",
+    steps: int = 40,
+    evaluate_every: int = 10,
+    seed: int = 0,
+    student: str = "models/student",
+) -> Path:
+    """Writes config.yaml and metrics.jsonl. `evaluate_every` = 0: no evaluation at all."""
+    init, rho = (64, None) if strategy == "prune" else (None, 0.25 if strategy == "topd" else None)
+    horizon = HorizonConfig(
+        strategy, max_len=MAX_LEN, min_len=32, init_len=init, step=8, margin=8, finished_rows="hit_if_reliable", rho=rho
+    )
+    gate = GateConfig(w_base=0.0, w_drop=0.05) if strategy == "prune" else None
+    config = TrainConfig(
+        name, student, "models/teacher", steps, horizon, gate=gate, track=TrackConfig(wandb="disabled")
+    )
+    run_dir.mkdir(parents=True, exist_ok=True)
+    (run_dir / "config.yaml").write_text(yaml.safe_dump(to_dict(config), sort_keys=False), encoding="utf-8")
+    rng = random.Random(seed)
+    with MetricsLog(run_dir / FILE_NAME, keep_through=None) as log:
+        if evaluate_every:
+            log.write(evaluation_record(0, steps, rng))
+        for step in range(1, steps + 1):
+            log.write(step_record(step, steps, strategy, rng, evaluated=evaluate_every > 0))
+            if evaluate_every and (step % evaluate_every == 0 or step == steps):
+                log.write(evaluation_record(step, steps, rng))
+    return run_dir
+
+
+def step_record(
+    step: int, steps: int, strategy: str = "prune", rng: random.Random | None = None, *, evaluated: bool = True
+) -> dict[str, Any]:
+    """One step of the curve: horizon 64 → 216, overlap .78 → .92."""
+    rng = rng or random.Random(step)
+    done = step / max(1, steps)
+    wanted = {"prune": 64 + 152 * max(0.0, done - 0.15) / 0.85, "topd": 0.25 * MAX_LEN}.get(strategy, MAX_LEN)
+    horizon = 8 * round(wanted / 8)
+    full_length = 300 - 50 * done
+    length = min(horizon, full_length) * rng.uniform(0.92, 0.98)
+    overlap = 0.78 + 0.14 * (1 - math.exp(-3 * done)) / (1 - math.exp(-3)) + rng.gauss(0, 0.006)
+    reliable = min(length, length * (0.55 + 0.45 * done) * rng.uniform(0.93, 1.0))
+    overlaps: list[float | None] = []
+    weights: list[float | None] = []
+    for i in range(BINS):
+        start = i * MAX_LEN / BINS
+        if start >= min(horizon, full_length * 1.3):
+            overlaps.append(None)
+            weights.append(None)
+            continue
+        overlaps.append(min(0.99, overlap + 0.05 - 0.10 * start / MAX_LEN * (2 - done) + rng.gauss(0, 0.008)))
+        weights.append(max(0.0, 1 - start / max(1.0, reliable * 1.6)) if strategy == "prune" else 1.0)
+    generated = round(RESPONSES * length)
+    rollout, train = 0.5 + 0.011 * length, 0.8 + 0.014 * length
+    sync, teacher = 0.35 + rng.uniform(0, 0.08), 0.2 + 0.004 * length
+    return {
+        "step": step,
+        "horizon": horizon,
+        "overlap": overlap,
+        "event_rate": max(0.0, 0.26 - 0.20 * done + rng.gauss(0, 0.01)),
+        "reliable_length": reliable,
+        "response_length": length,
+        "weight_mean": sum(w for w in weights if w is not None) / sum(w is not None for w in weights),
+        "pruned_inflight": int(RESPONSES * 0.2 * (1 - done) * rng.random()) if strategy == "prune" else 0,
+        "tokens_generated": generated,
+        "tokens_trained": round(generated * 0.97),
+        "tokens_full": round(RESPONSES * full_length) if evaluated else None,
+        "loss": 0.021 * math.exp(-2 * done) * rng.uniform(0.85, 1.15) + 0.004,
+        "grad_norm": 0.9 * math.exp(-done) * rng.uniform(0.7, 1.4),
+        "lr": 1e-4,
+        "finished_rate": max(0.0, min(1.0, (horizon / full_length - 0.4) * rng.uniform(0.9, 1.1))),
+        "overlap_by_position": overlaps,
+        "weight_by_position": weights,
+        "time_sync": sync,
+        "time_rollout": rollout,
+        "time_teacher": teacher,
+        "time_train": train,
+        "time_step": sync + rollout + teacher + train + rng.uniform(0.05, 0.2),
+    }
+
+
+def evaluation_record(step: int, steps: int, rng: random.Random | None = None) -> dict[str, Any]:
+    """Accuracy .06 → .70, as 256 problems would measure it."""
+    rng = rng or random.Random(step)
+    done = step / max(1, steps)
+    accuracy = 0.06 + 0.64 * (1 - math.exp(-3.5 * done)) / (1 - math.exp(-3.5)) + rng.gauss(0, 0.012)
+    return {
+        "step": step,
+        "eval_ledger": accuracy,
+        "eval_ledger_stderr": math.sqrt(accuracy * (1 - accuracy) / 256),
+        "eval_response_length": 300 - 50 * done,
+        "time_eval": 14.0 + rng.uniform(0, 2),
+    }
+
+
+def main(folder: Path) -> None:
+    from prune_opd.track.report import write_report
+
+    runs = [
+        write_run(folder / "prune"),
+        write_run(folder / "full", name="ledger-full", strategy="full", seed=1),
+        write_run(folder / "topd", name="ledger-topd-0.25", strategy="topd", seed=2),
+    ]
+    write_report(runs[:1], runs[0] / "report.html")
+    write_report(runs, folder / "comparison.html")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

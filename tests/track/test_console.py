@@ -1,0 +1,124 @@
+"""The console: control codes for terminals only, and the same figures everywhere."""
+
+import io
+import re
+from typing import TextIO
+
+import pytest
+from rich.console import Console
+from synthetic import evaluation_record, step_record
+
+from prune_opd.track.console import RunConsole, duration, summary_table
+
+ESCAPE = "\x1b"
+
+
+class Terminal(io.StringIO):
+    encoding = "utf-8"
+
+    def isatty(self) -> bool:
+        return True
+
+
+def show(file: TextIO, name: str = "run", total: int = 4) -> None:
+    steps = [step_record(s, total) for s in range(1, total + 1)]
+    evaluations = [evaluation_record(0, total), evaluation_record(total, total)]
+    with RunConsole(name, total, 1, file=file) as console:
+        console.evaluation(evaluations[0])
+        for record in steps:
+            console.step(record)
+        console.note("checkpoint [written] to /runs/a")
+        console.evaluation(evaluations[1])
+        console.summary(steps, evaluations)
+
+
+def shown(file: io.StringIO, name: str = "run") -> str:
+    show(file, name)
+    return file.getvalue()
+
+
+@pytest.fixture(autouse=True)
+def terminal_type(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", "xterm-256color")
+
+
+def test_plain_output_has_no_control_codes_even_when_colour_is_forced(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    text = shown(io.StringIO())
+    assert not re.search(r"[\x00-\x09\x0b-\x1f\x7f-\x9f]", text)
+
+
+def test_plain_output_is_one_line_a_step() -> None:
+    lines = [line for line in shown(io.StringIO()).splitlines() if line.startswith("step ")]
+    assert [line.split()[1] for line in lines] == ["1/4", "2/4", "3/4", "4/4"]
+    for figure in ("horizon", "overlap", "events", "loss", "saved", "rollout", "eta"):
+        assert all(figure in line for line in lines), figure
+
+
+def test_notes_and_evaluations_are_shown_as_written() -> None:
+    text = shown(io.StringIO())
+    assert "checkpoint [written] to /runs/a" in text
+    assert re.search(r"evaluation after step 4:  ledger \d+\.\d%", text)
+
+
+def test_a_terminal_gets_a_live_display_that_shows_notes_above_it() -> None:
+    text = shown(Terminal(), name="run [/weird] [bold]")
+    assert ESCAPE in text
+    assert "run [/weird] [bold]" in text
+    assert "checkpoint [written] to /runs/a" in text
+
+
+def test_a_dumb_terminal_gets_plain_lines(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", "dumb")
+    assert ESCAPE not in shown(Terminal())
+
+
+def test_an_ascii_log_file_does_not_end_the_run() -> None:
+    raw = io.BytesIO()
+    file = io.TextIOWrapper(raw, encoding="ascii", write_through=True)
+    show(file, name="späti")
+    assert b"tokens saved" in raw.getvalue()
+
+
+def test_a_step_line_survives_a_record_with_step_only() -> None:
+    file = io.StringIO()
+    with RunConsole("run", 3, 1, file=file) as console:
+        console.step({"step": 1})
+    assert file.getvalue() == "step 1/3  eta ?\n"
+
+
+def test_saved_tokens_are_cumulative_over_a_resume() -> None:
+    half = {"step": 1, "tokens_generated": 50, "tokens_full": 100}
+    none = {"step": 2, "tokens_generated": 300, "tokens_full": 300}
+    file = io.StringIO()
+    with RunConsole("run", 2, 2, history=[half], file=file) as console:
+        console.step(none)
+    assert "saved 12.5%" in file.getvalue()
+
+
+def test_eta_is_the_mean_step_time_of_what_remains() -> None:
+    file = io.StringIO()
+    with RunConsole("run", 11, 1, file=file) as console:
+        console.step({"step": 1, "time_step": 30.0})
+    assert "eta 5 m 00 s" in file.getvalue()
+
+
+def test_summary_table_tells_estimates_as_such() -> None:
+    page = Console(file=io.StringIO(), width=120)
+    with page.capture() as captured:
+        page.print(summary_table([step_record(s, 4) for s in range(1, 5)], [evaluation_record(0, 4)]))
+    text = captured.get()
+    assert re.search(r"tokens saved .*\(estimated\)", text)
+    assert "step 0 only" in text and "final horizon" in text and "rollout" in text
+
+
+def test_summary_table_of_nothing_is_a_table() -> None:
+    assert summary_table([], []).row_count > 0
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(0, "0.0 s"), (9.81, "9.8 s"), (59.99, "1 m 00 s"), (252, "4 m 12 s"), (11220, "3 h 07 m"), (float("nan"), "?")],
+)
+def test_duration(seconds: float, text: str) -> None:
+    assert duration(seconds) == text
