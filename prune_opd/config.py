@@ -1,7 +1,7 @@
 """Everything a run is made of, as frozen dataclasses. A recipe returns one `TrainConfig` (or one `SftConfig`).
 
-Each dataclass checks its own values when it is made, so a wrong setting never reaches a model; what needs files or several
-parts at once (does TP divide the heads? do the tokenizers agree?) is in `check.py`. Symbols are those of the paper.
+Each dataclass checks its own values when it is made, so a wrong setting never reaches a model; what needs files or
+several parts at once (does TP divide the heads? do the tokenizers agree?) is in `check.py`. Symbols are the paper's.
 """
 
 from __future__ import annotations
@@ -300,11 +300,12 @@ class TrainConfig:
             _between("stop_after", self.stop_after, 1)
         if self.gate is None and self.horizon.strategy == "prune":
             raise ConfigError(
-                "gate = null with horizon.strategy = prune: the window follows the gate's reliable length; set a gate or another strategy"
+                "gate = null with horizon.strategy = prune: the window follows the gate's reliable length; "
+                "set a gate or another strategy"
             )
 
 
-# ---------------------------------------------------------------------------------------------------- supervised training
+# -------------------------------------------------------------------------------------------- supervised training
 
 
 @dataclass(frozen=True)

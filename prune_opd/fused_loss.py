@@ -140,7 +140,7 @@ def _run(
         event_N = torch.cat([torch.empty(0, dtype=torch.bool, device=device), *events])
         whole_weight_N = apply_gate_packed(event_N, offsets, gate, dtype).weight_BT
 
-    overlap_N = torch.empty(tokens, device=device)
+    overlap_N = torch.empty(tokens, dtype=torch.float32, device=device)
     event_N = torch.empty(tokens, dtype=torch.bool, device=device)
     reliability_N, weight_N, sampled_logp_N = torch.empty(3, tokens, dtype=dtype, device=device).unbind()
     loss_sum = torch.zeros((), dtype=torch.float64, device=device)
@@ -358,7 +358,7 @@ def _check(
 
 
 def _raise_if_broken(broken_3: Tensor, vocab_size: int) -> None:
-    """Where the host waits for the numbers. All ranks of a group have the same ones, and raise together."""
+    """One wait for the whole call. All ranks of a group have the same numbers, and so raise together."""
     student, teacher, outside = broken_3.tolist()
     for name, broken in (("student", student), ("teacher", teacher)):
         if broken:

@@ -5,7 +5,7 @@
 
 The gate is causal and never recovers: C only counts up along a response, so R and W only fall. `apply_gate` takes whole
 responses as padded rows; `PackedGate` takes them packed end to end and in pieces, as the fused loss sees them. Both use
-the one formula in `_reliability` and `_weight`. Nothing here has a gradient, and nothing here waits for the GPU.
+the one formula in `_reliability` and `_weight`. Nothing here has a gradient.
 """
 
 from __future__ import annotations

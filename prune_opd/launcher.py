@@ -3,8 +3,9 @@
     prune-opd ── start_ranks() ──▶ agent (torchrun in a session of its own: `python -m prune_opd.launcher`)
                                      └─ N × python -m prune_opd.worker …
 
-Signals that `prune-opd` gets go to the agent, which passes them to the ranks, waits and then kills. Should a process be
-killed outright, the kernel ends those below it (PR_SET_PDEATHSIG). No torch is imported on the side of `prune-opd`.
+A signal that `prune-opd` gets goes to the agent, which passes it to the ranks, gives them half a minute and kills what
+is left; a second signal kills at once. Should a process be killed outright, the kernel ends those below it
+(PR_SET_PDEATHSIG). No torch is imported on the side of `prune-opd`.
 """
 
 from __future__ import annotations
@@ -65,20 +66,24 @@ def start_ranks(args: list[str], nproc: int, env: Mapping[str, str]) -> int:
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
-    return 128 + received[0] if received and code else _shell_code(code)
+    if received and code:
+        return 128 + received[0]
+    if code < 0:
+        print(f"error: torchrun was ended by {signal.Signals(-code).name}, and the ranks with it", file=sys.stderr)
+    return _shell_code(code)
 
 
-def end_with_parent() -> None:
-    """Ask the kernel to terminate this process when the one that started it is gone. Linux only; elsewhere nothing."""
+def end_with_parent(number: signal.Signals) -> None:
+    """Ask the kernel for a signal when the process that started this one is gone (Linux; elsewhere nothing)."""
     if sys.platform == "linux":
-        ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+        ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, number)
 
 
 def _ends_with(parent: int) -> Callable[[], None]:
-    """`end_with_parent` for the moment between fork and exec, also right when the parent died in between."""
+    """For the moment between fork and exec: the agent is told when `parent` dies, even if it already has."""
 
     def prepare() -> None:
-        end_with_parent()
+        end_with_parent(signal.SIGTERM)  # it ends its ranks in order
         if os.getppid() != parent:
             os._exit(128 + signal.SIGTERM)
 

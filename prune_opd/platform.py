@@ -24,7 +24,19 @@ import torch
 import torch.utils._device
 
 CPU = torch.device("cpu")
-FACTORIES = ("tensor", "zeros", "ones", "empty", "full", "arange", "rand", "randn", "randint", "zeros_like", "empty_like")
+FACTORIES = (
+    "tensor",
+    "zeros",
+    "ones",
+    "empty",
+    "full",
+    "arange",
+    "rand",
+    "randn",
+    "randint",
+    "zeros_like",
+    "empty_like",
+)
 # fmt: off
 NO_OPS = ("synchronize", "empty_cache", "set_device")
 MEMORY = ("memory_allocated", "max_memory_allocated", "memory_reserved", "max_memory_reserved")
@@ -72,19 +84,30 @@ def untouched_rng() -> Iterator[None]:
 
 
 def rng_state() -> dict[str, Any]:
-    """This rank's generators, as it goes into a checkpoint."""
-    state = {"python": random.getstate(), "numpy": np.random.get_state(), "torch": torch.get_rng_state()}
+    """This process's generators as JSON values: that is how they go into a checkpoint."""
+    version, numbers, gauss = random.getstate()
+    numpy_state: Any = np.random.get_state(legacy=False)
+    state = {
+        "python": [version, list(numbers), gauss],
+        "numpy": {**numpy_state, "state": {**numpy_state["state"], "key": numpy_state["state"]["key"].tolist()}},
+        "torch": torch.get_rng_state().numpy().tobytes().hex(),
+    }
     if torch.cuda.is_available():
-        state["cuda"] = torch.cuda.get_rng_state()
+        state["cuda"] = torch.cuda.get_rng_state().numpy().tobytes().hex()
     return state
 
 
 def load_rng_state(state: dict[str, Any]) -> None:
-    random.setstate(state["python"])
+    version, numbers, gauss = state["python"]
+    random.setstate((version, tuple(numbers), gauss))
     np.random.set_state(state["numpy"])
-    torch.set_rng_state(state["torch"])
+    torch.set_rng_state(_byte_tensor(state["torch"]))
     if "cuda" in state and torch.cuda.is_available():
-        torch.cuda.set_rng_state(state["cuda"])
+        torch.cuda.set_rng_state(_byte_tensor(state["cuda"]))
+
+
+def _byte_tensor(text: str) -> torch.Tensor:
+    return torch.frombuffer(bytearray.fromhex(text), dtype=torch.uint8)
 
 
 # ------------------------------------------------------------------------------------- the CPU answers for the GPU
@@ -115,7 +138,7 @@ class _InOrder:
 
 
 class _TypeName(str):
-    """"torch.FloatTensor" that also equals "torch.cuda.FloatTensor": megatron's optimizer checks parameters that way."""
+    """A type's name that also equals its CUDA twin: megatron's optimizer checks parameters by `type()`."""
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, str) and str.__eq__(self, other.replace("torch.cuda.", "torch."))
@@ -145,8 +168,8 @@ def _answer_cuda_names_for_the_cpu() -> None:
         setattr(cuda, name, lambda *args, **kwargs: 0)
     cuda.nvtx.range_push = cuda.nvtx.range_pop = lambda *args, **kwargs: None
 
-    # `with torch.device("meta")` (transformers loads models in it) knows the factories by identity and looks them up once:
-    # it must know the real ones, or models loaded later in this process would get uninitialised buffers.
+    # `with torch.device("meta")` (transformers loads models in it) knows the factories by identity, looked up once: it
+    # must know the real ones, or models loaded later in this process would get uninitialised buffers.
     torch.utils._device._device_constructors()
     for name in FACTORIES:
         setattr(torch, name, _on_cpu(getattr(torch, name)))

@@ -123,7 +123,8 @@ def local_topk(logits_NV: Tensor, k: int) -> TopK:
     """Exact top-k of this rank's columns, ties to the lower column; the ids are columns. All columns if fewer than k.
 
     `torch.topk` picks any of the tied entries at the k-th place. With a few candidates more than k a tie is settled
-    among them; rows whose tie runs on past the last candidate (constant logits, say) are sorted whole.
+    among them; rows whose tie runs on past the last candidate (constant logits, say) are sorted whole. To know
+    whether there are any, the host has to wait.
     """
     columns = logits_NV.shape[1]
     k = min(k, columns)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable
@@ -82,7 +83,7 @@ def run_reported(command: Callable[[], int]) -> int:
 def main(argv: list[str] | None = None) -> int:
     """Parse a command of `prune_opd.cli` and run it. Returns the exit code."""
     arguments = _parser().parse_args(argv)
-    end_with_parent()
+    end_with_parent(signal.SIGKILL)  # the agent ends its ranks in order; one that died cannot
     return run_reported(lambda: _run(arguments))
 
 

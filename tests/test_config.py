@@ -69,7 +69,7 @@ def test_the_gates_defaults_are_the_papers() -> None:
 
 def test_prune_without_a_gate_is_refused() -> None:
     horizon = c.HorizonConfig(strategy="prune", init_len=64)
-    with pytest.raises(ConfigError, match="gate = null with horizon.strategy = prune"):
+    with pytest.raises(ConfigError, match=r"gate = null with horizon\.strategy = prune"):
         c.TrainConfig(name="x", student="s", teacher="t", steps=1, horizon=horizon, gate=None)
 
 

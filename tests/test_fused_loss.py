@@ -152,7 +152,7 @@ def test_chunks_and_packing_change_nothing() -> None:
 
 def test_a_tied_weight_gets_the_gradient_of_both_its_uses() -> None:
     case = make_case()
-    grads = []
+    grads: list[Tensor] = []
     for fused in (True, False):
         leaves = case.leaves(torch.float64)
         embedded = leaves.student_weight[leaves.sampled] * 0.3 + leaves.student_hidden.detach()

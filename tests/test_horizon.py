@@ -203,6 +203,16 @@ def test_a_restored_controller_continues_as_if_it_had_never_stopped(
     assert second.state_dict() == whole.state_dict()
 
 
+def test_misses_before_a_checkpoint_still_count_after_it() -> None:
+    controller = make_controller(PAPER)
+    for step in range(1, 4):
+        controller.update(*MISS)
+        state = controller.state_dict()
+        controller = make_controller(PAPER)
+        controller.load_state_dict(state)
+        assert controller.horizon == (1948 if step == 3 else 2048)
+
+
 @pytest.mark.parametrize("own", ["full", "topd", "popd", "prune"])
 @pytest.mark.parametrize("other", ["full", "topd", "popd", "prune"])
 def test_the_state_of_another_strategy_is_refused(own: str, other: str) -> None:

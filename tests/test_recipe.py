@@ -1,4 +1,4 @@
-"""Recipes, overrides, config.yaml: what is loaded is what was meant, and a mistake is answered with what would be right."""
+"""Recipes, overrides, config.yaml: what loads is what was meant, and a mistake is answered with what would be right."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def test_each_strategy_works_on_the_tiny_recipe_by_one_override(strategy: str) -
     assert apply_overrides(tiny(), [f"horizon.strategy={strategy}"]).horizon.strategy == strategy
 
 
-def test_a_changed_ancestor_moves_every_descendant(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_changed_ancestor_moves_every_descendant() -> None:
     teacher = load_recipe("tiny_teacher")
     assert isinstance(teacher, SftConfig) and teacher.init is not None
     other_base = str(Path(teacher.init).parent.with_name("0123456789ab") / "base")

@@ -12,7 +12,7 @@ from prune_opd.rollout.engine import RolloutEngine
 
 
 class Evaluator:
-    """A fixed set of problems, sampled with the same seeds at every call, so that two evaluations differ by weights only.
+    """A fixed set of problems, sampled with the same seeds at every call: two evaluations differ by weights only.
 
     `max_len` is in response tokens; it is the full horizon, whatever window the training has at the moment.
     """

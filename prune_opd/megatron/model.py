@@ -22,6 +22,11 @@ from prune_opd.megatron.packing import PackedBatch
 VOCAB_MULTIPLE = 128  # rows of the vocabulary matrices per tensor-parallel rank: GEMM sizes that H100 likes
 
 
+def dtype_of(params: str) -> torch.dtype:
+    """`precision.params` as a torch dtype."""
+    return {"fp32": torch.float32, "bf16": torch.bfloat16}[params]
+
+
 @dataclass(frozen=True)
 class ModelSpec:
     """What the two worlds must agree on, read from a Hugging Face config.json (Llama, Qwen2, Qwen3; dense)."""
@@ -52,7 +57,9 @@ class ModelSpec:
         rope = hf.get("rope_parameters") or {}
         scaling = rope.get("rope_type", (hf.get("rope_scaling") or {}).get("rope_type", "default"))
         if scaling != "default":
-            raise ConfigError(f"{path}: rope_type = {scaling!r} is not supported yet: use a model with the default rope")
+            raise ConfigError(
+                f"{path}: rope_type = {scaling!r} is not supported yet: use a model with the default rope"
+            )
         return cls(
             family=family,
             layers=hf["num_hidden_layers"],
@@ -118,11 +125,11 @@ def layer_spec(spec: ModelSpec) -> ModuleSpec:
 
 
 class HiddenStatesGPT(GPTModel):
-    """A GPT whose forward pass ends after the final norm. The loss multiplies by the output weight itself, in chunks."""
+    """A GPT whose forward pass ends after the final norm: the loss multiplies by the output weight, in chunks."""
 
     spec: ModelSpec
 
-    def forward(self, batch: PackedBatch) -> Tensor:  # type: ignore[override]
+    def forward(self, batch: PackedBatch) -> Tensor:
         """Packed tokens -> hidden_NH of every token [N, H]."""
         hidden = super().forward(
             batch.ids_N[None], batch.position_N[None], attention_mask=None, packed_seq_params=batch.attention_segments()

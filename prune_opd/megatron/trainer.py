@@ -105,7 +105,9 @@ class Trainer:
         self.schedule.step(increment=1)
         _, grad_norm, _ = self.optimizer.step()
         loss_sum, tokens = total.tolist()
-        return StepResult(loss_sum / max(tokens, 1), int(tokens), float(grad_norm), self.optimizer.param_groups[0]["lr"])
+        return StepResult(
+            loss_sum / max(tokens, 1), int(tokens), float(grad_norm), self.optimizer.param_groups[0]["lr"]
+        )
 
     def sharded_state(self, *, loading: bool) -> dict[str, Any]:
         """Model and optimizer for megatron's distributed checkpoint, in whatever layout this run has."""

@@ -19,8 +19,8 @@ from prune_opd.data.prompts import Prompt
 from prune_opd.platform import Platform, untouched_rng
 from prune_opd.rollout.batch import Response, Rollouts
 
-# Read when vllm is imported. One process a rank (no engine subprocess), no telemetry, no hub; the V1 model runner on every
-# platform, because the CPU has no other and both must behave alike.
+# Read when vllm is imported. One process a rank (no engine subprocess), no telemetry, no hub; the V1 model runner on
+# every platform, because the CPU has no other and both must behave alike.
 ENVIRONMENT = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     "VLLM_USE_V2_MODEL_RUNNER": "0",
@@ -39,7 +39,9 @@ def request_seed(run_seed: int, step: int, prompt: int, sample: int) -> int:
 class RolloutEngine:
     """One vLLM engine per `rollout.tensor_parallel` ranks (vLLM's external launcher, inside torchrun)."""
 
-    def __init__(self, model_dir: str, rollout: RolloutConfig, max_response: int, dtype: torch.dtype, machine: Platform):
+    def __init__(
+        self, model_dir: str, rollout: RolloutConfig, max_response: int, dtype: torch.dtype, machine: Platform
+    ):
         for name, value in ENVIRONMENT.items():
             os.environ.setdefault(name, value)
         self.machine = machine
@@ -152,7 +154,7 @@ def _response(completion: Any, logprobs: bool) -> Response:
 
 
 def _repack_tied_head(worker: Any) -> None:
-    """vLLM's CPU path keeps a packed copy of the output matrix, which a reload leaves stale where it is the embedding's."""
+    """vLLM's CPU path keeps a packed copy of the output matrix, which a reload leaves stale when it is tied."""
     from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
     from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 

@@ -30,7 +30,9 @@ class SafetensorsDirectory:
             with safe_open(single, "pt") as file:
                 self.file_of = dict.fromkeys(file.keys(), single.name)
         else:
-            raise ConfigError(f"{self.directory}: no model.safetensors and no index of one (pickled weights are not read)")
+            raise ConfigError(
+                f"{self.directory}: no model.safetensors and no index of one (pickled weights are not read)"
+            )
         self._open: dict[str, safe_open] = {}
 
     def _slice(self, name: str) -> object:

@@ -1,7 +1,7 @@
 """Hugging Face ↔ megatron-core: names, and how each weight is cut over tensor-parallel ranks. Llama, Qwen2, Qwen3.
 
-One `Entry` per megatron parameter. Three layouts are more than a slice: megatron keeps q, k and v of one KV group next to
-each other in one matrix, keeps gate and up of a rank's columns in one matrix, and pads the vocabulary.
+One `Entry` per megatron parameter. Three layouts are more than a slice: megatron keeps q, k and v of one KV group
+next to each other in one matrix, keeps gate and up of a rank's columns in one matrix, and pads the vocabulary.
 """
 
 from __future__ import annotations

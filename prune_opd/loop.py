@@ -1,0 +1,141 @@
+"""The training loop: Prune-OPD as every rank runs it, all ranks in step (`setup.py` builds the parts).
+
+prompts ─ sampler ─▶ rollout (vLLM, at most `horizon` tokens) ─▶ teacher pass (hidden states only)
+    ─▶ student forward + gated loss + backward + Adam ─▶ controller: the next horizon ─▶ metrics
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from prune_opd import platform
+from prune_opd.config import TrainConfig
+from prune_opd.setup import Run, prepare
+
+
+def train(config: TrainConfig, run_dir: Path, resume: str) -> int:
+    """Run (or resume) a distillation to its last step, or to `stop_after`. Returns the process's exit code."""
+    run = prepare(config, run_dir, resume)
+    last = min(config.steps, config.stop_after or config.steps)
+    with run.tracker:
+        if run.finished_steps == 0:
+            evaluate(run)
+        while run.finished_steps < last:
+            step(run)
+            done = run.finished_steps
+            if done == last or _due(done, config.checkpoint.every):
+                run.save_checkpoint()
+            if done == config.steps or _due(done, config.evaluation.every):
+                evaluate(run)
+        if last == config.steps and config.checkpoint.export_hf:
+            run.export()
+    run.engine.close()
+    return 0
+
+
+def step(run: Run) -> None:
+    """One step of the method: sync → rollout → teacher → train → controller → log."""
+    config, clock, number = run.config, PhaseClock(run.machine), run.finished_steps + 1
+    horizon = run.controller.horizon
+    with clock("sync"):
+        run.sync_weights()
+    with clock("rollout"):
+        prompts = run.sampler.next(config.rollout.prompts)
+        rollouts = run.engine.generate(
+            prompts,
+            config.rollout.responses,
+            max_tokens=horizon,
+            seed=config.seed,
+            step=number,
+            temperature=config.rollout.temperature,
+            top_p=config.rollout.top_p,
+        )
+    batches = run.pack(rollouts)
+    with clock("teacher"):
+        teacher_hidden = run.teacher.hidden(batches)
+    with clock("train"):
+        stats = run.new_stats(len(rollouts.responses))
+        result = run.trainer.step(batches, gated_loss(run, batches, teacher_hidden, stats))
+        stats.reduce(run.layout.dp_group)
+    run.controller.update(stats.reliable_length_B, rollouts.length_B, rollouts.finished_B)
+    run.finished_steps = number
+    run.tracker.step(
+        {
+            "step": number,
+            "horizon": horizon,
+            **stats.record(),
+            "response_length": rollouts.tokens / len(rollouts.responses),
+            "finished_rate": sum(rollouts.finished_B) / len(rollouts.responses),
+            "pruned_inflight": 0,
+            "tokens_generated": rollouts.tokens,
+            "tokens_full": run.tokens_at_full_horizon(len(rollouts.responses)),
+            "tokens_trained": result.tokens,
+            "loss": result.loss,
+            "grad_norm": result.grad_norm,
+            "lr": result.lr,
+            **clock.record(),
+        }
+    )
+
+
+def gated_loss(run: Run, batches: Sequence[Any], teacher_hidden: Sequence[Tensor], stats: Any) -> Any:
+    """The trainer's loss function for this step: `distill_loss` on the positions that predict a response token."""
+    from prune_opd.fused_loss import distill_loss
+
+    hidden_of = {batch.rows: hidden_MH for batch, hidden_MH in zip(batches, teacher_hidden, strict=True)}
+
+    def loss(model: Any, batch: Any, hidden_NH: Tensor) -> tuple[Tensor, int]:
+        loss_sum, tokens, seen = distill_loss(
+            hidden_NH[batch.predicting_M],
+            model.head_weight(),
+            hidden_of[batch.rows],
+            run.teacher.head_weight,
+            batch.sampled_ids_M,
+            batch.cu_responses,
+            run.config.gate,
+            run.config.objective,
+            run.layout.tp_group,
+            vocab_size=run.vocab_size,
+        )
+        stats.add(batch.rows, seen)
+        return loss_sum, tokens
+
+    return loss
+
+
+def evaluate(run: Run) -> None:
+    """Accuracy of the student as it is now, on held-out problems at the full horizon."""
+    if run.evaluator is None:
+        return
+    run.sync_weights()
+    record = run.evaluator.record(run.finished_steps)
+    run.full_response_length = record["eval_response_length"]
+    run.tracker.evaluation(record)
+
+
+class PhaseClock:
+    """Seconds by phase, device work included."""
+
+    def __init__(self, machine: platform.Platform):
+        self.machine, self.started = machine, time.perf_counter()
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def __call__(self, phase: str) -> Iterator[None]:
+        begin = time.perf_counter()
+        yield
+        self.machine.synchronize()
+        self.seconds[f"time_{phase}"] = time.perf_counter() - begin
+
+    def record(self) -> dict[str, float]:
+        return {**self.seconds, "time_step": time.perf_counter() - self.started}
+
+
+def _due(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0

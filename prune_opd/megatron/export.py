@@ -1,0 +1,31 @@
+"""`prune-opd export`: a checkpoint of any layout as a Hugging Face directory that transformers and vLLM load."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from prune_opd import platform
+from prune_opd.config import ParallelConfig
+
+
+def export_checkpoint(checkpoint: Path, out_dir: Path) -> None:
+    """Load the student's weights in one process (the checkpoint reshards) and write them in its training dtype.
+
+    config.json and the tokenizer come from the directory that the run started from. Raises `UserError` when
+    `checkpoint` is not one.
+    """
+    machine = platform.prepare()
+    from megatron.core import dist_checkpointing
+
+    from prune_opd.megatron import layout as layouts
+    from prune_opd.megatron.checkpoint import read_state
+    from prune_opd.megatron.model import build, dtype_of
+    from prune_opd.weights.stream import export_hf
+
+    config = read_state(checkpoint)["config"]
+    layouts.initialize(ParallelConfig(tensor=1), machine, seed=0)
+    model = build(config["student"], 1, dtype_of(config["precision"]["params"]), trainable=False)
+    state = dist_checkpointing.load({"model": model.sharded_state_dict()}, str(checkpoint))
+    model.load_state_dict(state["model"])
+    export_hf(model, config["student"], out_dir, write=True)
+    layouts.shutdown()

@@ -1,0 +1,214 @@
+"""The parts of a run, built in the order in which they depend on each other, and what the loop asks of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch.distributed as dist
+
+from prune_opd import platform
+from prune_opd.config import TrainConfig, to_dict
+from prune_opd.data.prompts import PromptSampler, held_out, make_source
+from prune_opd.errors import UserError
+from prune_opd.eval.evaluate import Evaluator
+from prune_opd.horizon import HorizonController, make_controller
+from prune_opd.recipe import save_config
+from prune_opd.rollout.batch import Rollouts
+from prune_opd.rollout.engine import RolloutEngine
+from prune_opd.stats import BatchStats
+from prune_opd.track.tracker import NullTracker, Tracker
+
+if TYPE_CHECKING:
+    from prune_opd.megatron.checkpoint import Checkpoints
+    from prune_opd.megatron.layout import Layout
+    from prune_opd.megatron.packing import PackedBatch
+    from prune_opd.megatron.teacher import Teacher
+    from prune_opd.megatron.trainer import Trainer
+
+PARITY_PROMPTS, PARITY_TOKENS = 4, 32
+PARITY_LIMIT = {"fp32": 1e-3, "bf16": 0.25}  # nats, largest difference of one token's log-probability
+
+
+@dataclass
+class Run:
+    """One rank's view of a run. The loop changes `finished_steps`; everything else has its own state."""
+
+    config: TrainConfig
+    run_dir: Path
+    machine: platform.Platform
+    layout: Layout
+    trainer: Trainer
+    teacher: Teacher
+    engine: RolloutEngine
+    sampler: PromptSampler
+    controller: HorizonController
+    checkpoints: Checkpoints
+    evaluator: Evaluator | None
+    tracker: NullTracker
+    finished_steps: int = 0
+    full_response_length: float | None = None  # tokens; what a response costs at the full horizon (last evaluation)
+    _engine_has: int | None = field(default=None, repr=False)  # finished_steps of the weights that the engine holds
+
+    @property
+    def vocab_size(self) -> int:
+        """Ids that both models know; rows beyond are padding."""
+        return min(self.trainer.model.spec.vocab_size, self.teacher.model.spec.vocab_size)
+
+    def sync_weights(self) -> None:
+        """Reshard the student's weights into the engine, unless it has them already. The first time, compare."""
+        from prune_opd.weights.stream import hf_stream
+
+        if self._engine_has == self.finished_steps:
+            return
+        first = self._engine_has is None
+        self.engine.load(hf_stream(self.trainer.model))
+        self._engine_has = self.finished_steps
+        if first:
+            self._assert_logprob_parity()
+
+    def pack(self, rollouts: Rollouts) -> list[PackedBatch]:
+        """This data-parallel rank's rows of the global batch, as packed micro-batches."""
+        from prune_opd.megatron.packing import pack
+
+        rows = range(self.layout.dp_rank, len(rollouts.responses), self.layout.dp_size)
+        budget = self.config.parallel.microbatch_tokens
+        return pack(rollouts.prompt_ids, rollouts.response_ids, rows, budget, self.machine.device)
+
+    def new_stats(self, responses: int) -> BatchStats:
+        bins, longest = self.config.track.position_bins, self.config.horizon.max_len
+        return BatchStats(responses, bins, longest, self.machine.device)
+
+    def tokens_at_full_horizon(self, responses: int) -> float | None:
+        return None if self.full_response_length is None else responses * self.full_response_length
+
+    def save_checkpoint(self) -> None:
+        rng: list[Any] = [None] * self.layout.world
+        dist.all_gather_object(rng, platform.rng_state())
+        state = {
+            "config": to_dict(self.config),
+            "schedule": self.trainer.schedule.state_dict(),
+            "controller": self.controller.state_dict(),
+            "sampler": self.sampler.state_dict(),
+            "full_response_length": self.full_response_length,
+            "rng": rng,
+        }
+        self.checkpoints.save(self.finished_steps, self.trainer, state)
+
+    def load_checkpoint(self, checkpoint: Path) -> None:
+        state = self.checkpoints.load(checkpoint, self.trainer)
+        self.trainer.schedule.load_state_dict(state["schedule"])
+        self.controller.load_state_dict(state["controller"])
+        self.sampler.load_state_dict(state["sampler"])
+        self.full_response_length = state["full_response_length"]
+        if len(state["rng"]) == self.layout.world:  # another world size has no generator of ours to continue
+            platform.load_rng_state(state["rng"][self.layout.rank])
+        self.finished_steps = state["step"]
+
+    def export(self) -> None:
+        """Leave the student as a Hugging Face directory in `hf/`."""
+        from prune_opd.weights.stream import export_hf
+
+        out = self.run_dir / "hf"
+        export_hf(self.trainer.model, self.config.student, out, write=self.layout.is_main)
+        self.tracker.note(f"student: {out}")
+
+    def _assert_logprob_parity(self) -> None:
+        """The engine and the trainer must give the same tokens the same log-probability, or the rollouts are not ours.
+
+        Raises `UserError` naming the largest difference.
+        """
+        from prune_opd.megatron.logprobs import sampled_logprobs
+
+        prompts = [self.sampler.source.get(i) for i in range(PARITY_PROMPTS)]
+        rollouts = self.engine.generate(
+            prompts, 1, PARITY_TOKENS, self.config.seed, 0, self.config.objective.temperature, logprobs=True
+        )
+        ours = sampled_logprobs(self.trainer.model, rollouts, self.layout, self.machine.device)
+        theirs = [logprob for response in rollouts.responses for logprob in response.logprobs or ()]
+        worst = max(abs(a - b) for a, b in zip(ours, theirs, strict=True))
+        limit = PARITY_LIMIT[self.config.precision.params]
+        if not worst <= limit:
+            raise UserError(
+                f"after the first weight sync the rollout engine and the trainer differ by {worst:.2e} nats in a "
+                f"token's log-probability (limit {limit:g}): the weights in the engine are not the student's"
+            )
+
+
+def prepare(config: TrainConfig, run_dir: Path, resume: str) -> Run:
+    """Build every part, restore a checkpoint if there is one to resume, and open the run directory's files."""
+    machine = platform.prepare()
+    from transformers import AutoTokenizer
+
+    from prune_opd.megatron import layout as layouts
+    from prune_opd.megatron.checkpoint import Checkpoints
+    from prune_opd.megatron.model import dtype_of
+    from prune_opd.megatron.teacher import Teacher
+    from prune_opd.megatron.trainer import Trainer
+
+    layout = layouts.initialize(config.parallel, machine, config.seed)
+    dtype = dtype_of(config.precision.params)
+    tokenizer = AutoTokenizer.from_pretrained(config.student)
+    source = make_source(config.data, tokenizer, config.seed, config.rollout.max_prompt_len)
+    trainer = Trainer(config.student, config.optimizer, config.steps, layout, dtype, machine.device)
+    teacher = Teacher(config.teacher, layout, dtype, machine.device)
+    longest = max(config.horizon.max_len, config.evaluation.max_len or 0)
+    engine = RolloutEngine(config.student, config.rollout, longest, dtype, machine)
+    run = Run(
+        config=config,
+        run_dir=run_dir,
+        machine=machine,
+        layout=layout,
+        trainer=trainer,
+        teacher=teacher,
+        engine=engine,
+        sampler=PromptSampler(source, config.seed, config.data.shuffle),
+        controller=make_controller(config.horizon),
+        checkpoints=Checkpoints(run_dir / "checkpoints", config.checkpoint.keep, layout),
+        evaluator=_evaluator(config, engine, tokenizer),
+        tracker=NullTracker(),
+    )
+    checkpoint = _checkpoint_to_resume(resume, run.checkpoints)
+    if checkpoint:
+        run.load_checkpoint(checkpoint)
+    if layout.is_main:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        save_config(config, run_dir / "config.yaml")
+        run.tracker = Tracker(run_dir, config, to_dict(config), run.finished_steps)
+        if checkpoint:
+            run.tracker.note(f"resumed after step {run.finished_steps} from {checkpoint}")
+    return run
+
+
+def _checkpoint_to_resume(resume: str, checkpoints: Checkpoints) -> Path | None:
+    if resume == "never":
+        return None
+    return checkpoints.latest() if resume == "auto" else Path(resume)
+
+
+def _evaluator(config: TrainConfig, engine: RolloutEngine, tokenizer: Any) -> Evaluator | None:
+    settings = config.evaluation
+    if settings.problems == 0:
+        return None
+    data = config.data if settings.source is None else _with_source(config.data, settings.source)
+    source = make_source(data, tokenizer, settings.seed, config.rollout.max_prompt_len)
+    problems: Sequence[Any] = held_out(data, tokenizer, settings.seed, settings.problems, config.rollout.max_prompt_len)
+    return Evaluator(
+        engine,
+        tokenizer,
+        source,
+        problems,
+        settings.samples,
+        settings.max_len or config.horizon.max_len,
+        settings.temperature,
+        settings.top_p,
+        settings.seed,
+    )
+
+
+def _with_source(data: Any, source: str) -> Any:
+    from dataclasses import replace
+
+    return replace(data, source=source)

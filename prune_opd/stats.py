@@ -1,0 +1,60 @@
+"""What the gate saw of the global batch: added up micro-batch by micro-batch, then over the data-parallel ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from prune_opd.fused_loss import GateStats
+
+PER_TOKEN = ("overlap", "event", "weight")
+
+
+class BatchStats:
+    """Sums over response tokens, also by position in the response (`bins` of equal width over `max_len` tokens)."""
+
+    def __init__(self, responses: int, bins: int, max_len: int, device: torch.device):
+        self.bins, self.max_len = bins, max_len
+        self.reliable_length_B = torch.zeros(responses, dtype=torch.float64, device=device)
+        self.sums = torch.zeros(len(PER_TOKEN), bins, dtype=torch.float64, device=device)
+        self.count = torch.zeros(bins, dtype=torch.float64, device=device)
+
+    def add(self, rows: Sequence[int], stats: GateStats) -> None:
+        """Take in one micro-batch: `rows` of the global batch, in the order in which they are packed."""
+        self.reliable_length_B[list(rows)] = stats.reliable_length_B.double()
+        length_B = stats.length_B
+        start_B = length_B.cumsum(0) - length_B
+        position_N = torch.arange(len(stats.overlap_N), device=length_B.device) - start_B.repeat_interleave(length_B)
+        bin_N = (position_N * self.bins // self.max_len).clamp_max(self.bins - 1)
+        for i, value_N in enumerate((stats.overlap_N, stats.event_N, stats.weight_N)):
+            self.sums[i].index_add_(0, bin_N, value_N.double())
+        self.count.index_add_(0, bin_N, torch.ones_like(bin_N, dtype=torch.float64))
+
+    def reduce(self, dp_group: Any) -> None:
+        """Make every data-parallel rank's sums those of the global batch: one collective."""
+        flat = torch.cat([self.reliable_length_B, self.sums.flatten(), self.count])
+        dist.all_reduce(flat, group=dp_group)
+        sizes = [len(self.reliable_length_B), self.sums.numel(), self.bins]
+        self.reliable_length_B, sums, self.count = flat.split(sizes)
+        self.sums = sums.view(len(PER_TOKEN), self.bins)
+
+    def record(self) -> dict[str, Any]:
+        """The gate's part of a step record in metrics.jsonl."""
+        overlap, event, weight = (self.sums.sum(1) / self.count.sum().clamp_min(1)).tolist()
+        return {
+            "overlap": overlap,
+            "event_rate": event,
+            "weight_mean": weight,
+            "reliable_length": self.reliable_length_B.mean().item(),
+            "overlap_by_position": self._curve(self.sums[PER_TOKEN.index("overlap")]),
+            "weight_by_position": self._curve(self.sums[PER_TOKEN.index("weight")]),
+        }
+
+    def _curve(self, sums: Tensor) -> list[float | None]:
+        pairs = zip(sums.tolist(), self.count.tolist(), strict=True)
+        return [total / count if count else None for total, count in pairs]
