@@ -40,6 +40,7 @@ def start_ranks(args: list[str], nproc: int, env: Mapping[str, str]) -> int:
     settings = dict(env)
     settings.setdefault("OMP_NUM_THREADS", "1")
     if not has_gpu():
+        settings.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # vLLM's note on NUMA binding
         settings.setdefault("TORCHDYNAMO_DISABLE", "1")  # bound when megatron is imported; on a GPU vLLM compiles
     # fmt: off
     command = [

@@ -73,6 +73,7 @@ def step(run: Run) -> None:
             "response_length": rollouts.tokens / len(rollouts.responses),
             "finished_rate": sum(rollouts.finished_B) / len(rollouts.responses),
             "pruned_inflight": 0,
+            "rollout_digest": rollouts.digest,
             "tokens_generated": rollouts.tokens,
             "tokens_full": run.tokens_at_full_horizon(len(rollouts.responses)),
             "tokens_trained": result.tokens,

@@ -41,6 +41,14 @@ FACTORIES = (
 NO_OPS = ("synchronize", "empty_cache", "set_device")
 MEMORY = ("memory_allocated", "max_memory_allocated", "memory_reserved", "max_memory_reserved")
 # fmt: on
+# What megatron-core and vLLM say on every CPU start: known, wanted, and in the way of what a user should read.
+EXPECTED_WARNINGS = (
+    "Transformer Engine and Apex are not installed",
+    "Apex is not installed",
+    "full scope is deprecated",
+    "When using async grad allreduce",
+    "`torch.distributed.reduce_op` is deprecated",
+)
 
 
 @dataclass(frozen=True)
@@ -67,8 +75,8 @@ def prepare() -> Platform:
         torch.cuda.set_device(local_rank)
         return Platform("cuda", torch.device("cuda", local_rank), "nccl")
     os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # megatron-core's jit_fuser is torch.compile
-    # Known and wanted on a CPU; megatron-core says it four times at every import.
-    warnings.filterwarnings("ignore", message="Transformer Engine and Apex are not installed")
+    for message in EXPECTED_WARNINGS:
+        warnings.filterwarnings("ignore", message=message)
     _answer_cuda_names_for_the_cpu()
     return Platform("cpu", CPU, "gloo")
 

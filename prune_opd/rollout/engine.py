@@ -6,6 +6,7 @@ Nothing here knows megatron: weights come in as a stream of (Hugging Face name, 
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -28,6 +29,7 @@ ENVIRONMENT = {
     "VLLM_LOGGING_LEVEL": "ERROR",
     "HF_HUB_OFFLINE": "1",
 }
+QUIET_LOGGERS = ("torch._library.triton",)  # "Triton not available", on every CPU start
 
 
 def request_seed(run_seed: int, step: int, prompt: int, sample: int) -> int:
@@ -49,6 +51,8 @@ class RolloutEngine:
         self.engines = self.world // rollout.tensor_parallel
         self.engine_index = self.rank // rollout.tensor_parallel
         max_model_len = rollout.max_prompt_len + max_response
+        for name in QUIET_LOGGERS:
+            logging.getLogger(name).setLevel(logging.ERROR)
         set_num_threads = torch.set_num_threads
         with untouched_rng():
             from vllm import LLM
@@ -62,6 +66,7 @@ class RolloutEngine:
                 distributed_executor_backend="external_launcher",
                 seed=0,
                 disable_log_stats=True,
+                use_tqdm_on_load=False,
                 **self._platform_settings(rollout, max_model_len),
             )
         torch.set_num_threads = set_num_threads  # vLLM replaces it with one that refuses

@@ -34,6 +34,7 @@ METRICS: dict[str, str] = {
     "pruned_inflight": "responses that the in-flight gate stopped while they were generated [count]",
     "overlap_by_position": "mean overlap in bins of equal width over max_len; null where no token fell [0..1]",
     "weight_by_position": "mean weight W in the same bins; null where no token fell [0..1 + w_base]",
+    "rollout_digest": "hash of this step's response tokens: equal digests are equal rollouts [text]",
     "tokens_generated": "response tokens generated in this step [tokens]",
     "tokens_trained": "response tokens that entered the loss [tokens]",
     "tokens_full": "estimate of the tokens the same responses would have cost at the full horizon, from the mean"

@@ -110,6 +110,7 @@ def _init(run_dir: Path, config_dict: dict[str, Any], project: str, name: str, m
     # Without this, missing credentials would open a prompt on a terminal, and wait there with the GPUs held.
     if mode == "online" and not wandb.login(prompt=False):
         raise RuntimeError("no wandb credentials are configured")
+    os.environ.setdefault("WANDB_DISABLE_WEAVE", "true")  # vLLM imports openai, and wandb would advertise for it
     settings = wandb.Settings(silent=True, console="off", init_timeout=_INIT_TIMEOUT_S)
     return wandb.init(
         dir=str(run_dir),

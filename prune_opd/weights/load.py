@@ -7,14 +7,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from prune_opd.errors import ConfigError
-from prune_opd.weights.mapping import Entry, entries, read_shard
+from prune_opd.weights.mapping import Entry, entries, merge_shards, read_shard
 
 if TYPE_CHECKING:
-    from prune_opd.megatron.model import HiddenStatesGPT
+    from prune_opd.megatron.model import HiddenStatesGPT, ModelSpec
 
 
 class SafetensorsDirectory:
@@ -22,26 +22,30 @@ class SafetensorsDirectory:
 
     def __init__(self, directory: str | Path):
         self.directory = Path(directory)
+        self._open: dict[str, safe_open] = {}
         index = self.directory / "model.safetensors.index.json"
         single = self.directory / "model.safetensors"
         if index.exists():
             self.file_of: dict[str, str] = json.loads(index.read_text())["weight_map"]
         elif single.exists():
-            with safe_open(single, "pt") as file:
-                self.file_of = dict.fromkeys(file.keys(), single.name)
+            self.file_of = dict.fromkeys(self._file(single.name).keys(), single.name)
         else:
             raise ConfigError(
                 f"{self.directory}: no model.safetensors and no index of one (pickled weights are not read)"
             )
-        self._open: dict[str, safe_open] = {}
+
+    def _file(self, name: str) -> safe_open:
+        if name not in self._open:
+            try:
+                self._open[name] = safe_open(self.directory / name, "pt")
+            except (OSError, SafetensorError) as reason:
+                raise ConfigError(f"{self.directory / name} cannot be read ({reason}): copy the model again") from None
+        return self._open[name]
 
     def _slice(self, name: str) -> object:
         if name not in self.file_of:
             raise ConfigError(f"{self.directory}: no tensor {name!r}; is config.json from another model?")
-        file = self.file_of[name]
-        if file not in self._open:
-            self._open[file] = safe_open(self.directory / file, "pt")
-        return self._open[file].get_slice(name)
+        return self._file(self.file_of[name]).get_slice(name)
 
     def shape(self, name: str) -> list[int]:
         return self._slice(name).get_shape()  # type: ignore[attr-defined]
@@ -61,18 +65,18 @@ def load_hf_weights(model: HiddenStatesGPT, directory: str | Path) -> None:
     parameters = dict(model.named_parameters())
     for entry in entries(model.spec):
         parameter = parameters.pop(entry.megatron)
-        shard = read_shard(
-            entry, model.spec, tp.rank(), tp.size(), files.rows, files.columns, _cut_length(entry, files)
-        )
-        if shard.shape != parameter.shape:
-            raise ConfigError(
-                f"{files.directory}: {', '.join(entry.hf)} gives shape {tuple(shard.shape)}, "
-                f"but config.json asks for {tuple(parameter.shape)}"
-            )
-        parameter.copy_(shard)
+        _check_shapes(entry, model.spec, [parameter.to("meta")] * tp.size(), files)
+        cut_length = files.shape(entry.hf[0])[1 if entry.cut == "columns" else 0]
+        parameter.copy_(read_shard(entry, model.spec, tp.rank(), tp.size(), files.rows, files.columns, cut_length))
     if parameters:
         raise ConfigError(f"{files.directory}: no weight is mapped to {', '.join(parameters)}")
 
 
-def _cut_length(entry: Entry, files: SafetensorsDirectory) -> int:
-    return files.shape(entry.hf[0])[1 if entry.cut == "columns" else 0]
+def _check_shapes(entry: Entry, spec: ModelSpec, shards: list[Tensor], files: SafetensorsDirectory) -> None:
+    """Before a slice is taken: one of a tensor that is larger than config.json says would be silently wrong."""
+    for name, whole in merge_shards(entry, spec, shards):
+        if files.shape(name) != list(whole.shape):
+            raise ConfigError(
+                f"{files.directory}: tensor {name!r} has shape {files.shape(name)}, "
+                f"but config.json asks for {list(whole.shape)}"
+            )

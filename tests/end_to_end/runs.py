@@ -1,0 +1,51 @@
+"""Real runs for the end-to-end tests: the `prune-opd` command on the tiny models, as a user types it."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from prune_opd.recipe import load_recipe
+from prune_opd.track.metrics import read_metrics
+
+COMMAND = Path(sys.executable).with_name("prune-opd")
+# What a test of the training itself does not need, and what would take its time.
+BARE = ("evaluation.problems=0", "checkpoint.export_hf=false", "track.wandb=disabled")
+
+
+def prune_opd(*args: str | Path, timeout: float = 300.0) -> str:
+    """Run the command and return its stdout. AssertionError with all output when it fails or the time is up."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    result = subprocess.run(
+        [str(COMMAND), *map(str, args)], env=environment, capture_output=True, text=True, timeout=timeout
+    )
+    assert result.returncode == 0, f"prune-opd {args}: exit code {result.returncode}\n{result.stdout}\n{result.stderr}"
+    return result.stdout
+
+
+def train(run_dir: Path, *args: str) -> list[dict[str, Any]]:
+    """Train the tiny pair in `run_dir` and return its step records."""
+    prune_opd("train", "tiny_compatible", *args, "--run-dir", run_dir)
+    return steps_of(run_dir)
+
+
+def steps_of(run_dir: Path) -> list[dict[str, Any]]:
+    return read_metrics(run_dir / "metrics.jsonl")[0]
+
+
+def without_times(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [{key: value for key, value in record.items() if not key.startswith("time_")} for record in records]
+
+
+def tiny_model(which: str) -> Path:
+    """The directory of a tiny model. Fails, and says how to get it, when it is not there: these tests need it."""
+    config: Any = load_recipe("tiny_compatible")
+    path = Path(getattr(config, which))
+    if not (path / "model.safetensors").exists():
+        pytest.fail(f"{path} is missing: make tiny-models", pytrace=False)
+    return path

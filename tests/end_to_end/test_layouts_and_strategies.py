@@ -1,0 +1,43 @@
+"""The same recipe on one rank and on two, and with each of the four horizon strategies."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.end_to_end.runs import BARE, tiny_model, train
+
+pytestmark = pytest.mark.slow
+
+
+def test_two_tensor_parallel_ranks_train_like_one(tmp_path: Path) -> None:
+    tiny_model("student")
+    settings = ("steps=20", "rollout.prompts=16", "checkpoint.every=0", *BARE)
+    one = train(tmp_path / "one", *settings, "--nproc", "1")
+    two = train(tmp_path / "two", *settings, "--nproc", "2")
+    assert len(one) == len(two) == 20
+    assert one[0]["rollout_digest"] == two[0]["rollout_digest"], "first-step rollouts must be the same tokens"
+    for key in ("loss", "overlap", "event_rate", "grad_norm"):
+        assert one[0][key] == pytest.approx(two[0][key], rel=1e-5), key
+    # Later a rounding difference may flip a sampled token, and the runs part; they must still learn alike.
+    assert [step["horizon"] for step in one[:5]] == [step["horizon"] for step in two[:5]]
+    assert one[-1]["overlap"] == pytest.approx(two[-1]["overlap"], abs=0.03)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "horizons"),
+    [
+        (("horizon.strategy=topd", "horizon.rho=0.25"), [54, 54]),
+        (("horizon.strategy=full",), [216, 216]),
+        (("horizon.strategy=popd", "horizon.interval=1"), [64, 80]),
+        (("horizon.strategy=full", "gate=null"), [216, 216]),
+    ],
+    ids=["topd", "full", "popd", "plain OPD"],
+)
+def test_a_strategy_is_one_override(tmp_path: Path, overrides: tuple[str, ...], horizons: list[int]) -> None:
+    steps = train(tmp_path / "run", "steps=2", "rollout.prompts=4", *BARE, *overrides, "--nproc", "1")
+    assert [step["horizon"] for step in steps] == horizons
+    assert all(step["response_length"] <= step["horizon"] for step in steps)
+    if "gate=null" in overrides:
+        assert all(step["weight_mean"] == 1 and step["event_rate"] == 0 and 0 < step["overlap"] < 1 for step in steps)

@@ -1,0 +1,59 @@
+"""A run that was stopped and resumed has the same metrics as one that was not."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from prune_opd.track.metrics import read_metrics
+from tests.end_to_end.runs import BARE, prune_opd, steps_of, tiny_model, train, without_times
+
+pytestmark = pytest.mark.slow
+# A window that moves at once, a learning rate that warms up, an evaluation in the middle: all of it must continue.
+SETTINGS = ("steps=6", "rollout.prompts=8", "evaluation.problems=8", "evaluation.every=2", *BARE[1:])
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    tiny_model("student")
+    path = tmp_path_factory.mktemp("resume") / "unbroken"
+    train(path, *SETTINGS, "checkpoint.every=2")
+    return path
+
+
+def test_a_resumed_run_is_bit_identical_to_an_unbroken_one(unbroken: Path, tmp_path: Path) -> None:
+    path = tmp_path / "stopped"
+    first = train(path, *SETTINGS, "checkpoint.every=0", "stop_after=3")
+    assert [step["step"] for step in first] == [1, 2, 3]
+    train(path, *SETTINGS, "checkpoint.every=0")
+    for ours, theirs in zip(
+        read_metrics(path / "metrics.jsonl"), read_metrics(unbroken / "metrics.jsonl"), strict=True
+    ):
+        assert without_times(ours) == without_times(theirs)
+
+
+def test_metrics_after_the_checkpoint_are_made_again(unbroken: Path) -> None:
+    """As after a kill between two checkpoints: steps 5 and 6 are in the file, the checkpoint is of step 4."""
+    expected = without_times(steps_of(unbroken))
+    checkpoints = unbroken / "checkpoints"
+    assert sorted(path.name for path in checkpoints.glob("step_*")) == ["step_000004", "step_000006"]
+    (checkpoints / "latest").write_text("step_000004")
+    train(unbroken, *SETTINGS, "checkpoint.every=2")
+    assert without_times(steps_of(unbroken)) == expected
+
+
+def test_a_checkpoint_resumes_in_another_layout(unbroken: Path, tmp_path: Path) -> None:
+    """One rank goes on where two stopped: the same prompts, window and rollouts, numbers equal to rounding."""
+    output = tmp_path / "one_rank"
+    checkpoint = unbroken / "checkpoints" / "step_000004"
+    prune_opd(
+        *("train", "tiny_compatible", *SETTINGS, "--nproc", "1", "--run-dir", output, "--resume", checkpoint)
+    )  # fmt: skip
+    there, here = steps_of(unbroken)[4:], steps_of(output)
+    assert [step["step"] for step in here] == [5, 6]
+    assert here[0]["rollout_digest"] == there[0]["rollout_digest"] and here[0]["horizon"] == there[0]["horizon"]
+    assert here[0]["loss"] == pytest.approx(there[0]["loss"], rel=1e-4)
+    state = json.loads((checkpoint / "state.json").read_text())
+    assert state["step"] == 4 and state["sampler"] and state["controller"]

@@ -1,0 +1,67 @@
+"""Tiny Hugging Face directories for the tests: made by transformers, random weights, the ledger's tokenizer.
+
+Everything is there that a directory from a hub has, so transformers, megatron-core and vLLM all load them. Importing
+this is cheap; writing a model imports transformers (seconds).
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from prune_opd.data import ledger
+
+FAMILIES = ("llama", "qwen2", "qwen3")
+VOCAB = len(ledger.VOCABULARY)
+SHAPE: dict[str, Any] = {
+    "vocab_size": VOCAB,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 32,  # the least that vLLM's CPU attention takes; more than hidden / heads, as in Qwen3
+    "max_position_embeddings": 512,
+    "bos_token_id": ledger.TOKEN_ID[ledger.BOS],
+    "eos_token_id": ledger.TOKEN_ID[ledger.EOS],
+    "pad_token_id": ledger.TOKEN_ID[ledger.PAD],
+}
+
+
+def write_model(
+    directory: Path, family: str = "qwen3", *, tied: bool = True, seed: int = 0, noise: float = 0.0, **shape: Any
+) -> Path:
+    """A model directory with weights drawn from `seed`; `shape` replaces settings of its config.
+
+    No weight is left at a constant (transformers starts norms at 1 and biases at 0), so a tensor that is swapped,
+    forgotten or cut in the wrong place shows. noise: relative distance from the weights of `seed`, for a teacher that
+    agrees with its student here and there.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.for_model(family, **{**SHAPE, **shape}, tie_word_embeddings=tied)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    draw = torch.Generator().manual_seed(seed)
+    other = torch.Generator().manual_seed(seed + 1)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            start, scale = _distribution(name, parameter)
+            normal = torch.randn(parameter.shape, generator=draw)
+            normal += noise * torch.randn(parameter.shape, generator=other)
+            parameter.copy_(start + scale * normal)
+    model.save_pretrained(directory)
+    ledger.save_tokenizer(directory)
+    return directory
+
+
+def _distribution(name: str, parameter: torch.Tensor) -> tuple[float, float]:
+    """(mean, standard deviation): hidden states and logits of a few units, and different at every position."""
+    if "norm" in name:
+        return 1.0, 0.2
+    if name.endswith("bias"):
+        return 0.0, 0.5
+    if "embed" in name or "lm_head" in name:
+        return 0.0, 0.4
+    return 0.0, parameter.shape[1] ** -0.5
