@@ -57,6 +57,7 @@ class GateStats:
     reliability_N: Tensor  # R
     weight_N: Tensor  # W
     sampled_logp_N: Tensor  # student's log p(y_t)
+    divergence_N: Tensor  # of the objective, on its support, before any weight [nats]
     reliable_length_B: Tensor  # E, int64
     length_B: Tensor  # int64
 
@@ -142,7 +143,7 @@ def _run(
 
     overlap_N = torch.empty(tokens, dtype=torch.float32, device=device)
     event_N = torch.empty(tokens, dtype=torch.bool, device=device)
-    reliability_N, weight_N, sampled_logp_N = torch.empty(3, tokens, dtype=dtype, device=device).unbind()
+    reliability_N, weight_N, sampled_logp_N, divergence_N = torch.empty(4, tokens, dtype=dtype, device=device).unbind()
     loss_sum = torch.zeros((), dtype=torch.float64, device=device)
     finite_2 = torch.ones(2, dtype=torch.bool, device=device)
     for part in chunks:
@@ -153,6 +154,7 @@ def _run(
             weight_N[part] = whole_weight_N[part]
         loss = token_loss(objective, look.student_logp_NK, look.teacher_logp_NK, weight_N[part])
         loss_sum += loss.loss_N.sum()
+        divergence_N[part] = loss.divergence_N
         finite_2 &= look.finite_2
         gradients.add(part, look, loss.grad_logp_NK)
 
@@ -165,6 +167,7 @@ def _run(
         reliability_N=reliability_N,
         weight_N=weight_N,
         sampled_logp_N=sampled_logp_N,
+        divergence_N=divergence_N,
         reliable_length_B=running.reliable_length(reliability_N),
         length_B=running.length_B,
     )

@@ -17,11 +17,16 @@ from prune_opd.config import ObjectiveConfig
 
 
 class TokenLoss(NamedTuple):
-    """reward_NK: r_tj, weighted. loss_N: ℓ_t. grad_logp_NK: ∂ℓ_t/∂log p_j, the coefficients of the gradient."""
+    """reward_NK: r_tj, weighted. loss_N: ℓ_t. grad_logp_NK: ∂ℓ_t/∂log p_j, the coefficients of the gradient.
+
+    divergence_N: how far the student is from the teacher on the support, unweighted [nats]. ℓ_t has the gradient that
+    is wanted but its value says little (it may be negative); this is the number to watch.
+    """
 
     reward_NK: Tensor
     loss_N: Tensor
     grad_logp_NK: Tensor
+    divergence_N: Tensor
 
 
 def topk_reverse_kl(
@@ -36,8 +41,10 @@ def topk_reverse_kl(
     student_logp_NK, teacher_logp_NK: log p_j and log q_j over the full vocabulary [N, K]. weight_N: W_t [N].
     """
     share_NK = student_logp_NK.softmax(dim=-1)  # w: softmax over the support is p renormalised on it
-    reward_NK = -weight_N.unsqueeze(-1) * share_NK * (student_logp_NK - teacher_logp_NK)
-    return TokenLoss(reward_NK, -(reward_NK * student_logp_NK).sum(dim=-1), -reward_NK)
+    divergence_NK = share_NK * (student_logp_NK - teacher_logp_NK)
+    reward_NK = -weight_N.unsqueeze(-1) * divergence_NK
+    loss_N = -(reward_NK * student_logp_NK).sum(dim=-1)
+    return TokenLoss(reward_NK, loss_N, -reward_NK, divergence_NK.sum(dim=-1))
 
 
 _Objective = Callable[[Tensor, Tensor, Tensor, ObjectiveConfig], TokenLoss]

@@ -6,7 +6,9 @@ Data parallel only (TP = 1): the models are tiny. Nothing here is meant for a re
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -14,9 +16,15 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from prune_opd import platform
-from prune_opd.config import ModelShape, OptimizerConfig, SftConfig, SftStage
+from prune_opd.config import ModelShape, OptimizerConfig, SftConfig
 from prune_opd.data import ledger
 from prune_opd.errors import ConfigError
+
+if TYPE_CHECKING:
+    from prune_opd.megatron.layout import Layout
+    from prune_opd.megatron.model import HiddenStatesGPT
+    from prune_opd.megatron.packing import PackedBatch
+    from prune_opd.megatron.trainer import Trainer
 
 
 def run(config: SftConfig) -> None:
@@ -36,8 +44,8 @@ def run(config: SftConfig) -> None:
     torch.distributed.barrier()
 
     source = start
-    for i, stage in enumerate(config.stages):
-        model = _run_stage(config, i, stage, source, layout, machine)
+    for index in range(len(config.stages)):
+        model = _run_stage(config, index, source, layout, machine)
         source = output.with_name(output.name + ".stage")
         export_hf(model, start, source, write=layout.is_main)
         torch.distributed.barrier()
@@ -48,10 +56,14 @@ def run(config: SftConfig) -> None:
     layouts.shutdown()
 
 
-def _run_stage(config, index, stage: SftStage, source: Path, layout, machine):  # type: ignore[no-untyped-def]
+def _run_stage(
+    config: SftConfig, index: int, source: Path, layout: Layout, machine: platform.Platform
+) -> HiddenStatesGPT:
+    """Train stage `index` from the weights in `source`."""
     from prune_opd.megatron.packing import pack
     from prune_opd.megatron.trainer import Trainer
 
+    stage = config.stages[index]
     optimizer = OptimizerConfig(
         lr=stage.lr,
         min_lr=stage.lr * stage.final_lr,
@@ -77,7 +89,7 @@ def _run_stage(config, index, stage: SftStage, source: Path, layout, machine):  
     return trainer.model
 
 
-def cross_entropy(model, batch, hidden_NH: Tensor) -> tuple[Tensor, int]:  # type: ignore[no-untyped-def]
+def cross_entropy(model: HiddenStatesGPT, batch: PackedBatch, hidden_NH: Tensor) -> tuple[Tensor, int]:
     """Summed cross entropy of the response tokens, TP = 1. The padded vocabulary takes no part."""
     weight_VH = model.head_weight()[: model.spec.vocab_size]
     logits_MV = hidden_NH[batch.predicting_M] @ weight_VH.T
@@ -85,7 +97,7 @@ def cross_entropy(model, batch, hidden_NH: Tensor) -> tuple[Tensor, int]:  # typ
 
 
 @torch.no_grad()
-def _sharpen(trainer, factor: float) -> None:  # type: ignore[no-untyped-def]
+def _sharpen(trainer: Trainer, factor: float) -> None:
     """Scale the logits. A model that was trained for minutes is nearly right greedily and far too flat at T = 1."""
     trainer.model.decoder.final_layernorm.weight.mul_(factor)
     trainer.optimizer.reload_model_params()
@@ -146,8 +158,6 @@ def create_model(directory: Path, shape: ModelShape, seed: int) -> None:
 
 
 def _replace(source: Path, output: Path) -> None:
-    import shutil
-
     shutil.rmtree(output, ignore_errors=True)
     source.rename(output)
     shutil.rmtree(output.with_name(output.name + ".init"), ignore_errors=True)

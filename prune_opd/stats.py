@@ -12,7 +12,7 @@ from torch import Tensor
 if TYPE_CHECKING:
     from prune_opd.fused_loss import GateStats
 
-PER_TOKEN = ("overlap", "event", "weight")
+PER_TOKEN = ("overlap", "event", "weight", "divergence")
 
 
 class BatchStats:
@@ -31,7 +31,7 @@ class BatchStats:
         start_B = length_B.cumsum(0) - length_B
         position_N = torch.arange(len(stats.overlap_N), device=length_B.device) - start_B.repeat_interleave(length_B)
         bin_N = (position_N * self.bins // self.max_len).clamp_max(self.bins - 1)
-        for i, value_N in enumerate((stats.overlap_N, stats.event_N, stats.weight_N)):
+        for i, value_N in enumerate((stats.overlap_N, stats.event_N, stats.weight_N, stats.divergence_N)):
             self.sums[i].index_add_(0, bin_N, value_N.double())
         self.count.index_add_(0, bin_N, torch.ones_like(bin_N, dtype=torch.float64))
 
@@ -45,11 +45,12 @@ class BatchStats:
 
     def record(self) -> dict[str, Any]:
         """The gate's part of a step record in metrics.jsonl."""
-        overlap, event, weight = (self.sums.sum(1) / self.count.sum().clamp_min(1)).tolist()
+        overlap, event, weight, divergence = (self.sums.sum(1) / self.count.sum().clamp_min(1)).tolist()
         return {
             "overlap": overlap,
             "event_rate": event,
             "weight_mean": weight,
+            "divergence": divergence,
             "reliable_length": self.reliable_length_B.mean().item(),
             "overlap_by_position": self._curve(self.sums[PER_TOKEN.index("overlap")]),
             "weight_by_position": self._curve(self.sums[PER_TOKEN.index("weight")]),

@@ -29,6 +29,7 @@ class Reference(NamedTuple):
     reliability: list[float]
     weight: list[float]
     sampled_logp: list[float]
+    divergence: list[float]
     reliable_length: list[int]
     length: list[int]
 
@@ -97,13 +98,14 @@ def reference_loss(
         weights += [weight / divisor for weight in row_weights]
         reliable_lengths.append(reliable)
 
-    loss_sum = student_NV.sum() * 0
+    loss_sum, divergences = student_NV.sum() * 0, []
     for t in range(len(sampled_ids_N)):
         support = top_ids(student_NV[t], objective.k)
         logp_K = logp_NV[t, support]
         share_K = (logp_K.exp() / logp_K.exp().sum()).detach()
         reward_K = -weights[t] * share_K * (logp_K.detach() - logq_NV[t, support])
         loss_sum = loss_sum - (reward_K * logp_K).sum()
+        divergences.append((share_K * (logp_K - logq_NV[t, support])).sum().item())
     return Reference(
         loss_sum=loss_sum,
         overlap=overlaps,
@@ -111,6 +113,7 @@ def reference_loss(
         reliability=reliabilities,
         weight=weights,
         sampled_logp=[logp_NV[t, y].item() for t, y in enumerate(sampled_ids_N.tolist())],
+        divergence=divergences,
         reliable_length=reliable_lengths,
         length=[end - begin for begin, end in pairwise(cu_seqlens)],
     )

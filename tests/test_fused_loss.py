@@ -61,6 +61,7 @@ def assert_agrees(
     close(stats.reliability_N, reference.reliability)
     close(stats.weight_N, reference.weight)
     close(stats.sampled_logp_N, reference.sampled_logp)
+    close(stats.divergence_N, reference.divergence)
     return stats
 
 
@@ -240,10 +241,11 @@ def test_a_loss_with_ties_everywhere_equals_the_reference() -> None:
 def test_the_objective_is_the_policy_gradient_of_method_md() -> None:
     """Worked by hand: p = (.6, .2), so w = (.75, .25); log p − log q = (log 2, 0); W = 2."""
     student_logp, teacher_logp = torch.tensor([[0.6, 0.2]]).log(), torch.tensor([[0.3, 0.2]]).log()
-    reward, loss, grad = topk_reverse_kl(student_logp, teacher_logp, torch.tensor([2.0]), OBJECTIVE)
+    reward, loss, grad, divergence = topk_reverse_kl(student_logp, teacher_logp, torch.tensor([2.0]), OBJECTIVE)
     assert reward[0].tolist() == pytest.approx([-1.5 * math.log(2), 0])
     assert loss.tolist() == pytest.approx([1.5 * math.log(2) * math.log(0.6)])
     assert torch.equal(grad, -reward)
+    assert divergence.tolist() == pytest.approx([0.75 * math.log(2)])
 
 
 def test_normaliser_and_gather_equal_log_softmax() -> None:

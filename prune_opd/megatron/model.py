@@ -20,6 +20,9 @@ from prune_opd.megatron.attention import PackedSdpaAttention
 from prune_opd.megatron.packing import PackedBatch
 
 VOCAB_MULTIPLE = 128  # rows of the vocabulary matrices per tensor-parallel rank: GEMM sizes that H100 likes
+# Settings of a Hugging Face config that change the mathematics, and the one value of each that is built here.
+# (attention_bias of Llama and Qwen3 also puts a bias on o_proj; Qwen2's bias on q, k and v is not a setting.)
+BUILT = {"attention_bias": False, "mlp_bias": False, "hidden_act": "silu", "use_sliding_window": False}
 
 
 def dtype_of(params: str) -> torch.dtype:
@@ -55,11 +58,15 @@ class ModelSpec:
         if family not in ("llama", "qwen2", "qwen3"):
             raise ConfigError(f"{path}: model_type = {family!r} is not supported: use llama, qwen2 or qwen3")
         rope = hf.get("rope_parameters") or {}
-        scaling = rope.get("rope_type", (hf.get("rope_scaling") or {}).get("rope_type", "default"))
-        if scaling != "default":
+        scaling = {**(hf.get("rope_scaling") or {}), **rope}
+        scaling_type = scaling.get("rope_type", scaling.get("type", "default"))  # "type" is the older name
+        if scaling_type != "default":
             raise ConfigError(
-                f"{path}: rope_type = {scaling!r} is not supported yet: use a model with the default rope"
+                f"{path}: rope_type = {scaling_type!r} is not supported yet: use a model with the default rope"
             )
+        for name, built in BUILT.items():
+            if hf.get(name, built) != built:
+                raise ConfigError(f"{path}: {name} = {hf[name]!r} is not supported yet: use a model with {built!r}")
         return cls(
             family=family,
             layers=hf["num_hidden_layers"],
@@ -73,7 +80,7 @@ class ModelSpec:
             rope_theta=float(rope.get("rope_theta", hf.get("rope_theta", 10000.0))),
             norm_eps=hf["rms_norm_eps"],
             tied=hf.get("tie_word_embeddings", False),
-            qkv_bias=family == "qwen2" or bool(hf.get("attention_bias", False)),
+            qkv_bias=family == "qwen2",
             qk_norm=family == "qwen3",
         )
 

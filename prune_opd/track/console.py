@@ -183,8 +183,9 @@ class RunConsole:
     def _values(self, record: Record) -> list[tuple[str, str]]:
         formats = (("horizon", "horizon", "{}"), ("overlap", "overlap", "{:.3f}"), ("events", "event_rate", "{:.1%}"))
         values = [(label, form.format(record[key])) for label, key, form in formats if record.get(key) is not None]
-        if record.get("loss") is not None:
-            values.append(("loss", f"{record['loss']:.4g}"))
+        for key in ("loss", "divergence"):
+            if record.get(key) is not None:
+                values.append((key, f"{record[key]:.3g}"))
         if self._full:
             values.append(("saved", f"{1 - self._generated / self._full:.1%}"))
         return values

@@ -39,7 +39,9 @@ METRICS: dict[str, str] = {
     "tokens_trained": "response tokens that entered the loss [tokens]",
     "tokens_full": "estimate of the tokens the same responses would have cost at the full horizon, from the mean"
     " response length of the last evaluation; null if there was none [tokens]",
-    "loss": "distillation loss, one token mean over the global batch [nats per token]",
+    "loss": "distillation loss, one token mean over the global batch; a policy-gradient surrogate, it may be negative"
+    " [nats per token]",
+    "divergence": "reverse KL of student and teacher on the support, unweighted token mean [nats per token]",
     "grad_norm": "norm of the gradient before clipping [1]",
     "lr": "learning rate of the step [1]",
     "time_sync": "moving the student's weights into the rollout engine [s]",

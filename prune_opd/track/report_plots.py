@@ -106,11 +106,17 @@ def run_charts(run: RunData) -> list[Chart]:
         (
             run.has("loss"),
             Chart(
-                "Loss and gradient norm",
-                "Loss is the mean over trained tokens; its level moves with the horizon, so judge a run by accuracy. "
+                "Loss, divergence and gradient norm",
+                "Divergence is the reverse KL per token on the support, unweighted. Loss is a policy-gradient "
+                "surrogate that may be negative; both move with the horizon, so judge a run by accuracy. "
                 "Spikes in the gradient norm (before clipping) come first when a run diverges.",
-                lambda fig: _two_panels(
-                    fig, run, ("loss", "loss", BLUE), ("grad_norm", "gradient norm", ORANGE), share=False
+                lambda fig: _panels(
+                    fig,
+                    run,
+                    ("divergence", "divergence", GREEN),
+                    ("loss", "loss", BLUE),
+                    ("grad_norm", "gradient norm", ORANGE),
+                    share=False,
                 ),
             ),
         ),
@@ -137,7 +143,7 @@ def run_charts(run: RunData) -> list[Chart]:
                 "Mean weight and finished responses",
                 "Mean weight: how much of what was generated trains. Finished: the share of responses that ended by "
                 "themselves; near 100% the horizon no longer cuts anything.",
-                lambda fig: _two_panels(
+                lambda fig: _panels(
                     fig, run, ("weight_mean", "mean weight", TEAL), ("finished_rate", "finished", GREEN), share=True
                 ),
             ),
@@ -207,10 +213,8 @@ def _overlap(fig: Any, run: RunData) -> None:
     count_axis(lower.xaxis)
 
 
-def _two_panels(
-    fig: Any, run: RunData, first: tuple[str, str, str], second: tuple[str, str, str], *, share: bool
-) -> None:
-    panels = [panel for panel in (first, second) if run.has(panel[0])]
+def _panels(fig: Any, run: RunData, *wanted: tuple[str, str, str], share: bool) -> None:
+    panels = [panel for panel in wanted if run.has(panel[0])]
     all_axes = fig.subplots(len(panels), 1, sharex=True, squeeze=False)[:, 0]
     for ax, (key, label, colour) in zip(all_axes, panels, strict=True):
         trend(ax, run.step_numbers(), run.series(key), color=colour)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
+from torch.nn import Parameter
 
 from prune_opd.errors import ConfigError
 from prune_opd.weights.mapping import Entry, entries, merge_shards, read_shard
@@ -68,6 +69,7 @@ def load_hf_weights(model: HiddenStatesGPT, directory: str | Path) -> None:
         _check_shapes(entry, model.spec, [parameter.to("meta")] * tp.size(), files)
         cut_length = files.shape(entry.hf[0])[1 if entry.cut == "columns" else 0]
         parameter.copy_(read_shard(entry, model.spec, tp.rank(), tp.size(), files.rows, files.columns, cut_length))
+        _mark_cut(parameter, entry)
     if parameters:
         raise ConfigError(f"{files.directory}: no weight is mapped to {', '.join(parameters)}")
 
@@ -80,3 +82,16 @@ def _check_shapes(entry: Entry, spec: ModelSpec, shards: list[Tensor], files: Sa
                 f"{files.directory}: tensor {name!r} has shape {files.shape(name)}, "
                 f"but config.json asks for {list(whole.shape)}"
             )
+
+
+def _mark_cut(parameter: Parameter, entry: Entry) -> None:
+    """Say along which dimension a weight is cut, as megatron-core does where it initialises weights itself.
+
+    Without it megatron takes the shards of all ranks but the first for duplicates: the gradient norm leaves them out,
+    and so every clipped step at TP > 1 would be too long.
+    """
+    if entry.cut != "whole":
+        attributes: Any = parameter
+        attributes.tensor_model_parallel = True
+        attributes.partition_dim = 1 if entry.cut == "columns" else 0
+        attributes.partition_stride = 1

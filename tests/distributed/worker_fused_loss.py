@@ -104,6 +104,7 @@ def compare(
             ("reliability_N", reference.reliability),
             ("weight_N", reference.weight),
             ("sampled_logp_N", reference.sampled_logp),
+            ("divergence_N", reference.divergence),
         )
     ]
     errors = gradient_errors(loss, shard, reference.loss_sum, expected, group)

@@ -1,0 +1,129 @@
+"""A run without a rollout engine, for the ranks of tests: real student, teacher, optimizer, gate, loss and controller.
+
+What the engine would sample is made up instead, so every layout trains on the same tokens.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from prune_opd import platform
+from prune_opd.config import (
+    DataConfig,
+    GateConfig,
+    HorizonConfig,
+    ObjectiveConfig,
+    OptimizerConfig,
+    ParallelConfig,
+    PrecisionConfig,
+    TrackConfig,
+    TrainConfig,
+)
+from prune_opd.data.prompts import Prompt
+from prune_opd.rollout.batch import Response, Rollouts
+from tests.models import VOCAB, write_model
+
+# Response lengths: one of a single token, an odd number of rows (two data-parallel ranks get 4 and 3), none empty.
+LENGTHS = (9, 1, 32, 17, 2, 24, 5)
+# A large eps makes Adam's step smooth in the gradient. With the usual one a gradient that is zero but for rounding still
+# moves its parameter by the whole learning rate, in a direction that the layout's summation order decides.
+OPTIMIZER = OptimizerConfig(lr=1e-2, eps=1e-2, weight_decay=0.1)
+
+
+def write_pair(folder: Path) -> None:
+    """folder/student and folder/teacher: they agree in part, so the gate has something to do."""
+    write_model(folder / "student", seed=1)
+    write_model(folder / "teacher", seed=1, noise=0.3)
+
+
+def train_config(folder: Path, tensor: int, **changes: Any) -> TrainConfig:
+    settings: dict[str, Any] = {
+        "name": "tiny",
+        "student": str(folder / "student"),
+        "teacher": str(folder / "teacher"),
+        "steps": 8,
+        "horizon": HorizonConfig(strategy="prune", max_len=32, min_len=4, init_len=16, step=4, margin=2, patience=1),
+        "gate": GateConfig(k=8, threshold=0.5, w_drop=0.15),
+        "objective": ObjectiveConfig(k=8),
+        "optimizer": OPTIMIZER,
+        "data": DataConfig(),
+        "parallel": ParallelConfig(tensor=tensor),
+        "precision": PrecisionConfig(params="fp32"),
+        "track": TrackConfig(position_bins=4),
+    }
+    return TrainConfig(**(settings | changes))
+
+
+def build_run(config: TrainConfig, layout: Any, run_dir: Path) -> Any:
+    """`setup.prepare` without an engine, an evaluator and a tracker."""
+    from transformers import AutoTokenizer
+
+    from prune_opd.data.prompts import PromptSampler, make_source
+    from prune_opd.horizon import make_controller
+    from prune_opd.megatron.checkpoint import Checkpoints
+    from prune_opd.megatron.teacher import Teacher
+    from prune_opd.megatron.trainer import Trainer
+    from prune_opd.setup import Run
+    from prune_opd.track.tracker import NullTracker
+
+    machine = platform.prepare()
+    source = make_source(config.data, AutoTokenizer.from_pretrained(config.student), config.seed)
+    return Run(
+        config=config,
+        run_dir=run_dir,
+        machine=machine,
+        layout=layout,
+        trainer=Trainer(config.student, config.optimizer, config.steps, layout, torch.float32, machine.device),
+        teacher=Teacher(config.teacher, layout, torch.float32, machine.device),
+        engine=None,
+        sampler=PromptSampler(source, config.seed, config.data.shuffle),
+        controller=make_controller(config.horizon),
+        checkpoints=Checkpoints(run_dir / "checkpoints", config.checkpoint.keep, layout),
+        evaluator=None,
+        tracker=NullTracker(),
+    )
+
+
+def made_up_rollouts(seed: int = 5) -> Rollouts:
+    """The same on every rank of every layout."""
+    draw = torch.Generator().manual_seed(seed)
+
+    def ids(count: int) -> tuple[int, ...]:
+        return tuple(torch.randint(3, VOCAB, (count,), generator=draw).tolist())
+
+    prompts = tuple(Prompt(i, ids(3 + 2 * i), None, "test") for i in range(len(LENGTHS)))
+    return Rollouts(prompts, tuple(Response(ids(n), finished=n < 24) for n in LENGTHS))
+
+
+def train_step(run: Any, rollouts: Rollouts) -> dict[str, Any]:
+    """`loop.step` from the teacher pass to the controller; what metrics.jsonl would say."""
+    from prune_opd.loop import gated_loss
+
+    batches = run.pack(rollouts)
+    stats = run.new_stats(len(rollouts.responses))
+    loss = gated_loss(run, batches, run.teacher.hidden(batches), stats)
+    result = run.trainer.step(batches, loss)
+    stats.reduce(run.layout.dp_group)
+    run.controller.update(stats.reliable_length_B, rollouts.length_B, rollouts.finished_B)
+    run.finished_steps += 1
+    return {
+        **stats.record(),
+        "reliable_length_B": stats.reliable_length_B.tolist(),
+        "loss": result.loss,
+        "grad_norm": result.grad_norm,
+        "lr": result.lr,
+        "tokens": result.tokens,
+        "microbatches": len(batches),
+        "horizon": run.controller.horizon,
+    }
+
+
+def whole_parameters(model: Any) -> dict[str, Tensor]:
+    """Every parameter as a whole Hugging Face tensor, detached from the model."""
+    from prune_opd.weights.stream import hf_stream
+
+    return {name: tensor.clone() for name, tensor in hf_stream(model)}
