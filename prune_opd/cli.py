@@ -6,6 +6,7 @@ refuses.
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 import tempfile
@@ -59,8 +60,12 @@ def train(
     run_dir = (run_dir or _default_run_dir(config)).absolute()
     # Rank 0 fills the run directory while the others may still be checking: only rank 0 looks at it.
     _refuse(check_train(config, ranks, run_dir if worker.is_main_rank() else None, resume))
+    if resume == "auto" and _is_finished(config, run_dir):
+        print(f"{run_dir} is finished; to draw its report again: prune-opd report {run_dir}")
+        return 0
     if _is_rank():
         return worker.train(config, run_dir, resume)
+    print(f"{config.name}: {ranks} ranks, run directory {run_dir}", flush=True)
     return _start("train", config, ranks, "--run-dir", str(run_dir), "--resume", resume)
 
 
@@ -190,6 +195,18 @@ def _ranks(nproc: int | None, config: RunConfig) -> int:
 
 def _default_run_dir(config: TrainConfig) -> Path:
     return Path("runs") / config.name
+
+
+def _is_finished(config: TrainConfig, run_dir: Path) -> bool:
+    """Whether the last step's checkpoint and, if wanted, the export of the student are there."""
+    checkpoints = run_dir / "checkpoints"
+    try:
+        latest = checkpoints / (checkpoints / "latest").read_text(encoding="utf-8").strip()
+        step = json.loads((latest / "state.json").read_text(encoding="utf-8"))["step"]
+    except (OSError, ValueError, KeyError):
+        return False
+    exported = (run_dir / "hf" / "config.json").is_file() or not config.checkpoint.export_hf
+    return bool(step >= config.steps and exported)
 
 
 def _is_made(config: SftConfig) -> bool:

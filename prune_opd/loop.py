@@ -29,10 +29,11 @@ def train(config: TrainConfig, run_dir: Path, resume: str) -> int:
         while run.finished_steps < last:
             step(run)
             done = run.finished_steps
-            if done == last or _due(done, config.checkpoint.every):
-                run.save_checkpoint()
+            # Evaluate first: a kill between the two then repeats steps, and no evaluation is lost.
             if done == config.steps or _due(done, config.evaluation.every):
                 evaluate(run)
+            if done == last or _due(done, config.checkpoint.every):
+                run.save_checkpoint()
         if last == config.steps and config.checkpoint.export_hf:
             run.export()
     run.engine.close()

@@ -55,6 +55,6 @@ def tiny_compatible() -> TrainConfig:
         ),
         parallel=ParallelConfig(nproc=2, tensor=None),
         precision=PrecisionConfig(params="fp32"),
-        evaluation=EvalConfig(every=0, problems=256),
+        evaluation=EvalConfig(every=10, problems=256),
         checkpoint=CheckpointConfig(every=20),
     )

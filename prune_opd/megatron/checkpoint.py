@@ -45,12 +45,18 @@ class Checkpoints:
         dist_checkpointing.save(trainer.sharded_state(loading=False), str(partial))
         if self.layout.is_main:
             _write_durably(partial / STATE_FILE, json.dumps({"step": step, **state}, indent=1))
-            shutil.rmtree(final, ignore_errors=True)
+            replaced = final.with_name(final.name + ".replaced")
+            shutil.rmtree(replaced, ignore_errors=True)
+            if final.exists():  # a step that was trained again: `latest` may point to it, so it goes in one move
+                final.rename(replaced)
             partial.rename(final)
+            shutil.rmtree(replaced, ignore_errors=True)
             pointer = self.directory / (LATEST + ".partial")
             _write_durably(pointer, final.name)
             pointer.rename(self.directory / LATEST)
-            for old in sorted(self.directory.glob("step_??????"))[: -self.keep]:
+            # Steps beyond this one are of a continuation that was given up: never drop the new one in favour of them.
+            others = sorted(path for path in self.directory.glob("step_??????") if path != final)
+            for old in others[: max(0, len(others) - (self.keep - 1))]:
                 shutil.rmtree(old)
         dist.barrier()
         return final

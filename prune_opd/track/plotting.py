@@ -128,7 +128,7 @@ def from_zero(ax: Any) -> None:
 
 
 def percent_axis(axis: Any) -> None:
-    axis.set_major_formatter(PercentFormatter(xmax=1, decimals=0))
+    axis.set_major_formatter(PercentFormatter(xmax=1))  # as many decimals as the ticks need
 
 
 def accuracy_axis(ax: Any) -> None:

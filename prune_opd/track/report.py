@@ -61,7 +61,7 @@ def _headlines(run: RunData, tasks: int | None = None) -> list[tuple[str, str]]:
         after = "" if accuracy.after is None else f" → {accuracy.after:.1%}"
         rows.append((f"accuracy, {accuracy.task}", f"{accuracy.before:.1%}{after}"))
     if summary.saved is not None:
-        rows.append(("tokens saved (estimated)", f"{summary.saved:.1%}"))
+        rows.append(("tokens saved (est.)", f"{summary.saved:.1%}"))
     overlap = [r["overlap"] for r in run.steps if r.get("overlap") is not None]
     if overlap:
         rows.append(("mean overlap", f"{overlap[0]:.2f} → {overlap[-1]:.2f}"))
