@@ -275,11 +275,8 @@ def _precision(config: TrainConfig) -> list[str]:
     field = f"precision.fp8 = {config.precision.fp8!r}"
     if not has_gpu():
         return [f"{field} needs a CUDA GPU and there is none here: set precision.fp8=null"]
-    if importlib.util.find_spec("transformer_engine") is None:
-        return [
-            f"{field} needs Transformer Engine, which is not installed: use the GPU image, or set precision.fp8=null"
-        ]
-    return []
+    # megatron-core ignores fp8 silently where its layers are not Transformer Engine's, and ours are not.
+    return [f"{field} needs Transformer Engine's layers, which this version does not build: set precision.fp8=null"]
 
 
 # ---------------------------------------------------------------------------------------------------- data and packages
@@ -289,6 +286,11 @@ def _sources(config: TrainConfig) -> list[str]:
     problems = _source("data.source", config.data.source)
     if config.evaluation.source is not None:
         problems += _source("evaluation.source", config.evaluation.source)
+    elif config.evaluation.problems and Path(config.data.source).is_file():
+        problems.append(
+            f"evaluation.source is not set and data.source = {config.data.source!r} has no held-out problems:"
+            " name another .jsonl file with answers, or set evaluation.problems=0"
+        )
     return problems
 
 

@@ -159,10 +159,11 @@ def test_fp8_is_refused_without_a_gpu(pair: TrainConfig, monkeypatch: pytest.Mon
     assert only(problems(pair, "precision.fp8=hybrid")).startswith("precision.fp8 = 'hybrid' needs a CUDA GPU")
 
 
-def test_fp8_is_refused_without_transformer_engine(pair: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fp8_is_refused_on_a_gpu_too_while_no_layer_computes_in_it(
+    pair: TrainConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(check, "has_gpu", lambda: True)
-    monkeypatch.setattr(check.importlib.util, "find_spec", lambda name: None)
-    assert "needs Transformer Engine, which is not installed" in only(problems(pair, "precision.fp8=hybrid"))
+    assert "which this version does not build" in only(problems(pair, "precision.fp8=hybrid"))
 
 
 @pytest.mark.parametrize("hidden", ["", "-1"])
@@ -211,8 +212,15 @@ def test_an_unknown_source_is_refused(pair: TrainConfig, field: str, source: str
 def test_a_prompt_file_is_a_jsonl_file(pair: TrainConfig, tmp_path: Path) -> None:
     for name, accepted in (("prompts.jsonl", True), ("prompts.csv", False)):
         (tmp_path / name).write_text('{"prompt": "w1"}\n', encoding="utf-8")
-        found = problems(pair, f"data.source={tmp_path / name}")
+        found = problems(pair, f"data.source={tmp_path / name}", "evaluation.source=ledger")
         assert found == [] if accepted else "is not a .jsonl file" in only(found)
+
+
+def test_training_rows_are_not_evaluation_problems(pair: TrainConfig, tmp_path: Path) -> None:
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "w1", "answer": "1"}\n', encoding="utf-8")
+    source = f"data.source={tmp_path / 'prompts.jsonl'}"
+    assert only(problems(pair, source)).startswith("evaluation.source is not set")
+    assert problems(pair, source, "evaluation.problems=0") == []
 
 
 # ---------------------------------------------------------------------------------------------------- run directory
