@@ -167,7 +167,7 @@ def build(model_dir: str | Path, tp_size: int, dtype: torch.dtype, *, trainable:
         position_embedding_type="rope",
         rotary_base=int(spec.rope_theta),
         parallel_output=True,
-    )
+    ).to(dtype)  # torch's norms are fp32 whatever params_dtype says, and megatron's optimizer wants one dtype
     model.spec = spec
     load_hf_weights(model, model_dir)
     model.requires_grad_(trainable)

@@ -6,6 +6,7 @@ import json
 import shutil
 from pathlib import Path
 
+import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -31,12 +32,14 @@ class HfDirectoryWriter:
         self.partial.mkdir(parents=True)
         self._file: dict[str, Tensor] = {}
         self._file_bytes = 0
+        self._dtype: torch.dtype | None = None
         self._written: list[tuple[Path, list[str], int]] = []
 
     def add(self, name: str, tensor: Tensor) -> None:
         size = tensor.numel() * tensor.element_size()
         if self._file and self._file_bytes + size > self.max_file_bytes:
             self._flush()
+        self._dtype = self._dtype or tensor.dtype
         self._file[name] = tensor.cpu().clone()  # the stream's buffer may be a view of a live parameter
         self._file_bytes += size
 
@@ -46,8 +49,18 @@ class HfDirectoryWriter:
         for name in BESIDE_THE_WEIGHTS:
             if (self.source_dir / name).exists():
                 shutil.copyfile(self.source_dir / name, self.partial / name)
+        self._state_dtype()
         shutil.rmtree(self.out_dir, ignore_errors=True)
         self.partial.rename(self.out_dir)
+
+    def _state_dtype(self) -> None:
+        """config.json names the dtype that loaders take by default: it is the one of the weights written here."""
+        path = self.partial / "config.json"
+        if self._dtype is None or not path.exists():
+            return
+        config = json.loads(path.read_text())
+        config["torch_dtype" if "torch_dtype" in config else "dtype"] = str(self._dtype).removeprefix("torch.")
+        path.write_text(json.dumps(config, indent=2) + "\n")
 
     def _flush(self) -> None:
         path = self.partial / f"part-{len(self._written):05d}.safetensors"

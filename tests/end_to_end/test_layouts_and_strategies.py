@@ -25,6 +25,13 @@ def test_two_tensor_parallel_ranks_train_like_one(tmp_path: Path) -> None:
     assert one[-1]["overlap"] == pytest.approx(two[-1]["overlap"], abs=0.03)
 
 
+def test_bf16_trains_saves_and_goes_on(tmp_path: Path) -> None:
+    settings = ("steps=2", "rollout.prompts=4", "precision.params=bf16", *BARE, "--nproc", "1")
+    assert len(train(tmp_path / "run", *settings, "stop_after=1")) == 1
+    steps = train(tmp_path / "run", *settings)
+    assert [step["step"] for step in steps] == [1, 2] and all(0.5 < step["overlap"] < 1 for step in steps)
+
+
 @pytest.mark.parametrize(
     ("overrides", "horizons"),
     [

@@ -77,6 +77,7 @@ def test_bfloat16_weights_in_one_file_need_no_index(model: Path, tmp_path: Path)
     assert [path.name for path in out.glob("model*")] == [WEIGHTS]
     back = load_file(out / WEIGHTS)
     assert all(back[name].dtype == torch.bfloat16 and torch.equal(back[name], tensors[name]) for name in tensors)
+    assert json.loads((out / "config.json").read_text())["dtype"] == "bfloat16", "loaders take the dtype from there"
 
 
 def test_a_tensor_that_changes_after_it_was_added_is_written_as_it_was(model: Path, tmp_path: Path) -> None:
