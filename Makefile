@@ -9,7 +9,7 @@ ifdef PYTHON
 export PYTHON
 endif
 
-.PHONY: help setup tiny-models quickstart test lint format check clean
+.PHONY: help setup setup-bench bench-loss tiny-models quickstart test lint format check clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -39,6 +39,12 @@ format: setup ## Format the code and apply the safe fixes of the linter
 
 check: setup tiny-models ## Check RECIPE (default tiny_compatible) without training it
 	$(BIN)/prune-opd check $(RECIPE)
+
+setup-bench: setup ## Put what the benchmarks compare with (trl) into .venv-bench
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --upgrade --target .venv-bench -r requirements/bench.txt
+
+bench-loss: setup-bench ## Measure the loss against full logits, TRL and its floor: bench/loss.json (about 20 minutes)
+	$(BIN)/prune-opd bench loss
 
 clean: ## Remove caches and build products (.venv, runs/ and the tiny models stay)
 	rm -rf build *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis

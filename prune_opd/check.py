@@ -232,6 +232,12 @@ def _layout(config: TrainConfig, nproc: int, models: list[_Model]) -> list[str]:
             f"rollout.prompts * rollout.responses = {batch} is fewer than the {replicas} data-parallel replicas:"
             f" generate at least {replicas} responses a step"
         )
+    updates = config.optimizer.updates_per_batch
+    if updates > 1 and batch // updates < replicas:
+        problems.append(
+            f"optimizer.updates_per_batch = {updates} leaves fewer than one of the {batch} responses to each of the"
+            f" {replicas} data-parallel replicas in an update: set at most {max(batch // replicas, 1)}"
+        )
     return problems
 
 
@@ -261,6 +267,8 @@ def _candidates(config: TrainConfig, models: list[_Model]) -> list[str]:
     sizes = {"objective.k": config.objective.k}
     if config.gate is not None:
         sizes["gate.k"] = config.gate.k
+    if config.weighting.name == "entropy_aware":
+        sizes["weighting.forward_k"] = config.weighting.forward_k
     return [
         f"{field} = {k} is above the {model.vocab_size} words of the {model.role}: set at most {model.vocab_size}"
         for field, k in sizes.items()

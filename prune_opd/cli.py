@@ -157,6 +157,18 @@ def report(
 
 
 @app.command()
+def bench(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="loss")],
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Where NAME.json goes.")] = Path("bench"),
+    quick: Annotated[bool, typer.Option("--quick", help="A small size that only shows that it works.")] = False,
+) -> int:
+    """Run a benchmark: prints a table and writes every measurement to DIR/NAME.json."""
+    from prune_opd.bench import run_benchmark
+
+    return run_benchmark(name, out, quick)
+
+
+@app.command()
 def recipes() -> int:
     """List the recipes of the repository."""
     names = list_recipes()

@@ -19,12 +19,14 @@ def _one_of(name: str, value: Any, choices: tuple[str, ...]) -> None:
         raise ConfigError(f"{name} = {value!r} is not known: choose one of {', '.join(choices)}")
 
 
-def _between(name: str, value: float, low: float, high: float = math.inf, *, open_low: bool = False) -> None:
-    inside = (low < value if open_low else low <= value) and value <= high
+def _between(
+    name: str, value: float, low: float, high: float = math.inf, *, open_low: bool = False, open_high: bool = False
+) -> None:
+    inside = (low < value if open_low else low <= value) and (value < high if open_high else value <= high)
     if not inside or math.isnan(value):
-        bound = f"{'above' if open_low else 'at least'} {low:g}" + (
-            f" and at most {high:g}" if high != math.inf else ""
-        )
+        bound = f"{'above' if open_low else 'at least'} {low:g}"
+        if high != math.inf:
+            bound += f" and {'below' if open_high else 'at most'} {high:g}"
         raise ConfigError(f"{name} = {value!r} is out of range: give a number {bound}")
 
 
@@ -110,22 +112,63 @@ class HorizonConfig:
             _required("horizon.interval", self.interval, unpublished)
 
 
+OBJECTIVES = (
+    "topk_reverse_kl",
+    "sampled_token",
+    "local_support_matching",
+    "topk_forward_kl",
+    "full_vocab_reverse_kl",
+    "full_vocab_jsd",
+)
+
+
 @dataclass(frozen=True)
 class ObjectiveConfig:
-    """The per-token objective (Prune-OPD §2). One global token mean over the global batch, always."""
+    """The per-token objective (Prune-OPD §2; objective.py has the formulas). One global token mean, always."""
 
     name: str = "topk_reverse_kl"
-    k: int = 16  # candidates per token
-    support: str = "student"
-    weight: str = "student_p"
+    k: int = 16  # candidates per token (of each model); the paper of local_support_matching has 32
+    support: str = "student"  # topk_reverse_kl: whose top-k | teacher | union | intersection
+    weight: str = "student_p"  # topk_reverse_kl: of a candidate | teacher_p | none (every candidate counts 1)
+    beta: float = 0.5  # full_vocab_jsd: the teacher's share of the mixture
+    clip: float = 0.2  # of the ratio p / p_old, where a batch serves several updates (optimizer.updates_per_batch)
+    dual_clip: float = 3.0  # largest ratio that a negative reward is multiplied by
     temperature: float = 1.0  # of both models' logits
 
     def __post_init__(self) -> None:
-        _one_of("objective.name", self.name, ("topk_reverse_kl",))
+        _one_of("objective.name", self.name, OBJECTIVES)
         _between("objective.k", self.k, 1)
-        _one_of("objective.support", self.support, ("student",))
-        _one_of("objective.weight", self.weight, ("student_p",))
+        _one_of("objective.support", self.support, ("student", "teacher", "union", "intersection"))
+        _one_of("objective.weight", self.weight, ("student_p", "teacher_p", "none"))
+        _between("objective.beta", self.beta, 0, 1, open_low=True, open_high=True)
+        _between("objective.clip", self.clip, 0, 1, open_low=True)
+        _between("objective.dual_clip", self.dual_clip, 1, open_low=True)
         _between("objective.temperature", self.temperature, 0, open_low=True)
+        owners = {"support": "topk_reverse_kl", "weight": "topk_reverse_kl", "beta": "full_vocab_jsd"}
+        for setting, owner in owners.items():
+            if self.name != owner and getattr(self, setting) != getattr(ObjectiveConfig, setting):
+                raise ConfigError(
+                    f"objective.{setting} = {getattr(self, setting)!r} is a setting of {owner}, and "
+                    f"objective.name = {self.name} has none: leave it out"
+                )
+
+
+@dataclass(frozen=True)
+class WeightingConfig:
+    """A published token weighting, to compare with; it multiplies the gate's (weighting.py has the formulas)."""
+
+    name: str = "none"  # none | entropy_aware | iw_opd | tip
+    entropy_threshold: float = 0.8  # entropy_aware: τ, teacher entropy above which a forward KL is added [nats]
+    forward_k: int = 16  # entropy_aware: the forward KL's candidates, the teacher's best
+    gamma: float = 0.5  # iw_opd: γ, extra weight of a response's first token
+    retain: float = 0.5  # tip: share of a response's tokens that is trained on
+
+    def __post_init__(self) -> None:
+        _one_of("weighting.name", self.name, ("none", "entropy_aware", "iw_opd", "tip"))
+        _between("weighting.entropy_threshold", self.entropy_threshold, 0)
+        _between("weighting.forward_k", self.forward_k, 1)
+        _between("weighting.gamma", self.gamma, 0)
+        _between("weighting.retain", self.retain, 0, 1, open_low=True)
 
 
 # ---------------------------------------------------------------------------------------------------- the run
@@ -181,8 +224,10 @@ class OptimizerConfig:
     beta2: float = 0.999
     eps: float = 1e-8
     clip_grad: float = 1.0
+    updates_per_batch: int = 1  # minibatches of whole responses that a rollout batch is split into, one update each
 
     def __post_init__(self) -> None:
+        _between("optimizer.updates_per_batch", self.updates_per_batch, 1)
         _one_of("optimizer.schedule", self.schedule, ("constant", "linear", "cosine"))
         _between("optimizer.lr", self.lr, 0)
         _between("optimizer.min_lr", self.min_lr, 0, self.lr)
@@ -281,6 +326,7 @@ class TrainConfig:
     horizon: HorizonConfig
     gate: GateConfig | None = field(default_factory=GateConfig)  # None: plain OPD, every token at weight 1
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    weighting: WeightingConfig = field(default_factory=WeightingConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)

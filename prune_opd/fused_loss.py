@@ -1,12 +1,13 @@
 """The loss: gated on-policy distillation from hidden states, in chunks of tokens (Prune-OPD, method.md §1 and §2).
 
-One pass over the packed response tokens, in order. Of a chunk of n tokens, on every rank of the tensor-parallel group:
+One pass over the packed response tokens, in order. Of a chunk of n tokens, on every rank of the tensor-parallel group
+(chunk.py does it, objective.py has the objectives):
 
     student hidden ─ @ student weight shard ─▶ logits [n, V/tp] ─┬─▶ top-k ids ──┐
     teacher hidden ─ @ teacher weight shard ─▶ logits [n, V/tp] ─┼─▶ top-k ids ──┤  one all-gather
                                                                  │               ├─▶ overlap O ─▶ event B
-                                                                 │   support ids ┘             │
-                     log p_j, log q_j on the support, log p(y) ◀─┘  one all-reduce             ▼
+                                                                 │    candidates ┘             │
+                   log p_j, log q_j on candidates, log p(y) ◀────┘  one all-reduce             ▼
                                   │                                  (with Σ exp)   PackedGate: C ─▶ R ─▶ weight W
                                   ▼                                                            │
                   objective: loss ℓ and c_j = ∂ℓ/∂log p_j ◀────────────────────────────────────┘
@@ -18,7 +19,14 @@ One pass over the packed response tokens, in order. Of a chunk of n tokens, on e
 
 The gate is a running count, so nothing of a later chunk is needed for an earlier one, and the gradient is formed while
 the logits are there: no matrix product is computed twice and nothing of size tokens × vocabulary outlives its chunk.
-The exception is `weight_normalisation = mean`, which needs a response's weights first and takes a pass for the events.
+What needs a whole response first (`weight_normalisation = mean`, iw_opd, tip) takes a pass before for that alone.
+
+An objective on the whole vocabulary has every column of a rank as its candidates; its sums are all-reduced, and a chunk
+of log-probabilities of both models is alive beside the logits. Where both models' vocabularies are padded differently,
+the teacher's weight is first exchanged so that a rank holds the same ids of both (`OutputHead.align`).
+
+When a batch serves several updates, a call with `keep_policy` before the first leaves in its statistics what is then
+fixed (`OldPolicy`), and calls with `old` evaluate the moved student against that.
 """
 
 from __future__ import annotations
@@ -26,26 +34,27 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from prune_opd.config import GateConfig, ObjectiveConfig
+from prune_opd.chunk import Gradients, Look, OldPolicy, WithGradients, chunk_loss, look
+from prune_opd.config import GateConfig, ObjectiveConfig, WeightingConfig
 from prune_opd.errors import ConfigError
-from prune_opd.gate import PackedGate, apply_gate_packed, overlap_events, overlap_ratio, top_p_reject
-from prune_opd.objective import support_ids, token_loss
-from prune_opd.vocab_parallel import (
-    OutputHead,
-    exp_sum_,
-    group_size,
-    local_columns,
-    local_gather,
-    sum_together,
-    topk_together,
+from prune_opd.gate import PackedGate, apply_gate_packed
+from prune_opd.objective import on_vocabulary
+from prune_opd.vocab_parallel import OutputHead
+from prune_opd.weighting import (
+    Signals,
+    added_objective,
+    added_on,
+    needs_vocabulary,
+    needs_whole_response,
+    response_weights,
 )
+
+NO_WEIGHTING = WeightingConfig()
 
 
 @dataclass(frozen=True)
@@ -55,11 +64,14 @@ class GateStats:
     overlap_N: Tensor  # O, always fp32; measured with objective.k where there is no gate
     event_N: Tensor  # B, bool
     reliability_N: Tensor  # R
-    weight_N: Tensor  # W
+    weight_N: Tensor  # of the objective: W, times the weighting's
     sampled_logp_N: Tensor  # student's log p(y_t)
-    divergence_N: Tensor  # of the objective, on its support, before any weight [nats]
+    divergence_N: Tensor  # of the objective, before any weight [nats]
     reliable_length_B: Tensor  # E, int64
     length_B: Tensor  # int64
+    ratio_N: Tensor | None = None  # p / p_old, mean of a token's candidates; None without an old policy or rewards
+    clipped_N: Tensor | None = None  # share of a token's candidates that the clip has taken the gradient from
+    policy: OldPolicy | None = None  # if asked for with keep_policy
 
 
 def distill_loss(
@@ -75,6 +87,9 @@ def distill_loss(
     *,
     vocab_size: int,
     chunk: int = 1024,
+    weighting: WeightingConfig = NO_WEIGHTING,
+    keep_policy: bool = False,
+    old: OldPolicy | None = None,
 ) -> tuple[Tensor, int, GateStats]:
     """Σ_t ℓ_t over N packed response tokens, how many they are, and what the gate saw.
 
@@ -88,6 +103,9 @@ def distill_loss(
     sampled_ids_N: y_t, global token ids. cu_seqlens: the responses' B + 1 offsets, from 0 to N; empty ones allowed.
     gate: None for plain distillation (weight 1, no events). objective.temperature divides both models' logits.
     vocab_size: ids that exist; rows beyond it are padding. chunk: tokens whose logits are alive at a time.
+    weighting: a weighting of the literature, beside the gate.
+    keep_policy: leave in stats.policy what stays fixed of these tokens while several updates are made with them.
+    old: that, when updates have been made since; the statistics are then the moved student's, but for weight_N.
 
     Returns (loss_sum, token_count, stats): loss_sum fp32 (fp64 for fp64 inputs) and token_count = N. Logits are taken
     to fp32 before any statistic, whatever the inputs' dtype. ConfigError for a setting, ValueError for a tensor that
@@ -97,219 +115,130 @@ def distill_loss(
     want_gradients = torch.is_grad_enabled() and (student_hidden_NH.requires_grad or student_weight_VH.requires_grad)
     student = OutputHead("student", student_hidden_NH, student_weight_VH, objective.temperature, vocab_size, tp_group)
     teacher = OutputHead("teacher", teacher_hidden_NH, teacher_weight_VH, objective.temperature, vocab_size, tp_group)
-    offsets = _check(student, teacher, sampled_ids_N, cu_seqlens, gate, objective, chunk)
+    offsets = _check(student, teacher, sampled_ids_N, cu_seqlens, gate, objective, weighting, chunk)
     with torch.no_grad():
-        loss_sum, grad_hidden_NH, grad_weight_VH, stats = _run(
+        loop = _Pass(student, teacher, sampled_ids_N, offsets, gate, objective, weighting, chunk)
+        gradients = Gradients(
             student,
-            teacher,
-            sampled_ids_N,
-            offsets,
-            gate,
-            objective,
-            chunk,
             want_hidden=want_gradients and student_hidden_NH.requires_grad,
             want_weight=want_gradients and student_weight_VH.requires_grad,
         )
+        loss_sum, stats = loop.run(gradients, keep_policy, old)
+        grad_hidden_NH, grad_weight_VH = gradients.finish()
     if want_gradients:
-        loss_sum = _WithGradients.apply(student_hidden_NH, student_weight_VH, loss_sum, grad_hidden_NH, grad_weight_VH)
+        loss_sum = WithGradients.apply(student_hidden_NH, student_weight_VH, loss_sum, grad_hidden_NH, grad_weight_VH)
     return loss_sum, len(sampled_ids_N), stats
 
 
-def _run(
-    student: OutputHead,
-    teacher: OutputHead,
-    sampled_ids_N: Tensor,
-    offsets: list[int],
-    gate: GateConfig | None,
-    objective: ObjectiveConfig,
-    chunk: int,
-    want_hidden: bool,
-    want_weight: bool,
-) -> tuple[Tensor, Tensor | None, Tensor | None, GateStats]:
-    """Loss sum, its gradients (None where not wanted) and statistics: the loop over the chunks."""
-    tokens, device = len(sampled_ids_N), sampled_ids_N.device
-    dtype = torch.promote_types(torch.promote_types(student.dtype, teacher.dtype), torch.float32)
-    chunks = [slice(begin, min(begin + chunk, tokens)) for begin in range(0, tokens, chunk)]
-    student.allocate(min(chunk, tokens), dtype)
-    teacher.allocate(min(chunk, tokens), dtype)
-    gradients = _Gradients(student, want_hidden, want_weight)
-    running = PackedGate(offsets, gate, device, dtype)
+class _Pass:
+    """The loop over the chunks, and what it works on."""
 
-    whole_weight_N = None
-    if gate is not None and gate.weight_normalisation == "mean":
-        events = [_look(student, teacher, sampled_ids_N, part, gate, objective).event_N for part in chunks]
-        event_N = torch.cat([torch.empty(0, dtype=torch.bool, device=device), *events])
-        whole_weight_N = apply_gate_packed(event_N, offsets, gate, dtype).weight_BT
+    def __init__(
+        self,
+        student: OutputHead,
+        teacher: OutputHead,
+        sampled_ids_N: Tensor,
+        offsets: list[int],
+        gate: GateConfig | None,
+        objective: ObjectiveConfig,
+        weighting: WeightingConfig,
+        chunk: int,
+    ) -> None:
+        self.student, self.teacher, self.sampled_ids_N, self.offsets = student, teacher, sampled_ids_N, offsets
+        self.gate, self.weighting = gate, weighting
+        added = added_objective(weighting)
+        self.objectives = [objective] if added is None else [objective, added]
+        tokens = len(sampled_ids_N)
+        self.chunks = [slice(begin, min(begin + chunk, tokens)) for begin in range(0, tokens, chunk)]
+        self.dtype = torch.promote_types(torch.promote_types(student.dtype, teacher.dtype), torch.float32)
+        self.device = sampled_ids_N.device
+        if on_vocabulary(objective) or needs_vocabulary(weighting):
+            teacher.align(student.shard.rows)
+        student.allocate(min(chunk, tokens), self.dtype)
+        teacher.allocate(min(chunk, tokens), self.dtype)
 
-    overlap_N = torch.empty(tokens, dtype=torch.float32, device=device)
-    event_N = torch.empty(tokens, dtype=torch.bool, device=device)
-    reliability_N, weight_N, sampled_logp_N, divergence_N = torch.empty(4, tokens, dtype=dtype, device=device).unbind()
-    loss_sum = torch.zeros((), dtype=torch.float64, device=device)
-    finite_2 = torch.ones(2, dtype=torch.bool, device=device)
-    for part in chunks:
-        look = _look(student, teacher, sampled_ids_N, part, gate, objective)
-        overlap_N[part], event_N[part], sampled_logp_N[part] = look.overlap_N, look.event_N, look.sampled_logp_N
-        reliability_N[part], weight_N[part] = running.advance(look.event_N)
-        if whole_weight_N is not None:
-            weight_N[part] = whole_weight_N[part]
-        loss = token_loss(objective, look.student_logp_NK, look.teacher_logp_NK, weight_N[part])
-        loss_sum += loss.loss_N.sum()
-        divergence_N[part] = loss.divergence_N
-        finite_2 &= look.finite_2
-        gradients.add(part, look, loss.grad_logp_NK)
-
-    outside = ((sampled_ids_N < 0) | (sampled_ids_N >= student.shard.vocab_size)).any()
-    _raise_if_broken(torch.cat([~finite_2, outside[None]]), student.shard.vocab_size)
-    grad_hidden_NH, grad_weight_VH = gradients.finish()
-    stats = GateStats(
-        overlap_N=overlap_N,
-        event_N=event_N,
-        reliability_N=reliability_N,
-        weight_N=weight_N,
-        sampled_logp_N=sampled_logp_N,
-        divergence_N=divergence_N,
-        reliable_length_B=running.reliable_length(reliability_N),
-        length_B=running.length_B,
-    )
-    return loss_sum.to(dtype), grad_hidden_NH, grad_weight_VH, stats
-
-
-# ---------------------------------------------------------------------------------------------------- one chunk
-
-
-class _Look(NamedTuple):
-    """One chunk as both models see it. Log-probabilities are over the full vocabulary and the same on every rank."""
-
-    overlap_N: Tensor
-    event_N: Tensor
-    sampled_logp_N: Tensor
-    support_NK: Tensor
-    student_logp_NK: Tensor  # on the support
-    teacher_logp_NK: Tensor
-    student_exp_NV: Tensor  # exp(logit − max) of this rank's columns: p_v times student_total. In the student's buffer
-    student_total_N1: Tensor
-    finite_2: Tensor  # whether the student's and the teacher's normalisers are numbers
-
-
-def _look(
-    student: OutputHead,
-    teacher: OutputHead,
-    sampled_ids_N: Tensor,
-    part: slice,
-    gate: GateConfig | None,
-    objective: ObjectiveConfig,
-) -> _Look:
-    sampled_N = sampled_ids_N[part]
-    gate_k = objective.k if gate is None else gate.k
-    student_logits_NV, teacher_logits_NV = student.logits(part), teacher.logits(part)
-    student_top, teacher_top = topk_together(
-        (student_logits_NV, teacher_logits_NV), max(gate_k, objective.k), (student.shard, teacher.shard)
-    )
-    support_NK = support_ids(objective, sampled_N, student_top.ids_NK, teacher_top.ids_NK)
-
-    # All is read off the logits before they turn, in place, into the terms of Σ exp. A top-k's first is the maximum.
-    student_at_NK = local_gather(student_logits_NV, support_NK, student.shard)
-    teacher_at_NK = local_gather(teacher_logits_NV, support_NK, teacher.shard)
-    sampled_at_N1 = local_gather(student_logits_NV, sampled_N[:, None], student.shard)
-    student_max_N1, teacher_max_N1 = student_top.values_NK[:, :1], teacher_top.values_NK[:, :1]
-    student_at_NK, teacher_at_NK, sampled_at_N1, student_total_N1, teacher_total_N1 = sum_together(
-        (
-            student_at_NK,
-            teacher_at_NK,
-            sampled_at_N1,
-            exp_sum_(student_logits_NV, student_max_N1),
-            exp_sum_(teacher_logits_NV, teacher_max_N1),
-        ),
-        student.shard.group,
-    )
-    # logit − max − log Σ: with max + log Σ as one number, large logits would cost digits of small log-probabilities.
-    student_log_N1, teacher_log_N1 = student_total_N1.log(), teacher_total_N1.log()
-
-    overlap_N = overlap_ratio(student_top.ids_NK[:, :gate_k], teacher_top.ids_NK[:, :gate_k])
-    if gate is None:
-        event_N = torch.zeros_like(sampled_N, dtype=torch.bool)
-    elif gate.metric == "overlap":
-        event_N = overlap_events(overlap_N, gate.k, gate.threshold)
-    else:
-        teacher_top_logp_NK = teacher_top.values_NK[:, :gate_k] - teacher_max_N1 - teacher_log_N1
-        event_N = top_p_reject(sampled_N, teacher_top.ids_NK[:, :gate_k], teacher_top_logp_NK, gate.top_p)
-    return _Look(
-        overlap_N=overlap_N,
-        event_N=event_N,
-        sampled_logp_N=(sampled_at_N1 - student_max_N1 - student_log_N1).squeeze(1),
-        support_NK=support_NK,
-        student_logp_NK=student_at_NK - student_max_N1 - student_log_N1,
-        teacher_logp_NK=teacher_at_NK - teacher_max_N1 - teacher_log_N1,
-        student_exp_NV=student_logits_NV,
-        student_total_N1=student_total_N1,
-        finite_2=torch.cat([student_log_N1, teacher_log_N1], dim=1).isfinite().all(dim=0),
-    )
-
-
-class _Gradients:
-    """The student's two gradients, added up chunk by chunk."""
-
-    def __init__(self, student: OutputHead, want_hidden: bool, want_weight: bool) -> None:
-        self._student = student
-        self._hidden_NH = torch.empty_like(student.hidden_NH) if want_hidden else None
-        # At least fp32: in bf16 the sum over many chunks would lose the small ones.
-        dtype = torch.promote_types(student.dtype, torch.float32)
-        self._weight_VH = torch.zeros_like(student.weight_VH, dtype=dtype) if want_weight else None
-
-    def add(self, part: slice, look: _Look, grad_logp_NK: Tensor) -> None:
-        """From c_j = ∂ℓ/∂log p_j to ∂ℓ/∂logit_v = (c_v − p_v Σ_j c_j) / temperature, and on to hidden and weight."""
-        if self._hidden_NH is None and self._weight_VH is None:
-            return
-        student = self._student
-        coefficient_NK = grad_logp_NK / student.temperature
-        column_NK, mine_NK = local_columns(look.support_NK, student.shard)
-        scale_N1 = -coefficient_NK.sum(dim=1, keepdim=True) / look.student_total_N1
-        grad_logits_NV = look.student_exp_NV.mul_(scale_N1)
-        grad_logits_NV.scatter_add_(1, column_NK, coefficient_NK.masked_fill(~mine_NK, 0))
-        grad_logits_NV = grad_logits_NV.to(student.dtype)
-        if self._hidden_NH is not None:
-            torch.mm(grad_logits_NV, student.weight_VH, out=self._hidden_NH[part])
-        if self._weight_VH is not None:
-            if self._weight_VH.dtype == student.dtype:
-                self._weight_VH.addmm_(grad_logits_NV.t(), student.hidden_NH[part])
+    def run(self, gradients: Gradients, keep_policy: bool, old: OldPolicy | None) -> tuple[Tensor, GateStats]:
+        """Loss sum and statistics; the gradients go to `gradients`."""
+        tokens, device = len(self.sampled_ids_N), self.device
+        running = PackedGate(self.offsets, self.gate, device, self.dtype)
+        whole_gate_N, whole_weighting_N = (None, None) if old is not None else self._whole_response_weights()
+        overlap_N = torch.empty(tokens, dtype=torch.float32, device=device)
+        event_N = torch.empty(tokens, dtype=torch.bool, device=device)
+        per_token = torch.empty(4, tokens, dtype=self.dtype, device=device)
+        reliability_N, weight_N, sampled_logp_N, divergence_N = per_token.unbind()
+        loss_sum = torch.zeros((), dtype=torch.float64, device=device)
+        finite_2 = torch.ones(2, dtype=torch.bool, device=device)
+        kept: list[OldPolicy] = []
+        ratios: list[Tensor] = []
+        for part in self.chunks:
+            old_part = None if old is None else old.part(part)
+            seen = self._look(part, old=old_part)
+            overlap_N[part], event_N[part], sampled_logp_N[part] = seen.overlap_N, seen.event_N, seen.sampled_logp_N
+            reliability_N[part], gate_N = running.advance(seen.event_N)
+            if old_part is not None:
+                weights = old_part.weights
             else:
-                self._weight_VH += grad_logits_NV.t() @ student.hidden_NH[part]
+                gate_N = gate_N if whole_gate_N is None else whole_gate_N[part]
+                weights = [gate_N if whole_weighting_N is None else gate_N * whole_weighting_N[part]]
+                weights += [gate_N * added_on(self.weighting, seen.signals) for _ in self.objectives[1:]]
+            weight_N[part] = weights[0]
+            loss = chunk_loss(seen, self.objectives, weights, old_part, self.student.shard)
+            loss_sum += loss.loss_N.sum()
+            divergence_N[part] = loss.divergence_N
+            if loss.ratio_2N is not None:
+                ratios.append(loss.ratio_2N)
+            if keep_policy:
+                kept.append(OldPolicy.of(seen.places[0], weights, loss.reward_NK))
+            finite_2 &= seen.finite_2
+            gradients.add(part, seen, loss.slope_NK, loss.column_slope_NV, loss.column_total_N)
 
-    def finish(self) -> tuple[Tensor | None, Tensor | None]:
-        """Hidden gradient, complete on every rank, and this rank's weight gradient, in the inputs' dtype."""
-        student = self._student
-        if self._hidden_NH is not None and group_size(student.shard.group) > 1:
-            # Each rank has gone through its own columns of the vocabulary only.
-            dist.all_reduce(self._hidden_NH, group=student.shard.group)
-        weight_VH = self._weight_VH.to(student.dtype) if self._weight_VH is not None else None
-        return self._hidden_NH, weight_VH
+        vocab_size = self.student.shard.vocab_size
+        outside = ((self.sampled_ids_N < 0) | (self.sampled_ids_N >= vocab_size)).any()
+        _raise_if_broken(torch.cat([~finite_2, outside[None]]), vocab_size)
+        ratio_N, clipped_N = torch.cat(ratios, dim=1) if ratios else (None, None)
+        return loss_sum.to(self.dtype), GateStats(
+            overlap_N=overlap_N,
+            event_N=event_N,
+            reliability_N=reliability_N,
+            weight_N=weight_N,
+            sampled_logp_N=sampled_logp_N,
+            divergence_N=divergence_N,
+            reliable_length_B=running.reliable_length(reliability_N),
+            length_B=running.length_B,
+            ratio_N=ratio_N,
+            clipped_N=clipped_N,
+            policy=OldPolicy.joined(kept) if keep_policy else None,
+        )
 
+    def _whole_response_weights(self) -> tuple[Tensor | None, Tensor | None]:
+        """W [N] if its normalisation needs whole responses, and the weighting's w [N] if that does: an extra pass."""
+        gate = self.gate if self.gate is not None and self.gate.weight_normalisation == "mean" else None
+        weighs = needs_whole_response(self.weighting)
+        if not self.chunks or (gate is None and not weighs):
+            return None, None
+        looks = [(seen.event_N, seen.signals) for seen in (self._look(part, whole=weighs) for part in self.chunks)]
+        gate_N = weighting_N = None
+        if gate is not None:
+            event_N = torch.cat([event_N for event_N, _ in looks])
+            gate_N = apply_gate_packed(event_N, self.offsets, gate, self.dtype).weight_BT
+        if weighs:
+            signals = Signals.joined([signals for _, signals in looks])
+            weighting_N = response_weights(self.weighting, signals, self.offsets).to(self.dtype)
+        return gate_N, weighting_N
 
-class _WithGradients(torch.autograd.Function):
-    """Gives a loss the gradients that were formed with it."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        hidden_NH: Tensor,
-        weight_VH: Tensor,
-        loss_sum: Tensor,
-        grad_hidden_NH: Tensor | None,
-        grad_weight_VH: Tensor | None,
-    ) -> Tensor:
-        ctx.save_for_backward(grad_hidden_NH, grad_weight_VH)
-        return loss_sum.clone()
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
-        grad_hidden_NH, grad_weight_VH = ctx.saved_tensors
-        return (
-            grad_loss * grad_hidden_NH if ctx.needs_input_grad[0] else None,
-            grad_loss * grad_weight_VH if ctx.needs_input_grad[1] else None,
-            None,
-            None,
-            None,
+    def _look(self, part: slice, *, whole: bool = False, old: OldPolicy | None = None) -> Look:
+        """whole: with the signals of a weighting that needs whole responses. old: look where it did."""
+        sums = needs_vocabulary(self.weighting) and (whole or not needs_whole_response(self.weighting))
+        return look(
+            self.student,
+            self.teacher,
+            self.sampled_ids_N,
+            part,
+            self.gate,
+            self.objectives,
+            given=None if old is None or old.reward_NK is None else old.candidates,
+            in_logs=sums or on_vocabulary(self.objectives[0]),
+            sums=sums,
         )
 
 
@@ -323,13 +252,19 @@ def _check(
     cu_seqlens: Tensor | Sequence[int],
     gate: GateConfig | None,
     objective: ObjectiveConfig,
+    weighting: WeightingConfig,
     chunk: int,
 ) -> list[int]:
     """The offsets on the host, or one error that names what does not fit."""
     if chunk < 1:
         raise ConfigError(f"chunk = {chunk} is out of range: give the tokens to work on at a time, at least 1")
     vocab_size = student.shard.vocab_size
-    for name, k in (("objective.k", objective.k), ("gate.k", gate.k if gate is not None else 1)):
+    sizes = {"objective.k": objective.k}
+    if gate is not None:
+        sizes["gate.k"] = gate.k
+    if weighting.name == "entropy_aware":
+        sizes["weighting.forward_k"] = weighting.forward_k
+    for name, k in sizes.items():
         if k > vocab_size:
             raise ConfigError(
                 f"{name} = {k} is larger than vocab_size = {vocab_size}: there are not so many candidates"

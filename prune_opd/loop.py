@@ -7,15 +7,13 @@ prompts ─ sampler ─▶ rollout (vLLM, at most `horizon` tokens) ─▶ teach
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
-
-from torch import Tensor
 
 from prune_opd import platform
 from prune_opd.config import TrainConfig
+from prune_opd.gated_loss import gated_loss
 from prune_opd.setup import Run, prepare
 
 
@@ -57,12 +55,16 @@ def step(run: Run) -> None:
             temperature=config.rollout.temperature,
             top_p=config.rollout.top_p,
         )
-    batches = run.pack(rollouts)
+    minibatches = run.minibatches(rollouts)
+    batches = [batch for minibatch in minibatches for batch in minibatch]
     with clock("teacher"):
         teacher_hidden = run.teacher.hidden(batches)
     with clock("train"):
         stats = run.new_stats(len(rollouts.responses))
-        result = run.trainer.step(batches, gated_loss(run, batches, teacher_hidden, stats))
+        loss = gated_loss(run, batches, teacher_hidden, stats, updates=len(minibatches))
+        if len(minibatches) > 1:
+            run.trainer.look(batches, loss)  # at the policy that sampled the batch, before it moves
+        result = run.trainer.step_through(minibatches, loss)
         stats.reduce(run.layout.dp_group)
     run.controller.update(stats.reliable_length_B, rollouts.length_B, rollouts.finished_B)
     run.finished_steps = number
@@ -84,31 +86,6 @@ def step(run: Run) -> None:
             **clock.record(),
         }
     )
-
-
-def gated_loss(run: Run, batches: Sequence[Any], teacher_hidden: Sequence[Tensor], stats: Any) -> Any:
-    """The trainer's loss function for this step: `distill_loss` on the positions that predict a response token."""
-    from prune_opd.fused_loss import distill_loss
-
-    hidden_of = {batch.rows: hidden_MH for batch, hidden_MH in zip(batches, teacher_hidden, strict=True)}
-
-    def loss(model: Any, batch: Any, hidden_NH: Tensor) -> tuple[Tensor, int]:
-        loss_sum, tokens, seen = distill_loss(
-            hidden_NH[batch.predicting_M],
-            model.head_weight(),
-            hidden_of[batch.rows],
-            run.teacher.head_weight,
-            batch.sampled_ids_M,
-            batch.cu_responses,
-            run.config.gate,
-            run.config.objective,
-            run.layout.tp_group,
-            vocab_size=run.vocab_size,
-        )
-        stats.add(batch.rows, seen)
-        return loss_sum, tokens
-
-    return loss
 
 
 def evaluate(run: Run) -> None:

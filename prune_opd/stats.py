@@ -23,6 +23,7 @@ class BatchStats:
         self.reliable_length_B = torch.zeros(responses, dtype=torch.float64, device=device)
         self.sums = torch.zeros(len(PER_TOKEN), bins, dtype=torch.float64, device=device)
         self.count = torch.zeros(bins, dtype=torch.float64, device=device)
+        self.ratio_3 = torch.zeros(3, dtype=torch.float64, device=device)  # sums of ratio and clipped, tokens
 
     def add(self, rows: Sequence[int], stats: GateStats) -> None:
         """Take in one micro-batch: `rows` of the global batch, in the order in which they are packed."""
@@ -35,17 +36,25 @@ class BatchStats:
             self.sums[i].index_add_(0, bin_N, value_N.double())
         self.count.index_add_(0, bin_N, torch.ones_like(bin_N, dtype=torch.float64))
 
+    def add_ratio(self, stats: GateStats) -> None:
+        """Take in one micro-batch of an update: how far the student has moved from the policy that sampled it."""
+        if stats.ratio_N is not None and stats.clipped_N is not None:
+            counted = torch.ones_like(stats.ratio_N)
+            self.ratio_3 += torch.stack([stats.ratio_N, stats.clipped_N, counted]).double().sum(1)
+
     def reduce(self, dp_group: Any) -> None:
         """Make every data-parallel rank's sums those of the global batch: one collective."""
-        flat = torch.cat([self.reliable_length_B, self.sums.flatten(), self.count])
+        flat = torch.cat([self.reliable_length_B, self.sums.flatten(), self.count, self.ratio_3])
         dist.all_reduce(flat, group=dp_group)
-        sizes = [len(self.reliable_length_B), self.sums.numel(), self.bins]
-        self.reliable_length_B, sums, self.count = flat.split(sizes)
+        sizes = [len(self.reliable_length_B), self.sums.numel(), self.bins, len(self.ratio_3)]
+        self.reliable_length_B, sums, self.count, self.ratio_3 = flat.split(sizes)
         self.sums = sums.view(len(PER_TOKEN), self.bins)
 
     def record(self) -> dict[str, Any]:
         """The gate's part of a step record in metrics.jsonl."""
         overlap, event, weight, divergence = (self.sums.sum(1) / self.count.sum().clamp_min(1)).tolist()
+        ratio, clipped, updated = self.ratio_3.tolist()
+        moved = {"ratio_mean": ratio / updated, "clip_fraction": clipped / updated} if updated else {}
         return {
             "overlap": overlap,
             "event_rate": event,
@@ -54,6 +63,7 @@ class BatchStats:
             "reliable_length": self.reliable_length_B.mean().item(),
             "overlap_by_position": self._curve(self.sums[PER_TOKEN.index("overlap")]),
             "weight_by_position": self._curve(self.sums[PER_TOKEN.index("weight")]),
+            **moved,
         }
 
     def _curve(self, sums: Tensor) -> list[float | None]:

@@ -99,6 +99,29 @@ class OutputHead:
         self.temperature = temperature
         self.shard = VocabShard(rows, vocab_size, group)
 
+    def align(self, rows: int) -> None:
+        """Exchange rows over the group until every rank has `rows` of them, as another model's shards have.
+
+        With 151936 words the shards of a weight padded to 152064 start elsewhere than those of one that is not: what
+        compares both models column by column needs the same ids on a rank. Padding stays behind, as zeros.
+        """
+        group, ranks = self.shard.group, group_size(self.shard.group)
+        if ranks == 1 or rows == self.shard.rows:
+            return
+        old, rank = self.shard, dist.get_rank(self.shard.group)
+
+        def shared(holder: int, taker: int) -> int:
+            first, last = max(holder * old.rows, taker * rows), min((holder + 1) * old.rows, (taker + 1) * rows)
+            return max(min(last, old.vocab_size) - first, 0)
+
+        received = [shared(other, rank) for other in range(ranks)]
+        weight_VH = self.weight_VH.new_zeros(rows, self.weight_VH.shape[1])
+        arrived_VH = self.weight_VH.new_empty(sum(received), self.weight_VH.shape[1])
+        sent = [shared(rank, other) for other in range(ranks)]
+        dist.all_to_all_single(arrived_VH, self.weight_VH[: old.valid].contiguous(), received, sent, group=group)
+        weight_VH[: len(arrived_VH)] = arrived_VH
+        self.weight_VH, self.shard = weight_VH, VocabShard(rows, old.vocab_size, group)
+
     def allocate(self, tokens: int, dtype: torch.dtype) -> None:
         """One buffer for every chunk: fresh memory for each would cost the CPU as much as a pass over the logits."""
         self._logits_CV = self.weight_VH.new_empty(tokens, self.shard.rows, dtype=dtype)

@@ -63,5 +63,5 @@ def _distribution(name: str, parameter: torch.Tensor) -> tuple[float, float]:
     if name.endswith("bias"):
         return 0.0, 0.5
     if "embed" in name or "lm_head" in name:
-        return 0.0, 0.4
+        return 0.0, 0.2  # small beside what the layers add: a tied model would repeat its input
     return 0.0, parameter.shape[1] ** -0.5

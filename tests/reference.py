@@ -7,6 +7,8 @@ Written from method.md §1 and §2 and not from the package: it shares no line w
 from __future__ import annotations
 
 import dataclasses
+import heapq
+import math
 from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any, NamedTuple
@@ -14,12 +16,38 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from prune_opd.config import GateConfig, ObjectiveConfig
+from prune_opd.config import GateConfig, ObjectiveConfig, WeightingConfig
 from prune_opd.fused_loss import GateStats, distill_loss
 
 VOCAB = 61
 GATE = GateConfig(k=6, threshold=0.5, w_drop=0.15)
 OBJECTIVE = ObjectiveConfig(k=6)
+NO_WEIGHTING = WeightingConfig()
+# Every objective, support and weight of method.md §1.
+OBJECTIVES = [
+    *(
+        ObjectiveConfig(k=6, support=support, weight=weight)
+        for support in ("student", "teacher", "union", "intersection")
+        for weight in ("student_p", "teacher_p", "none")
+    ),
+    ObjectiveConfig("sampled_token", k=6),
+    ObjectiveConfig("local_support_matching", k=6),
+    ObjectiveConfig("topk_forward_kl", k=6),
+    ObjectiveConfig("full_vocab_reverse_kl", k=6),
+    ObjectiveConfig("full_vocab_jsd", k=6),
+    ObjectiveConfig("full_vocab_jsd", k=6, beta=0.9),
+]
+WEIGHTINGS = [
+    WeightingConfig("entropy_aware", entropy_threshold=1.5, forward_k=9),
+    WeightingConfig("iw_opd"),
+    WeightingConfig("tip", retain=0.4),
+]
+
+
+def describe(objective: ObjectiveConfig) -> str:
+    """A name for a case."""
+    details = {"topk_reverse_kl": f" {objective.support} {objective.weight}", "full_vocab_jsd": f" {objective.beta:g}"}
+    return objective.name + details.get(objective.name, "")
 
 
 class Reference(NamedTuple):
@@ -37,7 +65,7 @@ class Reference(NamedTuple):
 def top_ids(logits_V: Tensor, k: int) -> list[int]:
     """The k best ids of one token, ties to the lower id."""
     values = logits_V.tolist()
-    return sorted(range(len(values)), key=lambda v: (-values[v], v))[:k]
+    return heapq.nsmallest(k, range(len(values)), key=lambda v: (-values[v], v))
 
 
 def nucleus(logp_V: Tensor, ids: list[int], p: float) -> set[int]:
@@ -51,6 +79,95 @@ def nucleus(logp_V: Tensor, ids: list[int], p: float) -> set[int]:
     return accepted
 
 
+def forward_kl(logp_V: Tensor, logq_V: Tensor, ids: list[int]) -> Tensor:
+    q = logq_V[ids].exp()
+    q = q / q.sum()
+    return (q * (q.log() - logp_V[ids])).sum()
+
+
+def support_of(objective: ObjectiveConfig, student_V: Tensor, teacher_V: Tensor) -> list[int]:
+    students, teachers = top_ids(student_V, objective.k), top_ids(teacher_V, objective.k)
+    return {
+        "student": students,
+        "teacher": teachers,
+        "union": sorted({*students, *teachers}),
+        "intersection": sorted({*students} & {*teachers}),
+    }[objective.support]
+
+
+def token_loss(
+    objective: ObjectiveConfig, sampled: int, student_V: Tensor, teacher_V: Tensor, weight: float
+) -> tuple[Tensor, Tensor]:
+    """One token's loss, whose ordinary autograd is the wanted gradient, and the divergence that it is about."""
+    logp_V, logq_V = student_V.log_softmax(-1), teacher_V.log_softmax(-1)
+    p_V, q_V = logp_V.exp(), logq_V.exp()
+    teachers = top_ids(teacher_V, objective.k)
+    if objective.name == "topk_reverse_kl":
+        ids = support_of(objective, student_V, teacher_V)
+        if not ids:
+            return student_V.sum() * 0, torch.zeros(())
+        share_K = {
+            "student_p": p_V[ids] / p_V[ids].sum(),
+            "teacher_p": q_V[ids] / q_V[ids].sum(),
+            "none": torch.ones(len(ids), dtype=torch.float64),
+        }[objective.weight]
+        gap_K = logp_V[ids] - logq_V[ids]
+        reward_K = (-weight * share_K * gap_K).detach()
+        return -(reward_K * logp_V[ids]).sum(), (share_K * gap_K).sum()
+    if objective.name == "sampled_token":
+        gap = logp_V[sampled] - logq_V[sampled]
+        return weight * gap.detach() * logp_V[sampled], gap
+    if objective.name == "local_support_matching":
+        p_K, q_K = p_V[teachers] / p_V[teachers].sum(), q_V[teachers] / q_V[teachers].sum()
+        value = (p_K * (p_K / q_K).log()).sum()
+    elif objective.name == "topk_forward_kl":
+        value = forward_kl(logp_V, logq_V, teachers)
+    elif objective.name == "full_vocab_reverse_kl":
+        value = (p_V * (logp_V - logq_V)).sum()
+    else:
+        m_V = objective.beta * q_V + (1 - objective.beta) * p_V
+        value = objective.beta * (q_V * (q_V / m_V).log()).sum()
+        value = value + (1 - objective.beta) * (p_V * (p_V / m_V).log()).sum()
+    return weight * value, value
+
+
+def weighted(
+    weighting: WeightingConfig,
+    weights: list[float],
+    cu_seqlens: Sequence[int],
+    sampled_ids_N: Tensor,
+    logp_NV: Tensor,
+    logq_NV: Tensor,
+) -> list[float]:
+    """The gate's weights, times those of a published weighting."""
+    factors = [1.0] * len(weights)
+    for begin, end in pairwise(cu_seqlens):
+        if weighting.name == "iw_opd":
+            sizes = [abs(float(logq_NV[t, y] - logp_NV[t, y])) for t, y in enumerate(sampled_ids_N.tolist())][begin:end]
+            for i in range(len(sizes)):
+                factors[begin + i] = 1 + weighting.gamma * (1 - sum(sizes[:i]) / max(sum(sizes), 1e-8))
+        if weighting.name == "tip" and end > begin:
+            logp_TV, logq_TV = logp_NV[begin:end], logq_NV[begin:end]
+            h = [-float((row.exp() * row).sum()) for row in logp_TV]
+            d = [float((p.exp() * (p - q)).sum()) for p, q in zip(logp_TV, logq_TV, strict=True)]
+            ordered = sorted(h)
+            place = 0.98 * (len(h) - 1)
+            low = math.floor(place)
+            cut = ordered[low] + (place - low) * (ordered[min(low + 1, len(h) - 1)] - ordered[low])
+            h, d = scaled([min(value, cut) for value in h]), scaled(d)
+            score = [a + b - a * b for a, b in zip(h, d, strict=True)]
+            kept = sorted(range(len(score)), key=lambda i: (-score[i], i))[: math.ceil(weighting.retain * len(score))]
+            for i in range(len(score)):
+                factors[begin + i] = len(score) / len(kept) if i in kept else 0.0
+    return [weight * factor for weight, factor in zip(weights, factors, strict=True)]
+
+
+def scaled(values: list[float]) -> list[float]:
+    """Onto 0..1."""
+    low, high = min(values), max(values)
+    return [(value - low) / (high - low) if high > low else 0.0 for value in values]
+
+
 def reference_loss(
     student_hidden_NH: Tensor,
     student_weight_VH: Tensor,
@@ -61,6 +178,7 @@ def reference_loss(
     gate: GateConfig | None,
     objective: ObjectiveConfig,
     vocab_size: int,
+    weighting: WeightingConfig = NO_WEIGHTING,
 ) -> Reference:
     """What distill_loss must return, from whole (not sharded) weights."""
 
@@ -98,14 +216,18 @@ def reference_loss(
         weights += [weight / divisor for weight in row_weights]
         reliable_lengths.append(reliable)
 
+    gate_weights = weights
+    weights = weighted(weighting, gate_weights, cu_seqlens, sampled_ids_N, logp_NV.detach(), logq_NV)
     loss_sum, divergences = student_NV.sum() * 0, []
-    for t in range(len(sampled_ids_N)):
-        support = top_ids(student_NV[t], objective.k)
-        logp_K = logp_NV[t, support]
-        share_K = (logp_K.exp() / logp_K.exp().sum()).detach()
-        reward_K = -weights[t] * share_K * (logp_K.detach() - logq_NV[t, support])
-        loss_sum = loss_sum - (reward_K * logp_K).sum()
-        divergences.append((share_K * (logp_K - logq_NV[t, support])).sum().item())
+    for t, y in enumerate(sampled_ids_N.tolist()):
+        surrogate, divergence = token_loss(objective, y, student_NV[t], teacher_NV[t], weights[t])
+        loss_sum = loss_sum + surrogate
+        divergences.append(divergence.item())
+        if weighting.name == "entropy_aware":
+            entropy = -(logq_NV[t].exp() * logq_NV[t]).sum()
+            if entropy > weighting.entropy_threshold:
+                added = forward_kl(logp_NV[t], logq_NV[t], top_ids(teacher_NV[t], weighting.forward_k))
+                loss_sum = loss_sum + gate_weights[t] * added
     return Reference(
         loss_sum=loss_sum,
         overlap=overlaps,
@@ -117,6 +239,45 @@ def reference_loss(
         reliable_length=reliable_lengths,
         length=[end - begin for begin, end in pairwise(cu_seqlens)],
     )
+
+
+def reference_update(
+    old: Case, moved: Case, gate: GateConfig | None, objective: ObjectiveConfig, weighting: WeightingConfig
+) -> Tensor:
+    """Loss of a student that has moved since its batch was sampled: weights and rewards of `old`, a ratio to it."""
+    weights = old.reference(gate, objective, weighting).weight
+    gate_weights = old.reference(gate, objective).weight
+    size, heat = moved.vocab_size, objective.temperature
+
+    def student(case: Case) -> Tensor:
+        return case.student_hidden.double() @ case.student_weight[:size].double().T / heat
+
+    moved_NV, old_NV = student(moved), student(old).detach()
+    teacher_NV = (old.teacher_hidden.double() @ old.teacher_weight[:size].double().T / heat).detach()
+    loss_sum = moved_NV.sum() * 0
+    for t, y in enumerate(moved.sampled.tolist()):
+        logp_V, old_V, logq_V = (row[t].log_softmax(-1) for row in (moved_NV, old_NV, teacher_NV))
+        if objective.name in ("topk_reverse_kl", "sampled_token"):
+            ids = [y] if objective.name == "sampled_token" else support_of(objective, old_NV[t], teacher_NV[t])
+            share_K = torch.ones(len(ids), dtype=torch.float64)
+            if objective.name == "topk_reverse_kl" and objective.weight != "none" and ids:
+                of = old_V if objective.weight == "student_p" else logq_V
+                share_K = of[ids].exp() / of[ids].exp().sum()
+            for share, v in zip(share_K, ids, strict=True):
+                reward = -weights[t] * share * (old_V[v] - logq_V[v])
+                ratio = (logp_V[v] - old_V[v]).exp()
+                surrogate = torch.min(ratio * reward, ratio.clamp(1 - objective.clip, 1 + objective.clip) * reward)
+                if reward < 0:
+                    surrogate = torch.max(surrogate, objective.dual_clip * reward)
+                loss_sum = loss_sum - surrogate
+        else:
+            loss_sum = loss_sum + token_loss(objective, y, moved_NV[t], teacher_NV[t], weights[t])[0]
+        uncertain = -(logq_V.exp() * logq_V).sum() > weighting.entropy_threshold
+        if weighting.name == "entropy_aware" and uncertain:
+            loss_sum = loss_sum + gate_weights[t] * forward_kl(
+                logp_V, logq_V, top_ids(teacher_NV[t], weighting.forward_k)
+            )
+    return loss_sum
 
 
 @dataclasses.dataclass
@@ -156,7 +317,12 @@ class Case:
             **{"vocab_size": self.vocab_size, **more},
         )
 
-    def reference(self, gate: GateConfig | None = GATE, objective: ObjectiveConfig = OBJECTIVE) -> Reference:
+    def reference(
+        self,
+        gate: GateConfig | None = GATE,
+        objective: ObjectiveConfig = OBJECTIVE,
+        weighting: WeightingConfig = NO_WEIGHTING,
+    ) -> Reference:
         return reference_loss(
             self.student_hidden,
             self.student_weight,
@@ -167,6 +333,19 @@ class Case:
             gate,
             objective,
             self.vocab_size,
+            weighting,
+        )
+
+    def moved(self, distance: float = 0.2) -> Case:
+        """The same tokens, with a student that has been updated since."""
+        generator = torch.Generator().manual_seed(7)
+
+        def move(tensor: Tensor) -> Tensor:
+            step = torch.randn(tensor.shape, generator=generator, dtype=torch.float64)
+            return tensor.detach() + (distance * step).to(tensor.dtype)
+
+        return dataclasses.replace(
+            self, student_hidden=move(self.student_hidden), student_weight=move(self.student_weight)
         )
 
     def gradients(self) -> tuple[Tensor, Tensor]:

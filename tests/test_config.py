@@ -24,6 +24,17 @@ from prune_opd.errors import ConfigError, UserError
         (lambda: c.HorizonConfig(strategy="pruned"), "horizon.strategy", "'pruned'"),
         (lambda: c.HorizonConfig(strategy="full", max_len=10, min_len=20), "horizon.min_len", "20"),
         (lambda: c.ObjectiveConfig(temperature=0.0), "objective.temperature", "0.0"),
+        (lambda: c.ObjectiveConfig(name="reverse_kl"), "objective.name", "'reverse_kl'"),
+        (lambda: c.ObjectiveConfig(support="both"), "objective.support", "'both'"),
+        (lambda: c.ObjectiveConfig(weight="student"), "objective.weight", "'student'"),
+        (lambda: c.ObjectiveConfig(name="full_vocab_jsd", beta=0.0), "objective.beta", "0.0"),
+        (lambda: c.ObjectiveConfig(name="full_vocab_jsd", beta=1.0), "objective.beta", "1.0"),
+        (lambda: c.ObjectiveConfig(clip=0.0), "objective.clip", "0.0"),
+        (lambda: c.ObjectiveConfig(dual_clip=1.0), "objective.dual_clip", "1.0"),
+        (lambda: c.WeightingConfig(name="eopd"), "weighting.name", "'eopd'"),
+        (lambda: c.WeightingConfig(retain=0.0), "weighting.retain", "0.0"),
+        (lambda: c.WeightingConfig(gamma=-0.5), "weighting.gamma", "-0.5"),
+        (lambda: c.OptimizerConfig(updates_per_batch=0), "optimizer.updates_per_batch", "0"),
         (lambda: c.RolloutConfig(prompts=0), "rollout.prompts", "0"),
         (lambda: c.DataConfig(min_steps=30, max_steps=20), "data.max_steps", "20"),
         (lambda: c.OptimizerConfig(lr=1e-6, min_lr=1e-3), "optimizer.min_lr", "0.001"),
@@ -41,6 +52,28 @@ def test_a_wrong_value_is_refused_by_name(make: Callable[[], Any], field: str, v
     message = str(error.value)
     assert message.startswith(f"{field} = {value} ")
     assert "choose one of" in message or "give a number" in message
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (
+            {"name": "sampled_token", "support": "teacher"},
+            "objective.support = 'teacher' is a setting of topk_reverse_kl",
+        ),
+        ({"name": "topk_forward_kl", "weight": "none"}, "objective.weight = 'none' is a setting of topk_reverse_kl"),
+        ({"name": "full_vocab_reverse_kl", "beta": 0.1}, "objective.beta = 0.1 is a setting of full_vocab_jsd"),
+        ({"beta": 0.1}, "objective.beta = 0.1 is a setting of full_vocab_jsd, and objective.name = topk_reverse_kl"),
+    ],
+)
+def test_a_setting_that_the_objective_has_not_got_is_refused(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=f"^{message}"):
+        c.ObjectiveConfig(**settings)
+
+
+@pytest.mark.parametrize("name", c.OBJECTIVES)
+def test_every_objective_is_made_by_its_name_alone(name: str) -> None:
+    assert c.ObjectiveConfig(name=name).name == name
 
 
 @pytest.mark.parametrize(

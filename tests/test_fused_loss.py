@@ -17,13 +17,24 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from prune_opd import vocab_parallel
-from prune_opd.config import GateConfig, ObjectiveConfig
+from prune_opd.config import GateConfig, ObjectiveConfig, WeightingConfig
 from prune_opd.errors import ConfigError
 from prune_opd.fused_loss import GateStats
 from prune_opd.gate import overlap_ratio
-from prune_opd.objective import topk_reverse_kl
+from prune_opd.objective import token_loss
 from prune_opd.vocab_parallel import VocabShard
-from tests.reference import GATE, OBJECTIVE, VOCAB, Case, make_case, top_ids
+from tests.reference import (
+    GATE,
+    NO_WEIGHTING,
+    OBJECTIVE,
+    OBJECTIVES,
+    VOCAB,
+    WEIGHTINGS,
+    Case,
+    describe,
+    make_case,
+    top_ids,
+)
 
 
 def assert_agrees(
@@ -32,12 +43,13 @@ def assert_agrees(
     objective: ObjectiveConfig,
     dtype: torch.dtype = torch.float64,
     tolerance: float = 1e-9,
+    weighting: WeightingConfig = NO_WEIGHTING,
     **more: Any,
 ) -> GateStats:
     """Value, both gradients and every statistic; tolerances are relative to the largest entry of the reference."""
     ours, plain = case.leaves(dtype), case.leaves(dtype).leaves(torch.float64)
-    loss, count, stats = ours.fused(gate, objective, **more)
-    reference = plain.reference(gate, objective)
+    loss, count, stats = ours.fused(gate, objective, weighting=weighting, **more)
+    reference = plain.reference(gate, objective, weighting)
     (3 * loss).backward()  # the caller scales the sum
     (3 * reference.loss_sum).backward()
 
@@ -99,27 +111,50 @@ def test_every_gate_setting_equals_the_reference(gate: GateConfig | None, temper
     assert_agrees(make_case(), gate, ObjectiveConfig(k=6, temperature=temperature), chunk=7)
 
 
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-9), (torch.float32, 2e-5)])
+@pytest.mark.parametrize("chunk", [7, 8])  # does not divide the 24 tokens, and does
+@pytest.mark.parametrize("objective", OBJECTIVES, ids=describe)
+def test_every_objective_support_and_weight_equals_the_reference(
+    objective: ObjectiveConfig, chunk: int, dtype: torch.dtype, tolerance: float
+) -> None:
+    assert_agrees(make_case(), GATE, objective, dtype, tolerance, chunk=chunk)
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES, ids=describe)
+def test_every_objective_equals_the_reference_at_a_temperature_without_a_gate(objective: ObjectiveConfig) -> None:
+    assert_agrees(make_case(seed=1), None, dataclasses.replace(objective, temperature=0.7), chunk=7)
+
+
 @given(
     st.lists(st.integers(0, 9), min_size=1, max_size=5).filter(sum),
     st.integers(1, 20),
     st.integers(1, 12),
     st.integers(1, 12),
     st.integers(0, 1000),
+    st.sampled_from(OBJECTIVES),
+    st.sampled_from([NO_WEIGHTING, *WEIGHTINGS]),
 )
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=40, deadline=None)
 def test_ragged_and_empty_responses_equal_the_reference(
-    lengths: list[int], chunk: int, gate_k: int, objective_k: int, seed: int
+    lengths: list[int],
+    chunk: int,
+    gate_k: int,
+    objective_k: int,
+    seed: int,
+    objective: ObjectiveConfig,
+    weighting: WeightingConfig,
 ) -> None:
-    gate = dataclasses.replace(GATE, k=gate_k)
-    assert_agrees(make_case(tuple(lengths), seed), gate, ObjectiveConfig(k=objective_k), chunk=chunk)
+    gate, objective = dataclasses.replace(GATE, k=gate_k), dataclasses.replace(objective, k=objective_k)
+    assert_agrees(make_case(tuple(lengths), seed), gate, objective, weighting=weighting, chunk=chunk)
 
 
-def test_a_response_whose_every_token_is_an_event_equals_the_reference() -> None:
+@pytest.mark.parametrize("objective", OBJECTIVES, ids=describe)
+def test_a_response_whose_every_token_is_an_event_equals_the_reference(objective: ObjectiveConfig) -> None:
     case = make_case()
     case.teacher_hidden = case.teacher_hidden.clone()
     case.teacher_hidden[10:24] *= -1  # the last response: the teacher wants the opposite
     gate = dataclasses.replace(GATE, w_base=0.0)
-    stats = assert_agrees(case, gate, OBJECTIVE, chunk=4)
+    stats = assert_agrees(case, gate, objective, chunk=4)
     assert stats.event_N[10:24].all()
     assert (stats.weight_N[16:24] == 0).all()
     assert stats.reliable_length_B[3] == math.ceil(1 / GATE.w_drop) - 1
@@ -175,6 +210,75 @@ def test_a_teacher_equal_to_the_student_gives_no_events_no_loss_and_no_gradient(
     assert not any(gradient.any() for gradient in case.gradients())
 
 
+@pytest.mark.parametrize("weighting", [NO_WEIGHTING, *WEIGHTINGS], ids=lambda weighting: weighting.name)
+@pytest.mark.parametrize("objective", OBJECTIVES, ids=describe)
+def test_a_student_that_equals_its_teacher_has_nothing_to_learn(
+    objective: ObjectiveConfig, weighting: WeightingConfig
+) -> None:
+    """Except of a forward KL on the top-k alone, which wants the whole mass there: see the next test."""
+    case = make_case().leaves(torch.float32)
+    case.teacher_hidden, case.teacher_weight = case.student_hidden.detach(), case.student_weight.detach()
+    loss, _, stats = case.fused(objective=objective, weighting=weighting, chunk=7)
+    loss.backward()
+    pulled = objective.name == "topk_forward_kl" or weighting.name == "entropy_aware"
+    assert any(gradient.any() for gradient in case.gradients()) == pulled
+    assert (loss.item() != 0) == pulled
+    if objective.name != "topk_forward_kl":
+        assert not stats.divergence_N.any()
+
+
+def test_a_forward_kl_on_every_word_is_that_of_the_vocabulary_and_leaves_a_twin_alone() -> None:
+    objective = ObjectiveConfig("topk_forward_kl", k=VOCAB)
+    assert_agrees(make_case(), GATE, objective, chunk=7)
+    case = make_case().leaves(torch.float64)
+    case.teacher_hidden, case.teacher_weight = case.student_hidden.detach(), case.student_weight.detach()
+    loss = case.fused(objective=objective)[0]
+    loss.backward()
+    assert abs(loss.item()) < 1e-12
+    assert all(gradient.abs().max() < 1e-12 for gradient in case.gradients())
+
+
+def test_a_token_without_common_candidates_has_no_loss() -> None:
+    case = make_case(lengths=(5,))
+    case.teacher_hidden = torch.cat([-case.student_hidden, torch.zeros(5, 4).double()], 1)
+    objective = ObjectiveConfig(k=6, support="intersection")
+    leaves = case.leaves(torch.float64)
+    loss, _, stats = leaves.fused(objective=objective)
+    loss.backward()
+    assert (stats.overlap_N == 0).all() and not stats.divergence_N.any()
+    assert loss.item() == 0 and not any(gradient.any() for gradient in leaves.gradients())
+
+
+@pytest.mark.parametrize("weighting", WEIGHTINGS, ids=lambda weighting: weighting.name)
+@pytest.mark.parametrize("name", ["topk_reverse_kl", "sampled_token", "full_vocab_jsd"])
+@pytest.mark.parametrize("normalisation", ["none", "mean"])
+def test_every_weighting_beside_the_gate_equals_the_reference(
+    weighting: WeightingConfig, name: str, normalisation: str
+) -> None:
+    gate = dataclasses.replace(GATE, weight_normalisation=normalisation)
+    stats = assert_agrees(make_case(), gate, ObjectiveConfig(name, k=6), weighting=weighting, chunk=5)
+    assert_agrees(make_case(), None, ObjectiveConfig(name, k=6), torch.float32, 2e-5, weighting, chunk=8)
+    if weighting.name == "tip":
+        assert (stats.weight_N[10:24] == 0).sum() == 14 - math.ceil(0.4 * 14)
+
+
+def test_iw_opd_falls_from_one_and_a_half_to_one_along_a_response() -> None:
+    weight_N = make_case().fused(None, weighting=WeightingConfig("iw_opd"))[2].weight_N
+    for begin, end in ((0, 9), (10, 24)):
+        row = weight_N[begin:end]
+        assert row[0] == 1.5 and row[-1] > 1 and (row.diff() < 0).all()
+
+
+def test_entropy_aware_adds_nothing_where_the_teacher_is_sure_and_everywhere_where_it_never_is() -> None:
+    case, forward = make_case(), ObjectiveConfig("topk_forward_kl", k=9)
+    losses = {
+        threshold: case.fused(weighting=WeightingConfig("entropy_aware", threshold, forward_k=9))[0].item()
+        for threshold in (0.0, 100.0)
+    }
+    assert losses[100.0] == case.fused()[0].item()
+    assert losses[0.0] == pytest.approx(case.fused()[0].item() + case.fused(objective=forward)[0].item())
+
+
 def test_padded_vocabulary_rows_have_no_part_in_anything() -> None:
     case = make_case()
     case.student_weight[VOCAB:] = 100.0  # would win every top-k
@@ -183,6 +287,7 @@ def test_padded_vocabulary_rows_have_no_part_in_anything() -> None:
     leaves.fused(chunk=5)[0].backward()
     assert not leaves.gradients()[1][VOCAB:].any()
     assert_agrees(case, GATE, OBJECTIVE, chunk=5)
+    assert_agrees(case, GATE, ObjectiveConfig("full_vocab_jsd", k=6), chunk=5)
 
 
 def test_bf16_inputs_give_fp32_statistics_near_the_reference() -> None:
@@ -241,7 +346,7 @@ def test_a_loss_with_ties_everywhere_equals_the_reference() -> None:
 def test_the_objective_is_the_policy_gradient_of_method_md() -> None:
     """Worked by hand: p = (.6, .2), so w = (.75, .25); log p − log q = (log 2, 0); W = 2."""
     student_logp, teacher_logp = torch.tensor([[0.6, 0.2]]).log(), torch.tensor([[0.3, 0.2]]).log()
-    reward, loss, grad, divergence = topk_reverse_kl(student_logp, teacher_logp, torch.tensor([2.0]), OBJECTIVE)
+    loss, grad, divergence, reward = token_loss(OBJECTIVE, student_logp, teacher_logp, torch.tensor([2.0]))
     assert reward[0].tolist() == pytest.approx([-1.5 * math.log(2), 0])
     assert loss.tolist() == pytest.approx([1.5 * math.log(2) * math.log(0.6)])
     assert torch.equal(grad, -reward)
@@ -307,7 +412,8 @@ def test_statistics_and_teacher_are_outside_the_graph() -> None:
     loss, _, stats = case.fused()
     loss.backward()
     assert case.teacher_hidden.grad is None and case.teacher_weight.grad is None
-    assert not any(getattr(stats, field.name).requires_grad for field in dataclasses.fields(stats))
+    measured = [getattr(stats, field.name) for field in dataclasses.fields(stats)]
+    assert not any(tensor.requires_grad for tensor in measured if tensor is not None)
 
 
 class Largest(TorchDispatchMode):
@@ -336,11 +442,12 @@ class Largest(TorchDispatchMode):
         self.alive -= elements
 
 
-def test_no_tensor_of_tokens_times_vocabulary_is_alive() -> None:
+@pytest.mark.parametrize(("name", "chunks"), [("topk_reverse_kl", 6), ("full_vocab_jsd", 16)])
+def test_no_tensor_of_tokens_times_vocabulary_is_alive(name: str, chunks: int) -> None:
     case = make_case(lengths=(200, 100)).leaves(torch.float32)
     with Largest(columns=VOCAB) as largest:
-        case.fused(chunk=10)[0].backward()
-    assert 10 * VOCAB < largest.peak < 6 * 10 * VOCAB  # a few chunks' worth, where all tokens would be 300 * VOCAB
+        case.fused(objective=ObjectiveConfig(name, k=6), chunk=10)[0].backward()
+    assert 10 * VOCAB < largest.peak < chunks * 10 * VOCAB  # a few chunks' worth; all tokens would be 300 * VOCAB
 
 
 # ---------------------------------------------------------------------------------------------------- bad input
@@ -385,6 +492,12 @@ def test_a_tensor_that_does_not_fit_is_named(case: Case, message: str) -> None:
         (GATE, OBJECTIVE, {"vocab_size": 65}, r"vocab_size = 65 does not fit student_weight: 64 rows × 1"),
         (GATE, OBJECTIVE, {"vocab_size": 0}, r"vocab_size = 0"),
         (GATE, OBJECTIVE, {"chunk": 0}, r"chunk = 0"),
+        (
+            GATE,
+            OBJECTIVE,
+            {"weighting": WeightingConfig("entropy_aware", forward_k=62)},
+            r"weighting.forward_k = 62 is larger than vocab_size = 61",
+        ),
     ],
 )
 def test_a_setting_that_does_not_fit_is_named(

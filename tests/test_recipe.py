@@ -138,6 +138,23 @@ def test_overrides_are_typed_and_change_nothing_else() -> None:
     assert apply_overrides(old, []) == old
 
 
+def test_objective_weighting_and_updates_are_chosen_by_dotted_keys() -> None:
+    new = apply_overrides(
+        tiny(),
+        [
+            "objective.name=full_vocab_jsd",
+            "objective.beta=0.1",
+            "weighting.name=iw_opd",
+            "weighting.gamma=1",
+            "optimizer.updates_per_batch=2",
+        ],
+    )
+    assert (new.objective.name, new.objective.beta) == ("full_vocab_jsd", 0.1)
+    assert (new.weighting.name, new.weighting.gamma, new.optimizer.updates_per_batch) == ("iw_opd", 1, 2)
+    with pytest.raises(ConfigError, match=r"^objective\.name = 'jsd' is not known: choose one of topk_reverse_kl, "):
+        apply_overrides(tiny(), ["objective.name=jsd"])
+
+
 def test_a_setting_within_a_stage_can_be_overridden() -> None:
     new = apply_overrides(supervised(), ["stages.1.corpus.slip=0.5", "stages.0.steps=7"])
     assert isinstance(new.stages[1], SftStage)

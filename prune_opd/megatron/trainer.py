@@ -37,8 +37,8 @@ class StepResult:
 class Trainer:
     """Owns the student's parameters, gradients and optimizer state.
 
-    The learning rate of update s (1-based) is the schedule's value at s: a warm-up of w steps reaches lr at update w,
-    and the decay reaches min_lr at update `total_steps`.
+    The learning rate of step s (1-based) is the schedule's value at s: a warm-up of w steps reaches lr at step w, and
+    the decay reaches min_lr at step `total_steps`. A step is one update, or one of each minibatch.
     """
 
     def __init__(
@@ -89,6 +89,32 @@ class Trainer:
 
     def step(self, batches: Sequence[PackedBatch], loss: LossFunction) -> StepResult:
         """One update from this DP rank's micro-batches; the loss is one token mean over all ranks' tokens."""
+        return self.step_through([batches], loss)
+
+    def step_through(self, minibatches: Sequence[Sequence[PackedBatch]], loss: LossFunction) -> StepResult:
+        """One update from each minibatch, all at the step's learning rate: the schedule counts steps.
+
+        Loss and tokens are those of the whole, the gradient norm is the mean of the updates'.
+        """
+        self.schedule.step(increment=1)
+        updates = [self._update(batches, loss) for batches in minibatches]
+        if len(updates) == 1:
+            return updates[0]
+        tokens = sum(update.tokens for update in updates)
+        return StepResult(
+            loss=sum(update.loss * update.tokens for update in updates) / max(tokens, 1),
+            tokens=tokens,
+            grad_norm=sum(update.grad_norm for update in updates) / len(updates),
+            lr=updates[0].lr,
+        )
+
+    @torch.no_grad()
+    def look(self, batches: Sequence[PackedBatch], loss: LossFunction) -> None:
+        """The loss of the student as it is, for what the loss function notes down."""
+        for batch in batches:
+            loss(self.model, batch, self.model(batch))
+
+    def _update(self, batches: Sequence[PackedBatch], loss: LossFunction) -> StepResult:
         self.ddp.zero_grad_buffer()
         self.optimizer.zero_grad()
         reports = get_forward_backward_func()(
@@ -102,7 +128,6 @@ class Trainer:
         )
         total = torch.stack(reports).sum(0)
         dist.all_reduce(total, group=self.layout.dp_group)
-        self.schedule.step(increment=1)
         _, grad_norm, _ = self.optimizer.step()
         loss_sum, tokens = total.tolist()
         return StepResult(

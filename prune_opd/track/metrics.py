@@ -30,7 +30,8 @@ METRICS: dict[str, str] = {
     "reliable_length": "mean number of response tokens whose reliability R is above zero (E) [tokens]",
     "response_length": "mean length of the generated responses [tokens]",
     "finished_rate": "share of responses that ended by themselves, not by the horizon or the gate [0..1]",
-    "weight_mean": "mean training weight W of the response tokens [0..1 + w_base]",
+    "weight_mean": "mean training weight of the response tokens: W, times that of a weighting if there is one"
+    " [0..1 + w_base]",
     "pruned_inflight": "responses that the in-flight gate stopped while they were generated [count]",
     "overlap_by_position": "mean overlap in bins of equal width over max_len; null where no token fell [0..1]",
     "weight_by_position": "mean weight W in the same bins; null where no token fell [0..1 + w_base]",
@@ -39,9 +40,14 @@ METRICS: dict[str, str] = {
     "tokens_trained": "response tokens that entered the loss [tokens]",
     "tokens_full": "estimate of the tokens the same responses would have cost at the full horizon, from the mean"
     " response length of the last evaluation; null if there was none [tokens]",
-    "loss": "distillation loss, one token mean over the global batch; a policy-gradient surrogate, it may be negative"
-    " [nats per token]",
-    "divergence": "reverse KL of student and teacher on the support, unweighted token mean [nats per token]",
+    "loss": "distillation loss, one token mean over the global batch; a policy gradient's is a surrogate that may be"
+    " negative (with several updates a batch, PPO's) [nats per token]",
+    "divergence": "what the objective measures between student and teacher, unweighted token mean; of topk_reverse_kl"
+    " the reverse KL on the support, of sampled_token its one-sample estimate [nats per token]",
+    "ratio_mean": "mean ratio of a candidate's probability to that of the policy that sampled the batch; only with"
+    " optimizer.updates_per_batch > 1 and an objective with rewards [1]",
+    "clip_fraction": "share of the candidates whose gradient the ratio's clip has taken away; only where there is a"
+    " ratio [0..1]",
     "grad_norm": "norm of the gradient before clipping [1]",
     "lr": "learning rate of the step [1]",
     "time_sync": "moving the student's weights into the rollout engine [s]",

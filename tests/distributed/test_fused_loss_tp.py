@@ -12,7 +12,7 @@ from tests.distributed.launch import run_ranks
 from tests.distributed.worker_fused_loss import CASES
 
 WORKER = Path(__file__).with_name("worker_fused_loss.py")
-TOLERANCE = {"float32": 2e-5, "bfloat16": 3e-2}
+TOLERANCE = {"float32": 2e-5, "bfloat16": 3e-2}  # by the last word of the case
 
 Results = list[dict[str, Any]]  # of every rank
 
@@ -22,8 +22,10 @@ def launch(folder: Path, ranks: int, tensor_parallel: int) -> Results:
     return [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(ranks)]
 
 
-# Two ranks in one group; two groups of two side by side (a group's ranks are not the world's); and one group of four.
-@pytest.fixture(scope="module", params=[(2, 2), (4, 2), (4, 4)], ids=lambda param: f"{param[0]} ranks tp {param[1]}")
+# One rank; two in one group; two groups of two side by side (a group's ranks are not the world's); one group of four.
+@pytest.fixture(
+    scope="module", params=[(1, 1), (2, 2), (4, 2), (4, 4)], ids=lambda param: f"{param[0]} ranks tp {param[1]}"
+)
 def results(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Results:
     ranks, tensor_parallel = request.param
     return launch(tmp_path_factory.mktemp("fused_loss"), ranks, tensor_parallel)
@@ -31,7 +33,7 @@ def results(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
 
 @pytest.mark.parametrize("case", CASES)
 def test_value_gradients_and_statistics_equal_the_reference_on_every_rank(results: Results, case: str) -> None:
-    tolerance = TOLERANCE.get(case, 1e-9)
+    tolerance = TOLERANCE.get(case.split()[-1], 1e-9)
     for rank in results:
         assert rank[case]["loss"] <= tolerance
         assert rank[case]["hidden_gradient"] <= tolerance
@@ -45,7 +47,7 @@ def test_a_raw_all_reduce_has_the_right_value_and_is_caught_by_its_hidden_gradie
         errors = rank["raw_all_reduce"]
         assert errors["loss"] <= 1e-9
         assert errors["weight_gradient"] <= 1e-9
-        assert errors["hidden_gradient"] > 0.1
+        assert (errors["hidden_gradient"] > 0.1) == (len(results) > 1)  # a rank on its own has nothing to miss
 
 
 def test_top_k_breaks_ties_toward_the_lower_id_across_shards(results: Results) -> None:

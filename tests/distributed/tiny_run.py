@@ -29,15 +29,15 @@ from tests.models import VOCAB, write_model
 
 # Response lengths: one of a single token, an odd number of rows (two data-parallel ranks get 4 and 3), none empty.
 LENGTHS = (9, 1, 32, 17, 2, 24, 5)
-# A large eps makes Adam's step smooth in the gradient. With the usual one a gradient that is zero but for rounding still
-# moves its parameter by the whole learning rate, in a direction that the layout's summation order decides.
+# A large eps makes Adam's step smooth in the gradient. With the usual one a gradient that is zero but for rounding
+# still moves its parameter by the whole learning rate, in a direction that the layout's summation order decides.
 OPTIMIZER = OptimizerConfig(lr=1e-2, eps=1e-2, weight_decay=0.1)
 
 
-def write_pair(folder: Path) -> None:
+def write_pair(folder: Path, **shape: Any) -> None:
     """folder/student and folder/teacher: they agree in part, so the gate has something to do."""
-    write_model(folder / "student", seed=1)
-    write_model(folder / "teacher", seed=1, noise=0.3)
+    write_model(folder / "student", seed=1, **shape)
+    write_model(folder / "teacher", seed=1, noise=0.15, **shape)
 
 
 def train_config(folder: Path, tensor: int, **changes: Any) -> TrainConfig:

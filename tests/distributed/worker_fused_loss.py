@@ -20,9 +20,21 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from prune_opd.config import GateConfig, ObjectiveConfig
+from prune_opd.config import GateConfig, ObjectiveConfig, WeightingConfig
 from prune_opd.vocab_parallel import VocabShard, gather, local_gather, log_normaliser, topk
-from tests.reference import GATE, OBJECTIVE, VOCAB, Case, make_case, top_ids
+from tests.reference import (
+    GATE,
+    NO_WEIGHTING,
+    OBJECTIVE,
+    OBJECTIVES,
+    VOCAB,
+    WEIGHTINGS,
+    Case,
+    describe,
+    make_case,
+    reference_update,
+    top_ids,
+)
 
 PLAIN = make_case()
 
@@ -75,14 +87,15 @@ def compare(
     objective: ObjectiveConfig = OBJECTIVE,
     dtype: torch.dtype = torch.float64,
     chunk: int = 7,
+    weighting: WeightingConfig = NO_WEIGHTING,
 ) -> dict[str, float]:
     """The fused loss on this rank's shard against the reference on the whole vocabulary, and against a single rank."""
     rounded = case.leaves(dtype)
     expected = rounded.leaves(torch.float64)
-    reference = expected.reference(gate, objective)
+    reference = expected.reference(gate, objective, weighting)
     shard = sharded(rounded, group).leaves(dtype)
-    loss, _, stats = shard.fused(gate, objective, chunk=chunk, tp_group=group)
-    alone = rounded.fused(gate, objective, chunk=chunk)[2]
+    loss, _, stats = shard.fused(gate, objective, chunk=chunk, tp_group=group, weighting=weighting)
+    alone = rounded.fused(gate, objective, chunk=chunk, weighting=weighting)[2]
     if case.sampled.numel():
         (3 * loss).backward()
         (3 * reference.loss_sum).backward()
@@ -111,6 +124,19 @@ def compare(
     return {**errors, "statistics": max(statistics) if same else math.inf}
 
 
+def compare_update(group: dist.ProcessGroup, objective: ObjectiveConfig) -> dict[str, float]:
+    """A student that has moved since its batch was sampled, on shards, against the reference on the whole."""
+    before = sharded(PLAIN, group).fused(objective=objective, keep_policy=True, chunk=7, tp_group=group)[2]
+    expected = PLAIN.moved().leaves(torch.float64)
+    reference = reference_update(PLAIN, expected, GATE, objective, NO_WEIGHTING)
+    shard = sharded(expected, group).leaves(torch.float64)
+    loss, _, stats = shard.fused(objective=objective, old=before.policy, chunk=5, tp_group=group)
+    loss.backward()
+    reference.backward()
+    errors = gradient_errors(loss, shard, reference, expected, group)
+    return {**errors, "statistics": error(stats.weight_N, before.weight_N)}
+
+
 # ---------------------------------------------------------------------------------------------------- the cases
 
 
@@ -132,6 +158,40 @@ def empty_shard_case() -> Case:
     return dataclasses.replace(PLAIN, vocab_size=small, sampled=PLAIN.sampled % small)
 
 
+def large_vocabulary_case() -> Case:
+    """Qwen's 151936 words, of which the teacher's weight has 152064 rows: the shards of one model start elsewhere."""
+    generator = torch.Generator().manual_seed(0)
+    student, teacher = torch.randn(151936, 4, generator=generator), torch.randn(152064, 5, generator=generator)
+    teacher[:151936, :4] = student
+    hidden = torch.randn(4, 4, generator=generator) * 2
+    return Case(
+        student_hidden=hidden.double(),
+        student_weight=student.double(),
+        teacher_hidden=torch.cat([hidden, torch.ones(4, 1)], 1).double(),
+        teacher_weight=teacher.double(),
+        sampled=torch.tensor([0, 151935, 37984, 75968]),
+        offsets=[0, 1, 4],
+        vocab_size=151936,
+    )
+
+
+def of_every_kind() -> dict[str, Callable[[dist.ProcessGroup], dict[str, float]]]:
+    """Every objective × support × weight in both dtypes and chunks that do and do not divide; every weighting."""
+    cases: dict[str, Callable[[dist.ProcessGroup], dict[str, float]]] = {}
+    for objective in OBJECTIVES:
+        name = describe(objective)
+        cases[name] = lambda group, o=objective: compare(PLAIN, group, objective=o)
+        cases[f"{name} float32"] = lambda group, o=objective: compare(
+            PLAIN, group, objective=o, dtype=torch.float32, chunk=8
+        )
+    for weighting in WEIGHTINGS:
+        for objective in (OBJECTIVE, ObjectiveConfig("full_vocab_reverse_kl", k=6)):
+            cases[f"{objective.name} {weighting.name}"] = lambda group, w=weighting, o=objective: compare(
+                PLAIN, group, objective=o, weighting=w
+            )
+    return cases
+
+
 CASES: dict[str, Callable[[dist.ProcessGroup], dict[str, float]]] = {
     "float64": lambda group: compare(PLAIN, group),
     "float64 in one chunk": lambda group: compare(PLAIN, group, chunk=1000),
@@ -145,6 +205,19 @@ CASES: dict[str, Callable[[dist.ProcessGroup], dict[str, float]]] = {
     "ties across shards": lambda group: compare(tied_case(), group),
     "student is teacher": lambda group: compare(twin_case(), group),
     "a shard of padding": lambda group: compare(empty_shard_case(), group),
+    "full vocabulary, bfloat16": lambda group: compare(
+        PLAIN, group, gate=None, objective=ObjectiveConfig("full_vocab_jsd", k=6), dtype=torch.bfloat16
+    ),
+    "full vocabulary, a shard of padding": lambda group: compare(
+        empty_shard_case(), group, objective=ObjectiveConfig("full_vocab_jsd", k=6)
+    ),
+    "151936 words and 152064 rows": lambda group: compare(
+        large_vocabulary_case(), group, objective=ObjectiveConfig("full_vocab_jsd"), chunk=3
+    ),
+    **of_every_kind(),
+    "moved student": lambda group: compare_update(group, OBJECTIVE),
+    "moved student, union": lambda group: compare_update(group, dataclasses.replace(OBJECTIVE, support="union")),
+    "moved student, full vocabulary": lambda group: compare_update(group, ObjectiveConfig("full_vocab_jsd", k=6)),
     "no tokens": lambda group: compare(make_case(lengths=(0, 0)), group),
 }
 

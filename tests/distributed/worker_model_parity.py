@@ -2,8 +2,8 @@
 
     torchrun … worker_model_parity.py FOLDER TP
 
-FOLDER/<case>/ is a model directory, FOLDER/expected.pt the rows and their logits. Writes rank<r>.json (largest errors by
-case) and, from rank 0, the exported directory FOLDER/<case>.tp<TP>.
+FOLDER/<case>/ is a model directory, FOLDER/expected.pt the rows and their logits. Writes rank<r>.json (largest errors
+by case) and, from rank 0, the exported directory FOLDER/<case>.tp<TP>.
 """
 
 from __future__ import annotations

@@ -1,0 +1,127 @@
+"""Token weightings from the literature, beside the gate, for the baselines that Prune-OPD is compared with.
+
+    iw_opd          w_t = 1 + γ (1 − Σ_{i<t} |A_i| / Σ_i |A_i|)                  falls along the response, 1 + γ → 1
+    tip             w_t = T / |S| for t in S, the most important share of the response, and 0 elsewhere
+    entropy_aware   adds 1[H(q_t) > τ] · Σ_j q̄_j (log q̄_j − log p_j) on the teacher's top-k to the objective
+
+All are stop-gradient and multiply the gate's W. Sources, and what is our own reading of them:
+
+- IW-OPD, "On the Position Bias of On-Policy Distillation", arXiv 2606.22600, Algorithm 1 (γ = 0.5). A_t is the
+  published sampled-token advantage log q(y_t) − log p(y_t), whatever the objective is.
+- TIP, "Token Importance in On-Policy Distillation", arXiv 2604.14084: the Soft-OR score ĥ + δ̂ − ĥ δ̂ of student entropy
+  and teacher-student divergence, both min-max normalised, the entropy cut at its 98th percentile, half of the tokens
+  retained. Ours: δ is the full-vocabulary reverse KL, and normalisation and selection are within a response (the
+  published implementation takes the batch), so that micro-batches, packing and data parallelism change nothing. A
+  selected token weighs T / |S|: the response keeps the weight that it has in the global token mean.
+- EOPD, "Entropy-Aware On-Policy Distillation of Language Models", arXiv 2603.07079, eqs. 9 and 10 (τ = 0.8 nats,
+  k = 16): the forward KL is added to the reverse KL, in one mean over all valid tokens, with q renormalised on the
+  top-k as in eq. 10. Ours: any objective may be the base (the published one is `sampled_token`), and the gate weighs
+  both parts.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from prune_opd.config import ObjectiveConfig, WeightingConfig
+
+ENTROPY_CUT = 0.98  # quantile of tip's student entropy above which all entropies count the same
+
+
+class Signals(NamedTuple):
+    """What the weightings are made of, per token. The last three only where `needs_vocabulary` [nats]."""
+
+    advantage_N: Tensor  # log q(y_t) − log p(y_t)
+    student_entropy_N: Tensor | None = None
+    teacher_entropy_N: Tensor | None = None
+    divergence_N: Tensor | None = None  # reverse KL over the vocabulary
+
+    def part(self, part: slice) -> Signals:
+        """Those of some of the tokens, in float64."""
+        advantage_N, *others = self
+        return Signals(advantage_N[part].double(), *(None if o is None else o[part].double() for o in others))
+
+    @staticmethod
+    def joined(parts: Sequence[Signals]) -> Signals:
+        """Those of all tokens out of those of their chunks."""
+        advantage_N, *others = (None if s[0] is None else torch.cat(s) for s in zip(*parts, strict=True))
+        assert advantage_N is not None
+        return Signals(advantage_N, *others)
+
+
+def needs_vocabulary(config: WeightingConfig) -> bool:
+    """Whether the weighting needs sums over the whole vocabulary."""
+    return config.name in ("tip", "entropy_aware")
+
+
+def needs_whole_response(config: WeightingConfig) -> bool:
+    """Whether a token's weight depends on later tokens: such a weighting takes a pass of its own."""
+    return config.name in _OF_RESPONSE
+
+
+def added_objective(config: WeightingConfig) -> ObjectiveConfig | None:
+    """The objective that is added to the configured one, on the tokens that `added_on` says."""
+    if config.name != "entropy_aware":
+        return None
+    return ObjectiveConfig(name="topk_forward_kl", k=config.forward_k)
+
+
+def added_on(config: WeightingConfig, signals: Signals) -> Tensor:
+    """EOPD: where the teacher is uncertain, bool [N]."""
+    assert signals.teacher_entropy_N is not None
+    return signals.teacher_entropy_N > config.entropy_threshold
+
+
+def vocabulary_sums(student_logp_NV: Tensor, teacher_logp_NV: Tensor) -> Tensor:
+    """Student entropy, teacher entropy and reverse KL [N, 3] of the columns at hand: add them up over the group."""
+    student_NV, teacher_NV = student_logp_NV.exp(), teacher_logp_NV.exp()
+    return torch.stack(
+        [
+            -(student_NV * student_logp_NV).sum(dim=-1),
+            -(teacher_NV * teacher_logp_NV).sum(dim=-1),
+            (student_NV * (student_logp_NV - teacher_logp_NV)).sum(dim=-1),
+        ],
+        dim=1,
+    )
+
+
+def response_weights(config: WeightingConfig, signals: Signals, cu_seqlens: Sequence[int]) -> Tensor:
+    """w_t [N] of packed responses, in float64, for a weighting that needs whole responses."""
+    weight_N = torch.ones_like(signals.advantage_N, dtype=torch.float64)
+    for begin, end in pairwise(cu_seqlens):
+        if end > begin:
+            weight_N[begin:end] = _OF_RESPONSE[config.name](config, signals.part(slice(begin, end)))
+    return weight_N
+
+
+def _iw_opd(config: WeightingConfig, signals: Signals) -> Tensor:
+    size_T = signals.advantage_N.abs()
+    before_T = size_T.cumsum(0) - size_T
+    # No advantage anywhere (the student is the teacher): the weight stays at its first value.
+    return 1 + config.gamma * (1 - before_T / size_T.sum().clamp_min(1e-8))
+
+
+def _tip(config: WeightingConfig, signals: Signals) -> Tensor:
+    assert signals.student_entropy_N is not None and signals.divergence_N is not None
+    entropy_T = signals.student_entropy_N
+    entropy_T = _min_max(entropy_T.clamp(max=entropy_T.quantile(ENTROPY_CUT)))
+    divergence_T = _min_max(signals.divergence_N)
+    score_T = entropy_T + divergence_T - entropy_T * divergence_T
+    kept = math.ceil(config.retain * len(score_T))
+    weight_T = torch.zeros_like(score_T)
+    weight_T[score_T.sort(descending=True, stable=True).indices[:kept]] = len(score_T) / kept
+    return weight_T
+
+
+def _min_max(value_T: Tensor) -> Tensor:
+    low, high = value_T.min(), value_T.max()
+    return (value_T - low) / (high - low) if high > low else torch.zeros_like(value_T)
+
+
+_OF_RESPONSE: dict[str, Callable[[WeightingConfig, Signals], Tensor]] = {"iw_opd": _iw_opd, "tip": _tip}

@@ -1,0 +1,95 @@
+"""`prune-opd bench loss --quick` through the real command. No absolute times: other work shares the machine."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+COMMAND = Path(sys.executable).with_name("prune-opd")
+AT_EXIT = """
+import atexit, os, sys
+atexit.register(lambda: open(os.environ["IMPORTED"], "a").write(f"{sys.argv[0]} {'torch' in sys.modules}\\n"))
+"""
+
+
+def bench(folder: Path, *args: str) -> subprocess.CompletedProcess[str]:
+    """The command, run in `folder`, where `imported` gets a line a process: its program and whether it had torch."""
+    (folder / "site").mkdir(exist_ok=True)
+    (folder / "site" / "sitecustomize.py").write_text(AT_EXIT)
+    env = {**os.environ, "PYTHONPATH": str(folder / "site"), "IMPORTED": str(folder / "imported"), "COLUMNS": "160"}
+    return subprocess.run([COMMAND, "bench", *args], cwd=folder, env=env, capture_output=True, text=True)
+
+
+class Measured:
+    def __init__(self, folder: Path) -> None:
+        done = bench(folder, "loss", "--quick")
+        assert done.returncode == 0, done.stderr
+        self.stdout = done.stdout
+        self.result: dict[str, Any] = json.loads((folder / "bench" / "loss.json").read_text())
+        self.part: dict[str, Any] = self.result["vocabularies"][0]
+        self.imported = (folder / "imported").read_text().splitlines()
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory: pytest.TempPathFactory) -> Measured:
+    return Measured(tmp_path_factory.mktemp("bench"))
+
+
+def test_every_contender_is_measured_in_a_process_of_its_own(measured: Measured) -> None:
+    contenders = {"ours", "naive", "floor"} | ({"trl"} - measured.result["skipped"].keys())
+    assert measured.part["contenders"].keys() == contenders
+    assert len(measured.result["raw"]) == len(contenders) + len(measured.result["growth"])
+    assert [line.endswith("True") for line in measured.imported].count(True) == len(measured.result["raw"])
+    for row in measured.result["raw"]:
+        assert all(seconds > 0 for seconds in row["wall_s"] + row["cpu_s"])
+
+
+def test_ratios_are_those_of_the_medians(measured: Measured) -> None:
+    ours, naive, floor = (measured.part["contenders"][name] for name in ("ours", "naive", "floor"))
+    ratios = measured.part["ratios"]
+    assert ratios["extra_naive_over_ours"] == naive["extra_bytes"] / ours["extra_bytes"]
+    assert ratios["working_naive_over_ours"] == naive["working_bytes"] / ours["working_bytes"]
+    assert ratios["time_ours_over_naive"] == ours["wall_s"] / naive["wall_s"]
+    assert ratios["time_ours_over_floor"] == ours["wall_s"] / floor["wall_s"]
+
+
+def test_ours_and_naive_compute_the_same_loss_and_gradients(measured: Measured) -> None:
+    ours, naive = (measured.part["contenders"][name] for name in ("ours", "naive"))
+    assert measured.part["same_loss"]
+    assert ours["loss"] == pytest.approx(naive["loss"], rel=1e-4)
+    assert ours["grad_norms"] == pytest.approx(naive["grad_norms"], rel=1e-4)
+    assert ours["grad_norms"][0] > 0 and ours["grad_norms"][1] > 0
+
+
+def test_ours_needs_less_memory_than_full_logits(measured: Measured) -> None:
+    ours, naive = (measured.part["contenders"][name] for name in ("ours", "naive"))
+    assert ours["extra_bytes"] < naive["extra_bytes"] / 2
+    assert ours["working_bytes"] < naive["working_bytes"] / 2
+
+
+def test_environment_is_written_down(measured: Measured) -> None:
+    assert measured.result["environment"]["cpus"] == os.cpu_count()
+    assert measured.result["environment"].keys() >= {"torch", "threads", "cpu", "memory_gib", "python"}
+    assert [line["tokens"] for line in measured.result["growth"]] == measured.result["settings"]["growth_tokens"]
+
+
+def test_table_names_every_contender(measured: Measured) -> None:
+    assert all(name in measured.stdout for name in measured.part["contenders"])
+
+
+def test_command_itself_imports_no_torch(measured: Measured) -> None:
+    (line,) = (line for line in measured.imported if line.split()[0].endswith("prune-opd"))
+    assert line.endswith("False")
+
+
+def test_unknown_benchmark_is_one_line_with_the_nearest_name(tmp_path: Path) -> None:
+    answer = bench(tmp_path, "lost")
+    assert answer.returncode == 2
+    assert answer.stderr == "error: there is no benchmark 'lost': did you mean 'loss'?\n"
+    assert not (tmp_path / "bench").exists()

@@ -1,0 +1,153 @@
+"""The vLLM engine inside the ranks: samples depend on seeds and weights alone, and the process stays as it was."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.distributed.launch import run_ranks
+from tests.distributed.tiny_run import write_pair
+from tests.rollout.worker_engine import EOS, LENGTHS, MANY, MAX_TOKENS, RESPONSES
+
+WORKER = Path(__file__).with_name("worker_engine.py")
+# Ranks, tensor parallelism of an engine, sequences that run at once, GB of cache. With three sequences the others
+# wait; 1 MB is 2000 tokens, too few for the long prompts: sequences are put out and started again.
+LAUNCHES = {
+    "one engine": (1, 1, 64, 0.25),
+    "two engines": (2, 1, 3, 0.25),
+    "one engine of two ranks": (2, 2, 64, 0.001),
+}
+SPREAD = 2e-4  # nats between engine and trainer; the first sync allows 1e-3
+
+Results = list[dict[str, Any]]  # of every rank
+
+
+@pytest.fixture(scope="module")
+def launches(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Results]:
+    models = tmp_path_factory.mktemp("models")
+    write_pair(models)
+    results: dict[str, Results] = {}
+    for name, (ranks, *settings) in LAUNCHES.items():
+        out = tmp_path_factory.mktemp(name.replace(" ", "_"))
+        run_ranks(WORKER, ranks, [models, out, *map(str, settings)], timeout=180)
+        results[name] = [json.loads((out / f"rank{rank}.json").read_text()) for rank in range(ranks)]
+    return results
+
+
+@pytest.fixture(params=LAUNCHES)
+def results(request: pytest.FixtureRequest, launches: dict[str, Results]) -> Results:
+    return launches[request.param]
+
+
+# ---------------------------------------------------------------------------------------------------- sampling
+
+
+def test_the_number_and_the_layout_of_the_engines_do_not_change_the_tokens(launches: dict[str, Results]) -> None:
+    (expected,) = launches["one engine"]
+    assert len(expected["tokens"]) == len(LENGTHS) * RESPONSES
+    for name, ranks in launches.items():
+        for rank in ranks:
+            assert rank["tokens"] == expected["tokens"], name
+            assert rank["many"] == expected["many"], name
+
+
+def test_every_rank_has_the_whole_batch(launches: dict[str, Results]) -> None:
+    for ranks in launches.values():
+        assert all(rank == ranks[0] for rank in ranks)
+
+
+def test_the_order_of_the_prompts_does_not_change_the_tokens(results: Results) -> None:
+    assert results[0]["reversed"] == results[0]["tokens"]
+
+
+def test_the_size_of_the_batch_does_not_change_the_tokens(results: Results) -> None:
+    alone = results[0]["one by one"]
+    assert len(alone) == len(LENGTHS)
+    assert alone == {name: ids for name, ids in results[0]["tokens"].items() if name in alone}
+
+
+def test_prompts_that_do_not_fit_into_one_prefill_change_nothing(results: Results) -> None:
+    """A prompt that is cut in the middle would draw a second time, and a CPU generator cannot be put back."""
+    assert len(results[0]["many"]) == len(MANY) and sum(MANY) > 8192
+    assert results[0]["many"] == results[0]["many, by ten"]
+
+
+def test_samples_seeds_and_steps_all_give_other_tokens(results: Results) -> None:
+    tokens = results[0]["tokens"]
+    prompts = {name.split("/")[0] for name in tokens}
+    assert all(tokens[f"{prompt}/0"] != tokens[f"{prompt}/1"] for prompt in prompts)
+    for other in ("another seed", "another step"):
+        assert all(results[0][other][name] != ids for name, ids in tokens.items())
+
+
+def test_greedy_sampling_does_not_look_at_the_seed(results: Results) -> None:
+    first, second = results[0]["greedy"]
+    assert first == second
+    assert all(first[name] == first[name.split("/")[0] + "/0"] for name in first)
+
+
+def test_a_response_ends_at_the_horizon_or_with_the_end_of_sequence(results: Results) -> None:
+    longer = results[0]["longer"]
+    assert {finished for _, finished in longer} == {True, False}
+    for ids, finished in longer:
+        assert finished == (ids[-1] == EOS)
+        assert len(ids) == MAX_TOKENS + 8 or finished
+        assert EOS not in ids[:-1]
+
+
+def test_a_longer_horizon_and_more_samples_continue_the_same_responses(results: Results) -> None:
+    longer = [ids for ids, _ in results[0]["longer"]]
+    samples = len(longer) // len(LENGTHS)
+    same = [longer[row + sample] for row in range(0, len(longer), samples) for sample in range(RESPONSES)]
+    assert [ids[:MAX_TOKENS] for ids in same] == list(results[0]["tokens"].values())
+
+
+# ---------------------------------------------------------------------------------------------------- weights
+
+
+def test_logprobs_of_the_engine_equal_those_of_the_trainer(results: Results) -> None:
+    assert results[0]["parity from disk"] <= SPREAD
+
+
+def test_logprobs_are_those_of_the_model_not_of_the_sampling_temperature(results: Results) -> None:
+    assert results[0]["parity at temperature 0.6"] <= SPREAD
+
+
+def test_loaded_weights_replace_the_old_ones_everywhere(results: Results) -> None:
+    """The tied head and cached prefixes included."""
+    assert results[0]["parity of other weights"] <= SPREAD
+    assert results[0]["other weights"] != results[0]["tokens"]
+
+
+def test_a_reload_there_and_back_gives_identical_tokens(results: Results) -> None:
+    assert results[0]["reloaded"] == results[0]["tokens"]
+    assert results[0]["parity after reload"] <= SPREAD
+
+
+def test_the_first_sync_brings_the_students_weights_and_passes_its_own_check(results: Results) -> None:
+    assert results[0]["synced"] == results[0]["tokens"]
+
+
+def test_weights_that_are_not_the_students_are_refused_with_the_difference(results: Results) -> None:
+    error = results[0]["error of other weights"]
+    assert re.search(r"rollout engine and the trainer differ by \d\.\d\de\+00 nats .*0\.001", error), error
+    assert "the weights in the engine are not the student's" in error
+
+
+# ---------------------------------------------------------------------------------------------------- the process
+
+
+def test_construction_load_and_generate_leave_the_global_generators_alone(results: Results) -> None:
+    for rank in results:
+        assert rank["rng changed"] == []
+
+
+def test_the_number_of_threads_stays_and_can_be_set(results: Results) -> None:
+    for rank in results:
+        before, after, set_to_two = rank["threads"]
+        assert before == after
+        assert set_to_two == 2

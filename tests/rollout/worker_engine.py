@@ -1,0 +1,146 @@
+"""Ranks of test_engine.py: one engine configuration, as one process can have only one.
+
+    torchrun … worker_engine.py MODELS OUT ROLLOUT_TP MAX_NUM_SEQS KV_CACHE_GB
+
+The trainer's tensor parallelism is the number of ranks. Every rank writes OUT/rank<r>.json.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from prune_opd import platform
+from prune_opd.config import ParallelConfig, RolloutConfig
+from prune_opd.data import ledger
+from prune_opd.data.prompts import Prompt
+from prune_opd.errors import UserError
+from prune_opd.rollout.batch import Rollouts
+from tests.distributed.tiny_run import build_run, train_config
+from tests.models import VOCAB
+
+MAX_TOKENS, RESPONSES, SEED, STEP = 24, 2, 11, 3
+EOS = ledger.TOKEN_ID[ledger.EOS]
+LENGTHS = (5, 40, 1, 170, 12)  # the long one fills blocks of the prefix cache
+
+
+MANY = (250,) * 36  # prompt tokens, more together than vLLM takes into one prefill (8192)
+
+
+def make_prompts(lengths: Sequence[int] = LENGTHS) -> list[Prompt]:
+    draw = torch.Generator().manual_seed(2)
+    return [
+        Prompt(7 * i, tuple(torch.randint(3, VOCAB, (n,), generator=draw).tolist()), None, "test")
+        for i, n in enumerate(lengths)
+    ]
+
+
+class Checks:
+    """What the tests assert, by name. Every use of the engine goes through here, and is watched."""
+
+    def __init__(self, run: Any, rollout: RolloutConfig):
+        from prune_opd.rollout.engine import RolloutEngine
+
+        self.run, self.rng_changed = run, []
+        self.threads = torch.get_num_threads()
+        dtype, machine = torch.float32, run.machine
+        build = lambda: RolloutEngine(run.config.student, rollout, 64, dtype, machine)  # noqa: E731
+        self.engine = run.engine = self.watched("construct", build)
+
+    def watched(self, what: str, call: Any) -> Any:
+        before = platform.rng_state()
+        result = call()
+        if platform.rng_state() != before:
+            self.rng_changed.append(what)
+        return result
+
+    def load(self, model: Any) -> None:
+        from prune_opd.weights.stream import hf_stream
+
+        self.watched("load", lambda: self.engine.load(hf_stream(model)))
+
+    def generate(self, prompts: Sequence[Prompt], responses: int = RESPONSES, **changes: Any) -> Rollouts:
+        settings = {"max_tokens": MAX_TOKENS, "seed": SEED, "step": STEP, **changes}
+        return self.watched("generate", lambda: self.engine.generate(prompts, responses, **settings))
+
+    def tokens(self, prompts: Sequence[Prompt], responses: int = RESPONSES, **changes: Any) -> dict[str, list[int]]:
+        """Response ids under "prompt index/sample", so that order and batch do not show."""
+        rollouts = self.generate(prompts, responses, **changes)
+        assert [prompt.index for prompt in rollouts.prompts] == [p.index for p in prompts for _ in range(responses)]
+        rows = enumerate(zip(rollouts.prompts, rollouts.response_ids, strict=True))
+        return {f"{prompt.index}/{row % responses}": list(ids) for row, (prompt, ids) in rows}
+
+    def parity(self, model: Any, temperature: float = 1.0) -> float:
+        """Largest difference in a sampled token's log-probability between the engine and `model` in the trainer."""
+        from prune_opd.megatron.logprobs import sampled_logprobs
+
+        rollouts = self.generate(make_prompts(), logprobs=True, temperature=temperature)
+        theirs = [logprob for response in rollouts.responses for logprob in response.logprobs]
+        ours = sampled_logprobs(model, rollouts, self.run.layout, self.run.machine.device)
+        return max(abs(a - b) for a, b in zip(ours, theirs, strict=True))
+
+    def parity_error(self) -> str:
+        """What the check after the first sync says of the weights that the engine holds now."""
+        try:
+            self.run._assert_logprob_parity()
+        except UserError as reason:
+            return str(reason)
+        return ""
+
+
+def main(models: Path, out: Path, rollout_tp: int, max_num_seqs: int, kv_cache_gb: float) -> None:
+    machine = platform.prepare()
+    from prune_opd.megatron import layout as layouts
+
+    layout = layouts.initialize(ParallelConfig(), machine, seed=0)
+    rollout = RolloutConfig(
+        tensor_parallel=rollout_tp, max_prompt_len=256, max_num_seqs=max_num_seqs, kv_cache_gb=kv_cache_gb
+    )
+    run = build_run(train_config(models, layout.tp_size, rollout=rollout), layout, out)
+    student, teacher, prompts = run.trainer.model, run.teacher.model, make_prompts()
+    checks = Checks(run, rollout)
+    results: dict[str, Any] = {"tokens": checks.tokens(prompts)}
+
+    results["reversed"] = checks.tokens(prompts[::-1])
+    results["one by one"] = {}
+    for prompt in prompts:  # with one response: some engines have nothing to do
+        results["one by one"] |= checks.tokens([prompt], responses=1)
+    results["greedy"] = [checks.tokens(prompts, temperature=0.0, seed=seed) for seed in (1, 2)]
+    results["another seed"] = checks.tokens(prompts, seed=SEED + 1)
+    results["another step"] = checks.tokens(prompts, step=STEP + 1)
+    many = make_prompts(MANY)
+    results["many"] = checks.tokens(many, responses=1, max_tokens=8)
+    results["many, by ten"] = {}
+    for first in range(0, len(many), 10):
+        results["many, by ten"] |= checks.tokens(many[first : first + 10], responses=1, max_tokens=8)
+    longer = checks.generate(prompts, responses=8, max_tokens=MAX_TOKENS + 8)
+    results["longer"] = [[list(response.ids), response.finished] for response in longer.responses]
+
+    results["parity from disk"] = checks.parity(student)
+    results["parity at temperature 0.6"] = checks.parity(student, temperature=0.6)
+    checks.load(teacher)
+    results["other weights"] = checks.tokens(prompts)
+    results["parity of other weights"] = checks.parity(teacher)
+    results["error of other weights"] = checks.parity_error()
+    checks.load(student)
+    results["reloaded"] = checks.tokens(prompts)
+    results["parity after reload"] = checks.parity(student)
+    checks.load(teacher)
+    checks.watched("first sync", run.sync_weights)
+    results["synced"] = checks.tokens(prompts)
+
+    results["rng changed"] = checks.rng_changed
+    results["threads"] = [checks.threads, torch.get_num_threads()]
+    torch.set_num_threads(2)  # vLLM leaves one in its place that does nothing
+    results["threads"].append(torch.get_num_threads())
+    (out / f"rank{layout.rank}.json").write_text(json.dumps(results))
+    run.engine.close()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4]), float(sys.argv[5]))
