@@ -30,8 +30,8 @@ if TYPE_CHECKING:
     from prune_opd.megatron.trainer import Trainer
 
 PARITY_PROMPTS, PARITY_TOKENS = 4, 32
-# Nats by which the log-probability of a token may differ: of any token in fp32; on average in bf16, where rounding alone
-# puts single tokens of a sharp model off by half a nat, and wrong weights give several nats on average.
+# Nats by which the log-probability of a token may differ: of any token in fp32; on average in bf16, where rounding
+# alone puts single tokens of a sharp model off by half a nat, and wrong weights give several nats on average.
 PARITY_LIMIT = {"fp32": 1e-3, "bf16": 0.1}
 
 
