@@ -18,9 +18,9 @@ from typing import Any
 from prune_opd.config import SftConfig, TrainConfig
 from prune_opd.data.prompts import PROCEDURAL_SOURCES
 from prune_opd.errors import ConfigError
+from prune_opd.model_spec import not_built
 from prune_opd.recipe import config_differences, load_config
 
-FAMILIES = ("llama", "qwen2", "qwen3")
 # What may differ between a run and its continuation: it changes neither the updates nor the problems of an evaluation.
 HARMLESS = ("parallel", "track", "stop_after", "checkpoint", "evaluation.every")
 SHOWN_DIFFERENCES = 6
@@ -35,7 +35,7 @@ def check_train(config: TrainConfig, nproc: int, run_dir: Path | None, resume: s
     teacher = _read_model("teacher", config.teacher)
     models = [model for model in (student, teacher) if isinstance(model, _Model)]
     problems = [model for model in (student, teacher) if isinstance(model, str)]
-    problems += [problem for model in models if (problem := _family(model))]
+    problems += [problem for model in models if (problem := _not_built(model))]
     if len(models) == 2:
         problems += _same_tokenizer(*models)
     problems += _layout(config, nproc, models)
@@ -69,7 +69,7 @@ def check_sft(config: SftConfig, nproc: int) -> list[str]:
 def check_eval(model_dir: Path, task: str) -> list[str]:
     """What stands in the way of evaluating a Hugging Face directory on a task; see `check_train`."""
     model = _read_model("MODEL_DIR", str(model_dir))
-    problems = [model] if isinstance(model, str) else [problem for problem in [_family(model)] if problem]
+    problems = [model] if isinstance(model, str) else [problem for problem in [_not_built(model)] if problem]
     return problems + _source("--task", task)
 
 
@@ -128,11 +128,9 @@ def _read_model(role: str, directory: str) -> _Model | str:
     return model
 
 
-def _family(model: _Model) -> str | None:
-    family = model.config.get("model_type")
-    if family in FAMILIES:
-        return None
-    return f"{model.role} = {str(model.path)!r} has model_type {family!r}: choose a model of {', '.join(FAMILIES)}"
+def _not_built(model: _Model) -> str | None:
+    problem = not_built(model.config)
+    return f"{model.role} = {str(model.path)!r} has {problem}" if problem else None
 
 
 def _same_tokenizer(student: _Model, teacher: _Model) -> list[str]:

@@ -59,7 +59,13 @@ def test_a_damaged_config_json_is_refused(pair: TrainConfig) -> None:
 def test_an_unknown_family_is_refused_with_those_that_work(pair: TrainConfig, tmp_path: Path) -> None:
     other = write_model(tmp_path / "other", model_type="gpt2")
     line = only(problems(dataclasses.replace(pair, student=str(other))))
-    assert "model_type 'gpt2': choose a model of llama, qwen2, qwen3" in line
+    assert "model_type = 'gpt2' is not supported: use a model of llama, qwen2, qwen3" in line
+
+
+def test_a_setting_that_is_not_built_is_refused_before_a_model_is(pair: TrainConfig, tmp_path: Path) -> None:
+    path = Path(pair.teacher) / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "rope_scaling": {"rope_type": "yarn"}}))
+    assert "teacher" in (line := only(problems(pair))) and "rope_type = 'yarn' is not supported yet" in line
 
 
 @pytest.mark.parametrize(

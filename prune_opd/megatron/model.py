@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,78 +13,14 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from prune_opd.errors import ConfigError
 from prune_opd.megatron.attention import PackedSdpaAttention
 from prune_opd.megatron.packing import PackedBatch
-
-VOCAB_MULTIPLE = 128  # rows of the vocabulary matrices per tensor-parallel rank: GEMM sizes that H100 likes
-# Settings of a Hugging Face config that change the mathematics, and the one value of each that is built here.
-# (attention_bias of Llama and Qwen3 also puts a bias on o_proj; Qwen2's bias on q, k and v is not a setting.)
-BUILT = {"attention_bias": False, "mlp_bias": False, "hidden_act": "silu", "use_sliding_window": False}
+from prune_opd.model_spec import ModelSpec
 
 
 def dtype_of(params: str) -> torch.dtype:
     """`precision.params` as a torch dtype."""
     return {"fp32": torch.float32, "bf16": torch.bfloat16}[params]
-
-
-@dataclass(frozen=True)
-class ModelSpec:
-    """What the two worlds must agree on, read from a Hugging Face config.json (Llama, Qwen2, Qwen3; dense)."""
-
-    family: str
-    layers: int
-    hidden: int
-    ffn: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-    vocab_size: int
-    max_positions: int
-    rope_theta: float
-    norm_eps: float
-    tied: bool
-    qkv_bias: bool
-    qk_norm: bool
-
-    @classmethod
-    def read(cls, model_dir: str | Path) -> ModelSpec:
-        """Raises `ConfigError` for a family or a rope scaling that this project does not build."""
-        path = Path(model_dir) / "config.json"
-        hf = json.loads(path.read_text())
-        family = hf["model_type"]
-        if family not in ("llama", "qwen2", "qwen3"):
-            raise ConfigError(f"{path}: model_type = {family!r} is not supported: use llama, qwen2 or qwen3")
-        rope = hf.get("rope_parameters") or {}
-        scaling = {**(hf.get("rope_scaling") or {}), **rope}
-        scaling_type = scaling.get("rope_type", scaling.get("type", "default"))  # "type" is the older name
-        if scaling_type != "default":
-            raise ConfigError(
-                f"{path}: rope_type = {scaling_type!r} is not supported yet: use a model with the default rope"
-            )
-        for name, built in BUILT.items():
-            if hf.get(name, built) != built:
-                raise ConfigError(f"{path}: {name} = {hf[name]!r} is not supported yet: use a model with {built!r}")
-        return cls(
-            family=family,
-            layers=hf["num_hidden_layers"],
-            hidden=hf["hidden_size"],
-            ffn=hf["intermediate_size"],
-            heads=hf["num_attention_heads"],
-            kv_heads=hf.get("num_key_value_heads", hf["num_attention_heads"]),
-            head_dim=hf.get("head_dim") or hf["hidden_size"] // hf["num_attention_heads"],
-            vocab_size=hf["vocab_size"],
-            max_positions=hf["max_position_embeddings"],
-            rope_theta=float(rope.get("rope_theta", hf.get("rope_theta", 10000.0))),
-            norm_eps=hf["rms_norm_eps"],
-            tied=hf.get("tie_word_embeddings", False),
-            qkv_bias=family == "qwen2",
-            qk_norm=family == "qwen3",
-        )
-
-    def padded_vocab(self, tp_size: int) -> int:
-        multiple = VOCAB_MULTIPLE * tp_size
-        return -(-self.vocab_size // multiple) * multiple
 
 
 def transformer_config(spec: ModelSpec, tp_size: int, dtype: torch.dtype) -> TransformerConfig:

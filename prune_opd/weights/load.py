@@ -15,7 +15,8 @@ from prune_opd.errors import ConfigError
 from prune_opd.weights.mapping import Entry, entries, merge_shards, read_shard
 
 if TYPE_CHECKING:
-    from prune_opd.megatron.model import HiddenStatesGPT, ModelSpec
+    from prune_opd.megatron.model import HiddenStatesGPT
+    from prune_opd.model_spec import ModelSpec
 
 
 class SafetensorsDirectory:

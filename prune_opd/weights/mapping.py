@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from prune_opd.megatron.model import ModelSpec
+    from prune_opd.model_spec import ModelSpec
 
 ReadRows = Callable[[str, int, int], Tensor]  # (Hugging Face name, first row, end row) -> those rows
 ReadColumns = Callable[[str, int, int], Tensor]

@@ -25,7 +25,7 @@ CONFIG = {
 
 def read(folder: Path, **settings: Any) -> Any:
     platform.prepare()
-    from prune_opd.megatron.model import ModelSpec
+    from prune_opd.model_spec import ModelSpec
 
     (folder / "config.json").write_text(json.dumps(CONFIG | settings))
     return ModelSpec.read(folder)

@@ -22,7 +22,7 @@ CUTS = {"whole", "vocab", "columns", "qkv", "gate_up"}
 def model_spec(**changes: Any) -> Any:
     """Eight heads in four KV groups, so that TP = 4 divides; 300 words, so that every TP size pads them."""
     platform.prepare()
-    from prune_opd.megatron.model import ModelSpec
+    from prune_opd.model_spec import ModelSpec
 
     settings = {
         "family": "qwen3",
@@ -153,7 +153,7 @@ def test_a_rank_keeps_the_gate_above_the_up_projection_of_the_same_columns() -> 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_entries_name_exactly_the_tensors_that_transformers_saves(tmp_path: Path, family: str, tied: bool) -> None:
     platform.prepare()
-    from prune_opd.megatron.model import ModelSpec
+    from prune_opd.model_spec import ModelSpec
 
     directory = write_model(tmp_path / "model", family, tied=tied)
     named = [name for entry in entries(ModelSpec.read(directory)) for name in entry.hf]
