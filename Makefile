@@ -9,7 +9,7 @@ ifdef PYTHON
 export PYTHON
 endif
 
-.PHONY: help setup setup-bench bench-loss tiny-models quickstart test lint format check clean
+.PHONY: help setup tiny-models quickstart test lint format check setup-bench bench-loss clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)

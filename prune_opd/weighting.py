@@ -4,7 +4,8 @@
     tip             w_t = T / |S| for t in S, the most important share of the response, and 0 elsewhere
     entropy_aware   adds 1[H(q_t) > τ] · Σ_j q̄_j (log q̄_j − log p_j) on the teacher's top-k to the objective
 
-All are stop-gradient and multiply the gate's W. Sources, and what is our own reading of them:
+All are stop-gradient and multiply the gate's W. The formulas are taken from the abstracts and from public code that
+implements these papers, not checked against the papers' full text. Sources, and what is our own reading of them:
 
 - IW-OPD, "On the Position Bias of On-Policy Distillation", arXiv 2606.22600, Algorithm 1 (γ = 0.5). A_t is the
   published sampled-token advantage log q(y_t) − log p(y_t), whatever the objective is.
