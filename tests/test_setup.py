@@ -172,7 +172,9 @@ def test_no_gpu_package_and_no_foreign_apex_is_pinned() -> None:
 
 
 def test_help_lists_every_target(clone: Path) -> None:
-    shown = subprocess.run(["make"], cwd=clone, capture_output=True, text=True, check=True).stdout
+    # A make inside `make test` would say which directory it enters.
+    outside = {name: value for name, value in os.environ.items() if name not in ("MAKELEVEL", "MAKEFLAGS")}
+    shown = subprocess.run(["make"], cwd=clone, env=outside, capture_output=True, text=True, check=True).stdout
     phony = re.search(r"^\.PHONY: (.*)$", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
     assert phony is not None
     assert [line.split()[1] for line in shown.splitlines()] == phony[1].split()

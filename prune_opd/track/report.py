@@ -68,7 +68,7 @@ def _headlines(run: RunData, tasks: int | None = None) -> list[tuple[str, str]]:
     horizon = [r["horizon"] for r in run.steps if r.get("horizon") is not None]
     if horizon:
         rows.append(("horizon, tokens", f"{horizon[0]:,} → {horizon[-1]:,}"))
-    rows.append(("total time", duration(summary.seconds)))
+    rows.append(("time", duration(summary.seconds)))
     return rows
 
 

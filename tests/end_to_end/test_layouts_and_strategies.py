@@ -25,22 +25,21 @@ def test_two_tensor_parallel_ranks_train_like_one(tmp_path: Path) -> None:
     assert one[-1]["overlap"] == pytest.approx(two[-1]["overlap"], abs=0.03)
 
 
-def test_bf16_trains_saves_and_goes_on(tmp_path: Path) -> None:
+def test_bf16_trains_and_saves(tmp_path: Path) -> None:
     settings = ("steps=2", "rollout.prompts=4", "precision.params=bf16", *BARE, "--nproc", "1")
-    assert len(train(tmp_path / "run", *settings, "stop_after=1")) == 1
-    steps = train(tmp_path / "run", *settings)
-    assert [step["step"] for step in steps] == [1, 2] and all(0.5 < step["overlap"] < 1 for step in steps)
+    steps = train(tmp_path / "run", *settings, "checkpoint.every=1")
+    assert len(steps) == 2 and all(0.5 < step["overlap"] < 1 for step in steps)
+    assert (tmp_path / "run" / "checkpoints" / "latest").read_text() == "step_000002"
 
 
 @pytest.mark.parametrize(
     ("overrides", "horizons"),
     [
         (("horizon.strategy=topd", "horizon.rho=0.25"), [54, 54]),
-        (("horizon.strategy=full",), [216, 216]),
         (("horizon.strategy=popd", "horizon.interval=1"), [64, 80]),
         (("horizon.strategy=full", "gate=null"), [216, 216]),
     ],
-    ids=["topd", "full", "popd", "plain OPD"],
+    ids=["topd", "popd", "full, plain OPD"],
 )
 def test_a_strategy_is_one_override(tmp_path: Path, overrides: tuple[str, ...], horizons: list[int]) -> None:
     steps = train(tmp_path / "run", "steps=2", "rollout.prompts=4", *BARE, *overrides, "--nproc", "1")

@@ -33,7 +33,9 @@ def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def accuracy(model_dir: Path) -> float:
     """T = 1 accuracy on 512 fresh problems, which no run and no recipe has seen."""
-    output = prune_opd("eval", model_dir, "--task", "ledger", "-k", "1", "--problems", "512", "--max-len", "216")
+    output = prune_opd(
+        "eval", model_dir, "--task", "ledger", "-k", "1", "--problems", "512", "--max-len", "216", "--nproc", "2"
+    )
     return float(json.loads(output.strip().splitlines()[-1])["avg@1"])
 
 
