@@ -22,7 +22,8 @@ def bench(folder: Path, *args: str) -> subprocess.CompletedProcess[str]:
     """The command, run in `folder`, where `imported` gets a line a process: its program and whether it had torch."""
     (folder / "site").mkdir(exist_ok=True)
     (folder / "site" / "sitecustomize.py").write_text(AT_EXIT)
-    env = {**os.environ, "PYTHONPATH": str(folder / "site"), "IMPORTED": str(folder / "imported"), "COLUMNS": "160"}
+    path = os.pathsep.join([str(folder / "site"), *filter(None, [os.environ.get("PYTHONPATH")])])
+    env = {**os.environ, "PYTHONPATH": path, "IMPORTED": str(folder / "imported"), "COLUMNS": "160"}
     return subprocess.run([COMMAND, "bench", *args], cwd=folder, env=env, capture_output=True, text=True)
 
 
