@@ -246,6 +246,7 @@ class ParallelConfig:
     nproc: int = 2  # ranks that `prune-opd` starts on this node when it is not already under torchrun
     tensor: int | None = None  # TP of student and teacher; None: all ranks
     microbatch_tokens: int = 16384  # token budget of one packed micro-batch (prompt + response)
+    loss_chunk_tokens: int = 1024  # tokens whose logits, of both models, are alive at a time in the loss
     timeout_minutes: float = 10.0  # of every collective: a rank that stops answering ends the run
 
     def __post_init__(self) -> None:
@@ -253,6 +254,7 @@ class ParallelConfig:
         if self.tensor is not None:
             _between("parallel.tensor", self.tensor, 1)
         _between("parallel.microbatch_tokens", self.microbatch_tokens, 1)
+        _between("parallel.loss_chunk_tokens", self.loss_chunk_tokens, 1)
         _between("parallel.timeout_minutes", self.timeout_minutes, 0, open_low=True)
 
     def tensor_size(self, world_size: int) -> int:

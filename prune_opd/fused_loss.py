@@ -26,6 +26,9 @@ An objective on the whole vocabulary has every column of a rank as its candidate
 of log-probabilities of both models is alive beside the logits. Where both models' vocabularies are padded differently,
 the teacher's weight is first exchanged so that a rank holds the same ids of both (`OutputHead.align`).
 
+A caller that keeps a gradient buffer of the output weight (megatron's `main_grad`) has the weight gradient added to it
+right there (`weight_grad`), so that the loss holds nothing of the size of a weight.
+
 When a batch serves several updates, a call with `keep_policy` before the first leaves in its statistics what is then
 fixed (`OldPolicy`), and calls with `old` evaluate the moved student against that.
 """
@@ -34,7 +37,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 
 import torch
 import torch.distributed as dist
@@ -43,8 +45,8 @@ from torch import Tensor
 from prune_opd.chunk import Gradients, Look, OldPolicy, WithGradients, chunk_loss, look
 from prune_opd.config import GateConfig, ObjectiveConfig, WeightingConfig
 from prune_opd.context import ContextShard
-from prune_opd.errors import ConfigError
 from prune_opd.gate import PackedGate, apply_gate_packed
+from prune_opd.loss_input import check_buffer, checked_offsets, raise_if_broken
 from prune_opd.objective import on_vocabulary
 from prune_opd.vocab_parallel import OutputHead
 from prune_opd.weighting import (
@@ -96,6 +98,7 @@ def distill_loss(
     keep_policy: bool = False,
     old: OldPolicy | None = None,
     context: ContextShard | None = None,
+    weight_grad: Tensor | None = None,
 ) -> tuple[Tensor, int, GateStats]:
     """Σ_t ℓ_t over N packed response tokens, how many they are, and what the gate saw.
 
@@ -114,6 +117,12 @@ def distill_loss(
     old: that, when updates have been made since; the statistics are then the moved student's, but for weight_N.
     context: when the tokens are shared among context-parallel ranks: which of them these N are. cu_seqlens is then of
         all of them, and loss_sum, token_count and the weight's gradient are this rank's: add them up over the group.
+    weight_grad: buffer [V/tp, H], fp32 or of the weight's dtype, that the weight's gradient of loss_sum is added to
+        while it is formed; student_weight_VH then gets none through autograd. It is there when this returns, so
+        loss_sum must be back-propagated once, as it is: a backward that brings another upstream gradient than 1, or
+        comes a second time, raises. What cannot be seen from here is left to the caller: a call whose loss is never
+        back-propagated has been added all the same (without gradients, torch.no_grad(), nothing is), and after any
+        error the buffer is spoilt.
 
     Returns (loss_sum, token_count, stats): loss_sum fp32 (fp64 for fp64 inputs) and token_count = N. Logits are taken
     to fp32 before any statistic, whatever the inputs' dtype. ConfigError for a setting, ValueError for a tensor that
@@ -123,18 +132,24 @@ def distill_loss(
     want_gradients = torch.is_grad_enabled() and (student_hidden_NH.requires_grad or student_weight_VH.requires_grad)
     student = OutputHead("student", student_hidden_NH, student_weight_VH, objective.temperature, vocab_size, tp_group)
     teacher = OutputHead("teacher", teacher_hidden_NH, teacher_weight_VH, objective.temperature, vocab_size, tp_group)
-    offsets = _check(student, teacher, sampled_ids_N, cu_seqlens, gate, objective, weighting, chunk, context)
+    offsets = checked_offsets(student, teacher, sampled_ids_N, cu_seqlens, gate, objective, weighting, chunk, context)
+    if weight_grad is not None:
+        check_buffer(weight_grad, student_weight_VH)
     with torch.no_grad():
         loop = _Pass(student, teacher, sampled_ids_N, offsets, gate, objective, weighting, chunk, context)
         gradients = Gradients(
             student,
             want_hidden=want_gradients and student_hidden_NH.requires_grad,
             want_weight=want_gradients and student_weight_VH.requires_grad,
+            weight_grad_VH=weight_grad,
         )
         loss_sum, stats = loop.run(gradients, keep_policy, old)
         grad_hidden_NH, grad_weight_VH = gradients.finish()
     if want_gradients:
-        loss_sum = WithGradients.apply(student_hidden_NH, student_weight_VH, loss_sum, grad_hidden_NH, grad_weight_VH)
+        in_buffer = weight_grad is not None
+        loss_sum = WithGradients.apply(
+            student_hidden_NH, student_weight_VH, loss_sum, grad_hidden_NH, grad_weight_VH, in_buffer
+        )
     return loss_sum, len(sampled_ids_N), stats
 
 
@@ -214,7 +229,7 @@ class _Pass:
             seen_N = [overlap_N, event_N, weight_N, sampled_logp_N, divergence_N, *moved]
             overlap_N, event_N, weight_N, sampled_logp_N, divergence_N, *moved = self.context.whole(seen_N, self.dtype)
             reliability_N, _ = running.advance(event_N)
-        _raise_if_broken(broken_3, vocab_size)
+        raise_if_broken(broken_3, vocab_size)
         ratio_N, clipped_N = moved or (None, None)
         return loss_sum.to(self.dtype), GateStats(
             overlap_N=overlap_N,
@@ -277,78 +292,4 @@ class _Pass:
             given=None if old is None or old.reward_NK is None else old.candidates,
             in_logs=sums or on_vocabulary(self.objectives[0]),
             sums=sums,
-        )
-
-
-# ---------------------------------------------------------------------------------------------------- bad input
-
-
-def _check(
-    student: OutputHead,
-    teacher: OutputHead,
-    sampled_ids_N: Tensor,
-    cu_seqlens: Tensor | Sequence[int],
-    gate: GateConfig | None,
-    objective: ObjectiveConfig,
-    weighting: WeightingConfig,
-    chunk: int,
-    context: ContextShard | None,
-) -> list[int]:
-    """The offsets on the host, or one error that names what does not fit."""
-    if chunk < 1:
-        raise ConfigError(f"chunk = {chunk} is out of range: give the tokens to work on at a time, at least 1")
-    vocab_size = student.shard.vocab_size
-    sizes = {"objective.k": objective.k}
-    if gate is not None:
-        sizes["gate.k"] = gate.k
-    if weighting.name == "entropy_aware":
-        sizes["weighting.forward_k"] = weighting.forward_k
-    for name, k in sizes.items():
-        if k > vocab_size:
-            raise ConfigError(
-                f"{name} = {k} is larger than vocab_size = {vocab_size}: there are not so many candidates"
-            )
-    tokens = len(student.hidden_NH)
-    if len(teacher.hidden_NH) != tokens:
-        raise ValueError(
-            f"teacher_hidden has {len(teacher.hidden_NH)} tokens and student_hidden {tokens}: "
-            "both models must have seen the same packed response tokens"
-        )
-    if sampled_ids_N.shape != (tokens,) or sampled_ids_N.is_floating_point():
-        raise ValueError(
-            f"sampled_ids is {sampled_ids_N.dtype} {list(sampled_ids_N.shape)}: "
-            f"one integer id per token of student_hidden is needed, [{tokens}]"
-        )
-    offsets = cu_seqlens.tolist() if isinstance(cu_seqlens, Tensor) else list(cu_seqlens)
-    if not isinstance(offsets, list) or not offsets or not all(isinstance(offset, int) for offset in offsets):
-        raise ValueError(f"cu_seqlens = {offsets!r}: a flat list of whole numbers is needed, from 0 to {tokens}")
-    if context is not None and len(context.index_N) != tokens:
-        raise ValueError(
-            f"context.index has {len(context.index_N)} places and student_hidden {tokens} tokens: give one for each"
-        )
-    all_tokens, covered = (tokens, "student_hidden") if context is None else (context.tokens, "context")
-    if offsets[0] != 0 or offsets[-1] != all_tokens:
-        raise ValueError(
-            f"cu_seqlens runs from {offsets[0]} to {offsets[-1]}: "
-            f"it must cover the tokens of {covered}, 0 to {all_tokens}"
-        )
-    if any(after < before for before, after in pairwise(offsets)):
-        raise ValueError(
-            f"cu_seqlens = {offsets} decreases: the offset of a response is never below that of the one before"
-        )
-    return offsets
-
-
-def _raise_if_broken(broken_3: Tensor, vocab_size: int) -> None:
-    """One wait for the whole call. All ranks of a group have the same numbers, and so raise together."""
-    student, teacher, outside = broken_3.tolist()
-    for name, broken in (("student", student), ("teacher", teacher)):
-        if broken:
-            raise ValueError(
-                f"{name}_hidden gives logits that are not finite: "
-                f"look for NaN or infinity in the {name}'s hidden states and output weight"
-            )
-    if outside:
-        raise ValueError(
-            f"sampled_ids has an id outside 0..{vocab_size - 1}: student, teacher and rollout need one vocabulary"
         )
