@@ -73,6 +73,7 @@ def step(run: Run) -> None:
             "step": number,
             "horizon": horizon,
             **stats.record(),
+            **run.packing_record(rollouts),
             "response_length": rollouts.tokens / len(rollouts.responses),
             "finished_rate": sum(rollouts.finished_B) / len(rollouts.responses),
             "pruned_inflight": 0,
