@@ -32,9 +32,10 @@ def gated_loss(
 
     def loss(model: HiddenStatesGPT, batch: PackedBatch, hidden_NH: Tensor) -> tuple[Tensor, int]:
         old = policies.get(batch.rows)
+        head_weight_VH = model.head_weight()
         loss_sum, tokens, seen = distill_loss(
             hidden_NH[batch.predicting_M],
-            model.head_weight(),
+            head_weight_VH,
             hidden_of[batch.rows],
             run.teacher.head_weight,
             batch.sampled_ids_M,
@@ -43,9 +44,15 @@ def gated_loss(
             run.config.objective,
             run.layout.tp_group,
             vocab_size=run.vocab_size,
+            chunk=run.config.parallel.loss_chunk_tokens,
             weighting=run.config.weighting,
             keep_policy=updates > 1 and old is None,
             old=old,
+            # The head's gradient goes straight into megatron's buffer: the trainer back-propagates loss_sum as it is
+            # and divides by the global token count at the end. A tied embedding's own gradient arrives through
+            # param.grad, which megatron's hook adds to the same buffer. overlap_grad_reduce would need a param.grad of
+            # an untied head too: megatron's hook asserts that there is one, so turning it on fails at the first step.
+            weight_grad=getattr(head_weight_VH, "main_grad", None),
         )
         if old is None:
             stats.add(batch.rows, seen)
