@@ -255,14 +255,15 @@ class ParallelConfig:
     sequence_parallel: bool = False  # residuals and norms cut along the tokens over the TP ranks
     distributed_optimizer: bool = False  # master weights and Adam's moments cut over the data-parallel ranks
     recompute: str = "none"  # activations made again in the backward pass: selective (attention) | full (every layer)
-    teacher_tensor: int | None = None  # the teacher's own; None: as the student. It has no virtual pipeline, no
-    teacher_pipeline: int | None = None  # sequence parallelism
+    teacher_tensor: int | None = None  # the teacher's own TP; None: as the student
+    teacher_pipeline: int | None = None  # likewise; it has no virtual pipeline and no sequence parallelism
+    teacher_expert: int = 1
     microbatch_tokens: int = 16384  # token budget of one packed micro-batch (prompt + response)
     loss_chunk_tokens: int = 1024  # tokens whose logits, of both models, are alive at a time in the loss
     timeout_minutes: float = 10.0  # of every collective: a rank that stops answering ends the run
 
     def __post_init__(self) -> None:
-        for name in ("nproc", "pipeline", "virtual_pipeline", "expert", "context"):
+        for name in ("nproc", "pipeline", "virtual_pipeline", "expert", "context", "teacher_expert"):
             _between(f"parallel.{name}", getattr(self, name), 1)
         for name in ("tensor", "teacher_tensor", "teacher_pipeline"):
             if getattr(self, name) is not None:
