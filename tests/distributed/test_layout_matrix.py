@@ -70,8 +70,11 @@ def test_three_steps_equal_those_of_one_process(
         for got, expected in zip(rank["steps"], reference["steps"], strict=True):
             for name in ("loss", "grad_norm"):
                 assert got[name] == pytest.approx(expected[name], rel=1e-5), name
-            for name in ("overlap", "weight_mean", "overlap_by_position", "weight_by_position"):
+            for name in ("overlap", "weight_mean"):
                 assert got[name] == pytest.approx(expected[name], rel=1e-6), name
+            for name in ("overlap_by_position", "weight_by_position"):
+                for ours, theirs in zip(got[name], expected[name], strict=True):  # None where no response has been
+                    assert ours == theirs or ours == pytest.approx(theirs, rel=1e-6), name
             for name in ("event_rate", "reliable_length_B", "horizon", "tokens", "lr"):
                 assert got[name] == expected[name], name
         assert rank["parameters"] <= 1e-6
