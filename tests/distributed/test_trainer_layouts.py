@@ -55,6 +55,11 @@ def test_loss_gradient_norm_and_statistics_equal_those_of_one_rank_and_one_batch
             assert record[name] == expected[name], name
 
 
+def test_of_two_ranks_with_a_row_a_micro_batch_one_has_an_empty_one(outputs: dict[str, Path]) -> None:
+    assert len(LENGTHS) == 7
+    assert [record["microbatches"] for record in records(outputs, "dp2", "1")] == [4, 4]
+
+
 def test_the_gate_really_decides_something_in_this_comparison(outputs: dict[str, Path]) -> None:
     (record,) = records(outputs, "tp1", WHOLE)
     assert 0.1 < record["event_rate"] < 0.9
