@@ -57,7 +57,7 @@ def not_built(config: dict[str, Any]) -> str | None:
 
 
 def _rope_settings(config: dict[str, Any]) -> dict[str, Any]:
-    """The newer `rope_parameters` or the older `rope_scaling`, which wins where it is filled in (as in transformers)."""
+    """The newer `rope_parameters`, or the older `rope_scaling`, which wins where it is filled in, as in transformers."""
     return config.get("rope_scaling") or config.get("rope_parameters") or {}
 
 
@@ -108,7 +108,7 @@ class RopeSpec:
 
 @dataclass(frozen=True)
 class MoeSpec:
-    """Sparse feed-forward layers: each token goes through `per_token` of `experts`, no capacity limit, no auxiliary loss.
+    """Sparse feed-forward layers: each token goes through `per_token` of `experts`, all of them, whatever their load.
 
     ffn: width of one expert. normalised: the chosen experts' weights are made to sum to 1. sparse: which layers have
     experts; the others have a dense feed-forward layer of the model's own width.

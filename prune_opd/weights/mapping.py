@@ -2,21 +2,31 @@
 
 One `Entry` per megatron parameter. Three layouts are more than a slice: megatron keeps q, k and v of one KV group
 next to each other in one matrix, keeps gate and up of a rank's columns in one matrix, and pads the vocabulary.
+Transformer Engine's modules hold the same numbers in the same shapes under other names.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 if TYPE_CHECKING:
+    from prune_opd.megatron.model import HiddenStatesGPT
     from prune_opd.model_spec import ModelSpec
 
 LAYERS, EXPERTS = "decoder.layers.", "mlp.experts.local_experts."
+# What Transformer Engine's modules call otherwise than megatron-core's own, whose names are the ones used here.
+FUSED_NORMS = {
+    "self_attention.linear_qkv.layer_norm_weight": "input_layernorm.weight",
+    "mlp.linear_fc1.layer_norm_weight": "pre_mlp_layernorm.weight",
+}
+GROUPED = re.compile(r"mlp\.experts\.(?P<linear>linear_fc[12])\.weight(?P<expert>\d+)")
 ReadRows = Callable[[str, int, int], Tensor]  # (Hugging Face name, first row, end row) -> those rows
 ReadColumns = Callable[[str, int, int], Tensor]
 
@@ -64,6 +74,35 @@ def _feed_forward(ours: str, theirs: str, expert: int | None = None) -> Iterator
     gate_up = (theirs + "gate_proj.weight", theirs + "up_proj.weight")
     yield Entry(ours + "linear_fc1.weight", gate_up, "gate_up", expert)
     yield Entry(ours + "linear_fc2.weight", (theirs + "down_proj.weight",), "columns", expert)
+
+
+def local_parameters(chunks: Sequence[HiddenStatesGPT]) -> dict[str, Parameter]:
+    """This rank's parameters by the names of `entries`: layers and experts are numbered as in the whole model.
+
+    The last stage's copy of a tied embedding goes by the embedding's name: it is that weight, held twice.
+    """
+    named: dict[str, Parameter] = {}
+    for chunk in chunks:
+        for name, parameter in chunk.named_parameters():
+            named[_global_name(chunk, name)] = parameter
+    return named
+
+
+def _global_name(chunk: HiddenStatesGPT, name: str) -> str:
+    if name == "output_layer.weight" and chunk.share_embeddings_and_output_weights:
+        return "embedding.word_embeddings.weight"
+    if not name.startswith(LAYERS):
+        return name
+    local, _, rest = name.removeprefix(LAYERS).partition(".")
+    layer = chunk.decoder.layers[int(local)]
+    rest = FUSED_NORMS.get(rest, rest)
+    if grouped := GROUPED.fullmatch(rest):
+        rest = f"{EXPERTS}{grouped['expert']}.{grouped['linear']}.weight"
+    if rest.startswith(EXPERTS):
+        expert, _, rest = rest.removeprefix(EXPERTS).partition(".")
+        first = chunk.pg_collection.ep.rank() * layer.mlp.num_local_experts
+        rest = f"{EXPERTS}{first + int(expert)}.{rest}"
+    return f"{LAYERS}{layer.layer_number - 1}.{rest}"
 
 
 def read_shard(

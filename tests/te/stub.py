@@ -39,7 +39,9 @@ class _StubModule(types.ModuleType):
         module = self.__name__
 
         def call(*args: Any, **kwargs: Any) -> Any:
-            raise StubCalledError(f"{module}.{name} is a stub: it has no kernel, and needs a GPU and the real extension")
+            raise StubCalledError(
+                f"{module}.{name} is a stub: it has no kernel, and needs a GPU and the real extension"
+            )
 
         stub = type(name, (), {"__init__": call}) if name[0].isupper() else call  # classes are used as base classes
         setattr(self, name, stub)
