@@ -57,7 +57,7 @@ def not_built(config: dict[str, Any]) -> str | None:
 
 
 def _rope_settings(config: dict[str, Any]) -> dict[str, Any]:
-    """The newer `rope_parameters`, or the older `rope_scaling`, which wins where it is filled in, as in transformers."""
+    """The newer `rope_parameters`, or the older `rope_scaling`: where that is filled in, transformers takes it."""
     return config.get("rope_scaling") or config.get("rope_parameters") or {}
 
 
@@ -83,6 +83,22 @@ def _experts_not_built(config: dict[str, Any]) -> str | None:
         return f"num_experts_per_tok = {moe.per_token}: it must be between 1 and num_experts = {moe.experts}"
     if moe.per_token == 1 and moe.normalised:  # the router would get no gradient at all
         return "norm_topk_prob = True is not supported with num_experts_per_tok = 1: use a model with False"
+    return None
+
+
+def experts_do_not_fit(
+    config: dict[str, Any], *, tensor: int, expert: int, sequence_parallel: bool, trained: bool
+) -> str | None:
+    """Why a model's experts cannot lie in such a layout, and what would do; None for a dense model."""
+    moe = _moe_spec(config) if config.get("model_type") == "qwen3_moe" else None
+    if moe is None:
+        return None
+    if moe.experts % expert:
+        return f"parallel.expert = {expert} does not divide the model's {moe.experts} experts: choose a divisor"
+    if moe.ffn % tensor:
+        return f"parallel.tensor = {tensor} does not divide moe_intermediate_size = {moe.ffn}: choose a divisor"
+    if trained and tensor > 1 and not sequence_parallel:  # megatron-core raises in the middle of the first step
+        return "parallel.sequence_parallel = False cannot train experts with parallel.tensor > 1: set it to true"
     return None
 
 

@@ -30,7 +30,7 @@ from prune_opd.megatron.layout import ModelLayout
 from prune_opd.megatron.norm import RMSNorm, use_rms_norm
 from prune_opd.megatron.packing import PackedBatch
 from prune_opd.megatron.rope import attention_scale, set_frequencies
-from prune_opd.model_spec import ModelSpec
+from prune_opd.model_spec import ModelSpec, MoeSpec
 
 
 def dtype_of(params: str) -> torch.dtype:
@@ -41,7 +41,7 @@ def dtype_of(params: str) -> torch.dtype:
 def transformer_config(spec: ModelSpec, layout: ModelLayout, dtype: torch.dtype) -> TransformerConfig:
     """Settings that hold with and without Transformer Engine and apex, on the CPU and on a GPU."""
     return TransformerConfig(
-        **(_expert_settings(spec) if spec.moe else {}),
+        **(_expert_settings(spec.moe, layout) if spec.moe else {}),
         num_layers=spec.layers,
         hidden_size=spec.hidden,
         ffn_hidden_size=spec.ffn,
@@ -61,7 +61,6 @@ def transformer_config(spec: ModelSpec, layout: ModelLayout, dtype: torch.dtype)
         tensor_model_parallel_size=layout.tp,
         pipeline_model_parallel_size=layout.pp,
         virtual_pipeline_model_parallel_size=layout.vp if layout.vp > 1 else None,
-        expert_model_parallel_size=layout.ep,
         context_parallel_size=layout.cp,
         sequence_parallel=layout.sequence_parallel,
         variable_seq_lengths=True,  # packed micro-batches are as long as their rows
@@ -84,15 +83,14 @@ def transformer_config(spec: ModelSpec, layout: ModelLayout, dtype: torch.dtype)
     )
 
 
-def _expert_settings(spec: ModelSpec) -> dict[str, Any]:
+def _expert_settings(moe: MoeSpec, layout: ModelLayout) -> dict[str, Any]:
     """Routing as transformers does it: softmax over all experts in fp32, the top k, every token to all of its k.
 
     With weights that sum to 1, softmax over the k is the same number; else it must come before the choice.
     """
-    moe = spec.moe
-    assert moe is not None
     return {
         "num_moe_experts": moe.experts,
+        "expert_model_parallel_size": layout.ep,
         "moe_ffn_hidden_size": moe.ffn,
         # A list also keeps each layer by itself in checkpoints: only needed where layers differ.
         "moe_layer_freq": 1 if all(moe.sparse) else [int(sparse) for sparse in moe.sparse],
