@@ -64,14 +64,15 @@ class SafetensorsDirectory:
 def load_hf_weights(chunks: Sequence[HiddenStatesGPT], directory: str | Path) -> None:
     """Fill every parameter of this rank. Raises `ConfigError` for a missing tensor or a shape that does not fit."""
     files = SafetensorsDirectory(directory)
-    spec, tp = chunks[0].spec, chunks[0].pg_collection.tp
+    spec, groups = chunks[0].spec, chunks[0].pg_collection
     parameters = local_parameters(chunks)
     for entry in entries(spec):
         parameter = parameters.pop(entry.megatron, None)
         if parameter is None:
-            continue  # of another stage
-        _check_shapes(entry, spec, [parameter.to("meta")] * tp.size(), files)
-        parameter.copy_(_read(entry, spec, files, tp.rank(), tp.size()))
+            continue  # of another stage, or an expert of another rank
+        over = groups.tp if entry.expert is None else groups.expt_tp
+        _check_shapes(entry, spec, [parameter.to("meta")] * over.size(), files)
+        parameter.copy_(_read(entry, spec, files, over.rank(), over.size()))
         _mark_cut(parameter, entry)
     if parameters:
         raise ConfigError(f"{files.directory}: no weight is mapped to {', '.join(parameters)}")
