@@ -58,7 +58,7 @@ class Run:
     @property
     def vocab_size(self) -> int:
         """Ids that both models know; rows beyond are padding."""
-        return min(self.trainer.model.spec.vocab_size, self.teacher.model.spec.vocab_size)
+        return min(self.trainer.spec.vocab_size, self.teacher.spec.vocab_size)
 
     def sync_weights(self) -> None:
         """Reshard the student's weights into the engine, unless it has them already. The first time, compare."""
@@ -67,7 +67,7 @@ class Run:
         if self._engine_has == self.finished_steps:
             return
         first = self._engine_has is None
-        self.engine.load(hf_stream(self.trainer.model))
+        self.engine.load(hf_stream(self.trainer.chunks))
         self._engine_has = self.finished_steps
         if first:
             self._assert_logprob_parity()
@@ -125,7 +125,7 @@ class Run:
         from prune_opd.weights.stream import export_hf
 
         out = self.run_dir / "hf"
-        export_hf(self.trainer.model, self.config.student, out, write=self.layout.is_main)
+        export_hf(self.trainer.chunks, self.config.student, out, write=self.layout.is_main)
         self.tracker.note(f"student: {out}")
 
     def _assert_logprob_parity(self) -> None:
@@ -139,7 +139,7 @@ class Run:
         rollouts = self.engine.generate(
             prompts, 1, PARITY_TOKENS, self.config.seed, 0, self.config.objective.temperature, logprobs=True
         )
-        ours = sampled_logprobs(self.trainer.model, rollouts, self.layout, self.machine.device)
+        ours = sampled_logprobs(self.trainer.chunks, rollouts, self.layout, self.machine.device)
         theirs = [logprob for response in rollouts.responses for logprob in response.logprobs or ()]
         differences = [abs(a - b) for a, b in zip(ours, theirs, strict=True)]
         precision = self.config.precision.params
