@@ -32,9 +32,7 @@ def shard_views(entry: Entry, spec: ModelSpec, shard: Tensor, index: int, count:
     return (shard,)
 
 
-def place_views(
-    entry: Entry, spec: ModelSpec, wholes: Sequence[Tensor], index: int, count: int
-) -> tuple[Tensor, ...]:
+def place_views(entry: Entry, spec: ModelSpec, wholes: Sequence[Tensor], index: int, count: int) -> tuple[Tensor, ...]:
     """The same parts in the whole tensors, in the shapes of `shard_views`."""
     if entry.cut == "gate_up":
         return tuple(whole.chunk(count)[index] for whole in wholes)

@@ -31,11 +31,11 @@ class Holding:
 
 @dataclass(frozen=True)
 class Item:
-    """One megatron parameter on its way: the whole Hugging Face tensors that become of it, and who sends each shard.
+    """One megatron parameter on its way: the whole Hugging Face tensors it becomes, and who sends each shard.
 
-    owners: of each shard, the rank (in the group) that sends it. at_home: every rank has it whole, in the shape that is
-    asked for, so nothing is sent or copied. offsets: bytes from the start of the bucket, none if at_home. staging: where
-    shards wait that do not arrive in their place, or None.
+    owners: of each shard, the rank (in the group) that sends it. everywhere: every rank has it whole. at_home: and
+    as it is asked for, so nothing is sent or copied. offsets: bytes from the start of the bucket, none if at_home.
+    staging: where shards wait that do not arrive in their place, or None.
     """
 
     entry: Entry
@@ -72,9 +72,7 @@ def view(buffer: Tensor, offset: int, shape: Sequence[int], dtype: torch.dtype) 
     return buffer[offset : offset + prod(shape) * dtype.itemsize].view(dtype).view(*shape)
 
 
-def make_items(
-    entries: Iterable[Entry], spec: ModelSpec, holdings: Sequence[Mapping[str, Holding]]
-) -> Iterator[Item]:
+def make_items(entries: Iterable[Entry], spec: ModelSpec, holdings: Sequence[Mapping[str, Holding]]) -> Iterator[Item]:
     """holdings: of every rank of the group, by megatron name. Of several ranks that have a shard the least busy sends.
 
     Raises `ValueError` for a shard that no rank of the group has.
