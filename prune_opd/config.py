@@ -187,10 +187,12 @@ class RolloutConfig:
     kv_cache_gb: float = 1.0  # CPU only: a GPU takes gpu_memory_utilization
     gpu_memory_utilization: float = 0.5
     max_num_seqs: int = 256
+    bucket_mb: float = 512  # of weights on their way from the trainer; two buckets exist at a time
 
     def __post_init__(self) -> None:
         for name in ("prompts", "responses", "max_prompt_len", "tensor_parallel", "max_num_seqs"):
             _between(f"rollout.{name}", getattr(self, name), 1)
+        _between("rollout.bucket_mb", self.bucket_mb, 0, open_low=True)
         _between("rollout.temperature", self.temperature, 0, open_low=True)
         _between("rollout.top_p", self.top_p, 0, 1, open_low=True)
         _between("rollout.kv_cache_gb", self.kv_cache_gb, 0, open_low=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from prune_opd.megatron.packing import PackedBatch
     from prune_opd.megatron.teacher import Teacher
     from prune_opd.megatron.trainer import Trainer
+    from prune_opd.weights.stream import Resharder
 
 PARITY_PROMPTS, PARITY_TOKENS = 4, 32
 # Nats by which the log-probability of a token may differ: of any token in fp32; on average in bf16, where rounding
@@ -62,16 +64,23 @@ class Run:
         return min(self.trainer.spec.vocab_size, self.teacher.spec.vocab_size)
 
     def sync_weights(self) -> None:
-        """Reshard the student's weights into the engine, unless it has them already. The first time, compare."""
-        from prune_opd.weights.stream import hf_stream
+        """Reshard the student's weights into the engine, unless it has them already.
 
+        The first time the log-probabilities are compared; every time the stream compares checksums of what it moves.
+        """
         if self._engine_has == self.finished_steps:
             return
         first = self._engine_has is None
-        self.engine.load(hf_stream(self.trainer.chunks))
+        self.engine.load(self._resharder.stream())
         self._engine_has = self.finished_steps
         if first:
             self._assert_logprob_parity()
+
+    @cached_property
+    def _resharder(self) -> Resharder:
+        from prune_opd.weights.stream import Resharder
+
+        return Resharder(self.trainer.chunks, self.config.rollout.bucket_mb)
 
     def pack(self, rollouts: Rollouts, first: int = 0, last: int | None = None) -> list[PackedBatch]:
         """This data-parallel rank's part of rows first … last − 1 of the global batch, as packed micro-batches."""
