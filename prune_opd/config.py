@@ -187,10 +187,12 @@ class RolloutConfig:
     kv_cache_gb: float = 1.0  # CPU only: a GPU takes gpu_memory_utilization
     gpu_memory_utilization: float = 0.5
     max_num_seqs: int = 256
+    bucket_mb: float = 512  # of weights on their way from the trainer; two buckets exist at a time
 
     def __post_init__(self) -> None:
         for name in ("prompts", "responses", "max_prompt_len", "tensor_parallel", "max_num_seqs"):
             _between(f"rollout.{name}", getattr(self, name), 1)
+        _between("rollout.bucket_mb", self.bucket_mb, 0, open_low=True)
         _between("rollout.temperature", self.temperature, 0, open_low=True)
         _between("rollout.top_p", self.top_p, 0, 1, open_low=True)
         _between("rollout.kv_cache_gb", self.kv_cache_gb, 0, open_low=True)
@@ -241,24 +243,45 @@ class OptimizerConfig:
 
 @dataclass(frozen=True)
 class ParallelConfig:
-    """Layout of student and teacher. What is left over of the ranks is data parallel."""
+    """Layout of the student, and the teacher's where it differs. What is left over of the ranks is data parallel.
+
+    Tensor parallel ranks are next to each other, pipeline stages farthest apart (megatron-core's order).
+    """
 
     nproc: int = 2  # ranks that `prune-opd` starts on this node when it is not already under torchrun
-    tensor: int | None = None  # TP of student and teacher; None: all ranks
+    tensor: int | None = None  # TP; None: all ranks that pipeline and experts leave
+    pipeline: int = 1  # stages
+    virtual_pipeline: int = 1  # chunks of layers per stage (interleaved schedule)
+    expert: int = 1  # ranks that share a layer's experts (MoE)
+    context: int = 1  # ranks that share a sequence
+    sequence_parallel: bool = False  # residuals and norms cut along the tokens over the TP ranks
+    distributed_optimizer: bool = False  # master weights and Adam's moments cut over the data-parallel ranks
+    recompute: str = "none"  # activations made again in the backward pass: selective (attention) | full (every layer)
+    teacher_tensor: int | None = None  # the teacher's own TP; None: as the student
+    teacher_pipeline: int | None = None  # likewise; it has no virtual pipeline and no sequence parallelism
+    teacher_expert: int = 1
     microbatch_tokens: int = 16384  # token budget of one packed micro-batch (prompt + response)
     loss_chunk_tokens: int = 1024  # tokens whose logits, of both models, are alive at a time in the loss
     timeout_minutes: float = 10.0  # of every collective: a rank that stops answering ends the run
 
     def __post_init__(self) -> None:
-        _between("parallel.nproc", self.nproc, 1)
-        if self.tensor is not None:
-            _between("parallel.tensor", self.tensor, 1)
+        for name in ("nproc", "pipeline", "virtual_pipeline", "expert", "context", "teacher_expert"):
+            _between(f"parallel.{name}", getattr(self, name), 1)
+        for name in ("tensor", "teacher_tensor", "teacher_pipeline"):
+            if getattr(self, name) is not None:
+                _between(f"parallel.{name}", getattr(self, name), 1)
+        _one_of("parallel.recompute", self.recompute, ("none", "selective", "full"))
         _between("parallel.microbatch_tokens", self.microbatch_tokens, 1)
         _between("parallel.loss_chunk_tokens", self.loss_chunk_tokens, 1)
         _between("parallel.timeout_minutes", self.timeout_minutes, 0, open_low=True)
+        if self.virtual_pipeline > 1 and self.pipeline == 1:
+            raise ConfigError(
+                f"parallel.virtual_pipeline = {self.virtual_pipeline} needs a pipeline: "
+                "set parallel.pipeline to at least 2, or parallel.virtual_pipeline=1"
+            )
 
     def tensor_size(self, world_size: int) -> int:
-        return self.tensor or world_size
+        return self.tensor or max(world_size // (self.pipeline * self.expert * self.context), 1)
 
 
 @dataclass(frozen=True)

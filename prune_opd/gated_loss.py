@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from torch import Tensor
@@ -12,21 +11,19 @@ from prune_opd.setup import Run
 from prune_opd.stats import BatchStats
 
 if TYPE_CHECKING:
+    from prune_opd.megatron.handover import TeacherHidden
     from prune_opd.megatron.model import HiddenStatesGPT
     from prune_opd.megatron.packing import PackedBatch
     from prune_opd.megatron.trainer import LossFunction
 
 
-def gated_loss(
-    run: Run, batches: Sequence[PackedBatch], teacher_hidden: Sequence[Tensor], stats: BatchStats, updates: int = 1
-) -> LossFunction:
+def gated_loss(run: Run, teacher_hidden: TeacherHidden, stats: BatchStats, updates: int = 1) -> LossFunction:
     """The trainer's loss function for this step: `distill_loss` on the positions that predict a response token.
 
     What the gate saw goes to `stats`. With several updates a batch (method.md §1), the first call with a micro-batch
     notes down what is then fixed of it (`OldPolicy`: gate weights, and a policy gradient's candidates and rewards) and
     counts it in the statistics; later calls hold the student as it has become against that.
     """
-    hidden_of = {batch.rows: hidden_MH for batch, hidden_MH in zip(batches, teacher_hidden, strict=True)}
     policies: dict[tuple[int, ...], OldPolicy] = {}
 
     def loss(model: HiddenStatesGPT, batch: PackedBatch, hidden_NH: Tensor) -> tuple[Tensor, int]:
@@ -35,7 +32,7 @@ def gated_loss(
         loss_sum, tokens, seen = distill_loss(
             hidden_NH[batch.predicting_M],
             head_weight_VH,
-            hidden_of[batch.rows],
+            teacher_hidden.packed(batch.rows),
             run.teacher.head_weight,
             batch.sampled_ids_M,
             batch.cu_responses,

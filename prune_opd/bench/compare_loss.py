@@ -88,14 +88,14 @@ def run(path: Path, quick: bool) -> int:
     path.parent.mkdir(parents=True, exist_ok=True)
     settings = QUICK if quick else Settings()
     console = Console()
-    environment = {**_environment(), "load_average_before": os.getloadavg()}
+    machine = {**environment(), "load_average_before": os.getloadavg()}
     raw = _measure_all(settings, console)
     result = {
         "benchmark": "loss",
         "quick": quick,
         "settings": asdict(settings),
         "environment": {
-            **environment,
+            **machine,
             "load_average_after": os.getloadavg(),
             "torch": raw[0]["torch"],
             "threads": raw[0]["threads"],
@@ -168,7 +168,7 @@ def _has_trl() -> bool:
     return importlib.util.find_spec("trl") is not None or (BENCH_PACKAGES / "trl").is_dir()
 
 
-def _environment() -> dict[str, Any]:
+def environment() -> dict[str, Any]:
     cpu = [line.split(":")[1].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")]
     memory = [int(line.split()[1]) for line in _lines("/proc/meminfo") if line.startswith("MemTotal")]
     return {

@@ -47,13 +47,14 @@ def one_step(models: Path, layout: Any, buffered: bool) -> tuple[dict[str, Any],
         model.head_weight = without_buffer
     gated_loss.distill_loss = noting
     try:
-        batches = run.pack(made_up_rollouts())
-        stats = run.new_stats(len(made_up_rollouts().responses))
-        run.trainer.look(batches, gated_loss.gated_loss(run, batches, run.teacher.hidden(batches), stats))
+        rollouts = made_up_rollouts()
+        batches = run.pack(rollouts)
+        stats = run.new_stats(len(rollouts.responses))
+        run.trainer.look(batches, gated_loss.gated_loss(run, run.teacher.hidden(rollouts, run.deals(rollouts)), stats))
         record = train_step(run, made_up_rollouts())
     finally:
         gated_loss.distill_loss = distill_loss
-    return {**record, "given": given, "chunks": chunks}, whole_parameters(model)
+    return {**record, "given": given, "chunks": chunks}, whole_parameters(run.trainer.chunks)
 
 
 def main(models: Path, out: Path, tensor_parallel: int) -> None:
