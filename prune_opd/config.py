@@ -225,22 +225,35 @@ class OptimizerConfig:
 
 @dataclass(frozen=True)
 class ParallelConfig:
-    """Layout of student and teacher. What is left over of the ranks is data parallel."""
+    """Layout of the student, and the teacher's where it differs. What is left over of the ranks is data parallel.
+
+    Tensor parallel ranks are next to each other, pipeline stages farthest apart (megatron-core's order).
+    """
 
     nproc: int = 2  # ranks that `prune-opd` starts on this node when it is not already under torchrun
-    tensor: int | None = None  # TP of student and teacher; None: all ranks
+    tensor: int | None = None  # TP; None: all ranks that the pipeline and the experts leave
+    pipeline: int = 1  # stages
+    virtual_pipeline: int = 1  # chunks of layers per stage (interleaved schedule)
+    expert: int = 1  # ranks that share a layer's experts (MoE)
+    context: int = 1  # Transformer Engine only
+    sequence_parallel: bool = False  # norms and residuals cut along the tokens over the TP group
     microbatch_tokens: int = 16384  # token budget of one packed micro-batch (prompt + response)
     timeout_minutes: float = 10.0  # of every collective: a rank that stops answering ends the run
 
     def __post_init__(self) -> None:
-        _between("parallel.nproc", self.nproc, 1)
+        for name in ("nproc", "pipeline", "virtual_pipeline", "expert", "context", "microbatch_tokens"):
+            _between(f"parallel.{name}", getattr(self, name), 1)
         if self.tensor is not None:
             _between("parallel.tensor", self.tensor, 1)
-        _between("parallel.microbatch_tokens", self.microbatch_tokens, 1)
         _between("parallel.timeout_minutes", self.timeout_minutes, 0, open_low=True)
+        if self.virtual_pipeline > 1 and self.pipeline == 1:
+            raise ConfigError(
+                f"parallel.virtual_pipeline = {self.virtual_pipeline} needs a pipeline: "
+                "set parallel.pipeline to at least 2, or parallel.virtual_pipeline=1"
+            )
 
     def tensor_size(self, world_size: int) -> int:
-        return self.tensor or world_size
+        return self.tensor or max(world_size // (self.pipeline * self.expert * self.context), 1)
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,8 @@ def gated_loss(
     notes down what is then fixed of it (`OldPolicy`: gate weights, and a policy gradient's candidates and rewards) and
     counts it in the statistics; later calls hold the student as it has become against that.
     """
-    hidden_of = {batch.rows: hidden_MH for batch, hidden_MH in zip(batches, teacher_hidden, strict=True)}
+    rows = [batch.rows for batch in batches] if run.layout.student.is_last_stage else []
+    hidden_of = dict(zip(rows, teacher_hidden, strict=True))
     policies: dict[tuple[int, ...], OldPolicy] = {}
 
     def loss(model: HiddenStatesGPT, batch: PackedBatch, hidden_NH: Tensor) -> tuple[Tensor, int]:

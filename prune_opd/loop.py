@@ -65,7 +65,7 @@ def step(run: Run) -> None:
         if len(minibatches) > 1:
             run.trainer.look(batches, loss)  # at the policy that sampled the batch, before it moves
         result = run.trainer.step_through(minibatches, loss)
-        stats.reduce(run.layout.dp_group)
+        stats.reduce(run.layout.counts)
     run.controller.update(stats.reliable_length_B, rollouts.length_B, rollouts.finished_B)
     run.finished_steps = number
     run.tracker.step(
@@ -73,6 +73,7 @@ def step(run: Run) -> None:
             "step": number,
             "horizon": horizon,
             **stats.record(),
+            **run.packing_record(rollouts),
             "response_length": rollouts.tokens / len(rollouts.responses),
             "finished_rate": sum(rollouts.finished_B) / len(rollouts.responses),
             "pruned_inflight": 0,

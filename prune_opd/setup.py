@@ -13,6 +13,7 @@ import torch.distributed as dist
 from prune_opd import platform
 from prune_opd.config import TrainConfig, to_dict
 from prune_opd.data.prompts import PromptSampler, held_out, make_source
+from prune_opd.dealing import Deal, deal, packing_record
 from prune_opd.errors import UserError
 from prune_opd.eval.evaluate import Evaluator
 from prune_opd.horizon import HorizonController, make_controller
@@ -58,7 +59,7 @@ class Run:
     @property
     def vocab_size(self) -> int:
         """Ids that both models know; rows beyond are padding."""
-        return min(self.trainer.model.spec.vocab_size, self.teacher.model.spec.vocab_size)
+        return min(self.trainer.spec.vocab_size, self.teacher.spec.vocab_size)
 
     def sync_weights(self) -> None:
         """Reshard the student's weights into the engine, unless it has them already. The first time, compare."""
@@ -67,28 +68,40 @@ class Run:
         if self._engine_has == self.finished_steps:
             return
         first = self._engine_has is None
-        self.engine.load(hf_stream(self.trainer.model))
+        self.engine.load(hf_stream(self.trainer.chunks))
         self._engine_has = self.finished_steps
         if first:
             self._assert_logprob_parity()
 
     def pack(self, rollouts: Rollouts, first: int = 0, last: int | None = None) -> list[PackedBatch]:
-        """This data-parallel rank's rows among first … last − 1 of the global batch, as packed micro-batches."""
-        from prune_opd.megatron.packing import pack
+        """This data-parallel rank's part of rows first … last − 1 of the global batch, as packed micro-batches."""
+        from prune_opd.megatron.packing import pack_rows
 
-        last = len(rollouts.responses) if last is None else last
-        rows = range(first + (self.layout.dp_rank - first) % self.layout.dp_size, last, self.layout.dp_size)
-        budget = self.config.parallel.microbatch_tokens
-        return pack(rollouts.prompt_ids, rollouts.response_ids, rows, budget, self.machine.device)
+        prompts, responses, device = rollouts.prompt_ids, rollouts.response_ids, self.machine.device
+        micro_batches = self._deal(rollouts, first, last)[self.layout.dp_rank]
+        return [pack_rows(prompts, responses, rows, device) for rows in micro_batches]
 
     def minibatches(self, rollouts: Rollouts) -> list[list[PackedBatch]]:
-        """`pack` of each update's share of the batch: `updates_per_batch` runs of whole responses, in their order.
+        """`pack` of each update's share of the batch."""
+        return [self.pack(rollouts, first, last) for first, last in self._shares(rollouts)]
+
+    def packing_record(self, rollouts: Rollouts) -> dict[str, float]:
+        """The packing's part of a step record: of the global batch, the same on every rank."""
+        deals = [self._deal(rollouts, first, last) for first, last in self._shares(rollouts)]
+        return packing_record(rollouts.row_length_B, deals)
+
+    def _shares(self, rollouts: Rollouts) -> list[tuple[int, int]]:
+        """First row and one past the last of each update: `updates_per_batch` runs of whole responses, in their order.
 
         The shares are those of the global batch, so that the updates are the same at every data-parallel size.
         """
         count, updates = len(rollouts.responses), self.config.optimizer.updates_per_batch
-        bounds = [count * i // updates for i in range(updates + 1)]
-        return [self.pack(rollouts, first, last) for first, last in pairwise(bounds)]
+        return list(pairwise(count * i // updates for i in range(updates + 1)))
+
+    def _deal(self, rollouts: Rollouts, first: int, last: int | None) -> Deal:
+        """Rows first … last − 1 for every data-parallel rank."""
+        rows = range(len(rollouts.responses))[first:last]
+        return deal(rollouts.row_length_B, rows, self.layout.dp_size, self.config.parallel.microbatch_tokens)
 
     def new_stats(self, responses: int) -> BatchStats:
         bins, longest = self.config.track.position_bins, self.config.horizon.max_len
@@ -125,7 +138,7 @@ class Run:
         from prune_opd.weights.stream import export_hf
 
         out = self.run_dir / "hf"
-        export_hf(self.trainer.model, self.config.student, out, write=self.layout.is_main)
+        export_hf(self.trainer.chunks, self.config.student, out, write=self.layout.is_main)
         self.tracker.note(f"student: {out}")
 
     def _assert_logprob_parity(self) -> None:
@@ -139,7 +152,7 @@ class Run:
         rollouts = self.engine.generate(
             prompts, 1, PARITY_TOKENS, self.config.seed, 0, self.config.objective.temperature, logprobs=True
         )
-        ours = sampled_logprobs(self.trainer.model, rollouts, self.layout, self.machine.device)
+        ours = sampled_logprobs(self.trainer.chunks, rollouts, self.layout, self.machine.device)
         theirs = [logprob for response in rollouts.responses for logprob in response.logprobs or ()]
         differences = [abs(a - b) for a, b in zip(ours, theirs, strict=True)]
         precision = self.config.precision.params

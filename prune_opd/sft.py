@@ -35,8 +35,8 @@ def run(config: SftConfig) -> None:
     from prune_opd.weights.stream import export_hf
 
     layout = layouts.initialize(config.parallel, machine, config.seed)
-    if layout.tp_size != 1:
-        raise ConfigError(f"parallel.tensor = {layout.tp_size}: supervised training is data parallel only, set it to 1")
+    if layout.dp_size != layout.world:
+        raise ConfigError("parallel: supervised training is data parallel only, set tensor=1 and pipeline=1")
     output = Path(config.output)
     start = Path(config.init) if config.init else output.with_name(output.name + ".init")
     if config.init is None and layout.is_main:
@@ -45,9 +45,9 @@ def run(config: SftConfig) -> None:
 
     source = start
     for index in range(len(config.stages)):
-        model = _run_stage(config, index, source, layout, machine)
+        chunks = _run_stage(config, index, source, layout, machine)
         source = output.with_name(output.name + ".stage")
-        export_hf(model, start, source, write=layout.is_main)
+        export_hf(chunks, start, source, write=layout.is_main)
         torch.distributed.barrier()
     if layout.is_main:
         ledger.save_tokenizer(source)
@@ -58,7 +58,7 @@ def run(config: SftConfig) -> None:
 
 def _run_stage(
     config: SftConfig, index: int, source: Path, layout: Layout, machine: platform.Platform
-) -> HiddenStatesGPT:
+) -> list[HiddenStatesGPT]:
     """Train stage `index` from the weights in `source`."""
     from prune_opd.megatron.packing import pack
     from prune_opd.megatron.trainer import Trainer
@@ -86,7 +86,7 @@ def _run_stage(
         result = trainer.step(batches, cross_entropy)
         if layout.is_main and ((step + 1) % 25 == 0 or step + 1 == stage.steps):
             print(f"{config.name} stage {index + 1} step {step + 1}/{stage.steps} loss {result.loss:.4f}", flush=True)
-    return trainer.model
+    return trainer.chunks
 
 
 def cross_entropy(model: HiddenStatesGPT, batch: PackedBatch, hidden_NH: Tensor) -> tuple[Tensor, int]:
@@ -99,7 +99,7 @@ def cross_entropy(model: HiddenStatesGPT, batch: PackedBatch, hidden_NH: Tensor)
 @torch.no_grad()
 def _sharpen(trainer: Trainer, factor: float) -> None:
     """Scale the logits. A model that was trained for minutes is nearly right greedily and far too flat at T = 1."""
-    trainer.model.decoder.final_layernorm.weight.mul_(factor)
+    trainer.chunks[0].decoder.final_layernorm.weight.mul_(factor)
     trainer.optimizer.reload_model_params()
 
 

@@ -1,4 +1,4 @@
-"""What the gate saw of the global batch: added up micro-batch by micro-batch, then over the data-parallel ranks."""
+"""What the gate saw of the global batch: added up micro-batch by micro-batch, then over the ranks."""
 
 from __future__ import annotations
 
@@ -42,10 +42,15 @@ class BatchStats:
             counted = torch.ones_like(stats.ratio_N)
             self.ratio_3 += torch.stack([stats.ratio_N, stats.clipped_N, counted]).double().sum(1)
 
-    def reduce(self, dp_group: Any) -> None:
-        """Make every data-parallel rank's sums those of the global batch: one collective."""
+    def reduce(self, counts: bool) -> None:
+        """Make every rank's sums those of the global batch: one collective of the whole job.
+
+        counts: whether this rank's sums are taken; each token must be in those of one rank (`Layout.counts`).
+        """
         flat = torch.cat([self.reliable_length_B, self.sums.flatten(), self.count, self.ratio_3])
-        dist.all_reduce(flat, group=dp_group)
+        if not counts:
+            flat.zero_()
+        dist.all_reduce(flat)
         sizes = [len(self.reliable_length_B), self.sums.numel(), self.bins, len(self.ratio_3)]
         self.reliable_length_B, sums, self.count, self.ratio_3 = flat.split(sizes)
         self.sums = sums.view(len(PER_TOKEN), self.bins)

@@ -23,9 +23,10 @@ def export_checkpoint(checkpoint: Path, out_dir: Path) -> None:
     from prune_opd.weights.stream import export_hf
 
     config = read_state(checkpoint)["config"]
-    layouts.initialize(ParallelConfig(tensor=1), machine, seed=0)
-    model = build(config["student"], 1, dtype_of(config["precision"]["params"]), trainable=False)
+    layout = layouts.initialize(ParallelConfig(tensor=1), machine, seed=0)
+    dtype = dtype_of(config["precision"]["params"])
+    (model,) = build(config["student"], layout.student, dtype, trainable=False)
     state = dist_checkpointing.load({"model": model.sharded_state_dict()}, str(checkpoint))
     model.load_state_dict(state["model"])
-    export_hf(model, config["student"], out_dir, write=True)
+    export_hf([model], config["student"], out_dir, write=True)
     layouts.shutdown()

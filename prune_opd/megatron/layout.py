@@ -1,4 +1,8 @@
-"""Process groups: who shares a tensor-parallel shard with whom. One layout for student and teacher so far."""
+"""Process groups: where a model's shards lie, and this rank's place among them.
+
+Ranks are numbered as megatron-core does it: tensor parallel neighbours first, then data parallel replicas, then
+pipeline stages. With TP 2 on 8 ranks and 2 stages, ranks 0 1 hold one stage of one replica, ranks 4 5 its next stage.
+"""
 
 from __future__ import annotations
 
@@ -15,21 +19,73 @@ from prune_opd.platform import Platform
 
 
 @dataclass(frozen=True)
+class ModelLayout:
+    """Where one model lies. `groups` is megatron's ProcessGroupCollection; vp counts chunks of layers per stage."""
+
+    tp: int
+    pp: int
+    vp: int
+    ep: int
+    cp: int
+    sequence_parallel: bool
+    groups: Any
+
+    @property
+    def dp(self) -> int:
+        return self.groups.dp.size()
+
+    @property
+    def dp_rank(self) -> int:
+        return self.groups.dp.rank()
+
+    @property
+    def is_first_stage(self) -> bool:
+        return self.groups.pp.rank() == 0
+
+    @property
+    def is_last_stage(self) -> bool:
+        """Where the hidden states come out and the loss is computed."""
+        return self.groups.pp.rank() == self.pp - 1
+
+    @property
+    def tp_group(self) -> Any:
+        """None when there is nothing to communicate."""
+        return self.groups.tp if self.tp > 1 else None
+
+
+@dataclass(frozen=True)
 class Layout:
-    """This rank's place. `tp_group` is None when there is nothing to communicate (TP = 1)."""
+    """This rank's place in the job. The data is divided as the student's layout says."""
 
     rank: int
     world: int
-    tp_rank: int
-    tp_size: int
-    tp_group: Any
-    dp_rank: int
-    dp_size: int
-    dp_group: Any
+    student: ModelLayout
+    teacher: ModelLayout
 
     @property
     def is_main(self) -> bool:
         return self.rank == 0
+
+    @property
+    def counts(self) -> bool:
+        """Whether what the loss sums up on this rank counts for the job: one rank of each replica's last stage."""
+        return self.student.is_last_stage and self.student.groups.tp.rank() == 0
+
+    @property
+    def dp_rank(self) -> int:
+        return self.student.dp_rank
+
+    @property
+    def dp_size(self) -> int:
+        return self.student.dp
+
+    @property
+    def dp_group(self) -> Any:
+        return self.student.groups.dp
+
+    @property
+    def tp_group(self) -> Any:
+        return self.student.tp_group
 
 
 def initialize(parallel: ParallelConfig, platform: Platform, seed: int) -> Layout:
@@ -37,33 +93,44 @@ def initialize(parallel: ParallelConfig, platform: Platform, seed: int) -> Layou
 
     Every collective of the job ends with an error after `parallel.timeout_minutes`: a lost rank must not hang the rest.
     """
-    from megatron.core import parallel_state
-    from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
-
     alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
     for name, value in alone.items():
         os.environ.setdefault(name, value)
     if platform.is_cpu:
         torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
-    timeout = timedelta(minutes=parallel.timeout_minutes)
-    dist.init_process_group(platform.backend, timeout=timeout)
+    dist.init_process_group(platform.backend, timeout=timedelta(minutes=parallel.timeout_minutes))
+    return arrange(parallel, seed)
+
+
+def arrange(parallel: ParallelConfig, seed: int) -> Layout:
+    """Build megatron's groups over the ranks that have joined; again, after another layout, if need be."""
+    from megatron.core import parallel_state
+    from megatron.core.process_groups_config import ProcessGroupCollection
+    from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+
     world = dist.get_world_size()
-    tp_size = parallel.tensor_size(world)
+    tp = parallel.tensor_size(world)
+    parallel_state.destroy_model_parallel()
     parallel_state.initialize_model_parallel(
-        tensor_model_parallel_size=tp_size, distributed_timeout_minutes=max(1, int(parallel.timeout_minutes))
+        tensor_model_parallel_size=tp,
+        pipeline_model_parallel_size=parallel.pipeline,
+        virtual_pipeline_model_parallel_size=parallel.virtual_pipeline if parallel.virtual_pipeline > 1 else None,
+        context_parallel_size=parallel.context,
+        expert_model_parallel_size=parallel.expert,
+        distributed_timeout_minutes=max(1, int(parallel.timeout_minutes)),
     )
     torch.manual_seed(seed)
-    model_parallel_cuda_manual_seed(seed)
-    return Layout(
-        rank=dist.get_rank(),
-        world=world,
-        tp_rank=parallel_state.get_tensor_model_parallel_rank(),
-        tp_size=tp_size,
-        tp_group=parallel_state.get_tensor_model_parallel_group() if tp_size > 1 else None,
-        dp_rank=parallel_state.get_data_parallel_rank(),
-        dp_size=parallel_state.get_data_parallel_world_size(),
-        dp_group=parallel_state.get_data_parallel_group(),
+    model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
+    student = ModelLayout(
+        tp=tp,
+        pp=parallel.pipeline,
+        vp=parallel.virtual_pipeline,
+        ep=parallel.expert,
+        cp=parallel.context,
+        sequence_parallel=parallel.sequence_parallel,
+        groups=ProcessGroupCollection.use_mpu_process_groups(),
     )
+    return Layout(rank=dist.get_rank(), world=world, student=student, teacher=student)
 
 
 def shutdown() -> None:

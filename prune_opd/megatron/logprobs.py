@@ -2,39 +2,54 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
+import torch.distributed as dist
+from torch import Tensor
 
 from prune_opd.config import ObjectiveConfig
 from prune_opd.fused_loss import distill_loss
 from prune_opd.megatron.layout import Layout
 from prune_opd.megatron.model import HiddenStatesGPT
-from prune_opd.megatron.packing import pack
+from prune_opd.megatron.packing import PackedBatch, pack
+from prune_opd.megatron.schedule import forward
 from prune_opd.rollout.batch import Rollouts
 
 
 @torch.no_grad()
 def sampled_logprobs(
-    model: HiddenStatesGPT, rollouts: Rollouts, layout: Layout, device: torch.device, temperature: float = 1.0
+    chunks: Sequence[HiddenStatesGPT],
+    rollouts: Rollouts,
+    layout: Layout,
+    device: torch.device,
+    temperature: float = 1.0,
 ) -> list[float]:
-    """log p(y_t) of every response token, rows in order. Collective over the TP group.
+    """log p(y_t) of every response token, rows in order. Collective over the whole job.
 
     The loss of a model with itself as teacher: its statistics hold what is asked for.
     """
     batches = pack(rollouts.prompt_ids, rollouts.response_ids, range(len(rollouts.responses)), 16384, device)
-    logprobs: list[float] = []
-    for batch in batches:
-        hidden_MH = model(batch)[batch.predicting_M]
+
+    def logprobs(batch: PackedBatch, hidden_NH: Tensor) -> Tensor:
+        hidden_MH, weight_VH = hidden_NH[batch.predicting_M], chunks[-1].head_weight()
         _, _, stats = distill_loss(
             hidden_MH,
-            model.head_weight(),
+            weight_VH,
             hidden_MH,
-            model.head_weight(),
+            weight_VH,
             batch.sampled_ids_M,
             batch.cu_responses,
             None,
             ObjectiveConfig(k=1, temperature=temperature),
             layout.tp_group,
-            vocab_size=model.spec.vocab_size,
+            vocab_size=chunks[-1].spec.vocab_size,
         )
-        logprobs += stats.sampled_logp_N.tolist()
-    return logprobs
+        return stats.sampled_logp_N
+
+    on_last_stage = forward(chunks, layout.student, batches, logprobs)
+    tokens = sum(len(batch.sampled_ids_M) for batch in batches)
+    logprob_N = torch.cat(on_last_stage).float() if on_last_stage else torch.empty(tokens, device=device)
+    last = dist.get_process_group_ranks(layout.student.groups.pp)[-1]
+    dist.broadcast(logprob_N, src=last, group=layout.student.groups.pp)
+    return logprob_N.tolist()

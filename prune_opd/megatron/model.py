@@ -9,11 +9,19 @@ import torch
 import torch.nn.functional as F
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import (
+    LayerNormImpl,
+    TransformerBlockSubmodules,
+    get_num_layers_to_build,
+)
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from prune_opd.megatron.attention import PackedSdpaAttention
+from prune_opd.megatron.layout import ModelLayout
+from prune_opd.megatron.norm import RMSNorm, use_rms_norm
 from prune_opd.megatron.packing import PackedBatch
 from prune_opd.model_spec import ModelSpec
 
@@ -23,7 +31,7 @@ def dtype_of(params: str) -> torch.dtype:
     return {"fp32": torch.float32, "bf16": torch.bfloat16}[params]
 
 
-def transformer_config(spec: ModelSpec, tp_size: int, dtype: torch.dtype) -> TransformerConfig:
+def transformer_config(spec: ModelSpec, layout: ModelLayout, dtype: torch.dtype) -> TransformerConfig:
     """Settings with which megatron-core needs neither Transformer Engine nor apex, on the CPU and on a GPU."""
     return TransformerConfig(
         num_layers=spec.layers,
@@ -41,7 +49,16 @@ def transformer_config(spec: ModelSpec, tp_size: int, dtype: torch.dtype) -> Tra
         qk_layernorm=spec.qk_norm,
         hidden_dropout=0.0,
         attention_dropout=0.0,
-        tensor_model_parallel_size=tp_size,
+        tensor_model_parallel_size=layout.tp,
+        pipeline_model_parallel_size=layout.pp,
+        virtual_pipeline_model_parallel_size=layout.vp if layout.vp > 1 else None,
+        expert_model_parallel_size=layout.ep,
+        context_parallel_size=layout.cp,
+        sequence_parallel=layout.sequence_parallel,
+        variable_seq_lengths=True,  # packed micro-batches are as long as their rows
+        moe_token_dispatcher_type="alltoall",  # what variable lengths ask for, also where there are no experts
+        overlap_p2p_comm=layout.vp > 1,
+        batch_p2p_comm=layout.vp == 1,
         bf16=dtype == torch.bfloat16,
         params_dtype=dtype,
         pipeline_dtype=dtype,
@@ -66,43 +83,83 @@ def layer_spec(spec: ModelSpec) -> ModuleSpec:
 
 
 class HiddenStatesGPT(GPTModel):
-    """A GPT whose forward pass ends after the final norm: the loss multiplies by the output weight, in chunks."""
+    """A GPT, or a pipeline stage's chunk of one, whose last stage ends after the final norm.
+
+    The loss multiplies by the output weight, in chunks of tokens.
+    """
 
     spec: ModelSpec
 
     def forward(self, batch: PackedBatch) -> Tensor:
-        """Packed tokens -> hidden_NH of every token [N, H]."""
-        hidden = super().forward(
-            batch.ids_N[None], batch.position_N[None], attention_mask=None, packed_seq_params=batch.attention_segments()
-        )
+        """Packed tokens -> hidden_NH of every token [N, H], the same on every rank of the TP group.
+
+        Chunks that do not end the model hand on [N, 1, H], with sequence parallelism this rank's part of the tokens;
+        chunks that do not begin it go on from such an input, which the schedule sets (`set_input_tensor`).
+        """
+        ids, positions = (batch.ids_N[None], batch.position_N[None]) if self.pre_process else (None, None)
+        hidden = super().forward(ids, positions, attention_mask=None, packed_seq_params=batch.attention_segments())
+        if not self.post_process:
+            return hidden
+        if self.config.sequence_parallel:
+            # The loss gives every rank of the group the whole gradient already: each keeps the part of its tokens.
+            hidden = gather_from_sequence_parallel_region(
+                hidden, tensor_parallel_output_grad=False, group=self.pg_collection.tp
+            )
         return hidden[:, 0]
 
     def _postprocess(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         return hidden_states
 
     def head_weight(self) -> Tensor:
-        """This rank's rows of the output matrix [V/tp, H]: the embedding's when they are tied."""
+        """This rank's rows of the output matrix [V/tp, H], on the last stage: the embedding's when they are tied."""
         if self.share_embeddings_and_output_weights:
             return self.shared_embedding_or_output_weight()
         return self.output_layer.weight
 
 
-def build(model_dir: str | Path, tp_size: int, dtype: torch.dtype, *, trainable: bool) -> HiddenStatesGPT:
-    """The model with this rank's shard of the directory's weights. A teacher is built without gradients."""
+def build(model_dir: str | Path, layout: ModelLayout, dtype: torch.dtype, *, trainable: bool) -> list[HiddenStatesGPT]:
+    """This rank's chunks of the model (one but for a virtual pipeline) with its shards of the directory's weights.
+
+    A teacher is built without gradients.
+    """
     from prune_opd.weights.load import load_hf_weights
 
     spec = ModelSpec.read(model_dir)
-    model = HiddenStatesGPT(
-        config=transformer_config(spec, tp_size, dtype),
-        transformer_layer_spec=layer_spec(spec),
-        vocab_size=spec.padded_vocab(tp_size),
+    config = transformer_config(spec, layout, dtype)
+    stages = range(layout.vp) if layout.vp > 1 else (None,)
+    chunks = [_build_chunk(spec, config, layout, stage, dtype) for stage in stages]
+    load_hf_weights(chunks, model_dir)
+    for chunk in chunks:
+        chunk.requires_grad_(trainable)
+        chunk.train(trainable)
+    return chunks
+
+
+def _build_chunk(
+    spec: ModelSpec, config: TransformerConfig, layout: ModelLayout, vp_stage: int | None, dtype: torch.dtype
+) -> HiddenStatesGPT:
+    chunk = HiddenStatesGPT(
+        config=config,
+        transformer_layer_spec=_block_spec(layer_spec(spec), config, layout, vp_stage),
+        vocab_size=spec.padded_vocab(layout.tp),
         max_sequence_length=spec.max_positions,
+        pre_process=layout.is_first_stage and not vp_stage,
+        post_process=layout.is_last_stage and vp_stage in (None, layout.vp - 1),
         share_embeddings_and_output_weights=spec.tied,
         position_embedding_type="rope",
         rotary_base=int(spec.rope_theta),
         parallel_output=True,
+        pg_collection=layout.groups,
+        vp_stage=vp_stage,
     ).to(dtype)  # torch's norms are fp32 whatever params_dtype says, and megatron's optimizer wants one dtype
-    model.spec = spec
-    load_hf_weights(model, model_dir)
-    model.requires_grad_(trainable)
-    return model if trainable else model.eval()
+    chunk.spec = spec
+    return chunk
+
+
+def _block_spec(
+    layer: ModuleSpec, config: TransformerConfig, layout: ModelLayout, vp_stage: int | None
+) -> TransformerBlockSubmodules:
+    """As many layers as this chunk has, and the final norm: ours with local layers, else megatron-core's choice."""
+    layers = get_num_layers_to_build(config, vp_stage, layout.groups.pp.rank())
+    final_norm = RMSNorm if use_rms_norm(layer) else LayerNormImpl
+    return TransformerBlockSubmodules(layer_specs=[layer] * layers, layer_norm=final_norm)

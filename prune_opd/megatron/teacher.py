@@ -11,19 +11,25 @@ from torch import Tensor
 from prune_opd.megatron.layout import Layout
 from prune_opd.megatron.model import build
 from prune_opd.megatron.packing import PackedBatch
+from prune_opd.megatron.schedule import forward
+from prune_opd.model_spec import ModelSpec
 
 
 class Teacher:
     """A frozen model: no gradients, no optimizer, no DDP buffers."""
 
     def __init__(self, model_dir: str | Path, layout: Layout, dtype: torch.dtype, device: torch.device):
-        self.model = build(model_dir, layout.tp_size, dtype, trainable=False).to(device)
+        self.layout = layout.teacher
+        self.chunks = [chunk.to(device) for chunk in build(model_dir, self.layout, dtype, trainable=False)]
 
-    @torch.no_grad()
+    @property
+    def spec(self) -> ModelSpec:
+        return self.chunks[0].spec
+
     def hidden(self, batches: Sequence[PackedBatch]) -> list[Tensor]:
         """teacher_hidden_MH of each micro-batch: the positions that predict a response token, in order."""
-        return [self.model(batch)[batch.predicting_M] for batch in batches]
+        return forward(self.chunks, self.layout, batches, lambda batch, hidden_NH: hidden_NH[batch.predicting_M])
 
     @property
     def head_weight(self) -> Tensor:
-        return self.model.head_weight()
+        return self.chunks[-1].head_weight()

@@ -14,13 +14,14 @@ from megatron.core.distributed import DistributedDataParallel, DistributedDataPa
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
 from megatron.core.optimizer import get_megatron_optimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
-from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from prune_opd.config import OptimizerConfig
 from prune_opd.megatron.layout import Layout
 from prune_opd.megatron.model import HiddenStatesGPT, build
 from prune_opd.megatron.packing import PackedBatch
+from prune_opd.megatron.schedule import forward, forward_backward
+from prune_opd.model_spec import ModelSpec
 
 # (model, batch, hidden_NH of all its tokens) -> (loss summed over its tokens, number of tokens)
 LossFunction = Callable[[HiddenStatesGPT, PackedBatch, Tensor], tuple[Tensor, int]]
@@ -51,11 +52,12 @@ class Trainer:
         device: torch.device,
     ):
         self.layout, self.device = layout, device
-        self.model = build(model_dir, layout.tp_size, dtype, trainable=True).to(device)
-        config = self.model.config
+        self.chunks = [chunk.to(device) for chunk in build(model_dir, layout.student, dtype, trainable=True)]
+        config = self.chunks[0].config
         ddp_config = DistributedDataParallelConfig(grad_reduce_in_fp32=True)
-        self.ddp = DistributedDataParallel(config, ddp_config, self.model)
-        self.ddp.broadcast_params()
+        self.ddp = [DistributedDataParallel(config, ddp_config, chunk) for chunk in self.chunks]
+        for chunk in self.ddp:
+            chunk.broadcast_params()
         self.optimizer = get_megatron_optimizer(
             MegatronOptimizerConfig(
                 optimizer="adam",
@@ -69,7 +71,7 @@ class Trainer:
                 bf16=dtype == torch.bfloat16,
                 params_dtype=dtype,
             ),
-            [self.ddp],
+            self.ddp,
         )
         self.schedule = OptimizerParamScheduler(
             self.optimizer,
@@ -108,26 +110,23 @@ class Trainer:
             lr=updates[0].lr,
         )
 
-    @torch.no_grad()
+    @property
+    def spec(self) -> ModelSpec:
+        return self.chunks[0].spec
+
     def look(self, batches: Sequence[PackedBatch], loss: LossFunction) -> None:
         """The loss of the student as it is, for what the loss function notes down."""
-        for batch in batches:
-            loss(self.model, batch, self.model(batch))
+        forward(self.chunks, self.layout.student, batches, partial(loss, self.chunks[-1]))
 
     def _update(self, batches: Sequence[PackedBatch], loss: LossFunction) -> StepResult:
-        self.ddp.zero_grad_buffer()
+        for chunk in self.ddp:
+            chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
-        reports = get_forward_backward_func()(
-            forward_step_func=partial(_forward_step, loss),
-            data_iterator=iter(batches),
-            model=self.ddp,
-            num_microbatches=len(batches),
-            seq_length=max(len(batch.ids_N) for batch in batches),
-            micro_batch_size=1,
-            forward_only=False,
-        )
-        total = torch.stack(reports).sum(0)
-        dist.all_reduce(total, group=self.layout.dp_group)
+        reports = forward_backward(self.ddp, self.layout.student, batches, partial(_forward_step, loss))
+        total = torch.zeros(2, dtype=torch.float64, device=self.device)
+        if self.layout.counts:
+            total = torch.stack(reports).sum(0)
+        dist.all_reduce(total)
         _, grad_norm, _ = self.optimizer.step()
         loss_sum, tokens = total.tolist()
         return StepResult(
@@ -136,11 +135,12 @@ class Trainer:
 
     def sharded_state(self, *, loading: bool) -> dict[str, Any]:
         """Model and optimizer for megatron's distributed checkpoint, in whatever layout this run has."""
-        model = self.model.sharded_state_dict()
-        return {"model": model, "optimizer": self.optimizer.sharded_state_dict(model, is_loading=loading)}
+        models = {f"model{i}": chunk.sharded_state_dict() for i, chunk in enumerate(self.chunks)}
+        return {**models, "optimizer": self.optimizer.sharded_state_dict(models, is_loading=loading)}
 
     def load(self, state: dict[str, Any]) -> None:
-        self.model.load_state_dict(state["model"])
+        for i, chunk in enumerate(self.chunks):
+            chunk.load_state_dict(state[f"model{i}"])
         self.optimizer.load_state_dict(state["optimizer"])
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +13,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from prune_opd.errors import ConfigError
-from prune_opd.weights.mapping import Entry, entries, merge_shards, read_shard
+from prune_opd.weights.mapping import Entry, entries, local_parameters, merge_shards, read_shard
 
 if TYPE_CHECKING:
     from prune_opd.megatron.model import HiddenStatesGPT
@@ -60,16 +61,18 @@ class SafetensorsDirectory:
 
 
 @torch.no_grad()
-def load_hf_weights(model: HiddenStatesGPT, directory: str | Path) -> None:
+def load_hf_weights(chunks: Sequence[HiddenStatesGPT], directory: str | Path) -> None:
     """Fill every parameter of this rank. Raises `ConfigError` for a missing tensor or a shape that does not fit."""
     files = SafetensorsDirectory(directory)
-    tp = model.pg_collection.tp
-    parameters = dict(model.named_parameters())
-    for entry in entries(model.spec):
-        parameter = parameters.pop(entry.megatron)
-        _check_shapes(entry, model.spec, [parameter.to("meta")] * tp.size(), files)
+    spec, tp = chunks[0].spec, chunks[0].pg_collection.tp
+    parameters = local_parameters(chunks)
+    for entry in entries(spec):
+        parameter = parameters.pop(entry.megatron, None)
+        if parameter is None:
+            continue  # of another stage
+        _check_shapes(entry, spec, [parameter.to("meta")] * tp.size(), files)
         cut_length = files.shape(entry.hf[0])[1 if entry.cut == "columns" else 0]
-        parameter.copy_(read_shard(entry, model.spec, tp.rank(), tp.size(), files.rows, files.columns, cut_length))
+        parameter.copy_(read_shard(entry, spec, tp.rank(), tp.size(), files.rows, files.columns, cut_length))
         _mark_cut(parameter, entry)
     if parameters:
         raise ConfigError(f"{files.directory}: no weight is mapped to {', '.join(parameters)}")

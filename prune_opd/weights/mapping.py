@@ -12,10 +12,13 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 if TYPE_CHECKING:
+    from prune_opd.megatron.model import HiddenStatesGPT
     from prune_opd.model_spec import ModelSpec
 
+LAYERS, EXPERTS = "decoder.layers.", "mlp.experts.local_experts."
 ReadRows = Callable[[str, int, int], Tensor]  # (Hugging Face name, first row, end row) -> those rows
 ReadColumns = Callable[[str, int, int], Tensor]
 
@@ -50,6 +53,32 @@ def entries(spec: ModelSpec) -> Iterator[Entry]:
     yield Entry("decoder.final_layernorm.weight", ("model.norm.weight",), "whole")
     if not spec.tied:
         yield Entry("output_layer.weight", ("lm_head.weight",), "vocab")
+
+
+def local_parameters(chunks: Sequence[HiddenStatesGPT]) -> dict[str, Parameter]:
+    """This rank's parameters by the names of `entries`: layers and experts are numbered as in the whole model.
+
+    The last stage's copy of a tied embedding goes by the embedding's name: it is that weight, held twice.
+    """
+    named: dict[str, Parameter] = {}
+    for chunk in chunks:
+        for name, parameter in chunk.named_parameters():
+            named[_global_name(chunk, name)] = parameter
+    return named
+
+
+def _global_name(chunk: HiddenStatesGPT, name: str) -> str:
+    if name == "output_layer.weight" and chunk.share_embeddings_and_output_weights:
+        return "embedding.word_embeddings.weight"
+    if not name.startswith(LAYERS):
+        return name
+    local, _, rest = name.removeprefix(LAYERS).partition(".")
+    layer = chunk.decoder.layers[int(local)]
+    if rest.startswith(EXPERTS):
+        expert, _, rest = rest.removeprefix(EXPERTS).partition(".")
+        first = chunk.pg_collection.ep.rank() * len(layer.mlp.experts.local_experts)
+        rest = f"{EXPERTS}{first + int(expert)}.{rest}"
+    return f"{LAYERS}{layer.layer_number - 1}.{rest}"
 
 
 def read_shard(

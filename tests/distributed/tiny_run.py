@@ -107,7 +107,7 @@ def train_step(run: Any, rollouts: Rollouts) -> dict[str, Any]:
     stats = run.new_stats(len(rollouts.responses))
     loss = gated_loss(run, batches, run.teacher.hidden(batches), stats)
     result = run.trainer.step(batches, loss)
-    stats.reduce(run.layout.dp_group)
+    stats.reduce(run.layout.counts)
     run.controller.update(stats.reliable_length_B, rollouts.length_B, rollouts.finished_B)
     run.finished_steps += 1
     return {
@@ -122,8 +122,8 @@ def train_step(run: Any, rollouts: Rollouts) -> dict[str, Any]:
     }
 
 
-def whole_parameters(model: Any) -> dict[str, Tensor]:
+def whole_parameters(chunks: Any) -> dict[str, Tensor]:
     """Every parameter as a whole Hugging Face tensor, detached from the model."""
     from prune_opd.weights.stream import hf_stream
 
-    return {name: tensor.clone() for name, tensor in hf_stream(model)}
+    return {name: tensor.clone() for name, tensor in hf_stream(chunks)}

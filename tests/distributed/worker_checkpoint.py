@@ -44,7 +44,7 @@ def whole_state(trainer: Any) -> dict[str, Tensor]:
     """Parameters and Adam's moments under Hugging Face names, whole, whatever the layout."""
     from prune_opd.weights.mapping import entries, merge_shards
 
-    model, group = trainer.model, trainer.layout.tp_group
+    (model,), group = trainer.chunks, trainer.layout.tp_group
     name_of = {id(parameter): name for name, parameter in model.named_parameters()}
     (adam,) = (part.optimizer for part in getattr(trainer.optimizer, "chained_optimizers", [trainer.optimizer]))
     kinds: dict[str, dict[str, Tensor]] = {"parameter": {}, "exp_avg": {}, "exp_avg_sq": {}}
@@ -58,7 +58,7 @@ def whole_state(trainer: Any) -> dict[str, Tensor]:
             local = tensors[entry.megatron].contiguous()
             shards = [local]
             if group is not None and entry.cut != "whole":
-                shards = [torch.empty_like(local) for _ in range(trainer.layout.tp_size)]
+                shards = [torch.empty_like(local) for _ in range(trainer.layout.student.tp)]
                 dist.all_gather(shards, local, group=group)
             whole |= {f"{kind} {name}": t.clone() for name, t in merge_shards(entry, model.spec, shards)}
     steps = {float(state["step"]) for state in adam.state.values()}
@@ -71,7 +71,7 @@ def fresh_run(models: Path, out: Path, layout: Any) -> Any:
     optimizer = OptimizerConfig(lr=1e-3, min_lr=1e-5, schedule="linear", warmup_steps=3)
     checkpoint = CheckpointConfig(keep=KEEP)
     run = build_run(
-        train_config(models, layout.tp_size, optimizer=optimizer, steps=10, checkpoint=checkpoint), layout, out
+        train_config(models, layout.student.tp, optimizer=optimizer, steps=10, checkpoint=checkpoint), layout, out
     )
     torch.manual_seed(1234 + layout.rank)
     return run

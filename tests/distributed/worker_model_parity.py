@@ -28,7 +28,7 @@ def logits_of(model: Any, batch: Any, layout: Any) -> Tensor:
     local_NV = model(batch) @ model.head_weight().T
     parts = [local_NV]
     if layout.tp_group is not None:
-        parts = [torch.empty_like(local_NV) for _ in range(layout.tp_size)]
+        parts = [torch.empty_like(local_NV) for _ in range(layout.student.tp)]
         dist.all_gather(parts, local_NV.contiguous(), group=layout.tp_group)
     return torch.cat(parts, dim=1)[:, : model.spec.vocab_size]
 
@@ -37,7 +37,7 @@ def check(directory: Path, expected: list[Tensor], rows: dict[str, Any], layout:
     from prune_opd.megatron.model import build
     from prune_opd.megatron.packing import pack
 
-    model = build(directory, layout.tp_size, torch.float32, trainable=False)
+    (model,) = build(directory, layout.student, torch.float32, trainable=False)
     everything = range(len(rows["prompts"]))
     (packed,) = pack(rows["prompts"], rows["responses"], everything, 10_000, device)
     alone = pack(rows["prompts"], rows["responses"], everything, 1, device)
@@ -47,8 +47,9 @@ def check(directory: Path, expected: list[Tensor], rows: dict[str, Any], layout:
     assert bounds[-1] == len(packed_NV) == sum(len(row) for row in expected)
 
     on_disk = load_file(directory / "model.safetensors")
-    streamed = dict(hf_stream(model))
-    export_hf(model, directory, directory.with_name(f"{directory.name}.tp{layout.tp_size}"), write=layout.is_main)
+    streamed = dict(hf_stream([model]))
+    out = directory.with_name(f"{directory.name}.tp{layout.student.tp}")
+    export_hf([model], directory, out, write=layout.is_main)
     return {
         "transformers": (packed_NV - torch.cat(expected)).abs().max().item(),
         "alone": (packed_NV - alone_NV).abs().max().item(),

@@ -26,12 +26,12 @@ STEPS, WARMUP, LR, MIN_LR = 6, 2, 1e-3, 1e-4
 def learning_rates(models: Path, layout: Any, schedule: str, warmup: int) -> dict[str, Any]:
     """lr of each update, and how far the first one moved the parameter that it moved furthest."""
     optimizer = OptimizerConfig(lr=LR, min_lr=MIN_LR, schedule=schedule, warmup_steps=warmup, weight_decay=0, eps=1e-12)
-    run = build_run(train_config(models, layout.tp_size, optimizer=optimizer, steps=STEPS), layout, models)
-    before = whole_parameters(run.trainer.model)
+    run = build_run(train_config(models, layout.student.tp, optimizer=optimizer, steps=STEPS), layout, models)
+    before = whole_parameters(run.trainer.chunks)
     rates, moved = [], []
     for _ in range(STEPS):
         rates.append(train_step(run, made_up_rollouts())["lr"])
-        after = whole_parameters(run.trainer.model)
+        after = whole_parameters(run.trainer.chunks)
         moved.append(max((after[name] - before[name]).abs().max().item() for name in after))
         before = after
     return {"lr": rates, "first_move": moved[0]}
@@ -47,7 +47,7 @@ def main(models: Path, out: Path, tensor_parallel: int) -> None:
         parallel = ParallelConfig(tensor=tensor_parallel, microbatch_tokens=budget)
         run = build_run(train_config(models, tensor_parallel, parallel=parallel), layout, out)
         records[str(budget)] = train_step(run, made_up_rollouts())
-        save_file(whole_parameters(run.trainer.model), out / f"{budget}.rank{layout.rank}.safetensors")
+        save_file(whole_parameters(run.trainer.chunks), out / f"{budget}.rank{layout.rank}.safetensors")
     if layout.world == 1:
         records["schedules"] = {
             f"{schedule} {warmup}": learning_rates(models, layout, schedule, warmup)

@@ -40,7 +40,7 @@ def several_updates(run: Any) -> dict[str, Any]:
     add_ratio = stats.add_ratio
     stats.add_ratio = lambda ratios: (add_ratio(ratios), seen.append(ratios.ratio_N))
     result = run.trainer.step_through(minibatches, loss)
-    stats.reduce(run.layout.dp_group)
+    stats.reduce(run.layout.counts)
     by_update = [(ratio_N - 1).abs().max().item() for ratio_N in seen if ratio_N is not None]
     return {**stats.record(), **dataclasses.asdict(result), "by_update": by_update}
 
@@ -60,11 +60,11 @@ def main(models: Path, out: Path, tensor_parallel: int) -> None:
     for case, objective in CASES.items():
         run = new_run(objective, dataclasses.replace(OPTIMIZER, updates_per_batch=3, schedule="linear"))
         records[case] = [several_updates(run) for _ in range(STEPS)]
-        save_file(parameters(run.trainer.model), out / f"{case}.rank{layout.rank}.safetensors")
+        save_file(parameters(run.trainer.chunks), out / f"{case}.rank{layout.rank}.safetensors")
     for case, step in (("one", several_updates), ("plain", lambda run: train_step(run, made_up_rollouts()))):
         run = new_run(CASES["topk_reverse_kl"], OPTIMIZER)
         records[case] = [step(run)]
-        save_file(parameters(run.trainer.model), out / f"{case}.rank{layout.rank}.safetensors")
+        save_file(parameters(run.trainer.chunks), out / f"{case}.rank{layout.rank}.safetensors")
     (out / f"rank{layout.rank}.json").write_text(json.dumps(records))
     dist.barrier()
     layouts.shutdown()

@@ -101,8 +101,8 @@ def main(models: Path, out: Path, rollout_tp: int, max_num_seqs: int, kv_cache_g
     rollout = RolloutConfig(
         tensor_parallel=rollout_tp, max_prompt_len=256, max_num_seqs=max_num_seqs, kv_cache_gb=kv_cache_gb
     )
-    run = build_run(train_config(models, layout.tp_size, rollout=rollout), layout, out)
-    student, teacher, prompts = run.trainer.model, run.teacher.model, make_prompts()
+    run = build_run(train_config(models, layout.student.tp, rollout=rollout), layout, out)
+    student, teacher, prompts = run.trainer.chunks, run.teacher.chunks, make_prompts()
     checks = Checks(run, rollout)
     results: dict[str, Any] = {"tokens": checks.tokens(prompts)}
 

@@ -21,12 +21,12 @@ def main(out: Path, good: str, *broken: str) -> None:
     from prune_opd.megatron import layout as layouts
     from prune_opd.megatron.model import build
 
-    layouts.initialize(ParallelConfig(tensor=1), machine, seed=0)
-    build(good, 1, torch.float32, trainable=False)
+    alone = layouts.initialize(ParallelConfig(tensor=1), machine, seed=0).student
+    build(good, alone, torch.float32, trainable=False)
     raised: dict[str, str] = {}
     for directory in broken:
         try:
-            build(directory, 1, torch.float32, trainable=False)
+            build(directory, alone, torch.float32, trainable=False)
             raised[directory] = "nothing"
         except ConfigError as reason:
             raised[directory] = str(reason)
