@@ -13,6 +13,9 @@ from typing import Any
 from prune_opd.config_checks import between as _between
 from prune_opd.config_checks import one_of as _one_of
 from prune_opd.config_checks import required as _required
+from prune_opd.config_memory import MemoryConfig as MemoryConfig
+from prune_opd.config_precision import KV_CACHE_DTYPES, QUANTIZATIONS
+from prune_opd.config_precision import Fp8Config as Fp8Config
 from prune_opd.config_precision import PrecisionConfig as PrecisionConfig
 from prune_opd.config_sft import CorpusConfig as CorpusConfig
 from prune_opd.config_sft import ModelShape as ModelShape
@@ -171,6 +174,10 @@ class RolloutConfig:
     kv_cache_gb: float = 1.0  # CPU only: a GPU takes gpu_memory_utilization
     gpu_memory_utilization: float = 0.5
     max_num_seqs: int = 256
+    quantization: str | None = (
+        None  # FP8 weights and activations: fp8 | fp8_per_tensor | fp8_per_channel | fp8_per_block
+    )
+    kv_cache_dtype: str = "auto"  # auto: that of the parameters | fp8 (e4m3) | fp8_e4m3 | fp8_e5m2
 
     def __post_init__(self) -> None:
         for name in ("prompts", "responses", "max_prompt_len", "tensor_parallel", "max_num_seqs"):
@@ -179,6 +186,9 @@ class RolloutConfig:
         _between("rollout.top_p", self.top_p, 0, 1, open_low=True)
         _between("rollout.kv_cache_gb", self.kv_cache_gb, 0, open_low=True)
         _between("rollout.gpu_memory_utilization", self.gpu_memory_utilization, 0, 1, open_low=True)
+        if self.quantization is not None:
+            _one_of("rollout.quantization", self.quantization, QUANTIZATIONS)
+        _one_of("rollout.kv_cache_dtype", self.kv_cache_dtype, KV_CACHE_DTYPES)
 
 
 @dataclass(frozen=True)
@@ -318,6 +328,7 @@ class TrainConfig:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     precision: PrecisionConfig = field(default_factory=PrecisionConfig)
+    memory: MemoryConfig = field(default_factory=MemoryConfig)
     evaluation: EvalConfig = field(default_factory=EvalConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     track: TrackConfig = field(default_factory=TrackConfig)

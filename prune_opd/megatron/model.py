@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from megatron.core.fp8_utils import HAVE_TE
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
@@ -19,11 +20,14 @@ from megatron.core.transformer.transformer_block import (
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
+from prune_opd.config import Fp8Config
+from prune_opd.errors import UserError
 from prune_opd.megatron.attention import PackedSdpaAttention
 from prune_opd.megatron.layout import ModelLayout
 from prune_opd.megatron.norm import RMSNorm, use_rms_norm
 from prune_opd.megatron.packing import PackedBatch
 from prune_opd.model_spec import ModelSpec
+from prune_opd.precision import NO_FP8, transformer_arguments
 
 
 def dtype_of(params: str) -> torch.dtype:
@@ -31,7 +35,9 @@ def dtype_of(params: str) -> torch.dtype:
     return {"fp32": torch.float32, "bf16": torch.bfloat16}[params]
 
 
-def transformer_config(spec: ModelSpec, layout: ModelLayout, dtype: torch.dtype) -> TransformerConfig:
+def transformer_config(
+    spec: ModelSpec, layout: ModelLayout, dtype: torch.dtype, fp8: Fp8Config = NO_FP8
+) -> TransformerConfig:
     """Settings with which megatron-core needs neither Transformer Engine nor apex, on the CPU and on a GPU."""
     return TransformerConfig(
         num_layers=spec.layers,
@@ -72,6 +78,7 @@ def transformer_config(spec: ModelSpec, layout: ModelLayout, dtype: torch.dtype)
         bias_activation_fusion=False,
         cuda_graph_impl="none",
         batch_p2p_sync=False,
+        **transformer_arguments(fp8),
     )
 
 
@@ -117,22 +124,33 @@ class HiddenStatesGPT(GPTModel):
         return self.output_layer.weight
 
 
-def build(model_dir: str | Path, layout: ModelLayout, dtype: torch.dtype, *, trainable: bool) -> list[HiddenStatesGPT]:
+def build(
+    model_dir: str | Path, layout: ModelLayout, dtype: torch.dtype, *, trainable: bool, fp8: Fp8Config = NO_FP8
+) -> list[HiddenStatesGPT]:
     """This rank's chunks of the model (one but for a virtual pipeline) with its shards of the directory's weights.
 
-    A teacher is built without gradients.
+    A teacher is built without gradients. `UserError` if FP8 is asked for and the layers would ignore it.
     """
     from prune_opd.weights.load import load_hf_weights
 
     spec = ModelSpec.read(model_dir)
-    config = transformer_config(spec, layout, dtype)
+    config = transformer_config(spec, layout, dtype, fp8)
     stages = range(layout.vp) if layout.vp > 1 else (None,)
     chunks = [_build_chunk(spec, config, layout, stage, dtype) for stage in stages]
+    if fp8.on:
+        _assert_fp8_layers(chunks, str(model_dir))
     load_hf_weights(chunks, model_dir)
     for chunk in chunks:
         chunk.requires_grad_(trainable)
         chunk.train(trainable)
     return chunks
+
+
+def _assert_fp8_layers(chunks: list[HiddenStatesGPT], model: str) -> None:
+    """megatron-core ignores `fp8=` without a word in layers that are not Transformer Engine's, or without that."""
+    linears = [layer.self_attention.linear_qkv for chunk in chunks for layer in chunk.decoder.layers]
+    if not HAVE_TE or any("transformer_engine" not in type(linear).__module__ for linear in linears):
+        raise UserError(f"{model}: FP8 is asked for and the layers are not Transformer Engine's: leave FP8 off")
 
 
 def _build_chunk(

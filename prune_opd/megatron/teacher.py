@@ -8,19 +8,23 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from prune_opd.config import Fp8Config
 from prune_opd.megatron.layout import Layout
 from prune_opd.megatron.model import build
 from prune_opd.megatron.packing import PackedBatch
 from prune_opd.megatron.schedule import forward
 from prune_opd.model_spec import ModelSpec
+from prune_opd.precision import NO_FP8
 
 
 class Teacher:
     """A frozen model: no gradients, no optimizer, no DDP buffers."""
 
-    def __init__(self, model_dir: str | Path, layout: Layout, dtype: torch.dtype, device: torch.device):
+    def __init__(
+        self, model_dir: str | Path, layout: Layout, dtype: torch.dtype, device: torch.device, fp8: Fp8Config = NO_FP8
+    ):
         self.layout = layout.teacher
-        self.chunks = [chunk.to(device) for chunk in build(model_dir, self.layout, dtype, trainable=False)]
+        self.chunks = [chunk.to(device) for chunk in build(model_dir, self.layout, dtype, trainable=False, fp8=fp8)]
 
     @property
     def spec(self) -> ModelSpec:

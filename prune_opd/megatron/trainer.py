@@ -16,12 +16,13 @@ from megatron.core.optimizer import get_megatron_optimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from torch import Tensor
 
-from prune_opd.config import OptimizerConfig
+from prune_opd.config import Fp8Config, OptimizerConfig
 from prune_opd.megatron.layout import Layout
 from prune_opd.megatron.model import HiddenStatesGPT, build
 from prune_opd.megatron.packing import PackedBatch
 from prune_opd.megatron.schedule import forward, forward_backward
 from prune_opd.model_spec import ModelSpec
+from prune_opd.precision import NO_FP8, ddp_arguments, optimizer_arguments
 
 # (model, batch, hidden_NH of all its tokens) -> (loss summed over its tokens, number of tokens)
 LossFunction = Callable[[HiddenStatesGPT, PackedBatch, Tensor], tuple[Tensor, int]]
@@ -50,11 +51,12 @@ class Trainer:
         layout: Layout,
         dtype: torch.dtype,
         device: torch.device,
+        fp8: Fp8Config = NO_FP8,
     ):
         self.layout, self.device = layout, device
-        self.chunks = [chunk.to(device) for chunk in build(model_dir, layout.student, dtype, trainable=True)]
+        self.chunks = [chunk.to(device) for chunk in build(model_dir, layout.student, dtype, trainable=True, fp8=fp8)]
         config = self.chunks[0].config
-        ddp_config = DistributedDataParallelConfig(grad_reduce_in_fp32=True)
+        ddp_config = DistributedDataParallelConfig(grad_reduce_in_fp32=True, **ddp_arguments(fp8))
         self.ddp = [DistributedDataParallel(config, ddp_config, chunk) for chunk in self.chunks]
         for chunk in self.ddp:
             chunk.broadcast_params()
@@ -70,6 +72,7 @@ class Trainer:
                 clip_grad=optimizer.clip_grad,
                 bf16=dtype == torch.bfloat16,
                 params_dtype=dtype,
+                **optimizer_arguments(fp8),
             ),
             self.ddp,
         )
