@@ -5,10 +5,10 @@ from __future__ import annotations
 import difflib
 from pathlib import Path
 
-from prune_opd.bench import compare_loss
+from prune_opd.bench import compare_loss, fp8_noise
 from prune_opd.errors import ConfigError
 
-BENCHMARKS = {"loss": compare_loss.run}
+BENCHMARKS = {"loss": compare_loss.run, "fp8-noise": fp8_noise.run}
 
 
 def run_benchmark(name: str, out: Path, quick: bool) -> int:
