@@ -20,6 +20,14 @@ from prune_opd.config import SftConfig, TrainConfig
 from prune_opd.data.prompts import PROCEDURAL_SOURCES
 from prune_opd.errors import ConfigError
 from prune_opd.model_spec import not_built
+from prune_opd.precision import (
+    context_problems,
+    fp8_problems,
+    memory_problems,
+    rollout_problems,
+    token_multiple,
+    token_problems,
+)
 from prune_opd.recipe import config_differences, load_config
 
 # What may differ between a run and its continuation: it changes neither the updates nor the problems of an evaluation.
@@ -43,7 +51,7 @@ def check_train(config: TrainConfig, nproc: int, run_dir: Path | None, resume: s
     problems += layout_problems(config, nproc, {model.role: model.config for model in models})
     problems += _lengths(config, models)
     problems += _candidates(config, models)
-    problems += _precision(config)
+    problems += _precision(config, nproc, models)
     problems += _sources(config)
     problems += _apex()
     if run_dir is not None:
@@ -129,6 +137,7 @@ def _read_model(role: str, directory: str) -> _Model | str:
     try:
         model = _Model(role, path, json.loads((path / "config.json").read_text(encoding="utf-8")))
         _ = (model.heads, model.kv_heads, model.positions, model.vocab_size)
+        _ = [int(model.config[name]) for name in ("hidden_size", "intermediate_size", "num_hidden_layers")]
     except (OSError, UnicodeDecodeError, AttributeError, KeyError, TypeError, ValueError) as error:
         return f"{role} = {directory!r}: its config.json is not that of a causal language model ({error!r})"
     return model
@@ -235,14 +244,21 @@ def _candidates(config: TrainConfig, models: list[_Model]) -> list[str]:
     ]
 
 
-def _precision(config: TrainConfig) -> list[str]:
-    if config.precision.fp8 is None:
-        return []
-    field = f"precision.fp8 = {config.precision.fp8!r}"
-    if not has_gpu():
-        return [f"{field} needs a CUDA GPU and there is none here: set precision.fp8=null"]
-    # megatron-core ignores fp8 silently where its layers are not Transformer Engine's, and ours are not.
-    return [f"{field} needs Transformer Engine's layers, which this version does not build: set precision.fp8=null"]
+def _precision(config: TrainConfig, nproc: int, models: list[_Model]) -> list[str]:
+    """FP8 of both models and of the rollouts (precision.py has the rules)."""
+    by_role = {model.role: model.config for model in models}
+    tensor, sequence = config.parallel.tensor_size(nproc), config.parallel.sequence_parallel
+    gpu, precision = has_gpu(), config.precision
+    fp8s = {"student": precision.student_fp8, "teacher": precision.teacher_fp8}
+    problems = [
+        problem
+        for role, fp8 in fp8s.items()
+        for problem in fp8_problems(role, fp8, by_role.get(role), tensor, sequence, gpu)
+    ]
+    problems += token_problems(config.parallel.microbatch_tokens, token_multiple(list(fp8s.values()), tensor, sequence))
+    problems += context_problems(config.parallel.context)
+    problems += memory_problems(config.memory, fp8s)
+    return problems + rollout_problems(config.rollout, precision.params, by_role.get("student"), gpu)
 
 
 # ---------------------------------------------------------------------------------------------------- data and packages

@@ -12,12 +12,13 @@ from typing import TYPE_CHECKING, Any
 import torch.distributed as dist
 
 from prune_opd import platform
-from prune_opd.config import TrainConfig, to_dict
+from prune_opd.config import MemoryConfig, TrainConfig, to_dict
 from prune_opd.data.prompts import PromptSampler, held_out, make_source
 from prune_opd.dealing import Deal, deal, packing_record
 from prune_opd.errors import UserError
 from prune_opd.eval.evaluate import Evaluator
 from prune_opd.horizon import HorizonController, make_controller
+from prune_opd.memory import MemoryPhases
 from prune_opd.recipe import save_config
 from prune_opd.rollout.batch import Rollouts
 from prune_opd.rollout.engine import RolloutEngine
@@ -56,6 +57,7 @@ class Run:
     tracker: NullTracker
     finished_steps: int = 0
     full_response_length: float | None = None  # tokens; what a response costs at the full horizon (last evaluation)
+    memory: MemoryPhases = field(default_factory=lambda: MemoryPhases(MemoryConfig()))
     _engine_has: int | None = field(default=None, repr=False)  # finished_steps of the weights that the engine holds
 
     @property
@@ -68,12 +70,14 @@ class Run:
 
         The first time the log-probabilities are compared; every time the stream compares checksums of what it moves.
         """
-        if self._engine_has == self.finished_steps:
+        self.memory.enter("sync")
+        if self._engine_has == self.finished_steps and self.engine.holds_weights:
             return
         first = self._engine_has is None
         self.engine.load(self._resharder.stream())
         self._engine_has = self.finished_steps
         if first:
+            self.memory.enter("parity")
             self._assert_logprob_parity()
 
     @cached_property
@@ -128,6 +132,7 @@ class Run:
         return None if self.full_response_length is None else responses * self.full_response_length
 
     def save_checkpoint(self) -> None:
+        self.memory.enter("checkpoint")
         rng: list[Any] = [None] * self.layout.world
         dist.all_gather_object(rng, platform.rng_state())
         state = {
@@ -154,6 +159,7 @@ class Run:
         """Leave the student as a Hugging Face directory in `hf/`."""
         from prune_opd.weights.stream import export_hf
 
+        self.memory.enter("export")
         out = self.run_dir / "hf"
         export_hf(self.trainer.chunks, self.config.student, out, write=self.layout.is_main)
         self.tracker.note(f"student: {out}")
@@ -190,6 +196,7 @@ def prepare(config: TrainConfig, run_dir: Path, resume: str) -> Run:
     from prune_opd.megatron import layout as layouts
     from prune_opd.megatron.checkpoint import Checkpoints
     from prune_opd.megatron.model import dtype_of
+    from prune_opd.megatron.offload import handlers
     from prune_opd.megatron.teacher import Teacher
     from prune_opd.megatron.trainer import Trainer
 
@@ -197,11 +204,13 @@ def prepare(config: TrainConfig, run_dir: Path, resume: str) -> Run:
     dtype = dtype_of(config.precision.params)
     tokenizer = AutoTokenizer.from_pretrained(config.student)
     source = make_source(config.data, tokenizer, config.seed, config.rollout.max_prompt_len)
-    parallel = config.parallel
-    trainer = Trainer(config.student, config.optimizer, parallel, config.steps, layout, dtype, machine.device)
-    teacher = Teacher(config.teacher, layout, dtype, machine.device, parallel.microbatch_tokens)
+    parallel, fp8s, memory = config.parallel, config.precision, config.memory
+    trainer = Trainer(
+        config.student, config.optimizer, parallel, config.steps, layout, dtype, machine.device, fp8s.student_fp8
+    )
+    teacher = Teacher(config.teacher, layout, dtype, machine.device, parallel.microbatch_tokens, fp8s.teacher_fp8)
     longest = max(config.horizon.max_len, config.evaluation.max_len or 0)
-    engine = RolloutEngine(config.student, config.rollout, longest, dtype, machine)
+    engine = RolloutEngine(config.student, config.rollout, longest, dtype, machine, sleep_level=memory.sleep_level)
     run = Run(
         config=config,
         run_dir=run_dir,
@@ -215,6 +224,11 @@ def prepare(config: TrainConfig, run_dir: Path, resume: str) -> Run:
         checkpoints=Checkpoints(run_dir / "checkpoints", config.checkpoint.keep, layout),
         evaluator=_evaluator(config, engine, tokenizer),
         tracker=NullTracker(),
+        memory=MemoryPhases(
+            memory,
+            None if machine.is_cpu else handlers(trainer, teacher, engine, machine),
+            run_dir / "memory.json" if layout.is_main else None,
+        ),
     )
     checkpoint = _checkpoint_to_resume(resume, run.checkpoints)
     if checkpoint:
@@ -223,6 +237,8 @@ def prepare(config: TrainConfig, run_dir: Path, resume: str) -> Run:
         run_dir.mkdir(parents=True, exist_ok=True)
         save_config(config, run_dir / "config.yaml")
         run.tracker = Tracker(run_dir, config, to_dict(config), run.finished_steps)
+        if memory.on and machine.is_cpu:
+            run.tracker.note("memory: a dry run on the CPU; memory.json has what a GPU would do, and nothing moves")
         if checkpoint:
             run.tracker.note(f"resumed after step {run.finished_steps} from {checkpoint}")
     return run

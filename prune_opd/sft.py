@@ -103,9 +103,8 @@ def _sharpen(trainer: Trainer, factor: float) -> None:
     trainer.optimizer.reload_model_params()
 
 
-def create_model(directory: Path, shape: ModelShape, seed: int) -> None:
+def create_model(directory: Path, shape: ModelShape, seed: int, vocab: int = len(ledger.VOCABULARY)) -> None:
     """A randomly initialised Qwen3 as a Hugging Face directory: the same weights whatever the layout that loads it."""
-    vocab = len(ledger.VOCABULARY)
     config = {
         "architectures": ["Qwen3ForCausalLM"],
         "model_type": "qwen3",

@@ -161,18 +161,6 @@ def test_more_candidates_than_words_are_refused(pair: TrainConfig, field: str) -
 # ---------------------------------------------------------------------------------------------------- machine
 
 
-def test_fp8_is_refused_without_a_gpu(pair: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(check, "has_gpu", lambda: False)
-    assert only(problems(pair, "precision.fp8=hybrid")).startswith("precision.fp8 = 'hybrid' needs a CUDA GPU")
-
-
-def test_fp8_is_refused_on_a_gpu_too_while_no_layer_computes_in_it(
-    pair: TrainConfig, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(check, "has_gpu", lambda: True)
-    assert "which this version does not build" in only(problems(pair, "precision.fp8=hybrid"))
-
-
 @pytest.mark.parametrize("hidden", ["", "-1"])
 def test_hidden_gpus_do_not_count(monkeypatch: pytest.MonkeyPatch, hidden: str) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", hidden)

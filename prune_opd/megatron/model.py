@@ -26,6 +26,7 @@ from megatron.core.transformer.transformer_layer import get_transformer_layer_of
 from torch import Tensor
 
 from prune_opd import platform
+from prune_opd.errors import UserError
 from prune_opd.megatron.attention import PackedSdpaAttention
 from prune_opd.megatron.layout import ModelLayout
 from prune_opd.megatron.norm import RMSNorm, use_rms_norm
@@ -165,7 +166,8 @@ def build(
     """This rank's chunks of the model (one but for a virtual pipeline) with its shards of the directory's weights.
 
     head: with the output matrix, if it is not the embedding's. settings: of `TransformerConfig`, beside the layout's
-    and the model's. A teacher is built without gradients.
+    and the model's. A teacher is built without gradients. `UserError` if FP8 is asked for and the layers would ignore
+    it.
     """
     from prune_opd.weights.load import load_hf_weights
 
@@ -175,6 +177,8 @@ def build(
     config = transformer_config(spec, layout, dtype, **(settings or {}))
     stages = range(layout.vp) if layout.vp > 1 else (None,)
     chunks = [_build_chunk(spec, config, layout, stage, dtype) for stage in stages]
+    if config.fp8:
+        _assert_fp8_layers(chunks, str(model_dir))
     if not head and chunks[-1].post_process:
         del chunks[-1].output_layer
     load_hf_weights(chunks, model_dir)
@@ -182,6 +186,13 @@ def build(
         chunk.requires_grad_(trainable)
         chunk.train(trainable)
     return chunks
+
+
+def _assert_fp8_layers(chunks: list[HiddenStatesGPT], model: str) -> None:
+    """megatron-core ignores `fp8=` without a word in layers that are not Transformer Engine's, or without that."""
+    linears = [layer.self_attention.linear_qkv for chunk in chunks for layer in chunk.decoder.layers]
+    if not HAVE_TE or any("transformer_engine" not in type(linear).__module__ for linear in linears):
+        raise UserError(f"{model}: FP8 is asked for and the layers are not Transformer Engine's: leave FP8 off")
 
 
 def _build_chunk(

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from prune_opd.config import Fp8Config
 from prune_opd.dealing import Deal, deal
 from prune_opd.megatron.handover import TeacherHidden, find_routes, hand_over, replica_of_row
 from prune_opd.megatron.layout import Layout
@@ -16,6 +17,7 @@ from prune_opd.megatron.model import build
 from prune_opd.megatron.packing import PackedBatch, pack_rows
 from prune_opd.megatron.schedule import forward
 from prune_opd.model_spec import ModelSpec
+from prune_opd.precision import NO_FP8, transformer_arguments
 from prune_opd.rollout.batch import Rollouts
 from prune_opd.weights.load import read_head
 
@@ -29,10 +31,17 @@ class Teacher:
     """
 
     def __init__(
-        self, model_dir: str | Path, layout: Layout, dtype: torch.dtype, device: torch.device, token_budget: int
+        self,
+        model_dir: str | Path,
+        layout: Layout,
+        dtype: torch.dtype,
+        device: torch.device,
+        token_budget: int,
+        fp8: Fp8Config = NO_FP8,
     ):
         self.layout, self.device, self.token_budget = layout, device, token_budget
-        chunks = build(model_dir, layout.teacher, dtype, trainable=False, head=False)
+        settings = transformer_arguments(fp8)
+        chunks = build(model_dir, layout.teacher, dtype, trainable=False, head=False, settings=settings)
         self.chunks = [chunk.to(device) for chunk in chunks]
         self.nothing = torch.empty(0, self.spec.hidden, dtype=dtype, device=device)
         self._head_weight = self._read_head(model_dir, dtype) if layout.student.is_last_stage else None

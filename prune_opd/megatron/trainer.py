@@ -16,13 +16,14 @@ from megatron.core.optimizer import get_megatron_optimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from torch import Tensor
 
-from prune_opd.config import OptimizerConfig, ParallelConfig
+from prune_opd.config import Fp8Config, OptimizerConfig, ParallelConfig
 from prune_opd.megatron import optimizer_state
 from prune_opd.megatron.layout import Layout
 from prune_opd.megatron.model import HiddenStatesGPT, build
 from prune_opd.megatron.packing import PackedBatch
 from prune_opd.megatron.schedule import forward, forward_backward
 from prune_opd.model_spec import ModelSpec
+from prune_opd.precision import NO_FP8, ddp_arguments, optimizer_arguments, transformer_arguments
 
 # (model, batch, hidden_NH of all its tokens) -> (loss summed over its tokens, number of tokens)
 LossFunction = Callable[[HiddenStatesGPT, PackedBatch, Tensor], tuple[Tensor, int]]
@@ -59,14 +60,17 @@ class Trainer:
         layout: Layout,
         dtype: torch.dtype,
         device: torch.device,
+        fp8: Fp8Config = NO_FP8,
     ):
         self.layout, self.device = layout, device
-        recompute = RECOMPUTE[parallel.recompute]
-        chunks = build(model_dir, layout.student, dtype, trainable=True, settings=recompute)
+        settings = {**RECOMPUTE[parallel.recompute], **transformer_arguments(fp8)}
+        chunks = build(model_dir, layout.student, dtype, trainable=True, settings=settings)
         self.chunks = [chunk.to(device) for chunk in chunks]
         config = self.chunks[0].config
         ddp_config = DistributedDataParallelConfig(
-            grad_reduce_in_fp32=True, use_distributed_optimizer=parallel.distributed_optimizer
+            grad_reduce_in_fp32=True,
+            use_distributed_optimizer=parallel.distributed_optimizer,
+            **ddp_arguments(fp8),
         )
         self.ddp = [DistributedDataParallel(config, ddp_config, chunk) for chunk in self.chunks]
         for chunk in self.ddp:
@@ -84,6 +88,7 @@ class Trainer:
                 bf16=dtype == torch.bfloat16,
                 params_dtype=dtype,
                 use_distributed_optimizer=parallel.distributed_optimizer,
+                **optimizer_arguments(fp8),
             ),
             self.ddp,
         )
