@@ -114,19 +114,25 @@ def _model(place: _Place, model: HfConfig) -> list[str]:
 
 
 def _experts(place: _Place, model: HfConfig, nproc: int) -> list[str]:
-    """A layer's experts are shared out over data-parallel replicas."""
+    """A layer's experts are shared out whole over neighbouring TP and data-parallel ranks of a stage."""
     experts, expert, field = int(model.get("num_experts") or 0), place.expert, place.expert_field
     if expert == 1:
         return []
     setting = field.partition(" ")[0]
     if not experts:
         return [f"{field} needs experts, and the {place.role} has none: set {setting}=1"]
-    replicas = max(nproc // (place.tensor * place.pipeline), 1)
-    return [
+    ranks = max(nproc // place.pipeline, 1)
+    problems = [
         f"{field} does not divide the {count} {name} of the {place.role}: choose one of {divisors(count)}"
-        for name, count in (("experts", experts), ("replicas (they share the experts)", replicas))
+        for name, count in (("experts", experts), ("ranks of a stage", ranks))
         if count % expert
     ]
+    if expert % place.tensor:
+        problems.append(
+            f"{field} is no multiple of {place.tensor_field}, so the ranks that hold all experts would not hold all of"
+            f" the rest of the {place.role}: choose a multiple"
+        )
+    return problems
 
 
 def _student(parallel: ParallelConfig, place: _Place, model: HfConfig) -> list[str]:
