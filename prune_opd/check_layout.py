@@ -74,7 +74,7 @@ def _expert(parallel: ParallelConfig, name: str) -> tuple[int, str]:
 def _ranks(parallel: ParallelConfig, places: tuple[_Place, _Place], nproc: int) -> list[str]:
     """A replica takes tensor * pipeline (* context) ranks, and the job must be made of whole replicas."""
     problems = []
-    for place in dict.fromkeys(places):
+    for place in places:
         context = parallel.context if place.role == "student" else 1
         size = place.tensor * place.pipeline * context
         if nproc % size == 0:
@@ -83,12 +83,11 @@ def _ranks(parallel: ParallelConfig, places: tuple[_Place, _Place], nproc: int) 
             problem = f"{place.tensor_field} does not divide the {nproc} ranks: choose one of {divisors(nproc)}"
         else:
             problem = (
-                f"{place.tensor_field} with {place.pipeline_field} puts a copy of the {place.role} on {size} ranks,"
-                f" which does not divide the {nproc} ranks: choose sizes with a product of {divisors(nproc)}"
+                f"{place.tensor_field} with {place.pipeline_field} puts a model on {size} ranks, which does not divide"
+                f" the {nproc} ranks: choose sizes with a product of {divisors(nproc)}"
             )
-        if problem not in problems:
-            problems.append(f"{problem}, or another --nproc")
-    return list(dict.fromkeys(problems))
+        problems.append(f"{problem}, or another --nproc")
+    return list(dict.fromkeys(problems))  # a teacher that lies as the student does is no second problem
 
 
 def _model(place: _Place, model: HfConfig) -> list[str]:
