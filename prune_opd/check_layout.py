@@ -74,7 +74,7 @@ def _expert(parallel: ParallelConfig, name: str) -> tuple[int, str]:
 def _ranks(parallel: ParallelConfig, places: tuple[_Place, _Place], nproc: int) -> list[str]:
     """A replica takes tensor * pipeline (* context) ranks, and the job must be made of whole replicas."""
     problems = []
-    for place in dict.fromkeys(places):
+    for place in places:
         context = parallel.context if place.role == "student" else 1
         size = place.tensor * place.pipeline * context
         if nproc % size == 0:
@@ -83,12 +83,11 @@ def _ranks(parallel: ParallelConfig, places: tuple[_Place, _Place], nproc: int) 
             problem = f"{place.tensor_field} does not divide the {nproc} ranks: choose one of {divisors(nproc)}"
         else:
             problem = (
-                f"{place.tensor_field} with {place.pipeline_field} puts a copy of the {place.role} on {size} ranks,"
-                f" which does not divide the {nproc} ranks: choose sizes with a product of {divisors(nproc)}"
+                f"{place.tensor_field} with {place.pipeline_field} puts a model on {size} ranks, which does not divide"
+                f" the {nproc} ranks: choose sizes with a product of {divisors(nproc)}"
             )
-        if problem not in problems:
-            problems.append(f"{problem}, or another --nproc")
-    return list(dict.fromkeys(problems))
+        problems.append(f"{problem}, or another --nproc")
+    return list(dict.fromkeys(problems))  # a teacher that lies as the student does is no second problem
 
 
 def _model(place: _Place, model: HfConfig) -> list[str]:
@@ -114,19 +113,25 @@ def _model(place: _Place, model: HfConfig) -> list[str]:
 
 
 def _experts(place: _Place, model: HfConfig, nproc: int) -> list[str]:
-    """A layer's experts are shared out over data-parallel replicas."""
+    """A layer's experts are shared out whole over neighbouring TP and data-parallel ranks of a stage."""
     experts, expert, field = int(model.get("num_experts") or 0), place.expert, place.expert_field
     if expert == 1:
         return []
     setting = field.partition(" ")[0]
     if not experts:
         return [f"{field} needs experts, and the {place.role} has none: set {setting}=1"]
-    replicas = max(nproc // (place.tensor * place.pipeline), 1)
-    return [
+    ranks = max(nproc // place.pipeline, 1)
+    problems = [
         f"{field} does not divide the {count} {name} of the {place.role}: choose one of {divisors(count)}"
-        for name, count in (("experts", experts), ("replicas (they share the experts)", replicas))
+        for name, count in (("experts", experts), ("ranks of a stage", ranks))
         if count % expert
     ]
+    if expert % place.tensor:
+        problems.append(
+            f"{field} is no multiple of {place.tensor_field}, so the ranks that hold all experts would not hold all of"
+            f" the rest of the {place.role}: choose a multiple"
+        )
+    return problems
 
 
 def _student(parallel: ParallelConfig, place: _Place, model: HfConfig) -> list[str]:

@@ -20,7 +20,11 @@ from prune_opd.platform import Platform
 
 @dataclass(frozen=True)
 class ModelLayout:
-    """Where one model lies. `groups` is megatron's ProcessGroupCollection; vp counts chunks of layers per stage."""
+    """Where one model lies. `groups` is megatron's ProcessGroupCollection; vp counts chunks of layers per stage.
+
+    An expert is never cut: the ep ranks that share a layer's experts are neighbours among the TP and data-parallel
+    ranks of a stage. (Cut experts need all-gathers of unequal parts, which gloo does not have.)
+    """
 
     tp: int
     pp: int
@@ -131,6 +135,7 @@ def arrange(parallel: ParallelConfig, seed: int) -> Layout:
         virtual_pipeline_model_parallel_size=parallel.virtual_pipeline if parallel.virtual_pipeline > 1 else None,
         context_parallel_size=parallel.context,
         expert_model_parallel_size=parallel.expert,
+        expert_tensor_parallel_size=1,
         distributed_timeout_minutes=max(1, int(parallel.timeout_minutes)),
     )
     torch.manual_seed(seed)
@@ -164,19 +169,21 @@ def _own_groups(tp: int, pp: int, ep: int, timeout_minutes: float) -> Any:
     from megatron.core.hyper_comm_grid import HyperCommGrid
     from megatron.core.process_groups_config import ProcessGroupCollection
 
-    replicas = dist.get_world_size() // (tp * pp)
-    grid = HyperCommGrid([tp, 1, ep, replicas // ep, pp], ["tp", "cp", "ep", "expt_dp", "pp"])
-    timeout = timedelta(minutes=timeout_minutes)
+    per_stage, timeout = dist.get_world_size() // pp, timedelta(minutes=timeout_minutes)
+    grid = HyperCommGrid([tp, 1, per_stage // tp, pp], ["tp", "cp", "dp", "pp"])
+    of_experts = HyperCommGrid([1, ep, per_stage // ep, pp], ["tp", "ep", "dp", "pp"])
 
-    def group(*dims: str) -> Any:
+    def group(grid: Any, *dims: str) -> Any:
         return grid.create_pg(list(dims), timeout=timeout)
 
     groups = ProcessGroupCollection()
-    groups.tp, groups.cp, groups.pp, groups.ep = group("tp"), group("cp"), group("pp"), group("ep")
-    groups.dp = groups.dp_cp = group("cp", "ep", "expt_dp")
-    groups.mp, groups.tp_cp, groups.tp_dp_cp = group("tp", "pp"), group("tp", "cp"), group("tp", "cp", "ep", "expt_dp")
-    groups.expt_tp, groups.expt_dp = groups.tp, group("expt_dp")
-    groups.tp_ep, groups.tp_ep_pp = group("tp", "ep"), group("tp", "ep", "pp")
+    groups.tp, groups.cp, groups.pp, groups.dp = (group(grid, dim) for dim in ("tp", "cp", "pp", "dp"))
+    groups.dp_cp = groups.dp
+    groups.mp, groups.tp_cp, groups.tp_dp_cp = (
+        group(grid, *dims) for dims in (("tp", "pp"), ("tp", "cp"), ("tp", "cp", "dp"))
+    )
+    groups.expt_tp, groups.ep, groups.expt_dp = (group(of_experts, dim) for dim in ("tp", "ep", "dp"))
+    groups.tp_ep, groups.tp_ep_pp = group(of_experts, "tp", "ep"), group(of_experts, "tp", "ep", "pp")
     groups.embd = groups.pos_embd = None
     for ranks in grid.get_rank_enum("pp"):
         ends = dist.new_group(sorted({ranks[0], ranks[-1]}), timeout=timeout)  # tied embeddings start out equal

@@ -104,11 +104,13 @@ def train_step(run: Any, rollouts: Rollouts) -> dict[str, Any]:
     """`loop.step` from the teacher pass to the controller; what metrics.jsonl would say."""
     from prune_opd.loop import gated_loss
 
-    deals = run.deals(rollouts)
-    (batches,) = run.minibatches(rollouts)
+    minibatches = run.minibatches(rollouts)
+    batches = [batch for minibatch in minibatches for batch in minibatch]
     stats = run.new_stats(len(rollouts.responses))
-    loss = gated_loss(run, run.teacher.hidden(rollouts, deals), stats)
-    result = run.trainer.step(batches, loss)
+    loss = gated_loss(run, run.teacher.hidden(rollouts, run.deals(rollouts)), stats, updates=len(minibatches))
+    if len(minibatches) > 1:
+        run.trainer.look(batches, loss)
+    result = run.trainer.step_through(minibatches, loss)
     stats.reduce(run.layout.counts)
     run.controller.update(stats.reliable_length_B, rollouts.length_B, rollouts.finished_B)
     run.finished_steps += 1

@@ -2,12 +2,13 @@
 
     torchrun … worker_layout_matrix.py MODELS OUT
 
-On one rank: the reference; leaves its student in OUT/hf. On more: every case of that world size, against it. Writes
-OUT/<ranks>.json from rank 0: {case: [results of each rank]}.
+On one rank: the references, each of which leaves its student in OUT/<reference>. On more: every case of that world
+size, against its reference. Writes OUT/<ranks>.json from rank 0: {case: [results of each rank]}.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import json
 import sys
@@ -21,9 +22,10 @@ import torch.distributed as dist
 from prune_opd import platform
 from prune_opd.config import ParallelConfig
 from prune_opd.rollout.batch import Response, Rollouts
-from tests.distributed.tiny_run import build_run, made_up_rollouts, train_config, train_step
+from tests.distributed.tiny_run import OPTIMIZER, build_run, made_up_rollouts, train_config, train_step
 
 STEPS = 3
+UPDATES = 3
 BUDGET = 48  # tokens: several micro-batches on every rank
 STUDENT: dict[int, dict[str, dict[str, Any]]] = {  # by number of ranks
     2: {
@@ -49,6 +51,16 @@ MORE: dict[int, dict[str, dict[str, Any]]] = {
     2: {
         "PP2 recompute full": {"tensor": 1, "pipeline": 2, "recompute": "full"},
         "TP2+SP recompute selective": {"tensor": 2, "sequence_parallel": True, "recompute": "selective"},
+        "3 updates PP2 | TP2": {"tensor": 1, "pipeline": 2, "teacher_tensor": 2, "teacher_pipeline": 1},
+        "3 updates PP2xVPP2 | PP2": {"tensor": 1, "pipeline": 2, "virtual_pipeline": 2},
+        "moe EP2 | TP1": {"tensor": 1, "expert": 2},
+        "moe EP2+dist-opt | EP2": {"tensor": 1, "expert": 2, "distributed_optimizer": True, "teacher_expert": 2},
+        "moe PP2 | EP2": {
+            "tensor": 1,
+            "pipeline": 2,
+            "teacher_pipeline": 1,
+            "teacher_expert": 2,
+        },
     },
     4: {
         "TP2xPP2xVPP2+SP | TP2xPP2": {
@@ -56,6 +68,19 @@ MORE: dict[int, dict[str, dict[str, Any]]] = {
             "pipeline": 2,
             "virtual_pipeline": 2,
             "sequence_parallel": True,
+        },
+        "moe TP2+SPxEP2 | PP2": {
+            "tensor": 2,
+            "expert": 2,
+            "sequence_parallel": True,
+            "teacher_tensor": 1,
+            "teacher_pipeline": 2,
+        },
+        "moe TP2+SPxEP4 | TP2xEP2": {
+            "tensor": 2,
+            "expert": 4,
+            "sequence_parallel": True,
+            "teacher_expert": 2,
         },
         "PP2xDP2+dist-opt | TP2xPP2": {
             "tensor": 1,
@@ -77,6 +102,15 @@ def cases(ranks: int) -> dict[str, dict[str, Any]]:
     return matrix | MORE[ranks]
 
 
+# What the cases are compared with: which models, and updates per batch of rollouts.
+REFERENCES = {"dense": ("dense", 1), "3 updates": ("dense", UPDATES), "moe": ("moe", 1)}
+
+
+def reference_of(case: str) -> str:
+    """By how the case's name begins."""
+    return next((name for name in REFERENCES if case.startswith(name)), "dense")
+
+
 def step(run: Any, number: int) -> dict[str, Any]:
     """One step on responses that end where the horizon is: what the controller decides shows in the next loss."""
     drawn, horizon = made_up_rollouts(number), run.controller.horizon
@@ -89,15 +123,13 @@ def farthest_from_reference(run: Any, reference: Path) -> float:
     from prune_opd.weights.load import SafetensorsDirectory, _read
     from prune_opd.weights.mapping import entries, local_parameters
 
-    local, files, tp = (
-        local_parameters(run.trainer.chunks),
-        SafetensorsDirectory(reference),
-        run.layout.student.groups.tp,
-    )
+    local, files = local_parameters(run.trainer.chunks), SafetensorsDirectory(reference)
+    groups = run.layout.student.groups
     farthest = 0.0
     for entry in entries(run.trainer.spec):
         if entry.megatron in local:
-            expected = _read(entry, run.trainer.spec, files, tp.rank(), tp.size())
+            over = groups.tp if entry.expert is None else groups.expt_tp
+            expected = _read(entry, run.trainer.spec, files, over.rank(), over.size())
             farthest = max(farthest, (local[entry.megatron].detach() - expected).abs().max().item())
     return farthest
 
@@ -116,12 +148,17 @@ def teacher_extras(run: Any) -> list[str]:
     return extras
 
 
-def train(models: Path, out: Path, layout: Any, parallel: ParallelConfig) -> tuple[Any, dict[str, Any]]:
+def train(models: Path, out: Path, reference: str, layout: Any, parallel: ParallelConfig) -> tuple[Any, dict[str, Any]]:
+    from prune_opd.megatron.logprobs import sampled_logprobs
+
     started = time.perf_counter()
-    run = build_run(train_config(models, 1, parallel=parallel), layout, out)
+    pair, updates = REFERENCES[reference]
+    optimizer = dataclasses.replace(OPTIMIZER, updates_per_batch=updates)
+    run = build_run(train_config(models / pair, 1, parallel=parallel, optimizer=optimizer), layout, out)
     steps = [step(run, number) for number in range(1, STEPS + 1)]
     return run, {
         "steps": steps,
+        "logprobs": sampled_logprobs(run.trainer.chunks, made_up_rollouts(0), layout, run.machine.device),
         "teacher_extras": teacher_extras(run),
         "teacher_head_rows": None if run.teacher._head_weight is None else len(run.teacher._head_weight),
         "seconds": time.perf_counter() - started,
@@ -133,18 +170,20 @@ def main(models: Path, out: Path) -> None:
     from prune_opd.megatron import layout as layouts
     from prune_opd.weights.stream import export_hf
 
-    reference = ParallelConfig(tensor=1, microbatch_tokens=BUDGET)
-    layout = layouts.initialize(reference, machine, seed=0)
+    alone = ParallelConfig(tensor=1, microbatch_tokens=BUDGET)
+    layout = layouts.initialize(alone, machine, seed=0)
     results: dict[str, list[Any]] = {}
     if layout.world == 1:
-        run, result = train(models, out, layout, reference)
-        export_hf(run.trainer.chunks, models / "student", out / "hf", write=True)
-        results["reference"] = [result]
+        for reference, (pair, _) in REFERENCES.items():
+            run, result = train(models, out, reference, layout, alone)
+            export_hf(run.trainer.chunks, models / pair / "student", out / reference, write=True)
+            results[reference] = [result]
     else:
         for case, settings in cases(layout.world).items():
             parallel = ParallelConfig(microbatch_tokens=BUDGET, **settings)
-            run, result = train(models, out, layouts.arrange(parallel, seed=0), parallel)
-            result["parameters"] = farthest_from_reference(run, out / "hf")
+            reference = reference_of(case)
+            run, result = train(models, out, reference, layouts.arrange(parallel, seed=0), parallel)
+            result["parameters"] = farthest_from_reference(run, out / reference)
             del run
             gc.collect()
             everyone: list[Any] = [None] * layout.world
