@@ -7,33 +7,20 @@ several parts at once (does TP divide the heads? do the tokenizers agree?) is in
 from __future__ import annotations
 
 import dataclasses
-import math
 from dataclasses import dataclass, field
 from typing import Any
 
+from prune_opd.config_checks import between as _between
+from prune_opd.config_checks import one_of as _one_of
+from prune_opd.config_checks import required as _required
+from prune_opd.config_memory import MemoryConfig as MemoryConfig
+from prune_opd.config_precision import KV_CACHE_DTYPES, QUANTIZATIONS
+from prune_opd.config_precision import Fp8Config as Fp8Config
+from prune_opd.config_precision import PrecisionConfig as PrecisionConfig
+from prune_opd.config_sft import CorpusConfig as CorpusConfig
+from prune_opd.config_sft import ModelShape as ModelShape
+from prune_opd.config_sft import SftStage as SftStage
 from prune_opd.errors import ConfigError
-
-
-def _one_of(name: str, value: Any, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise ConfigError(f"{name} = {value!r} is not known: choose one of {', '.join(choices)}")
-
-
-def _between(
-    name: str, value: float, low: float, high: float = math.inf, *, open_low: bool = False, open_high: bool = False
-) -> None:
-    inside = (low < value if open_low else low <= value) and (value < high if open_high else value <= high)
-    if not inside or math.isnan(value):
-        bound = f"{'above' if open_low else 'at least'} {low:g}"
-        if high != math.inf:
-            bound += f" and {'below' if open_high else 'at most'} {high:g}"
-        raise ConfigError(f"{name} = {value!r} is out of range: give a number {bound}")
-
-
-def _required(name: str, value: Any, why: str) -> None:
-    if value is None:
-        raise ConfigError(f"{name} is not set: {why}")
-
 
 # ---------------------------------------------------------------------------------------------------- the method
 
@@ -187,14 +174,23 @@ class RolloutConfig:
     kv_cache_gb: float = 1.0  # CPU only: a GPU takes gpu_memory_utilization
     gpu_memory_utilization: float = 0.5
     max_num_seqs: int = 256
+    bucket_mb: float = 512  # of weights on their way from the trainer; two buckets exist at a time
+    quantization: str | None = (
+        None  # FP8 weights and activations: fp8 | fp8_per_tensor | fp8_per_channel | fp8_per_block
+    )
+    kv_cache_dtype: str = "auto"  # auto: that of the parameters | fp8 (e4m3) | fp8_e4m3 | fp8_e5m2
 
     def __post_init__(self) -> None:
         for name in ("prompts", "responses", "max_prompt_len", "tensor_parallel", "max_num_seqs"):
             _between(f"rollout.{name}", getattr(self, name), 1)
+        _between("rollout.bucket_mb", self.bucket_mb, 0, open_low=True)
         _between("rollout.temperature", self.temperature, 0, open_low=True)
         _between("rollout.top_p", self.top_p, 0, 1, open_low=True)
         _between("rollout.kv_cache_gb", self.kv_cache_gb, 0, open_low=True)
         _between("rollout.gpu_memory_utilization", self.gpu_memory_utilization, 0, 1, open_low=True)
+        if self.quantization is not None:
+            _one_of("rollout.quantization", self.quantization, QUANTIZATIONS)
+        _one_of("rollout.kv_cache_dtype", self.kv_cache_dtype, KV_CACHE_DTYPES)
 
 
 @dataclass(frozen=True)
@@ -247,20 +243,30 @@ class ParallelConfig:
     """
 
     nproc: int = 2  # ranks that `prune-opd` starts on this node when it is not already under torchrun
-    tensor: int | None = None  # TP; None: all ranks that the pipeline and the experts leave
+    tensor: int | None = None  # TP; None: all ranks that pipeline and experts leave
     pipeline: int = 1  # stages
     virtual_pipeline: int = 1  # chunks of layers per stage (interleaved schedule)
     expert: int = 1  # ranks that share a layer's experts (MoE)
-    context: int = 1  # Transformer Engine only
-    sequence_parallel: bool = False  # norms and residuals cut along the tokens over the TP group
+    context: int = 1  # ranks that share a sequence
+    sequence_parallel: bool = False  # residuals and norms cut along the tokens over the TP ranks
+    distributed_optimizer: bool = False  # master weights and Adam's moments cut over the data-parallel ranks
+    recompute: str = "none"  # activations made again in the backward pass: selective (attention) | full (every layer)
+    teacher_tensor: int | None = None  # the teacher's own TP; None: as the student
+    teacher_pipeline: int | None = None  # likewise; it has no virtual pipeline and no sequence parallelism
+    teacher_expert: int = 1
     microbatch_tokens: int = 16384  # token budget of one packed micro-batch (prompt + response)
+    loss_chunk_tokens: int = 1024  # tokens whose logits, of both models, are alive at a time in the loss
     timeout_minutes: float = 10.0  # of every collective: a rank that stops answering ends the run
 
     def __post_init__(self) -> None:
-        for name in ("nproc", "pipeline", "virtual_pipeline", "expert", "context", "microbatch_tokens"):
+        for name in ("nproc", "pipeline", "virtual_pipeline", "expert", "context", "teacher_expert"):
             _between(f"parallel.{name}", getattr(self, name), 1)
-        if self.tensor is not None:
-            _between("parallel.tensor", self.tensor, 1)
+        for name in ("tensor", "teacher_tensor", "teacher_pipeline"):
+            if getattr(self, name) is not None:
+                _between(f"parallel.{name}", getattr(self, name), 1)
+        _one_of("parallel.recompute", self.recompute, ("none", "selective", "full"))
+        _between("parallel.microbatch_tokens", self.microbatch_tokens, 1)
+        _between("parallel.loss_chunk_tokens", self.loss_chunk_tokens, 1)
         _between("parallel.timeout_minutes", self.timeout_minutes, 0, open_low=True)
         if self.virtual_pipeline > 1 and self.pipeline == 1:
             raise ConfigError(
@@ -270,17 +276,6 @@ class ParallelConfig:
 
     def tensor_size(self, world_size: int) -> int:
         return self.tensor or max(world_size // (self.pipeline * self.expert * self.context), 1)
-
-
-@dataclass(frozen=True)
-class PrecisionConfig:
-    params: str = "bf16"  # bf16 | fp32; the optimizer's master weights are always fp32
-    fp8: str | None = None  # Transformer Engine on H100 only
-
-    def __post_init__(self) -> None:
-        _one_of("precision.params", self.params, ("bf16", "fp32"))
-        if self.fp8 is not None:
-            _one_of("precision.fp8", self.fp8, ("e4m3", "hybrid"))
 
 
 @dataclass(frozen=True)
@@ -345,6 +340,7 @@ class TrainConfig:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     precision: PrecisionConfig = field(default_factory=PrecisionConfig)
+    memory: MemoryConfig = field(default_factory=MemoryConfig)
     evaluation: EvalConfig = field(default_factory=EvalConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     track: TrackConfig = field(default_factory=TrackConfig)
@@ -365,46 +361,6 @@ class TrainConfig:
 
 
 # -------------------------------------------------------------------------------------------- supervised training
-
-
-@dataclass(frozen=True)
-class ModelShape:
-    """A Qwen3 model made from nothing. head_dim 32 is the least that vLLM's CPU attention takes."""
-
-    layers: int = 4
-    hidden: int = 128
-    heads: int = 4
-    kv_heads: int = 2
-    head_dim: int = 32
-    ffn: int = 256
-    max_positions: int = 1024
-    rope_theta: float = 10000.0
-    init_std_scale: float = 1.0
-
-
-@dataclass(frozen=True)
-class CorpusConfig:
-    """Worked ledger solutions: lengths, and what is wrong with them (all rates per booking, 0..1)."""
-
-    min_steps: int = 12
-    max_steps: int = 40
-    reverse: float = 0.0  # share of solutions that go through the labels from last to first
-    slip: float = 0.0  # wrong label or wrong delta, and the text goes on from there
-    slip_result: float = 0.0  # wrong running total
-    carry_bug: float = 0.0  # at a tens boundary the old tens digit stays: the student's systematic error
-
-
-@dataclass(frozen=True)
-class SftStage:
-    steps: int
-    batch: int
-    lr: float
-    corpus: CorpusConfig
-    warmup_steps: int = 5
-    schedule: str = "cosine"
-    final_lr: float = 0.05  # share of lr
-    sharpen: float = 1.0  # factor on the final norm's gain before the stage: sharper logits
-    seed: int = 0
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from prune_opd import platform
 from prune_opd.config import TrainConfig
 from prune_opd.gated_loss import gated_loss
 from prune_opd.setup import Run, prepare
@@ -40,7 +39,7 @@ def train(config: TrainConfig, run_dir: Path, resume: str) -> int:
 
 def step(run: Run) -> None:
     """One step of the method: sync → rollout → teacher → train → controller → log."""
-    config, clock, number = run.config, PhaseClock(run.machine), run.finished_steps + 1
+    config, clock, number = run.config, PhaseClock(run), run.finished_steps + 1
     horizon = run.controller.horizon
     with clock("sync"):
         run.sync_weights()
@@ -58,10 +57,10 @@ def step(run: Run) -> None:
     minibatches = run.minibatches(rollouts)
     batches = [batch for minibatch in minibatches for batch in minibatch]
     with clock("teacher"):
-        teacher_hidden = run.teacher.hidden(batches)
+        teacher_hidden = run.teacher.hidden(rollouts, run.deals(rollouts))
     with clock("train"):
         stats = run.new_stats(len(rollouts.responses))
-        loss = gated_loss(run, batches, teacher_hidden, stats, updates=len(minibatches))
+        loss = gated_loss(run, teacher_hidden, stats, updates=len(minibatches))
         if len(minibatches) > 1:
             run.trainer.look(batches, loss)  # at the policy that sampled the batch, before it moves
         result = run.trainer.step_through(minibatches, loss)
@@ -94,21 +93,23 @@ def evaluate(run: Run) -> None:
     if run.evaluator is None:
         return
     run.sync_weights()
+    run.memory.enter("evaluation")
     record = run.evaluator.record(run.finished_steps)
     run.full_response_length = record["eval_response_length"]
     run.tracker.evaluation(record)
 
 
 class PhaseClock:
-    """Seconds by phase, device work included."""
+    """Seconds by phase, device work included, and with what the phase brings to the device or takes from it."""
 
-    def __init__(self, machine: platform.Platform):
-        self.machine, self.started = machine, time.perf_counter()
+    def __init__(self, run: Run):
+        self.machine, self.memory, self.started = run.machine, run.memory, time.perf_counter()
         self.seconds: dict[str, float] = {}
 
     @contextmanager
     def __call__(self, phase: str) -> Iterator[None]:
         begin = time.perf_counter()
+        self.memory.enter(phase)
         yield
         self.machine.synchronize()
         self.seconds[f"time_{phase}"] = time.perf_counter() - begin

@@ -72,7 +72,7 @@ def _run_stage(
         beta2=config.beta2,
         weight_decay=config.weight_decay,
     )
-    trainer = Trainer(source, optimizer, stage.steps, layout, torch.float32, machine.device)
+    trainer = Trainer(source, optimizer, config.parallel, stage.steps, layout, torch.float32, machine.device)
     if stage.sharpen != 1.0:
         _sharpen(trainer, stage.sharpen)
     for step in range(stage.steps):
@@ -103,9 +103,8 @@ def _sharpen(trainer: Trainer, factor: float) -> None:
     trainer.optimizer.reload_model_params()
 
 
-def create_model(directory: Path, shape: ModelShape, seed: int) -> None:
+def create_model(directory: Path, shape: ModelShape, seed: int, vocab: int = len(ledger.VOCABULARY)) -> None:
     """A randomly initialised Qwen3 as a Hugging Face directory: the same weights whatever the layout that loads it."""
-    vocab = len(ledger.VOCABULARY)
     config = {
         "architectures": ["Qwen3ForCausalLM"],
         "model_type": "qwen3",

@@ -30,6 +30,9 @@ def write_model(directory: Path, words: dict[str, Any] | None = None, **changes:
     """A model directory; `changes` replace settings of its config.json, `words` its tokenizer.json."""
     settings = {
         "model_type": "qwen3",
+        "num_hidden_layers": 4,
+        "hidden_size": 64,
+        "intermediate_size": 96,
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
         "max_position_embeddings": 512,

@@ -24,6 +24,7 @@ import atexit, os, sys
 HEAVY = {"torch", "megatron", "vllm", "transformers"}
 atexit.register(lambda: open(os.environ["IMPORTED"], "a").write("done " + " ".join(HEAVY & sys.modules.keys()) + "\\n"))
 """
+FP8 = "precision.student_fp8.format"
 RECIPE = """
 from prune_opd.recipe import load_config
 from pathlib import Path
@@ -139,7 +140,11 @@ def test_a_recipe_of_the_other_kind(place: Workplace) -> None:
     [
         (["data.source=missing.jsonl"], "data.source = 'missing.jsonl': there is no such file", "give the path of a"),
         (["horizon.max_len=1000"], "rollout.max_prompt_len + horizon.max_len = 64 + 1000", "to at most 448"),
-        (["precision.fp8=hybrid"], "precision.fp8 = 'hybrid' needs a CUDA GPU", "set precision.fp8=null"),
+        (
+            ["precision.params=bf16", f"{FP8}=hybrid"],
+            f"{FP8} = 'hybrid' needs a CUDA GPU",
+            f"set {FP8}=null",
+        ),
         (["--nproc", "3"], "parallel.tensor = 3 (null: all ranks) does not divide the 4 ", "choose one of 1, 2, 4"),
         (["gate.k=33"], "gate.k = 33 is above the 32 words", "set at most 32"),
         (["--resume", "nowhere"], "--resume nowhere: there is no such checkpoint", "or auto, or never"),
@@ -182,9 +187,10 @@ def test_never_resume_over_checkpoints(place: Workplace) -> None:
 
 
 def test_each_problem_has_its_line(place: Workplace) -> None:
-    answer = place.refuse("train", place.recipe, "precision.fp8=e4m3", "data.source=ledgre")
+    answer = place.refuse("train", place.recipe, "rollout.quantization=fp8", "data.source=ledgre")
     assert [line.split(" = ")[0] for line in answer.stderr.splitlines()] == [
-        "error: precision.fp8",
+        "error: rollout.quantization",
+        "error: rollout.quantization",
         "error: data.source",
     ]
 
@@ -193,9 +199,9 @@ def test_each_problem_has_its_line(place: Workplace) -> None:
 
 
 def test_check_prints_the_problems_or_ok(place: Workplace) -> None:
-    answer = place.refuse("check", place.recipe, "precision.fp8=e4m3")
+    answer = place.refuse("check", place.recipe, "precision.params=bf16", f"{FP8}=e4m3")
     assert (answer.code, answer.stderr) == (1, "")
-    assert answer.stdout.startswith("precision.fp8 = 'e4m3' needs a CUDA GPU") and answer.stdout.count("\n") == 1
+    assert answer.stdout.startswith(f"{FP8} = 'e4m3' needs a CUDA GPU") and answer.stdout.count("\n") == 1
     good = place.run("check", place.recipe)
     assert (good.code, good.stdout, good.stderr) == (0, "ok\n", "")
 

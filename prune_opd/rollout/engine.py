@@ -18,6 +18,7 @@ from torch import Tensor
 from prune_opd.config import RolloutConfig
 from prune_opd.data.prompts import Prompt
 from prune_opd.platform import Platform, untouched_rng
+from prune_opd.precision import rollout_arguments
 from prune_opd.rollout.batch import Response, Rollouts
 
 # Read when vllm is imported. One process a rank (no engine subprocess), no telemetry, no hub; the V1 model runner on
@@ -42,11 +43,20 @@ class RolloutEngine:
     """One vLLM engine per `rollout.tensor_parallel` ranks (vLLM's external launcher, inside torchrun)."""
 
     def __init__(
-        self, model_dir: str, rollout: RolloutConfig, max_response: int, dtype: torch.dtype, machine: Platform
+        self,
+        model_dir: str,
+        rollout: RolloutConfig,
+        max_response: int,
+        dtype: torch.dtype,
+        machine: Platform,
+        *,
+        sleep_level: int = 0,
     ):
         for name, value in ENVIRONMENT.items():
             os.environ.setdefault(name, value)
         self.machine = machine
+        self.holds_weights = True  # it starts with those of `model_dir`
+        self.sleep_level = 0 if machine.is_cpu else sleep_level  # vLLM's CPU build has no sleep
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
         self.engines = self.world // rollout.tensor_parallel
         self.engine_index = self.rank // rollout.tensor_parallel
@@ -67,6 +77,7 @@ class RolloutEngine:
                 seed=0,
                 disable_log_stats=True,
                 use_tqdm_on_load=False,
+                **rollout_arguments(rollout),
                 **self._platform_settings(rollout, max_model_len),
             )
         torch.set_num_threads = set_num_threads  # vLLM replaces it with one that refuses
@@ -80,15 +91,33 @@ class RolloutEngine:
                 "enable_chunked_prefill": False,
                 "max_num_batched_tokens": max(8192, max_model_len),
             }
-        return {"gpu_memory_utilization": rollout.gpu_memory_utilization}
+        return {
+            "gpu_memory_utilization": rollout.gpu_memory_utilization,
+            "enable_sleep_mode": self.sleep_level > 0,
+        }
 
     def load(self, weights: Iterable[tuple[str, Tensor]]) -> None:
         """Replace the engine's weights. Collective: every rank draws the stream to its end."""
         with untouched_rng():
+            if self.machine.is_cpu:
+                self.llm.collective_rpc(_unpack_experts)
             self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(weights)})
             if self.machine.is_cpu:
                 self.llm.collective_rpc(_repack_tied_head)
+        self.holds_weights = True
         self.llm.reset_prefix_cache()  # cached prefixes belong to the old weights
+
+    def sleep(self) -> None:
+        """Give the device memory back: KV cache and weights, which level 1 keeps in host memory and level 2 does not.
+
+        After level 2 the engine must be loaded again before it generates: `holds_weights` is False until then.
+        """
+        self.holds_weights = self.sleep_level < 2
+        self.llm.sleep(level=self.sleep_level)
+
+    def wake_up(self, tags: Sequence[str]) -> None:
+        """Take memory for `weights`, `kv_cache` or both. The engine generates again once it has both."""
+        self.llm.wake_up(tags=list(tags))
 
     def generate(
         self,
@@ -156,6 +185,19 @@ def _response(completion: Any, logprobs: bool) -> Response:
     if logprobs:
         chosen = tuple(at[token].logprob for at, token in zip(completion.logprobs, ids, strict=True))
     return Response(ids, completion.finish_reason == "stop", chosen)
+
+
+def _unpack_experts(worker: Any) -> None:
+    """vLLM's CPU path packs experts only while it has no kernel for them: a reload would leave them unpacked.
+
+    Without its kernel each layer builds one anew as it is reloaded, and packs.
+    """
+    from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import UnquantizedFusedMoEMethod
+
+    for module in worker.model_runner.get_model().modules():
+        method = getattr(module, "quant_method", None)
+        if isinstance(method, UnquantizedFusedMoEMethod):
+            method.moe_kernel = None
 
 
 def _repack_tied_head(worker: Any) -> None:

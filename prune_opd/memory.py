@@ -1,0 +1,146 @@
+"""What is on the device in which phase of a step: the one place that decides it.
+
+    phase        student  gradients  optimizer  teacher  teacher's head  rollout weights  KV cache
+    sync            •                                                          •
+    parity          •                                                          •             •
+    rollout                                                                    •             •
+    teacher                                         •          •
+    train           •         •          •                     •
+    evaluation                                                                 •             •
+    checkpoint      •                    •
+    export          •
+
+A part that the recipe may move (`MemoryConfig`) is there in its phases only; everything else stays. On entering a
+phase, first what it does not need leaves the device, then what it needs comes, so both are never there together. The
+engine sleeps and wakes by vLLM's rules: its two parts go together, and may come one after the other (`staged_wake`):
+weights, then the load of the new ones, then the KV cache.
+
+`transitions` is the schedule and nothing else; `MemoryPhases` carries it out, or only logs it (a dry run: the CPU).
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+from prune_opd.config import MemoryConfig
+
+STUDENT, GRADIENTS, OPTIMIZER = "student", "gradients", "optimizer"
+TEACHER, TEACHER_HEAD = "teacher", "teacher_head"
+ROLLOUT_WEIGHTS, KV_CACHE = "rollout_weights", "kv_cache"
+ENGINE = (ROLLOUT_WEIGHTS, KV_CACHE)
+PARTS = (STUDENT, GRADIENTS, OPTIMIZER, TEACHER, TEACHER_HEAD, *ENGINE)
+
+NEEDS: dict[str, tuple[str, ...]] = {
+    "sync": (STUDENT, ROLLOUT_WEIGHTS),
+    "parity": (STUDENT, ROLLOUT_WEIGHTS, KV_CACHE),
+    "rollout": (ROLLOUT_WEIGHTS, KV_CACHE),
+    "teacher": (TEACHER, TEACHER_HEAD),  # a tied head is the embedding too
+    "train": (STUDENT, GRADIENTS, OPTIMIZER, TEACHER_HEAD),  # the loss multiplies by the teacher's head
+    "evaluation": (ROLLOUT_WEIGHTS, KV_CACHE),
+    "checkpoint": (STUDENT, OPTIMIZER),
+    "export": (STUDENT,),
+}
+
+logger = logging.getLogger(__name__)
+
+
+class Transition(NamedTuple):
+    """One thing that happens on entering a phase. `away` and `back` take one part; the engine's may take both."""
+
+    action: str  # away | back; of the engine: sleep | wake
+    parts: tuple[str, ...]
+
+    @property
+    def owner(self) -> str:
+        """The part whose handler carries it out: both of the engine's have one."""
+        return ROLLOUT_WEIGHTS if self.parts[0] in ENGINE else self.parts[0]
+
+    def __str__(self) -> str:
+        return f"{self.action} {' + '.join(self.parts)}"
+
+
+def movable(memory: MemoryConfig) -> tuple[str, ...]:
+    """The parts that the recipe lets leave the device."""
+    settings = {
+        STUDENT: memory.offload_student,
+        GRADIENTS: memory.offload_gradients,
+        OPTIMIZER: memory.offload_optimizer,
+        TEACHER: memory.offload_teacher,
+        TEACHER_HEAD: memory.offload_teacher,
+        **dict.fromkeys(ENGINE, memory.sleep_level > 0),
+    }
+    return tuple(part for part in PARTS if settings[part])
+
+
+def transitions(memory: MemoryConfig, resident: frozenset[str], phase: str) -> list[Transition]:
+    """What has to happen, in order, to go from the parts that are `resident` to those of a phase."""
+    may_move, needs = movable(memory), set(NEEDS[phase])
+    if not memory.staged_wake and ROLLOUT_WEIGHTS in needs:
+        needs.add(KV_CACHE)
+    found = []
+    # vLLM drops the KV cache only together with the weights: an engine that is needed at all stays as it is.
+    awake = tuple(part for part in ENGINE if part in may_move and part in resident)
+    if awake and not needs.intersection(ENGINE):
+        found.append(Transition("sleep", awake))
+    others = [part for part in may_move if part not in ENGINE]
+    found += [Transition("away", (part,)) for part in others if part in resident and part not in needs]
+    found += [Transition("back", (part,)) for part in others if part not in resident and part in needs]
+    if waking := tuple(part for part in ENGINE if part in needs and part not in resident):
+        found.append(Transition("wake", waking))
+    return found
+
+
+Handler = Callable[[Transition], None]
+
+
+class MemoryPhases:
+    """Carries out the schedule of a run. Collective: every rank enters the same phases in the same order.
+
+    handlers: by part, what carries a transition out; the engine's is that of `rollout_weights`. None: a dry run, which
+    logs the transitions and moves nothing. record: a JSON file that gets the phases of the run up to its second sync,
+    with their transitions and the parts that are resident afterwards: one whole step.
+    """
+
+    def __init__(
+        self, memory: MemoryConfig, handlers: Mapping[str, Handler] | None = None, record: Path | None = None
+    ) -> None:
+        self.memory, self.handlers, self.record = memory, handlers, record
+        self.phase: str | None = None
+        self.resident = frozenset(PARTS)  # everything is built on the device
+        self._entries: list[dict[str, object]] = []
+
+    @property
+    def dry(self) -> bool:
+        return self.handlers is None
+
+    def enter(self, phase: str) -> None:
+        """Bring the device to what `phase` needs. Entering the phase that it is in does nothing."""
+        if phase == self.phase or not movable(self.memory):
+            return
+        self.phase = phase
+        happened = transitions(self.memory, self.resident, phase)
+        for transition in happened:
+            logger.debug("%s%s: %s", "dry run, " if self.dry else "", phase, transition)
+            if self.handlers is not None:
+                self.handlers[transition.owner](transition)
+            leaves = transition.action in ("away", "sleep")
+            self.resident = self.resident - set(transition.parts) if leaves else self.resident | set(transition.parts)
+        self._write_down(phase, happened)
+
+    def _write_down(self, phase: str, happened: list[Transition]) -> None:
+        if self.record is None:
+            return
+        self._entries.append(
+            {
+                "phase": phase,
+                "transitions": [str(transition) for transition in happened],
+                "resident": [part for part in PARTS if part in self.resident],
+            }
+        )
+        self.record.write_text(json.dumps({"dry_run": self.dry, "phases": self._entries}, indent=1) + "\n")
+        if phase == "sync" and any(entry["phase"] == "train" for entry in self._entries):
+            self.record = None
