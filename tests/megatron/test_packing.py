@@ -101,7 +101,7 @@ def test_no_rows_are_a_micro_batch_of_dummies(results: dict[str, Any]) -> None:
 
 
 def test_without_transformer_engine_the_core_attention_is_ours(results: dict[str, Any]) -> None:
-    assert results["core_attention"] == "PackedSdpaAttention"
+    assert set(results["core_attention"]) == {"PackedSdpaAttention"}
 
 
 def test_segments_are_given_as_transformer_engine_takes_them(results: dict[str, Any]) -> None:

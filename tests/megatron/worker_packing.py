@@ -108,7 +108,6 @@ def compare(student: Any, teacher: Any, batch: Any, rows: list[list[int]]) -> di
 def main(models: Path, out: Path) -> None:
     machine = platform.prepare()
     from prune_opd.megatron import layout as layouts
-    from prune_opd.megatron.attention import core_attention
     from prune_opd.megatron.model import build
     from prune_opd.megatron.packing import pack, pack_rows
 
@@ -126,7 +125,8 @@ def main(models: Path, out: Path) -> None:
     def fields(structure: Any) -> dict[str, Any]:
         return {name: x.tolist() if isinstance(x, Tensor) else x for name, x in vars(structure).items()}
 
-    results: dict[str, Any] = {"core_attention": core_attention().__name__, "prompts": prompts, "responses": responses}
+    results: dict[str, Any] = {"prompts": prompts, "responses": responses}
+    results["core_attention"] = [type(layer.self_attention.core_attention).__name__ for layer in student.decoder.layers]
     for scale in SCALES:
         for model in (student, teacher):
             for layer in model.decoder.layers:
