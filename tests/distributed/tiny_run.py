@@ -65,22 +65,21 @@ def build_run(config: TrainConfig, layout: Any, run_dir: Path) -> Any:
     from prune_opd.data.prompts import PromptSampler, make_source
     from prune_opd.horizon import make_controller
     from prune_opd.megatron.checkpoint import Checkpoints
+    from prune_opd.megatron.model import dtype_of
     from prune_opd.megatron.teacher import Teacher
     from prune_opd.megatron.trainer import Trainer
     from prune_opd.setup import Run
     from prune_opd.track.tracker import NullTracker
 
-    machine, parallel = platform.prepare(), config.parallel
+    machine, parallel, dtype = platform.prepare(), config.parallel, dtype_of(config.precision.params)
     source = make_source(config.data, AutoTokenizer.from_pretrained(config.student), config.seed)
     return Run(
         config=config,
         run_dir=run_dir,
         machine=machine,
         layout=layout,
-        trainer=Trainer(
-            config.student, config.optimizer, parallel, config.steps, layout, torch.float32, machine.device
-        ),
-        teacher=Teacher(config.teacher, layout, torch.float32, machine.device, parallel.microbatch_tokens),
+        trainer=Trainer(config.student, config.optimizer, parallel, config.steps, layout, dtype, machine.device),
+        teacher=Teacher(config.teacher, layout, dtype, machine.device, parallel.microbatch_tokens),
         engine=None,
         sampler=PromptSampler(source, config.seed, config.data.shuffle),
         controller=make_controller(config.horizon),

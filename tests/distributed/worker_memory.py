@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import sys
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ import torch
 from torch import Tensor
 
 from prune_opd import platform
-from prune_opd.config import MemoryConfig, OptimizerConfig, ParallelConfig
+from prune_opd.config import MemoryConfig, OptimizerConfig, ParallelConfig, PrecisionConfig
 from tests.distributed.tiny_run import build_run, made_up_rollouts, train_config, whole_parameters
 
 EVERYTHING = MemoryConfig(offload_student=True, offload_gradients=True, offload_optimizer=True, offload_teacher=True)
@@ -27,20 +26,11 @@ TINY_LR, TINY_UPDATES = 1e-6, 64
 AWAY_FROM_ZERO = 1e-3  # bf16 keeps 8 bits: half a step of a weight this large is 3.8e-6
 
 
-def make_run(models: Path, layout: Any, out: Path, dtype: torch.dtype, distributed: bool) -> Any:
+def make_run(models: Path, layout: Any, out: Path, params: str, distributed: bool) -> Any:
     """A run whose optimizer is sharded over the data-parallel ranks, or not."""
-    from prune_opd.megatron import trainer as module
-    from prune_opd.megatron.teacher import Teacher
-
-    run = build_run(train_config(models, tensor=1), layout, out)
-    ddp_config, optimizer_config = module.DistributedDataParallelConfig, module.MegatronOptimizerConfig
-    module.DistributedDataParallelConfig = partial(ddp_config, use_distributed_optimizer=distributed)
-    module.MegatronOptimizerConfig = partial(optimizer_config, use_distributed_optimizer=distributed)
-    config = run.config
-    run.trainer = module.Trainer(config.student, config.optimizer, config.steps, layout, dtype, run.machine.device)
-    module.DistributedDataParallelConfig, module.MegatronOptimizerConfig = ddp_config, optimizer_config
-    run.teacher = Teacher(config.teacher, layout, dtype, run.machine.device)
-    return run
+    parallel = ParallelConfig(tensor=1, distributed_optimizer=distributed)
+    config = train_config(models, tensor=1, parallel=parallel, precision=PrecisionConfig(params=params))
+    return build_run(config, layout, out)
 
 
 def train(run: Any, memory: MemoryConfig) -> dict[str, Any]:
@@ -61,12 +51,13 @@ def train(run: Any, memory: MemoryConfig) -> dict[str, Any]:
             "optimizer": bytes_of(optimizer_tensors(run.trainer.optimizer)),
             "teacher": bytes_of(p for chunk in run.teacher.chunks for p in chunk.parameters()),
         }
-        batches = run.pack(made_up_rollouts(seed=number))
+        rollouts = made_up_rollouts(seed=number)
+        (batches,) = run.minibatches(rollouts)
         run.memory.enter("teacher")
-        teacher_hidden = run.teacher.hidden(batches)
+        teacher_hidden = run.teacher.hidden(rollouts, run.deals(rollouts))
         run.memory.enter("train")
         stats = run.new_stats(7)
-        result = run.trainer.step(batches, gated_loss(run, batches, teacher_hidden, stats))
+        result = run.trainer.step(batches, gated_loss(run, teacher_hidden, stats))
         results.append([result.loss, result.grad_norm])
     run.memory.enter("export")
     return {"results": results, "left": left, "weights": whole_parameters(run.trainer.chunks)}
@@ -77,9 +68,9 @@ def bytes_of(tensors: Any) -> int:
     return sum(storages.values())
 
 
-def compare(models: Path, layout: Any, out: Path, dtype: torch.dtype, distributed: bool) -> dict[str, Any]:
-    stay = train(make_run(models, layout, out, dtype, distributed), MemoryConfig())
-    move = train(make_run(models, layout, out, dtype, distributed), EVERYTHING)
+def compare(models: Path, layout: Any, out: Path, params: str, distributed: bool) -> dict[str, Any]:
+    stay = train(make_run(models, layout, out, params, distributed), MemoryConfig())
+    move = train(make_run(models, layout, out, params, distributed), EVERYTHING)
     same = all(torch.equal(stay["weights"][name], weight) for name, weight in move["weights"].items())
     return {
         "stay": stay["results"],
@@ -96,11 +87,12 @@ def tiny_updates(models: Path, layout: Any) -> dict[str, float]:
     from prune_opd.megatron.trainer import Trainer
 
     optimizer = OptimizerConfig(lr=TINY_LR, weight_decay=0.0)
-    trainer = Trainer(models / "student", optimizer, TINY_UPDATES, layout, torch.bfloat16, torch.device("cpu"))
+    parallel, cpu = ParallelConfig(tensor=1), torch.device("cpu")
+    trainer = Trainer(models / "student", optimizer, parallel, TINY_UPDATES, layout, torch.bfloat16, cpu)
     parameters = list(trainer.chunks[0].parameters())
     start = [parameter.detach().clone() for parameter in parameters]
     rollouts = made_up_rollouts()
-    batches = pack(rollouts.prompt_ids, rollouts.response_ids, range(4), 1000, torch.device("cpu"))
+    batches = pack(rollouts.prompt_ids, rollouts.response_ids, range(4), 1000, cpu)
     alone = [torch.nn.Parameter(tensor.clone()) for tensor in start]
     adam = torch.optim.AdamW(alone, lr=TINY_LR, weight_decay=0.0)
     for _ in range(TINY_UPDATES):
@@ -136,8 +128,8 @@ def main(models: Path, out: Path) -> None:
 
     layout = layouts.initialize(ParallelConfig(tensor=1), machine, seed=0)
     results: dict[str, Any] = {
-        f"{name}, distributed={distributed}": compare(models, layout, out, dtype, distributed)
-        for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16))
+        f"{params}, distributed={distributed}": compare(models, layout, out, params, distributed)
+        for params in ("fp32", "bf16")
         for distributed in (False, True)
     }
     results["tiny updates"] = tiny_updates(models, layout)
