@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -19,6 +20,7 @@ from prune_opd.errors import UserError
 from prune_opd.eval.evaluate import Evaluator
 from prune_opd.horizon import HorizonController, make_controller
 from prune_opd.memory import MemoryPhases
+from prune_opd.precision import token_multiple as fp8_token_multiple
 from prune_opd.recipe import save_config
 from prune_opd.rollout.batch import Rollouts
 from prune_opd.rollout.engine import RolloutEngine
@@ -94,8 +96,15 @@ class Run:
         from prune_opd.megatron.packing import pack_rows
 
         prompts, responses, device = rollouts.prompt_ids, rollouts.response_ids, self.machine.device
-        multiple = self.layout.student.token_multiple
-        return [pack_rows(prompts, responses, rows, device, multiple) for rows in deal[self.layout.dp_rank]]
+        micro_batches = deal[self.layout.dp_rank]
+        return [pack_rows(prompts, responses, rows, device, self.token_multiple) for rows in micro_batches]
+
+    @property
+    def token_multiple(self) -> int:
+        """What the student's micro-batches are filled up to: sequence parallelism and FP8 want multiples."""
+        student = self.layout.student
+        fp8 = fp8_token_multiple([self.config.precision.student_fp8], student.tp, student.sequence_parallel)
+        return math.lcm(student.token_multiple, fp8)
 
     def minibatches(self, rollouts: Rollouts) -> list[list[PackedBatch]]:
         """`pack` of each update's share of the batch."""
@@ -107,8 +116,7 @@ class Run:
 
     def packing_record(self, rollouts: Rollouts) -> dict[str, float]:
         """The packing's part of a step record: of the global batch, the same on every rank."""
-        multiple = self.layout.student.token_multiple
-        return packing_record(rollouts.row_length_B, self.deals(rollouts), multiple)
+        return packing_record(rollouts.row_length_B, self.deals(rollouts), self.token_multiple)
 
     def _shares(self, rollouts: Rollouts) -> list[tuple[int, int]]:
         """First row and one past the last of each update: `updates_per_batch` runs of whole responses, in their order.
@@ -175,7 +183,9 @@ class Run:
         rollouts = self.engine.generate(
             prompts, 1, PARITY_TOKENS, self.config.seed, 0, self.config.objective.temperature, logprobs=True
         )
-        ours = sampled_logprobs(self.trainer.chunks, rollouts, self.layout, self.machine.device)
+        ours = sampled_logprobs(
+            self.trainer.chunks, rollouts, self.layout, self.machine.device, multiple=self.token_multiple
+        )
         theirs = [logprob for response in rollouts.responses for logprob in response.logprobs or ()]
         differences = [abs(a - b) for a, b in zip(ours, theirs, strict=True)]
         precision = self.config.precision.params

@@ -24,15 +24,18 @@ def sampled_logprobs(
     layout: Layout,
     device: torch.device,
     temperature: float = 1.0,
+    multiple: int | None = None,
 ) -> list[float]:
     """log p(y_t) of every response token, rows in order. Collective over the whole job.
 
-    The loss of a model with itself as teacher: its statistics hold what is asked for.
+    The loss of a model with itself as teacher: its statistics hold what is asked for. multiple: as in `pack`; that of
+    the layout by default.
     """
     prompts, responses, student = rollouts.prompt_ids, rollouts.response_ids, layout.student
-    batches = pack(prompts, responses, range(len(responses)), 16384, device, student.token_multiple)
+    multiple = multiple or student.token_multiple
+    batches = pack(prompts, responses, range(len(responses)), 16384, device, multiple)
     missing = -len(batches) % student.microbatch_multiple
-    batches += [pack_rows(prompts, responses, [], device, student.token_multiple)] * missing
+    batches += [pack_rows(prompts, responses, [], device, multiple)] * missing
 
     def logprobs(batch: PackedBatch, hidden_NH: Tensor) -> Tensor:
         hidden_MH, weight_VH = hidden_NH[batch.predicting_M], chunks[-1].head_weight()

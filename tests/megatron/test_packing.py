@@ -9,12 +9,13 @@ from typing import Any
 import pytest
 
 from tests.distributed.launch import run_ranks
-from tests.distributed.tiny_run import write_pair
+from tests.distributed.tiny_run import made_up_rollouts, write_pair
 from tests.megatron.worker_packing import LENGTHS, MULTIPLES, SCALES
 
 WORKER = Path(__file__).with_name("worker_packing.py")
 RESPONSE_TOKENS = sum(response for _, response in LENGTHS)
 EXACT = 1e-5
+ROLLOUTS = made_up_rollouts()
 
 
 @pytest.fixture(scope="module")
@@ -97,11 +98,18 @@ def test_no_rows_are_a_micro_batch_of_dummies(results: dict[str, Any]) -> None:
     assert empty["predicting_M"] == empty["sampled_ids_M"] == [] and empty["cu_responses"] == [0]
 
 
+def test_a_run_fills_its_micro_batches_up_to_what_fp8_wants_and_counts_it_as_padding(results: dict[str, Any]) -> None:
+    tokens, waste = results["fp8"]["tokens"], results["fp8"]["waste"]
+    assert len(tokens) > 1 and all(count % 16 == 0 and count <= 64 for count in tokens)
+    real = sum(len(p.ids) + len(r.ids) - 1 for p, r in zip(ROLLOUTS.prompts, ROLLOUTS.responses, strict=True))
+    assert waste == pytest.approx(1 - real / sum(tokens)) and waste > 0
+
+
 # ---------------------------------------------------------------------------------------------------- attention
 
 
 def test_without_transformer_engine_the_core_attention_is_ours(results: dict[str, Any]) -> None:
-    assert results["core_attention"] == "PackedSdpaAttention"
+    assert set(results["core_attention"]) == {"PackedSdpaAttention"}
 
 
 def test_segments_are_given_as_transformer_engine_takes_them(results: dict[str, Any]) -> None:
