@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,7 @@ def dtype_of(params: str) -> torch.dtype:
     return {"fp32": torch.float32, "bf16": torch.bfloat16}[params]
 
 
-def transformer_config(spec: ModelSpec, layout: ModelLayout, dtype: torch.dtype) -> TransformerConfig:
+def transformer_config(spec: ModelSpec, layout: ModelLayout, dtype: torch.dtype, **settings: Any) -> TransformerConfig:
     """Settings that hold with and without Transformer Engine and apex, on the CPU and on a GPU."""
     return TransformerConfig(
         **(_expert_settings(spec.moe, layout) if spec.moe else {}),
@@ -80,6 +81,7 @@ def transformer_config(spec: ModelSpec, layout: ModelLayout, dtype: torch.dtype)
         bias_activation_fusion=False,
         cuda_graph_impl="none",
         batch_p2p_sync=False,
+        **settings,
     )
 
 
@@ -151,19 +153,30 @@ class HiddenStatesGPT(GPTModel):
         return self.output_layer.weight
 
 
-def build(model_dir: str | Path, layout: ModelLayout, dtype: torch.dtype, *, trainable: bool) -> list[HiddenStatesGPT]:
+def build(
+    model_dir: str | Path,
+    layout: ModelLayout,
+    dtype: torch.dtype,
+    *,
+    trainable: bool,
+    head: bool = True,
+    settings: Mapping[str, Any] | None = None,
+) -> list[HiddenStatesGPT]:
     """This rank's chunks of the model (one but for a virtual pipeline) with its shards of the directory's weights.
 
-    A teacher is built without gradients.
+    head: with the output matrix, if it is not the embedding's. settings: of `TransformerConfig`, beside the layout's
+    and the model's. A teacher is built without gradients.
     """
     from prune_opd.weights.load import load_hf_weights
 
     spec = ModelSpec.read(model_dir)
     if spec.moe:
         platform.prepare_experts()
-    config = transformer_config(spec, layout, dtype)
+    config = transformer_config(spec, layout, dtype, **(settings or {}))
     stages = range(layout.vp) if layout.vp > 1 else (None,)
     chunks = [_build_chunk(spec, config, layout, stage, dtype) for stage in stages]
+    if not head and chunks[-1].post_process:
+        del chunks[-1].output_layer
     load_hf_weights(chunks, model_dir)
     for chunk in chunks:
         chunk.requires_grad_(trainable)

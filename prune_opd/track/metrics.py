@@ -40,6 +40,11 @@ METRICS: dict[str, str] = {
     "tokens_trained": "response tokens that entered the loss [tokens]",
     "tokens_full": "estimate of the tokens the same responses would have cost at the full horizon, from the mean"
     " response length of the last evaluation; null if there was none [tokens]",
+    "padding_waste_padded": "share of the tokens that would be padding if every row (prompt and response) were padded"
+    " to the longest of the batch [0..1]",
+    "padding_waste_packed": "share that still is after packing: dummies that fill micro-batches up to a multiple"
+    " [0..1]",
+    "dp_imbalance": "tokens of the data-parallel rank that has most over the ranks' mean; 1 is balanced [1]",
     "loss": "distillation loss, one token mean over the global batch; a policy gradient's is a surrogate that may be"
     " negative (with several updates a batch, PPO's) [nats per token]",
     "divergence": "what the objective measures between student and teacher, unweighted token mean; of topk_reverse_kl"
