@@ -97,6 +97,7 @@ def _model(place: _Place, model: HfConfig) -> list[str]:
         "attention heads": heads,
         "key-value heads": int(model.get("num_key_value_heads") or heads),
         "feed-forward columns": int(model.get("intermediate_size") or place.tensor),
+        "feed-forward columns of an expert": int(model.get("moe_intermediate_size") or place.tensor),
     }
     problems = [
         f"{place.tensor_field} does not divide the {count} {name} of the {place.role}: choose one of {divisors(count)}"
@@ -114,7 +115,7 @@ def _model(place: _Place, model: HfConfig) -> list[str]:
 
 def _experts(place: _Place, model: HfConfig, nproc: int) -> list[str]:
     """A layer's experts are shared out whole over neighbouring TP and data-parallel ranks of a stage."""
-    experts, expert, field = int(model.get("num_experts") or 0), place.expert, place.expert_field
+    experts, expert, field = _expert_count(model), place.expert, place.expert_field
     if expert == 1:
         return []
     setting = field.partition(" ")[0]
@@ -134,6 +135,10 @@ def _experts(place: _Place, model: HfConfig, nproc: int) -> list[str]:
     return problems
 
 
+def _expert_count(model: HfConfig) -> int:
+    return int(model.get("num_local_experts") or model.get("num_experts") or 0)  # transformers 5 writes the former
+
+
 def _student(parallel: ParallelConfig, place: _Place, model: HfConfig) -> list[str]:
     """What only the student has: chunks of a virtual pipeline, and gradients of experts."""
     problems = []
@@ -143,7 +148,7 @@ def _student(parallel: ParallelConfig, place: _Place, model: HfConfig) -> list[s
             f"parallel.virtual_pipeline = {parallel.virtual_pipeline} does not divide the {layers // parallel.pipeline}"
             f" layers of a stage of the student: choose one of {divisors(layers // parallel.pipeline)}"
         )
-    if model.get("num_experts") and place.tensor > 1 and not parallel.sequence_parallel:
+    if _expert_count(model) and place.tensor > 1 and not parallel.sequence_parallel:
         problems.append(
             f"{place.tensor_field} with experts needs sequence parallelism, or each rank routes all tokens:"
             " set parallel.sequence_parallel=true"
