@@ -49,7 +49,7 @@ class Resharder:
         # The ranks that hold one whole model between them. With expert parallelism they have replicas of the rest.
         self.group = self.groups.mp if self.groups.ep.size() == 1 else self.groups.tp_ep_pp
         self.transport = self._transport(transport)
-        self._buffers: list[_Buffer] = []
+        self._buffers: list[Buffer] = []
 
     @torch.no_grad()
     def stream(self) -> Iterator[tuple[str, Tensor]]:
@@ -85,9 +85,7 @@ class Resharder:
         holdings: list[Any] = [None] * self.group.size()
         dist.all_gather_object(holdings, here, group=self.group)
         items = make_items(entries(self.spec), self.spec, holdings)
-        # vLLM keeps a vocabulary matrix that it pads until the end of a load: it comes last.
-        in_order = sorted(items, key=lambda item: item.entry.cut == "vocab")
-        return make_buckets(in_order, self.bucket_bytes, staging=self.transport.staging)
+        return make_buckets(items, self.bucket_bytes, staging=self.transport.staging)
 
     def _holding(self, name: str, cut: str, parameter: Tensor) -> Holding:
         tp = self.groups.expt_tp if EXPERTS in name else self.groups.tp
