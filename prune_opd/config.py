@@ -249,20 +249,30 @@ class ParallelConfig:
     """
 
     nproc: int = 2  # ranks that `prune-opd` starts on this node when it is not already under torchrun
-    tensor: int | None = None  # TP; None: all ranks that the pipeline and the experts leave
+    tensor: int | None = None  # TP; None: all ranks that pipeline and experts leave
     pipeline: int = 1  # stages
     virtual_pipeline: int = 1  # chunks of layers per stage (interleaved schedule)
     expert: int = 1  # ranks that share a layer's experts (MoE)
-    context: int = 1  # Transformer Engine only
-    sequence_parallel: bool = False  # norms and residuals cut along the tokens over the TP group
+    context: int = 1  # ranks that share a sequence
+    sequence_parallel: bool = False  # residuals and norms cut along the tokens over the TP ranks
+    distributed_optimizer: bool = False  # master weights and Adam's moments cut over the data-parallel ranks
+    recompute: str = "none"  # activations made again in the backward pass: selective (attention) | full (every layer)
+    teacher_tensor: int | None = None  # the teacher's own TP; None: as the student
+    teacher_pipeline: int | None = None  # likewise; it has no virtual pipeline and no sequence parallelism
+    teacher_expert: int = 1
     microbatch_tokens: int = 16384  # token budget of one packed micro-batch (prompt + response)
+    loss_chunk_tokens: int = 1024  # tokens whose logits, of both models, are alive at a time in the loss
     timeout_minutes: float = 10.0  # of every collective: a rank that stops answering ends the run
 
     def __post_init__(self) -> None:
-        for name in ("nproc", "pipeline", "virtual_pipeline", "expert", "context", "microbatch_tokens"):
+        for name in ("nproc", "pipeline", "virtual_pipeline", "expert", "context", "teacher_expert"):
             _between(f"parallel.{name}", getattr(self, name), 1)
-        if self.tensor is not None:
-            _between("parallel.tensor", self.tensor, 1)
+        for name in ("tensor", "teacher_tensor", "teacher_pipeline"):
+            if getattr(self, name) is not None:
+                _between(f"parallel.{name}", getattr(self, name), 1)
+        _one_of("parallel.recompute", self.recompute, ("none", "selective", "full"))
+        _between("parallel.microbatch_tokens", self.microbatch_tokens, 1)
+        _between("parallel.loss_chunk_tokens", self.loss_chunk_tokens, 1)
         _between("parallel.timeout_minutes", self.timeout_minutes, 0, open_low=True)
         if self.virtual_pipeline > 1 and self.pipeline == 1:
             raise ConfigError(

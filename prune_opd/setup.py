@@ -14,6 +14,7 @@ import torch.distributed as dist
 from prune_opd import platform
 from prune_opd.config import TrainConfig, to_dict
 from prune_opd.data.prompts import PromptSampler, held_out, make_source
+from prune_opd.dealing import Deal, deal, packing_record
 from prune_opd.errors import UserError
 from prune_opd.eval.evaluate import Evaluator
 from prune_opd.horizon import HorizonController, make_controller
@@ -82,22 +83,42 @@ class Run:
         return Resharder(self.trainer.chunks, self.config.rollout.bucket_mb)
 
     def pack(self, rollouts: Rollouts, first: int = 0, last: int | None = None) -> list[PackedBatch]:
-        """This data-parallel rank's rows among first … last − 1 of the global batch, as packed micro-batches."""
-        from prune_opd.megatron.packing import pack
+        """This data-parallel rank's part of rows first … last − 1 of the global batch, as packed micro-batches."""
+        return self._packed(rollouts, self._deal(rollouts, first, last))
 
-        last = len(rollouts.responses) if last is None else last
-        rows = range(first + (self.layout.dp_rank - first) % self.layout.dp_size, last, self.layout.dp_size)
-        budget = self.config.parallel.microbatch_tokens
-        return pack(rollouts.prompt_ids, rollouts.response_ids, rows, budget, self.machine.device)
+    def _packed(self, rollouts: Rollouts, deal: Deal) -> list[PackedBatch]:
+        from prune_opd.megatron.packing import pack_rows
+
+        prompts, responses, device = rollouts.prompt_ids, rollouts.response_ids, self.machine.device
+        multiple = self.layout.student.token_multiple
+        return [pack_rows(prompts, responses, rows, device, multiple) for rows in deal[self.layout.dp_rank]]
 
     def minibatches(self, rollouts: Rollouts) -> list[list[PackedBatch]]:
-        """`pack` of each update's share of the batch: `updates_per_batch` runs of whole responses, in their order.
+        """`pack` of each update's share of the batch."""
+        return [self._packed(rollouts, deal) for deal in self.deals(rollouts)]
+
+    def deals(self, rollouts: Rollouts) -> list[Deal]:
+        """Which rows each data-parallel rank trains on, in which micro-batch: one deal of each update."""
+        return [self._deal(rollouts, first, last) for first, last in self._shares(rollouts)]
+
+    def packing_record(self, rollouts: Rollouts) -> dict[str, float]:
+        """The packing's part of a step record: of the global batch, the same on every rank."""
+        multiple = self.layout.student.token_multiple
+        return packing_record(rollouts.row_length_B, self.deals(rollouts), multiple)
+
+    def _shares(self, rollouts: Rollouts) -> list[tuple[int, int]]:
+        """First row and one past the last of each update: `updates_per_batch` runs of whole responses, in their order.
 
         The shares are those of the global batch, so that the updates are the same at every data-parallel size.
         """
         count, updates = len(rollouts.responses), self.config.optimizer.updates_per_batch
-        bounds = [count * i // updates for i in range(updates + 1)]
-        return [self.pack(rollouts, first, last) for first, last in pairwise(bounds)]
+        return list(pairwise(count * i // updates for i in range(updates + 1)))
+
+    def _deal(self, rollouts: Rollouts, first: int, last: int | None) -> Deal:
+        """Rows first … last − 1 for every data-parallel rank."""
+        rows = range(len(rollouts.responses))[first:last]
+        student, budget = self.layout.student, self.config.parallel.microbatch_tokens
+        return deal(rollouts.row_length_B, rows, student.dp, budget, student.microbatch_multiple)
 
     def new_stats(self, responses: int) -> BatchStats:
         bins, longest = self.config.track.position_bins, self.config.horizon.max_len
@@ -176,8 +197,9 @@ def prepare(config: TrainConfig, run_dir: Path, resume: str) -> Run:
     dtype = dtype_of(config.precision.params)
     tokenizer = AutoTokenizer.from_pretrained(config.student)
     source = make_source(config.data, tokenizer, config.seed, config.rollout.max_prompt_len)
-    trainer = Trainer(config.student, config.optimizer, config.steps, layout, dtype, machine.device)
-    teacher = Teacher(config.teacher, layout, dtype, machine.device)
+    parallel = config.parallel
+    trainer = Trainer(config.student, config.optimizer, parallel, config.steps, layout, dtype, machine.device)
+    teacher = Teacher(config.teacher, layout, dtype, machine.device, parallel.microbatch_tokens)
     longest = max(config.horizon.max_len, config.evaluation.max_len or 0)
     engine = RolloutEngine(config.student, config.rollout, longest, dtype, machine)
     run = Run(

@@ -5,10 +5,10 @@ from __future__ import annotations
 import difflib
 from pathlib import Path
 
-from prune_opd.bench import compare_loss, reshard
+from prune_opd.bench import compare_loss, packing, reshard
 from prune_opd.errors import ConfigError
 
-BENCHMARKS = {"loss": compare_loss.run, "reshard": reshard.run}
+BENCHMARKS = {"loss": compare_loss.run, "packing": packing.run, "reshard": reshard.run}
 
 
 def run_benchmark(name: str, out: Path, quick: bool) -> int:

@@ -1,4 +1,4 @@
-"""Core attention for packed sequences without Transformer Engine: torch's SDPA, segment by segment."""
+"""Core attention for packed sequences: which one a layer gets, and ours for where there is no Transformer Engine."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from megatron.core.extensions.transformer_engine import HAVE_TE, TEDotProductAttention
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
@@ -13,10 +14,24 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 
+def core_attention() -> type:
+    """The core attention of a layer spec: the one place that chooses.
+
+    With Transformer Engine it is megatron-core's `TEDotProductAttention`, as in the TE layer spec: it hands what
+    `PackedBatch.attention_segments` says (`qkv_format="thd"`, int32 `cu_seqlens` on the device) to TE's flash or fused
+    attention, and is the only one with context parallelism. Without a GPU it can be built but not run, and nobody has
+    run it yet. Without Transformer Engine it is `PackedSdpaAttention`, on whatever device.
+    """
+    if HAVE_TE:
+        return TEDotProductAttention
+    return PackedSdpaAttention
+
+
 class PackedSdpaAttention(MegatronModule):
     """Causal attention inside each segment of a packed batch (`qkv_format="thd"`); nothing crosses a segment boundary.
 
-    Takes the place of megatron-core's `DotProductAttention`, which has no packed path, in the layer spec.
+    Takes the place of megatron-core's `DotProductAttention`, which has no packed path, in the layer spec. Time and
+    memory are those of the segments: nothing of the size of a whole batch squared exists.
     """
 
     def __init__(
@@ -51,6 +66,7 @@ class PackedSdpaAttention(MegatronModule):
         return torch.cat(outputs)
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        # Grouped heads are left to SDPA: as fast as repeating keys and values first, in half the memory.
         grouped = q.shape[1] != k.shape[1]
         out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=self.softmax_scale, enable_gqa=grouped)
         return out[0].transpose(0, 1).flatten(1)

@@ -38,6 +38,14 @@ class Rollouts:
         return [len(response.ids) for response in self.responses]
 
     @property
+    def row_length_B(self) -> list[int]:
+        """Tokens of each row that go through a model: prompt and response, whose last token predicts nothing."""
+        return [
+            len(prompt.ids) + len(response.ids) - 1
+            for prompt, response in zip(self.prompts, self.responses, strict=True)
+        ]
+
+    @property
     def finished_B(self) -> list[bool]:
         return [response.finished for response in self.responses]
 

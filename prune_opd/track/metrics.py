@@ -40,6 +40,11 @@ METRICS: dict[str, str] = {
     "tokens_trained": "response tokens that entered the loss [tokens]",
     "tokens_full": "estimate of the tokens the same responses would have cost at the full horizon, from the mean"
     " response length of the last evaluation; null if there was none [tokens]",
+    "padding_waste_padded": "share of the tokens that would be padding if every row (prompt and response) were padded"
+    " to the longest of the batch [0..1]",
+    "padding_waste_packed": "share that still is after packing: dummies that fill micro-batches up to a multiple"
+    " [0..1]",
+    "dp_imbalance": "tokens of the data-parallel rank that has most over the ranks' mean; 1 is balanced [1]",
     "loss": "distillation loss, one token mean over the global batch; a policy gradient's is a surrogate that may be"
     " negative (with several updates a batch, PPO's) [nats per token]",
     "divergence": "what the objective measures between student and teacher, unweighted token mean; of topk_reverse_kl"
@@ -224,6 +229,7 @@ class Summary:
     tokens_generated: int
     tokens_full: int | None  # estimate, over the steps that have one
     saved: float | None  # 1 - generated / full over those steps: an estimate, below zero if nothing was saved
+    padding: tuple[float, float] | None  # mean share of padding: rows padded to the longest, and packed
     seconds: float
     phases: dict[str, float]  # label -> seconds: the phases, other, evaluation; those that took no time are left out
 
@@ -242,6 +248,7 @@ def summarise(steps: list[Record], evaluations: list[Record]) -> Summary:
         tokens_generated=int(total(steps, "tokens_generated")),
         tokens_full=round(full) if estimated else None,
         saved=1 - total(estimated, "tokens_generated") / full if estimated else None,
+        padding=_padding(steps),
         seconds=sum(phases.values()),
         phases={label: seconds for label, seconds in phases.items() if seconds > 0},
     )
@@ -250,6 +257,15 @@ def summarise(steps: list[Record], evaluations: list[Record]) -> Summary:
 def total(records: list[Record], key: str) -> float:
     """The sum of a key over records; absent and null count as zero."""
     return sum(r.get(key) or 0 for r in records)
+
+
+def _padding(steps: list[Record]) -> tuple[float, float] | None:
+    keys = ("padding_waste_padded", "padding_waste_packed")
+    known = [r for r in steps if all(r.get(key) is not None for key in keys)]
+    if not known:
+        return None
+    padded, packed = (total(known, key) / len(known) for key in keys)
+    return padded, packed
 
 
 def _accuracies(evaluations: list[Record]) -> list[Accuracy]:
