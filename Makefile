@@ -9,10 +9,10 @@ ifdef PYTHON
 export PYTHON
 endif
 
-.PHONY: help setup tiny-models quickstart test lint format check setup-bench bench-loss clean
+.PHONY: help setup tiny-models quickstart test setup-te-test lint format check setup-bench bench-loss clean
 
 help: ## List the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 setup: ## Make .venv with the pinned packages (does nothing when it is up to date)
 	@bash scripts/setup.sh
@@ -25,8 +25,11 @@ tiny-models: setup ## Train the tiny base, teacher and student into the per-user
 quickstart: setup tiny-models ## Set up, train the tiny pair in runs/quickstart, evaluate, write the report
 	$(BIN)/prune-opd train tiny_compatible --run-dir runs/quickstart
 
-test: setup lint tiny-models ## Set up, lint, run all tests
+test: setup setup-te-test lint tiny-models ## Set up, lint, run all tests
 	$(BIN)/pytest
+
+setup-te-test: setup ## Put Transformer Engine's Python half into .venv-te, for the tests of its layer spec
+	@PYTHON=$(BIN)/python bash scripts/setup_te_test.sh
 
 lint: setup ## Lint, formatting, types
 	$(BIN)/ruff check .

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,10 +11,34 @@ from typing import Any
 from prune_opd.errors import ConfigError
 
 VOCAB_MULTIPLE = 128  # rows of the vocabulary matrices per tensor-parallel rank: GEMM sizes that H100 likes
-FAMILIES = ("llama", "qwen2", "qwen3")
+FAMILIES = ("llama", "qwen2", "qwen3", "qwen3_moe")
 # Settings of a Hugging Face config that change the mathematics, and the one value of each that is built here.
 # (attention_bias of Llama and Qwen3 also puts a bias on o_proj; Qwen2's bias on q, k and v is not a setting.)
-BUILT = {"attention_bias": False, "mlp_bias": False, "hidden_act": "silu", "use_sliding_window": False}
+BUILT = {
+    "attention_bias": False,
+    "mlp_bias": False,
+    "hidden_act": "silu",
+    "use_sliding_window": False,
+    "partial_rotary_factor": 1.0,
+    "quantization_config": None,
+}
+ROPE_TYPES = ("default", "linear", "llama3", "yarn")
+ROPE_NEEDS = {"linear": ("factor",), "llama3": ("factor", "low_freq_factor", "high_freq_factor"), "yarn": ("factor",)}
+# What transformers takes for a setting that a config.json leaves out, where the families differ.
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "qwen2": {"num_key_value_heads": 32},
+    "qwen3": {"num_key_value_heads": 32, "head_dim": 128},
+    "qwen3_moe": {
+        "num_key_value_heads": 4,
+        "num_experts": 128,
+        "num_experts_per_tok": 8,
+        "moe_intermediate_size": 768,
+        "norm_topk_prob": False,
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": (),
+    },
+}
 
 
 def not_built(config: dict[str, Any]) -> str | None:
@@ -21,19 +46,100 @@ def not_built(config: dict[str, Any]) -> str | None:
     family = config.get("model_type")
     if family not in FAMILIES:
         return f"model_type = {family!r} is not supported: use a model of {', '.join(FAMILIES)}"
-    scaling = {**(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
-    scaling_type = scaling.get("rope_type", scaling.get("type", "default"))  # "type" is the older name
-    if scaling_type != "default":
-        return f"rope_type = {scaling_type!r} is not supported yet: use a model with the default rope"
+    rope = _rope_settings(config)
     for name, built in BUILT.items():
-        if config.get(name, built) != built:
-            return f"{name} = {config[name]!r} is not supported yet: use a model with {built!r}"
+        found = config.get(name, rope.get(name))
+        if found not in (built, None):
+            return f"{name} = {found!r} is not supported yet: use a model with {built!r}"
+    if other := sorted(set(config.get("layer_types") or ()) - {"full_attention"}):
+        return f"layer_types has {', '.join(other)}, which is not supported yet: use a model with full attention only"
+    return _rope_not_built(rope) or (_experts_not_built(config) if family == "qwen3_moe" else None)
+
+
+def _rope_settings(config: dict[str, Any]) -> dict[str, Any]:
+    """The newer `rope_parameters`, or the older `rope_scaling`: where that is filled in, transformers takes it."""
+    return config.get("rope_scaling") or config.get("rope_parameters") or {}
+
+
+def _rope_type(rope: dict[str, Any]) -> str:
+    return rope.get("rope_type", rope.get("type", "default"))  # "type" is the older name
+
+
+def _rope_not_built(rope: dict[str, Any]) -> str | None:
+    kind = _rope_type(rope)
+    if kind not in ROPE_TYPES:
+        return f"rope_type = {kind!r} is not supported: use a model with {', '.join(ROPE_TYPES)}"
+    for name in ROPE_NEEDS.get(kind, ()):
+        if not isinstance(rope.get(name), int | float):
+            return f"{name} = {rope.get(name)!r} beside rope_type = {kind!r}: it must be a number"
+    return None
+
+
+def _experts_not_built(config: dict[str, Any]) -> str | None:
+    moe = _moe_spec(config)
+    if moe is None:
+        return None
+    if not 1 <= moe.per_token <= moe.experts:
+        return f"num_experts_per_tok = {moe.per_token}: it must be between 1 and num_experts = {moe.experts}"
+    if moe.per_token == 1 and moe.normalised:  # the router would get no gradient at all
+        return "norm_topk_prob = True is not supported with num_experts_per_tok = 1: use a model with False"
+    return None
+
+
+def experts_do_not_fit(
+    config: dict[str, Any], *, tensor: int, expert: int, sequence_parallel: bool, trained: bool
+) -> str | None:
+    """Why a model's experts cannot lie in such a layout, and what would do; None for a dense model."""
+    moe = _moe_spec(config) if config.get("model_type") == "qwen3_moe" else None
+    if moe is None:
+        return None
+    if moe.experts % expert:
+        return f"parallel.expert = {expert} does not divide the model's {moe.experts} experts: choose a divisor"
+    if moe.ffn % tensor:
+        return f"parallel.tensor = {tensor} does not divide moe_intermediate_size = {moe.ffn}: choose a divisor"
+    if trained and tensor > 1 and not sequence_parallel:  # megatron-core raises in the middle of the first step
+        return "parallel.sequence_parallel = False cannot train experts with parallel.tensor > 1: set it to true"
     return None
 
 
 @dataclass(frozen=True)
+class RopeSpec:
+    """Rotary positions: `theta`, and how the frequencies are stretched for longer contexts (`kind`).
+
+    original_positions: of the pretraining. factor: of the stretch. The rest belongs to one kind each, as named.
+    `megatron/rope.py` turns this into frequencies.
+    """
+
+    theta: float
+    kind: str = "default"
+    factor: float = 1.0
+    original_positions: int = 0
+    low_freq_factor: float = 1.0  # llama3
+    high_freq_factor: float = 4.0  # llama3
+    beta_fast: float = 32.0  # yarn
+    beta_slow: float = 1.0  # yarn
+    truncate: bool = True  # yarn: whole dimensions as bounds
+    attention_factor: float = 1.0  # yarn: what rotated queries and keys are multiplied by
+
+
+@dataclass(frozen=True)
+class MoeSpec:
+    """Sparse feed-forward layers: each token goes through `per_token` of `experts`, all of them, whatever their load.
+
+    ffn: width of one expert. normalised: the chosen experts' weights are made to sum to 1. sparse: which layers have
+    experts; the others have a dense feed-forward layer of the model's own width.
+    """
+
+    experts: int
+    per_token: int
+    ffn: int
+    normalised: bool
+    sparse: tuple[bool, ...]
+
+
+@dataclass(frozen=True)
 class ModelSpec:
-    """What the two worlds must agree on, read from a Hugging Face config.json (Llama, Qwen2, Qwen3; dense)."""
+    """What the two worlds must agree on, read from a Hugging Face config.json (Llama, Qwen2, Qwen3, Qwen3-MoE)."""
 
     family: str
     layers: int
@@ -44,20 +150,28 @@ class ModelSpec:
     head_dim: int
     vocab_size: int
     max_positions: int
-    rope_theta: float
+    rope: RopeSpec
     norm_eps: float
     tied: bool
     qkv_bias: bool
     qk_norm: bool
+    moe: MoeSpec | None = None
 
     @classmethod
     def read(cls, model_dir: str | Path) -> ModelSpec:
         """Raises `ConfigError` for a model that this project does not build."""
         path = Path(model_dir) / "config.json"
-        hf = json.loads(path.read_text())
-        if problem := not_built(hf):
+        config = json.loads(path.read_text())
+        if problem := not_built(config):
             raise ConfigError(f"{path}: {problem}")
-        family, rope = hf["model_type"], hf.get("rope_parameters") or {}
+        try:
+            return cls._of(DEFAULTS[config["model_type"]] | {k: v for k, v in config.items() if v is not None})
+        except KeyError as missing:
+            raise ConfigError(f"{path}: {missing.args[0]} is missing: copy the model's config.json again") from None
+
+    @classmethod
+    def _of(cls, hf: dict[str, Any]) -> ModelSpec:
+        family = hf["model_type"]
         return cls(
             family=family,
             layers=hf["num_hidden_layers"],
@@ -65,16 +179,66 @@ class ModelSpec:
             ffn=hf["intermediate_size"],
             heads=hf["num_attention_heads"],
             kv_heads=hf.get("num_key_value_heads", hf["num_attention_heads"]),
-            head_dim=hf.get("head_dim") or hf["hidden_size"] // hf["num_attention_heads"],
+            head_dim=hf.get("head_dim", hf["hidden_size"] // hf["num_attention_heads"]),
             vocab_size=hf["vocab_size"],
             max_positions=hf["max_position_embeddings"],
-            rope_theta=float(rope.get("rope_theta", hf.get("rope_theta", 10000.0))),
-            norm_eps=hf["rms_norm_eps"],
+            rope=_rope_spec(hf),
+            norm_eps=hf.get("rms_norm_eps", 1e-6),
             tied=hf.get("tie_word_embeddings", False),
             qkv_bias=family == "qwen2",
-            qk_norm=family == "qwen3",
+            qk_norm=family in ("qwen3", "qwen3_moe"),
+            moe=_moe_spec(hf) if family == "qwen3_moe" else None,
         )
 
     def padded_vocab(self, tp_size: int) -> int:
         multiple = VOCAB_MULTIPLE * tp_size
         return -(-self.vocab_size // multiple) * multiple
+
+    def is_sparse(self, layer: int) -> bool:
+        return self.moe is not None and self.moe.sparse[layer]
+
+
+def _rope_spec(hf: dict[str, Any]) -> RopeSpec:
+    rope = {name: value for name, value in _rope_settings(hf).items() if value is not None}
+    theta = float(rope.get("rope_theta", hf.get("rope_theta", 10000.0)))
+    kind = _rope_type(rope)
+    if kind == "default":
+        return RopeSpec(theta)
+    trained_on = rope.get("original_max_position_embeddings", hf["max_position_embeddings"])
+    return RopeSpec(
+        theta=theta,
+        kind=kind,
+        factor=float(rope["factor"]),
+        original_positions=hf.get("original_max_position_embeddings", trained_on),
+        low_freq_factor=rope.get("low_freq_factor", 1.0),
+        high_freq_factor=rope.get("high_freq_factor", 4.0),
+        beta_fast=rope.get("beta_fast") or 32,
+        beta_slow=rope.get("beta_slow") or 1,
+        truncate=rope.get("truncate", True),
+        attention_factor=_yarn_attention_factor(rope) if kind == "yarn" else 1.0,
+    )
+
+
+def _yarn_attention_factor(rope: dict[str, Any]) -> float:
+    """What rotated queries and keys are multiplied by (YaRN, arXiv 2309.00071, section 3.4; mscale is DeepSeek's)."""
+    if "attention_factor" in rope:
+        return rope["attention_factor"]
+
+    def growth(scale: float = 1.0) -> float:
+        return 0.1 * scale * math.log(rope["factor"]) + 1.0 if rope["factor"] > 1 else 1.0
+
+    if rope.get("mscale") and rope.get("mscale_all_dim"):
+        return growth(rope["mscale"]) / growth(rope["mscale_all_dim"])
+    return growth()
+
+
+def _moe_spec(config: dict[str, Any]) -> MoeSpec | None:
+    """None if every layer is dense."""
+    hf = DEFAULTS["qwen3_moe"] | {name: value for name, value in config.items() if value is not None}
+    experts = hf.get("num_local_experts", hf["num_experts"])  # as transformers 5 and as the published models call it
+    step, dense = hf["decoder_sparse_step"], hf["mlp_only_layers"]
+    layers = range(hf.get("num_hidden_layers", 0))
+    sparse = tuple(experts > 0 and i not in dense and (i + 1) % step == 0 for i in layers)
+    if not any(sparse):
+        return None
+    return MoeSpec(experts, hf["num_experts_per_tok"], hf["moe_intermediate_size"], hf["norm_topk_prob"], sparse)

@@ -81,6 +81,20 @@ def prepare() -> Platform:
     return Platform("cpu", CPU, "gloo")
 
 
+def prepare_experts() -> None:
+    """What a model with experts needs on top; imports more of megatron-core, so only such a model asks for it."""
+    if not prepare().is_cpu:
+        return
+    import megatron.core.transformer.moe.moe_utils as moe_utils
+    import megatron.core.transformer.moe.token_dispatcher as token_dispatcher
+
+    modules: Any = (moe_utils, token_dispatcher)
+    for module in modules:  # it makes numbers of tokens numpy arrays on their way from a GPU, and needs them as such
+        module.maybe_move_tensor_to_cpu = _as_numpy_if_asked
+    if not hasattr(moe_utils, "te_general_gemm"):  # asked for, but not defined, without Transformer Engine
+        modules[0].te_general_gemm = None
+
+
 @contextmanager
 def untouched_rng() -> Iterator[None]:
     """Restore the Python, numpy and torch generators afterwards: vLLM reseeds and draws from the global ones."""
@@ -220,6 +234,10 @@ def _type_name(type_: Callable[..., Any]) -> Callable[..., Any]:
         return _TypeName(result) if isinstance(result, str) else result
 
     return name_or_cast
+
+
+def _as_numpy_if_asked(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
+    return tensor.detach().numpy() if as_numpy and torch.is_tensor(tensor) else tensor
 
 
 def _cpu_generator_for_the_cuda_generator() -> None:

@@ -13,7 +13,7 @@ import torch
 
 from prune_opd.data import ledger
 
-FAMILIES = ("llama", "qwen2", "qwen3")
+FAMILIES = ("llama", "qwen2", "qwen3", "qwen3_moe")
 VOCAB = len(ledger.VOCABULARY)
 SHAPE: dict[str, Any] = {
     "vocab_size": VOCAB,
@@ -28,20 +28,29 @@ SHAPE: dict[str, Any] = {
     "eos_token_id": ledger.TOKEN_ID[ledger.EOS],
     "pad_token_id": ledger.TOKEN_ID[ledger.PAD],
 }
+EXPERTS: dict[str, Any] = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 48}
 
 
 def write_model(
-    directory: Path, family: str = "qwen3", *, tied: bool = True, seed: int = 0, noise: float = 0.0, **shape: Any
+    directory: Path,
+    family: str = "qwen3",
+    *,
+    tied: bool = True,
+    seed: int = 0,
+    noise: float = 0.0,
+    file_size: str = "50GB",
+    **shape: Any,
 ) -> Path:
     """A model directory with weights drawn from `seed`; `shape` replaces settings of its config.
 
     No weight is left at a constant (transformers starts norms at 1 and biases at 0), so a tensor that is swapped,
     forgotten or cut in the wrong place shows. noise: relative distance from the weights of `seed`, for a teacher that
-    agrees with its student here and there.
+    agrees with its student here and there. file_size: of each weight file, if there shall be several.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    config = AutoConfig.for_model(family, **{**SHAPE, **shape}, tie_word_embeddings=tied)
+    settings = {**SHAPE, **(EXPERTS if family == "qwen3_moe" else {}), **shape}
+    config = AutoConfig.for_model(family, **settings, tie_word_embeddings=tied)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     draw = torch.Generator().manual_seed(seed)
     other = torch.Generator().manual_seed(seed + 1)
@@ -51,9 +60,16 @@ def write_model(
             normal = torch.randn(parameter.shape, generator=draw)
             normal += noise * torch.randn(parameter.shape, generator=other)
             parameter.copy_(start + scale * normal)
-    model.save_pretrained(directory)
+    model.save_pretrained(directory, max_shard_size=file_size)
     ledger.save_tokenizer(directory)
     return directory
+
+
+def tensors_of(directory: Path) -> dict[str, torch.Tensor]:
+    """All weights of a model directory, from one file or several."""
+    from safetensors.torch import load_file
+
+    return {name: tensor for path in directory.glob("*.safetensors") for name, tensor in load_file(path).items()}
 
 
 def _distribution(name: str, parameter: torch.Tensor) -> tuple[float, float]:
@@ -64,4 +80,4 @@ def _distribution(name: str, parameter: torch.Tensor) -> tuple[float, float]:
         return 0.0, 0.5
     if "embed" in name or "lm_head" in name:
         return 0.0, 0.2  # small beside what the layers add: a tied model would repeat its input
-    return 0.0, parameter.shape[1] ** -0.5
+    return 0.0, parameter.shape[-1] ** -0.5

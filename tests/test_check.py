@@ -65,8 +65,8 @@ def test_an_unknown_family_is_refused_with_those_that_work(pair: TrainConfig, tm
 
 def test_a_setting_that_is_not_built_is_refused_before_a_model_is(pair: TrainConfig, tmp_path: Path) -> None:
     path = Path(pair.teacher) / "config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), "rope_scaling": {"rope_type": "yarn"}}))
-    assert "teacher" in (line := only(problems(pair))) and "rope_type = 'yarn' is not supported yet" in line
+    path.write_text(json.dumps({**json.loads(path.read_text()), "rope_scaling": {"rope_type": "dynamic"}}))
+    assert "teacher" in (line := only(problems(pair))) and "rope_type = 'dynamic' is not supported" in line
 
 
 @pytest.mark.parametrize(

@@ -7,9 +7,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from megatron.core.fp8_utils import HAVE_TE
 from megatron.core.models.gpt import GPTModel
-from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.models.gpt.gpt_layer_specs import (
+    HAVE_TE,
+    get_gpt_layer_local_spec,
+    get_gpt_layer_with_transformer_engine_spec,
+)
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import (
@@ -18,15 +21,18 @@ from megatron.core.transformer.transformer_block import (
     get_num_layers_to_build,
 )
 from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 from torch import Tensor
 
+from prune_opd import platform
 from prune_opd.config import Fp8Config
 from prune_opd.errors import UserError
 from prune_opd.megatron.attention import PackedSdpaAttention
 from prune_opd.megatron.layout import ModelLayout
 from prune_opd.megatron.norm import RMSNorm, use_rms_norm
 from prune_opd.megatron.packing import PackedBatch
-from prune_opd.model_spec import ModelSpec
+from prune_opd.megatron.rope import attention_scale, set_frequencies
+from prune_opd.model_spec import ModelSpec, MoeSpec
 from prune_opd.precision import NO_FP8, transformer_arguments
 
 
@@ -38,8 +44,9 @@ def dtype_of(params: str) -> torch.dtype:
 def transformer_config(
     spec: ModelSpec, layout: ModelLayout, dtype: torch.dtype, fp8: Fp8Config = NO_FP8
 ) -> TransformerConfig:
-    """Settings with which megatron-core needs neither Transformer Engine nor apex, on the CPU and on a GPU."""
+    """Settings that hold with and without Transformer Engine and apex, on the CPU and on a GPU."""
     return TransformerConfig(
+        **(_expert_settings(spec.moe, layout) if spec.moe else {}),
         num_layers=spec.layers,
         hidden_size=spec.hidden,
         ffn_hidden_size=spec.ffn,
@@ -53,12 +60,12 @@ def transformer_config(
         add_bias_linear=False,
         add_qkv_bias=spec.qkv_bias,
         qk_layernorm=spec.qk_norm,
+        softmax_scale=attention_scale(spec),
         hidden_dropout=0.0,
         attention_dropout=0.0,
         tensor_model_parallel_size=layout.tp,
         pipeline_model_parallel_size=layout.pp,
         virtual_pipeline_model_parallel_size=layout.vp if layout.vp > 1 else None,
-        expert_model_parallel_size=layout.ep,
         context_parallel_size=layout.cp,
         sequence_parallel=layout.sequence_parallel,
         variable_seq_lengths=True,  # packed micro-batches are as long as their rows
@@ -82,9 +89,35 @@ def transformer_config(
     )
 
 
-def layer_spec(spec: ModelSpec) -> ModuleSpec:
-    """megatron-core's local layer, with core attention that takes packed sequences."""
-    layer = get_gpt_layer_local_spec(qk_layernorm=spec.qk_norm, normalization="RMSNorm")
+def _expert_settings(moe: MoeSpec, layout: ModelLayout) -> dict[str, Any]:
+    """Routing as transformers does it: softmax over all experts in fp32, the top k, every token to all of its k.
+
+    With weights that sum to 1, softmax over the k is the same number; else it must come before the choice.
+    """
+    return {
+        "num_moe_experts": moe.experts,
+        "expert_model_parallel_size": layout.ep,
+        "moe_ffn_hidden_size": moe.ffn,
+        # A list also keeps each layer by itself in checkpoints: only needed where layers differ.
+        "moe_layer_freq": 1 if all(moe.sparse) else [int(sparse) for sparse in moe.sparse],
+        "moe_router_topk": moe.per_token,
+        "moe_router_pre_softmax": not moe.normalised,
+        "moe_router_dtype": "fp32",
+        "moe_router_load_balancing_type": "none",  # no auxiliary loss
+        "moe_grouped_gemm": HAVE_TE,
+    }
+
+
+def layer_spec(spec: ModelSpec, *, sparse: bool = False) -> ModuleSpec:
+    """One decoder layer, with experts if it is `sparse`: the one place that chooses between the two sets of modules.
+
+    Transformer Engine's where it is installed. Else megatron-core's own, with experts one after the other and core
+    attention that takes packed sequences.
+    """
+    experts = spec.moe.experts if spec.moe and sparse else None
+    if HAVE_TE:
+        return get_gpt_layer_with_transformer_engine_spec(experts, moe_grouped_gemm=sparse, qk_layernorm=spec.qk_norm)
+    layer = get_gpt_layer_local_spec(experts, qk_layernorm=spec.qk_norm, normalization="RMSNorm")
     layer.submodules.self_attention.submodules.core_attention = PackedSdpaAttention
     return layer
 
@@ -134,6 +167,8 @@ def build(
     from prune_opd.weights.load import load_hf_weights
 
     spec = ModelSpec.read(model_dir)
+    if spec.moe:
+        platform.prepare_experts()
     config = transformer_config(spec, layout, dtype, fp8)
     stages = range(layout.vp) if layout.vp > 1 else (None,)
     chunks = [_build_chunk(spec, config, layout, stage, dtype) for stage in stages]
@@ -158,26 +193,29 @@ def _build_chunk(
 ) -> HiddenStatesGPT:
     chunk = HiddenStatesGPT(
         config=config,
-        transformer_layer_spec=_block_spec(layer_spec(spec), config, layout, vp_stage),
+        transformer_layer_spec=_block_spec(spec, config, layout, vp_stage),
         vocab_size=spec.padded_vocab(layout.tp),
         max_sequence_length=spec.max_positions,
         pre_process=layout.is_first_stage and not vp_stage,
         post_process=layout.is_last_stage and vp_stage in (None, layout.vp - 1),
         share_embeddings_and_output_weights=spec.tied,
         position_embedding_type="rope",
-        rotary_base=int(spec.rope_theta),
         parallel_output=True,
         pg_collection=layout.groups,
         vp_stage=vp_stage,
     ).to(dtype)  # torch's norms are fp32 whatever params_dtype says, and megatron's optimizer wants one dtype
     chunk.spec = spec
+    set_frequencies(chunk, spec)
     return chunk
 
 
 def _block_spec(
-    layer: ModuleSpec, config: TransformerConfig, layout: ModelLayout, vp_stage: int | None
+    spec: ModelSpec, config: TransformerConfig, layout: ModelLayout, vp_stage: int | None
 ) -> TransformerBlockSubmodules:
-    """As many layers as this chunk has, and the final norm: ours with local layers, else megatron-core's choice."""
-    layers = get_num_layers_to_build(config, vp_stage, layout.groups.pp.rank())
-    final_norm = RMSNorm if use_rms_norm(layer) else LayerNormImpl
-    return TransformerBlockSubmodules(layer_specs=[layer] * layers, layer_norm=final_norm)
+    """This chunk's layers, and the final norm: ours with local layers, else megatron-core's choice."""
+    stage = layout.groups.pp.rank()
+    first = get_transformer_layer_offset(config, vp_stage, stage)
+    layers = range(first, first + get_num_layers_to_build(config, vp_stage, stage))
+    specs = [layer_spec(spec, sparse=spec.is_sparse(layer)) for layer in layers]
+    ours = [use_rms_norm(layer) for layer in specs]
+    return TransformerBlockSubmodules(layer_specs=specs, layer_norm=RMSNorm if any(ours) else LayerNormImpl)

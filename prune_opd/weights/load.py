@@ -64,15 +64,16 @@ class SafetensorsDirectory:
 def load_hf_weights(chunks: Sequence[HiddenStatesGPT], directory: str | Path) -> None:
     """Fill every parameter of this rank. Raises `ConfigError` for a missing tensor or a shape that does not fit."""
     files = SafetensorsDirectory(directory)
-    spec, tp = chunks[0].spec, chunks[0].pg_collection.tp
+    spec, groups = chunks[0].spec, chunks[0].pg_collection
     parameters = local_parameters(chunks)
     for entry in entries(spec):
         parameter = parameters.pop(entry.megatron, None)
         if parameter is None:
-            continue  # of another stage
-        _check_shapes(entry, spec, [parameter.to("meta")] * tp.size(), files)
+            continue  # of another stage, or an expert of another rank
+        over = groups.tp if entry.expert is None else groups.expt_tp
+        _check_shapes(entry, spec, [parameter.to("meta")] * over.size(), files)
         cut_length = files.shape(entry.hf[0])[1 if entry.cut == "columns" else 0]
-        parameter.copy_(read_shard(entry, spec, tp.rank(), tp.size(), files.rows, files.columns, cut_length))
+        parameter.copy_(read_shard(entry, spec, over.rank(), over.size(), files.rows, files.columns, cut_length))
         _mark_cut(parameter, entry)
     if parameters:
         raise ConfigError(f"{files.directory}: no weight is mapped to {', '.join(parameters)}")

@@ -1,11 +1,13 @@
-"""Hugging Face ↔ megatron-core: names, and how each weight is cut over tensor-parallel ranks. Llama, Qwen2, Qwen3.
+"""Hugging Face ↔ megatron-core: names, and how each weight is cut over ranks. Llama, Qwen2, Qwen3, Qwen3-MoE.
 
 One `Entry` per megatron parameter. Three layouts are more than a slice: megatron keeps q, k and v of one KV group
 next to each other in one matrix, keeps gate and up of a rank's columns in one matrix, and pads the vocabulary.
+Transformer Engine's modules hold the same numbers in the same shapes under other names.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -19,24 +21,34 @@ if TYPE_CHECKING:
     from prune_opd.model_spec import ModelSpec
 
 LAYERS, EXPERTS = "decoder.layers.", "mlp.experts.local_experts."
+# What Transformer Engine's modules call otherwise than megatron-core's own, whose names are the ones used here.
+FUSED_NORMS = {
+    "self_attention.linear_qkv.layer_norm_weight": "input_layernorm.weight",
+    "mlp.linear_fc1.layer_norm_weight": "pre_mlp_layernorm.weight",
+}
+GROUPED = re.compile(r"mlp\.experts\.(?P<linear>linear_fc[12])\.weight(?P<expert>\d+)")
 ReadRows = Callable[[str, int, int], Tensor]  # (Hugging Face name, first row, end row) -> those rows
 ReadColumns = Callable[[str, int, int], Tensor]
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One megatron parameter and the Hugging Face tensors it is made of."""
+    """One megatron parameter and the Hugging Face tensors it is made of.
+
+    An expert's weights lie on the ranks that have the expert, and are cut over their expert-tensor-parallel group.
+    """
 
     megatron: str
     hf: tuple[str, ...]
-    cut: str  # whole | vocab | rows | columns | qkv | gate_up
+    cut: str  # whole | vocab | columns | qkv | gate_up
+    expert: int | None = None
 
 
 def entries(spec: ModelSpec) -> Iterator[Entry]:
-    """Every parameter of the model, in the order in which the layers come."""
+    """Every parameter of the whole model, in the order in which the layers come; the same on every rank."""
     yield Entry("embedding.word_embeddings.weight", ("model.embed_tokens.weight",), "vocab")
     for i in range(spec.layers):
-        ours, theirs = f"decoder.layers.{i}.", f"model.layers.{i}."
+        ours, theirs = f"{LAYERS}{i}.", f"model.layers.{i}."
         attention = theirs + "self_attn."
         yield Entry(ours + "input_layernorm.weight", (theirs + "input_layernorm.weight",), "whole")
         for what in ("weight", "bias") if spec.qkv_bias else ("weight",):
@@ -47,12 +59,21 @@ def entries(spec: ModelSpec) -> Iterator[Entry]:
                 yield Entry(f"{ours}self_attention.{x}_layernorm.weight", (f"{attention}{x}_norm.weight",), "whole")
         yield Entry(ours + "self_attention.linear_proj.weight", (attention + "o_proj.weight",), "columns")
         yield Entry(ours + "pre_mlp_layernorm.weight", (theirs + "post_attention_layernorm.weight",), "whole")
-        gate_up = (theirs + "mlp.gate_proj.weight", theirs + "mlp.up_proj.weight")
-        yield Entry(ours + "mlp.linear_fc1.weight", gate_up, "gate_up")
-        yield Entry(ours + "mlp.linear_fc2.weight", (theirs + "mlp.down_proj.weight",), "columns")
+        if spec.moe and spec.is_sparse(i):
+            yield Entry(ours + "mlp.router.weight", (theirs + "mlp.gate.weight",), "whole")
+            for e in range(spec.moe.experts):
+                yield from _feed_forward(f"{ours}{EXPERTS}{e}.", f"{theirs}mlp.experts.{e}.", e)
+        else:
+            yield from _feed_forward(ours + "mlp.", theirs + "mlp.")
     yield Entry("decoder.final_layernorm.weight", ("model.norm.weight",), "whole")
     if not spec.tied:
         yield Entry("output_layer.weight", ("lm_head.weight",), "vocab")
+
+
+def _feed_forward(ours: str, theirs: str, expert: int | None = None) -> Iterator[Entry]:
+    gate_up = (theirs + "gate_proj.weight", theirs + "up_proj.weight")
+    yield Entry(ours + "linear_fc1.weight", gate_up, "gate_up", expert)
+    yield Entry(ours + "linear_fc2.weight", (theirs + "down_proj.weight",), "columns", expert)
 
 
 def local_parameters(chunks: Sequence[HiddenStatesGPT]) -> dict[str, Parameter]:
@@ -74,9 +95,12 @@ def _global_name(chunk: HiddenStatesGPT, name: str) -> str:
         return name
     local, _, rest = name.removeprefix(LAYERS).partition(".")
     layer = chunk.decoder.layers[int(local)]
+    rest = FUSED_NORMS.get(rest, rest)
+    if grouped := GROUPED.fullmatch(rest):
+        rest = f"{EXPERTS}{grouped['expert']}.{grouped['linear']}.weight"
     if rest.startswith(EXPERTS):
         expert, _, rest = rest.removeprefix(EXPERTS).partition(".")
-        first = chunk.pg_collection.ep.rank() * len(layer.mlp.experts.local_experts)
+        first = chunk.pg_collection.ep.rank() * layer.mlp.num_local_experts
         rest = f"{EXPERTS}{first + int(expert)}.{rest}"
     return f"{LAYERS}{layer.layer_number - 1}.{rest}"
 
@@ -99,7 +123,7 @@ def read_shard(
         rows = read_rows(entry.hf[0], first, last)
         return torch.cat([rows, rows.new_zeros(part - rows.shape[0], *rows.shape[1:])])
     if entry.cut == "gate_up":
-        part = spec.ffn // size
+        part = end // size
         return torch.cat([read_rows(name, rank * part, (rank + 1) * part) for name in entry.hf])
     groups = spec.kv_heads // size  # qkv
     sizes = [n * spec.head_dim for n in (spec.heads // spec.kv_heads, 1, 1)]

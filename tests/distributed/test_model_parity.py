@@ -1,4 +1,4 @@
-"""megatron-core builds the model that transformers builds: the same logits, and the same tensors back."""
+"""megatron-core builds the model that transformers builds, in every layout: the same logits, the same tensors back."""
 
 from __future__ import annotations
 
@@ -8,16 +8,19 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
 from tests.distributed.launch import run_ranks
-from tests.models import FAMILIES, VOCAB, write_model
+from tests.distributed.parity_cases import BF16, CASES, LAYOUTS, PAIRS
+from tests.models import VOCAB, tensors_of, write_model
 
 WORKER = Path(__file__).with_name("worker_model_parity.py")
-CASES = [f"{family}-{head}" for family in FAMILIES for head in ("tied", "untied")]
 LENGTHS = ((5, 7), (1, 1), (12, 30), (3, 1), (64, 2))  # of each row's prompt and response
+COMPUTED = [(layout, case) for layout, case in PAIRS if case in CASES]
+EXPORTED = [(layout, case) for layout, case in PAIRS if layout in ("tp1", "tp2")]
 
-Results = list[dict[str, Any]]  # of every rank
+Results = dict[str, list[dict[str, Any]]]  # by layout: of every rank, findings by case
 
 
 def random_rows() -> dict[str, list[list[int]]]:
@@ -44,47 +47,74 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("parity")
     rows = random_rows()
     expected = {}
-    for i, case in enumerate(CASES):
-        family, head = case.split("-")
-        write_model(folder / case, family, tied=head == "tied", seed=i, rope_parameters={"rope_theta": 5e4 + i})
-        expected[case] = transformers_logits(folder / case, rows)
+    for i, (case, model) in enumerate((CASES | BF16).items()):
+        shape = {"num_hidden_layers": 4, **model.shape}
+        directory = write_model(
+            folder / case, model.family, tied=", tied" in case, seed=i, file_size=model.file_size, **shape
+        )
+        if case in CASES:
+            expected[case] = transformers_logits(directory, rows)
+        else:
+            weights = {name: tensor.bfloat16() for name, tensor in tensors_of(directory).items()}
+            save_file(weights, directory / "model.safetensors")
+    assert len(list((folder / "qwen3, untied").glob("*.safetensors"))) > 3  # a directory of many files
     torch.save((rows, expected), folder / "expected.pt")
     return folder
 
 
-@pytest.fixture(scope="module", params=[1, 2], ids=lambda size: f"tp{size}")
-def tensor_parallel(request: pytest.FixtureRequest) -> int:
-    return request.param
-
-
 @pytest.fixture(scope="module")
-def results(folder: Path, tensor_parallel: int) -> Results:
-    run_ranks(WORKER, tensor_parallel, [folder, str(tensor_parallel)], timeout=120)
-    return [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(tensor_parallel)]
+def results(folder: Path) -> Results:
+    """One launch for each number of ranks."""
+    found: Results = {}
+    for world, layouts in LAYOUTS.items():
+        run_ranks(WORKER, world, [folder], timeout=300)
+        ranks = [json.loads((folder / f"rank{rank}of{world}.json").read_text()) for rank in range(world)]
+        found |= {layout: [rank[layout] for rank in ranks] for layout in layouts}
+    return found
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_logits_of_a_packed_ragged_batch_equal_those_of_transformers(results: Results, case: str) -> None:
-    for rank in results:
-        assert rank[case]["logits"] > 1  # there is something to compare
-        assert rank[case]["transformers"] <= 1e-4
+@pytest.mark.parametrize(("layout", "case"), COMPUTED)
+def test_logits_of_a_packed_ragged_batch_equal_those_of_transformers(results: Results, layout: str, case: str) -> None:
+    last_stage = [rank[case] for rank in results[layout] if "logits" in rank[case]]
+    assert last_stage
+    for found in last_stage:
+        assert found["logits"] > 1  # there is something to compare
+        assert found["transformers"] <= 1e-4
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_rows_do_not_see_their_neighbours_in_the_pack(results: Results, case: str) -> None:
-    for rank in results:
-        assert rank[case]["alone"] <= 1e-5
+@pytest.mark.parametrize(("layout", "case"), COMPUTED)
+def test_rows_do_not_see_their_neighbours_in_the_pack(results: Results, layout: str, case: str) -> None:
+    assert all(rank[case]["alone"] <= 1e-5 for rank in results[layout] if "alone" in rank[case])
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_the_resharding_stream_gives_every_tensor_back_bit_for_bit(results: Results, case: str) -> None:
-    assert all(rank[case]["streamed"] for rank in results)
-
-
-@pytest.mark.parametrize("case", CASES)
-def test_an_export_loads_in_transformers_with_identical_logits(
-    results: Results, folder: Path, tensor_parallel: int, case: str
+@pytest.mark.parametrize(("layout", "case"), PAIRS)
+def test_the_shards_of_all_ranks_are_the_directorys_tensors_bit_for_bit(
+    results: Results, layout: str, case: str
 ) -> None:
+    assert all(rank[case]["bits"] for rank in results[layout])
+
+
+@pytest.mark.parametrize(("layout", "case"), PAIRS)
+def test_a_rank_reads_its_own_slices_and_nothing_else(results: Results, layout: str, case: str) -> None:
+    """In bytes: all that it reads, and the most that it reads at once."""
+    for rank in results[layout]:
+        (read, most), (own, largest) = rank[case]["read"], rank[case]["own"]
+        assert read == own
+        assert most <= largest
+        assert layout == "tp1" or read < 0.85 * rank[case]["whole"]
+
+
+@pytest.mark.parametrize(("layout", "case"), EXPORTED)
+def test_an_export_has_the_directorys_tensors_bit_for_bit(
+    results: Results, folder: Path, layout: str, case: str
+) -> None:
+    ours, theirs = tensors_of(folder / layout / case), tensors_of(folder / case)
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) and ours[name].dtype == theirs[name].dtype for name in theirs)
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case.endswith("untied")])
+def test_an_export_loads_in_transformers_with_identical_logits(results: Results, folder: Path, case: str) -> None:
     rows, expected = torch.load(folder / "expected.pt")
-    exported = transformers_logits(folder / f"{case}.tp{tensor_parallel}", rows)
+    exported = transformers_logits(folder / "tp2" / case, rows)
     assert all(torch.equal(got, want) for got, want in zip(exported, expected[case], strict=True))

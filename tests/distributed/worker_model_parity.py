@@ -1,9 +1,10 @@
-"""Ranks of test_model_parity.py: megatron-core's logits of every model against those that transformers computed.
+"""Ranks of test_model_parity.py: megatron-core's logits of every model, in every layout of this many ranks.
 
-    torchrun … worker_model_parity.py FOLDER TP
+    torchrun … worker_model_parity.py FOLDER
 
-FOLDER/<case>/ is a model directory, FOLDER/expected.pt the rows and their logits. Writes rank<r>.json (largest errors
-by case) and, from rank 0, the exported directory FOLDER/<case>.tp<TP>.
+FOLDER/<case>/ is a model directory, FOLDER/expected.pt the rows and the logits that transformers computed for them.
+Writes rank<r>of<world>.json: findings by layout and case. Rank 0 of a layout without a pipeline also writes the
+exported directory FOLDER/<layout>/<case>.
 """
 
 from __future__ import annotations
@@ -15,62 +16,140 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from safetensors.torch import load_file
 from torch import Tensor
 
 from prune_opd import platform
 from prune_opd.config import ParallelConfig
-from prune_opd.weights.stream import export_hf, hf_stream
+from prune_opd.weights import load, mapping
+from prune_opd.weights.stream import export_hf
+from tests.distributed.parity_cases import BF16, CASES, LAYOUTS, belongs
+from tests.models import tensors_of
 
 
-def logits_of(model: Any, batch: Any, layout: Any) -> Tensor:
-    """Whole logits [N, V] without the padded vocabulary: every rank's columns, side by side."""
-    local_NV = model(batch) @ model.head_weight().T
-    parts = [local_NV]
-    if layout.tp_group is not None:
-        parts = [torch.empty_like(local_NV) for _ in range(layout.student.tp)]
-        dist.all_gather(parts, local_NV.contiguous(), group=layout.tp_group)
-    return torch.cat(parts, dim=1)[:, : model.spec.vocab_size]
+class CountingDirectory(load.SafetensorsDirectory):
+    """Counts what is read from the files."""
+
+    total = largest = 0  # bytes
+
+    def _count(self, tensor: Tensor) -> Tensor:
+        CountingDirectory.total += tensor.nbytes
+        CountingDirectory.largest = max(self.largest, tensor.nbytes)
+        return tensor
+
+    def rows(self, name: str, first: int, end: int) -> Tensor:
+        return self._count(super().rows(name, first, end))
+
+    def columns(self, name: str, first: int, end: int) -> Tensor:
+        return self._count(super().columns(name, first, end))
 
 
-def check(directory: Path, expected: list[Tensor], rows: dict[str, Any], layout: Any, device: Any) -> dict[str, Any]:
-    from prune_opd.megatron.model import build
+def compare(
+    chunks: list[Any], expected: list[Tensor], rows: dict[str, Any], layout: Any, device: Any
+) -> dict[str, Any]:
+    """Largest differences of the logits, on the last stage; nothing on the others."""
+    from prune_opd.megatron import schedule
     from prune_opd.megatron.packing import pack
 
-    (model,) = build(directory, layout.student, torch.float32, trainable=False)
     everything = range(len(rows["prompts"]))
     (packed,) = pack(rows["prompts"], rows["responses"], everything, 10_000, device)
     alone = pack(rows["prompts"], rows["responses"], everything, 1, device)
-    packed_NV = logits_of(model, packed, layout)
-    alone_NV = torch.cat([logits_of(model, batch, layout) for batch in alone])
-    bounds = packed.cu_seqlens.tolist()
-    assert bounds[-1] == len(packed_NV) == sum(len(row) for row in expected)
 
-    on_disk = load_file(directory / "model.safetensors")
-    streamed = dict(hf_stream([model]))
-    out = directory.with_name(f"{directory.name}.tp{layout.student.tp}")
-    export_hf([model], directory, out, write=layout.is_main)
+    def logits(batch: Any, hidden_NH: Tensor) -> Tensor:
+        """Whole logits [N, V] without the padded vocabulary: every rank's columns, side by side."""
+        local_NV = hidden_NH @ chunks[-1].head_weight().T
+        parts = [torch.empty_like(local_NV) for _ in range(layout.tp)]
+        dist.all_gather(parts, local_NV.contiguous(), group=layout.groups.tp)
+        return torch.cat(parts, dim=1)[:, : chunks[-1].spec.vocab_size]
+
+    outputs = schedule.forward(chunks, layout, [packed, *alone], logits)
+    if not layout.is_last_stage:
+        return {}
+    packed_NV, *alone_outputs = outputs
+    assert packed.cu_seqlens[-1] == len(packed_NV) == sum(len(row) for row in expected)
     return {
         "transformers": (packed_NV - torch.cat(expected)).abs().max().item(),
-        "alone": (packed_NV - alone_NV).abs().max().item(),
+        "alone": (packed_NV - torch.cat(alone_outputs)).abs().max().item(),
         "logits": packed_NV.abs().max().item(),
-        "streamed": streamed.keys() == on_disk.keys() and all(torch.equal(streamed[x], on_disk[x]) for x in on_disk),
     }
+
+
+def merged(chunks: list[Any], layout: Any) -> dict[str, Tensor]:
+    """The Hugging Face tensors made of all ranks' shards, on rank 0."""
+    spec, groups = chunks[0].spec, layout.groups
+    places = {False: groups.tp.rank(), True: groups.expt_tp.rank()}  # of an expert's weight?
+    mine = {name: parameter.detach() for name, parameter in mapping.local_parameters(chunks).items()}
+    everyone: list[Any] = [None] * dist.get_world_size()
+    dist.gather_object((places, mine), everyone if dist.get_rank() == 0 else None)
+    if dist.get_rank():
+        return {}
+    tensors: dict[str, Tensor] = {}
+    for entry in mapping.entries(spec):
+        is_expert = entry.expert is not None
+        shards = {places[is_expert]: held[entry.megatron] for places, held in everyone if entry.megatron in held}
+        tensors.update(mapping.merge_shards(entry, spec, [shards[i] for i in sorted(shards)]))
+    return tensors
+
+
+def own_bytes(chunks: list[Any]) -> tuple[int, int]:
+    """Of this rank's parameters without the padding of the vocabulary: all of them, and the largest one."""
+    sizes = []
+    spec = chunks[0].spec
+    local = mapping.local_parameters(chunks)
+    for entry in mapping.entries(spec):
+        if entry.megatron in local:
+            parameter = local[entry.megatron]
+            rows = len(parameter)
+            if entry.cut == "vocab":
+                rows = max(0, min(rows, spec.vocab_size - chunks[0].pg_collection.tp.rank() * rows))
+            sizes.append(parameter[:rows].nbytes)
+    return sum(sizes), max(sizes)
+
+
+def check(
+    directory: Path, layout_name: str, layout: Any, job: Any, dtype: torch.dtype
+) -> tuple[list[Any], dict[str, Any]]:
+    from prune_opd.megatron.model import build
+
+    CountingDirectory.total = CountingDirectory.largest = 0
+    chunks = build(directory, layout, dtype, trainable=False)
+    on_disk = tensors_of(directory)
+    tensors = merged(chunks, layout)
+    if layout.pp == layout.ep == 1:
+        export_hf(chunks, directory, directory.parent / layout_name / directory.name, write=job.is_main)
+    own, largest = own_bytes(chunks)
+    return chunks, {
+        "bits": not job.is_main
+        or (tensors.keys() == on_disk.keys() and all(same(tensors[x], on_disk[x]) for x in on_disk)),
+        "read": [CountingDirectory.total, CountingDirectory.largest],
+        "own": [own, largest],
+        "whole": sum(tensor.nbytes for tensor in on_disk.values()),
+    }
+
+
+def same(ours: Tensor, theirs: Tensor) -> bool:
+    return ours.dtype == theirs.dtype and torch.equal(ours, theirs)
 
 
 @torch.no_grad()
-def main(folder: Path, tensor_parallel: int) -> None:
+def main(folder: Path) -> None:
     machine = platform.prepare()
     from prune_opd.megatron import layout as layouts
 
-    layout = layouts.initialize(ParallelConfig(tensor=tensor_parallel), machine, seed=0)
+    load.SafetensorsDirectory = CountingDirectory  # type: ignore[misc]
+    job = layouts.initialize(ParallelConfig(tensor=1), machine, seed=0)
     rows, expected = torch.load(folder / "expected.pt")
-    results = {
-        case: check(folder / case, logits, rows, layout, machine.device) for case, logits in sorted(expected.items())
-    }
-    (folder / f"rank{layout.rank}.json").write_text(json.dumps(results))
+    findings: dict[str, dict[str, Any]] = {}
+    for name, parallel in LAYOUTS[job.world].items():
+        layout = layouts.arrange(parallel, seed=0).student
+        found = findings[name] = {}
+        for case, model in (CASES | BF16).items():
+            if belongs(case, name):
+                chunks, found[case] = check(folder / case, name, layout, job, getattr(torch, model.dtype))
+                if case in CASES:
+                    found[case] |= compare(chunks, expected[case], rows, layout, machine.device)
+    (folder / f"rank{job.rank}of{job.world}.json").write_text(json.dumps(findings))
     layouts.shutdown()
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]))
+    main(Path(sys.argv[1]))

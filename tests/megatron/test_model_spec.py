@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 
 from prune_opd import platform
 from prune_opd.errors import ConfigError
+from prune_opd.model_spec import FAMILIES, experts_do_not_fit
 
 CONFIG = {
     "model_type": "llama",
@@ -35,17 +37,26 @@ def read(folder: Path, **settings: Any) -> Any:
     ("settings", "named"),
     [
         ({"model_type": "gemma2"}, "model_type = 'gemma2' is not supported"),
-        ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "rope_type = 'llama3'"),
-        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_type = 'linear'"),  # the key's older name
-        ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e6}}, "rope_type = 'yarn'"),
+        ({"rope_scaling": {"rope_type": "dynamic", "factor": 8.0}}, "rope_type = 'dynamic'"),
+        ({"rope_scaling": {"type": "longrope", "short_factor": [1.0]}}, "rope_type = 'longrope'"),  # the older name
+        ({"rope_parameters": {"rope_type": "mrope", "rope_theta": 1e6}}, "rope_type = 'mrope'"),
+        ({"rope_scaling": {"rope_type": "yarn"}}, "factor = None beside rope_type = 'yarn': it must be a number"),
+        ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "low_freq_factor = None"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor = 0.5"),
+        ({"rope_parameters": {"rope_theta": 1e6, "partial_rotary_factor": 0.5}}, "partial_rotary_factor = 0.5"),
         ({"attention_bias": True}, "attention_bias = True"),  # it has a bias on o_proj, too
         ({"mlp_bias": True}, "mlp_bias = True"),
         ({"hidden_act": "gelu"}, "hidden_act = 'gelu'"),
+        ({"quantization_config": {"quant_method": "fp8"}}, "quantization_config = {'quant_method': 'fp8'}"),
         ({"model_type": "qwen2", "use_sliding_window": True}, "use_sliding_window = True"),
+        ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types has sliding_attention"),
+        ({"model_type": "qwen3_moe", "num_experts": 4, "num_experts_per_tok": 5}, "num_experts_per_tok = 5"),
+        ({"model_type": "qwen3_moe", "num_experts_per_tok": 1, "norm_topk_prob": True}, "norm_topk_prob = True"),
+        ({"hidden_size": None}, "hidden_size is missing"),
     ],
 )
 def test_a_config_that_is_not_built_is_refused_by_name(tmp_path: Path, settings: dict[str, Any], named: str) -> None:
-    with pytest.raises(ConfigError, match=named) as raised:
+    with pytest.raises(ConfigError, match=re.escape(named)) as raised:
         read(tmp_path, **settings)
     assert str(tmp_path / "config.json") in str(raised.value)
 
@@ -53,18 +64,75 @@ def test_a_config_that_is_not_built_is_refused_by_name(tmp_path: Path, settings:
 def test_settings_that_change_nothing_are_read_over(tmp_path: Path) -> None:
     """As real configs have them: no rope scaling spelt as null, a sliding window that is switched off."""
     quiet = {"rope_scaling": None, "use_sliding_window": False, "sliding_window": 4096, "attention_bias": False}
-    assert read(tmp_path, **quiet, mlp_bias=False, hidden_act="silu") == read(tmp_path)
+    layers = {"layer_types": ["full_attention", "full_attention"], "head_dim": None}
+    assert read(tmp_path, **quiet, **layers, mlp_bias=False, hidden_act="silu") == read(tmp_path)
 
 
-def test_what_a_config_leaves_out_has_the_defaults_of_transformers(tmp_path: Path) -> None:
-    spec = read(tmp_path)
-    assert (spec.kv_heads, spec.head_dim, spec.rope_theta, spec.tied) == (4, 16, 10000.0, False)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_a_config_leaves_out_has_the_defaults_of_transformers(tmp_path: Path, family: str) -> None:
+    from transformers import AutoConfig
+
+    heads = {"num_attention_heads": 64, "hidden_size": 4096}
+    spec = read(tmp_path, model_type=family, **heads)
+    theirs = AutoConfig.from_pretrained(tmp_path)
+    assert spec.kv_heads == theirs.num_key_value_heads
+    assert spec.head_dim == (getattr(theirs, "head_dim", None) or 4096 // 64)
+    assert (spec.rope.theta, spec.tied) == (theirs.rope_parameters["rope_theta"], theirs.tie_word_embeddings)
+    if family == "qwen3_moe":
+        assert (spec.moe.experts, spec.moe.per_token) == (theirs.num_experts, theirs.num_experts_per_tok)
+        assert (spec.moe.ffn, spec.moe.normalised) == (theirs.moe_intermediate_size, theirs.norm_topk_prob)
+
+
+@pytest.mark.parametrize("name", ["num_experts", "num_local_experts"])
+def test_the_number_of_experts_is_read_under_both_names(tmp_path: Path, name: str) -> None:
+    assert read(tmp_path, model_type="qwen3_moe", **{name: 12}).moe.experts == 12
+
+
+@pytest.mark.parametrize(
+    ("settings", "sparse"),
+    [
+        ({}, (True, True, True, True)),
+        ({"decoder_sparse_step": 2}, (False, True, False, True)),
+        ({"mlp_only_layers": [0, 3]}, (False, True, True, False)),
+        ({"decoder_sparse_step": 2, "mlp_only_layers": [1]}, (False, False, False, True)),
+    ],
+)
+def test_dense_layers_among_sparse_ones_are_those_that_transformers_makes_dense(
+    tmp_path: Path, settings: dict[str, Any], sparse: tuple[bool, ...]
+) -> None:
+    spec = read(tmp_path, model_type="qwen3_moe", num_hidden_layers=4, **settings)
+    assert tuple(spec.is_sparse(layer) for layer in range(4)) == sparse
+
+
+@pytest.mark.parametrize("settings", [{"mlp_only_layers": [0, 1]}, {"num_experts": 0}, {"decoder_sparse_step": 3}])
+def test_a_model_without_a_sparse_layer_has_no_experts(tmp_path: Path, settings: dict[str, Any]) -> None:
+    assert read(tmp_path, model_type="qwen3_moe", **settings).moe is None
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({}, None),
+        ({"expert": 4}, None),
+        ({"expert": 3}, "parallel.expert = 3 does not divide the model's 8 experts"),
+        ({"tensor": 5}, "parallel.tensor = 5 does not divide moe_intermediate_size = 12"),
+        ({"sequence_parallel": False}, "parallel.sequence_parallel = False"),
+        ({"sequence_parallel": False, "trained": False}, None),
+        ({"sequence_parallel": False, "tensor": 1}, None),
+    ],
+)
+def test_a_layout_that_experts_do_not_fit_is_named(changes: dict[str, Any], named: str | None) -> None:
+    layout: dict[str, Any] = {"tensor": 2, "expert": 2, "sequence_parallel": True, "trained": True, **changes}
+    moe = CONFIG | {"model_type": "qwen3_moe", "num_experts": 8, "moe_intermediate_size": 12}
+    problem = experts_do_not_fit(moe, **layout)
+    assert (problem is None) if named is None else (problem is not None and named in problem)
+    assert experts_do_not_fit(CONFIG, **layout) is None
 
 
 @pytest.mark.parametrize("where", ["rope_theta", "rope_parameters"])
 def test_rope_theta_is_read_from_its_old_and_its_new_place(tmp_path: Path, where: str) -> None:
     theta = {"rope_theta": 5e5}
-    assert read(tmp_path, **(theta if where == "rope_theta" else {where: theta})).rope_theta == 5e5
+    assert read(tmp_path, **(theta if where == "rope_theta" else {where: theta})).rope.theta == 5e5
 
 
 @pytest.mark.parametrize(("tp_size", "rows"), [(1, 384), (2, 512), (4, 512), (8, 1024)])

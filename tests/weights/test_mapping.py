@@ -12,6 +12,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from prune_opd import platform
+from prune_opd.model_spec import MoeSpec
 from prune_opd.weights.mapping import Entry, entries, merge_shards, read_shard
 from tests.models import FAMILIES, write_model
 
@@ -22,7 +23,7 @@ CUTS = {"whole", "vocab", "columns", "qkv", "gate_up"}
 def model_spec(**changes: Any) -> Any:
     """Eight heads in four KV groups, so that TP = 4 divides; 300 words, so that every TP size pads them."""
     platform.prepare()
-    from prune_opd.model_spec import ModelSpec
+    from prune_opd.model_spec import ModelSpec, RopeSpec
 
     settings = {
         "family": "qwen3",
@@ -34,7 +35,7 @@ def model_spec(**changes: Any) -> Any:
         "head_dim": 3,
         "vocab_size": 300,
         "max_positions": 64,
-        "rope_theta": 1e4,
+        "rope": RopeSpec(1e4),
         "norm_eps": 1e-6,
         "tied": True,
         "qkv_bias": False,
@@ -46,17 +47,20 @@ def model_spec(**changes: Any) -> Any:
 def hf_tensors(spec: Any) -> dict[str, Tensor]:
     """Every Hugging Face tensor of `spec`, no two numbers alike."""
     q, kv = spec.heads * spec.head_dim, spec.kv_heads * spec.head_dim
-    rows_of = {"q_proj": q, "k_proj": kv, "v_proj": kv, "gate_proj": spec.ffn, "up_proj": spec.ffn}
     tensors: dict[str, Tensor] = {}
     first = 0
     for name in (name for entry in entries(spec) for name in entry.hf):
         module, what = name.split(".")[-2:]
+        ffn = spec.moe.ffn if ".experts." in name else spec.ffn
+        rows_of = {"q_proj": q, "k_proj": kv, "v_proj": kv, "gate_proj": ffn, "up_proj": ffn}
+        if spec.moe:
+            rows_of["gate"] = spec.moe.experts
         if module in rows_of:
             shape = [rows_of[module], spec.hidden] if what == "weight" else [rows_of[module]]
         elif module == "o_proj":
             shape = [spec.hidden, q]
         elif module == "down_proj":
-            shape = [spec.hidden, spec.ffn]
+            shape = [spec.hidden, ffn]
         elif module in ("embed_tokens", "lm_head"):
             shape = [spec.vocab_size, spec.hidden]
         else:
@@ -82,6 +86,8 @@ SPECS = {
     "qwen3 tied": {},
     "qwen2 bias, untied": {"family": "qwen2", "qkv_bias": True, "qk_norm": False, "tied": False},
     "llama, no groups": {"family": "llama", "qk_norm": False, "kv_heads": 8},
+    "experts": {"family": "qwen3_moe", "moe": MoeSpec(3, 2, 8, True, (True, True))},
+    "experts in one layer": {"family": "qwen3_moe", "moe": MoeSpec(2, 1, 28, False, (False, True))},
     "vocabulary that needs no padding": {"vocab_size": 512, "tied": False},
 }
 

@@ -1,0 +1,112 @@
+"""One side of test_te_spec.py: build every model, describe it, and carry its weights over a checkpoint.
+
+    worker_te_spec.py FOLDER SIDE [SAVED_BY]
+
+SIDE is "te" (real Transformer Engine modules over the stub of their kernels; one tensor-parallel group of all ranks) or
+"local" (megatron-core's own modules). Reads FOLDER/<case>; writes FOLDER/<SIDE>/<case>/{hf,checkpoint} and, if SAVED_BY
+is given, what the other side's checkpoint became in this side's model, as FOLDER/<SIDE>/<case>/from_<SAVED_BY>.
+Descriptions go to FOLDER/<SIDE>.json.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from prune_opd import platform
+from prune_opd.config import ParallelConfig
+from tests.te.cases import CASES
+
+
+def described(chunk: Any, layout: Any) -> dict[str, Any]:
+    from prune_opd.weights.mapping import entries, local_parameters
+
+    layers = chunk.decoder.layers
+    last = layers[-1]
+    experts = [type(layer.mlp.experts).__name__ for layer in layers if hasattr(layer.mlp, "experts")]
+    return {
+        "modules": {
+            "qkv": type(last.self_attention.linear_qkv).__name__,
+            "attention": type(last.self_attention.core_attention).__name__,
+            "experts": experts,
+            "final norm": type(chunk.decoder.final_layernorm).__module__.split(".")[0],
+        },
+        "softmax scale": last.self_attention.core_attention.softmax_scale,
+        "own names": [name for name, _ in chunk.named_parameters()],
+        "mapped": {name: list(parameter.shape) for name, parameter in local_parameters([chunk]).items()},
+        "entries": [entry.megatron for entry in entries(chunk.spec)],
+        "beside parameters": sorted(chunk.state_dict().keys() - dict(chunk.named_parameters()).keys()),
+        "sharded": sharded_keys(chunk),
+        "forward": forward(chunk, layout),
+    }
+
+
+def sharded_keys(chunk: Any) -> dict[str, list[int]]:
+    """Whole shape of every tensor of the sharded checkpoint, by key."""
+    from megatron.core.dist_checkpointing.dict_utils import nested_values
+    from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
+
+    sharded = chunk.sharded_state_dict()
+    apply_factories(sharded)
+    return {x.key: list(x.global_shape) for x in nested_values(sharded) if isinstance(x, ShardedTensor)}
+
+
+def forward(chunk: Any, layout: Any) -> str:
+    """What a forward pass ends with."""
+    from prune_opd.megatron.packing import pack
+
+    (batch,) = pack([[1, 2, 3]], [[4, 5]], [0], 100, torch.device("cpu"))
+    try:
+        return str(list(chunk(batch).shape))
+    except RuntimeError as error:
+        return type(error).__name__
+
+
+@torch.no_grad()
+def main(folder: Path, side: str, saved_by: str | None = None) -> None:
+    if side == "te":
+        from tests.te import stub
+
+        stub.install()
+    machine = platform.prepare()
+    from megatron.core import dist_checkpointing
+    from megatron.core.dist_checkpointing.validation import StrictHandling
+
+    from prune_opd.megatron import layout as layouts
+    from prune_opd.megatron.model import build
+    from prune_opd.weights.stream import export_hf
+
+    job = layouts.initialize(ParallelConfig(), machine, seed=0)
+    descriptions = {}
+    for case, (model, _) in CASES.items():
+        out = folder / side / case
+        (chunk,) = chunks = build(folder / case, job.student, getattr(torch, model.dtype), trainable=False)
+        descriptions[case] = described(chunk, job.student)
+        export_hf(chunks, folder / case, out / "hf", write=job.is_main)
+        if job.is_main:
+            (out / "checkpoint").mkdir(parents=True)
+        torch.distributed.barrier()
+        dist_checkpointing.save(chunk.sharded_state_dict(), str(out / "checkpoint"))
+        if saved_by:
+            for parameter in chunk.parameters():
+                parameter.fill_(7.0)
+            state = dist_checkpointing.load(
+                chunk.sharded_state_dict(),
+                str(folder / saved_by / case / "checkpoint"),
+                # A local checkpoint has no `_extra_state` of Transformer Engine: it says so in the log and goes on.
+                strict=StrictHandling.LOG_UNEXPECTED,
+            )
+            missing, unexpected = chunk.load_state_dict(state, strict=False)
+            descriptions[case]["not loaded"] = [*missing, *unexpected]
+            export_hf(chunks, folder / case, out / f"from_{saved_by}", write=job.is_main)
+    if job.is_main:
+        (folder / f"{side}.json").write_text(json.dumps(descriptions))
+    layouts.shutdown()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), *sys.argv[2:])
