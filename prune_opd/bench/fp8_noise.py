@@ -42,10 +42,10 @@ class Settings:
     random: tuple[int, int, int] = (512, 8, 32_768)  # hidden, layers, words
     tokens: int = 2048  # of the random model
     microbatch: int = 2048
-    threads: int = 2
+    threads: int = 1
 
 
-QUICK = Settings(problems=0, random=(128, 4, 512), tokens=256, microbatch=128, threads=1)
+QUICK = Settings(problems=0, random=(128, 4, 512), tokens=256, microbatch=128)
 
 
 def run(path: Path, quick: bool) -> int:

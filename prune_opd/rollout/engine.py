@@ -77,7 +77,7 @@ class RolloutEngine:
                 seed=0,
                 disable_log_stats=True,
                 use_tqdm_on_load=False,
-                **rollout_arguments(rollout),
+                **rollout_arguments(rollout, self.sleep_level),
                 **self._platform_settings(rollout, max_model_len),
             )
         torch.set_num_threads = set_num_threads  # vLLM replaces it with one that refuses
@@ -91,10 +91,7 @@ class RolloutEngine:
                 "enable_chunked_prefill": False,
                 "max_num_batched_tokens": max(8192, max_model_len),
             }
-        return {
-            "gpu_memory_utilization": rollout.gpu_memory_utilization,
-            "enable_sleep_mode": self.sleep_level > 0,
-        }
+        return {"gpu_memory_utilization": rollout.gpu_memory_utilization}
 
     def load(self, weights: Iterable[tuple[str, Tensor]]) -> None:
         """Replace the engine's weights. Collective: every rank draws the stream to its end."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -25,11 +26,25 @@ def test_two_tensor_parallel_ranks_train_like_one(tmp_path: Path) -> None:
     assert one[-1]["overlap"] == pytest.approx(two[-1]["overlap"], abs=0.03)
 
 
-def test_bf16_trains_and_saves(tmp_path: Path) -> None:
+def test_bf16_trains_and_saves_with_fp8_rollouts_and_a_dry_run_of_the_memory_phases(tmp_path: Path) -> None:
     settings = ("steps=2", "rollout.prompts=4", "precision.params=bf16", *BARE, "--nproc", "1")
-    steps = train(tmp_path / "run", *settings, "checkpoint.every=1")
+    fp8 = ("rollout.quantization=fp8_per_channel", "rollout.kv_cache_dtype=fp8")
+    memory = ("memory.sleep_level=2", "memory.offload_optimizer=true", "memory.offload_teacher=true")
+    steps = train(tmp_path / "run", *settings, *fp8, *memory, "checkpoint.every=1")
     assert len(steps) == 2 and all(0.5 < step["overlap"] < 1 for step in steps)
     assert (tmp_path / "run" / "checkpoints" / "latest").read_text() == "step_000002"
+    record = json.loads((tmp_path / "run" / "memory.json").read_text())
+    assert record["dry_run"] is True
+    entered = [(entry["phase"], entry["transitions"]) for entry in record["phases"]]
+    assert entered == [
+        ("sync", ["away optimizer", "away teacher", "away teacher_head"]),
+        ("parity", []),
+        ("rollout", []),
+        ("teacher", ["sleep rollout_weights + kv_cache", "back teacher", "back teacher_head"]),
+        ("train", ["away teacher", "back optimizer"]),
+        ("checkpoint", ["away teacher_head"]),
+        ("sync", ["away optimizer", "wake rollout_weights"]),
+    ]
 
 
 @pytest.mark.parametrize(

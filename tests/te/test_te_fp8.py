@@ -1,0 +1,47 @@
+"""FP8 settings in Transformer Engine's modules: which of its recipes megatron-core makes of them. Kernels are stubs."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.distributed.launch import REPOSITORY, run_ranks
+from tests.models import write_model
+from tests.te.test_te_spec import te_packages  # noqa: F401  # a fixture
+
+WORKER = Path(__file__).with_name("worker_te_fp8.py")
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory, te_packages: Path) -> dict[str, Any]:  # noqa: F811
+    folder = tmp_path_factory.mktemp("te_fp8")
+    write_model(folder / "model", num_hidden_layers=4)
+    path = os.pathsep.join([str(REPOSITORY), str(te_packages)])
+    run_ranks(WORKER, 1, [folder / "model", folder], timeout=120, env={"PYTHONPATH": path})
+    found: dict[str, Any] = json.loads((folder / "fp8.json").read_text())
+    return found
+
+
+def test_each_recipe_becomes_transformer_engines_own(results: dict[str, Any]) -> None:
+    assert {name: found["recipe"] for name, found in results.items()} == {
+        "delayed": "DelayedScaling",
+        "tensorwise": "Float8CurrentScaling",
+        "blockwise": "Float8BlockScaling",
+    }
+    assert [found["format"] for found in results.values()] == ["HYBRID", "E4M3", "E4M3"]
+
+
+def test_delayed_scaling_looks_back_as_far_as_asked_and_takes_the_largest(results: dict[str, Any]) -> None:
+    assert (results["delayed"]["history"], results["delayed"]["amax"]) == (7, "max")
+
+
+def test_first_and_last_layers_stay_in_bf16(results: dict[str, Any]) -> None:
+    assert {name: found["bf16 layers"] for name, found in results.items()} == {
+        "delayed": [],
+        "tensorwise": [0, 2, 3],
+        "blockwise": [3],
+    }
