@@ -16,7 +16,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.distributed.launch import run_ranks
-from tests.distributed.worker_layout_matrix import STEPS, cases
+from tests.distributed.tiny_run import write_pair
+from tests.distributed.worker_layout_matrix import STEPS, cases, pair_of
 from tests.models import write_model
 
 WORKER = Path(__file__).with_name("worker_layout_matrix.py")
@@ -36,7 +37,7 @@ def write_models(folder: Path) -> None:
     narrow["lm_head.weight"] = narrow["model.embed_tokens.weight"]
     draw = torch.Generator().manual_seed(2)
     for name, tensor in wide.items():
-        noise = 0.05 * torch.randn(tensor.shape, generator=draw)
+        noise = 0.08 * torch.randn(tensor.shape, generator=draw)
         if "norm" in name:
             tensor.fill_(1.0)
         else:
@@ -52,9 +53,10 @@ def write_models(folder: Path) -> None:
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, Any]]]:
-    """Of each case, what every rank has got; "reference" is the run of one process."""
+    """Of each case, what every rank has got; "dense" and "moe" are the runs of one process."""
     models, out = tmp_path_factory.mktemp("models"), tmp_path_factory.mktemp("out")
-    write_models(models)
+    write_models(models / "dense")
+    write_pair(models / "moe", family="qwen3_moe", num_hidden_layers=LAYERS)
     for ranks in (1, 2, 4):
         run_ranks(WORKER, ranks, [models, out], timeout=300)
     return {case: got for ranks in (1, 2, 4) for case, got in json.loads((out / f"{ranks}.json").read_text()).items()}
@@ -64,7 +66,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str
 def test_three_steps_equal_those_of_one_process(
     results: dict[str, list[dict[str, Any]]], ranks: int, case: str
 ) -> None:
-    (reference,) = results["reference"]
+    (reference,) = results[pair_of(case)]
     assert len(results[case]) == ranks
     for rank in results[case]:
         for got, expected in zip(rank["steps"], reference["steps"], strict=True):
@@ -93,8 +95,9 @@ def test_the_teacher_has_no_gradients_and_no_optimizer_state(
     assert [rank["teacher_extras"] for rank in results[case]] == [[]] * ranks
 
 
-def test_the_comparison_has_something_to_compare(results: dict[str, list[dict[str, Any]]]) -> None:
-    (reference,) = results["reference"]
+@pytest.mark.parametrize("pair", ["dense", "moe"])
+def test_the_comparison_has_something_to_compare(results: dict[str, list[dict[str, Any]]], pair: str) -> None:
+    (reference,) = results[pair]
     steps = reference["steps"]
     assert len(steps) == STEPS
     assert all(0.05 < step["event_rate"] < 0.95 and 0.2 < step["overlap"] < 0.95 for step in steps)

@@ -2,8 +2,8 @@
 
     torchrun … worker_layout_matrix.py MODELS OUT
 
-On one rank: the reference; leaves its student in OUT/hf. On more: every case of that world size, against it. Writes
-OUT/<ranks>.json from rank 0: {case: [results of each rank]}.
+MODELS/dense and MODELS/moe are pairs. On one rank: the reference of each, which leaves its student in OUT/<pair>. On
+more: every case of that world size, against them. Writes OUT/<ranks>.json from rank 0: {case: [results of each rank]}.
 """
 
 from __future__ import annotations
@@ -49,6 +49,14 @@ MORE: dict[int, dict[str, dict[str, Any]]] = {
     2: {
         "PP2 recompute full": {"tensor": 1, "pipeline": 2, "recompute": "full"},
         "TP2+SP recompute selective": {"tensor": 2, "sequence_parallel": True, "recompute": "selective"},
+        "moe EP2 | TP1": {"tensor": 1, "expert": 2},
+        "moe EP2+dist-opt | EP2": {"tensor": 1, "expert": 2, "distributed_optimizer": True, "teacher_expert": 2},
+        "moe PP2 | EP2": {
+            "tensor": 1,
+            "pipeline": 2,
+            "teacher_pipeline": 1,
+            "teacher_expert": 2,
+        },
     },
     4: {
         "TP2xPP2xVPP2+SP | TP2xPP2": {
@@ -56,6 +64,13 @@ MORE: dict[int, dict[str, dict[str, Any]]] = {
             "pipeline": 2,
             "virtual_pipeline": 2,
             "sequence_parallel": True,
+        },
+        "moe TP2+SPxEP2 | PP2": {
+            "tensor": 2,
+            "expert": 2,
+            "sequence_parallel": True,
+            "teacher_tensor": 1,
+            "teacher_pipeline": 2,
         },
         "PP2xDP2+dist-opt | TP2xPP2": {
             "tensor": 1,
@@ -77,6 +92,10 @@ def cases(ranks: int) -> dict[str, dict[str, Any]]:
     return matrix | MORE[ranks]
 
 
+def pair_of(case: str) -> str:
+    return "moe" if case.startswith("moe") else "dense"
+
+
 def step(run: Any, number: int) -> dict[str, Any]:
     """One step on responses that end where the horizon is: what the controller decides shows in the next loss."""
     drawn, horizon = made_up_rollouts(number), run.controller.horizon
@@ -89,15 +108,13 @@ def farthest_from_reference(run: Any, reference: Path) -> float:
     from prune_opd.weights.load import SafetensorsDirectory, _read
     from prune_opd.weights.mapping import entries, local_parameters
 
-    local, files, tp = (
-        local_parameters(run.trainer.chunks),
-        SafetensorsDirectory(reference),
-        run.layout.student.groups.tp,
-    )
+    local, files = local_parameters(run.trainer.chunks), SafetensorsDirectory(reference)
+    groups = run.layout.student.groups
     farthest = 0.0
     for entry in entries(run.trainer.spec):
         if entry.megatron in local:
-            expected = _read(entry, run.trainer.spec, files, tp.rank(), tp.size())
+            over = groups.tp if entry.expert is None else groups.expt_tp
+            expected = _read(entry, run.trainer.spec, files, over.rank(), over.size())
             farthest = max(farthest, (local[entry.megatron].detach() - expected).abs().max().item())
     return farthest
 
@@ -137,14 +154,15 @@ def main(models: Path, out: Path) -> None:
     layout = layouts.initialize(reference, machine, seed=0)
     results: dict[str, list[Any]] = {}
     if layout.world == 1:
-        run, result = train(models, out, layout, reference)
-        export_hf(run.trainer.chunks, models / "student", out / "hf", write=True)
-        results["reference"] = [result]
+        for pair in ("dense", "moe"):
+            run, result = train(models / pair, out, layout, reference)
+            export_hf(run.trainer.chunks, models / pair / "student", out / pair, write=True)
+            results[pair] = [result]
     else:
         for case, settings in cases(layout.world).items():
             parallel = ParallelConfig(microbatch_tokens=BUDGET, **settings)
-            run, result = train(models, out, layouts.arrange(parallel, seed=0), parallel)
-            result["parameters"] = farthest_from_reference(run, out / "hf")
+            run, result = train(models / pair_of(case), out, layouts.arrange(parallel, seed=0), parallel)
+            result["parameters"] = farthest_from_reference(run, out / pair_of(case))
             del run
             gc.collect()
             everyone: list[Any] = [None] * layout.world
