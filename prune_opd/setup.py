@@ -94,8 +94,11 @@ class Run:
         from prune_opd.megatron.packing import pack_rows
 
         prompts, responses, device = rollouts.prompt_ids, rollouts.response_ids, self.machine.device
-        multiple = self.layout.student.token_multiple
-        return [pack_rows(prompts, responses, rows, device, multiple) for rows in deal[self.layout.dp_rank]]
+        student = self.layout.student
+        return [
+            pack_rows(prompts, responses, rows, device, student.token_multiple, student.cp_group)
+            for rows in deal[self.layout.dp_rank]
+        ]
 
     def minibatches(self, rollouts: Rollouts) -> list[list[PackedBatch]]:
         """`pack` of each update's share of the batch."""

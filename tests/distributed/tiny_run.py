@@ -109,7 +109,7 @@ def train_step(run: Any, rollouts: Rollouts) -> dict[str, Any]:
     stats = run.new_stats(len(rollouts.responses))
     loss = gated_loss(run, run.teacher.hidden(rollouts, deals), stats)
     result = run.trainer.step(batches, loss)
-    stats.reduce(run.layout.counts)
+    stats.reduce(run.layout.reports)
     run.controller.update(stats.reliable_length_B, rollouts.length_B, rollouts.finished_B)
     run.finished_steps += 1
     return {

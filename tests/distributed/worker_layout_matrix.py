@@ -49,6 +49,9 @@ MORE: dict[int, dict[str, dict[str, Any]]] = {
     2: {
         "PP2 recompute full": {"tensor": 1, "pipeline": 2, "recompute": "full"},
         "TP2+SP recompute selective": {"tensor": 2, "sequence_parallel": True, "recompute": "selective"},
+        # Context parallel cases run with the tests' own core attention (context_attention.py).
+        "CP2 | TP2": {"tensor": 1, "context": 2, "teacher_tensor": 2},
+        "CP2+dist-opt | TP1": {"tensor": 1, "context": 2, "distributed_optimizer": True},
         "moe EP2 | TP1": {"tensor": 1, "expert": 2},
         "moe EP2+dist-opt | EP2": {"tensor": 1, "expert": 2, "distributed_optimizer": True, "teacher_expert": 2},
         "moe PP2 | EP2": {
@@ -65,6 +68,13 @@ MORE: dict[int, dict[str, dict[str, Any]]] = {
             "virtual_pipeline": 2,
             "sequence_parallel": True,
         },
+        "TP2+SPxCP2 | TP2xPP2": {
+            "tensor": 2,
+            "sequence_parallel": True,
+            "context": 2,
+            "teacher_pipeline": 2,
+        },
+        "PP2xCP2 | TP2": {"tensor": 1, "pipeline": 2, "context": 2, "teacher_tensor": 2, "teacher_pipeline": 1},
         "moe TP2+SPxEP2 | PP2": {
             "tensor": 2,
             "expert": 2,
@@ -148,7 +158,10 @@ def train(models: Path, out: Path, layout: Any, parallel: ParallelConfig) -> tup
 def main(models: Path, out: Path) -> None:
     machine = platform.prepare()
     from prune_opd.megatron import layout as layouts
+    from prune_opd.megatron import model
+    from prune_opd.megatron.attention import PackedSdpaAttention
     from prune_opd.weights.stream import export_hf
+    from tests.distributed.context_attention import GatheredSdpaAttention
 
     reference = ParallelConfig(tensor=1, microbatch_tokens=BUDGET)
     layout = layouts.initialize(reference, machine, seed=0)
@@ -161,6 +174,7 @@ def main(models: Path, out: Path) -> None:
     else:
         for case, settings in cases(layout.world).items():
             parallel = ParallelConfig(microbatch_tokens=BUDGET, **settings)
+            model.PackedSdpaAttention = GatheredSdpaAttention if parallel.context > 1 else PackedSdpaAttention
             run, result = train(models / pair_of(case), out, layouts.arrange(parallel, seed=0), parallel)
             result["parameters"] = farthest_from_reference(run, out / pair_of(case))
             del run
