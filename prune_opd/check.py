@@ -256,7 +256,7 @@ def _precision(config: TrainConfig, nproc: int, models: list[_Model]) -> list[st
         for problem in fp8_problems(role, fp8, by_role.get(role), tensor, sequence, gpu)
     ]
     problems += token_problems(config.parallel.microbatch_tokens, token_multiple(list(fp8s.values()), tensor, sequence))
-    problems += context_problems(config.parallel.context)
+    problems += context_problems(config.parallel.context, gpu)
     problems += memory_problems(config.memory, fp8s)
     return problems + rollout_problems(config.rollout, precision.params, by_role.get("student"), gpu)
 

@@ -5,7 +5,6 @@ megatron-core would fail on most of these inside a constructor, on all ranks at 
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -163,10 +162,6 @@ def _combinations(parallel: ParallelConfig, student: _Place) -> list[str]:
             f"parallel.sequence_parallel = True needs tensor parallelism, and {student.tensor_field}:"
             " set parallel.tensor to at least 2, or parallel.sequence_parallel=false"
         )
-    if parallel.context > 1:
-        missing = importlib.util.find_spec("transformer_engine") is None
-        why = "needs Transformer Engine, which is not installed" if missing else "is not built: the gate is not divided"
-        problems.append(f"parallel.context = {parallel.context} {why}: set parallel.context=1")
     return problems
 
 

@@ -254,7 +254,7 @@ class ParallelConfig:
     teacher_tensor: int | None = None  # the teacher's own TP; None: as the student
     teacher_pipeline: int | None = None  # likewise; it has no virtual pipeline and no sequence parallelism
     teacher_expert: int = 1
-    microbatch_tokens: int = 16384  # token budget of one packed micro-batch (prompt + response)
+    microbatch_tokens: int = 16384  # budget of one packed micro-batch on a rank (prompt + response)
     loss_chunk_tokens: int = 1024  # tokens whose logits, of both models, are alive at a time in the loss
     timeout_minutes: float = 10.0  # of every collective: a rank that stops answering ends the run
 

@@ -153,13 +153,14 @@ def token_problems(microbatch_tokens: int, multiple: int) -> list[str]:
     ]
 
 
-def context_problems(context: int) -> list[str]:
+def context_problems(context: int, gpu: bool) -> list[str]:
     """Context parallelism is Transformer Engine's: megatron-core's own attention would give wrong results."""
-    if context == 1 or (missing := transformer_engine_problem()) is None:
+    if context == 1:
         return []
-    return [
-        f"parallel.context = {context} needs Transformer Engine, and {missing}: install it, or set parallel.context=1"
-    ]
+    field, remedy = f"parallel.context = {context}", "set parallel.context=1"
+    if missing := transformer_engine_problem():
+        return [f"{field} needs Transformer Engine, and {missing}: install it, or {remedy}"]
+    return [] if gpu else [f"{field} needs a CUDA GPU and there is none here: {remedy}"]
 
 
 def memory_problems(memory: MemoryConfig, fp8s: dict[str, Fp8Config]) -> list[str]:

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from prune_opd import platform
 from prune_opd.config import MemoryConfig, TrainConfig, to_dict
 from prune_opd.data.prompts import PromptSampler, held_out, make_source
-from prune_opd.dealing import Deal, deal, packing_record
+from prune_opd.dealing import Deal, deal, packing_record, padded_size
 from prune_opd.errors import UserError
 from prune_opd.eval.evaluate import Evaluator
 from prune_opd.horizon import HorizonController, make_controller
@@ -97,13 +97,13 @@ class Run:
     def _packed(self, rollouts: Rollouts, deal: Deal) -> list[PackedBatch]:
         from prune_opd.megatron.packing import pack_rows
 
-        prompts, responses, device = rollouts.prompt_ids, rollouts.response_ids, self.machine.device
-        micro_batches = deal[self.layout.dp_rank]
-        return [pack_rows(prompts, responses, rows, device, self.token_multiple) for rows in micro_batches]
+        prompts, responses = rollouts.prompt_ids, rollouts.response_ids
+        shape = (self.machine.device, self.token_multiple, self.layout.student.cp_group)
+        return [pack_rows(prompts, responses, rows, *shape) for rows in deal[self.layout.dp_rank]]
 
     @property
     def token_multiple(self) -> int:
-        """What the student's micro-batches are filled up to: sequence parallelism and FP8 want multiples."""
+        """What the student's tokens on a rank are filled up to: sequence parallelism and FP8 want multiples."""
         student = self.layout.student
         fp8 = fp8_token_multiple([self.config.precision.student_fp8], student.tp, student.sequence_parallel)
         return math.lcm(student.token_multiple, fp8)
@@ -118,7 +118,9 @@ class Run:
 
     def packing_record(self, rollouts: Rollouts) -> dict[str, float]:
         """The packing's part of a step record: of the global batch, the same on every rank."""
-        return packing_record(rollouts.row_length_B, self.deals(rollouts), self.token_multiple)
+        student = self.layout.student
+        multiple = student.batch_multiple(self.token_multiple)
+        return packing_record(rollouts.row_length_B, self.deals(rollouts), multiple, student.row_multiple)
 
     def _shares(self, rollouts: Rollouts) -> list[tuple[int, int]]:
         """First row and one past the last of each update: `updates_per_batch` runs of whole responses, in their order.
@@ -132,7 +134,8 @@ class Run:
         """Rows first … last − 1 for every data-parallel rank."""
         rows = range(len(rollouts.responses))[first:last]
         student, budget = self.layout.student, self.config.parallel.microbatch_tokens
-        return deal(rollouts.row_length_B, rows, student.dp, budget, student.microbatch_multiple)
+        lengths = [padded_size(length, student.row_multiple) for length in rollouts.row_length_B]
+        return deal(lengths, rows, student.dp, budget * student.cp, student.microbatch_multiple)
 
     def new_stats(self, responses: int) -> BatchStats:
         bins, longest = self.config.track.position_bins, self.config.horizon.max_len

@@ -1,11 +1,13 @@
 """Process groups: where a model's shards lie, and this rank's place among them.
 
-Ranks are numbered as megatron-core does it: tensor parallel neighbours first, then data parallel replicas, then
-pipeline stages. With TP 2 on 8 ranks and 2 stages, ranks 0 1 hold one stage of one replica, ranks 4 5 its next stage.
+Ranks are numbered as megatron-core does it: tensor parallel neighbours first, then context parallel ones, data parallel
+replicas and pipeline stages. With TP 2 on 8 ranks and 2 stages, ranks 0 1 hold one stage of one replica, ranks 4 5 its
+next stage.
 """
 
 from __future__ import annotations
 
+import math
 import os
 from dataclasses import dataclass
 from datetime import timedelta
@@ -52,8 +54,17 @@ class ModelLayout:
         return self.groups.pp.rank() == self.pp - 1
 
     @property
+    def cp_rank(self) -> int:
+        return self.groups.cp.rank() if self.cp > 1 else 0
+
+    @property
+    def cp_group(self) -> Any:
+        """None when the tokens are not shared."""
+        return self.groups.cp if self.cp > 1 else None
+
+    @property
     def token_multiple(self) -> int:
-        """What the tokens of a micro-batch must be a multiple of: sequence parallelism cuts them over the TP ranks."""
+        """What the tokens of a rank must be a multiple of: sequence parallelism cuts them over the TP ranks."""
         return self.tp if self.sequence_parallel else 1
 
     @property
@@ -61,9 +72,20 @@ class ModelLayout:
         """What the number of micro-batches must be a multiple of: an interleaved pipeline takes them in such groups."""
         return self.pp if self.vp > 1 else 1
 
-    def last_stage_rank(self, dp_rank: int, tp_rank: int) -> int:
-        """The job's rank that has this place on the last stage."""
-        return ((self.pp - 1) * self.dp + dp_rank) * self.tp + tp_rank
+    @property
+    def row_multiple(self) -> int:
+        """What the tokens of a row must be a multiple of: context-parallel ranks get two pieces of it each."""
+        return 2 * self.cp if self.cp > 1 else 1
+
+    def batch_multiple(self, multiple: int) -> int:
+        """What the tokens of a micro-batch are a multiple of, over all ranks that share it; `multiple`: on each."""
+        return math.lcm(multiple * self.cp, self.row_multiple)
+
+    def last_stage_ranks(self, dp_rank: int) -> list[int]:
+        """The job's ranks that hold a replica's last stage."""
+        size = self.cp * self.tp
+        first = ((self.pp - 1) * self.dp + dp_rank) * size
+        return list(range(first, first + size))
 
     @property
     def tp_group(self) -> Any:
@@ -86,8 +108,13 @@ class Layout:
 
     @property
     def counts(self) -> bool:
-        """Whether what the loss sums up on this rank counts for the job: one rank of each replica's last stage."""
+        """Whether what the loss sums up on this rank counts for the job: each token is summed up once."""
         return self.student.is_last_stage and self.student.groups.tp.rank() == 0
+
+    @property
+    def reports(self) -> bool:
+        """Whether what the gate saw on this rank counts: context-parallel ranks all know it of all their tokens."""
+        return self.counts and self.student.cp_rank == 0
 
     @property
     def dp_rank(self) -> int:

@@ -111,7 +111,7 @@ def train_step(run: Any, rollouts: Rollouts) -> dict[str, Any]:
     if len(minibatches) > 1:
         run.trainer.look(batches, loss)
     result = run.trainer.step_through(minibatches, loss)
-    stats.reduce(run.layout.counts)
+    stats.reduce(run.layout.reports)
     run.controller.update(stats.reliable_length_B, rollouts.length_B, rollouts.finished_B)
     run.finished_steps += 1
     return {

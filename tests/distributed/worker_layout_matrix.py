@@ -53,6 +53,11 @@ MORE: dict[int, dict[str, dict[str, Any]]] = {
         "TP2+SP recompute selective": {"tensor": 2, "sequence_parallel": True, "recompute": "selective"},
         "3 updates PP2 | TP2": {"tensor": 1, "pipeline": 2, "teacher_tensor": 2, "teacher_pipeline": 1},
         "3 updates PP2xVPP2 | PP2": {"tensor": 1, "pipeline": 2, "virtual_pipeline": 2},
+        # Context parallel cases run with the tests' own core attention (context_attention.py).
+        "CP2 | TP2": {"tensor": 1, "context": 2, "teacher_tensor": 2},
+        "CP2+dist-opt | TP1": {"tensor": 1, "context": 2, "distributed_optimizer": True},
+        "3 updates CP2 | TP1": {"tensor": 1, "context": 2},
+        "moe CP2xEP2 | TP1": {"tensor": 1, "context": 2, "expert": 2},
         "moe EP2 | TP1": {"tensor": 1, "expert": 2},
         "moe EP2+dist-opt | EP2": {"tensor": 1, "expert": 2, "distributed_optimizer": True, "teacher_expert": 2},
         "moe PP2 | EP2": {
@@ -69,6 +74,13 @@ MORE: dict[int, dict[str, dict[str, Any]]] = {
             "virtual_pipeline": 2,
             "sequence_parallel": True,
         },
+        "TP2+SPxCP2 | TP2xPP2": {
+            "tensor": 2,
+            "sequence_parallel": True,
+            "context": 2,
+            "teacher_pipeline": 2,
+        },
+        "PP2xCP2 | TP2": {"tensor": 1, "pipeline": 2, "context": 2, "teacher_tensor": 2, "teacher_pipeline": 1},
         "moe TP2+SPxEP2 | PP2": {
             "tensor": 2,
             "expert": 2,
@@ -168,7 +180,10 @@ def train(models: Path, out: Path, reference: str, layout: Any, parallel: Parall
 def main(models: Path, out: Path) -> None:
     machine = platform.prepare()
     from prune_opd.megatron import layout as layouts
+    from prune_opd.megatron import model
+    from prune_opd.megatron.attention import PackedSdpaAttention
     from prune_opd.weights.stream import export_hf
+    from tests.distributed.context_attention import GatheredSdpaAttention
 
     alone = ParallelConfig(tensor=1, microbatch_tokens=BUDGET)
     layout = layouts.initialize(alone, machine, seed=0)
@@ -182,6 +197,7 @@ def main(models: Path, out: Path) -> None:
         for case, settings in cases(layout.world).items():
             parallel = ParallelConfig(microbatch_tokens=BUDGET, **settings)
             reference = reference_of(case)
+            model.PackedSdpaAttention = GatheredSdpaAttention if parallel.context > 1 else PackedSdpaAttention
             run, result = train(models, out, reference, layouts.arrange(parallel, seed=0), parallel)
             result["parameters"] = farthest_from_reference(run, out / reference)
             del run

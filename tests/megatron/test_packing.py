@@ -7,7 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
+from prune_opd.megatron.packing import zigzag
 from tests.distributed.launch import run_ranks
 from tests.distributed.tiny_run import made_up_rollouts, write_pair
 from tests.megatron.worker_packing import LENGTHS, MULTIPLES, SCALES
@@ -118,3 +121,14 @@ def test_segments_are_given_as_transformer_engine_takes_them(results: dict[str, 
     assert segments["cu_seqlens_q"] == segments["cu_seqlens_kv"] == [0, 13, 15, 16]
     assert segments["max_seqlen_q"] == segments["max_seqlen_kv"] == 13
     assert segments["cu_seqlens_q_padded"] is None and segments["cu_seqlens_kv_padded"] is None
+
+
+@given(st.lists(st.integers(1, 6), min_size=1, max_size=5), st.integers(1, 4))
+def test_context_parallel_ranks_share_every_segment_out_evenly(pieces: list[int], ranks: int) -> None:
+    segments = [2 * ranks * size for size in pieces]
+    shares = [zigzag(segments, rank, ranks) for rank in range(ranks)]
+    assert sorted(token for share in shares for token in share) == list(range(sum(segments)))
+    assert {len(share) for share in shares} == {sum(segments) // ranks}
+    assert all(share == sorted(share) for share in shares)
+    # One piece from the front and one from the back: causal attention costs every rank the same.
+    assert len({sum(share) for share in shares}) == 1

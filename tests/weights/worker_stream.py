@@ -66,7 +66,7 @@ def scale(chunks: list[Any], factor: float) -> None:
 
 
 def case(chunks: list[Any], expected: dict[str, Tensor], transport: str, bucket_mb: float) -> dict[str, Any]:
-    """One transport and bucket size; with the middle one, also a second stream and consumers that keep what they get."""
+    """One transport and bucket size; with the middle one, also a second stream, and consumers that keep tensors."""
     from prune_opd.weights.stream import LAG, Resharder
 
     before = [parameter.detach().clone() for chunk in chunks for parameter in chunk.parameters()]
