@@ -15,14 +15,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from prune_opd.check_layout import layout_problems
 from prune_opd.config import SftConfig, TrainConfig
 from prune_opd.data.prompts import PROCEDURAL_SOURCES
 from prune_opd.errors import ConfigError
 from prune_opd.model_spec import not_built
 from prune_opd.precision import (
-    context_problems,
     fp8_problems,
     memory_problems,
+    parameter_problems,
     rollout_problems,
     token_multiple,
     token_problems,
@@ -31,6 +32,7 @@ from prune_opd.recipe import config_differences, load_config
 
 # What may differ between a run and its continuation: it changes neither the updates nor the problems of an evaluation.
 HARMLESS = ("parallel", "track", "stop_after", "checkpoint", "evaluation.every")
+NOT_HARMLESS = ("parallel.distributed_optimizer",)  # its checkpoints are made of other parts
 SHOWN_DIFFERENCES = 6
 
 
@@ -46,7 +48,7 @@ def check_train(config: TrainConfig, nproc: int, run_dir: Path | None, resume: s
     problems += [problem for model in models if (problem := _not_built(model))]
     if len(models) == 2:
         problems += _same_tokenizer(*models)
-    problems += _layout(config, nproc, models)
+    problems += layout_problems(config, nproc, {model.role: model.config for model in models})
     problems += _lengths(config, models)
     problems += _candidates(config, models)
     problems += _precision(config, nproc, models)
@@ -65,8 +67,12 @@ def check_sft(config: SftConfig, nproc: int) -> list[str]:
     if config.init is not None:
         model = _read_model("init", config.init)
         problems += [model] if isinstance(model, str) else []
-    if (size := config.parallel.tensor_size(nproc)) != 1:
-        problems.append(f"parallel.tensor = {size}: supervised training is data parallel only; set parallel.tensor=1")
+    parallel = config.parallel
+    for name, size in (("tensor", parallel.tensor_size(nproc)), ("pipeline", parallel.pipeline)):
+        if size != 1:
+            problems.append(
+                f"parallel.{name} = {size}: supervised training is data parallel only; set parallel.{name}=1"
+            )
     if not config.output:
         problems.append("output = '' is no directory: set output=DIR")
     else:
@@ -203,53 +209,7 @@ def _first_difference(ours: list[Any], theirs: list[Any]) -> int:
     return next((i for i, (mine, other) in pairs if mine != other), min(len(ours), len(theirs)))
 
 
-# ---------------------------------------------------------------------------------------------------- layout and sizes
-
-
-def _layout(config: TrainConfig, nproc: int, models: list[_Model]) -> list[str]:
-    problems = []
-    tensor = config.parallel.tensor_size(nproc)
-    field = f"parallel.tensor = {tensor}" + ("" if config.parallel.tensor else " (null: all ranks)")
-    if nproc % tensor:
-        problems.append(
-            f"{field} does not divide the {nproc} ranks: choose one of {_divisors(nproc)}, or another --nproc"
-        )
-    for model in models:
-        for name, count in (("attention", model.heads), ("key-value", model.kv_heads)):
-            if count % tensor:
-                problems.append(
-                    f"{field} does not divide the {count} {name} heads of the {model.role}:"
-                    f" choose one of {_divisors(count)}"
-                )
-    engine = config.rollout.tensor_parallel
-    if nproc % engine:
-        problems.append(
-            f"rollout.tensor_parallel = {engine} does not divide the {nproc} ranks: choose one of {_divisors(nproc)}"
-        )
-    for model in models:
-        if model.role == "student" and model.heads % engine:
-            problems.append(
-                f"rollout.tensor_parallel = {engine} does not divide the {model.heads} attention heads of the student:"
-                f" choose one of {_divisors(model.heads)}"
-            )
-    replicas = max(nproc // tensor, 1)
-    batch = config.rollout.prompts * config.rollout.responses
-    if batch < replicas:
-        problems.append(
-            f"rollout.prompts * rollout.responses = {batch} is fewer than the {replicas} data-parallel replicas:"
-            f" generate at least {replicas} responses a step"
-        )
-    updates = config.optimizer.updates_per_batch
-    if updates > 1 and batch // updates < replicas:
-        problems.append(
-            f"optimizer.updates_per_batch = {updates} leaves fewer than one of the {batch} responses to each of the"
-            f" {replicas} data-parallel replicas in an update: set at most {max(batch // replicas, 1)}"
-        )
-    return problems
-
-
-def _divisors(number: int) -> str:
-    return ", ".join(str(i) for i in range(1, number + 1) if number % i == 0)
+# ---------------------------------------------------------------------------------------------------- sizes
 
 
 def _lengths(config: TrainConfig, models: list[_Model]) -> list[str]:
@@ -287,16 +247,16 @@ def _candidates(config: TrainConfig, models: list[_Model]) -> list[str]:
 def _precision(config: TrainConfig, nproc: int, models: list[_Model]) -> list[str]:
     """FP8 of both models and of the rollouts (precision.py has the rules)."""
     by_role = {model.role: model.config for model in models}
-    tensor, sequence = config.parallel.tensor_size(nproc), config.parallel.sequence_parallel
-    gpu, precision = has_gpu(), config.precision
+    parallel, precision, gpu = config.parallel, config.precision, has_gpu()
     fp8s = {"student": precision.student_fp8, "teacher": precision.teacher_fp8}
-    problems = [
-        problem
-        for role, fp8 in fp8s.items()
-        for problem in fp8_problems(role, fp8, by_role.get(role), tensor, sequence, gpu)
-    ]
-    problems += token_problems(config.parallel.microbatch_tokens, token_multiple(list(fp8s.values()), tensor, sequence))
-    problems += context_problems(config.parallel.context)
+    student = parallel.tensor_size(nproc)
+    layouts = {"student": (student, parallel.sequence_parallel), "teacher": (parallel.teacher_tensor or student, False)}
+    problems = []
+    for role, fp8 in fp8s.items():
+        problems += fp8_problems(role, fp8, by_role.get(role), *layouts[role], gpu)
+        if fp8.on:
+            problems += token_problems(parallel.microbatch_tokens, token_multiple(fp8.recipe, *layouts[role]))
+    problems += parameter_problems(precision.student_fp8, parallel.distributed_optimizer)
     problems += memory_problems(config.memory, fp8s)
     return problems + rollout_problems(config.rollout, precision.params, by_role.get("student"), gpu)
 
@@ -370,7 +330,7 @@ def _run_dir(config: TrainConfig, run_dir: Path, resume: str) -> list[str]:
 
 
 def _is_harmless(key: str) -> bool:
-    return any(key == name or key.startswith(f"{name}.") for name in HARMLESS)
+    return key not in NOT_HARMLESS and any(key == name or key.startswith(f"{name}.") for name in HARMLESS)
 
 
 def _writable(field: str, directory: Path) -> list[str]:

@@ -242,15 +242,23 @@ def _first_loss(
 # ---------------------------------------------------------------------------------------------------- gradients
 
 
-class Gradients:
-    """The student's two gradients, added up chunk by chunk."""
+WEIGHT_ROWS = 8192  # of the weight gradient that are multiplied at a time where its dtype is not the inputs'
 
-    def __init__(self, student: OutputHead, want_hidden: bool, want_weight: bool) -> None:
+
+class Gradients:
+    """The student's two gradients, added up chunk by chunk; the weight's in the caller's buffer if there is one."""
+
+    def __init__(
+        self, student: OutputHead, want_hidden: bool, want_weight: bool, weight_grad_VH: Tensor | None = None
+    ) -> None:
         self._student = student
         self._hidden_NH = torch.empty_like(student.hidden_NH) if want_hidden else None
-        # At least fp32: in bf16 the sum over many chunks would lose the small ones.
-        dtype = torch.promote_types(student.dtype, torch.float32)
-        self._weight_VH = torch.zeros_like(student.weight_VH, dtype=dtype) if want_weight else None
+        self._in_buffer = weight_grad_VH is not None
+        self._weight_VH = weight_grad_VH if want_weight else None
+        if want_weight and weight_grad_VH is None:
+            # At least fp32: in bf16 the sum over many chunks would lose the small ones.
+            dtype = torch.promote_types(student.dtype, torch.float32)
+            self._weight_VH = torch.zeros_like(student.weight_VH, dtype=dtype)
 
     def add(
         self,
@@ -288,20 +296,31 @@ class Gradients:
             if self._weight_VH.dtype == student.dtype:
                 self._weight_VH.addmm_(grad_logits_NV.t(), student.hidden_NH[part])
             else:
-                self._weight_VH += grad_logits_NV.t() @ student.hidden_NH[part]
+                # A product of another dtype cannot be added while it is formed: a few rows, not a second [V, H].
+                blocks = zip(self._weight_VH.split(WEIGHT_ROWS), grad_logits_NV.split(WEIGHT_ROWS, dim=1), strict=True)
+                for weight_RH, grad_logits_NR in blocks:
+                    weight_RH += grad_logits_NR.t() @ student.hidden_NH[part]
 
     def finish(self) -> tuple[Tensor | None, Tensor | None]:
-        """Hidden gradient, complete on every rank, and this rank's weight gradient, in the inputs' dtype."""
+        """Hidden gradient, complete on every rank, and this rank's weight gradient, in the inputs' dtype.
+
+        None for what was not wanted, and for a weight gradient that is in the caller's buffer.
+        """
         student = self._student
         if self._hidden_NH is not None and group_size(student.shard.group) > 1:
             # Each rank has gone through its own columns of the vocabulary only.
             dist.all_reduce(self._hidden_NH, group=student.shard.group)
-        weight_VH = self._weight_VH.to(student.dtype) if self._weight_VH is not None else None
-        return self._hidden_NH, weight_VH
+        if self._weight_VH is None or self._in_buffer:
+            return self._hidden_NH, None
+        return self._hidden_NH, self._weight_VH.to(student.dtype)
 
 
 class WithGradients(torch.autograd.Function):
-    """Gives a loss the gradients that were formed with it."""
+    """Gives a loss the gradients that were formed with it.
+
+    in_buffer: the weight's is in the caller's buffer already, as it is for an upstream gradient of 1. The weight stays
+    an input, so that a backward always comes through here, and gets no gradient: its hooks run, with nothing to add.
+    """
 
     @staticmethod
     def forward(
@@ -311,19 +330,36 @@ class WithGradients(torch.autograd.Function):
         loss_sum: Tensor,
         grad_hidden_NH: Tensor | None,
         grad_weight_VH: Tensor | None,
+        in_buffer: bool,
     ) -> Tensor:
         ctx.save_for_backward(grad_hidden_NH, grad_weight_VH)
+        ctx.in_buffer, ctx.spent = in_buffer, False
         return loss_sum.clone()
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
         grad_hidden_NH, grad_weight_VH = ctx.saved_tensors
+        if ctx.in_buffer:
+            if ctx.spent:
+                raise RuntimeError(
+                    "a second backward through a loss with weight_grad: the buffer has the weight's gradient once; "
+                    "call distill_loss again"
+                )
+            ctx.spent = True
+            upstream = grad_loss.item()
+            if upstream != 1:
+                raise ValueError(
+                    f"the gradient that reaches loss_sum is {upstream:g}, but weight_grad already holds the weight's "
+                    "gradient for 1: back-propagate loss_sum itself and scale the gradients afterwards, or leave "
+                    "weight_grad out"
+                )
         # In place, unless the graph is kept for another backward: a second weight gradient would outweigh the logits.
         scale = torch.mul if torch._C._autograd._get_current_graph_task_keep_graph() else Tensor.mul_
         return (
             scale(grad_hidden_NH, grad_loss) if ctx.needs_input_grad[0] else None,
-            scale(grad_weight_VH, grad_loss) if ctx.needs_input_grad[1] else None,
+            scale(grad_weight_VH, grad_loss) if grad_weight_VH is not None and ctx.needs_input_grad[1] else None,
+            None,
             None,
             None,
             None,

@@ -174,14 +174,14 @@ class RolloutConfig:
     kv_cache_gb: float = 1.0  # CPU only: a GPU takes gpu_memory_utilization
     gpu_memory_utilization: float = 0.5
     max_num_seqs: int = 256
-    quantization: str | None = (
-        None  # FP8 weights and activations: fp8 | fp8_per_tensor | fp8_per_channel | fp8_per_block
-    )
+    bucket_mb: float = 512  # of weights on their way from the trainer; two buckets exist at a time
+    quantization: str | None = None  # to FP8 at every load: fp8 | fp8_per_tensor | fp8_per_channel | fp8_per_block
     kv_cache_dtype: str = "auto"  # auto: that of the parameters | fp8 (e4m3) | fp8_e4m3 | fp8_e5m2
 
     def __post_init__(self) -> None:
         for name in ("prompts", "responses", "max_prompt_len", "tensor_parallel", "max_num_seqs"):
             _between(f"rollout.{name}", getattr(self, name), 1)
+        _between("rollout.bucket_mb", self.bucket_mb, 0, open_low=True)
         _between("rollout.temperature", self.temperature, 0, open_low=True)
         _between("rollout.top_p", self.top_p, 0, 1, open_low=True)
         _between("rollout.kv_cache_gb", self.kv_cache_gb, 0, open_low=True)
@@ -241,20 +241,30 @@ class ParallelConfig:
     """
 
     nproc: int = 2  # ranks that `prune-opd` starts on this node when it is not already under torchrun
-    tensor: int | None = None  # TP; None: all ranks that the pipeline and the experts leave
+    tensor: int | None = None  # TP; None: all ranks that pipeline and experts leave
     pipeline: int = 1  # stages
     virtual_pipeline: int = 1  # chunks of layers per stage (interleaved schedule)
     expert: int = 1  # ranks that share a layer's experts (MoE)
-    context: int = 1  # Transformer Engine only
-    sequence_parallel: bool = False  # norms and residuals cut along the tokens over the TP group
+    context: int = 1  # ranks that share a sequence
+    sequence_parallel: bool = False  # residuals and norms cut along the tokens over the TP ranks
+    distributed_optimizer: bool = False  # master weights and Adam's moments cut over the data-parallel ranks
+    recompute: str = "none"  # activations made again in the backward pass: selective (attention) | full (every layer)
+    teacher_tensor: int | None = None  # the teacher's own TP; None: as the student
+    teacher_pipeline: int | None = None  # likewise; it has no virtual pipeline and no sequence parallelism
+    teacher_expert: int = 1
     microbatch_tokens: int = 16384  # token budget of one packed micro-batch (prompt + response)
+    loss_chunk_tokens: int = 1024  # tokens whose logits, of both models, are alive at a time in the loss
     timeout_minutes: float = 10.0  # of every collective: a rank that stops answering ends the run
 
     def __post_init__(self) -> None:
-        for name in ("nproc", "pipeline", "virtual_pipeline", "expert", "context", "microbatch_tokens"):
+        for name in ("nproc", "pipeline", "virtual_pipeline", "expert", "context", "teacher_expert"):
             _between(f"parallel.{name}", getattr(self, name), 1)
-        if self.tensor is not None:
-            _between("parallel.tensor", self.tensor, 1)
+        for name in ("tensor", "teacher_tensor", "teacher_pipeline"):
+            if getattr(self, name) is not None:
+                _between(f"parallel.{name}", getattr(self, name), 1)
+        _one_of("parallel.recompute", self.recompute, ("none", "selective", "full"))
+        _between("parallel.microbatch_tokens", self.microbatch_tokens, 1)
+        _between("parallel.loss_chunk_tokens", self.loss_chunk_tokens, 1)
         _between("parallel.timeout_minutes", self.timeout_minutes, 0, open_low=True)
         if self.virtual_pipeline > 1 and self.pipeline == 1:
             raise ConfigError(

@@ -25,6 +25,9 @@ An objective on the whole vocabulary has every column of a rank as its candidate
 of log-probabilities of both models is alive beside the logits. Where both models' vocabularies are padded differently,
 the teacher's weight is first exchanged so that a rank holds the same ids of both (`OutputHead.align`).
 
+A caller that keeps a gradient buffer of the output weight (megatron's `main_grad`) has the weight gradient added to it
+right there (`weight_grad`), so that the loss holds nothing of the size of a weight.
+
 When a batch serves several updates, a call with `keep_policy` before the first leaves in its statistics what is then
 fixed (`OldPolicy`), and calls with `old` evaluate the moved student against that.
 """
@@ -90,6 +93,7 @@ def distill_loss(
     weighting: WeightingConfig = NO_WEIGHTING,
     keep_policy: bool = False,
     old: OldPolicy | None = None,
+    weight_grad: Tensor | None = None,
 ) -> tuple[Tensor, int, GateStats]:
     """Σ_t ℓ_t over N packed response tokens, how many they are, and what the gate saw.
 
@@ -106,6 +110,12 @@ def distill_loss(
     weighting: a weighting of the literature, beside the gate.
     keep_policy: leave in stats.policy what stays fixed of these tokens while several updates are made with them.
     old: that, when updates have been made since; the statistics are then the moved student's, but for weight_N.
+    weight_grad: buffer [V/tp, H], fp32 or of the weight's dtype, that the weight's gradient of loss_sum is added to
+        while it is formed; student_weight_VH then gets none through autograd. It is there when this returns, so
+        loss_sum must be back-propagated once, as it is: a backward that brings another upstream gradient than 1, or
+        comes a second time, raises. What cannot be seen from here is left to the caller: a call whose loss is never
+        back-propagated has been added all the same (without gradients, torch.no_grad(), nothing is), and after any
+        error the buffer is spoilt.
 
     Returns (loss_sum, token_count, stats): loss_sum fp32 (fp64 for fp64 inputs) and token_count = N. Logits are taken
     to fp32 before any statistic, whatever the inputs' dtype. ConfigError for a setting, ValueError for a tensor that
@@ -116,17 +126,23 @@ def distill_loss(
     student = OutputHead("student", student_hidden_NH, student_weight_VH, objective.temperature, vocab_size, tp_group)
     teacher = OutputHead("teacher", teacher_hidden_NH, teacher_weight_VH, objective.temperature, vocab_size, tp_group)
     offsets = _check(student, teacher, sampled_ids_N, cu_seqlens, gate, objective, weighting, chunk)
+    if weight_grad is not None:
+        _check_buffer(weight_grad, student_weight_VH)
     with torch.no_grad():
         loop = _Pass(student, teacher, sampled_ids_N, offsets, gate, objective, weighting, chunk)
         gradients = Gradients(
             student,
             want_hidden=want_gradients and student_hidden_NH.requires_grad,
             want_weight=want_gradients and student_weight_VH.requires_grad,
+            weight_grad_VH=weight_grad,
         )
         loss_sum, stats = loop.run(gradients, keep_policy, old)
         grad_hidden_NH, grad_weight_VH = gradients.finish()
     if want_gradients:
-        loss_sum = WithGradients.apply(student_hidden_NH, student_weight_VH, loss_sum, grad_hidden_NH, grad_weight_VH)
+        in_buffer = weight_grad is not None
+        loss_sum = WithGradients.apply(
+            student_hidden_NH, student_weight_VH, loss_sum, grad_hidden_NH, grad_weight_VH, in_buffer
+        )
     return loss_sum, len(sampled_ids_N), stats
 
 
@@ -293,6 +309,25 @@ def _check(
             f"cu_seqlens = {offsets} decreases: the offset of a response is never below that of the one before"
         )
     return offsets
+
+
+def _check_buffer(weight_grad: Tensor, weight_VH: Tensor) -> None:
+    fits = (
+        weight_grad.shape == weight_VH.shape
+        and weight_grad.device == weight_VH.device
+        and weight_grad.dtype in (torch.float32, weight_VH.dtype)
+        and not weight_grad.requires_grad
+    )
+    if not fits or not weight_VH.requires_grad:
+        raise ValueError(
+            f"weight_grad is {_describe(weight_grad)} and student_weight is {_describe(weight_VH)}: a buffer is needed "
+            "of the weight's shape, on its device, in float32 or its dtype, beside a weight that requires a gradient"
+        )
+
+
+def _describe(tensor: Tensor) -> str:
+    wants = ", requires_grad" if tensor.requires_grad else ""
+    return f"{tensor.dtype} {list(tensor.shape)} on {tensor.device}{wants}"
 
 
 def _raise_if_broken(broken_3: Tensor, vocab_size: int) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from torch import Tensor
@@ -12,30 +11,28 @@ from prune_opd.setup import Run
 from prune_opd.stats import BatchStats
 
 if TYPE_CHECKING:
+    from prune_opd.megatron.handover import TeacherHidden
     from prune_opd.megatron.model import HiddenStatesGPT
     from prune_opd.megatron.packing import PackedBatch
     from prune_opd.megatron.trainer import LossFunction
 
 
-def gated_loss(
-    run: Run, batches: Sequence[PackedBatch], teacher_hidden: Sequence[Tensor], stats: BatchStats, updates: int = 1
-) -> LossFunction:
+def gated_loss(run: Run, teacher_hidden: TeacherHidden, stats: BatchStats, updates: int = 1) -> LossFunction:
     """The trainer's loss function for this step: `distill_loss` on the positions that predict a response token.
 
     What the gate saw goes to `stats`. With several updates a batch (method.md §1), the first call with a micro-batch
     notes down what is then fixed of it (`OldPolicy`: gate weights, and a policy gradient's candidates and rewards) and
     counts it in the statistics; later calls hold the student as it has become against that.
     """
-    rows = [batch.rows for batch in batches] if run.layout.student.is_last_stage else []
-    hidden_of = dict(zip(rows, teacher_hidden, strict=True))
     policies: dict[tuple[int, ...], OldPolicy] = {}
 
     def loss(model: HiddenStatesGPT, batch: PackedBatch, hidden_NH: Tensor) -> tuple[Tensor, int]:
         old = policies.get(batch.rows)
+        head_weight_VH = model.head_weight()
         loss_sum, tokens, seen = distill_loss(
             hidden_NH[batch.predicting_M],
-            model.head_weight(),
-            hidden_of[batch.rows],
+            head_weight_VH,
+            teacher_hidden.packed(batch.rows),
             run.teacher.head_weight,
             batch.sampled_ids_M,
             batch.cu_responses,
@@ -43,9 +40,15 @@ def gated_loss(
             run.config.objective,
             run.layout.tp_group,
             vocab_size=run.vocab_size,
+            chunk=run.config.parallel.loss_chunk_tokens,
             weighting=run.config.weighting,
             keep_policy=updates > 1 and old is None,
             old=old,
+            # The head's gradient goes straight into megatron's buffer: the trainer back-propagates loss_sum as it is
+            # and divides by the global token count at the end. A tied embedding's own gradient arrives through
+            # param.grad, which megatron's hook adds to the same buffer. overlap_grad_reduce would need a param.grad of
+            # an untied head too: megatron's hook asserts that there is one, so turning it on fails at the first step.
+            weight_grad=getattr(head_weight_VH, "main_grad", None),
         )
         if old is None:
             stats.add(batch.rows, seen)

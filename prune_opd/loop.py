@@ -57,10 +57,10 @@ def step(run: Run) -> None:
     minibatches = run.minibatches(rollouts)
     batches = [batch for minibatch in minibatches for batch in minibatch]
     with clock("teacher"):
-        teacher_hidden = run.teacher.hidden(batches)
+        teacher_hidden = run.teacher.hidden(rollouts, run.deals(rollouts))
     with clock("train"):
         stats = run.new_stats(len(rollouts.responses))
-        loss = gated_loss(run, batches, teacher_hidden, stats, updates=len(minibatches))
+        loss = gated_loss(run, teacher_hidden, stats, updates=len(minibatches))
         if len(minibatches) > 1:
             run.trainer.look(batches, loss)  # at the policy that sampled the batch, before it moves
         result = run.trainer.step_through(minibatches, loss)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from prune_opd.megatron.packing import PackedBatch
     from prune_opd.megatron.teacher import Teacher
     from prune_opd.megatron.trainer import Trainer
+    from prune_opd.weights.stream import Resharder
 
 PARITY_PROMPTS, PARITY_TOKENS = 4, 32
 # Nats by which the log-probability of a token may differ: of any token in fp32; on average in bf16, where rounding
@@ -66,35 +68,49 @@ class Run:
         return min(self.trainer.spec.vocab_size, self.teacher.spec.vocab_size)
 
     def sync_weights(self) -> None:
-        """Reshard the student's weights into the engine, unless it has them already. The first time, compare."""
-        from prune_opd.weights.stream import hf_stream
+        """Reshard the student's weights into the engine, unless it has them already.
 
+        The first time the log-probabilities are compared; every time the stream compares checksums of what it moves.
+        """
         self.memory.enter("sync")
         if self._engine_has == self.finished_steps and self.engine.holds_weights:
             return
         first = self._engine_has is None
-        self.engine.load(hf_stream(self.trainer.chunks))
+        self.engine.load(self._resharder.stream())
         self._engine_has = self.finished_steps
         if first:
             self.memory.enter("parity")
             self._assert_logprob_parity()
 
+    @cached_property
+    def _resharder(self) -> Resharder:
+        from prune_opd.weights.stream import Resharder
+
+        return Resharder(self.trainer.chunks, self.config.rollout.bucket_mb)
+
     def pack(self, rollouts: Rollouts, first: int = 0, last: int | None = None) -> list[PackedBatch]:
         """This data-parallel rank's part of rows first … last − 1 of the global batch, as packed micro-batches."""
+        return self._packed(rollouts, self._deal(rollouts, first, last))
+
+    def _packed(self, rollouts: Rollouts, deal: Deal) -> list[PackedBatch]:
         from prune_opd.megatron.packing import pack_rows
 
         prompts, responses, device = rollouts.prompt_ids, rollouts.response_ids, self.machine.device
-        micro_batches = self._deal(rollouts, first, last)[self.layout.dp_rank]
-        return [pack_rows(prompts, responses, rows, device) for rows in micro_batches]
+        multiple = self.trainer.chunks[0].token_multiple
+        return [pack_rows(prompts, responses, rows, device, multiple) for rows in deal[self.layout.dp_rank]]
 
     def minibatches(self, rollouts: Rollouts) -> list[list[PackedBatch]]:
         """`pack` of each update's share of the batch."""
-        return [self.pack(rollouts, first, last) for first, last in self._shares(rollouts)]
+        return [self._packed(rollouts, deal) for deal in self.deals(rollouts)]
+
+    def deals(self, rollouts: Rollouts) -> list[Deal]:
+        """Which rows each data-parallel rank trains on, in which micro-batch: one deal of each update."""
+        return [self._deal(rollouts, first, last) for first, last in self._shares(rollouts)]
 
     def packing_record(self, rollouts: Rollouts) -> dict[str, float]:
         """The packing's part of a step record: of the global batch, the same on every rank."""
-        deals = [self._deal(rollouts, first, last) for first, last in self._shares(rollouts)]
-        return packing_record(rollouts.row_length_B, deals)
+        multiple = self.trainer.chunks[0].token_multiple
+        return packing_record(rollouts.row_length_B, self.deals(rollouts), multiple)
 
     def _shares(self, rollouts: Rollouts) -> list[tuple[int, int]]:
         """First row and one past the last of each update: `updates_per_batch` runs of whole responses, in their order.
@@ -107,7 +123,8 @@ class Run:
     def _deal(self, rollouts: Rollouts, first: int, last: int | None) -> Deal:
         """Rows first … last − 1 for every data-parallel rank."""
         rows = range(len(rollouts.responses))[first:last]
-        return deal(rollouts.row_length_B, rows, self.layout.dp_size, self.config.parallel.microbatch_tokens)
+        student, budget = self.layout.student, self.config.parallel.microbatch_tokens
+        return deal(rollouts.row_length_B, rows, student.dp, budget, student.microbatch_multiple)
 
     def new_stats(self, responses: int) -> BatchStats:
         bins, longest = self.config.track.position_bins, self.config.horizon.max_len
@@ -189,9 +206,18 @@ def prepare(config: TrainConfig, run_dir: Path, resume: str) -> Run:
     dtype = dtype_of(config.precision.params)
     tokenizer = AutoTokenizer.from_pretrained(config.student)
     source = make_source(config.data, tokenizer, config.seed, config.rollout.max_prompt_len)
-    fp8s, memory = config.precision, config.memory
-    trainer = Trainer(config.student, config.optimizer, config.steps, layout, dtype, machine.device, fp8s.student_fp8)
-    teacher = Teacher(config.teacher, layout, dtype, machine.device, fp8s.teacher_fp8)
+    parallel, precision, memory = config.parallel, config.precision, config.memory
+    trainer = Trainer(
+        config.student,
+        config.optimizer,
+        parallel,
+        config.steps,
+        layout,
+        dtype,
+        machine.device,
+        precision.student_fp8,
+    )
+    teacher = Teacher(config.teacher, layout, dtype, machine.device, parallel.microbatch_tokens, precision.teacher_fp8)
     longest = max(config.horizon.max_len, config.evaluation.max_len or 0)
     engine = RolloutEngine(config.student, config.rollout, longest, dtype, machine, sleep_level=memory.sleep_level)
     run = Run(

@@ -72,7 +72,7 @@ def _run_stage(
         beta2=config.beta2,
         weight_decay=config.weight_decay,
     )
-    trainer = Trainer(source, optimizer, stage.steps, layout, torch.float32, machine.device)
+    trainer = Trainer(source, optimizer, config.parallel, stage.steps, layout, torch.float32, machine.device)
     if stage.sharpen != 1.0:
         _sharpen(trainer, stage.sharpen)
     for step in range(stage.steps):

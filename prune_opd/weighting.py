@@ -4,20 +4,25 @@
     tip             w_t = T / |S| for t in S, the most important share of the response, and 0 elsewhere
     entropy_aware   adds 1[H(q_t) > τ] · Σ_j q̄_j (log q̄_j − log p_j) on the teacher's top-k to the objective
 
-All are stop-gradient and multiply the gate's W. The formulas are taken from the abstracts and from public code that
-implements these papers, not checked against the papers' full text. Sources, and what is our own reading of them:
+All are stop-gradient and multiply the gate's W. What each formula rests on:
 
-- IW-OPD, "On the Position Bias of On-Policy Distillation", arXiv 2606.22600, Algorithm 1 (γ = 0.5). A_t is the
-  published sampled-token advantage log q(y_t) − log p(y_t), whatever the objective is.
-- TIP, "Token Importance in On-Policy Distillation", arXiv 2604.14084: the Soft-OR score ĥ + δ̂ − ĥ δ̂ of student entropy
-  and teacher-student divergence, both min-max normalised, the entropy cut at its 98th percentile, half of the tokens
-  retained. Ours: δ is the full-vocabulary reverse KL, and normalisation and selection are within a response (the
-  published implementation takes the batch), so that micro-batches, packing and data parallelism change nothing. A
-  selected token weighs T / |S|: the response keeps the weight that it has in the global token mean.
+- IW-OPD, "On the Position Bias of On-Policy Distillation", arXiv 2606.22600 (γ = 0.5). The paper itself was not read;
+  the formula is the one of the authors' code (github.com/YannX1e/Importance-Weighted-On-Policy-Distillation,
+  dp_actor.py, `iw_opd_weight_max` = 1 + γ) and of TRL's `iw_opd_trainer.py`, and a reader's notes quote it so from the
+  paper. A_t = log q(y_t) − log p(y_t), before the first update. Ours: of the sampled token whatever the objective is.
+- TIP, "Token Importance in On-Policy Distillation", arXiv 2604.14084, from the paper (v4): eqs. 2 and 3 (student
+  entropy, reverse KL over the vocabulary), 7 (Soft-OR score ĥ + δ̂ − ĥ δ̂ of both, min-max normalised), section 6 (the
+  top 2 % of the entropies are clipped first) and eqs. 8 and 9 (the ⌊ρ T⌋ best tokens of a rollout, the mean loss over
+  them; ρ = 0.5 is the main setting). Ours: entropy cut and normalisation are within a response where the paper takes
+  the batch, so that micro-batches, packing and data parallelism change nothing; at least one token is kept, where
+  ⌊ρ T⌋ = 0 leaves no mean; the selected weigh T / |S|, so the response keeps its weight in the global token mean.
 - EOPD, "Entropy-Aware On-Policy Distillation of Language Models", arXiv 2603.07079, eqs. 9 and 10 (τ = 0.8 nats,
-  k = 16): the forward KL is added to the reverse KL, in one mean over all valid tokens, with q renormalised on the
-  top-k as in eq. 10. Ours: any objective may be the base (the published one is `sampled_token`), and the gate weighs
-  both parts.
+  k = 16): above that teacher entropy, over the whole vocabulary, the forward KL is added to the reverse KL, in one mean
+  over all valid tokens, with q renormalised on its top-k and p not. The paper itself was not read, only how others
+  quote it: implementations that cite these equations, and the abstract of arXiv 2609.39275 ("EOPD renormalizes these
+  probabilities"). The authors' code (github.com/WLS04/EOPD, read in the fork ckjsuperhh/CacheEOPD) does not
+  renormalise q and takes entropies ≥ τ; we follow the equations. Ours: any objective may be the base (the published
+  one is `sampled_token`), and the gate weighs both parts.
 """
 
 from __future__ import annotations
@@ -114,7 +119,7 @@ def _tip(config: WeightingConfig, signals: Signals) -> Tensor:
     entropy_T = _min_max(entropy_T.clamp(max=entropy_T.quantile(ENTROPY_CUT)))
     divergence_T = _min_max(signals.divergence_N)
     score_T = entropy_T + divergence_T - entropy_T * divergence_T
-    kept = math.ceil(config.retain * len(score_T))
+    kept = max(math.floor(config.retain * len(score_T) + 1e-9), 1)  # 0.29 · 100 is a little less than 29
     weight_T = torch.zeros_like(score_T)
     weight_T[score_T.sort(descending=True, stable=True).indices[:kept]] = len(score_T) / kept
     return weight_T

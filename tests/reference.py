@@ -156,7 +156,8 @@ def weighted(
             cut = ordered[low] + (place - low) * (ordered[min(low + 1, len(h) - 1)] - ordered[low])
             h, d = scaled([min(value, cut) for value in h]), scaled(d)
             score = [a + b - a * b for a, b in zip(h, d, strict=True)]
-            kept = sorted(range(len(score)), key=lambda i: (-score[i], i))[: math.ceil(weighting.retain * len(score))]
+            count = max(1, int(round(weighting.retain * len(score), 6)))
+            kept = sorted(range(len(score)), key=lambda i: (-score[i], i))[:count]
             for i in range(len(score)):
                 factors[begin + i] = len(score) / len(kept) if i in kept else 0.0
     return [weight * factor for weight, factor in zip(weights, factors, strict=True)]

@@ -1,9 +1,11 @@
-"""The fused loss on one rank against the plain float64 reference; tests/distributed has it on two."""
+"""The fused loss on one rank against the plain float64 reference: chunks, dtypes, ties, what it leaves in a graph.
+
+Beside it: test_fused_loss_gate, _objectives, _input (what does not fit) and _buffer; tests/distributed has more ranks.
+"""
 
 from __future__ import annotations
 
 import dataclasses
-import math
 import weakref
 from collections.abc import Iterator
 from itertools import pairwise
@@ -11,71 +13,20 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from prune_opd import vocab_parallel
-from prune_opd.config import GateConfig, ObjectiveConfig, WeightingConfig
-from prune_opd.errors import ConfigError
-from prune_opd.fused_loss import GateStats
-from prune_opd.gate import overlap_ratio
-from prune_opd.objective import token_loss
+from prune_opd.config import ObjectiveConfig
 from prune_opd.vocab_parallel import VocabShard
+from tests.fused_loss_checks import assert_agrees
 from tests.reference import (
     GATE,
-    NO_WEIGHTING,
     OBJECTIVE,
-    OBJECTIVES,
     VOCAB,
-    WEIGHTINGS,
-    Case,
-    describe,
     make_case,
     top_ids,
 )
-
-
-def assert_agrees(
-    case: Case,
-    gate: GateConfig | None,
-    objective: ObjectiveConfig,
-    dtype: torch.dtype = torch.float64,
-    tolerance: float = 1e-9,
-    weighting: WeightingConfig = NO_WEIGHTING,
-    **more: Any,
-) -> GateStats:
-    """Value, both gradients and every statistic; tolerances are relative to the largest entry of the reference."""
-    ours, plain = case.leaves(dtype), case.leaves(dtype).leaves(torch.float64)
-    loss, count, stats = ours.fused(gate, objective, weighting=weighting, **more)
-    reference = plain.reference(gate, objective, weighting)
-    (3 * loss).backward()  # the caller scales the sum
-    (3 * reference.loss_sum).backward()
-
-    def close(got: Tensor, expected: Tensor | list[float]) -> None:
-        expected = torch.as_tensor(expected, dtype=torch.float64)
-        assert got.shape == expected.shape
-        scale = max(expected.abs().max().item(), 1e-3) if expected.numel() else 1.0
-        assert ((got.double() - expected).abs() <= tolerance * scale).all(), (got.double() - expected).abs().max()
-
-    assert count == len(case.sampled)
-    assert loss.dtype == dtype and loss.shape == ()
-    close(loss, reference.loss_sum.detach())
-    for got, expected in zip(ours.gradients(), plain.gradients(), strict=True):
-        assert got.dtype == dtype
-        close(got, expected)
-    assert stats.overlap_N.dtype == torch.float32
-    assert stats.overlap_N.tolist() == pytest.approx(reference.overlap)
-    assert stats.event_N.tolist() == reference.event
-    assert stats.reliable_length_B.tolist() == reference.reliable_length
-    assert stats.length_B.tolist() == reference.length
-    close(stats.reliability_N, reference.reliability)
-    close(stats.weight_N, reference.weight)
-    close(stats.sampled_logp_N, reference.sampled_logp)
-    close(stats.divergence_N, reference.divergence)
-    return stats
-
 
 # ---------------------------------------------------------------------------------------------------- the right numbers
 
@@ -87,77 +38,6 @@ def test_value_and_gradients_equal_the_reference_at_every_chunk_size(
 ) -> None:
     stats = assert_agrees(make_case(), GATE, OBJECTIVE, dtype, tolerance, chunk=chunk)
     assert 0 < stats.event_N.sum() < len(stats.event_N)  # or the gate would not have been tested
-
-
-@pytest.mark.parametrize(
-    "gate",
-    [
-        None,
-        dataclasses.replace(GATE, weight_normalisation="base"),
-        dataclasses.replace(GATE, weight_normalisation="mean"),
-        dataclasses.replace(GATE, weight_normalisation="mean", w_base=0.0, w_drop=1.0),
-        dataclasses.replace(GATE, w_base=0.0),
-        dataclasses.replace(GATE, k=3),
-        dataclasses.replace(GATE, k=11),
-        dataclasses.replace(GATE, metric="teacher_top_p", top_p=0.6),
-        dataclasses.replace(GATE, metric="teacher_top_p", top_p=1.0, k=20),
-    ],
-    ids=lambda gate: (
-        "no gate" if gate is None else f"{gate.metric}-{gate.weight_normalisation}-k{gate.k}-b{gate.w_base:g}"
-    ),
-)
-@pytest.mark.parametrize("temperature", [1.0, 0.6])
-def test_every_gate_setting_equals_the_reference(gate: GateConfig | None, temperature: float) -> None:
-    assert_agrees(make_case(), gate, ObjectiveConfig(k=6, temperature=temperature), chunk=7)
-
-
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-9), (torch.float32, 2e-5)])
-@pytest.mark.parametrize("chunk", [7, 8])  # does not divide the 24 tokens, and does
-@pytest.mark.parametrize("objective", OBJECTIVES, ids=describe)
-def test_every_objective_support_and_weight_equals_the_reference(
-    objective: ObjectiveConfig, chunk: int, dtype: torch.dtype, tolerance: float
-) -> None:
-    assert_agrees(make_case(), GATE, objective, dtype, tolerance, chunk=chunk)
-
-
-@pytest.mark.parametrize("objective", OBJECTIVES, ids=describe)
-def test_every_objective_equals_the_reference_at_a_temperature_without_a_gate(objective: ObjectiveConfig) -> None:
-    assert_agrees(make_case(seed=1), None, dataclasses.replace(objective, temperature=0.7), chunk=7)
-
-
-@given(
-    st.lists(st.integers(0, 9), min_size=1, max_size=5).filter(sum),
-    st.integers(1, 20),
-    st.integers(1, 12),
-    st.integers(1, 12),
-    st.integers(0, 1000),
-    st.sampled_from(OBJECTIVES),
-    st.sampled_from([NO_WEIGHTING, *WEIGHTINGS]),
-)
-@settings(max_examples=40, deadline=None)
-def test_ragged_and_empty_responses_equal_the_reference(
-    lengths: list[int],
-    chunk: int,
-    gate_k: int,
-    objective_k: int,
-    seed: int,
-    objective: ObjectiveConfig,
-    weighting: WeightingConfig,
-) -> None:
-    gate, objective = dataclasses.replace(GATE, k=gate_k), dataclasses.replace(objective, k=objective_k)
-    assert_agrees(make_case(tuple(lengths), seed), gate, objective, weighting=weighting, chunk=chunk)
-
-
-@pytest.mark.parametrize("objective", OBJECTIVES, ids=describe)
-def test_a_response_whose_every_token_is_an_event_equals_the_reference(objective: ObjectiveConfig) -> None:
-    case = make_case()
-    case.teacher_hidden = case.teacher_hidden.clone()
-    case.teacher_hidden[10:24] *= -1  # the last response: the teacher wants the opposite
-    gate = dataclasses.replace(GATE, w_base=0.0)
-    stats = assert_agrees(case, gate, objective, chunk=4)
-    assert stats.event_N[10:24].all()
-    assert (stats.weight_N[16:24] == 0).all()
-    assert stats.reliable_length_B[3] == math.ceil(1 / GATE.w_drop) - 1
 
 
 def test_chunks_and_packing_change_nothing() -> None:
@@ -196,87 +76,6 @@ def test_a_tied_weight_gets_the_gradient_of_both_its_uses() -> None:
         loss = tied.fused(chunk=7)[0] if fused else tied.reference().loss_sum
         grads += torch.autograd.grad(loss, leaves.student_weight)
     assert torch.allclose(grads[0], grads[1], rtol=1e-9, atol=1e-11)
-
-
-def test_a_teacher_equal_to_the_student_gives_no_events_no_loss_and_no_gradient() -> None:
-    case = make_case().leaves(torch.float32)
-    case.teacher_hidden, case.teacher_weight = case.student_hidden.detach(), case.student_weight.detach()
-    loss, _, stats = case.fused()
-    loss.backward()
-    assert (stats.overlap_N == 1).all() and not stats.event_N.any()
-    assert (stats.weight_N == 1.5).all()
-    assert torch.equal(stats.reliable_length_B, stats.length_B)
-    assert loss.item() == 0
-    assert not any(gradient.any() for gradient in case.gradients())
-
-
-@pytest.mark.parametrize("weighting", [NO_WEIGHTING, *WEIGHTINGS], ids=lambda weighting: weighting.name)
-@pytest.mark.parametrize("objective", OBJECTIVES, ids=describe)
-def test_a_student_that_equals_its_teacher_has_nothing_to_learn(
-    objective: ObjectiveConfig, weighting: WeightingConfig
-) -> None:
-    """Except of a forward KL on the top-k alone, which wants the whole mass there: see the next test."""
-    case = make_case().leaves(torch.float32)
-    case.teacher_hidden, case.teacher_weight = case.student_hidden.detach(), case.student_weight.detach()
-    loss, _, stats = case.fused(objective=objective, weighting=weighting, chunk=7)
-    loss.backward()
-    pulled = objective.name == "topk_forward_kl" or weighting.name == "entropy_aware"
-    assert any(gradient.any() for gradient in case.gradients()) == pulled
-    assert (loss.item() != 0) == pulled
-    if objective.name != "topk_forward_kl":
-        assert not stats.divergence_N.any()
-
-
-def test_a_forward_kl_on_every_word_is_that_of_the_vocabulary_and_leaves_a_twin_alone() -> None:
-    objective = ObjectiveConfig("topk_forward_kl", k=VOCAB)
-    assert_agrees(make_case(), GATE, objective, chunk=7)
-    case = make_case().leaves(torch.float64)
-    case.teacher_hidden, case.teacher_weight = case.student_hidden.detach(), case.student_weight.detach()
-    loss = case.fused(objective=objective)[0]
-    loss.backward()
-    assert abs(loss.item()) < 1e-12
-    assert all(gradient.abs().max() < 1e-12 for gradient in case.gradients())
-
-
-def test_a_token_without_common_candidates_has_no_loss() -> None:
-    case = make_case(lengths=(5,))
-    case.teacher_hidden = torch.cat([-case.student_hidden, torch.zeros(5, 4).double()], 1)
-    objective = ObjectiveConfig(k=6, support="intersection")
-    leaves = case.leaves(torch.float64)
-    loss, _, stats = leaves.fused(objective=objective)
-    loss.backward()
-    assert (stats.overlap_N == 0).all() and not stats.divergence_N.any()
-    assert loss.item() == 0 and not any(gradient.any() for gradient in leaves.gradients())
-
-
-@pytest.mark.parametrize("weighting", WEIGHTINGS, ids=lambda weighting: weighting.name)
-@pytest.mark.parametrize("name", ["topk_reverse_kl", "sampled_token", "full_vocab_jsd"])
-@pytest.mark.parametrize("normalisation", ["none", "mean"])
-def test_every_weighting_beside_the_gate_equals_the_reference(
-    weighting: WeightingConfig, name: str, normalisation: str
-) -> None:
-    gate = dataclasses.replace(GATE, weight_normalisation=normalisation)
-    stats = assert_agrees(make_case(), gate, ObjectiveConfig(name, k=6), weighting=weighting, chunk=5)
-    assert_agrees(make_case(), None, ObjectiveConfig(name, k=6), torch.float32, 2e-5, weighting, chunk=8)
-    if weighting.name == "tip":
-        assert (stats.weight_N[10:24] == 0).sum() == 14 - math.ceil(0.4 * 14)
-
-
-def test_iw_opd_falls_from_one_and_a_half_to_one_along_a_response() -> None:
-    weight_N = make_case().fused(None, weighting=WeightingConfig("iw_opd"))[2].weight_N
-    for begin, end in ((0, 9), (10, 24)):
-        row = weight_N[begin:end]
-        assert row[0] == 1.5 and row[-1] > 1 and (row.diff() < 0).all()
-
-
-def test_entropy_aware_adds_nothing_where_the_teacher_is_sure_and_everywhere_where_it_never_is() -> None:
-    case, forward = make_case(), ObjectiveConfig("topk_forward_kl", k=9)
-    losses = {
-        threshold: case.fused(weighting=WeightingConfig("entropy_aware", threshold, forward_k=9))[0].item()
-        for threshold in (0.0, 100.0)
-    }
-    assert losses[100.0] == case.fused()[0].item()
-    assert losses[0.0] == pytest.approx(case.fused()[0].item() + case.fused(objective=forward)[0].item())
 
 
 def test_padded_vocabulary_rows_have_no_part_in_anything() -> None:
@@ -341,16 +140,6 @@ def test_a_loss_with_ties_everywhere_equals_the_reference() -> None:
 
 
 # ---------------------------------------------------------------------------------------------------- its parts
-
-
-def test_the_objective_is_the_policy_gradient_of_method_md() -> None:
-    """Worked by hand: p = (.6, .2), so w = (.75, .25); log p − log q = (log 2, 0); W = 2."""
-    student_logp, teacher_logp = torch.tensor([[0.6, 0.2]]).log(), torch.tensor([[0.3, 0.2]]).log()
-    loss, grad, divergence, reward = token_loss(OBJECTIVE, student_logp, teacher_logp, torch.tensor([2.0]))
-    assert reward[0].tolist() == pytest.approx([-1.5 * math.log(2), 0])
-    assert loss.tolist() == pytest.approx([1.5 * math.log(2) * math.log(0.6)])
-    assert torch.equal(grad, -reward)
-    assert divergence.tolist() == pytest.approx([0.75 * math.log(2)])
 
 
 def test_normaliser_and_gather_equal_log_softmax() -> None:
@@ -448,80 +237,3 @@ def test_no_tensor_of_tokens_times_vocabulary_is_alive(name: str, chunks: int) -
     with Largest(columns=VOCAB) as largest:
         case.fused(objective=ObjectiveConfig(name, k=6), chunk=10)[0].backward()
     assert 10 * VOCAB < largest.peak < chunks * 10 * VOCAB  # a few chunks' worth; all tokens would be 300 * VOCAB
-
-
-# ---------------------------------------------------------------------------------------------------- bad input
-
-
-def broken(field: str, value: Any) -> Case:
-    return dataclasses.replace(make_case(), **{field: value})
-
-
-@pytest.mark.parametrize(
-    ("case", "message"),
-    [
-        (
-            broken("student_hidden", torch.zeros(24, 9).double()),
-            r"student_hidden .*\[24, 9\] does not fit student_weight",
-        ),
-        (broken("teacher_weight", torch.zeros(70, 12)), "teacher_hidden torch.float64 .* dtype must agree"),
-        (broken("student_hidden", torch.zeros(24, 8).long()), "student_hidden is torch.int64"),
-        (broken("student_weight", torch.zeros(64).double()), r"student_weight is .* \[64\]: a floating-point matrix"),
-        (broken("teacher_hidden", torch.zeros(23, 12).double()), "teacher_hidden has 23 tokens and student_hidden 24"),
-        (broken("sampled", torch.zeros(23).long()), r"sampled_ids is torch.int64 \[23\]"),
-        (broken("sampled", torch.zeros(24)), "sampled_ids is torch.float32"),
-        (broken("sampled", torch.full((24,), VOCAB)), "sampled_ids has an id outside 0..60"),
-        (broken("sampled", torch.full((24,), -1)), "sampled_ids has an id outside 0..60"),
-        (broken("offsets", [0, 9, 23]), "cu_seqlens runs from 0 to 23"),
-        (broken("offsets", [1, 9, 24]), "cu_seqlens runs from 1 to 24"),
-        (broken("offsets", [0, 15, 9, 24]), r"cu_seqlens = \[0, 15, 9, 24\] decreases"),
-        (broken("offsets", []), r"cu_seqlens = \[\]"),
-        (broken("offsets", [[0, 24]]), r"cu_seqlens = \[\[0, 24\]\]"),
-    ],
-)
-def test_a_tensor_that_does_not_fit_is_named(case: Case, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        case.fused()
-
-
-@pytest.mark.parametrize(
-    ("gate", "objective", "more", "message"),
-    [
-        (GATE, ObjectiveConfig(k=62), {}, r"objective.k = 62 is larger than vocab_size = 61"),
-        (GateConfig(k=62), OBJECTIVE, {}, r"gate.k = 62 is larger than vocab_size = 61"),
-        (GATE, OBJECTIVE, {"vocab_size": 65}, r"vocab_size = 65 does not fit student_weight: 64 rows × 1"),
-        (GATE, OBJECTIVE, {"vocab_size": 0}, r"vocab_size = 0"),
-        (GATE, OBJECTIVE, {"chunk": 0}, r"chunk = 0"),
-        (
-            GATE,
-            OBJECTIVE,
-            {"weighting": WeightingConfig("entropy_aware", forward_k=62)},
-            r"weighting.forward_k = 62 is larger than vocab_size = 61",
-        ),
-    ],
-)
-def test_a_setting_that_does_not_fit_is_named(
-    gate: GateConfig, objective: ObjectiveConfig, more: dict[str, Any], message: str
-) -> None:
-    with pytest.raises(ConfigError, match=message):
-        make_case().fused(gate, objective, **more)
-
-
-@pytest.mark.parametrize("value", [math.nan, math.inf])
-@pytest.mark.parametrize("model", ["student", "teacher"])
-def test_hidden_states_that_are_not_finite_are_named(model: str, value: float) -> None:
-    case = make_case()
-    getattr(case, f"{model}_hidden")[20, 3] = value
-    with pytest.raises(ValueError, match=f"{model}_hidden gives logits that are not finite"):
-        case.fused(chunk=7)
-
-
-def test_overlap_without_a_gate_is_measured_with_the_objectives_k() -> None:
-    case = make_case()
-    stats = case.fused(None, ObjectiveConfig(k=4))[2]
-    ids = [
-        (h @ w[:VOCAB].T).topk(4).indices
-        for h, w in ((case.student_hidden, case.student_weight), (case.teacher_hidden, case.teacher_weight))
-    ]
-    assert torch.equal(stats.overlap_N, overlap_ratio(*ids))
-    assert not stats.event_N.any() and (stats.weight_N == 1).all() and (stats.reliability_N == 1).all()

@@ -5,10 +5,15 @@ from __future__ import annotations
 import difflib
 from pathlib import Path
 
-from prune_opd.bench import compare_loss, fp8_noise
+from prune_opd.bench import compare_loss, fp8_noise, packing, reshard
 from prune_opd.errors import ConfigError
 
-BENCHMARKS = {"loss": compare_loss.run, "fp8-noise": fp8_noise.run}
+BENCHMARKS = {
+    "loss": compare_loss.run,
+    "packing": packing.run,
+    "reshard": reshard.run,
+    "fp8-noise": fp8_noise.run,
+}
 
 
 def run_benchmark(name: str, out: Path, quick: bool) -> int:

@@ -2,16 +2,21 @@
 
     python -m prune_opd.bench.loss CONTENDER --tokens N --vocab V … --json FILE
 
-    ours    distill_loss with its default gate and objective
-    naive   the same loss written plainly: fp32 logits of all tokens × vocabulary of both models, autograd
-    trl     TRL's GKD loss at beta = 1 (reverse KL over the whole vocabulary: another loss), on the same logits
-    floor   the matrix products of `ours` alone, in the same chunks: no loss can do without them
+    ours            distill_loss with its default gate and objective
+    ours_no_buffer  the same, where the weight has no gradient buffer yet: it allocates and returns its own gradient
+    naive           the same loss written plainly: fp32 logits of all tokens × vocabulary of both models, autograd
+    trl             TRL's GKD loss at beta = 1 (reverse KL over the whole vocabulary: another loss), on the same logits
+    floor           the matrix products of `ours` alone, in the same chunks: no loss can do without them
+
+As in training, the weight's gradient buffer is there before the loss (but for `ours_no_buffer`), and every contender
+adds its gradient to it: autograd to `.grad`, ours through `weight_grad`. Likewise the loss that is back-propagated is
+the sum over the tokens.
 
 How memory is measured. The inputs are made, and the contender runs once on a toy input, so that libraries, threads
 and their buffers are there. Then the kernel's peak of this process's resident memory (VmHWM) is reset; a whole call
-follows, and `extra` is the peak less what was resident before it. It includes the two gradients, which every contender
-returns; `working` is without them. The allocator has kept nothing that could hide memory: blocks of this size are
-mapped when they are asked for and unmapped when they are freed.
+follows, and `extra` is the peak less what was resident before it: everything beyond the inputs and that buffer. The
+allocator has kept nothing that could hide memory: blocks of this size are mapped when they are asked for and unmapped
+when they are freed.
 
 How time is measured. That first call pays for cold caches; the calls after it are timed, wall clock and CPU time.
 """
@@ -37,7 +42,7 @@ RESPONSES = 4  # that the tokens are split into
 
 
 class Inputs(NamedTuple):
-    """What the loss takes; the student's two tensors want gradients."""
+    """What the loss takes. The student's two tensors want gradients; the weight's `.grad` is its buffer, if any."""
 
     student_hidden_NH: Tensor
     student_weight_VH: Tensor
@@ -58,11 +63,11 @@ def ours(x: Inputs) -> Tensor | None:
     loss_sum, tokens, _ = distill_loss(
         x.student_hidden_NH, x.student_weight_VH, x.teacher_hidden_NH, x.teacher_weight_VH, x.sampled_ids_N,
         x.cu_seqlens, gate=GateConfig(), objective=ObjectiveConfig(), vocab_size=vocab_size, chunk=x.chunk,
+        weight_grad=x.student_weight_VH.grad,
     )
     # fmt: on
-    loss = loss_sum / tokens
-    loss.backward()
-    return loss
+    loss_sum.backward()
+    return loss_sum.detach() / tokens
 
 
 def naive(x: Inputs) -> Tensor | None:
@@ -81,9 +86,9 @@ def naive(x: Inputs) -> Tensor | None:
     del student_logp_NV  # autograd has it
     fixed_NK = student_at_NK.detach()
     reward_NK = -weight_N[:, None] * fixed_NK.softmax(dim=-1) * (fixed_NK - teacher_at_NK)
-    loss = -(reward_NK * student_at_NK).sum() / len(x.sampled_ids_N)
-    loss.backward()
-    return loss
+    loss_sum = -(reward_NK * student_at_NK).sum()
+    loss_sum.backward()
+    return loss_sum.detach() / len(x.sampled_ids_N)
 
 
 def trl(x: Inputs) -> Tensor | None:
@@ -105,8 +110,8 @@ def floor(x: Inputs) -> Tensor | None:
     """Both models' logits and the student's two gradients, of logits that stand for their own gradient."""
     student_logits_CV = x.student_weight_VH.new_empty(x.chunk, len(x.student_weight_VH))
     teacher_logits_CV = x.teacher_weight_VH.new_empty(x.chunk, len(x.teacher_weight_VH))
-    grad_hidden_NH = torch.empty_like(x.student_hidden_NH)
-    grad_weight_VH = torch.zeros_like(x.student_weight_VH)
+    grad_hidden_NH, grad_weight_VH = torch.empty_like(x.student_hidden_NH), x.student_weight_VH.grad
+    assert grad_weight_VH is not None
     for begin in range(0, len(x.sampled_ids_N), x.chunk):
         part = slice(begin, begin + x.chunk)
         student_hidden_CH, teacher_hidden_CH = x.student_hidden_NH[part], x.teacher_hidden_NH[part]
@@ -115,11 +120,17 @@ def floor(x: Inputs) -> Tensor | None:
         torch.mm(teacher_hidden_CH, x.teacher_weight_VH.t(), out=teacher_logits_CV[: len(teacher_hidden_CH)])
         torch.mm(logits_CV, x.student_weight_VH, out=grad_hidden_NH[part])
         grad_weight_VH.addmm_(logits_CV.t(), student_hidden_CH)
-    x.student_hidden_NH.grad, x.student_weight_VH.grad = grad_hidden_NH, grad_weight_VH
+    x.student_hidden_NH.grad = grad_hidden_NH
     return None
 
 
-CONTENDERS: dict[str, Callable[[Inputs], Tensor | None]] = {"ours": ours, "naive": naive, "trl": trl, "floor": floor}
+CONTENDERS: dict[str, Callable[[Inputs], Tensor | None]] = {
+    "ours": ours,
+    "ours_no_buffer": ours,
+    "naive": naive,
+    "trl": trl,
+    "floor": floor,
+}
 
 
 # ---------------------------------------------------------------------------------------------------- measuring
@@ -145,28 +156,28 @@ def make_inputs(tokens: int, vocab: int, student_size: int, teacher_size: int, c
 
 def measure(contender: str, inputs: Inputs, repeats: int) -> dict[str, object]:
     """Memory of one call, time of `repeats` more, and what they computed."""
-    run = CONTENDERS[contender]
-    gradients = [inputs.student_hidden_NH, inputs.student_weight_VH]
+    run, buffered = CONTENDERS[contender], contender != "ours_no_buffer"
     student_size, teacher_size = inputs.student_hidden_NH.shape[1], inputs.teacher_hidden_NH.shape[1]
-    run(make_inputs(2 * RESPONSES, 64, student_size, teacher_size, RESPONSES))
+    toy = make_inputs(2 * RESPONSES, 64, student_size, teacher_size, RESPONSES)
+    _forget_gradients(toy, buffered)
+    run(toy)
 
+    _forget_gradients(inputs, buffered)
     before = _reset_peak()
     loss = run(inputs)
     extra = _peak() - before
-    gradient_bytes = sum(x.grad.nbytes for x in gradients if x.grad is not None)
-    norms = [x.grad.norm().item() for x in gradients if x.grad is not None]
+    gradients = [inputs.student_hidden_NH.grad, inputs.student_weight_VH.grad]
+    norms = [gradient.norm().item() for gradient in gradients if gradient is not None]
 
     wall, cpu = [], []
     for _ in range(repeats):
-        for tensor in gradients:
-            tensor.grad = None
+        _forget_gradients(inputs, buffered)
         wall_start, cpu_start = time.perf_counter(), _cpu_time()
         run(inputs)
         wall.append(time.perf_counter() - wall_start)
         cpu.append(_cpu_time() - cpu_start)
     return {
         "extra_bytes": extra,
-        "working_bytes": extra - gradient_bytes,
         "wall_s": wall,
         "cpu_s": cpu,
         "loss": None if loss is None else loss.item(),
@@ -174,6 +185,18 @@ def measure(contender: str, inputs: Inputs, repeats: int) -> dict[str, object]:
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
     }
+
+
+def _forget_gradients(inputs: Inputs, buffered: bool) -> None:
+    """No gradient of the hidden states; the weight's buffer, if it has one, in memory and at zero."""
+    inputs.student_hidden_NH.grad = None
+    weight_VH = inputs.student_weight_VH
+    if not buffered:
+        weight_VH.grad = None
+    elif weight_VH.grad is None:
+        weight_VH.grad = torch.empty_like(weight_VH).zero_()  # torch.zeros would leave its pages to the first write
+    else:
+        weight_VH.grad.zero_()
 
 
 def _resident(field: str) -> int:

@@ -48,6 +48,15 @@ class ModelLayout:
         return self.groups.pp.rank() == self.pp - 1
 
     @property
+    def microbatch_multiple(self) -> int:
+        """What the number of micro-batches must be a multiple of: an interleaved pipeline takes them in such groups."""
+        return self.pp if self.vp > 1 else 1
+
+    def last_stage_rank(self, dp_rank: int, tp_rank: int) -> int:
+        """The job's rank that has this place on the last stage."""
+        return ((self.pp - 1) * self.dp + dp_rank) * self.tp + tp_rank
+
+    @property
     def tp_group(self) -> Any:
         """None when there is nothing to communicate."""
         return self.groups.tp if self.tp > 1 else None
@@ -130,7 +139,45 @@ def arrange(parallel: ParallelConfig, seed: int) -> Layout:
         sequence_parallel=parallel.sequence_parallel,
         groups=ProcessGroupCollection.use_mpu_process_groups(),
     )
-    return Layout(rank=dist.get_rank(), world=world, student=student, teacher=student)
+    return Layout(rank=dist.get_rank(), world=world, student=student, teacher=_teacher_layout(parallel, student))
+
+
+def _teacher_layout(parallel: ParallelConfig, student: ModelLayout) -> ModelLayout:
+    """The student's groups where they serve the teacher too. Forward only: no virtual pipeline, no cut residuals."""
+    tp, pp = parallel.teacher_tensor or student.tp, parallel.teacher_pipeline or student.pp
+    ep = parallel.teacher_expert
+    same = (tp, pp, ep, 1) == (student.tp, student.pp, student.ep, student.cp)
+    groups = student.groups if same else _own_groups(tp, pp, ep, parallel.timeout_minutes)
+    return ModelLayout(tp=tp, pp=pp, vp=1, ep=ep, cp=1, sequence_parallel=False, groups=groups)
+
+
+def _own_groups(tp: int, pp: int, ep: int, timeout_minutes: float) -> Any:
+    """Groups for a second model over all ranks, numbered like those of `parallel_state`.
+
+    What a forward pass needs is there; the groups of gradients and optimizers are not.
+    """
+    from megatron.core.hyper_comm_grid import HyperCommGrid
+    from megatron.core.process_groups_config import ProcessGroupCollection
+
+    replicas = dist.get_world_size() // (tp * pp)
+    grid = HyperCommGrid([tp, 1, ep, replicas // ep, pp], ["tp", "cp", "ep", "expt_dp", "pp"])
+    timeout = timedelta(minutes=timeout_minutes)
+
+    def group(*dims: str) -> Any:
+        return grid.create_pg(list(dims), timeout=timeout)
+
+    groups = ProcessGroupCollection()
+    groups.tp, groups.cp, groups.pp, groups.ep = group("tp"), group("cp"), group("pp"), group("ep")
+    groups.dp = groups.dp_cp = group("cp", "ep", "expt_dp")
+    groups.mp, groups.tp_cp, groups.tp_dp_cp = group("tp", "pp"), group("tp", "cp"), group("tp", "cp", "ep", "expt_dp")
+    groups.expt_tp, groups.expt_dp = groups.tp, group("expt_dp")
+    groups.tp_ep, groups.tp_ep_pp = group("tp", "ep"), group("tp", "ep", "pp")
+    groups.embd = groups.pos_embd = None
+    for ranks in grid.get_rank_enum("pp"):
+        ends = dist.new_group(sorted({ranks[0], ranks[-1]}), timeout=timeout)  # tied embeddings start out equal
+        if dist.get_rank() in ranks:
+            groups.embd = ends
+    return groups
 
 
 def shutdown() -> None:

@@ -12,7 +12,7 @@ from prune_opd.config import ObjectiveConfig
 from prune_opd.fused_loss import distill_loss
 from prune_opd.megatron.layout import Layout
 from prune_opd.megatron.model import HiddenStatesGPT
-from prune_opd.megatron.packing import PackedBatch, pack
+from prune_opd.megatron.packing import PackedBatch, pack, pack_rows
 from prune_opd.megatron.schedule import forward
 from prune_opd.rollout.batch import Rollouts
 
@@ -29,7 +29,10 @@ def sampled_logprobs(
 
     The loss of a model with itself as teacher: its statistics hold what is asked for.
     """
-    batches = pack(rollouts.prompt_ids, rollouts.response_ids, range(len(rollouts.responses)), 16384, device)
+    prompts, responses, student = rollouts.prompt_ids, rollouts.response_ids, layout.student
+    batches = pack(prompts, responses, range(len(responses)), 16384, device, chunks[0].token_multiple)
+    missing = -len(batches) % student.microbatch_multiple
+    batches += [pack_rows(prompts, responses, [], device, chunks[0].token_multiple)] * missing
 
     def logprobs(batch: PackedBatch, hidden_NH: Tensor) -> Tensor:
         hidden_MH, weight_VH = hidden_NH[batch.predicting_M], chunks[-1].head_weight()
@@ -47,9 +50,9 @@ def sampled_logprobs(
         )
         return stats.sampled_logp_N
 
-    on_last_stage = forward(chunks, layout.student, batches, logprobs)
+    on_last_stage = forward(chunks, student, batches, logprobs)
     tokens = sum(len(batch.sampled_ids_M) for batch in batches)
     logprob_N = torch.cat(on_last_stage).float() if on_last_stage else torch.empty(tokens, device=device)
-    last = dist.get_process_group_ranks(layout.student.groups.pp)[-1]
-    dist.broadcast(logprob_N, src=last, group=layout.student.groups.pp)
+    last = dist.get_process_group_ranks(student.groups.pp)[-1]
+    dist.broadcast(logprob_N, src=last, group=student.groups.pp)
     return logprob_N.tolist()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,6 @@ from megatron.core.transformer.transformer_layer import get_transformer_layer_of
 from torch import Tensor
 
 from prune_opd import platform
-from prune_opd.config import Fp8Config
 from prune_opd.errors import UserError
 from prune_opd.megatron.attention import PackedSdpaAttention
 from prune_opd.megatron.layout import ModelLayout
@@ -33,7 +33,7 @@ from prune_opd.megatron.norm import RMSNorm, use_rms_norm
 from prune_opd.megatron.packing import PackedBatch
 from prune_opd.megatron.rope import attention_scale, set_frequencies
 from prune_opd.model_spec import ModelSpec, MoeSpec
-from prune_opd.precision import NO_FP8, transformer_arguments
+from prune_opd.precision import token_multiple
 
 
 def dtype_of(params: str) -> torch.dtype:
@@ -41,9 +41,7 @@ def dtype_of(params: str) -> torch.dtype:
     return {"fp32": torch.float32, "bf16": torch.bfloat16}[params]
 
 
-def transformer_config(
-    spec: ModelSpec, layout: ModelLayout, dtype: torch.dtype, fp8: Fp8Config = NO_FP8
-) -> TransformerConfig:
+def transformer_config(spec: ModelSpec, layout: ModelLayout, dtype: torch.dtype, **settings: Any) -> TransformerConfig:
     """Settings that hold with and without Transformer Engine and apex, on the CPU and on a GPU."""
     return TransformerConfig(
         **(_expert_settings(spec.moe, layout) if spec.moe else {}),
@@ -85,7 +83,7 @@ def transformer_config(
         bias_activation_fusion=False,
         cuda_graph_impl="none",
         batch_p2p_sync=False,
-        **transformer_arguments(fp8),
+        **settings,
     )
 
 
@@ -150,6 +148,13 @@ class HiddenStatesGPT(GPTModel):
     def _postprocess(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         return hidden_states
 
+    @property
+    def token_multiple(self) -> int:
+        """What the tokens of a packed batch must be a multiple of."""
+        config = self.config
+        recipe = config.fp8_recipe if config.fp8 else None
+        return token_multiple(recipe, config.tensor_model_parallel_size, config.sequence_parallel)
+
     def head_weight(self) -> Tensor:
         """This rank's rows of the output matrix [V/tp, H], on the last stage: the embedding's when they are tied."""
         if self.share_embeddings_and_output_weights:
@@ -158,22 +163,31 @@ class HiddenStatesGPT(GPTModel):
 
 
 def build(
-    model_dir: str | Path, layout: ModelLayout, dtype: torch.dtype, *, trainable: bool, fp8: Fp8Config = NO_FP8
+    model_dir: str | Path,
+    layout: ModelLayout,
+    dtype: torch.dtype,
+    *,
+    trainable: bool,
+    head: bool = True,
+    settings: Mapping[str, Any] | None = None,
 ) -> list[HiddenStatesGPT]:
     """This rank's chunks of the model (one but for a virtual pipeline) with its shards of the directory's weights.
 
-    A teacher is built without gradients. `UserError` if FP8 is asked for and the layers would ignore it.
+    head: with the output matrix, if it is not the embedding's. settings: of `TransformerConfig`, beside the layout's
+    and the model's. A teacher is built without gradients. `UserError` for FP8 that the layers would ignore.
     """
     from prune_opd.weights.load import load_hf_weights
 
     spec = ModelSpec.read(model_dir)
     if spec.moe:
         platform.prepare_experts()
-    config = transformer_config(spec, layout, dtype, fp8)
+    config = transformer_config(spec, layout, dtype, **(settings or {}))
     stages = range(layout.vp) if layout.vp > 1 else (None,)
     chunks = [_build_chunk(spec, config, layout, stage, dtype) for stage in stages]
-    if fp8.on:
+    if config.fp8:
         _assert_fp8_layers(chunks, str(model_dir))
+    if not head and chunks[-1].post_process:
+        del chunks[-1].output_layer
     load_hf_weights(chunks, model_dir)
     for chunk in chunks:
         chunk.requires_grad_(trainable)

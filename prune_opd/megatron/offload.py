@@ -107,7 +107,7 @@ def handlers(trainer: Any, teacher: Any, engine: Any, machine: Platform) -> dict
         return [parameter for chunk in trainer.chunks for parameter in chunk.parameters()]
 
     def head() -> list[Tensor]:
-        return [teacher.head_weight] if teacher.layout.is_last_stage else []
+        return [teacher.head_weight] if teacher.layout.student.is_last_stage else []
 
     def teacher_weights() -> list[Tensor]:
         return [parameter for chunk in teacher.chunks for parameter in chunk.parameters()]

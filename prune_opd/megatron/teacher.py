@@ -3,37 +3,89 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import chain
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from prune_opd.config import Fp8Config
+from prune_opd.dealing import Deal, deal
+from prune_opd.megatron.handover import TeacherHidden, find_routes, hand_over, replica_of_row
 from prune_opd.megatron.layout import Layout
 from prune_opd.megatron.model import build
-from prune_opd.megatron.packing import PackedBatch
+from prune_opd.megatron.packing import PackedBatch, pack_rows
 from prune_opd.megatron.schedule import forward
 from prune_opd.model_spec import ModelSpec
-from prune_opd.precision import NO_FP8
+from prune_opd.precision import NO_FP8, transformer_arguments
+from prune_opd.rollout.batch import Rollouts
+from prune_opd.weights.load import read_head
 
 
 class Teacher:
-    """A frozen model: no gradients, no optimizer, no DDP buffers."""
+    """A frozen model in its own layout over the student's ranks: no gradients, no optimizer, no DDP buffers.
+
+    Its output matrix is not on its own last stage but where the loss is: on the student's last stage, cut over the
+    student's TP ranks. It is read from the directory in that cut, so nothing is gathered, and costs each of those ranks
+    padded vocabulary / student's TP × hidden numbers.
+    """
 
     def __init__(
-        self, model_dir: str | Path, layout: Layout, dtype: torch.dtype, device: torch.device, fp8: Fp8Config = NO_FP8
+        self,
+        model_dir: str | Path,
+        layout: Layout,
+        dtype: torch.dtype,
+        device: torch.device,
+        token_budget: int,
+        fp8: Fp8Config = NO_FP8,
     ):
-        self.layout = layout.teacher
-        self.chunks = [chunk.to(device) for chunk in build(model_dir, self.layout, dtype, trainable=False, fp8=fp8)]
+        self.layout, self.device, self.token_budget = layout, device, token_budget
+        settings = transformer_arguments(fp8)
+        chunks = build(model_dir, layout.teacher, dtype, trainable=False, head=False, settings=settings)
+        self.chunks = [chunk.to(device) for chunk in chunks]
+        self.nothing = torch.empty(0, self.spec.hidden, dtype=dtype, device=device)
+        self._head_weight = self._read_head(model_dir, dtype) if layout.student.is_last_stage else None
 
     @property
     def spec(self) -> ModelSpec:
         return self.chunks[0].spec
 
-    def hidden(self, batches: Sequence[PackedBatch]) -> list[Tensor]:
-        """teacher_hidden_MH of each micro-batch: the positions that predict a response token, in order."""
-        return forward(self.chunks, self.layout, batches, lambda batch, hidden_NH: hidden_NH[batch.predicting_M])
-
     @property
     def head_weight(self) -> Tensor:
-        return self.chunks[-1].head_weight()
+        """Rows of the output matrix [V/tp, H] for the student's TP rank; on the student's last stage only."""
+        assert self._head_weight is not None, "only the student's last stage computes the loss"
+        return self._head_weight
+
+    def hidden(self, rollouts: Rollouts, deals: Sequence[Deal]) -> TeacherHidden:
+        """The hidden states of the rows that this rank trains on (none but on the student's last stage).
+
+        deals: the student's, one of each update. Collective over the whole job.
+        """
+        ours = self._deals(rollouts, deals)
+        mine = [rows for part in ours for rows in part[self.layout.teacher.dp_rank]]
+        prompts, responses = rollouts.prompt_ids, rollouts.response_ids
+        multiple = self.chunks[0].token_multiple
+        batches = [pack_rows(prompts, responses, rows, self.device, multiple) for rows in mine]
+        hidden_of: dict[int, Tensor] = {}
+
+        def keep(batch: PackedBatch, hidden_NH: Tensor) -> None:
+            parts = hidden_NH[batch.predicting_M].split([rollouts.length_B[row] for row in batch.rows])
+            hidden_of.update(zip(batch.rows, parts, strict=True))
+
+        forward(self.chunks, self.layout.teacher, batches, keep)
+        routes = find_routes(replica_of_row(ours), replica_of_row(deals), self.layout.teacher, self.layout.student)
+        return hand_over(hidden_of, rollouts.length_B, routes, self.nothing)
+
+    def _deals(self, rollouts: Rollouts, deals: Sequence[Deal]) -> Sequence[Deal]:
+        """The teacher's deal: with as many replicas as the student has, the student's, so that rows stay put."""
+        replicas = self.layout.teacher.dp
+        if replicas == self.layout.student.dp:
+            return deals
+        rows = sorted(chain.from_iterable(replica_of_row([part]) for part in deals))
+        return [deal(rollouts.row_length_B, rows, replicas, self.token_budget)]
+
+    def _read_head(self, model_dir: str | Path, dtype: torch.dtype) -> Tensor:
+        first, tp = self.chunks[0], self.layout.student.groups.tp
+        if self.spec.tied and first.pre_process and self.layout.teacher.tp == tp.size():
+            return first.embedding.word_embeddings.weight  # the very rows
+        return read_head(model_dir, self.spec, tp.rank(), tp.size()).to(self.device, dtype)

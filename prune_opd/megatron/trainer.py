@@ -16,16 +16,24 @@ from megatron.core.optimizer import get_megatron_optimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from torch import Tensor
 
-from prune_opd.config import Fp8Config, OptimizerConfig
+from prune_opd.config import Fp8Config, OptimizerConfig, ParallelConfig
+from prune_opd.megatron import optimizer_state
 from prune_opd.megatron.layout import Layout
 from prune_opd.megatron.model import HiddenStatesGPT, build
 from prune_opd.megatron.packing import PackedBatch
 from prune_opd.megatron.schedule import forward, forward_backward
 from prune_opd.model_spec import ModelSpec
-from prune_opd.precision import NO_FP8, ddp_arguments, optimizer_arguments
+from prune_opd.precision import NO_FP8, ddp_arguments, optimizer_arguments, transformer_arguments
 
 # (model, batch, hidden_NH of all its tokens) -> (loss summed over its tokens, number of tokens)
 LossFunction = Callable[[HiddenStatesGPT, PackedBatch, Tensor], tuple[Tensor, int]]
+
+# TransformerConfig's settings of each `parallel.recompute`: the core attention, or every layer from its input.
+RECOMPUTE: dict[str, dict[str, Any]] = {
+    "none": {},
+    "selective": {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]},
+    "full": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
+}
 
 
 @dataclass(frozen=True)
@@ -47,6 +55,7 @@ class Trainer:
         self,
         model_dir: str | Path,
         optimizer: OptimizerConfig,
+        parallel: ParallelConfig,
         total_steps: int,
         layout: Layout,
         dtype: torch.dtype,
@@ -54,9 +63,15 @@ class Trainer:
         fp8: Fp8Config = NO_FP8,
     ):
         self.layout, self.device = layout, device
-        self.chunks = [chunk.to(device) for chunk in build(model_dir, layout.student, dtype, trainable=True, fp8=fp8)]
+        settings = {**RECOMPUTE[parallel.recompute], **transformer_arguments(fp8)}
+        chunks = build(model_dir, layout.student, dtype, trainable=True, settings=settings)
+        self.chunks = [chunk.to(device) for chunk in chunks]
         config = self.chunks[0].config
-        ddp_config = DistributedDataParallelConfig(grad_reduce_in_fp32=True, **ddp_arguments(fp8))
+        ddp_config = DistributedDataParallelConfig(
+            grad_reduce_in_fp32=True,
+            use_distributed_optimizer=parallel.distributed_optimizer,
+            **ddp_arguments(fp8),
+        )
         self.ddp = [DistributedDataParallel(config, ddp_config, chunk) for chunk in self.chunks]
         for chunk in self.ddp:
             chunk.broadcast_params()
@@ -72,6 +87,7 @@ class Trainer:
                 clip_grad=optimizer.clip_grad,
                 bf16=dtype == torch.bfloat16,
                 params_dtype=dtype,
+                use_distributed_optimizer=parallel.distributed_optimizer,
                 **optimizer_arguments(fp8),
             ),
             self.ddp,
@@ -138,13 +154,17 @@ class Trainer:
 
     def sharded_state(self, *, loading: bool) -> dict[str, Any]:
         """Model and optimizer for megatron's distributed checkpoint, in whatever layout this run has."""
-        models = {f"model{i}": chunk.sharded_state_dict() for i, chunk in enumerate(self.chunks)}
-        return {**models, "optimizer": self.optimizer.sharded_state_dict(models, is_loading=loading)}
+        metadata = {**optimizer_state.CHECKPOINT_FORMAT, "dp_cp_group": self.layout.student.groups.dp_cp}
+        if loading:
+            optimizer_state.prepare_to_load(self.optimizer)
+        models = {f"model{i}": chunk.sharded_state_dict(metadata=metadata) for i, chunk in enumerate(self.chunks)}
+        optimizer = self.optimizer.sharded_state_dict(models, is_loading=loading, metadata=metadata)
+        return {**models, "optimizer": optimizer}
 
     def load(self, state: dict[str, Any]) -> None:
         for i, chunk in enumerate(self.chunks):
             chunk.load_state_dict(state[f"model{i}"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        optimizer_state.load(self.optimizer, state["optimizer"])
 
 
 def _forward_step(

@@ -96,6 +96,8 @@ class RolloutEngine:
     def load(self, weights: Iterable[tuple[str, Tensor]]) -> None:
         """Replace the engine's weights. Collective: every rank draws the stream to its end."""
         with untouched_rng():
+            if self.machine.is_cpu:
+                self.llm.collective_rpc(_unpack_experts)
             self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(weights)})
             if self.machine.is_cpu:
                 self.llm.collective_rpc(_repack_tied_head)
@@ -180,6 +182,19 @@ def _response(completion: Any, logprobs: bool) -> Response:
     if logprobs:
         chosen = tuple(at[token].logprob for at, token in zip(completion.logprobs, ids, strict=True))
     return Response(ids, completion.finish_reason == "stop", chosen)
+
+
+def _unpack_experts(worker: Any) -> None:
+    """vLLM's CPU path packs experts only while it has no kernel for them: a reload would leave them unpacked.
+
+    Without its kernel each layer builds one anew as it is reloaded, and packs.
+    """
+    from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import UnquantizedFusedMoEMethod
+
+    for module in worker.model_runner.get_model().modules():
+        method = getattr(module, "quant_method", None)
+        if isinstance(method, UnquantizedFusedMoEMethod):
+            method.moe_kernel = None
 
 
 def _repack_tied_head(worker: Any) -> None:

@@ -223,6 +223,9 @@ def summary_rows(summary: Summary) -> list[tuple[str, str]]:
     if summary.tokens_full is not None and summary.saved is not None:
         rows.append(("tokens at the full horizon", f"{summary.tokens_full:,} (estimated)"))
         rows.append(("tokens saved", f"{summary.saved:.1%} (estimated)"))
+    if summary.padding is not None:
+        padded, packed = summary.padding
+        rows.append(("padding", f"{packed:.1%} of the tokens (rows padded to the longest: {padded:.1%})"))
     if summary.final_horizon is not None:
         rows.append(("final horizon", f"{summary.final_horizon:,} tokens"))
     rows.append(("time", duration(summary.seconds)))

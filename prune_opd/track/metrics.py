@@ -229,6 +229,7 @@ class Summary:
     tokens_generated: int
     tokens_full: int | None  # estimate, over the steps that have one
     saved: float | None  # 1 - generated / full over those steps: an estimate, below zero if nothing was saved
+    padding: tuple[float, float] | None  # mean share of padding: rows padded to the longest, and packed
     seconds: float
     phases: dict[str, float]  # label -> seconds: the phases, other, evaluation; those that took no time are left out
 
@@ -247,6 +248,7 @@ def summarise(steps: list[Record], evaluations: list[Record]) -> Summary:
         tokens_generated=int(total(steps, "tokens_generated")),
         tokens_full=round(full) if estimated else None,
         saved=1 - total(estimated, "tokens_generated") / full if estimated else None,
+        padding=_padding(steps),
         seconds=sum(phases.values()),
         phases={label: seconds for label, seconds in phases.items() if seconds > 0},
     )
@@ -255,6 +257,15 @@ def summarise(steps: list[Record], evaluations: list[Record]) -> Summary:
 def total(records: list[Record], key: str) -> float:
     """The sum of a key over records; absent and null count as zero."""
     return sum(r.get(key) or 0 for r in records)
+
+
+def _padding(steps: list[Record]) -> tuple[float, float] | None:
+    keys = ("padding_waste_padded", "padding_waste_packed")
+    known = [r for r in steps if all(r.get(key) is not None for key in keys)]
+    if not known:
+        return None
+    padded, packed = (total(known, key) / len(known) for key in keys)
+    return padded, packed
 
 
 def _accuracies(evaluations: list[Record]) -> list[Accuracy]:

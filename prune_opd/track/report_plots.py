@@ -148,6 +148,16 @@ def run_charts(run: RunData) -> list[Chart]:
                 ),
             ),
         ),
+        (
+            run.has("padding_waste_padded"),
+            Chart(
+                "Padding and balance of the micro-batches",
+                "Padding: the share of the tokens that compute nothing, if rows were padded to the longest of the "
+                "batch and as they are packed. Imbalance: how far the data-parallel rank with most tokens is above the "
+                "mean, while the others wait.",
+                lambda fig: _packing(fig, run),
+            ),
+        ),
     ]
     return [chart for present, chart in wanted if present]
 
@@ -225,6 +235,21 @@ def _panels(fig: Any, run: RunData, *wanted: tuple[str, str, str], share: bool) 
             percent_axis(ax.yaxis)
     all_axes[-1].set_xlabel("step")
     count_axis(all_axes[-1].xaxis)
+
+
+def _packing(fig: Any, run: RunData) -> None:
+    upper, lower = fig.subplots(2, 1, sharex=True, height_ratios=[3, 2])
+    x = run.step_numbers()
+    trend(upper, x, run.series("padding_waste_padded"), color=GREY, label="padded to the longest")
+    trend(upper, x, run.series("padding_waste_packed"), color=TEAL, label="packed")
+    trend(lower, x, [ratio - 1 for ratio in run.series("dp_imbalance")], color=ORANGE)
+    upper.set_ylabel("padding")
+    lower.set(ylabel="imbalance", xlabel="step")
+    for ax in (upper, lower):
+        from_zero(ax)
+        percent_axis(ax.yaxis)
+    legend(upper)
+    count_axis(lower.xaxis)
 
 
 def _accuracy(fig: Any, run: RunData, over: str) -> None:

@@ -72,11 +72,22 @@ def load_hf_weights(chunks: Sequence[HiddenStatesGPT], directory: str | Path) ->
             continue  # of another stage, or an expert of another rank
         over = groups.tp if entry.expert is None else groups.expt_tp
         _check_shapes(entry, spec, [parameter.to("meta")] * over.size(), files)
-        cut_length = files.shape(entry.hf[0])[1 if entry.cut == "columns" else 0]
-        parameter.copy_(read_shard(entry, spec, over.rank(), over.size(), files.rows, files.columns, cut_length))
+        parameter.copy_(_read(entry, spec, files, over.rank(), over.size()))
         _mark_cut(parameter, entry)
     if parameters:
         raise ConfigError(f"{files.directory}: no weight is mapped to {', '.join(parameters)}")
+
+
+def read_head(directory: str | Path, spec: ModelSpec, tp_rank: int, tp_size: int) -> Tensor:
+    """One TP rank's rows of a model's output matrix [padded vocabulary / tp_size, H], in the dtype of the files."""
+    name = "embedding.word_embeddings.weight" if spec.tied else "output_layer.weight"
+    (entry,) = (entry for entry in entries(spec) if entry.megatron == name)
+    return _read(entry, spec, SafetensorsDirectory(directory), tp_rank, tp_size)
+
+
+def _read(entry: Entry, spec: ModelSpec, files: SafetensorsDirectory, rank: int, size: int) -> Tensor:
+    cut_length = files.shape(entry.hf[0])[1 if entry.cut == "columns" else 0]
+    return read_shard(entry, spec, rank, size, files.rows, files.columns, cut_length)
 
 
 def _check_shapes(entry: Entry, spec: ModelSpec, shards: list[Tensor], files: SafetensorsDirectory) -> None:

@@ -1,46 +1,170 @@
-"""The resharding stream: a megatron-core model's shards as whole Hugging Face tensors, one parameter after the other.
+"""The resharding stream: a megatron-core model's shards as whole Hugging Face tensors, on every rank, in buckets.
 
-Every rank of the tensor-parallel group must draw from its stream to the end, in step: each parameter is an all-gather.
-No rank ever holds more than one gathered parameter beyond what the consumer keeps.
+    plan      who sends which shard, which tensors share a bucket     plan.py     the same on all ranks, made once
+    transport bring a bucket's shards together                        transport.py
+    stream    send bucket i + 1, then hand on the tensors of bucket i, so that both go on at the same time
+    checksum  of every shard as it was sent and as it was handed on   checksum.py
+
+Every rank of the model-parallel group must draw its stream to the end. What it does with the tensors in between is its
+own affair: the order of the collectives is the plan's. Beyond what the consumer keeps, two buckets exist at a time.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from prune_opd.weights.mapping import entries, local_parameters, merge_shards
+from prune_opd.weights.checksum import Checksums
+from prune_opd.weights.mapping import EXPERTS, entries, local_parameters
+from prune_opd.weights.pieces import place_views, shard_views
+from prune_opd.weights.plan import Bucket, Holding, Item, make_buckets, make_items
+from prune_opd.weights.transport import Buffer, Collectives, Flight, Held, SharedMemory, Transport, on_one_machine
 
 if TYPE_CHECKING:
     from prune_opd.megatron.model import HiddenStatesGPT
 
 MAX_FILE_BYTES = 5 * 2**30
+MIB = 2**20
+BUCKET_MB = 512
 
 
-@torch.no_grad()
-def hf_stream(chunks: Sequence[HiddenStatesGPT]) -> Iterator[tuple[str, Tensor]]:
-    """(Hugging Face name, whole contiguous tensor) of every parameter, on every rank of the TP group."""
-    spec, tp = chunks[0].spec, chunks[0].pg_collection.tp
-    parameters = local_parameters(chunks)
-    for entry in entries(spec):
-        local = parameters[entry.megatron].detach().contiguous()
-        if tp.size() == 1 or entry.cut == "whole":
-            shards = [local]
-        else:
-            shards = [torch.empty_like(local) for _ in range(tp.size())]
-            dist.all_gather(shards, local, group=tp)
-        yield from merge_shards(entry, spec, shards)
+class Resharder:
+    """The stream of one model, to be started as often as its weights change; its plan and buffers are kept.
+
+    transport: "collective", "shared" (memory; on one machine without accelerators), or None for the best there is.
+    """
+
+    def __init__(self, chunks: Sequence[HiddenStatesGPT], bucket_mb: float = BUCKET_MB, transport: str | None = None):
+        self.chunks, self.bucket_bytes = chunks, int(bucket_mb * MIB)
+        self.spec = chunks[0].spec
+        self.groups: Any = chunks[0].pg_collection
+        self.device = next(chunks[0].parameters()).device
+        # The ranks that hold one whole model between them. With expert parallelism they have replicas of the rest.
+        self.group = self.groups.mp if self.groups.ep.size() == 1 else self.groups.tp_ep_pp
+        self.transport = self._transport(transport)
+        self._buffers: list[Buffer] = []
+
+    @torch.no_grad()
+    def stream(self) -> Iterator[tuple[str, Tensor]]:
+        """(Hugging Face name, whole contiguous tensor), layer by layer. Collective, to be drawn to its end.
+
+        A tensor may be a view of a live parameter or of a buffer: whoever keeps it must not write to it, and while it
+        is kept its buffer is not used again. Raises `UserError` on all ranks if a tensor changed on its way.
+        """
+        parameters = local_parameters(self.chunks)
+        sums = Checksums(self.buckets, self.group, self.device) if self.group.size() > 1 else None
+        now = self._send(self.buckets[0], parameters, sums, in_use=None)
+        for bucket, after in zip(self.buckets, [*self.buckets[1:], None], strict=True):
+            self.transport.arrive(now.flight)
+            tensors = self._hand_on(bucket, now.flight, sums)
+            yield next(tensors)  # only when it asks for the next has the consumer let go of the last bucket's tensors
+            ahead = None if after is None else self._send(after, parameters, sums, in_use=now.buffer)
+            yield from tensors
+            now = ahead or now
+        if sums:
+            sums.compare()
+        if self.device.type != "cpu":
+            self.release()  # to the allocator, which has it ready for the next time; the CPU would fault it in again
+
+    def release(self) -> None:
+        """Let go of the buffers. On the CPU they are kept between two streams."""
+        self._buffers.clear()
+
+    @cached_property
+    def buckets(self) -> list[Bucket]:
+        """The plan. Collective, the first time."""
+        cuts = {entry.megatron: entry.cut for entry in entries(self.spec)}
+        here = {name: self._holding(name, cuts[name], x) for name, x in local_parameters(self.chunks).items()}
+        holdings: list[Any] = [None] * self.group.size()
+        dist.all_gather_object(holdings, here, group=self.group)
+        items = make_items(entries(self.spec), self.spec, holdings)
+        # vLLM keeps a vocabulary matrix that it pads until the end of a load: it comes last.
+        in_order = sorted(items, key=lambda item: item.entry.cut == "vocab")
+        return make_buckets(in_order, self.bucket_bytes, staging=self.transport.staging)
+
+    def _holding(self, name: str, cut: str, parameter: Tensor) -> Holding:
+        tp = self.groups.expt_tp if EXPERTS in name else self.groups.tp
+        index, count = (0, 1) if cut == "whole" else (tp.rank(), tp.size())
+        return Holding(index, count, tuple(parameter.shape), parameter.dtype)
+
+    def _transport(self, name: str | None) -> Transport:
+        if name is None:
+            shared = self.device.type == "cpu" and self.group.size() > 1 and on_one_machine(self.group)
+            name = "shared" if shared else "collective"
+        places = self._places
+        return SharedMemory(self.group, places) if name == "shared" else Collectives(self.group, self.device, places)
+
+    def _places(self, item: Item, wholes: Sequence[Tensor], index: int) -> tuple[Tensor, ...]:
+        return place_views(item.entry, self.spec, wholes, index, item.count)
+
+    def _held(self, item: Item, parameters: Mapping[str, Tensor]) -> Held:
+        parameter = parameters.get(item.entry.megatron)
+        mine = None if parameter is None else self._holding(item.entry.megatron, item.entry.cut, parameter).index
+        return [
+            shard_views(item.entry, self.spec, parameter.detach(), index, item.count)
+            if parameter is not None and index == mine
+            else None
+            for index in range(item.count)
+        ]
+
+    def _send(
+        self, bucket: Bucket, parameters: Mapping[str, Tensor], sums: Checksums | None, in_use: Buffer | None
+    ) -> _Sent:
+        buffer = self._buffer(bucket.nbytes, in_use)
+        flight = Flight()
+        for item in bucket.items:
+            held = self._held(item, parameters)
+            for index, owner in enumerate(item.owners):
+                mine = held[index]
+                if sums and mine is not None and owner == self.group.rank():
+                    sums.sent(item, index, mine)
+            self.transport.send(item, held, buffer, flight)
+        return _Sent(buffer, flight)
+
+    def _hand_on(self, bucket: Bucket, flight: Flight, sums: Checksums | None) -> Iterator[tuple[str, Tensor]]:
+        for item, wholes in zip(bucket.items, flight.wholes, strict=True):
+            yield from zip(item.entry.hf, wholes, strict=True)
+            for index, owner in enumerate(item.owners):
+                if sums and owner != self.group.rank():
+                    sums.handed_on(item, index, self._places(item, wholes, index))
+
+    def _buffer(self, nbytes: int, in_use: Buffer | None) -> Buffer | None:
+        """One that nobody reads any more, or a new one. None if none is needed."""
+        busy = self.transport.agree([buffer is in_use or buffer.is_read() for buffer in self._buffers])
+        if nbytes == 0:
+            return None
+        for buffer, taken in zip(self._buffers, busy, strict=True):
+            if not taken and len(buffer.memory) >= nbytes:
+                return buffer
+        usual = min(self.bucket_bytes, max(bucket.nbytes for bucket in self.buckets))
+        buffer = Buffer(self.transport.allocate(max(nbytes, usual)))
+        if nbytes <= usual:  # a larger one is let go of after use
+            self._buffers.append(buffer)
+        return buffer
+
+
+@dataclass(frozen=True)
+class _Sent:
+    buffer: Buffer | None
+    flight: Flight
+
+
+def hf_stream(chunks: Sequence[HiddenStatesGPT], bucket_mb: float = BUCKET_MB) -> Iterator[tuple[str, Tensor]]:
+    """One pass of a `Resharder`'s stream."""
+    return Resharder(chunks, bucket_mb).stream()
 
 
 def export_hf(chunks: Sequence[HiddenStatesGPT], source_dir: str | Path, out_dir: str | Path, *, write: bool) -> None:
     """Write a Hugging Face directory that transformers and vLLM load: weights of `chunks`, the rest from `source_dir`.
 
-    Collective over the TP group; only the rank with `write` touches the disk. Bit-equal to the model's parameters.
+    Collective; only the rank with `write` touches the disk. Bit-equal to the model's parameters.
     """
     from prune_opd.weights.files import HfDirectoryWriter
 

@@ -70,15 +70,17 @@ def build_run(config: TrainConfig, layout: Any, run_dir: Path) -> Any:
     from prune_opd.setup import Run
     from prune_opd.track.tracker import NullTracker
 
-    machine = platform.prepare()
+    machine, parallel = platform.prepare(), config.parallel
     source = make_source(config.data, AutoTokenizer.from_pretrained(config.student), config.seed)
     return Run(
         config=config,
         run_dir=run_dir,
         machine=machine,
         layout=layout,
-        trainer=Trainer(config.student, config.optimizer, config.steps, layout, torch.float32, machine.device),
-        teacher=Teacher(config.teacher, layout, torch.float32, machine.device),
+        trainer=Trainer(
+            config.student, config.optimizer, parallel, config.steps, layout, torch.float32, machine.device
+        ),
+        teacher=Teacher(config.teacher, layout, torch.float32, machine.device, parallel.microbatch_tokens),
         engine=None,
         sampler=PromptSampler(source, config.seed, config.data.shuffle),
         controller=make_controller(config.horizon),
@@ -103,9 +105,10 @@ def train_step(run: Any, rollouts: Rollouts) -> dict[str, Any]:
     """`loop.step` from the teacher pass to the controller; what metrics.jsonl would say."""
     from prune_opd.loop import gated_loss
 
-    batches = run.pack(rollouts)
+    deals = run.deals(rollouts)
+    (batches,) = run.minibatches(rollouts)
     stats = run.new_stats(len(rollouts.responses))
-    loss = gated_loss(run, batches, run.teacher.hidden(batches), stats)
+    loss = gated_loss(run, run.teacher.hidden(rollouts, deals), stats)
     result = run.trainer.step(batches, loss)
     stats.reduce(run.layout.counts)
     run.controller.update(stats.reliable_length_B, rollouts.length_B, rollouts.finished_B)

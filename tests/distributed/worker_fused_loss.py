@@ -124,6 +124,32 @@ def compare(
     return {**errors, "statistics": max(statistics) if same else math.inf}
 
 
+def compare_buffer(case: Case, group: dist.ProcessGroup, dtype: torch.dtype, chunk: int) -> dict[str, float]:
+    """The weight's gradient added to a buffer on each rank's shard, in two micro-batches, against the reference."""
+    expected = case.leaves(dtype).leaves(torch.float64)
+    reference = expected.reference()
+    reference.loss_sum.backward()
+    shard = sharded(case.leaves(dtype), group).leaves(dtype)
+    buffer = torch.zeros_like(shard.student_weight, requires_grad=False)
+    total = torch.zeros((), dtype=dtype)
+    cut = len(case.offsets) // 2
+    for first, last in ((0, cut), (cut, len(case.offsets) - 1)):
+        begin, end = case.offsets[first], case.offsets[last]
+        part = dataclasses.replace(
+            shard,
+            student_hidden=shard.student_hidden[begin:end],
+            teacher_hidden=shard.teacher_hidden[begin:end],
+            sampled=shard.sampled[begin:end],
+            offsets=[offset - begin for offset in case.offsets[first : last + 1]],
+        )
+        loss = part.fused(chunk=chunk, tp_group=group, weight_grad=buffer)[0]
+        loss.backward()
+        total += loss.detach()
+    assert shard.student_weight.grad is None
+    shard.student_weight.grad = buffer
+    return {**gradient_errors(total, shard, reference.loss_sum, expected, group), "statistics": 0.0}
+
+
 def compare_update(group: dist.ProcessGroup, objective: ObjectiveConfig) -> dict[str, float]:
     """A student that has moved since its batch was sampled, on shards, against the reference on the whole."""
     before = sharded(PLAIN, group).fused(objective=objective, keep_policy=True, chunk=7, tp_group=group)[2]
@@ -218,6 +244,8 @@ CASES: dict[str, Callable[[dist.ProcessGroup], dict[str, float]]] = {
     "moved student": lambda group: compare_update(group, OBJECTIVE),
     "moved student, union": lambda group: compare_update(group, dataclasses.replace(OBJECTIVE, support="union")),
     "moved student, full vocabulary": lambda group: compare_update(group, ObjectiveConfig("full_vocab_jsd", k=6)),
+    "weight gradient in a buffer": lambda group: compare_buffer(PLAIN, group, torch.float64, chunk=4),
+    "weight gradient in a buffer, float32": lambda group: compare_buffer(PLAIN, group, torch.float32, chunk=7),
     "no tokens": lambda group: compare(make_case(lengths=(0, 0)), group),
 }
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import sys
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,17 +28,15 @@ AWAY_FROM_ZERO = 1e-3  # bf16 keeps 8 bits: half a step of a weight this large i
 
 def make_run(models: Path, layout: Any, out: Path, dtype: torch.dtype, distributed: bool) -> Any:
     """A run whose optimizer is sharded over the data-parallel ranks, or not."""
-    from prune_opd.megatron import trainer as module
     from prune_opd.megatron.teacher import Teacher
+    from prune_opd.megatron.trainer import Trainer
 
-    run = build_run(train_config(models, tensor=1), layout, out)
-    ddp_config, optimizer_config = module.DistributedDataParallelConfig, module.MegatronOptimizerConfig
-    module.DistributedDataParallelConfig = partial(ddp_config, use_distributed_optimizer=distributed)
-    module.MegatronOptimizerConfig = partial(optimizer_config, use_distributed_optimizer=distributed)
-    config = run.config
-    run.trainer = module.Trainer(config.student, config.optimizer, config.steps, layout, dtype, run.machine.device)
-    module.DistributedDataParallelConfig, module.MegatronOptimizerConfig = ddp_config, optimizer_config
-    run.teacher = Teacher(config.teacher, layout, dtype, run.machine.device)
+    parallel = ParallelConfig(tensor=1, distributed_optimizer=distributed)
+    config = train_config(models, 1, parallel=parallel)
+    run = build_run(config, layout, out)
+    device = run.machine.device
+    run.trainer = Trainer(config.student, config.optimizer, parallel, config.steps, layout, dtype, device)
+    run.teacher = Teacher(config.teacher, layout, dtype, device, parallel.microbatch_tokens)
     return run
 
 
@@ -61,12 +58,13 @@ def train(run: Any, memory: MemoryConfig) -> dict[str, Any]:
             "optimizer": bytes_of(optimizer_tensors(run.trainer.optimizer)),
             "teacher": bytes_of(p for chunk in run.teacher.chunks for p in chunk.parameters()),
         }
-        batches = run.pack(made_up_rollouts(seed=number))
+        rollouts = made_up_rollouts(seed=number)
+        (batches,) = run.minibatches(rollouts)
         run.memory.enter("teacher")
-        teacher_hidden = run.teacher.hidden(batches)
+        teacher_hidden = run.teacher.hidden(rollouts, run.deals(rollouts))
         run.memory.enter("train")
         stats = run.new_stats(7)
-        result = run.trainer.step(batches, gated_loss(run, batches, teacher_hidden, stats))
+        result = run.trainer.step(batches, gated_loss(run, teacher_hidden, stats))
         results.append([result.loss, result.grad_norm])
     run.memory.enter("export")
     return {"results": results, "left": left, "weights": whole_parameters(run.trainer.chunks)}
@@ -96,7 +94,9 @@ def tiny_updates(models: Path, layout: Any) -> dict[str, float]:
     from prune_opd.megatron.trainer import Trainer
 
     optimizer = OptimizerConfig(lr=TINY_LR, weight_decay=0.0)
-    trainer = Trainer(models / "student", optimizer, TINY_UPDATES, layout, torch.bfloat16, torch.device("cpu"))
+    trainer = Trainer(
+        models / "student", optimizer, ParallelConfig(), TINY_UPDATES, layout, torch.bfloat16, torch.device("cpu")
+    )
     parameters = list(trainer.chunks[0].parameters())
     start = [parameter.detach().clone() for parameter in parameters]
     rollouts = made_up_rollouts()

@@ -19,7 +19,8 @@ from prune_opd import platform
 from prune_opd.config import OptimizerConfig, ParallelConfig
 from tests.distributed.tiny_run import build_run, made_up_rollouts, train_config, train_step, whole_parameters
 
-BUDGETS = (16384, 40)  # tokens of a micro-batch: all rows in one, and several with a longer row on its own
+# Tokens of a micro-batch: all rows in one; several; every row alone, and of two ranks' eight micro-batches one empty.
+BUDGETS = (16384, 40, 1)
 STEPS, WARMUP, LR, MIN_LR = 6, 2, 1e-3, 1e-4
 
 

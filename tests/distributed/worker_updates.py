@@ -33,7 +33,7 @@ def several_updates(run: Any) -> dict[str, Any]:
     minibatches = run.minibatches(rollouts)
     batches = [batch for minibatch in minibatches for batch in minibatch]
     stats = run.new_stats(len(rollouts.responses))
-    loss = gated_loss(run, batches, run.teacher.hidden(batches), stats, updates=len(minibatches))
+    loss = gated_loss(run, run.teacher.hidden(rollouts, run.deals(rollouts)), stats, updates=len(minibatches))
     if len(minibatches) > 1:
         run.trainer.look(batches, loss)
     seen: list[Any] = []

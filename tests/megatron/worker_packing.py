@@ -113,8 +113,8 @@ def main(models: Path, out: Path) -> None:
     from prune_opd.megatron.packing import pack, pack_rows
 
     layout = layouts.initialize(ParallelConfig(tensor=1), machine, seed=0)
-    student = build(models / "student", layout.tp_size, torch.float32, trainable=True)
-    teacher = build(models / "teacher", layout.tp_size, torch.float32, trainable=False)
+    (student,) = build(models / "student", layout.student, torch.float32, trainable=True)
+    (teacher,) = build(models / "teacher", layout.teacher, torch.float32, trainable=False)
     draw = torch.Generator().manual_seed(4)
 
     def ids(count: int) -> list[int]:
@@ -123,8 +123,8 @@ def main(models: Path, out: Path) -> None:
     prompts, responses = ([ids(lengths[i]) for lengths in LENGTHS] for i in range(2))
     rows = [(prompt + response)[:-1] for prompt, response in zip(prompts, responses, strict=True)]
 
-    def fields(batch: Any) -> dict[str, Any]:
-        return {name: x.tolist() if isinstance(x, Tensor) else x for name, x in vars(batch).items()}
+    def fields(structure: Any) -> dict[str, Any]:
+        return {name: x.tolist() if isinstance(x, Tensor) else x for name, x in vars(structure).items()}
 
     results: dict[str, Any] = {"core_attention": core_attention().__name__, "prompts": prompts, "responses": responses}
     for scale in SCALES:
@@ -140,8 +140,7 @@ def main(models: Path, out: Path) -> None:
     }
     results["empty"] = fields(pack_rows(prompts, responses, (), machine.device, 4))
     segments = pack_rows(prompts, responses, (0, 1), machine.device, 16).attention_segments()
-    results["segments"] = {name: x if x is None else str(x) for name, x in vars(segments).items()}
-    results["segments"]["dtype"] = str(segments.cu_seqlens_q.dtype)
+    results["segments"] = {**fields(segments), "dtype": str(segments.cu_seqlens_q.dtype)}
     (out / "results.json").write_text(json.dumps(results))
     layouts.shutdown()
 

@@ -138,6 +138,17 @@ def test_weights_that_are_not_the_students_are_refused_with_the_difference(resul
     assert "the weights in the engine are not the student's" in error
 
 
+def test_a_stream_that_swaps_two_layers_is_stopped_by_the_first_sync(results: Results) -> None:
+    error = results[0]["error of swapped layers"]
+    assert re.search(r"after the first weight sync .* differ by \d\.\d\de[+-]\d\d nats", error), error
+    assert "the weights in the engine are not the student's" in error
+
+
+def test_prefixes_cached_under_other_weights_would_be_wrong_and_are_dropped(results: Results) -> None:
+    stale, fresh = results[0]["stale prefixes"]
+    assert fresh <= SPREAD < 1e-3 < stale
+
+
 # ---------------------------------------------------------------------------------------------------- the process
 
 

@@ -84,6 +84,38 @@ class Checks:
         ours = sampled_logprobs(model, rollouts, self.run.layout, self.run.machine.device)
         return max(abs(a - b) for a, b in zip(ours, theirs, strict=True))
 
+    def swapped_layers(self) -> str:
+        """What the first sync of a run says when the stream gives two layers each other's names."""
+        from prune_opd.weights.stream import Resharder
+
+        class Swapped(Resharder):
+            def stream(self) -> Any:
+                other = {"0": "1", "1": "0"}
+                for name, tensor in super().stream():
+                    parts = name.split(".")
+                    yield ".".join(other.get(part, part) for part in parts), tensor
+
+        self.run._resharder, self.run._engine_has = Swapped(self.run.trainer.chunks), None
+        try:
+            self.run.sync_weights()
+        except UserError as reason:
+            return str(reason)
+        finally:
+            del self.run._resharder
+            self.run._engine_has = None
+        return ""
+
+    def stale_prefixes(self, model: Any, other: Any) -> tuple[float, float]:
+        """Parity after a reload that keeps the cached prefixes of other weights, and after one that does not."""
+        self.load(other)
+        self.parity(other)  # fills the cache
+        reset, self.engine.llm.reset_prefix_cache = self.engine.llm.reset_prefix_cache, lambda: True
+        self.load(model)
+        stale = self.parity(model)
+        self.engine.llm.reset_prefix_cache = reset
+        self.load(model)
+        return stale, self.parity(model)
+
     def parity_error(self) -> str:
         """What the check after the first sync says of the weights that the engine holds now."""
         try:
@@ -130,6 +162,8 @@ def main(models: Path, out: Path, rollout_tp: int, max_num_seqs: int, kv_cache_g
     checks.load(student)
     results["reloaded"] = checks.tokens(prompts)
     results["parity after reload"] = checks.parity(student)
+    results["stale prefixes"] = checks.stale_prefixes(student, teacher)
+    results["error of swapped layers"] = checks.swapped_layers()
     checks.load(teacher)
     checks.watched("first sync", run.sync_weights)
     results["synced"] = checks.tokens(prompts)

@@ -109,6 +109,7 @@ def test_summary_table_tells_estimates_as_such() -> None:
         page.print(summary_table([step_record(s, 4) for s in range(1, 5)], [evaluation_record(0, 4)]))
     text = captured.get()
     assert re.search(r"tokens saved .*\(estimated\)", text)
+    assert re.search(r"padding +.*0\.2% of the tokens \(rows padded to the longest: \d+\.\d%\)", text)
     assert "step 0 only" in text and "final horizon" in text and "rollout" in text
 
 

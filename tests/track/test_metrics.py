@@ -146,6 +146,16 @@ def test_summary_adds_up(tmp_path: Path) -> None:
     assert (b.before, b.after) == (0.5, None)
 
 
+def test_padding_of_a_run_is_the_mean_of_the_steps_that_have_it() -> None:
+    steps = [
+        {"step": 1, "padding_waste_padded": 0.2, "padding_waste_packed": 0.0},
+        {"step": 2},  # of a run from before it was measured
+        {"step": 3, "padding_waste_padded": 0.4, "padding_waste_packed": 0.02},
+    ]
+    assert summarise(steps, []).padding == pytest.approx((0.3, 0.01))
+    assert summarise(steps[1:2], []).padding is None
+
+
 def test_a_line_is_one_json_object(tmp_path: Path) -> None:
     path = write_run(tmp_path, steps=3) / FILE_NAME
     assert all(isinstance(json.loads(line), dict) for line in path.read_text().splitlines())

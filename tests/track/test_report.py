@@ -80,8 +80,15 @@ def test_text_of_the_configuration_cannot_become_markup(single: str, several: st
 
 def test_a_single_report_has_the_totals_and_every_chart(single: str, runs: list[Path]) -> None:
     page = Page(single)
-    assert page.tags.count("img") == page.tags.count("figcaption") == 11
-    for text in ("tokens at the full horizon", "(estimated)", "rollout", "final horizon", "(step 0 → 12)"):
+    assert page.tags.count("img") == page.tags.count("figcaption") == 12
+    for text in (
+        "tokens at the full horizon",
+        "(estimated)",
+        "rollout",
+        "final horizon",
+        "rows padded to the longest",
+        "(step 0 → 12)",
+    ):
         assert text in page.text, text
     assert "Overlap is not success: accuracy is beside it." in page.text
     assert (runs[0] / "report.png").read_bytes().startswith(PNG_HEAD)

@@ -1,0 +1,149 @@
+"""The plan of a resharding: which rank sends which shard, and which tensors share a bucket. The same on every rank."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import accumulate, groupby
+from math import prod
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from prune_opd.weights.mapping import Entry, merge_shards
+
+if TYPE_CHECKING:
+    from prune_opd.model_spec import ModelSpec
+
+ALIGNMENT = 256  # bytes: every tensor begins where any dtype and any copy kernel may begin
+
+
+@dataclass(frozen=True)
+class Holding:
+    """A shard that a rank has: number `index` of `count`."""
+
+    index: int
+    count: int
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True)
+class Item:
+    """One megatron parameter on its way: the whole Hugging Face tensors it becomes, and who sends each shard.
+
+    owners: of each shard, the rank (in the group) that sends it. everywhere: every rank has it whole. at_home: and
+    as it is asked for, so nothing is sent or copied. offsets: bytes from the start of the bucket, none if at_home.
+    staging: where shards wait that do not arrive in their place, or None.
+    """
+
+    entry: Entry
+    shapes: tuple[tuple[int, ...], ...]
+    dtype: torch.dtype
+    owners: tuple[int, ...]
+    everywhere: bool
+    offsets: tuple[int, ...] = ()
+    staging: int | None = None
+
+    @property
+    def count(self) -> int:
+        return len(self.owners)
+
+    @property
+    def at_home(self) -> bool:
+        return self.everywhere and self.entry.cut != "qkv"
+
+    def wholes(self, buffer: Tensor) -> tuple[Tensor, ...]:
+        """The whole tensors as views of the bucket's buffer [bytes]."""
+        places = zip(self.offsets, self.shapes, strict=True)
+        return tuple(view(buffer, offset, shape, self.dtype) for offset, shape in places)
+
+
+@dataclass(frozen=True)
+class Bucket:
+    """Items that travel together. at_home items take no room; nbytes is what the others take."""
+
+    items: tuple[Item, ...]
+    nbytes: int
+
+
+def view(buffer: Tensor, offset: int, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    return buffer[offset : offset + prod(shape) * dtype.itemsize].view(dtype).view(*shape)
+
+
+def make_items(entries: Iterable[Entry], spec: ModelSpec, holdings: Sequence[Mapping[str, Holding]]) -> Iterator[Item]:
+    """holdings: of every rank of the group, by megatron name. Of several ranks that have a shard the least busy sends.
+
+    Raises `ValueError` for a shard that no rank of the group has.
+    """
+    sends = [0] * len(holdings)
+    for entry in entries:
+        holders: dict[int, list[int]] = {}
+        for rank, held in enumerate(holdings):
+            if entry.megatron in held:
+                holders.setdefault(held[entry.megatron].index, []).append(rank)
+        one = next((held[entry.megatron] for held in holdings if entry.megatron in held), None)
+        if one is None or sorted(holders) != list(range(one.count)):
+            raise ValueError(f"no rank of the group has all of {entry.megatron}")
+        owners = []
+        for index in range(one.count):
+            owner = min(holders[index], key=lambda rank: sends[rank])
+            sends[owner] += prod(one.shape)
+            owners.append(owner)
+        shard = torch.empty(one.shape, dtype=one.dtype, device="meta")
+        shapes = tuple(tuple(whole.shape) for _, whole in merge_shards(entry, spec, [shard] * one.count))
+        everywhere = one.count == 1 and len(holders[0]) == len(holdings)
+        yield Item(entry, shapes, one.dtype, tuple(owners), everywhere)
+
+
+def make_buckets(items: Iterable[Item], bucket_bytes: int, *, staging: bool) -> list[Bucket]:
+    """Buckets of at most `bucket_bytes`, in the order of the items; a larger parameter has a bucket for itself.
+
+    A layer that fits into a bucket is not cut: vLLM keeps what it was given of a module until it has all of it.
+    staging: also leave room for shards that cannot arrive in their place.
+    """
+    buckets: list[list[Item]] = [[]]
+    used = 0
+    for _, layer in groupby(items, key=lambda item: _layer(item.entry.megatron)):
+        placed = list(layer)
+        fits = sum(_room(item, staging) for item in placed) <= bucket_bytes
+        for unit in [placed] if fits else [[item] for item in placed]:
+            room = sum(_room(item, staging) for item in unit)
+            if buckets[-1] and used + room > bucket_bytes:
+                buckets.append([])
+                used = 0
+            buckets[-1] += unit
+            used += room
+    return [_pack(bucket, staging) for bucket in buckets if bucket]
+
+
+def _layer(megatron: str) -> str:
+    parts = megatron.split(".")
+    return ".".join(parts[:3]) if parts[:2] == ["decoder", "layers"] else megatron
+
+
+def _aligned(shape: Sequence[int], dtype: torch.dtype) -> int:
+    return -(-prod(shape) * dtype.itemsize // ALIGNMENT) * ALIGNMENT
+
+
+def _staged(item: Item, staging: bool) -> bool:
+    return staging and item.entry.cut == "columns" and item.count > 1
+
+
+def _room(item: Item, staging: bool) -> int:
+    if item.at_home:
+        return 0
+    return sum(_aligned(shape, item.dtype) for shape in item.shapes) * (2 if _staged(item, staging) else 1)
+
+
+def _pack(items: Sequence[Item], staging: bool) -> Bucket:
+    """Give every tensor its place."""
+    end, packed = 0, []
+    for item in items:
+        sizes = [] if item.at_home else [_aligned(shape, item.dtype) for shape in item.shapes]
+        offsets = tuple(accumulate(sizes, initial=end))
+        stage = offsets[-1] if _staged(item, staging) else None
+        packed.append(replace(item, offsets=offsets[:-1], staging=stage))
+        end += _room(item, staging)
+    return Bucket(tuple(packed), end)

@@ -1,0 +1,186 @@
+"""How a bucket's shards come together on every rank of a group: through collectives, or through shared memory.
+
+Both fill the same places of the same plan (plan.py). `send` starts a bucket, `arrive` returns when it is complete on
+this rank; between the two the rank consumes the bucket before. All ranks must call them in the same order.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from prune_opd.weights.plan import Item, view
+
+# For each shard of an item what this rank has of it, one tensor for each Hugging Face tensor; None if it has nothing.
+Held = Sequence[tuple[Tensor, ...] | None]
+# (item, its whole tensors, shard index) -> the shard's part of each
+Places = Callable[[Item, tuple[Tensor, ...], int], tuple[Tensor, ...]]
+
+
+@dataclass
+class Flight:
+    """A bucket on its way. wholes: of each item, complete after `arrive`. pending: (work, where it arrives, place)."""
+
+    wholes: list[tuple[Tensor, ...]] = field(default_factory=list)
+    pending: list[tuple[Any, Tensor, Tensor]] = field(default_factory=list)
+
+
+class Buffer:
+    """A bucket's memory that knows whether someone still reads it: vLLM keeps what it cannot place yet.
+
+    memory: [bytes] for the transport. lent: the same bytes for the consumer. It has a storage of its own, so that its
+    references are the consumer's alone: a transport's threads let go of theirs when they please.
+    """
+
+    def __init__(self, memory: Tensor):
+        self.memory, self.lent = memory, torch.from_dlpack(memory)
+        self._unread = self._references()
+
+    def _references(self) -> int:
+        return torch._C._storage_Use_Count(self.lent.untyped_storage()._cdata)
+
+    def is_read(self) -> bool:
+        return self._references() > self._unread
+
+
+class Transport(Protocol):
+    staging: bool  # whether shards of a matrix cut in columns need room of their own to arrive in
+
+    def allocate(self, nbytes: int) -> Tensor:
+        """A buffer [bytes]. Collective."""
+
+    def agree(self, busy: list[bool]) -> list[bool]:
+        """Which buffers must not be written, when `busy` are those that this rank still reads. Collective."""
+
+    def send(self, item: Item, held: Held, buffer: Buffer | None, flight: Flight) -> None: ...
+
+    def arrive(self, flight: Flight) -> None: ...
+
+
+class Collectives:
+    """One broadcast per part of a shard, from the rank that owns it to the group, straight into the whole tensor.
+
+    A broadcast moves each byte once to each rank, as an all-gather does, but leaves no second copy to be put in order:
+    gloo's all-gather also fills a buffer of its own first, and takes four times as long. The broadcasts are
+    asynchronous and start in the plan's order on every rank, so neither gloo's threads nor NCCL's stream can meet them
+    in different orders. With NCCL `wait` makes the current stream wait, and a broadcast starts behind what the current
+    stream has been given so far: a buffer is not overwritten before the copies out of it are done.
+    """
+
+    staging = True
+
+    def __init__(self, group: Any, device: torch.device, places: Places):
+        self.group, self.device, self.places = group, device, places
+        self.rank = group.rank()
+        self.ranks = dist.get_process_group_ranks(group)
+
+    def allocate(self, nbytes: int) -> Tensor:
+        return torch.empty(nbytes, dtype=torch.uint8, device=self.device)
+
+    def agree(self, busy: list[bool]) -> list[bool]:
+        return busy  # buffers are this rank's own
+
+    def send(self, item: Item, held: Held, buffer: Buffer | None, flight: Flight) -> None:
+        wholes = _undivided(item, held)
+        if wholes is not None:
+            flight.wholes.append(wholes)
+        else:
+            assert buffer is not None
+            wholes = item.wholes(buffer.memory)
+            flight.wholes.append(item.wholes(buffer.lent))
+        for index, owner in enumerate(item.owners):
+            mine = held[index] if owner == self.rank or item.everywhere else None
+            for which, part in enumerate(self.places(item, wholes, index)):
+                if mine is not None and part.data_ptr() != mine[which].data_ptr():
+                    part.copy_(mine[which])
+                if not item.everywhere:
+                    wire = part if part.is_contiguous() else self._wire(item, index, part, mine, buffer)
+                    work = dist.broadcast(wire, self.ranks[owner], group=self.group, async_op=True)
+                    flight.pending.append((work, wire, part))
+
+    def _wire(
+        self, item: Item, index: int, part: Tensor, mine: tuple[Tensor, ...] | None, buffer: Buffer | None
+    ) -> Tensor:
+        """What to broadcast from or into where the place is strided: gloo would silently deliver wrong numbers."""
+        if mine is not None:
+            return mine[0].contiguous()
+        assert item.staging is not None and buffer is not None
+        offset = item.staging + index * part.numel() * part.element_size()
+        return view(buffer.memory, offset, part.shape, part.dtype)
+
+    def arrive(self, flight: Flight) -> None:
+        for work, wire, part in flight.pending:
+            work.wait()
+            if not part.is_contiguous():
+                part.copy_(wire)
+        flight.pending.clear()
+
+
+class SharedMemory:
+    """Ranks of one machine without accelerators: a bucket is one piece of memory that all of them have mapped.
+
+    Each rank writes the shards that it owns, straight into the whole tensors, and all read the result where it is: a
+    byte is copied once for the whole group, where a broadcast takes it through the kernel for each rank.
+    """
+
+    staging = False
+
+    def __init__(self, group: Any, places: Places):
+        self.group, self.rank, self.places = group, group.rank(), places
+
+    def allocate(self, nbytes: int) -> Tensor:
+        """Anonymous memory: it goes when the last rank lets go of it, however the others end."""
+        address: list[Any] = [None]
+        if self.rank == 0:
+            file = os.memfd_create("prune-opd-weights")
+            os.ftruncate(file, nbytes)
+            address[0] = f"/proc/{os.getpid()}/fd/{file}"
+        dist.broadcast_object_list(address, group=self.group, group_src=0)
+        buffer = torch.from_file(address[0], shared=True, size=nbytes, dtype=torch.uint8)
+        dist.barrier(self.group)  # everyone has it open
+        if self.rank == 0:
+            os.close(file)
+        return buffer
+
+    def agree(self, busy: list[bool]) -> list[bool]:
+        flags = torch.tensor(busy, dtype=torch.int32)
+        if busy:
+            dist.all_reduce(flags, dist.ReduceOp.MAX, group=self.group)
+        return [bool(flag) for flag in flags.tolist()]
+
+    def send(self, item: Item, held: Held, buffer: Buffer | None, flight: Flight) -> None:
+        if item.at_home:
+            flight.wholes.append(_undivided(item, held) or ())
+            return
+        assert buffer is not None
+        wholes = item.wholes(buffer.memory)
+        flight.wholes.append(item.wholes(buffer.lent))
+        for index, owner in enumerate(item.owners):
+            mine = held[index] if owner == self.rank else None
+            if mine is not None:
+                for place, source in zip(self.places(item, wholes, index), mine, strict=True):
+                    place.copy_(source)
+
+    def arrive(self, flight: Flight) -> None:
+        dist.barrier(self.group)
+
+
+def _undivided(item: Item, held: Held) -> tuple[Tensor, ...] | None:
+    """The whole tensors where this rank's parameter already is them, without a copy; else None."""
+    mine = held[0] if item.count == 1 and item.entry.cut != "qkv" else None
+    return mine if mine is not None and all(part.is_contiguous() for part in mine) else None
+
+
+def on_one_machine(group: Any) -> bool:
+    """Whether all ranks see the same processes, so that they can map each other's memory. Collective."""
+    here = (Path("/proc/sys/kernel/random/boot_id").read_text(), os.readlink("/proc/self/ns/pid"))
+    everyone: list[Any] = [None] * group.size()
+    dist.all_gather_object(everyone, here, group=group)
+    return all(other == here for other in everyone)

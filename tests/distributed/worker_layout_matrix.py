@@ -1,0 +1,180 @@
+"""Ranks of test_layout_matrix.py: three steps of Prune-OPD on made-up rollouts, in one layout after the other.
+
+    torchrun … worker_layout_matrix.py MODELS OUT
+
+MODELS/dense and MODELS/moe are pairs. On one rank: the reference of each, which leaves its student in OUT/<pair>. On
+more: every case of that world size, against them. Writes OUT/<ranks>.json from rank 0: {case: [results of each rank]}.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from prune_opd import platform
+from prune_opd.config import ParallelConfig
+from prune_opd.rollout.batch import Response, Rollouts
+from tests.distributed.tiny_run import build_run, made_up_rollouts, train_config, train_step
+
+STEPS = 3
+BUDGET = 48  # tokens: several micro-batches on every rank
+STUDENT: dict[int, dict[str, dict[str, Any]]] = {  # by number of ranks
+    2: {
+        "TP2": {"tensor": 2},
+        "PP2": {"tensor": 1, "pipeline": 2},
+        "TP2+SP": {"tensor": 2, "sequence_parallel": True},
+        "DP2": {"tensor": 1},
+        "DP2+dist-opt": {"tensor": 1, "distributed_optimizer": True},
+        "PP2xVPP2": {"tensor": 1, "pipeline": 2, "virtual_pipeline": 2},
+    },
+    4: {
+        "TP2xPP2": {"tensor": 2, "pipeline": 2},
+        "TP2xDP2": {"tensor": 2},
+        "PP2xDP2": {"tensor": 1, "pipeline": 2},
+    },
+}
+TEACHER: dict[str, dict[str, Any]] = {
+    "TP1": {"teacher_tensor": 1, "teacher_pipeline": 1},
+    "TP2": {"teacher_tensor": 2, "teacher_pipeline": 1},
+    "PP2": {"teacher_tensor": 1, "teacher_pipeline": 2},
+}
+MORE: dict[int, dict[str, dict[str, Any]]] = {
+    2: {
+        "PP2 recompute full": {"tensor": 1, "pipeline": 2, "recompute": "full"},
+        "TP2+SP recompute selective": {"tensor": 2, "sequence_parallel": True, "recompute": "selective"},
+        "moe EP2 | TP1": {"tensor": 1, "expert": 2},
+        "moe EP2+dist-opt | EP2": {"tensor": 1, "expert": 2, "distributed_optimizer": True, "teacher_expert": 2},
+        "moe PP2 | EP2": {
+            "tensor": 1,
+            "pipeline": 2,
+            "teacher_pipeline": 1,
+            "teacher_expert": 2,
+        },
+    },
+    4: {
+        "TP2xPP2xVPP2+SP | TP2xPP2": {
+            "tensor": 2,
+            "pipeline": 2,
+            "virtual_pipeline": 2,
+            "sequence_parallel": True,
+        },
+        "moe TP2+SPxEP2 | PP2": {
+            "tensor": 2,
+            "expert": 2,
+            "sequence_parallel": True,
+            "teacher_tensor": 1,
+            "teacher_pipeline": 2,
+        },
+        "PP2xDP2+dist-opt | TP2xPP2": {
+            "tensor": 1,
+            "pipeline": 2,
+            "distributed_optimizer": True,
+            "teacher_tensor": 2,
+        },
+    },
+}
+
+
+def cases(ranks: int) -> dict[str, dict[str, Any]]:
+    """{"student layout | teacher layout": settings of ParallelConfig}"""
+    matrix = {
+        f"{student} | {teacher}": {**ours, **theirs}
+        for student, ours in STUDENT[ranks].items()
+        for teacher, theirs in TEACHER.items()
+    }
+    return matrix | MORE[ranks]
+
+
+def pair_of(case: str) -> str:
+    return "moe" if case.startswith("moe") else "dense"
+
+
+def step(run: Any, number: int) -> dict[str, Any]:
+    """One step on responses that end where the horizon is: what the controller decides shows in the next loss."""
+    drawn, horizon = made_up_rollouts(number), run.controller.horizon
+    cut = tuple(Response(response.ids[:horizon], response.finished) for response in drawn.responses)
+    return train_step(run, Rollouts(drawn.prompts, cut))
+
+
+def farthest_from_reference(run: Any, reference: Path) -> float:
+    """Largest difference of this rank's parameters from the reference's, which are a Hugging Face directory."""
+    from prune_opd.weights.load import SafetensorsDirectory, _read
+    from prune_opd.weights.mapping import entries, local_parameters
+
+    local, files = local_parameters(run.trainer.chunks), SafetensorsDirectory(reference)
+    groups = run.layout.student.groups
+    farthest = 0.0
+    for entry in entries(run.trainer.spec):
+        if entry.megatron in local:
+            over = groups.tp if entry.expert is None else groups.expt_tp
+            expected = _read(entry, run.trainer.spec, files, over.rank(), over.size())
+            farthest = max(farthest, (local[entry.megatron].detach() - expected).abs().max().item())
+    return farthest
+
+
+def teacher_extras(run: Any) -> list[str]:
+    """Whatever the teacher holds beside its weights; and the student's weights, which must have it (a cross-check)."""
+    extras = [
+        name
+        for chunk in run.teacher.chunks
+        for name, weight in chunk.named_parameters()
+        if weight.requires_grad or weight.grad is not None or hasattr(weight, "main_grad")
+    ]
+    held = {id(group_weight) for group in run.trainer.optimizer.param_groups for group_weight in group["params"]}
+    extras += [f"optimizer: {name}" for c in run.teacher.chunks for name, w in c.named_parameters() if id(w) in held]
+    assert all(hasattr(weight, "main_grad") for chunk in run.trainer.chunks for weight in chunk.parameters())
+    return extras
+
+
+def train(models: Path, out: Path, layout: Any, parallel: ParallelConfig) -> tuple[Any, dict[str, Any]]:
+    started = time.perf_counter()
+    run = build_run(train_config(models, 1, parallel=parallel), layout, out)
+    steps = [step(run, number) for number in range(1, STEPS + 1)]
+    return run, {
+        "steps": steps,
+        "teacher_extras": teacher_extras(run),
+        "teacher_head_rows": None if run.teacher._head_weight is None else len(run.teacher._head_weight),
+        "seconds": time.perf_counter() - started,
+    }
+
+
+def main(models: Path, out: Path) -> None:
+    machine = platform.prepare()
+    from prune_opd.megatron import layout as layouts
+    from prune_opd.weights.stream import export_hf
+
+    reference = ParallelConfig(tensor=1, microbatch_tokens=BUDGET)
+    layout = layouts.initialize(reference, machine, seed=0)
+    results: dict[str, list[Any]] = {}
+    if layout.world == 1:
+        for pair in ("dense", "moe"):
+            run, result = train(models / pair, out, layout, reference)
+            export_hf(run.trainer.chunks, models / pair / "student", out / pair, write=True)
+            results[pair] = [result]
+    else:
+        for case, settings in cases(layout.world).items():
+            parallel = ParallelConfig(microbatch_tokens=BUDGET, **settings)
+            run, result = train(models / pair_of(case), out, layouts.arrange(parallel, seed=0), parallel)
+            result["parameters"] = farthest_from_reference(run, out / pair_of(case))
+            del run
+            gc.collect()
+            everyone: list[Any] = [None] * layout.world
+            dist.all_gather_object(everyone, result)
+            results[case] = everyone
+            if layout.is_main:
+                print(f"{case}: {result['seconds']:.1f} s, parameters within {result['parameters']:.1e}", flush=True)
+    if layout.is_main:
+        (out / f"{layout.world}.json").write_text(json.dumps(results))
+    torch.distributed.barrier()
+    layouts.shutdown()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), Path(sys.argv[2]))

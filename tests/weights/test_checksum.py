@@ -1,0 +1,29 @@
+"""Checksums of the stream see every bit, however a tensor lies in memory."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from prune_opd.weights.checksum import bits_sum
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("columns", [8, 7, 1])
+def test_a_strided_view_has_the_sum_of_its_contiguous_copy(dtype: torch.dtype, columns: int) -> None:
+    whole = torch.randn(6, 40, generator=torch.Generator().manual_seed(0)).to(dtype)
+    for start in (0, 8, 3):
+        part = whole[:, start : start + columns]
+        assert bits_sum(part) == bits_sum(part.clone(memory_format=torch.contiguous_format))
+        assert bits_sum(part) != bits_sum(part + 1)
+
+
+def test_the_last_bit_of_one_number_changes_the_sum() -> None:
+    tensor = torch.ones(100, 64)
+    other = tensor.clone()
+    other.view(torch.int32)[99, 63] ^= 1
+    assert bits_sum(tensor) != bits_sum(other)
+
+
+def test_an_empty_part_of_a_tensor_sums_to_nothing() -> None:
+    assert bits_sum(torch.ones(4, 8)[4:]) == 0

@@ -1,0 +1,120 @@
+"""The resharding plan: shards fall into their places, layers share buckets, and the ranks share the work."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import Any
+
+import pytest
+import torch
+
+from prune_opd import platform
+from prune_opd.weights.mapping import entries
+from prune_opd.weights.pieces import place_views, shard_views
+from prune_opd.weights.plan import ALIGNMENT, Bucket, Holding, Item, make_buckets, make_items
+from tests.weights.test_mapping import SPECS, hf_tensors, model_spec, shards_of
+
+FLOAT = torch.float32
+
+
+@pytest.mark.parametrize("size", (1, 2, 4))
+@pytest.mark.parametrize("changes", SPECS.values(), ids=SPECS)
+def test_the_shards_parts_copied_to_their_places_make_the_whole_tensors(changes: dict[str, Any], size: int) -> None:
+    spec = model_spec(**changes)
+    tensors = hf_tensors(spec)
+    for entry in entries(spec):
+        wholes = [torch.full_like(tensors[name], -1) for name in entry.hf]
+        count = 1 if entry.cut == "whole" else size
+        for index, shard in enumerate(shards_of(entry, spec, tensors, size)[:count]):
+            sources = shard_views(entry, spec, shard, index, count)
+            for source, place in zip(sources, place_views(entry, spec, wholes, index, count), strict=True):
+                assert source.numel() == 0 or source.untyped_storage().data_ptr() == shard.untyped_storage().data_ptr()
+                place.copy_(source)
+        for name, whole in zip(entry.hf, wholes, strict=True):
+            assert torch.equal(whole, tensors[name]), name
+
+
+def holdings(spec: Any, tp: int, stages: int) -> list[dict[str, Holding]]:
+    """Of ranks numbered tp-first; the layers divided evenly, a tied embedding also on the last stage."""
+    tensors = hf_tensors(spec)
+    ranks: list[dict[str, Holding]] = [{} for _ in range(tp * stages)]
+    for entry in entries(spec):
+        count = 1 if entry.cut == "whole" else tp
+        for index, shard in enumerate(shards_of(entry, spec, tensors, tp)):
+            for stage in stages_of(entry.megatron, spec, stages):
+                holding = Holding(index if count > 1 else 0, count, tuple(shard.shape), FLOAT)
+                ranks[stage * tp + index][entry.megatron] = holding
+    return ranks
+
+
+def stages_of(megatron: str, spec: Any, stages: int) -> set[int]:
+    if megatron.startswith("decoder.layers."):
+        return {int(megatron.split(".")[2]) * stages // spec.layers}
+    if megatron.startswith("embedding."):
+        return {0, stages - 1} if spec.tied else {0}
+    return {stages - 1}
+
+
+def plan(spec: Any, tp: int, stages: int, bucket_bytes: int, staging: bool = False) -> list[Bucket]:
+    items = make_items(entries(spec), spec, holdings(spec, tp, stages))
+    return make_buckets(items, bucket_bytes, staging=staging)
+
+
+def ends(item: Item) -> list[tuple[int, int]]:
+    sizes = [torch.Size(shape).numel() * item.dtype.itemsize for shape in item.shapes]
+    found = [(offset, offset + size) for offset, size in zip(item.offsets, sizes, strict=False)]
+    return found if item.staging is None else [*found, (item.staging, item.staging + sizes[0])]
+
+
+@pytest.mark.parametrize("staging", [False, True])
+@pytest.mark.parametrize("bucket_bytes", [1, 3000, 12_000, 10**9])
+@pytest.mark.parametrize(("tp", "stages"), [(1, 1), (2, 1), (1, 2), (2, 2)])
+def test_buckets_hold_every_parameter_once_without_overlap_in_the_size_asked_for(
+    tp: int, stages: int, bucket_bytes: int, staging: bool
+) -> None:
+    spec = model_spec(layers=4, tied=False)
+    buckets = plan(spec, tp, stages, bucket_bytes, staging)
+    assert [i.entry for bucket in buckets for i in bucket.items] == list(entries(spec))
+    for bucket in buckets:
+        assert bucket.nbytes <= bucket_bytes or sum(not item.at_home for item in bucket.items) == 1
+        places = sorted(place for item in bucket.items for place in ends(item))
+        assert all(end <= begin for (_, end), (begin, _) in pairwise(places))
+        assert all(begin % ALIGNMENT == 0 for begin, _ in places)
+        assert max((end for _, end in places), default=0) <= bucket.nbytes
+
+
+def test_a_layer_that_fits_into_a_bucket_is_not_cut() -> None:
+    spec = model_spec(layers=4)
+    layer_bytes = plan(spec, 2, 1, 10**9)[0].nbytes // 4  # the embedding is smaller than what is rounded off here
+    for bucket_bytes in (layer_bytes + 20_000, 2 * layer_bytes + 20_000):
+        buckets = plan(spec, 2, 1, bucket_bytes)
+        layers = [{i.entry.megatron.split(".")[2] for i in b.items if "layers" in i.entry.megatron} for b in buckets]
+        assert len(buckets) > 1
+        assert sum(len(found) for found in layers) == 4
+
+
+def test_what_every_rank_has_takes_no_room_and_is_not_sent() -> None:
+    spec = model_spec(tied=True)
+    at_home = {item.entry.megatron for bucket in plan(spec, 1, 2, 10**9) for item in bucket.items if item.at_home}
+    assert at_home == {"embedding.word_embeddings.weight"}  # on the first stage and, tied, on the last
+    norms = {item.entry.megatron for bucket in plan(spec, 2, 1, 10**9) for item in bucket.items if item.at_home}
+    assert norms == {entry.megatron for entry in entries(spec) if entry.cut == "whole"}
+
+
+def test_of_ranks_with_the_same_shard_the_one_that_sends_less_sends_it() -> None:
+    """Two stages of two ranks: a norm is on both ranks of its stage."""
+    spec = model_spec(layers=4, tied=False)
+    owners = [item.owners for bucket in plan(spec, 2, 2, 10**9) for item in bucket.items if item.count == 1]
+    assert {owner for (owner,) in owners} == {0, 1, 2, 3}
+
+
+def test_a_shard_that_nobody_has_is_an_error() -> None:
+    spec = model_spec()
+    found = holdings(spec, 2, 1)
+    del found[1]["decoder.layers.1.mlp.linear_fc2.weight"]
+    with pytest.raises(ValueError, match=r"decoder\.layers\.1\.mlp\.linear_fc2\.weight"):
+        list(make_items(entries(spec), spec, found))
+
+
+def setup_module() -> None:
+    platform.prepare()
