@@ -96,7 +96,6 @@ def _model(place: _Place, model: HfConfig) -> list[str]:
         "attention heads": heads,
         "key-value heads": int(model.get("num_key_value_heads") or heads),
         "feed-forward columns": int(model.get("intermediate_size") or place.tensor),
-        "feed-forward columns of an expert": int(model.get("moe_intermediate_size") or place.tensor),
     }
     problems = [
         f"{place.tensor_field} does not divide the {count} {name} of the {place.role}: choose one of {divisors(count)}"

@@ -3,8 +3,8 @@
     torchrun … worker_model_parity.py FOLDER
 
 FOLDER/<case>/ is a model directory, FOLDER/expected.pt the rows and the logits that transformers computed for them.
-Writes rank<r>of<world>.json: findings by layout and case. Rank 0 of a layout without a pipeline also writes the
-exported directory FOLDER/<layout>/<case>.
+Writes rank<r>of<world>.json: findings by layout and case. Rank 0 also writes the exported directories
+FOLDER/<layout>/<case>.
 """
 
 from __future__ import annotations
@@ -115,8 +115,7 @@ def check(
     chunks = build(directory, layout, dtype, trainable=False)
     on_disk = tensors_of(directory)
     tensors = merged(chunks, layout)
-    if layout.pp == layout.ep == 1:
-        export_hf(chunks, directory, directory.parent / layout_name / directory.name, write=job.is_main)
+    export_hf(chunks, directory, directory.parent / layout_name / directory.name, write=job.is_main)
     own, largest = own_bytes(chunks)
     return chunks, {
         "bits": not job.is_main
