@@ -76,7 +76,6 @@ REFUSED: list[tuple[int, dict[str, Any], str]] = [
         {"tensor": 1, "sequence_parallel": True},
         "parallel.sequence_parallel = True needs tensor parallelism, and parallel.tensor = 1",
     ),
-    (2, {"tensor": 1, "context": 2}, "parallel.context = 2 needs Transformer Engine, which is not installed: set "),
     (2, {"tensor": 1, "expert": 2}, "parallel.expert = 2 needs experts, and the student has none: set parallel.expert"),
     (2, {"tensor": 1, "teacher_expert": 2}, "parallel.teacher_expert = 2 needs experts, and the teacher has none"),
     (
