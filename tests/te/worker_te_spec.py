@@ -99,7 +99,7 @@ def main(folder: Path, side: str, saved_by: str | None = None) -> None:
         if saved_by:
             for parameter in chunk.parameters():
                 parameter.fill_(7.0)
-            # A local checkpoint has no `_extra_state` of Transformer Engine: go on without. Nothing lacks the other way.
+            # A local checkpoint has no `_extra_state`: go on without. Nothing lacks the other way.
             strict = {"strict": StrictHandling.LOG_UNEXPECTED} if side == "te" else {}
             checkpoint = folder / saved_by / case / "checkpoint"
             state = dist_checkpointing.load(chunk.sharded_state_dict(), str(checkpoint), **strict)
