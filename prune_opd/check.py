@@ -24,6 +24,7 @@ from prune_opd.precision import (
     context_problems,
     fp8_problems,
     memory_problems,
+    parameter_problems,
     rollout_problems,
     token_multiple,
     token_problems,
@@ -247,16 +248,17 @@ def _candidates(config: TrainConfig, models: list[_Model]) -> list[str]:
 def _precision(config: TrainConfig, nproc: int, models: list[_Model]) -> list[str]:
     """FP8 of both models and of the rollouts (precision.py has the rules)."""
     by_role = {model.role: model.config for model in models}
-    tensor, sequence = config.parallel.tensor_size(nproc), config.parallel.sequence_parallel
-    gpu, precision = has_gpu(), config.precision
+    parallel, precision, gpu = config.parallel, config.precision, has_gpu()
     fp8s = {"student": precision.student_fp8, "teacher": precision.teacher_fp8}
-    problems = [
-        problem
-        for role, fp8 in fp8s.items()
-        for problem in fp8_problems(role, fp8, by_role.get(role), tensor, sequence, gpu)
-    ]
-    problems += token_problems(config.parallel.microbatch_tokens, token_multiple(list(fp8s.values()), tensor, sequence))
-    problems += context_problems(config.parallel.context, gpu)
+    student = parallel.tensor_size(nproc)
+    layouts = {"student": (student, parallel.sequence_parallel), "teacher": (parallel.teacher_tensor or student, False)}
+    problems = []
+    for role, fp8 in fp8s.items():
+        problems += fp8_problems(role, fp8, by_role.get(role), *layouts[role], gpu)
+        if fp8.on:
+            problems += token_problems(parallel.microbatch_tokens, token_multiple(fp8.recipe, *layouts[role]))
+    problems += parameter_problems(precision.student_fp8, parallel.distributed_optimizer)
+    problems += context_problems(parallel.context, gpu)
     problems += memory_problems(config.memory, fp8s)
     return problems + rollout_problems(config.rollout, precision.params, by_role.get("student"), gpu)
 

@@ -175,9 +175,7 @@ class RolloutConfig:
     gpu_memory_utilization: float = 0.5
     max_num_seqs: int = 256
     bucket_mb: float = 512  # of weights on their way from the trainer; two buckets exist at a time
-    quantization: str | None = (
-        None  # FP8 weights and activations: fp8 | fp8_per_tensor | fp8_per_channel | fp8_per_block
-    )
+    quantization: str | None = None  # to FP8 at every load: fp8 | fp8_per_tensor | fp8_per_channel | fp8_per_block
     kv_cache_dtype: str = "auto"  # auto: that of the parameters | fp8 (e4m3) | fp8_e4m3 | fp8_e5m2
 
     def __post_init__(self) -> None:

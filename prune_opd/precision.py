@@ -68,17 +68,15 @@ def rollout_format(params: str, rollout: RolloutConfig) -> str:
     return params if rollout.quantization is None and rollout.kv_cache_dtype == "auto" else "fp8"
 
 
-def token_multiple(fp8s: list[Fp8Config], tensor: int, sequence_parallel: bool) -> int:
-    """What the tokens of a packed micro-batch must be a multiple of for FP8 (student and teacher see the same); else 1.
+def token_multiple(recipe: str | None, tensor: int, sequence_parallel: bool) -> int:
+    """What the tokens of a packed micro-batch must be a multiple of, with FP8 of this recipe or without (None).
 
-    With sequence parallelism each rank quantises its own part of the tokens, and blockwise takes whole blocks of them.
+    Sequence parallelism cuts the tokens over the TP ranks; each then quantises its own, blockwise in whole blocks.
     """
-    recipes = {fp8.recipe for fp8 in fp8s if fp8.on}
-    if not recipes:
-        return 1
-    if not sequence_parallel or tensor == 1:
-        return GEMM_MULTIPLE
-    return tensor * (BLOCK if "blockwise" in recipes else GEMM_MULTIPLE)
+    cuts = tensor if sequence_parallel else 1
+    if recipe is None:
+        return cuts
+    return cuts * (BLOCK if recipe == "blockwise" and cuts > 1 else GEMM_MULTIPLE)
 
 
 # ---------------------------------------------------------------------------------------------------- refusals
@@ -106,11 +104,12 @@ def fp8_problems(
     if model is None:
         return problems
     multiple = BLOCK if fp8.recipe == "blockwise" and sequence_parallel and tensor > 1 else GEMM_MULTIPLE
-    for name, size in matrix_sizes(model, tensor).items():
+    tensor_field = "parallel.tensor" if role == "student" else "parallel.teacher_tensor"
+    for name, size in matrix_sizes(model, tensor, tensor_field).items():
         if size % (multiple if name == "hidden_size" else GEMM_MULTIPLE):
             problems.append(
                 f"{field} needs matrices whose sizes are multiples of {multiple}, and {name} = {size} of the {role} "
-                f"is none: choose another parallel.tensor or model, or {remedy}"
+                f"is none: choose another {tensor_field} or model, or {remedy}"
             )
     layers = int(model.get("num_hidden_layers", 0))
     for end in ("first_layers_bf16", "last_layers_bf16"):
@@ -121,9 +120,11 @@ def fp8_problems(
     return problems
 
 
-def matrix_sizes(model: dict[str, Any], tensor: int) -> dict[str, int]:
-    """Dimensions of the matrix products in a layer on one of `tensor` ranks, by name. What `tensor` does not divide is
-    left out: another check names that."""
+def matrix_sizes(model: dict[str, Any], tensor: int, field: str) -> dict[str, int]:
+    """Dimensions of the matrix products in a layer on one of `tensor` ranks, by name; `field` is the setting's.
+
+    What `tensor` does not divide is left out: another check names that.
+    """
     hidden, heads = int(model["hidden_size"]), int(model["num_attention_heads"])
     groups = int(model.get("num_key_value_heads") or heads)
     split = {
@@ -133,7 +134,7 @@ def matrix_sizes(model: dict[str, Any], tensor: int) -> dict[str, int]:
     }
     if "moe_intermediate_size" in model:
         split["moe_intermediate_size"] = int(model["moe_intermediate_size"])
-    on_rank = "" if tensor == 1 else f" / parallel.tensor {tensor}"
+    on_rank = "" if tensor == 1 else f" / {field} {tensor}"
     sizes = {f"{name}{on_rank}": size // tensor for name, size in split.items() if size % tensor == 0}
     return {"hidden_size": hidden, **sizes}
 
@@ -161,6 +162,16 @@ def context_problems(context: int, gpu: bool) -> list[str]:
     if missing := transformer_engine_problem():
         return [f"{field} needs Transformer Engine, and {missing}: install it, or {remedy}"]
     return [] if gpu else [f"{field} needs a CUDA GPU and there is none here: {remedy}"]
+
+
+def parameter_problems(student: Fp8Config, distributed_optimizer: bool) -> list[str]:
+    """megatron-core writes fp32 masters back into FP8 parameters in its distributed optimizer only."""
+    if not (student.on and student.param) or distributed_optimizer:
+        return []
+    return [
+        "precision.student_fp8.param = True needs parallel.distributed_optimizer = True, and it is False: "
+        "set that, or precision.student_fp8.param=false"
+    ]
 
 
 def memory_problems(memory: MemoryConfig, fp8s: dict[str, Fp8Config]) -> list[str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -21,7 +20,6 @@ from prune_opd.eval.evaluate import Evaluator
 from prune_opd.horizon import HorizonController, make_controller
 from prune_opd.memory import MemoryPhases
 from prune_opd.precision import rollout_format
-from prune_opd.precision import token_multiple as fp8_token_multiple
 from prune_opd.recipe import save_config
 from prune_opd.rollout.batch import Rollouts
 from prune_opd.rollout.engine import RolloutEngine
@@ -98,15 +96,8 @@ class Run:
         from prune_opd.megatron.packing import pack_rows
 
         prompts, responses = rollouts.prompt_ids, rollouts.response_ids
-        shape = (self.machine.device, self.token_multiple, self.layout.student.cp_group)
+        shape = (self.machine.device, self.trainer.chunks[0].token_multiple, self.layout.student.cp_group)
         return [pack_rows(prompts, responses, rows, *shape) for rows in deal[self.layout.dp_rank]]
-
-    @property
-    def token_multiple(self) -> int:
-        """What the student's tokens on a rank are filled up to: sequence parallelism and FP8 want multiples."""
-        student = self.layout.student
-        fp8 = fp8_token_multiple([self.config.precision.student_fp8], student.tp, student.sequence_parallel)
-        return math.lcm(student.token_multiple, fp8)
 
     def minibatches(self, rollouts: Rollouts) -> list[list[PackedBatch]]:
         """`pack` of each update's share of the batch."""
@@ -119,7 +110,7 @@ class Run:
     def packing_record(self, rollouts: Rollouts) -> dict[str, float]:
         """The packing's part of a step record: of the global batch, the same on every rank."""
         student = self.layout.student
-        multiple = student.batch_multiple(self.token_multiple)
+        multiple = student.batch_multiple(self.trainer.chunks[0].token_multiple)
         return packing_record(rollouts.row_length_B, self.deals(rollouts), multiple, student.row_multiple)
 
     def _shares(self, rollouts: Rollouts) -> list[tuple[int, int]]:
@@ -188,9 +179,7 @@ class Run:
         rollouts = self.engine.generate(
             prompts, 1, PARITY_TOKENS, self.config.seed, 0, self.config.objective.temperature, logprobs=True
         )
-        ours = sampled_logprobs(
-            self.trainer.chunks, rollouts, self.layout, self.machine.device, multiple=self.token_multiple
-        )
+        ours = sampled_logprobs(self.trainer.chunks, rollouts, self.layout, self.machine.device)
         theirs = [logprob for response in rollouts.responses for logprob in response.logprobs or ()]
         differences = [abs(a - b) for a, b in zip(ours, theirs, strict=True)]
         precision = rollout_format(self.config.precision.params, self.config.rollout)
@@ -219,11 +208,12 @@ def prepare(config: TrainConfig, run_dir: Path, resume: str) -> Run:
     dtype = dtype_of(config.precision.params)
     tokenizer = AutoTokenizer.from_pretrained(config.student)
     source = make_source(config.data, tokenizer, config.seed, config.rollout.max_prompt_len)
-    parallel, fp8s, memory = config.parallel, config.precision, config.memory
+    parallel, precision, memory = config.parallel, config.precision, config.memory
+    student_fp8, teacher_fp8 = precision.student_fp8, precision.teacher_fp8
     trainer = Trainer(
-        config.student, config.optimizer, parallel, config.steps, layout, dtype, machine.device, fp8s.student_fp8
+        config.student, config.optimizer, parallel, config.steps, layout, dtype, machine.device, student_fp8
     )
-    teacher = Teacher(config.teacher, layout, dtype, machine.device, parallel.microbatch_tokens, fp8s.teacher_fp8)
+    teacher = Teacher(config.teacher, layout, dtype, machine.device, parallel.microbatch_tokens, teacher_fp8)
     longest = max(config.horizon.max_len, config.evaluation.max_len or 0)
     engine = RolloutEngine(config.student, config.rollout, longest, dtype, machine, sleep_level=memory.sleep_level)
     run = Run(

@@ -57,7 +57,8 @@ def test_every_format_and_recipe_passes_on_hopper(
     pair: TrainConfig, hopper: pytest.MonkeyPatch, role: str, recipe: str, form: str
 ) -> None:
     part = f"precision.{role}_fp8"
-    assert problems(pair, f"{part}.format={form}", f"{part}.recipe={recipe}", f"{part}.param=true") == []
+    settings = (f"{part}.format={form}", f"{part}.recipe={recipe}", f"{part}.param=true")
+    assert problems(pair, *settings, "parallel.distributed_optimizer=true") == []
 
 
 @pytest.mark.parametrize("role", ["student", "teacher"])
@@ -113,8 +114,8 @@ def test_fp8_does_not_go_with_fp32_parameters() -> None:
     ("shape", "name"),
     [
         ({"hidden_size": 72, "head_dim": 16}, "hidden_size = 72"),
-        ({"intermediate_size": 80}, "intermediate_size / parallel.tensor 2 = 40"),
-        ({"num_attention_heads": 6, "head_dim": 24}, "heads × head_dim / parallel.tensor 2 = 72"),
+        ({"intermediate_size": 80}, "intermediate_size / parallel.teacher_tensor 2 = 40"),
+        ({"num_attention_heads": 6, "head_dim": 24}, "heads × head_dim / parallel.teacher_tensor 2 = 72"),
     ],
 )
 def test_matrices_that_fp8_cannot_multiply_are_refused_by_name(
@@ -138,14 +139,19 @@ def test_tensor_parallelism_decides_whether_a_matrix_fits(
 
 @pytest.mark.parametrize(
     ("recipe", "tensor", "sequence_parallel", "multiple"),
-    [("delayed", 2, False, 16), ("tensorwise", 2, True, 32), ("blockwise", 1, True, 16), ("blockwise", 4, True, 512)],
+    [
+        ("delayed", 2, False, 16),
+        ("tensorwise", 2, True, 32),
+        ("blockwise", 1, True, 16),
+        ("blockwise", 4, True, 512),
+        (None, 4, True, 4),
+        (None, 4, False, 1),
+    ],
 )
 def test_tokens_come_in_multiples_that_every_rank_can_quantise(
-    recipe: str, tensor: int, sequence_parallel: bool, multiple: int
+    recipe: str | None, tensor: int, sequence_parallel: bool, multiple: int
 ) -> None:
-    fp8 = Fp8Config("e4m3", recipe)
-    assert token_multiple([Fp8Config(), fp8], tensor, sequence_parallel) == multiple
-    assert token_multiple([Fp8Config(recipe=recipe)], tensor, sequence_parallel) == 1
+    assert token_multiple(recipe, tensor, sequence_parallel) == multiple
 
 
 def test_a_token_budget_that_is_no_multiple_is_refused(pair: TrainConfig, hopper: pytest.MonkeyPatch) -> None:
@@ -157,15 +163,28 @@ def test_a_token_budget_that_is_no_multiple_is_refused(pair: TrainConfig, hopper
 # ---------------------------------------------------------------------------------------------------- the rest
 
 
-def test_context_parallelism_is_refused_without_transformer_engine(pair: TrainConfig) -> None:
-    found = problems(pair, "parallel.context=2")
-    assert any("parallel.context = 2 needs Transformer Engine, and it is not installed" in line for line in found)
+def test_fp8_parameters_of_the_student_need_the_distributed_optimizer(
+    pair: TrainConfig, hopper: pytest.MonkeyPatch
+) -> None:
+    fp8 = ("precision.student_fp8.format=e4m3", "precision.student_fp8.param=true")
+    assert "needs parallel.distributed_optimizer = True" in only(problems(pair, *fp8))
+    assert problems(pair, *fp8, "parallel.distributed_optimizer=true") == []
+
+
+def test_a_teacher_is_measured_by_its_own_tensor_parallelism(
+    pair: TrainConfig, hopper: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    other = dataclasses.replace(pair, teacher=str(write_model(tmp_path / "other", intermediate_size=80)))
+    fp8 = "precision.teacher_fp8.format=e4m3"
+    assert "intermediate_size / parallel.teacher_tensor 2 = 40 of the teacher" in only(problems(other, fp8))
+    assert problems(other, fp8, "parallel.teacher_tensor=1") == []
 
 
 @pytest.mark.parametrize("role", ["student", "teacher"])
 def test_fp8_parameters_are_not_offloaded(pair: TrainConfig, hopper: pytest.MonkeyPatch, role: str) -> None:
     fp8 = (f"precision.{role}_fp8.format=e4m3", f"precision.{role}_fp8.param=true")
-    assert f"memory.offload_{role} = True does not go with" in only(problems(pair, *fp8, f"memory.offload_{role}=true"))
+    memory = (f"memory.offload_{role}=true", "parallel.distributed_optimizer=true")
+    assert f"memory.offload_{role} = True does not go with" in only(problems(pair, *fp8, *memory))
     assert problems(pair, fp8[0], f"memory.offload_{role}=true") == []
 
 

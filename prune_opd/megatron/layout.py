@@ -63,11 +63,6 @@ class ModelLayout:
         return self.groups.cp if self.cp > 1 else None
 
     @property
-    def token_multiple(self) -> int:
-        """What the tokens of a rank must be a multiple of: sequence parallelism cuts them over the TP ranks."""
-        return self.tp if self.sequence_parallel else 1
-
-    @property
     def microbatch_multiple(self) -> int:
         """What the number of micro-batches must be a multiple of: an interleaved pipeline takes them in such groups."""
         return self.pp if self.vp > 1 else 1

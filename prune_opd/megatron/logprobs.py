@@ -24,15 +24,13 @@ def sampled_logprobs(
     layout: Layout,
     device: torch.device,
     temperature: float = 1.0,
-    multiple: int | None = None,
 ) -> list[float]:
     """log p(y_t) of every response token, rows in order. Collective over the whole job.
 
-    The loss of a model with itself as teacher: its statistics hold what is asked for. multiple: as in `pack`; that of
-    the layout by default.
+    The loss of a model with itself as teacher: its statistics hold what is asked for.
     """
     prompts, responses, student = rollouts.prompt_ids, rollouts.response_ids, layout.student
-    shape = (device, multiple or student.token_multiple, student.cp_group)
+    shape = (device, chunks[0].token_multiple, student.cp_group)
     batches = pack(prompts, responses, range(len(responses)), 16384, *shape)
     missing = -len(batches) % student.microbatch_multiple
     batches += [pack_rows(prompts, responses, [], *shape)] * missing

@@ -33,6 +33,7 @@ from prune_opd.megatron.norm import RMSNorm, use_rms_norm
 from prune_opd.megatron.packing import PackedBatch
 from prune_opd.megatron.rope import attention_scale, set_frequencies
 from prune_opd.model_spec import ModelSpec, MoeSpec
+from prune_opd.precision import token_multiple
 
 
 def dtype_of(params: str) -> torch.dtype:
@@ -150,6 +151,13 @@ class HiddenStatesGPT(GPTModel):
     def _postprocess(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         return hidden_states
 
+    @property
+    def token_multiple(self) -> int:
+        """What the tokens of a packed batch must be a multiple of."""
+        config = self.config
+        recipe = config.fp8_recipe if config.fp8 else None
+        return token_multiple(recipe, config.tensor_model_parallel_size, config.sequence_parallel)
+
     def head_weight(self) -> Tensor:
         """This rank's rows of the output matrix [V/tp, H], on the last stage: the embedding's when they are tied."""
         if self.share_embeddings_and_output_weights:
@@ -169,8 +177,7 @@ def build(
     """This rank's chunks of the model (one but for a virtual pipeline) with its shards of the directory's weights.
 
     head: with the output matrix, if it is not the embedding's. settings: of `TransformerConfig`, beside the layout's
-    and the model's. A teacher is built without gradients. `UserError` if FP8 is asked for and the layers would ignore
-    it.
+    and the model's. A teacher is built without gradients. `UserError` for FP8 that the layers would ignore.
     """
     from prune_opd.weights.load import load_hf_weights
 

@@ -17,7 +17,7 @@ from prune_opd.megatron.model import build
 from prune_opd.megatron.packing import PackedBatch, pack_rows
 from prune_opd.megatron.schedule import forward
 from prune_opd.model_spec import ModelSpec
-from prune_opd.precision import NO_FP8, token_multiple, transformer_arguments
+from prune_opd.precision import NO_FP8, transformer_arguments
 from prune_opd.rollout.batch import Rollouts
 from prune_opd.weights.load import read_head
 
@@ -40,7 +40,6 @@ class Teacher:
         fp8: Fp8Config = NO_FP8,
     ):
         self.layout, self.device, self.token_budget = layout, device, token_budget
-        self.token_multiple = token_multiple([fp8], layout.teacher.tp, layout.teacher.sequence_parallel)
         settings = transformer_arguments(fp8)
         chunks = build(model_dir, layout.teacher, dtype, trainable=False, head=False, settings=settings)
         self.chunks = [chunk.to(device) for chunk in chunks]
@@ -65,7 +64,8 @@ class Teacher:
         ours = self._deals(rollouts, deals)
         mine = [rows for part in ours for rows in part[self.layout.teacher.dp_rank]]
         prompts, responses = rollouts.prompt_ids, rollouts.response_ids
-        batches = [pack_rows(prompts, responses, rows, self.device, self.token_multiple) for rows in mine]
+        multiple = self.chunks[0].token_multiple
+        batches = [pack_rows(prompts, responses, rows, self.device, multiple) for rows in mine]
         hidden_of: dict[int, Tensor] = {}
 
         def keep(batch: PackedBatch, hidden_NH: Tensor) -> None:

@@ -19,7 +19,7 @@ from prune_opd import platform
 from prune_opd.config import Fp8Config, ParallelConfig, RolloutConfig
 from prune_opd.config_precision import KV_CACHE_DTYPES, QUANTIZATIONS
 from prune_opd.errors import UserError
-from prune_opd.precision import ddp_arguments, optimizer_arguments, rollout_arguments
+from prune_opd.precision import ddp_arguments, optimizer_arguments, rollout_arguments, transformer_arguments
 from tests.rollout.worker_engine import make_prompts
 
 FP8S = {
@@ -48,7 +48,7 @@ def megatron_settings(models: Path, layout: Any) -> dict[str, Any]:
     names = tuple(field.name for field in fields(TransformerConfig) if "fp8" in field.name or "bf16" in field.name)
     found = {}
     for name, fp8 in FP8S.items():
-        config = transformer_config(spec, layout.student, torch.bfloat16, fp8)
+        config = transformer_config(spec, layout.student, torch.bfloat16, **transformer_arguments(fp8))
         found[name] = {
             "transformer": read_back(config, names),
             "params_dtype": str(config.params_dtype),
@@ -86,7 +86,8 @@ def fp8_of_local_layers(models: Path, layout: Any) -> str:
     from prune_opd.megatron.model import build
 
     try:
-        build(models / "student", layout.student, torch.bfloat16, trainable=False, fp8=FP8S["delayed"])
+        settings = transformer_arguments(FP8S["delayed"])
+        build(models / "student", layout.student, torch.bfloat16, trainable=False, settings=settings)
     except UserError as reason:
         return str(reason)
     return ""

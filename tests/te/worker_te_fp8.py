@@ -20,6 +20,7 @@ stub.install()
 
 from prune_opd import platform  # noqa: E402
 from prune_opd.config import Fp8Config, ParallelConfig  # noqa: E402
+from prune_opd.precision import transformer_arguments  # noqa: E402
 
 FP8S = {
     "delayed": Fp8Config("hybrid", "delayed", amax_history=7),
@@ -49,7 +50,7 @@ def main(model: Path, out: Path) -> None:
     layout = layouts.initialize(ParallelConfig(tensor=1), machine, seed=0)
     results = {}
     for name, fp8 in FP8S.items():
-        (chunk,) = build(model, layout.student, torch.bfloat16, trainable=True, fp8=fp8)
+        (chunk,) = build(model, layout.student, torch.bfloat16, trainable=True, settings=transformer_arguments(fp8))
         results[name] = described(chunk.config)
     (out / "fp8.json").write_text(json.dumps(results))
     layouts.shutdown()

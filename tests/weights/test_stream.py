@@ -53,7 +53,7 @@ def followed_up(cases: Cases) -> list[tuple[str, dict[str, Any]]]:
 
 def models_of(cases: Cases) -> set[str]:
     names = {name.split(",")[0] for name in cases[0]}
-    assert names in ({"qwen3 tied", "qwen2 untied"}, {"qwen3 moe"})
+    assert names in ({"qwen3 tied", "qwen2 untied"}, {"qwen2 untied"}, {"qwen3 moe"})
     return names
 
 
@@ -65,7 +65,7 @@ def test_every_rank_receives_every_tensor_of_the_directory_bit_by_bit(cases: Cas
 def test_the_buckets_are_as_many_as_their_size_asks_for(cases: Cases) -> None:
     for rank, model, transport in product(cases, models_of(cases), TRANSPORTS):
         small, medium, large = (rank[f"{model}, {transport}, {size} MB"]["buckets"] for size in BUCKETS_MB)
-        assert small > medium > large == 1 or large == small == 1  # nothing to send: one bucket without room
+        assert small > medium >= large == 1
 
 
 def test_a_stream_after_an_update_brings_the_new_weights(cases: Cases) -> None:
