@@ -21,6 +21,7 @@ from prune_opd.data.prompts import PROCEDURAL_SOURCES
 from prune_opd.errors import ConfigError
 from prune_opd.model_spec import not_built
 from prune_opd.precision import (
+    context_problems,
     fp8_problems,
     memory_problems,
     parameter_problems,
@@ -257,6 +258,7 @@ def _precision(config: TrainConfig, nproc: int, models: list[_Model]) -> list[st
         if fp8.on:
             problems += token_problems(parallel.microbatch_tokens, token_multiple(fp8.recipe, *layouts[role]))
     problems += parameter_problems(precision.student_fp8, parallel.distributed_optimizer)
+    problems += context_problems(parallel.context, gpu)
     problems += memory_problems(config.memory, fp8s)
     return problems + rollout_problems(config.rollout, precision.params, by_role.get("student"), gpu)
 

@@ -5,7 +5,6 @@ megatron-core would fail on most of these inside a constructor, on all ranks at 
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -74,7 +73,7 @@ def _expert(parallel: ParallelConfig, name: str) -> tuple[int, str]:
 def _ranks(parallel: ParallelConfig, places: tuple[_Place, _Place], nproc: int) -> list[str]:
     """A replica takes tensor * pipeline (* context) ranks, and the job must be made of whole replicas."""
     problems = []
-    for place in dict.fromkeys(places):
+    for place in places:
         context = parallel.context if place.role == "student" else 1
         size = place.tensor * place.pipeline * context
         if nproc % size == 0:
@@ -83,12 +82,11 @@ def _ranks(parallel: ParallelConfig, places: tuple[_Place, _Place], nproc: int) 
             problem = f"{place.tensor_field} does not divide the {nproc} ranks: choose one of {divisors(nproc)}"
         else:
             problem = (
-                f"{place.tensor_field} with {place.pipeline_field} puts a copy of the {place.role} on {size} ranks,"
-                f" which does not divide the {nproc} ranks: choose sizes with a product of {divisors(nproc)}"
+                f"{place.tensor_field} with {place.pipeline_field} puts a model on {size} ranks, which does not divide"
+                f" the {nproc} ranks: choose sizes with a product of {divisors(nproc)}"
             )
-        if problem not in problems:
-            problems.append(f"{problem}, or another --nproc")
-    return list(dict.fromkeys(problems))
+        problems.append(f"{problem}, or another --nproc")
+    return list(dict.fromkeys(problems))  # a teacher that lies as the student does is no second problem
 
 
 def _model(place: _Place, model: HfConfig) -> list[str]:
@@ -114,19 +112,29 @@ def _model(place: _Place, model: HfConfig) -> list[str]:
 
 
 def _experts(place: _Place, model: HfConfig, nproc: int) -> list[str]:
-    """A layer's experts are shared out over data-parallel replicas."""
-    experts, expert, field = int(model.get("num_experts") or 0), place.expert, place.expert_field
+    """A layer's experts are shared out whole over neighbouring TP and data-parallel ranks of a stage."""
+    experts, expert, field = _expert_count(model), place.expert, place.expert_field
     if expert == 1:
         return []
     setting = field.partition(" ")[0]
     if not experts:
         return [f"{field} needs experts, and the {place.role} has none: set {setting}=1"]
-    replicas = max(nproc // (place.tensor * place.pipeline), 1)
-    return [
+    ranks = max(nproc // place.pipeline, 1)
+    problems = [
         f"{field} does not divide the {count} {name} of the {place.role}: choose one of {divisors(count)}"
-        for name, count in (("experts", experts), ("replicas (they share the experts)", replicas))
+        for name, count in (("experts", experts), ("ranks of a stage", ranks))
         if count % expert
     ]
+    if expert % place.tensor:
+        problems.append(
+            f"{field} is no multiple of {place.tensor_field}, so the ranks that hold all experts would not hold all of"
+            f" the rest of the {place.role}: choose a multiple"
+        )
+    return problems
+
+
+def _expert_count(model: HfConfig) -> int:
+    return int(model.get("num_local_experts") or model.get("num_experts") or 0)  # transformers 5 writes the former
 
 
 def _student(parallel: ParallelConfig, place: _Place, model: HfConfig) -> list[str]:
@@ -138,7 +146,7 @@ def _student(parallel: ParallelConfig, place: _Place, model: HfConfig) -> list[s
             f"parallel.virtual_pipeline = {parallel.virtual_pipeline} does not divide the {layers // parallel.pipeline}"
             f" layers of a stage of the student: choose one of {divisors(layers // parallel.pipeline)}"
         )
-    if model.get("num_experts") and place.tensor > 1 and not parallel.sequence_parallel:
+    if _expert_count(model) and place.tensor > 1 and not parallel.sequence_parallel:
         problems.append(
             f"{place.tensor_field} with experts needs sequence parallelism, or each rank routes all tokens:"
             " set parallel.sequence_parallel=true"
@@ -153,10 +161,6 @@ def _combinations(parallel: ParallelConfig, student: _Place) -> list[str]:
             f"parallel.sequence_parallel = True needs tensor parallelism, and {student.tensor_field}:"
             " set parallel.tensor to at least 2, or parallel.sequence_parallel=false"
         )
-    if parallel.context > 1:
-        missing = importlib.util.find_spec("transformer_engine") is None
-        why = "needs Transformer Engine, which is not installed" if missing else "is not built: the gate is not divided"
-        problems.append(f"parallel.context = {parallel.context} {why}: set parallel.context=1")
     return problems
 
 

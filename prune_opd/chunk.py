@@ -161,10 +161,8 @@ class OldPolicy:
         return OldPolicy(weights, Candidates(place.ids_NK, place.valid_NK), place.student_logp_NK, reward_NK)
 
     @staticmethod
-    def joined(parts: Sequence[OldPolicy]) -> OldPolicy | None:
-        """One of all tokens out of those of their chunks; None for no tokens."""
-        if not parts:
-            return None
+    def joined(parts: Sequence[OldPolicy]) -> OldPolicy:
+        """One of all tokens out of those of their chunks."""
 
         def cat(tensors: Sequence[Tensor | None]) -> Any:
             return None if tensors[0] is None else torch.cat(tensors)  # type: ignore[arg-type]

@@ -241,10 +241,10 @@ class ParallelConfig:
     """
 
     nproc: int = 2  # ranks that `prune-opd` starts on this node when it is not already under torchrun
-    tensor: int | None = None  # TP; None: all ranks that pipeline and experts leave
+    tensor: int | None = None  # TP; None: all ranks of a stage
     pipeline: int = 1  # stages
     virtual_pipeline: int = 1  # chunks of layers per stage (interleaved schedule)
-    expert: int = 1  # ranks that share a layer's experts (MoE)
+    expert: int = 1  # ranks that share a layer's experts (MoE): a multiple of tensor
     context: int = 1  # ranks that share a sequence
     sequence_parallel: bool = False  # residuals and norms cut along the tokens over the TP ranks
     distributed_optimizer: bool = False  # master weights and Adam's moments cut over the data-parallel ranks
@@ -252,7 +252,7 @@ class ParallelConfig:
     teacher_tensor: int | None = None  # the teacher's own TP; None: as the student
     teacher_pipeline: int | None = None  # likewise; it has no virtual pipeline and no sequence parallelism
     teacher_expert: int = 1
-    microbatch_tokens: int = 16384  # token budget of one packed micro-batch (prompt + response)
+    microbatch_tokens: int = 16384  # budget of one packed micro-batch on a rank (prompt + response)
     loss_chunk_tokens: int = 1024  # tokens whose logits, of both models, are alive at a time in the loss
     timeout_minutes: float = 10.0  # of every collective: a rank that stops answering ends the run
 
@@ -273,7 +273,7 @@ class ParallelConfig:
             )
 
     def tensor_size(self, world_size: int) -> int:
-        return self.tensor or max(world_size // (self.pipeline * self.expert * self.context), 1)
+        return self.tensor or max(world_size // (self.pipeline * self.context), 1)
 
 
 @dataclass(frozen=True)

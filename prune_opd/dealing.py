@@ -83,16 +83,19 @@ def padded_size(tokens: int, multiple: int) -> int:
     return multiple * max(1, math.ceil(tokens / multiple))
 
 
-def packing_record(lengths: Sequence[int], deals: Sequence[Deal], multiple: int = 1) -> dict[str, float]:
+def packing_record(
+    lengths: Sequence[int], deals: Sequence[Deal], multiple: int = 1, row_multiple: int = 1
+) -> dict[str, float]:
     """What packing saved, for a step record of metrics.jsonl (track/metrics.py has the meanings).
 
-    lengths: tokens of every row of the global batch. deals: one of each update. multiple: as in `packing.pack`.
+    lengths: tokens of every row of the global batch. deals: one of each update. multiple, row_multiple: what the tokens
+    of a micro-batch, and of each of its rows, are filled up to.
     """
     real = sum(lengths)
     packed = [
         [
-            sum(padded_size(sum(lengths[row] for row in rows), multiple) for rows in micro_batches)
-            for micro_batches in dealt
+            sum(padded_size(sum(padded_size(lengths[row], row_multiple) for row in rows), multiple) for rows in part)
+            for part in dealt
         ]
         for dealt in deals
     ]  # [update][rank]

@@ -19,7 +19,8 @@ One pass over the packed response tokens, in order. Of a chunk of n tokens, on e
 
 The gate is a running count, so nothing of a later chunk is needed for an earlier one, and the gradient is formed while
 the logits are there: no matrix product is computed twice and nothing of size tokens × vocabulary outlives its chunk.
-What needs a whole response first (`weight_normalisation = mean`, iw_opd, tip) takes a pass before for that alone.
+What needs a whole response first (`weight_normalisation = mean`, iw_opd, tip) takes a pass before for that alone, and
+so does a gate over context-parallel ranks, each of which has a part of every response (context.py).
 
 An objective on the whole vocabulary has every column of a rank as its candidates; its sums are all-reduced, and a chunk
 of log-probabilities of both models is alive beside the logits. Where both models' vocabularies are padded differently,
@@ -36,7 +37,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 
 import torch
 import torch.distributed as dist
@@ -44,8 +44,9 @@ from torch import Tensor
 
 from prune_opd.chunk import Gradients, Look, OldPolicy, WithGradients, chunk_loss, look
 from prune_opd.config import GateConfig, ObjectiveConfig, WeightingConfig
-from prune_opd.errors import ConfigError
+from prune_opd.context import ContextShard
 from prune_opd.gate import PackedGate, apply_gate_packed
+from prune_opd.loss_input import check_buffer, checked_offsets, raise_if_broken
 from prune_opd.objective import on_vocabulary
 from prune_opd.vocab_parallel import OutputHead
 from prune_opd.weighting import (
@@ -62,7 +63,10 @@ NO_WEIGHTING = WeightingConfig()
 
 @dataclass(frozen=True)
 class GateStats:
-    """What the loss saw, detached: N packed tokens (fp32; fp64 for fp64 inputs) and B responses."""
+    """What the loss saw, detached: N packed tokens (fp32; fp64 for fp64 inputs) and B responses.
+
+    With a context shard these are the tokens of all its group's ranks, on each of them; only `policy` is a rank's own.
+    """
 
     overlap_N: Tensor  # O, always fp32; measured with objective.k where there is no gate
     event_N: Tensor  # B, bool
@@ -93,6 +97,7 @@ def distill_loss(
     weighting: WeightingConfig = NO_WEIGHTING,
     keep_policy: bool = False,
     old: OldPolicy | None = None,
+    context: ContextShard | None = None,
     weight_grad: Tensor | None = None,
 ) -> tuple[Tensor, int, GateStats]:
     """Σ_t ℓ_t over N packed response tokens, how many they are, and what the gate saw.
@@ -110,6 +115,8 @@ def distill_loss(
     weighting: a weighting of the literature, beside the gate.
     keep_policy: leave in stats.policy what stays fixed of these tokens while several updates are made with them.
     old: that, when updates have been made since; the statistics are then the moved student's, but for weight_N.
+    context: when the tokens are shared among context-parallel ranks: which of them these N are. cu_seqlens is then of
+        all of them, and loss_sum, token_count and the weight's gradient are this rank's: add them up over the group.
     weight_grad: buffer [V/tp, H], fp32 or of the weight's dtype, that the weight's gradient of loss_sum is added to
         while it is formed; student_weight_VH then gets none through autograd. It is there when this returns, so
         loss_sum must be back-propagated once, as it is: a backward that brings another upstream gradient than 1, or
@@ -125,11 +132,11 @@ def distill_loss(
     want_gradients = torch.is_grad_enabled() and (student_hidden_NH.requires_grad or student_weight_VH.requires_grad)
     student = OutputHead("student", student_hidden_NH, student_weight_VH, objective.temperature, vocab_size, tp_group)
     teacher = OutputHead("teacher", teacher_hidden_NH, teacher_weight_VH, objective.temperature, vocab_size, tp_group)
-    offsets = _check(student, teacher, sampled_ids_N, cu_seqlens, gate, objective, weighting, chunk)
+    offsets = checked_offsets(student, teacher, sampled_ids_N, cu_seqlens, gate, objective, weighting, chunk, context)
     if weight_grad is not None:
-        _check_buffer(weight_grad, student_weight_VH)
+        check_buffer(weight_grad, student_weight_VH)
     with torch.no_grad():
-        loop = _Pass(student, teacher, sampled_ids_N, offsets, gate, objective, weighting, chunk)
+        loop = _Pass(student, teacher, sampled_ids_N, offsets, gate, objective, weighting, chunk, context)
         gradients = Gradients(
             student,
             want_hidden=want_gradients and student_hidden_NH.requires_grad,
@@ -159,13 +166,15 @@ class _Pass:
         objective: ObjectiveConfig,
         weighting: WeightingConfig,
         chunk: int,
+        context: ContextShard | None,
     ) -> None:
         self.student, self.teacher, self.sampled_ids_N, self.offsets = student, teacher, sampled_ids_N, offsets
-        self.gate, self.weighting = gate, weighting
+        self.gate, self.weighting, self.context = gate, weighting, context
         added = added_objective(weighting)
         self.objectives = [objective] if added is None else [objective, added]
         tokens = len(sampled_ids_N)
-        self.chunks = [slice(begin, min(begin + chunk, tokens)) for begin in range(0, tokens, chunk)]
+        # No tokens are one empty chunk: it has the right shapes, and takes part in what ranks exchange.
+        self.chunks = [slice(begin, min(begin + chunk, tokens)) for begin in range(0, tokens, chunk)] or [slice(0, 0)]
         self.dtype = torch.promote_types(torch.promote_types(student.dtype, teacher.dtype), torch.float32)
         self.device = sampled_ids_N.device
         if on_vocabulary(objective) or needs_vocabulary(weighting):
@@ -190,11 +199,14 @@ class _Pass:
             old_part = None if old is None else old.part(part)
             seen = self._look(part, old=old_part)
             overlap_N[part], event_N[part], sampled_logp_N[part] = seen.overlap_N, seen.event_N, seen.sampled_logp_N
-            reliability_N[part], gate_N = running.advance(seen.event_N)
+            gate_N = None if whole_gate_N is None else whole_gate_N[part]
+            if self.context is None:
+                reliability_N[part], running_N = running.advance(seen.event_N)
+                gate_N = running_N if gate_N is None else gate_N
             if old_part is not None:
                 weights = old_part.weights
             else:
-                gate_N = gate_N if whole_gate_N is None else whole_gate_N[part]
+                assert gate_N is not None
                 weights = [gate_N if whole_weighting_N is None else gate_N * whole_weighting_N[part]]
                 weights += [gate_N * added_on(self.weighting, seen.signals) for _ in self.objectives[1:]]
             weight_N[part] = weights[0]
@@ -210,8 +222,15 @@ class _Pass:
 
         vocab_size = self.student.shard.vocab_size
         outside = ((self.sampled_ids_N < 0) | (self.sampled_ids_N >= vocab_size)).any()
-        _raise_if_broken(torch.cat([~finite_2, outside[None]]), vocab_size)
-        ratio_N, clipped_N = torch.cat(ratios, dim=1) if ratios else (None, None)
+        broken_3 = torch.cat([~finite_2, outside[None]]).int()
+        moved = list(torch.cat(ratios, dim=1).unbind()) if ratios else []
+        if self.context is not None:
+            dist.all_reduce(broken_3, op=dist.ReduceOp.MAX, group=self.context.group)
+            seen_N = [overlap_N, event_N, weight_N, sampled_logp_N, divergence_N, *moved]
+            overlap_N, event_N, weight_N, sampled_logp_N, divergence_N, *moved = self.context.whole(seen_N, self.dtype)
+            reliability_N, _ = running.advance(event_N)
+        raise_if_broken(broken_3, vocab_size)
+        ratio_N, clipped_N = moved or (None, None)
         return loss_sum.to(self.dtype), GateStats(
             overlap_N=overlap_N,
             event_N=event_N,
@@ -227,20 +246,38 @@ class _Pass:
         )
 
     def _whole_response_weights(self) -> tuple[Tensor | None, Tensor | None]:
-        """W [N] if its normalisation needs whole responses, and the weighting's w [N] if that does: an extra pass."""
-        gate = self.gate if self.gate is not None and self.gate.weight_normalisation == "mean" else None
-        weighs = needs_whole_response(self.weighting)
-        if not self.chunks or (gate is None and not weighs):
+        """W [N] and the weighting's w [N], each if it needs more of the responses than what came before: an extra pass.
+
+        W does where it is normalised by its mean, and where other ranks have a part of the responses.
+        """
+        mean = self.gate is not None and self.gate.weight_normalisation == "mean"
+        gates, weighs = mean or self.context is not None, needs_whole_response(self.weighting)
+        if not gates and not weighs:
             return None, None
+        if self.gate is None and not weighs:
+            return torch.ones(len(self.sampled_ids_N), dtype=self.dtype, device=self.device), None
         looks = [(seen.event_N, seen.signals) for seen in (self._look(part, whole=weighs) for part in self.chunks)]
+        event_N, signals = torch.cat([event_N for event_N, _ in looks]), Signals.joined([part for _, part in looks])
+        if self.context is not None:
+            event_N, signals = self._of_all_ranks(event_N, signals)
         gate_N = weighting_N = None
-        if gate is not None:
-            event_N = torch.cat([event_N for event_N, _ in looks])
-            gate_N = apply_gate_packed(event_N, self.offsets, gate, self.dtype).weight_BT
+        if gates:
+            gate_N = self._mine(apply_gate_packed(event_N, self.offsets, self.gate, self.dtype).weight_BT)
         if weighs:
-            signals = Signals.joined([signals for _, signals in looks])
-            weighting_N = response_weights(self.weighting, signals, self.offsets).to(self.dtype)
+            weighting_N = self._mine(response_weights(self.weighting, signals, self.offsets).to(self.dtype))
         return gate_N, weighting_N
+
+    def _of_all_ranks(self, event_N: Tensor, signals: Signals) -> tuple[Tensor, Signals]:
+        """Events and signals of the whole batch, from those of this context-parallel rank."""
+        assert self.context is not None
+        advantage_N, *others = signals
+        given = [signal_N for signal_N in others if signal_N is not None]
+        event_N, advantage_N, *whole = self.context.whole([event_N, advantage_N, *given], self.dtype)
+        return event_N, Signals(advantage_N, *(None if signal_N is None else whole.pop(0) for signal_N in others))
+
+    def _mine(self, whole_N: Tensor) -> Tensor:
+        """This rank's tokens of the whole batch's."""
+        return whole_N if self.context is None else whole_N[self.context.index_N]
 
     def _look(self, part: slice, *, whole: bool = False, old: OldPolicy | None = None) -> Look:
         """whole: with the signals of a weighting that needs whole responses. old: look where it did."""
@@ -255,91 +292,4 @@ class _Pass:
             given=None if old is None or old.reward_NK is None else old.candidates,
             in_logs=sums or on_vocabulary(self.objectives[0]),
             sums=sums,
-        )
-
-
-# ---------------------------------------------------------------------------------------------------- bad input
-
-
-def _check(
-    student: OutputHead,
-    teacher: OutputHead,
-    sampled_ids_N: Tensor,
-    cu_seqlens: Tensor | Sequence[int],
-    gate: GateConfig | None,
-    objective: ObjectiveConfig,
-    weighting: WeightingConfig,
-    chunk: int,
-) -> list[int]:
-    """The offsets on the host, or one error that names what does not fit."""
-    if chunk < 1:
-        raise ConfigError(f"chunk = {chunk} is out of range: give the tokens to work on at a time, at least 1")
-    vocab_size = student.shard.vocab_size
-    sizes = {"objective.k": objective.k}
-    if gate is not None:
-        sizes["gate.k"] = gate.k
-    if weighting.name == "entropy_aware":
-        sizes["weighting.forward_k"] = weighting.forward_k
-    for name, k in sizes.items():
-        if k > vocab_size:
-            raise ConfigError(
-                f"{name} = {k} is larger than vocab_size = {vocab_size}: there are not so many candidates"
-            )
-    tokens = len(student.hidden_NH)
-    if len(teacher.hidden_NH) != tokens:
-        raise ValueError(
-            f"teacher_hidden has {len(teacher.hidden_NH)} tokens and student_hidden {tokens}: "
-            "both models must have seen the same packed response tokens"
-        )
-    if sampled_ids_N.shape != (tokens,) or sampled_ids_N.is_floating_point():
-        raise ValueError(
-            f"sampled_ids is {sampled_ids_N.dtype} {list(sampled_ids_N.shape)}: "
-            f"one integer id per token of student_hidden is needed, [{tokens}]"
-        )
-    offsets = cu_seqlens.tolist() if isinstance(cu_seqlens, Tensor) else list(cu_seqlens)
-    if not isinstance(offsets, list) or not offsets or not all(isinstance(offset, int) for offset in offsets):
-        raise ValueError(f"cu_seqlens = {offsets!r}: a flat list of whole numbers is needed, from 0 to {tokens}")
-    if offsets[0] != 0 or offsets[-1] != tokens:
-        raise ValueError(
-            f"cu_seqlens runs from {offsets[0]} to {offsets[-1]}: "
-            f"it must cover the tokens of student_hidden, 0 to {tokens}"
-        )
-    if any(after < before for before, after in pairwise(offsets)):
-        raise ValueError(
-            f"cu_seqlens = {offsets} decreases: the offset of a response is never below that of the one before"
-        )
-    return offsets
-
-
-def _check_buffer(weight_grad: Tensor, weight_VH: Tensor) -> None:
-    fits = (
-        weight_grad.shape == weight_VH.shape
-        and weight_grad.device == weight_VH.device
-        and weight_grad.dtype in (torch.float32, weight_VH.dtype)
-        and not weight_grad.requires_grad
-    )
-    if not fits or not weight_VH.requires_grad:
-        raise ValueError(
-            f"weight_grad is {_describe(weight_grad)} and student_weight is {_describe(weight_VH)}: a buffer is needed "
-            "of the weight's shape, on its device, in float32 or its dtype, beside a weight that requires a gradient"
-        )
-
-
-def _describe(tensor: Tensor) -> str:
-    wants = ", requires_grad" if tensor.requires_grad else ""
-    return f"{tensor.dtype} {list(tensor.shape)} on {tensor.device}{wants}"
-
-
-def _raise_if_broken(broken_3: Tensor, vocab_size: int) -> None:
-    """One wait for the whole call. All ranks of a group have the same numbers, and so raise together."""
-    student, teacher, outside = broken_3.tolist()
-    for name, broken in (("student", student), ("teacher", teacher)):
-        if broken:
-            raise ValueError(
-                f"{name}_hidden gives logits that are not finite: "
-                f"look for NaN or infinity in the {name}'s hidden states and output weight"
-            )
-    if outside:
-        raise ValueError(
-            f"sampled_ids has an id outside 0..{vocab_size - 1}: student, teacher and rollout need one vocabulary"
         )

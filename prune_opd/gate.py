@@ -165,12 +165,12 @@ class PackedGate:
 
 
 def apply_gate_packed(
-    event_N: Tensor, cu_seqlens: Sequence[int], gate: GateConfig, dtype: torch.dtype = torch.float32
+    event_N: Tensor, cu_seqlens: Sequence[int], gate: GateConfig | None, dtype: torch.dtype = torch.float32
 ) -> Gate:
     """`apply_gate` for packed responses, all tokens at once: event_N bool [N] to R [N], W [N] and E [B]."""
     packed = PackedGate(cu_seqlens, gate, event_N.device, torch.float64)
     reliability_N, weight_N = packed.advance(event_N)
-    if gate.weight_normalisation == "mean":
+    if gate is not None and gate.weight_normalisation == "mean":
         weight_N = packed.divide_by_mean(weight_N)
     return Gate(reliability_N.to(dtype), weight_N.to(dtype), packed.reliable_length(reliability_N))
 

@@ -28,11 +28,12 @@ def gated_loss(run: Run, teacher_hidden: TeacherHidden, stats: BatchStats, updat
 
     def loss(model: HiddenStatesGPT, batch: PackedBatch, hidden_NH: Tensor) -> tuple[Tensor, int]:
         old = policies.get(batch.rows)
-        head_weight_VH = model.head_weight()
+        head_weight_VH, context = model.head_weight(), batch.context
+        teacher_hidden_MH = teacher_hidden.packed(batch.rows)
         loss_sum, tokens, seen = distill_loss(
             hidden_NH[batch.predicting_M],
             head_weight_VH,
-            teacher_hidden.packed(batch.rows),
+            teacher_hidden_MH if context is None else teacher_hidden_MH[context.index_N],
             run.teacher.head_weight,
             batch.sampled_ids_M,
             batch.cu_responses,
@@ -44,6 +45,7 @@ def gated_loss(run: Run, teacher_hidden: TeacherHidden, stats: BatchStats, updat
             weighting=run.config.weighting,
             keep_policy=updates > 1 and old is None,
             old=old,
+            context=context,
             # The head's gradient goes straight into megatron's buffer: the trainer back-propagates loss_sum as it is
             # and divides by the global token count at the end. A tied embedding's own gradient arrives through
             # param.grad, which megatron's hook adds to the same buffer. overlap_grad_reduce would need a param.grad of

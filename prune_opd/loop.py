@@ -64,7 +64,7 @@ def step(run: Run) -> None:
         if len(minibatches) > 1:
             run.trainer.look(batches, loss)  # at the policy that sampled the batch, before it moves
         result = run.trainer.step_through(minibatches, loss)
-        stats.reduce(run.layout.counts)
+        stats.reduce(run.layout.reports)
     run.controller.update(stats.reliable_length_B, rollouts.length_B, rollouts.finished_B)
     run.finished_steps = number
     run.tracker.step(

@@ -86,22 +86,6 @@ def _experts_not_built(config: dict[str, Any]) -> str | None:
     return None
 
 
-def experts_do_not_fit(
-    config: dict[str, Any], *, tensor: int, expert: int, sequence_parallel: bool, trained: bool
-) -> str | None:
-    """Why a model's experts cannot lie in such a layout, and what would do; None for a dense model."""
-    moe = _moe_spec(config) if config.get("model_type") == "qwen3_moe" else None
-    if moe is None:
-        return None
-    if moe.experts % expert:
-        return f"parallel.expert = {expert} does not divide the model's {moe.experts} experts: choose a divisor"
-    if moe.ffn % tensor:
-        return f"parallel.tensor = {tensor} does not divide moe_intermediate_size = {moe.ffn}: choose a divisor"
-    if trained and tensor > 1 and not sequence_parallel:  # megatron-core raises in the middle of the first step
-        return "parallel.sequence_parallel = False cannot train experts with parallel.tensor > 1: set it to true"
-    return None
-
-
 @dataclass(frozen=True)
 class RopeSpec:
     """Rotary positions: `theta`, and how the frequencies are stretched for longer contexts (`kind`).

@@ -11,6 +11,8 @@ import platformdirs
 
 from prune_opd.config import SftConfig, to_dict
 
+SFT_LAYOUT = ("nproc", "tensor", "microbatch_tokens", "timeout_minutes")
+
 
 def cache_dir() -> Path:
     """The per-user cache of this project; the environment variable PRUNE_OPD_CACHE moves it. Not created here."""
@@ -32,10 +34,12 @@ def config_digest(config: SftConfig) -> str:
     """Twelve hex digits that change with anything that shapes the trained model, wherever the cache lies.
 
     `output` is left out, so the digest can name it. Of `init` the last two parts count: for a model of the cache that
-    is `<digest>/<name>`, so the digest covers the whole lineage and a changed ancestor rebuilds its descendants.
+    is `<digest>/<name>`, so the digest covers the whole lineage and a changed ancestor rebuilds its descendants. Of the
+    layout only what supervised training takes counts, so that a new kind of parallelism leaves the models as they are.
     """
     settings = to_dict(config)
     del settings["output"]
+    settings["parallel"] = {name: settings["parallel"][name] for name in SFT_LAYOUT}
     if config.init is not None:
         settings["init"] = Path(config.init).parts[-2:]
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]

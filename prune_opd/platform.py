@@ -48,6 +48,10 @@ EXPECTED_WARNINGS = (
     "full scope is deprecated",
     "When using async grad allreduce",
     "`torch.distributed.reduce_op` is deprecated",
+    "`torch.distributed.reduce_scatter_tensor` is deprecated",
+    "`torch.distributed.all_gather_into_tensor` is deprecated",
+    "Please use DTensor instead",
+    "`load_state_dict` is deprecated",
 )
 
 

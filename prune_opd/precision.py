@@ -154,6 +154,16 @@ def token_problems(microbatch_tokens: int, multiple: int) -> list[str]:
     ]
 
 
+def context_problems(context: int, gpu: bool) -> list[str]:
+    """Context parallelism is Transformer Engine's: megatron-core's own attention would give wrong results."""
+    if context == 1:
+        return []
+    field, remedy = f"parallel.context = {context}", "set parallel.context=1"
+    if missing := transformer_engine_problem():
+        return [f"{field} needs Transformer Engine, and {missing}: install it, or {remedy}"]
+    return [] if gpu else [f"{field} needs a CUDA GPU and there is none here: {remedy}"]
+
+
 def parameter_problems(student: Fp8Config, distributed_optimizer: bool) -> list[str]:
     """megatron-core writes fp32 masters back into FP8 parameters in its distributed optimizer only."""
     if not (student.on and student.param) or distributed_optimizer:

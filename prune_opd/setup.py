@@ -14,7 +14,7 @@ import torch.distributed as dist
 from prune_opd import platform
 from prune_opd.config import MemoryConfig, TrainConfig, to_dict
 from prune_opd.data.prompts import PromptSampler, held_out, make_source
-from prune_opd.dealing import Deal, deal, packing_record
+from prune_opd.dealing import Deal, deal, packing_record, padded_size
 from prune_opd.errors import UserError
 from prune_opd.eval.evaluate import Evaluator
 from prune_opd.horizon import HorizonController, make_controller
@@ -95,9 +95,9 @@ class Run:
     def _packed(self, rollouts: Rollouts, deal: Deal) -> list[PackedBatch]:
         from prune_opd.megatron.packing import pack_rows
 
-        prompts, responses, device = rollouts.prompt_ids, rollouts.response_ids, self.machine.device
-        multiple = self.trainer.chunks[0].token_multiple
-        return [pack_rows(prompts, responses, rows, device, multiple) for rows in deal[self.layout.dp_rank]]
+        prompts, responses = rollouts.prompt_ids, rollouts.response_ids
+        shape = (self.machine.device, self.trainer.chunks[0].token_multiple, self.layout.student.cp_group)
+        return [pack_rows(prompts, responses, rows, *shape) for rows in deal[self.layout.dp_rank]]
 
     def minibatches(self, rollouts: Rollouts) -> list[list[PackedBatch]]:
         """`pack` of each update's share of the batch."""
@@ -109,8 +109,9 @@ class Run:
 
     def packing_record(self, rollouts: Rollouts) -> dict[str, float]:
         """The packing's part of a step record: of the global batch, the same on every rank."""
-        multiple = self.trainer.chunks[0].token_multiple
-        return packing_record(rollouts.row_length_B, self.deals(rollouts), multiple)
+        student = self.layout.student
+        multiple = student.batch_multiple(self.trainer.chunks[0].token_multiple)
+        return packing_record(rollouts.row_length_B, self.deals(rollouts), multiple, student.row_multiple)
 
     def _shares(self, rollouts: Rollouts) -> list[tuple[int, int]]:
         """First row and one past the last of each update: `updates_per_batch` runs of whole responses, in their order.
@@ -124,7 +125,8 @@ class Run:
         """Rows first … last − 1 for every data-parallel rank."""
         rows = range(len(rollouts.responses))[first:last]
         student, budget = self.layout.student, self.config.parallel.microbatch_tokens
-        return deal(rollouts.row_length_B, rows, student.dp, budget, student.microbatch_multiple)
+        lengths = [padded_size(length, student.row_multiple) for length in rollouts.row_length_B]
+        return deal(lengths, rows, student.dp, budget * student.cp, student.microbatch_multiple)
 
     def new_stats(self, responses: int) -> BatchStats:
         bins, longest = self.config.track.position_bins, self.config.horizon.max_len
@@ -207,17 +209,11 @@ def prepare(config: TrainConfig, run_dir: Path, resume: str) -> Run:
     tokenizer = AutoTokenizer.from_pretrained(config.student)
     source = make_source(config.data, tokenizer, config.seed, config.rollout.max_prompt_len)
     parallel, precision, memory = config.parallel, config.precision, config.memory
+    student_fp8, teacher_fp8 = precision.student_fp8, precision.teacher_fp8
     trainer = Trainer(
-        config.student,
-        config.optimizer,
-        parallel,
-        config.steps,
-        layout,
-        dtype,
-        machine.device,
-        precision.student_fp8,
+        config.student, config.optimizer, parallel, config.steps, layout, dtype, machine.device, student_fp8
     )
-    teacher = Teacher(config.teacher, layout, dtype, machine.device, parallel.microbatch_tokens, precision.teacher_fp8)
+    teacher = Teacher(config.teacher, layout, dtype, machine.device, parallel.microbatch_tokens, teacher_fp8)
     longest = max(config.horizon.max_len, config.evaluation.max_len or 0)
     engine = RolloutEngine(config.student, config.rollout, longest, dtype, machine, sleep_level=memory.sleep_level)
     run = Run(

@@ -45,7 +45,7 @@ class BatchStats:
     def reduce(self, counts: bool) -> None:
         """Make every rank's sums those of the global batch: one collective of the whole job.
 
-        counts: whether this rank's sums are taken; each token must be in those of one rank (`Layout.counts`).
+        counts: whether this rank's sums are taken; each token must be in those of one rank (`Layout.reports`).
         """
         flat = torch.cat([self.reliable_length_B, self.sums.flatten(), self.count, self.ratio_3])
         if not counts:

@@ -267,6 +267,12 @@ def test_a_run_goes_on_with_harmless_changes(pair: TrainConfig, run_dir: Path, p
     assert in_run_dir(apply_overrides(pair, [HARMLESS_CHANGES[part]]), run_dir) == []
 
 
+def test_the_other_optimizer_is_not_harmless(pair: TrainConfig, run_dir: Path) -> None:
+    """Its checkpoints are made of other parts, whatever the layout."""
+    changed = apply_overrides(pair, ["parallel.distributed_optimizer=true"])
+    assert "parallel.distributed_optimizer: false → true" in only(in_run_dir(changed, run_dir))
+
+
 def test_other_evaluation_settings_are_not_harmless(pair: TrainConfig, run_dir: Path) -> None:
     assert "evaluation.problems" in only(in_run_dir(apply_overrides(pair, ["evaluation.problems=3"]), run_dir))
 

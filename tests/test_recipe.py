@@ -311,3 +311,9 @@ def test_differences_of_shape_are_one_line(old: RunConfig, new: RunConfig, expec
         assert lines == expected
     else:
         assert expected in lines[-1] and lines[-1].endswith(("→ []", "→ null"))
+
+
+def test_the_digest_does_not_depend_on_parallelism_that_supervised_training_has_not() -> None:
+    teacher = load_recipe("tiny_teacher")
+    pipeline = dataclasses.replace(teacher.parallel, recompute="full", teacher_tensor=1)
+    assert paths.config_digest(dataclasses.replace(teacher, parallel=pipeline)) == paths.config_digest(teacher)

@@ -128,9 +128,13 @@ def test_keeping_the_policy_changes_nothing() -> None:
     assert all(torch.equal(a, b) for a, b in zip(plain.gradients(), keeping.gradients(), strict=True))
 
 
-def test_no_tokens_have_no_policy_to_keep() -> None:
+def test_the_policy_of_no_tokens_is_empty_and_serves_later_updates() -> None:
     case = make_case(lengths=(0, 0)).leaves(torch.float32)
-    assert case.fused(keep_policy=True, weighting=WeightingConfig("iw_opd"))[2].policy is None
+    policy = case.fused(keep_policy=True, weighting=WeightingConfig("iw_opd"))[2].policy
+    assert policy is not None and len(policy.weights[0]) == len(policy.logp_NK) == 0
+    loss, tokens, stats = case.fused(old=policy, weighting=WeightingConfig("iw_opd"))
+    assert (loss.item(), tokens) == (0, 0)
+    assert stats.ratio_N is not None and len(stats.ratio_N) == 0
 
 
 # ---------------------------------------------------------------------------------------------------- the log

@@ -123,6 +123,7 @@ def _case(
         "dp_imbalance_by_length": record["dp_imbalance"],
         "wall_s": seconds,
         "time_packed_over_padded": median(seconds["packed"]) / median(seconds["padded"]),
+        "loss": losses,
         "loss_apart": abs(losses["packed"] - losses["padded"]) / abs(losses["padded"]),
     }
 
@@ -173,18 +174,22 @@ def _step(student: Any, teacher: Any, batch: PackedBatch) -> float:
 
 def _print(result: dict[str, Any], console: Console) -> None:
     settings, environment = result["settings"], result["environment"]
-    table = Table(
-        title=f"{settings['rows']} rows, {environment['threads']} thread(s), medians of {settings['rounds']} rounds",
-        title_justify="left",
-    )
-    columns = ("horizon", "tokens packed", "padded", "padding before", "after", "time packed / padded")
-    for column in (*columns, f"imbalance of {settings['ranks']} ranks in turns", "by length"):
+    title = f"{settings['rows']} rows, {environment['threads']} thread(s), medians of {settings['rounds']} rounds"
+    table = Table(title=f"{title}; imbalance of {settings['ranks']} data-parallel ranks", title_justify="left")
+    for column in (
+        "horizon",
+        "tokens",
+        "padded: padding",
+        "packed: padding",
+        "time packed / padded",
+        "imbalance in turns",
+        "by length",
+    ):
         table.add_column(column, justify="right")
     for case in result["cases"]:
         table.add_row(
             str(case["horizon"]),
             f"{case['tokens']['packed']:,}",
-            f"{case['tokens']['padded']:,}",
             f"{case['padding_waste_padded']:.1%}",
             f"{case['padding_waste_packed']:.1%}",
             f"{case['time_packed_over_padded']:.2f}",

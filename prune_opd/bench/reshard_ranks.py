@@ -11,8 +11,8 @@
     X + reload   vLLM's reload drawing from stream X: what a weight sync is
 
 They take turns, round after round, each with a barrier before and after. `cpu_s` is this rank's CPU time, all threads.
-Memory is the growth of the kernel's peak of resident memory (VmHWM) over what was resident before, of a stream whose
-buffers are new.
+Memory is the kernel's peak of resident memory (VmHWM) with buffers that are new: of a stream alone over what was
+resident before, of a stream with the reload over the peak of the reload from ready tensors.
 """
 
 from __future__ import annotations
@@ -169,15 +169,15 @@ def _cpu_time() -> float:
     return usage.ru_utime + usage.ru_stime
 
 
-def growth(run: Callable[[], None]) -> int:
-    """Peak of resident memory during `run` above what was resident before [bytes]."""
+def peak(run: Callable[[], None]) -> tuple[int, int]:
+    """Resident memory before `run` and at its peak [bytes]."""
     gc.collect()
     dist.barrier()
     before = _reset_peak()
     run()
-    extra = _peak() - before
+    highest = _peak()
     dist.barrier()
-    return extra
+    return before, highest
 
 
 class Stopwatch:
@@ -235,19 +235,25 @@ def measure(chunks: list[Any], engine: Any, bucket_mb: float, rounds: int) -> di
             if name.endswith("+ reload"):
                 checksum_share[name.split()[0]].append(checksums.seconds / result["wall_s"])
 
-    memory = {}
-    reload_bytes = growth(contenders["reload"])
-    for name, resharder in resharders.items():
+    memory: dict[str, dict[str, list[int]]] = {
+        name: {"stream_bytes": [], "sync_beyond_reload_bytes": [], "buffers": []} for name in TRANSPORTS
+    }
+    for resharder in resharders.values():
         resharder.release()
-        alone = growth(contenders[name])
-        resharder.release()
-        together = growth(contenders[f"{name} + reload"])
-        memory[name] = {"stream_bytes": alone, "sync_beyond_reload_bytes": together - reload_bytes}
+    for _ in range(rounds):
+        _, of_reload = peak(contenders["reload"])
+        for name, resharder in resharders.items():
+            before, highest = peak(contenders[name])
+            resharder.release()
+            memory[name]["stream_bytes"].append(highest - before)
+            _, highest = peak(contenders[f"{name} + reload"])
+            memory[name]["sync_beyond_reload_bytes"].append(highest - of_reload)
+            memory[name]["buffers"].append(len(resharder._buffers))
+            resharder.release()
     return {
         "times": times,
         "checksum_share": checksum_share,
         "memory": memory,
-        "reload_bytes": reload_bytes,
         "moved_bytes": bare.nbytes,
         "model_bytes": sum(tensor.nbytes for tensor in ready.values()),
         "parameters": sum(tensor.numel() for tensor in ready.values()),

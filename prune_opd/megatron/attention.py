@@ -1,4 +1,9 @@
-"""Core attention for packed sequences: which one a layer gets, and ours for where there is no Transformer Engine."""
+"""Core attention for packed sequences where there is no Transformer Engine: torch's SDPA, segment by segment.
+
+`model.layer_spec` chooses. With Transformer Engine a layer gets megatron-core's `TEDotProductAttention`, which hands
+what `PackedBatch.attention_segments` says (`qkv_format="thd"`, int32 `cu_seqlens` on the device) to TE's flash or fused
+attention, and is the only one with context parallelism. It cannot run without a GPU, and nobody has run it yet.
+"""
 
 from __future__ import annotations
 
@@ -6,25 +11,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from megatron.core.extensions.transformer_engine import HAVE_TE, TEDotProductAttention
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
-
-
-def core_attention() -> type:
-    """The core attention of a layer spec: the one place that chooses.
-
-    With Transformer Engine it is megatron-core's `TEDotProductAttention`, as in the TE layer spec: it hands what
-    `PackedBatch.attention_segments` says (`qkv_format="thd"`, int32 `cu_seqlens` on the device) to TE's flash or fused
-    attention, and is the only one with context parallelism. Without a GPU it can be built but not run, and nobody has
-    run it yet. Without Transformer Engine it is `PackedSdpaAttention`, on whatever device.
-    """
-    if HAVE_TE:
-        return TEDotProductAttention
-    return PackedSdpaAttention
 
 
 class PackedSdpaAttention(MegatronModule):

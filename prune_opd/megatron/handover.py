@@ -2,8 +2,8 @@
 
 The two models may lie differently over the same ranks: another TP, another pipeline, and so another number of replicas
 that share the rows. Every rank knows both deals of the rows, works out all routes and does its part of one all-to-all
-of the job. A row goes to every TP rank of the student's replica that trains on it, from a rank that has it already if
-that is the same one (no traffic), else from the TP ranks of the teacher's replica in turn.
+of the job. A row goes to every last-stage rank of the student's replica that trains on it, from a rank that has it
+already if that is the same one (no traffic), else from the ranks of the teacher's replica in turn.
 """
 
 from __future__ import annotations
@@ -26,10 +26,7 @@ Routes = dict[tuple[int, int], list[int]]
 class LastStage(Protocol):
     """What the routes need to know of a layout (`ModelLayout`)."""
 
-    @property
-    def tp(self) -> int: ...
-
-    def last_stage_rank(self, dp_rank: int, tp_rank: int) -> int: ...
+    def last_stage_ranks(self, dp_rank: int) -> list[int]: ...
 
 
 @dataclass(frozen=True)
@@ -55,10 +52,9 @@ def find_routes(
     """Who sends which row to whom. Every destination gets a row once."""
     routes: Routes = {}
     for row in sorted(student_replica):
-        holders = [teacher.last_stage_rank(teacher_replica[row], i) for i in range(teacher.tp)]
-        for i in range(student.tp):
-            destination = student.last_stage_rank(student_replica[row], i)
-            source = destination if destination in holders else holders[i % teacher.tp]
+        holders = teacher.last_stage_ranks(teacher_replica[row])
+        for i, destination in enumerate(student.last_stage_ranks(student_replica[row])):
+            source = destination if destination in holders else holders[i % len(holders)]
             routes.setdefault((source, destination), []).append(row)
     return routes
 

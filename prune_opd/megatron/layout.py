@@ -1,11 +1,13 @@
 """Process groups: where a model's shards lie, and this rank's place among them.
 
-Ranks are numbered as megatron-core does it: tensor parallel neighbours first, then data parallel replicas, then
-pipeline stages. With TP 2 on 8 ranks and 2 stages, ranks 0 1 hold one stage of one replica, ranks 4 5 its next stage.
+Ranks are numbered as megatron-core does it: tensor parallel neighbours first, then context parallel ones, data parallel
+replicas and pipeline stages. With TP 2 on 8 ranks and 2 stages, ranks 0 1 hold one stage of one replica, ranks 4 5 its
+next stage.
 """
 
 from __future__ import annotations
 
+import math
 import os
 from dataclasses import dataclass
 from datetime import timedelta
@@ -20,7 +22,11 @@ from prune_opd.platform import Platform
 
 @dataclass(frozen=True)
 class ModelLayout:
-    """Where one model lies. `groups` is megatron's ProcessGroupCollection; vp counts chunks of layers per stage."""
+    """Where one model lies. `groups` is megatron's ProcessGroupCollection; vp counts chunks of layers per stage.
+
+    An expert is never cut: the ep ranks that share a layer's experts are neighbours among the TP and data-parallel
+    ranks of a stage. (Cut experts need all-gathers of unequal parts, which gloo does not have.)
+    """
 
     tp: int
     pp: int
@@ -48,13 +54,33 @@ class ModelLayout:
         return self.groups.pp.rank() == self.pp - 1
 
     @property
+    def cp_rank(self) -> int:
+        return self.groups.cp.rank() if self.cp > 1 else 0
+
+    @property
+    def cp_group(self) -> Any:
+        """None when the tokens are not shared."""
+        return self.groups.cp if self.cp > 1 else None
+
+    @property
     def microbatch_multiple(self) -> int:
         """What the number of micro-batches must be a multiple of: an interleaved pipeline takes them in such groups."""
         return self.pp if self.vp > 1 else 1
 
-    def last_stage_rank(self, dp_rank: int, tp_rank: int) -> int:
-        """The job's rank that has this place on the last stage."""
-        return ((self.pp - 1) * self.dp + dp_rank) * self.tp + tp_rank
+    @property
+    def row_multiple(self) -> int:
+        """What the tokens of a row must be a multiple of: context-parallel ranks get two pieces of it each."""
+        return 2 * self.cp if self.cp > 1 else 1
+
+    def batch_multiple(self, multiple: int) -> int:
+        """What the tokens of a micro-batch are a multiple of, over all ranks that share it; `multiple`: on each."""
+        return math.lcm(multiple * self.cp, self.row_multiple)
+
+    def last_stage_ranks(self, dp_rank: int) -> list[int]:
+        """The job's ranks that hold a replica's last stage."""
+        size = self.cp * self.tp
+        first = ((self.pp - 1) * self.dp + dp_rank) * size
+        return list(range(first, first + size))
 
     @property
     def tp_group(self) -> Any:
@@ -77,8 +103,13 @@ class Layout:
 
     @property
     def counts(self) -> bool:
-        """Whether what the loss sums up on this rank counts for the job: one rank of each replica's last stage."""
+        """Whether what the loss sums up on this rank counts for the job: each token is summed up once."""
         return self.student.is_last_stage and self.student.groups.tp.rank() == 0
+
+    @property
+    def reports(self) -> bool:
+        """Whether what the gate saw on this rank counts: context-parallel ranks all know it of all their tokens."""
+        return self.counts and self.student.cp_rank == 0
 
     @property
     def dp_rank(self) -> int:
@@ -126,6 +157,7 @@ def arrange(parallel: ParallelConfig, seed: int) -> Layout:
         virtual_pipeline_model_parallel_size=parallel.virtual_pipeline if parallel.virtual_pipeline > 1 else None,
         context_parallel_size=parallel.context,
         expert_model_parallel_size=parallel.expert,
+        expert_tensor_parallel_size=1,
         distributed_timeout_minutes=max(1, int(parallel.timeout_minutes)),
     )
     torch.manual_seed(seed)
@@ -159,19 +191,21 @@ def _own_groups(tp: int, pp: int, ep: int, timeout_minutes: float) -> Any:
     from megatron.core.hyper_comm_grid import HyperCommGrid
     from megatron.core.process_groups_config import ProcessGroupCollection
 
-    replicas = dist.get_world_size() // (tp * pp)
-    grid = HyperCommGrid([tp, 1, ep, replicas // ep, pp], ["tp", "cp", "ep", "expt_dp", "pp"])
-    timeout = timedelta(minutes=timeout_minutes)
+    per_stage, timeout = dist.get_world_size() // pp, timedelta(minutes=timeout_minutes)
+    grid = HyperCommGrid([tp, 1, per_stage // tp, pp], ["tp", "cp", "dp", "pp"])
+    of_experts = HyperCommGrid([1, ep, per_stage // ep, pp], ["tp", "ep", "dp", "pp"])
 
-    def group(*dims: str) -> Any:
+    def group(grid: Any, *dims: str) -> Any:
         return grid.create_pg(list(dims), timeout=timeout)
 
     groups = ProcessGroupCollection()
-    groups.tp, groups.cp, groups.pp, groups.ep = group("tp"), group("cp"), group("pp"), group("ep")
-    groups.dp = groups.dp_cp = group("cp", "ep", "expt_dp")
-    groups.mp, groups.tp_cp, groups.tp_dp_cp = group("tp", "pp"), group("tp", "cp"), group("tp", "cp", "ep", "expt_dp")
-    groups.expt_tp, groups.expt_dp = groups.tp, group("expt_dp")
-    groups.tp_ep, groups.tp_ep_pp = group("tp", "ep"), group("tp", "ep", "pp")
+    groups.tp, groups.cp, groups.pp, groups.dp = (group(grid, dim) for dim in ("tp", "cp", "pp", "dp"))
+    groups.dp_cp = groups.dp
+    groups.mp, groups.tp_cp, groups.tp_dp_cp = (
+        group(grid, *dims) for dims in (("tp", "pp"), ("tp", "cp"), ("tp", "cp", "dp"))
+    )
+    groups.expt_tp, groups.ep, groups.expt_dp = (group(of_experts, dim) for dim in ("tp", "ep", "dp"))
+    groups.tp_ep, groups.tp_ep_pp = group(of_experts, "tp", "ep"), group(of_experts, "tp", "ep", "pp")
     groups.embd = groups.pos_embd = None
     for ranks in grid.get_rank_enum("pp"):
         ends = dist.new_group(sorted({ranks[0], ranks[-1]}), timeout=timeout)  # tied embeddings start out equal

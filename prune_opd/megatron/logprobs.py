@@ -30,9 +30,10 @@ def sampled_logprobs(
     The loss of a model with itself as teacher: its statistics hold what is asked for.
     """
     prompts, responses, student = rollouts.prompt_ids, rollouts.response_ids, layout.student
-    batches = pack(prompts, responses, range(len(responses)), 16384, device, chunks[0].token_multiple)
+    shape = (device, chunks[0].token_multiple, student.cp_group)
+    batches = pack(prompts, responses, range(len(responses)), 16384, *shape)
     missing = -len(batches) % student.microbatch_multiple
-    batches += [pack_rows(prompts, responses, [], device, chunks[0].token_multiple)] * missing
+    batches += [pack_rows(prompts, responses, [], *shape)] * missing
 
     def logprobs(batch: PackedBatch, hidden_NH: Tensor) -> Tensor:
         hidden_MH, weight_VH = hidden_NH[batch.predicting_M], chunks[-1].head_weight()
@@ -47,11 +48,12 @@ def sampled_logprobs(
             ObjectiveConfig(k=1, temperature=temperature),
             layout.tp_group,
             vocab_size=chunks[-1].spec.vocab_size,
+            context=batch.context,
         )
         return stats.sampled_logp_N
 
     on_last_stage = forward(chunks, student, batches, logprobs)
-    tokens = sum(len(batch.sampled_ids_M) for batch in batches)
+    tokens = sum(rollouts.length_B)
     logprob_N = torch.cat(on_last_stage).float() if on_last_stage else torch.empty(tokens, device=device)
     last = dist.get_process_group_ranks(student.groups.pp)[-1]
     dist.broadcast(logprob_N, src=last, group=student.groups.pp)

@@ -95,6 +95,7 @@ def _expert_settings(moe: MoeSpec, layout: ModelLayout) -> dict[str, Any]:
     return {
         "num_moe_experts": moe.experts,
         "expert_model_parallel_size": layout.ep,
+        "expert_tensor_parallel_size": layout.groups.expt_tp.size(),
         "moe_ffn_hidden_size": moe.ffn,
         # A list also keeps each layer by itself in checkpoints: only needed where layers differ.
         "moe_layer_freq": 1 if all(moe.sparse) else [int(sparse) for sparse in moe.sparse],

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, pairwise
 
 import torch
+import torch.distributed as dist
 from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 
+from prune_opd.context import ContextShard
 from prune_opd.dealing import padded_size
 
 DUMMY_ID = 0  # any id of any vocabulary will do
@@ -23,6 +26,9 @@ class PackedBatch:
     a response token; sampled_ids_M: the tokens they predict. cu_seqlens: segment bounds in N; cu_responses: in M.
     rows: which rows of the rollout batch these are. A segment after theirs is one of dummies, that fill N up to a
     multiple: no row attends to them, and they predict nothing.
+
+    Context-parallel ranks have a part of every segment: N and M are then a rank's own tokens, the bounds still those of
+    all, and `context` says which of the response tokens M are.
     """
 
     rows: tuple[int, ...]
@@ -33,6 +39,7 @@ class PackedBatch:
     sampled_ids_M: Tensor
     cu_responses: Tensor
     longest: int
+    context: ContextShard | None = None
 
     def attention_segments(self) -> PackedSeqParams:
         """What megatron-core hands to rotary embeddings and core attention, ours and Transformer Engine's alike.
@@ -56,10 +63,11 @@ def pack(
     token_budget: int,
     device: torch.device,
     multiple: int = 1,
+    context_group: dist.ProcessGroup | None = None,
 ) -> list[PackedBatch]:
     """Micro-batches of at most `token_budget` tokens (a longer row stands alone), rows in the order given.
 
-    multiple: as in `pack_rows`; the dummies stay within the budget if it is a multiple itself.
+    multiple, context_group: as in `pack_rows`; the dummies stay within the budget if it is a multiple itself.
     """
     batches: list[list[int]] = []
     filled = 0
@@ -70,7 +78,7 @@ def pack(
             filled = 0
         batches[-1].append(row)
         filled += length
-    return [pack_rows(prompts, responses, batch, device, multiple) for batch in batches]
+    return [pack_rows(prompts, responses, batch, device, multiple, context_group) for batch in batches]
 
 
 def row_length(prompt: Sequence[int], response: Sequence[int]) -> int:
@@ -84,12 +92,18 @@ def pack_rows(
     rows: Sequence[int],
     device: torch.device,
     multiple: int = 1,
+    context_group: dist.ProcessGroup | None = None,
 ) -> PackedBatch:
-    """These rows as one micro-batch, filled up with dummies to a multiple of `multiple` tokens.
+    """These rows as one micro-batch, filled up with dummies to a multiple of `multiple` tokens on each rank.
 
     Sequence parallelism splits the tokens over the TP ranks, and FP8 matrix products want multiples of 16 on each. No
     rows at all give a micro-batch of dummies, from which nothing is learnt.
+
+    context_group: ranks that share the tokens. Every row then ends in dummies that make it a multiple of twice their
+    number (its last tokens, so that no real one attends to them), and a rank gets its two pieces of it: `zigzag`.
     """
+    ranks = 1 if context_group is None else dist.get_world_size(context_group)
+    pieces = 1 if context_group is None else 2 * ranks
     ids: list[int] = []
     positions: list[int] = []
     predicting: list[int] = []
@@ -98,12 +112,13 @@ def pack_rows(
     for row in rows:
         prompt, response = list(prompts[row]), list(responses[row])
         length = row_length(prompt, response)
+        padded = padded_size(length, pieces)
         predicting += range(len(ids) + len(prompt) - 1, len(ids) + length)
         sampled += response
-        ids += (prompt + response)[:length]
-        positions += range(length)
-        segments.append(length)
-    dummies = padded_size(len(ids), multiple) - len(ids)
+        ids += (prompt + response)[:length] + [DUMMY_ID] * (padded - length)
+        positions += range(padded)
+        segments.append(padded)
+    dummies = padded_size(len(ids), math.lcm(multiple * ranks, pieces)) - len(ids)
     if dummies:
         ids += [DUMMY_ID] * dummies
         positions += range(dummies)
@@ -115,6 +130,14 @@ def pack_rows(
     def bounds(sizes: list[int]) -> Tensor:
         return torch.tensor([0, *accumulate(sizes)], dtype=torch.int32, device=device)
 
+    context = None
+    if context_group is not None:
+        mine = zigzag(segments, dist.get_rank(context_group), ranks)
+        place = {token: i for i, token in enumerate(mine)}  # on this rank
+        index = [i for i, token in enumerate(predicting) if token in place]
+        context = ContextShard(int64(index), len(predicting), context_group)
+        ids, positions = [ids[token] for token in mine], [positions[token] for token in mine]
+        predicting, sampled = [place[predicting[i]] for i in index], [sampled[i] for i in index]
     return PackedBatch(
         rows=tuple(rows),
         ids_N=int64(ids),
@@ -124,4 +147,19 @@ def pack_rows(
         sampled_ids_M=int64(sampled),
         cu_responses=bounds([len(responses[row]) for row in rows]),
         longest=max(segments),
+        context=context,
     )
+
+
+def zigzag(segments: Sequence[int], rank: int, ranks: int) -> list[int]:
+    """The tokens of a context-parallel rank: of each segment one piece from the front and one from the back.
+
+    A segment of a multiple of 2 · ranks tokens is cut into as many pieces. An early piece is cheap in causal attention
+    and a late one dear: rank r gets pieces r and 2 · ranks − 1 − r, which is what Transformer Engine expects.
+    """
+    tokens: list[int] = []
+    for begin, end in pairwise(accumulate(segments, initial=0)):
+        piece = (end - begin) // (2 * ranks)
+        for number in (rank, 2 * ranks - 1 - rank):
+            tokens += range(begin + number * piece, begin + (number + 1) * piece)
+    return tokens

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import accumulate, groupby
+from itertools import accumulate, groupby, zip_longest
 from math import prod
 from typing import TYPE_CHECKING
 
@@ -98,17 +98,18 @@ def make_items(entries: Iterable[Entry], spec: ModelSpec, holdings: Sequence[Map
 
 
 def make_buckets(items: Iterable[Item], bucket_bytes: int, *, staging: bool) -> list[Bucket]:
-    """Buckets of at most `bucket_bytes`, in the order of the items; a larger parameter has a bucket for itself.
+    """Buckets of at most `bucket_bytes`; a larger parameter has a bucket for itself.
 
-    A layer that fits into a bucket is not cut: vLLM keeps what it was given of a module until it has all of it.
-    staging: also leave room for shards that cannot arrive in their place.
+    A layer that fits into a bucket is not cut: vLLM keeps what it was given of a module until it has all of it. Layers
+    of different pipeline stages take turns, so that all stages send at the same time. The vocabulary's matrices come
+    last: vLLM keeps one that it pads until the end of a load. staging: leave room for shards that cannot arrive in
+    their place.
     """
     buckets: list[list[Item]] = [[]]
     used = 0
-    for _, layer in groupby(items, key=lambda item: _layer(item.entry.megatron)):
-        placed = list(layer)
-        fits = sum(_room(item, staging) for item in placed) <= bucket_bytes
-        for unit in [placed] if fits else [[item] for item in placed]:
+    for layer in _in_turn([list(layer) for _, layer in groupby(items, key=lambda item: _layer(item.entry.megatron))]):
+        fits = sum(_room(item, staging) for item in layer) <= bucket_bytes
+        for unit in [layer] if fits else [[item] for item in layer]:
             room = sum(_room(item, staging) for item in unit)
             if buckets[-1] and used + room > bucket_bytes:
                 buckets.append([])
@@ -116,6 +117,19 @@ def make_buckets(items: Iterable[Item], bucket_bytes: int, *, staging: bool) -> 
             buckets[-1] += unit
             used += room
     return [_pack(bucket, staging) for bucket in buckets if bucket]
+
+
+def _in_turn(layers: Sequence[list[Item]]) -> Iterator[list[Item]]:
+    """The first layer of each sender, the second of each, …; then the vocabulary."""
+    of_sender: dict[int, list[list[Item]]] = {}
+    vocabulary = [layer for layer in layers if layer[0].entry.cut == "vocab"]
+    for layer in layers:
+        if layer[0].entry.cut != "vocab":
+            # Every rank of a stage sends some of it: the least of them stands for the stage.
+            of_sender.setdefault(min(min(item.owners) for item in layer), []).append(layer)
+    for turn in zip_longest(*of_sender.values()):
+        yield from (layer for layer in turn if layer is not None)
+    yield from vocabulary
 
 
 def _layer(megatron: str) -> str:

@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +23,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from prune_opd.weights.checksum import Checksums
-from prune_opd.weights.mapping import EXPERTS, entries, local_parameters
+from prune_opd.weights.mapping import Entry, entries, local_parameters
 from prune_opd.weights.pieces import place_views, shard_views
 from prune_opd.weights.plan import Bucket, Holding, Item, make_buckets, make_items
 from prune_opd.weights.transport import Buffer, Collectives, Flight, Held, SharedMemory, Transport, on_one_machine
@@ -33,6 +34,10 @@ if TYPE_CHECKING:
 MAX_FILE_BYTES = 5 * 2**30
 MIB = 2**20
 BUCKET_MB = 512
+# Tensors of a bucket that go to the consumer before the next bucket is sent. Its loops hold on to what they had last:
+# vLLM's to a tensor of the layer before until they come to the next layer's q, k and v. Sent earlier, the next bucket
+# would find that buffer taken, and there would be three.
+LAG = 4
 
 
 class Resharder:
@@ -64,7 +69,7 @@ class Resharder:
         for bucket, after in zip(self.buckets, [*self.buckets[1:], None], strict=True):
             self.transport.arrive(now.flight)
             tensors = self._hand_on(bucket, now.flight, sums)
-            yield next(tensors)  # only when it asks for the next has the consumer let go of the last bucket's tensors
+            yield from islice(tensors, LAG)
             ahead = None if after is None else self._send(after, parameters, sums, in_use=now.buffer)
             yield from tensors
             now = ahead or now
@@ -80,18 +85,20 @@ class Resharder:
     @cached_property
     def buckets(self) -> list[Bucket]:
         """The plan. Collective, the first time."""
-        cuts = {entry.megatron: entry.cut for entry in entries(self.spec)}
-        here = {name: self._holding(name, cuts[name], x) for name, x in local_parameters(self.chunks).items()}
+        parameters = local_parameters(self.chunks)
+        here = {
+            entry.megatron: self._holding(entry, parameters[entry.megatron])
+            for entry in entries(self.spec)
+            if entry.megatron in parameters
+        }
         holdings: list[Any] = [None] * self.group.size()
         dist.all_gather_object(holdings, here, group=self.group)
         items = make_items(entries(self.spec), self.spec, holdings)
-        # vLLM keeps a vocabulary matrix that it pads until the end of a load: it comes last.
-        in_order = sorted(items, key=lambda item: item.entry.cut == "vocab")
-        return make_buckets(in_order, self.bucket_bytes, staging=self.transport.staging)
+        return make_buckets(items, self.bucket_bytes, staging=self.transport.staging)
 
-    def _holding(self, name: str, cut: str, parameter: Tensor) -> Holding:
-        tp = self.groups.expt_tp if EXPERTS in name else self.groups.tp
-        index, count = (0, 1) if cut == "whole" else (tp.rank(), tp.size())
+    def _holding(self, entry: Entry, parameter: Tensor) -> Holding:
+        tp = self.groups.tp if entry.expert is None else self.groups.expt_tp
+        index, count = (0, 1) if entry.cut == "whole" else (tp.rank(), tp.size())
         return Holding(index, count, tuple(parameter.shape), parameter.dtype)
 
     def _transport(self, name: str | None) -> Transport:
@@ -106,7 +113,7 @@ class Resharder:
 
     def _held(self, item: Item, parameters: Mapping[str, Tensor]) -> Held:
         parameter = parameters.get(item.entry.megatron)
-        mine = None if parameter is None else self._holding(item.entry.megatron, item.entry.cut, parameter).index
+        mine = None if parameter is None else self._holding(item.entry, parameter).index
         return [
             shard_views(item.entry, self.spec, parameter.detach(), index, item.count)
             if parameter is not None and index == mine

@@ -26,6 +26,7 @@ def result(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 def test_packed_and_padded_rows_have_the_same_loss(result: dict[str, Any]) -> None:
     (case,) = result["cases"]
+    assert case["loss"]["packed"] == pytest.approx(case["loss"]["padded"], rel=1e-5) != 0
     assert case["loss_apart"] <= 1e-5
 
 

@@ -52,6 +52,7 @@ LAYOUTS: dict[int, dict[str, ParallelConfig]] = {
     1: {"tp1": ParallelConfig(tensor=1)},
     2: {
         "tp2": ParallelConfig(tensor=2),
+        "tp2 sp": ParallelConfig(tensor=2, sequence_parallel=True),
         "pp2": ParallelConfig(tensor=1, pipeline=2),
         "pp2 vpp2": ParallelConfig(tensor=1, pipeline=2, virtual_pipeline=2),
         "ep2": ParallelConfig(tensor=1, expert=2),

@@ -16,8 +16,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.distributed.launch import run_ranks
-from tests.distributed.tiny_run import write_pair
-from tests.distributed.worker_layout_matrix import STEPS, cases, pair_of
+from tests.distributed.tiny_run import LENGTHS, write_pair
+from tests.distributed.worker_layout_matrix import REFERENCES, STEPS, cases, reference_of
 from tests.models import write_model
 
 WORKER = Path(__file__).with_name("worker_layout_matrix.py")
@@ -53,7 +53,7 @@ def write_models(folder: Path) -> None:
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, Any]]]:
-    """Of each case, what every rank has got; "dense" and "moe" are the runs of one process."""
+    """Of each case, what every rank has got; the references are the runs of one process."""
     models, out = tmp_path_factory.mktemp("models"), tmp_path_factory.mktemp("out")
     write_models(models / "dense")
     write_pair(models / "moe", family="qwen3_moe", num_hidden_layers=LAYERS)
@@ -66,7 +66,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str
 def test_three_steps_equal_those_of_one_process(
     results: dict[str, list[dict[str, Any]]], ranks: int, case: str
 ) -> None:
-    (reference,) = results[pair_of(case)]
+    (reference,) = results[reference_of(case)]
     assert len(results[case]) == ranks
     for rank in results[case]:
         for got, expected in zip(rank["steps"], reference["steps"], strict=True):
@@ -95,10 +95,19 @@ def test_the_teacher_has_no_gradients_and_no_optimizer_state(
     assert [rank["teacher_extras"] for rank in results[case]] == [[]] * ranks
 
 
-@pytest.mark.parametrize("pair", ["dense", "moe"])
-def test_the_comparison_has_something_to_compare(results: dict[str, list[dict[str, Any]]], pair: str) -> None:
-    (reference,) = results[pair]
-    steps = reference["steps"]
+@pytest.mark.parametrize(("ranks", "case"), CASES)
+def test_log_probabilities_of_sampled_tokens_equal_those_of_one_process(
+    results: dict[str, list[dict[str, Any]]], ranks: int, case: str
+) -> None:
+    (reference,) = results[reference_of(case)]
+    for rank in results[case]:
+        assert rank["logprobs"] == pytest.approx(reference["logprobs"], abs=2e-5)
+
+
+@pytest.mark.parametrize("reference", REFERENCES)
+def test_the_comparison_has_something_to_compare(results: dict[str, list[dict[str, Any]]], reference: str) -> None:
+    ((result,), steps) = results[reference], results[reference][0]["steps"]
+    assert len(result["logprobs"]) == sum(LENGTHS)
     assert len(steps) == STEPS
     assert all(0.05 < step["event_rate"] < 0.95 and 0.2 < step["overlap"] < 0.95 for step in steps)
     assert len({step["horizon"] for step in steps}) > 1

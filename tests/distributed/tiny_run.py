@@ -65,22 +65,21 @@ def build_run(config: TrainConfig, layout: Any, run_dir: Path) -> Any:
     from prune_opd.data.prompts import PromptSampler, make_source
     from prune_opd.horizon import make_controller
     from prune_opd.megatron.checkpoint import Checkpoints
+    from prune_opd.megatron.model import dtype_of
     from prune_opd.megatron.teacher import Teacher
     from prune_opd.megatron.trainer import Trainer
     from prune_opd.setup import Run
     from prune_opd.track.tracker import NullTracker
 
-    machine, parallel = platform.prepare(), config.parallel
+    machine, parallel, dtype = platform.prepare(), config.parallel, dtype_of(config.precision.params)
     source = make_source(config.data, AutoTokenizer.from_pretrained(config.student), config.seed)
     return Run(
         config=config,
         run_dir=run_dir,
         machine=machine,
         layout=layout,
-        trainer=Trainer(
-            config.student, config.optimizer, parallel, config.steps, layout, torch.float32, machine.device
-        ),
-        teacher=Teacher(config.teacher, layout, torch.float32, machine.device, parallel.microbatch_tokens),
+        trainer=Trainer(config.student, config.optimizer, parallel, config.steps, layout, dtype, machine.device),
+        teacher=Teacher(config.teacher, layout, dtype, machine.device, parallel.microbatch_tokens),
         engine=None,
         sampler=PromptSampler(source, config.seed, config.data.shuffle),
         controller=make_controller(config.horizon),
@@ -105,12 +104,14 @@ def train_step(run: Any, rollouts: Rollouts) -> dict[str, Any]:
     """`loop.step` from the teacher pass to the controller; what metrics.jsonl would say."""
     from prune_opd.loop import gated_loss
 
-    deals = run.deals(rollouts)
-    (batches,) = run.minibatches(rollouts)
+    minibatches = run.minibatches(rollouts)
+    batches = [batch for minibatch in minibatches for batch in minibatch]
     stats = run.new_stats(len(rollouts.responses))
-    loss = gated_loss(run, run.teacher.hidden(rollouts, deals), stats)
-    result = run.trainer.step(batches, loss)
-    stats.reduce(run.layout.counts)
+    loss = gated_loss(run, run.teacher.hidden(rollouts, run.deals(rollouts)), stats, updates=len(minibatches))
+    if len(minibatches) > 1:
+        run.trainer.look(batches, loss)
+    result = run.trainer.step_through(minibatches, loss)
+    stats.reduce(run.layout.reports)
     run.controller.update(stats.reliable_length_B, rollouts.length_B, rollouts.finished_B)
     run.finished_steps += 1
     return {

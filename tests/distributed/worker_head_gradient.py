@@ -24,9 +24,9 @@ from tests.distributed.tiny_run import build_run, made_up_rollouts, train_config
 
 def one_step(models: Path, layout: Any, buffered: bool) -> tuple[dict[str, Any], Any]:
     """A step of several micro-batches; the record says how often the loss was given the buffer."""
-    parallel = ParallelConfig(tensor=layout.tp_size, microbatch_tokens=40, loss_chunk_tokens=7)
-    run = build_run(train_config(models, layout.tp_size, parallel=parallel), layout, models)
-    model, given, chunks = run.trainer.model, [], []
+    parallel = ParallelConfig(tensor=layout.student.tp, microbatch_tokens=40, loss_chunk_tokens=7)
+    run = build_run(train_config(models, layout.student.tp, parallel=parallel), layout, models)
+    model, given, chunks = run.trainer.chunks[0], [], []
     head_weight, distill_loss = model.head_weight, gated_loss.distill_loss
 
     def without_buffer() -> Tensor:

@@ -2,12 +2,13 @@
 
     torchrun … worker_layout_matrix.py MODELS OUT
 
-MODELS/dense and MODELS/moe are pairs. On one rank: the reference of each, which leaves its student in OUT/<pair>. On
-more: every case of that world size, against them. Writes OUT/<ranks>.json from rank 0: {case: [results of each rank]}.
+On one rank: the references, each of which leaves its student in OUT/<reference>. On more: every case of that world
+size, against its reference. Writes OUT/<ranks>.json from rank 0: {case: [results of each rank]}.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import json
 import sys
@@ -21,9 +22,10 @@ import torch.distributed as dist
 from prune_opd import platform
 from prune_opd.config import ParallelConfig
 from prune_opd.rollout.batch import Response, Rollouts
-from tests.distributed.tiny_run import build_run, made_up_rollouts, train_config, train_step
+from tests.distributed.tiny_run import OPTIMIZER, build_run, made_up_rollouts, train_config, train_step
 
 STEPS = 3
+UPDATES = 3
 BUDGET = 48  # tokens: several micro-batches on every rank
 STUDENT: dict[int, dict[str, dict[str, Any]]] = {  # by number of ranks
     2: {
@@ -49,6 +51,13 @@ MORE: dict[int, dict[str, dict[str, Any]]] = {
     2: {
         "PP2 recompute full": {"tensor": 1, "pipeline": 2, "recompute": "full"},
         "TP2+SP recompute selective": {"tensor": 2, "sequence_parallel": True, "recompute": "selective"},
+        "3 updates PP2 | TP2": {"tensor": 1, "pipeline": 2, "teacher_tensor": 2, "teacher_pipeline": 1},
+        "3 updates PP2xVPP2 | PP2": {"tensor": 1, "pipeline": 2, "virtual_pipeline": 2},
+        # Context parallel cases run with the tests' own core attention (context_attention.py).
+        "CP2 | TP2": {"tensor": 1, "context": 2, "teacher_tensor": 2},
+        "CP2+dist-opt | TP1": {"tensor": 1, "context": 2, "distributed_optimizer": True},
+        "3 updates CP2 | TP1": {"tensor": 1, "context": 2},
+        "moe CP2xEP2 | TP1": {"tensor": 1, "context": 2, "expert": 2},
         "moe EP2 | TP1": {"tensor": 1, "expert": 2},
         "moe EP2+dist-opt | EP2": {"tensor": 1, "expert": 2, "distributed_optimizer": True, "teacher_expert": 2},
         "moe PP2 | EP2": {
@@ -65,12 +74,25 @@ MORE: dict[int, dict[str, dict[str, Any]]] = {
             "virtual_pipeline": 2,
             "sequence_parallel": True,
         },
+        "TP2+SPxCP2 | TP2xPP2": {
+            "tensor": 2,
+            "sequence_parallel": True,
+            "context": 2,
+            "teacher_pipeline": 2,
+        },
+        "PP2xCP2 | TP2": {"tensor": 1, "pipeline": 2, "context": 2, "teacher_tensor": 2, "teacher_pipeline": 1},
         "moe TP2+SPxEP2 | PP2": {
             "tensor": 2,
             "expert": 2,
             "sequence_parallel": True,
             "teacher_tensor": 1,
             "teacher_pipeline": 2,
+        },
+        "moe TP2+SPxEP4 | TP2xEP2": {
+            "tensor": 2,
+            "expert": 4,
+            "sequence_parallel": True,
+            "teacher_expert": 2,
         },
         "PP2xDP2+dist-opt | TP2xPP2": {
             "tensor": 1,
@@ -92,8 +114,13 @@ def cases(ranks: int) -> dict[str, dict[str, Any]]:
     return matrix | MORE[ranks]
 
 
-def pair_of(case: str) -> str:
-    return "moe" if case.startswith("moe") else "dense"
+# What the cases are compared with: which models, and updates per batch of rollouts.
+REFERENCES = {"dense": ("dense", 1), "3 updates": ("dense", UPDATES), "moe": ("moe", 1)}
+
+
+def reference_of(case: str) -> str:
+    """By how the case's name begins."""
+    return next((name for name in REFERENCES if case.startswith(name)), "dense")
 
 
 def step(run: Any, number: int) -> dict[str, Any]:
@@ -133,12 +160,17 @@ def teacher_extras(run: Any) -> list[str]:
     return extras
 
 
-def train(models: Path, out: Path, layout: Any, parallel: ParallelConfig) -> tuple[Any, dict[str, Any]]:
+def train(models: Path, out: Path, reference: str, layout: Any, parallel: ParallelConfig) -> tuple[Any, dict[str, Any]]:
+    from prune_opd.megatron.logprobs import sampled_logprobs
+
     started = time.perf_counter()
-    run = build_run(train_config(models, 1, parallel=parallel), layout, out)
+    pair, updates = REFERENCES[reference]
+    optimizer = dataclasses.replace(OPTIMIZER, updates_per_batch=updates)
+    run = build_run(train_config(models / pair, 1, parallel=parallel, optimizer=optimizer), layout, out)
     steps = [step(run, number) for number in range(1, STEPS + 1)]
     return run, {
         "steps": steps,
+        "logprobs": sampled_logprobs(run.trainer.chunks, made_up_rollouts(0), layout, run.machine.device),
         "teacher_extras": teacher_extras(run),
         "teacher_head_rows": None if run.teacher._head_weight is None else len(run.teacher._head_weight),
         "seconds": time.perf_counter() - started,
@@ -148,21 +180,26 @@ def train(models: Path, out: Path, layout: Any, parallel: ParallelConfig) -> tup
 def main(models: Path, out: Path) -> None:
     machine = platform.prepare()
     from prune_opd.megatron import layout as layouts
+    from prune_opd.megatron import model
+    from prune_opd.megatron.attention import PackedSdpaAttention
     from prune_opd.weights.stream import export_hf
+    from tests.distributed.context_attention import GatheredSdpaAttention
 
-    reference = ParallelConfig(tensor=1, microbatch_tokens=BUDGET)
-    layout = layouts.initialize(reference, machine, seed=0)
+    alone = ParallelConfig(tensor=1, microbatch_tokens=BUDGET)
+    layout = layouts.initialize(alone, machine, seed=0)
     results: dict[str, list[Any]] = {}
     if layout.world == 1:
-        for pair in ("dense", "moe"):
-            run, result = train(models / pair, out, layout, reference)
-            export_hf(run.trainer.chunks, models / pair / "student", out / pair, write=True)
-            results[pair] = [result]
+        for reference, (pair, _) in REFERENCES.items():
+            run, result = train(models, out, reference, layout, alone)
+            export_hf(run.trainer.chunks, models / pair / "student", out / reference, write=True)
+            results[reference] = [result]
     else:
         for case, settings in cases(layout.world).items():
             parallel = ParallelConfig(microbatch_tokens=BUDGET, **settings)
-            run, result = train(models / pair_of(case), out, layouts.arrange(parallel, seed=0), parallel)
-            result["parameters"] = farthest_from_reference(run, out / pair_of(case))
+            reference = reference_of(case)
+            model.PackedSdpaAttention = GatheredSdpaAttention if parallel.context > 1 else PackedSdpaAttention
+            run, result = train(models, out, reference, layouts.arrange(parallel, seed=0), parallel)
+            result["parameters"] = farthest_from_reference(run, out / reference)
             del run
             gc.collect()
             everyone: list[Any] = [None] * layout.world

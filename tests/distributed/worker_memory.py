@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from prune_opd import platform
-from prune_opd.config import MemoryConfig, OptimizerConfig, ParallelConfig
+from prune_opd.config import MemoryConfig, OptimizerConfig, ParallelConfig, PrecisionConfig
 from tests.distributed.tiny_run import build_run, made_up_rollouts, train_config, whole_parameters
 
 EVERYTHING = MemoryConfig(offload_student=True, offload_gradients=True, offload_optimizer=True, offload_teacher=True)
@@ -26,18 +26,11 @@ TINY_LR, TINY_UPDATES = 1e-6, 64
 AWAY_FROM_ZERO = 1e-3  # bf16 keeps 8 bits: half a step of a weight this large is 3.8e-6
 
 
-def make_run(models: Path, layout: Any, out: Path, dtype: torch.dtype, distributed: bool) -> Any:
+def make_run(models: Path, layout: Any, out: Path, params: str, distributed: bool) -> Any:
     """A run whose optimizer is sharded over the data-parallel ranks, or not."""
-    from prune_opd.megatron.teacher import Teacher
-    from prune_opd.megatron.trainer import Trainer
-
     parallel = ParallelConfig(tensor=1, distributed_optimizer=distributed)
-    config = train_config(models, 1, parallel=parallel)
-    run = build_run(config, layout, out)
-    device = run.machine.device
-    run.trainer = Trainer(config.student, config.optimizer, parallel, config.steps, layout, dtype, device)
-    run.teacher = Teacher(config.teacher, layout, dtype, device, parallel.microbatch_tokens)
-    return run
+    config = train_config(models, tensor=1, parallel=parallel, precision=PrecisionConfig(params=params))
+    return build_run(config, layout, out)
 
 
 def train(run: Any, memory: MemoryConfig) -> dict[str, Any]:
@@ -75,9 +68,9 @@ def bytes_of(tensors: Any) -> int:
     return sum(storages.values())
 
 
-def compare(models: Path, layout: Any, out: Path, dtype: torch.dtype, distributed: bool) -> dict[str, Any]:
-    stay = train(make_run(models, layout, out, dtype, distributed), MemoryConfig())
-    move = train(make_run(models, layout, out, dtype, distributed), EVERYTHING)
+def compare(models: Path, layout: Any, out: Path, params: str, distributed: bool) -> dict[str, Any]:
+    stay = train(make_run(models, layout, out, params, distributed), MemoryConfig())
+    move = train(make_run(models, layout, out, params, distributed), EVERYTHING)
     same = all(torch.equal(stay["weights"][name], weight) for name, weight in move["weights"].items())
     return {
         "stay": stay["results"],
@@ -94,13 +87,12 @@ def tiny_updates(models: Path, layout: Any) -> dict[str, float]:
     from prune_opd.megatron.trainer import Trainer
 
     optimizer = OptimizerConfig(lr=TINY_LR, weight_decay=0.0)
-    trainer = Trainer(
-        models / "student", optimizer, ParallelConfig(), TINY_UPDATES, layout, torch.bfloat16, torch.device("cpu")
-    )
+    parallel, cpu = ParallelConfig(tensor=1), torch.device("cpu")
+    trainer = Trainer(models / "student", optimizer, parallel, TINY_UPDATES, layout, torch.bfloat16, cpu)
     parameters = list(trainer.chunks[0].parameters())
     start = [parameter.detach().clone() for parameter in parameters]
     rollouts = made_up_rollouts()
-    batches = pack(rollouts.prompt_ids, rollouts.response_ids, range(4), 1000, torch.device("cpu"))
+    batches = pack(rollouts.prompt_ids, rollouts.response_ids, range(4), 1000, cpu)
     alone = [torch.nn.Parameter(tensor.clone()) for tensor in start]
     adam = torch.optim.AdamW(alone, lr=TINY_LR, weight_decay=0.0)
     for _ in range(TINY_UPDATES):
@@ -136,8 +128,8 @@ def main(models: Path, out: Path) -> None:
 
     layout = layouts.initialize(ParallelConfig(tensor=1), machine, seed=0)
     results: dict[str, Any] = {
-        f"{name}, distributed={distributed}": compare(models, layout, out, dtype, distributed)
-        for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16))
+        f"{params}, distributed={distributed}": compare(models, layout, out, params, distributed)
+        for params in ("fp32", "bf16")
         for distributed in (False, True)
     }
     results["tiny updates"] = tiny_updates(models, layout)

@@ -3,8 +3,8 @@
     torchrun … worker_model_parity.py FOLDER
 
 FOLDER/<case>/ is a model directory, FOLDER/expected.pt the rows and the logits that transformers computed for them.
-Writes rank<r>of<world>.json: findings by layout and case. Rank 0 of a layout without a pipeline also writes the
-exported directory FOLDER/<layout>/<case>.
+Writes rank<r>of<world>.json: findings by layout and case. Rank 0 also writes the exported directories
+FOLDER/<layout>/<case>.
 """
 
 from __future__ import annotations
@@ -51,8 +51,8 @@ def compare(
     from prune_opd.megatron.packing import pack
 
     everything = range(len(rows["prompts"]))
-    (packed,) = pack(rows["prompts"], rows["responses"], everything, 10_000, device)
-    alone = pack(rows["prompts"], rows["responses"], everything, 1, device)
+    (packed,) = pack(rows["prompts"], rows["responses"], everything, 10_000, device, layout.token_multiple)
+    alone = pack(rows["prompts"], rows["responses"], everything, 1, device, layout.token_multiple)
 
     def logits(batch: Any, hidden_NH: Tensor) -> Tensor:
         """Whole logits [N, V] without the padded vocabulary: every rank's columns, side by side."""
@@ -64,11 +64,12 @@ def compare(
     outputs = schedule.forward(chunks, layout, [packed, *alone], logits)
     if not layout.is_last_stage:
         return {}
-    packed_NV, *alone_outputs = outputs
-    assert packed.cu_seqlens[-1] == len(packed_NV) == sum(len(row) for row in expected)
+    expected_NV = torch.cat(expected)
+    packed_NV = outputs[0][: len(expected_NV)]  # dummies come last
+    alone_NV = torch.cat([output[: len(row)] for output, row in zip(outputs[1:], expected, strict=True)])
     return {
-        "transformers": (packed_NV - torch.cat(expected)).abs().max().item(),
-        "alone": (packed_NV - torch.cat(alone_outputs)).abs().max().item(),
+        "transformers": (packed_NV - expected_NV).abs().max().item(),
+        "alone": (packed_NV - alone_NV).abs().max().item(),
         "logits": packed_NV.abs().max().item(),
     }
 
@@ -114,8 +115,7 @@ def check(
     chunks = build(directory, layout, dtype, trainable=False)
     on_disk = tensors_of(directory)
     tensors = merged(chunks, layout)
-    if layout.pp == layout.ep == 1:
-        export_hf(chunks, directory, directory.parent / layout_name / directory.name, write=job.is_main)
+    export_hf(chunks, directory, directory.parent / layout_name / directory.name, write=job.is_main)
     own, largest = own_bytes(chunks)
     return chunks, {
         "bits": not job.is_main

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -12,11 +13,19 @@ from tests.end_to_end.runs import BARE, tiny_model, train
 pytestmark = pytest.mark.slow
 
 
-def test_two_tensor_parallel_ranks_train_like_one(tmp_path: Path) -> None:
+SETTINGS = ("steps=20", "rollout.prompts=16", "checkpoint.every=0", *BARE)
+PIPELINE = ("parallel.tensor=1", "parallel.pipeline=2", "parallel.virtual_pipeline=2")
+
+
+@pytest.fixture(scope="module")
+def one(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """Twenty steps on one rank."""
     tiny_model("student")
-    settings = ("steps=20", "rollout.prompts=16", "checkpoint.every=0", *BARE)
-    one = train(tmp_path / "one", *settings, "--nproc", "1")
-    two = train(tmp_path / "two", *settings, "--nproc", "2")
+    return train(tmp_path_factory.mktemp("one") / "run", *SETTINGS, "--nproc", "1")
+
+
+def test_two_tensor_parallel_ranks_train_like_one(one: list[dict[str, Any]], tmp_path: Path) -> None:
+    two = train(tmp_path / "two", *SETTINGS, "--nproc", "2")
     assert len(one) == len(two) == 20
     assert one[0]["rollout_digest"] == two[0]["rollout_digest"], "first-step rollouts must be the same tokens"
     for key in ("loss", "overlap", "event_rate", "grad_norm"):
@@ -24,6 +33,19 @@ def test_two_tensor_parallel_ranks_train_like_one(tmp_path: Path) -> None:
     # Later a rounding difference may flip a sampled token, and the runs part; they must still learn alike.
     assert [step["horizon"] for step in one[:5]] == [step["horizon"] for step in two[:5]]
     assert one[-1]["overlap"] == pytest.approx(two[-1]["overlap"], abs=0.03)
+
+
+def test_a_pipeline_beside_a_tensor_parallel_teacher_trains_like_one_rank(
+    one: list[dict[str, Any]], tmp_path: Path
+) -> None:
+    teacher = ("parallel.teacher_tensor=2", "parallel.teacher_pipeline=1")
+    two = train(tmp_path / "two", *SETTINGS, *PIPELINE, *teacher, "stop_after=2", "--nproc", "2")
+    assert len(two) == 2
+    for ours, theirs in zip(two, one, strict=False):
+        assert ours["rollout_digest"] == theirs["rollout_digest"], "weights from a pipeline sample the same tokens"
+        for key in ("loss", "overlap", "event_rate", "grad_norm"):
+            assert ours[key] == pytest.approx(theirs[key], rel=2e-5), key
+        assert ours["horizon"] == theirs["horizon"]
 
 
 def test_bf16_trains_and_saves_with_fp8_rollouts_and_a_dry_run_of_the_memory_phases(tmp_path: Path) -> None:

@@ -24,11 +24,9 @@ class Place:
     pp: int
     dp: int
 
-    def last_stage_rank(self, dp_rank: int, tp_rank: int) -> int:
-        return ((self.pp - 1) * self.dp + dp_rank) * self.tp + tp_rank
-
-    def last_stage(self, dp_rank: int) -> list[int]:
-        return [self.last_stage_rank(dp_rank, i) for i in range(self.tp)]
+    def last_stage_ranks(self, dp_rank: int) -> list[int]:
+        first = ((self.pp - 1) * self.dp + dp_rank) * self.tp
+        return list(range(first, first + self.tp))
 
 
 PLACES = {"tp4": Place(4, 1, 1), "tp2 pp2": Place(2, 2, 1), "tp2 dp2": Place(2, 1, 2), "pp2 dp2": Place(1, 2, 2)}
@@ -46,8 +44,8 @@ def test_every_rank_that_needs_a_row_gets_it_once_from_a_rank_that_has_it(teache
     needs = {row: (row // 2) % ours.dp for row in range(8)}
     routes = find_routes(has, needs, theirs, ours)
     received = Counter((destination, row) for (_, destination), rows in routes.items() for row in rows)
-    assert received == Counter((rank, row) for row in range(8) for rank in ours.last_stage(needs[row]))
-    assert all(source in theirs.last_stage(has[row]) for (source, _), rows in routes.items() for row in rows)
+    assert received == Counter((rank, row) for row in range(8) for rank in ours.last_stage_ranks(needs[row]))
+    assert all(source in theirs.last_stage_ranks(has[row]) for (source, _), rows in routes.items() for row in rows)
     assert all(rows == sorted(rows) for rows in routes.values())
 
 

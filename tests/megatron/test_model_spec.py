@@ -11,7 +11,7 @@ import pytest
 
 from prune_opd import platform
 from prune_opd.errors import ConfigError
-from prune_opd.model_spec import FAMILIES, experts_do_not_fit
+from prune_opd.model_spec import FAMILIES
 
 CONFIG = {
     "model_type": "llama",
@@ -107,26 +107,6 @@ def test_dense_layers_among_sparse_ones_are_those_that_transformers_makes_dense(
 @pytest.mark.parametrize("settings", [{"mlp_only_layers": [0, 1]}, {"num_experts": 0}, {"decoder_sparse_step": 3}])
 def test_a_model_without_a_sparse_layer_has_no_experts(tmp_path: Path, settings: dict[str, Any]) -> None:
     assert read(tmp_path, model_type="qwen3_moe", **settings).moe is None
-
-
-@pytest.mark.parametrize(
-    ("changes", "named"),
-    [
-        ({}, None),
-        ({"expert": 4}, None),
-        ({"expert": 3}, "parallel.expert = 3 does not divide the model's 8 experts"),
-        ({"tensor": 5}, "parallel.tensor = 5 does not divide moe_intermediate_size = 12"),
-        ({"sequence_parallel": False}, "parallel.sequence_parallel = False"),
-        ({"sequence_parallel": False, "trained": False}, None),
-        ({"sequence_parallel": False, "tensor": 1}, None),
-    ],
-)
-def test_a_layout_that_experts_do_not_fit_is_named(changes: dict[str, Any], named: str | None) -> None:
-    layout: dict[str, Any] = {"tensor": 2, "expert": 2, "sequence_parallel": True, "trained": True, **changes}
-    moe = CONFIG | {"model_type": "qwen3_moe", "num_experts": 8, "moe_intermediate_size": 12}
-    problem = experts_do_not_fit(moe, **layout)
-    assert (problem is None) if named is None else (problem is not None and named in problem)
-    assert experts_do_not_fit(CONFIG, **layout) is None
 
 
 @pytest.mark.parametrize("where", ["rope_theta", "rope_parameters"])

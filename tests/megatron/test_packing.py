@@ -7,14 +7,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
+from prune_opd.megatron.packing import zigzag
 from tests.distributed.launch import run_ranks
-from tests.distributed.tiny_run import write_pair
+from tests.distributed.tiny_run import made_up_rollouts, write_pair
 from tests.megatron.worker_packing import LENGTHS, MULTIPLES, SCALES
 
 WORKER = Path(__file__).with_name("worker_packing.py")
 RESPONSE_TOKENS = sum(response for _, response in LENGTHS)
 EXACT = 1e-5
+ROLLOUTS = made_up_rollouts()
 
 
 @pytest.fixture(scope="module")
@@ -97,11 +101,18 @@ def test_no_rows_are_a_micro_batch_of_dummies(results: dict[str, Any]) -> None:
     assert empty["predicting_M"] == empty["sampled_ids_M"] == [] and empty["cu_responses"] == [0]
 
 
+def test_a_run_fills_its_micro_batches_up_to_what_fp8_wants_and_counts_it_as_padding(results: dict[str, Any]) -> None:
+    tokens, waste = results["fp8"]["tokens"], results["fp8"]["waste"]
+    assert len(tokens) > 1 and all(count % 16 == 0 and count <= 64 for count in tokens)
+    real = sum(len(p.ids) + len(r.ids) - 1 for p, r in zip(ROLLOUTS.prompts, ROLLOUTS.responses, strict=True))
+    assert waste == pytest.approx(1 - real / sum(tokens)) and waste > 0
+
+
 # ---------------------------------------------------------------------------------------------------- attention
 
 
 def test_without_transformer_engine_the_core_attention_is_ours(results: dict[str, Any]) -> None:
-    assert results["core_attention"] == "PackedSdpaAttention"
+    assert set(results["core_attention"]) == {"PackedSdpaAttention"}
 
 
 def test_segments_are_given_as_transformer_engine_takes_them(results: dict[str, Any]) -> None:
@@ -110,3 +121,14 @@ def test_segments_are_given_as_transformer_engine_takes_them(results: dict[str, 
     assert segments["cu_seqlens_q"] == segments["cu_seqlens_kv"] == [0, 13, 15, 16]
     assert segments["max_seqlen_q"] == segments["max_seqlen_kv"] == 13
     assert segments["cu_seqlens_q_padded"] is None and segments["cu_seqlens_kv_padded"] is None
+
+
+@given(st.lists(st.integers(1, 6), min_size=1, max_size=5), st.integers(1, 4))
+def test_context_parallel_ranks_share_every_segment_out_evenly(pieces: list[int], ranks: int) -> None:
+    segments = [2 * ranks * size for size in pieces]
+    shares = [zigzag(segments, rank, ranks) for rank in range(ranks)]
+    assert sorted(token for share in shares for token in share) == list(range(sum(segments)))
+    assert {len(share) for share in shares} == {sum(segments) // ranks}
+    assert all(share == sorted(share) for share in shares)
+    # One piece from the front and one from the back: causal attention costs every rank the same.
+    assert len({sum(share) for share in shares}) == 1

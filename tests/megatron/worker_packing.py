@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,9 @@ import torch
 from torch import Tensor, nn
 
 from prune_opd import platform
-from prune_opd.config import GateConfig, ObjectiveConfig, ParallelConfig
+from prune_opd.config import Fp8Config, GateConfig, ObjectiveConfig, ParallelConfig, PrecisionConfig
+from prune_opd.setup import Run
+from tests.distributed.tiny_run import made_up_rollouts, train_config
 
 LENGTHS = ((5, 9), (2, 1), (11, 32), (1, 17), (3, 2))  # of each row's prompt and response
 MULTIPLES = (1, 16)
@@ -105,10 +108,19 @@ def compare(student: Any, teacher: Any, batch: Any, rows: list[list[int]]) -> di
     }
 
 
+def fp8_step(layout: Any, machine: Any, models: Path) -> dict[str, Any]:
+    """Token counts of a run's micro-batches, and its record, as the precision asks for them (nothing computes)."""
+    parts = {field.name: None for field in fields(Run) if field.default is MISSING is field.default_factory}
+    precision = PrecisionConfig(params="bf16", student_fp8=Fp8Config(format="hybrid"))
+    config = train_config(models, 1, precision=precision, parallel=ParallelConfig(tensor=1, microbatch_tokens=64))
+    run = Run(**{**parts, "config": config, "layout": layout, "machine": machine})
+    batches, record = run.pack(made_up_rollouts()), run.packing_record(made_up_rollouts())
+    return {"tokens": [len(batch.ids_N) for batch in batches], "waste": record["padding_waste_packed"]}
+
+
 def main(models: Path, out: Path) -> None:
     machine = platform.prepare()
     from prune_opd.megatron import layout as layouts
-    from prune_opd.megatron.attention import core_attention
     from prune_opd.megatron.model import build
     from prune_opd.megatron.packing import pack, pack_rows
 
@@ -123,10 +135,11 @@ def main(models: Path, out: Path) -> None:
     prompts, responses = ([ids(lengths[i]) for lengths in LENGTHS] for i in range(2))
     rows = [(prompt + response)[:-1] for prompt, response in zip(prompts, responses, strict=True)]
 
-    def fields(structure: Any) -> dict[str, Any]:
+    def as_lists(structure: Any) -> dict[str, Any]:
         return {name: x.tolist() if isinstance(x, Tensor) else x for name, x in vars(structure).items()}
 
-    results: dict[str, Any] = {"core_attention": core_attention().__name__, "prompts": prompts, "responses": responses}
+    results: dict[str, Any] = {"prompts": prompts, "responses": responses}
+    results["core_attention"] = [type(layer.self_attention.core_attention).__name__ for layer in student.decoder.layers]
     for scale in SCALES:
         for model in (student, teacher):
             for layer in model.decoder.layers:
@@ -135,12 +148,13 @@ def main(models: Path, out: Path) -> None:
             batch = pack_rows(prompts, responses, range(len(rows)), machine.device, multiple)
             results[f"{scale} {multiple}"] = compare(student, teacher, batch, rows)
     results["batches"] = {
-        multiple: [fields(batch) for batch in pack(prompts, responses, (4, 0, 1, 2, 3), 32, machine.device, multiple)]
+        multiple: [as_lists(batch) for batch in pack(prompts, responses, (4, 0, 1, 2, 3), 32, machine.device, multiple)]
         for multiple in MULTIPLES
     }
-    results["empty"] = fields(pack_rows(prompts, responses, (), machine.device, 4))
+    results["empty"] = as_lists(pack_rows(prompts, responses, (), machine.device, 4))
     segments = pack_rows(prompts, responses, (0, 1), machine.device, 16).attention_segments()
-    results["segments"] = {**fields(segments), "dtype": str(segments.cu_seqlens_q.dtype)}
+    results["segments"] = {**as_lists(segments), "dtype": str(segments.cu_seqlens_q.dtype)}
+    results["fp8"] = fp8_step(layout, machine, models)
     (out / "results.json").write_text(json.dumps(results))
     layouts.shutdown()
 

@@ -54,8 +54,7 @@ def main(folder: Path, width: int) -> None:
     directories = {name: folder / name for name in "ab"}
     if dist.get_rank() == 0:
         for seed, directory in enumerate(directories.values()):
-            shape = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": width}
-            write_model(directory, "qwen3_moe", tied=False, seed=seed, **shape)
+            write_model(directory, "qwen3_moe", tied=False, seed=seed, moe_intermediate_size=width)
     dist.barrier()
     rollout = RolloutConfig(tensor_parallel=2, max_prompt_len=256, max_num_seqs=8, kv_cache_gb=0.01)
     engine = RolloutEngine(str(directories["a"]), rollout, 32, torch.float32, machine)

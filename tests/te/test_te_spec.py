@@ -92,7 +92,7 @@ def test_transformer_engines_modules_are_taken_where_it_is_installed(
 def test_the_stub_has_no_kernels_and_the_local_modules_need_none(
     te: Descriptions, local: Descriptions, case: str
 ) -> None:
-    assert te[case]["forward"] == "StubCalledError"
+    assert te[case]["forward"].startswith("StubCalledError: transformer_engine_torch.")
     assert local[case]["forward"] == "[4, 64]"
 
 
@@ -117,10 +117,11 @@ def test_transformer_engine_fuses_norms_and_groups_experts(te: Descriptions, cas
 
 @pytest.mark.parametrize("case", CASES)
 def test_shapes_are_half_of_the_local_ones_over_two_ranks(te: Descriptions, local: Descriptions, case: str) -> None:
+    """But for norms and routers, and for experts, which are spread over ranks as a whole."""
     ours, theirs = te[case]["mapped"], local[case]["mapped"]
     assert ours.keys() == theirs.keys()
     for name, shape in ours.items():
-        ratio = 1 if "norm" in name or "router" in name else 2
+        ratio = 1 if any(whole in name for whole in ("norm", "router", "experts")) else 2
         assert math.prod(shape) * ratio == math.prod(theirs[name]), name
 
 

@@ -35,7 +35,7 @@ def described(chunk: Any, layout: Any) -> dict[str, Any]:
             "experts": experts,
             "final norm": type(chunk.decoder.final_layernorm).__module__.split(".")[0],
         },
-        "softmax scale": last.self_attention.core_attention.softmax_scale,
+        "softmax scale": softmax_scale(last.self_attention.core_attention),
         "own names": [name for name, _ in chunk.named_parameters()],
         "mapped": {name: list(parameter.shape) for name, parameter in local_parameters([chunk]).items()},
         "entries": [entry.megatron for entry in entries(chunk.spec)],
@@ -43,6 +43,11 @@ def described(chunk: Any, layout: Any) -> dict[str, Any]:
         "sharded": sharded_keys(chunk),
         "forward": forward(chunk, layout),
     }
+
+
+def softmax_scale(attention: Any) -> float | None:
+    """None for the usual one. Transformer Engine keeps it in each of the kernels that it may choose."""
+    return getattr(attention, "unfused_attention", attention).softmax_scale
 
 
 def sharded_keys(chunk: Any) -> dict[str, list[int]]:
@@ -62,8 +67,8 @@ def forward(chunk: Any, layout: Any) -> str:
     (batch,) = pack([[1, 2, 3]], [[4, 5]], [0], 100, torch.device("cpu"))
     try:
         return str(list(chunk(batch).shape))
-    except RuntimeError as error:
-        return type(error).__name__
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
 
 
 @torch.no_grad()

@@ -74,7 +74,8 @@ def test_buckets_hold_every_parameter_once_without_overlap_in_the_size_asked_for
 ) -> None:
     spec = model_spec(layers=4, tied=False)
     buckets = plan(spec, tp, stages, bucket_bytes, staging)
-    assert [i.entry for bucket in buckets for i in bucket.items] == list(entries(spec))
+    found = [item.entry.megatron for bucket in buckets for item in bucket.items]
+    assert sorted(found) == sorted(entry.megatron for entry in entries(spec))
     for bucket in buckets:
         assert bucket.nbytes <= bucket_bytes or sum(not item.at_home for item in bucket.items) == 1
         places = sorted(place for item in bucket.items for place in ends(item))
@@ -91,6 +92,14 @@ def test_a_layer_that_fits_into_a_bucket_is_not_cut() -> None:
         layers = [{i.entry.megatron.split(".")[2] for i in b.items if "layers" in i.entry.megatron} for b in buckets]
         assert len(buckets) > 1
         assert sum(len(found) for found in layers) == 4
+
+
+def test_pipeline_stages_send_in_turn_and_the_vocabulary_comes_last() -> None:
+    spec = model_spec(layers=4, tied=False)
+    (bucket,) = plan(spec, 1, 2, 10**9)
+    layers = [item.entry.megatron.split(".")[2] for item in bucket.items if "layers" in item.entry.megatron]
+    assert list(dict.fromkeys(layers)) == ["0", "2", "1", "3"]
+    assert [item.entry.cut for item in bucket.items[-2:]] == ["vocab", "vocab"]
 
 
 def test_what_every_rank_has_takes_no_room_and_is_not_sent() -> None:

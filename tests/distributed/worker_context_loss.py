@@ -1,0 +1,191 @@
+"""Ranks of test_context_loss.py: responses shared among context-parallel ranks, against the reference of the whole.
+
+    torchrun … worker_context_loss.py OUT_FOLDER TP CP
+
+Neighbouring ranks hold vocabulary shards of the same tokens; context-parallel ranks are TP apart, as megatron has them.
+Writes rank<r>.json like worker_fused_loss.py.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import sys
+from collections.abc import Callable
+from itertools import pairwise
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from prune_opd.config import GateConfig, ObjectiveConfig, WeightingConfig
+from prune_opd.context import ContextShard
+from tests.distributed.worker_fused_loss import error, sharded, whole
+from tests.reference import GATE, NO_WEIGHTING, OBJECTIVE, WEIGHTINGS, Case, make_case, reference_update
+
+LONG = make_case(lengths=(9, 0, 1, 14, 0, 30))
+SHORT = make_case(lengths=(1,))  # leaves all ranks but one without a token
+
+
+def zigzag(offsets: list[int], rank: int, ranks: int) -> Tensor:
+    """Places of a rank's tokens: of each response the rank-th piece from the front and from the back, of 2 · ranks."""
+    places: list[int] = []
+    for begin, end in pairwise(offsets):
+        cuts = [begin + (end - begin) * i // (2 * ranks) for i in range(2 * ranks + 1)]
+        for piece in (rank, 2 * ranks - 1 - rank):
+            places += range(cuts[piece], cuts[piece + 1])
+    return torch.tensor(places, dtype=torch.int64)
+
+
+class Ranks:
+    """This rank's groups."""
+
+    def __init__(self, tp: int, cp: int) -> None:
+        self.rank = dist.get_rank()
+        tp_groups = [dist.new_group(list(range(first, first + tp))) for first in range(0, tp * cp, tp)]
+        cp_groups = [dist.new_group(list(range(first, tp * cp, tp))) for first in range(tp)]
+        self.tp_group, self.cp_group = tp_groups[self.rank // tp], cp_groups[self.rank % tp]
+        self.cp_rank, self.cp = self.rank // tp, cp
+
+    def part(self, case: Case, dtype: torch.dtype) -> tuple[Case, ContextShard]:
+        index_N = zigzag(case.offsets, self.cp_rank, self.cp)
+        mine = dataclasses.replace(
+            sharded(case, self.tp_group),
+            student_hidden=case.student_hidden[index_N],
+            teacher_hidden=case.teacher_hidden[index_N],
+            sampled=case.sampled[index_N],
+        )
+        return mine.leaves(dtype), ContextShard(index_N, len(case.sampled), self.cp_group)
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        total = tensor.detach().clone()
+        dist.all_reduce(total, group=self.cp_group)
+        return total
+
+    def errors(self, loss: Tensor, mine: Case, context: ContextShard, expected_loss: Tensor, expected: Case) -> dict:
+        """Both losses have had their backward."""
+        hidden, weight = mine.gradients()
+        expected_hidden, expected_weight = expected.gradients()
+        return {
+            "loss": error(self.sum(loss), expected_loss.detach()),
+            "hidden_gradient": error(hidden, expected_hidden[context.index_N]),
+            "weight_gradient": error(whole(self.sum(weight), len(expected_weight), self.tp_group), expected_weight),
+        }
+
+
+def compare(
+    ranks: Ranks,
+    gate: GateConfig | None = GATE,
+    objective: ObjectiveConfig = OBJECTIVE,
+    weighting: WeightingConfig = NO_WEIGHTING,
+    dtype: torch.dtype = torch.float64,
+    case: Case = LONG,
+) -> dict[str, float]:
+    rounded = case.leaves(dtype)
+    expected = rounded.leaves(torch.float64)
+    reference = expected.reference(gate, objective, weighting)
+    reference.loss_sum.backward()
+    mine, context = ranks.part(rounded, dtype)
+    loss, count, stats = mine.fused(
+        gate, objective, chunk=7, tp_group=ranks.tp_group, weighting=weighting, context=context
+    )
+    loss.backward()
+    same = (
+        count == len(mine.sampled)
+        and stats.event_N.tolist() == reference.event
+        and stats.reliable_length_B.tolist() == reference.reliable_length
+        and stats.length_B.tolist() == reference.length
+    )
+    statistics = [
+        error(getattr(stats, name), torch.tensor(values, dtype=torch.float64))
+        for name, values in (
+            ("overlap_N", reference.overlap),
+            ("reliability_N", reference.reliability),
+            ("weight_N", reference.weight),
+            ("sampled_logp_N", reference.sampled_logp),
+            ("divergence_N", reference.divergence),
+        )
+    ]
+    errors = ranks.errors(loss, mine, context, reference.loss_sum, expected)
+    return {**errors, "statistics": max(statistics) if same else math.inf}
+
+
+def compare_update(ranks: Ranks, objective: ObjectiveConfig = OBJECTIVE, case: Case = LONG) -> dict[str, float]:
+    """A second update with the same tokens: weights and rewards stay those of the policy that sampled them."""
+    before, context = ranks.part(case, torch.float64)
+    kept = before.fused(objective=objective, keep_policy=True, chunk=7, tp_group=ranks.tp_group, context=context)[2]
+    moved = case.moved()
+    expected = moved.leaves(torch.float64)
+    reference = reference_update(case, expected, GATE, objective, NO_WEIGHTING)
+    reference.backward()
+    mine, context = ranks.part(moved, torch.float64)
+    loss, _, stats = mine.fused(objective=objective, old=kept.policy, chunk=5, tp_group=ranks.tp_group, context=context)
+    loss.backward()
+    errors = ranks.errors(loss, mine, context, reference, expected)
+    wrong = error(stats.weight_N, kept.weight_N)
+    return {**errors, "statistics": wrong if stats.ratio_N is None or len(stats.ratio_N) == len(case.sampled) else 1.0}
+
+
+CASES: dict[str, Callable[[Ranks], dict[str, float]]] = {
+    "float64": compare,
+    "float32": lambda ranks: compare(ranks, dtype=torch.float32),
+    "no gate": lambda ranks: compare(ranks, gate=None),
+    "mean weight": lambda ranks: compare(ranks, dataclasses.replace(GATE, weight_normalisation="mean")),
+    "teacher top-p": lambda ranks: compare(ranks, GateConfig("teacher_top_p", k=9, w_drop=0.15, top_p=0.6)),
+    "full vocabulary": lambda ranks: compare(ranks, objective=ObjectiveConfig("full_vocab_jsd", k=6)),
+    "ranks without a token": lambda ranks: compare(ranks, case=SHORT),
+    **{
+        f"{weighting.name}, {'gate' if gate else 'no gate'}": lambda ranks, w=weighting, g=gate: compare(
+            ranks, g, weighting=w
+        )
+        for weighting in WEIGHTINGS
+        for gate in (GATE, None)
+    },
+    "moved student": compare_update,
+    "moved student, full vocabulary": lambda ranks: compare_update(ranks, ObjectiveConfig("full_vocab_jsd", k=6)),
+    "moved student, ranks without a token": lambda ranks: compare_update(ranks, case=SHORT),
+}
+
+
+def broken_hidden(ranks: Ranks) -> dict[str, str]:
+    """Every rank must raise, also those whose own tokens are sound."""
+    mine, context = ranks.part(LONG, torch.float64)
+    if ranks.cp_rank == 0:
+        with torch.no_grad():
+            mine.student_hidden[2, 0] = math.nan
+    try:
+        mine.fused(chunk=7, tp_group=ranks.tp_group, context=context)
+    except ValueError as reason:
+        return {"raised": str(reason)}
+    return {"raised": ""}
+
+
+def wrong_index(ranks: Ranks) -> dict[str, str]:
+    mine, context = ranks.part(LONG, torch.float64)
+    raised = {}
+    for name, wrong in (
+        ("index", dataclasses.replace(context, index_N=context.index_N[1:])),
+        ("tokens", dataclasses.replace(context, tokens=context.tokens + 1)),
+    ):
+        try:
+            mine.fused(tp_group=ranks.tp_group, context=wrong)
+        except ValueError as reason:
+            raised[name] = str(reason)
+    return raised
+
+
+def main(folder: Path, tp: int, cp: int) -> None:
+    dist.init_process_group("gloo")
+    ranks = Ranks(tp, cp)
+    results: dict[str, dict] = {name: run(ranks) for name, run in CASES.items()}
+    for other in (broken_hidden, wrong_index):
+        results[other.__name__] = other(ranks)
+    (folder / f"rank{ranks.rank}.json").write_text(json.dumps(results))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]))
