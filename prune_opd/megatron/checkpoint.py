@@ -10,16 +10,21 @@ import json
 import os
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.validation import StrictHandling
 
 from prune_opd.errors import UserError
 from prune_opd.megatron.layout import Layout
-from prune_opd.megatron.trainer import Trainer
+
+if TYPE_CHECKING:
+    from prune_opd.megatron.trainer import Trainer
 
 STATE_FILE = "state.json"
+EXTRA_STATE = "_extra_state"
 LATEST = "latest"
 
 
@@ -64,8 +69,32 @@ class Checkpoints:
     def load(self, checkpoint: Path, trainer: Trainer) -> dict[str, Any]:
         """Restore the trainer in this run's layout and return the rest. Raises `UserError` for an incomplete one."""
         state = read_state(checkpoint)
-        trainer.load(dist_checkpointing.load(trainer.sharded_state(loading=True), str(checkpoint)))
+        trainer.load(load_shards(trainer.sharded_state(loading=True), checkpoint))
         return state
+
+
+def load_shards(wanted: dict[str, Any], checkpoint: Path) -> dict[str, Any]:
+    """`wanted`, a sharded state dict of any layout, filled from a checkpoint of any other. Collective.
+
+    Transformer Engine's modules ask for an `_extra_state` (FP8 scales) that a checkpoint written without it does not
+    have, and do without. Raises `UserError` if anything else is not there.
+    """
+    state, _, lacking = dist_checkpointing.load(wanted, str(checkpoint), strict=StrictHandling.RETURN_UNEXPECTED)
+    lost = sorted(key for key in lacking if EXTRA_STATE not in key)
+    if lost:
+        raise UserError(
+            f"{checkpoint} has no {', '.join(lost[:3])}{' …' if len(lost) > 3 else ''}: it is of another model or"
+            " optimizer; resume with the settings it was written with"
+        )
+    return state
+
+
+def load_model(model: torch.nn.Module, state: dict[str, Any]) -> None:
+    """Give a model what `load_shards` has found for it. Raises `UserError` for a weight that was not."""
+    missing, unexpected = model.load_state_dict(state, strict=False)
+    lost = [name for name in (*missing, *unexpected) if EXTRA_STATE not in name]
+    if lost:
+        raise UserError(f"the checkpoint does not fit the model: {', '.join(lost[:3])}; was it of another model?")
 
 
 def read_state(checkpoint: Path) -> dict[str, Any]:

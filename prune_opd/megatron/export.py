@@ -15,10 +15,8 @@ def export_checkpoint(checkpoint: Path, out_dir: Path) -> None:
     `checkpoint` is not one.
     """
     machine = platform.prepare()
-    from megatron.core import dist_checkpointing
-
     from prune_opd.megatron import layout as layouts
-    from prune_opd.megatron.checkpoint import read_state
+    from prune_opd.megatron.checkpoint import load_model, load_shards, read_state
     from prune_opd.megatron.model import build, dtype_of
     from prune_opd.weights.stream import export_hf
 
@@ -26,7 +24,6 @@ def export_checkpoint(checkpoint: Path, out_dir: Path) -> None:
     layout = layouts.initialize(ParallelConfig(tensor=1), machine, seed=0)
     dtype = dtype_of(config["precision"]["params"])
     (model,) = build(config["student"], layout.student, dtype, trainable=False)
-    state = dist_checkpointing.load({"model": model.sharded_state_dict()}, str(checkpoint))
-    model.load_state_dict(state["model"])
+    load_model(model, load_shards({"model": model.sharded_state_dict()}, checkpoint)["model"])
     export_hf([model], config["student"], out_dir, write=True)
     layouts.shutdown()

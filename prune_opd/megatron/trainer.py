@@ -18,6 +18,7 @@ from torch import Tensor
 
 from prune_opd.config import Fp8Config, OptimizerConfig, ParallelConfig
 from prune_opd.megatron import optimizer_state
+from prune_opd.megatron.checkpoint import load_model
 from prune_opd.megatron.layout import Layout
 from prune_opd.megatron.model import HiddenStatesGPT, build
 from prune_opd.megatron.packing import PackedBatch
@@ -163,7 +164,7 @@ class Trainer:
 
     def load(self, state: dict[str, Any]) -> None:
         for i, chunk in enumerate(self.chunks):
-            chunk.load_state_dict(state[f"model{i}"])
+            load_model(chunk, state[f"model{i}"])
         optimizer_state.load(self.optimizer, state["optimizer"])
 
 

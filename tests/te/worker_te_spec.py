@@ -79,9 +79,9 @@ def main(folder: Path, side: str, saved_by: str | None = None) -> None:
         stub.install()
     machine = platform.prepare()
     from megatron.core import dist_checkpointing
-    from megatron.core.dist_checkpointing.validation import StrictHandling
 
     from prune_opd.megatron import layout as layouts
+    from prune_opd.megatron.checkpoint import load_shards
     from prune_opd.megatron.model import build
     from prune_opd.weights.stream import export_hf
 
@@ -99,10 +99,7 @@ def main(folder: Path, side: str, saved_by: str | None = None) -> None:
         if saved_by:
             for parameter in chunk.parameters():
                 parameter.fill_(7.0)
-            # A local checkpoint has no `_extra_state`: go on without. Nothing lacks the other way.
-            strict = {"strict": StrictHandling.LOG_UNEXPECTED} if side == "te" else {}
-            checkpoint = folder / saved_by / case / "checkpoint"
-            state = dist_checkpointing.load(chunk.sharded_state_dict(), str(checkpoint), **strict)
+            state = load_shards(chunk.sharded_state_dict(), folder / saved_by / case / "checkpoint")
             missing, unexpected = chunk.load_state_dict(state, strict=False)
             descriptions[case]["not loaded"] = [*missing, *unexpected]
             export_hf(chunks, folder / case, out / f"from_{saved_by}", write=job.is_main)
