@@ -118,6 +118,8 @@ def layer_spec(spec: ModelSpec, *, sparse: bool = False) -> ModuleSpec:
         return get_gpt_layer_with_transformer_engine_spec(experts, moe_grouped_gemm=sparse, qk_layernorm=spec.qk_norm)
     layer = get_gpt_layer_local_spec(experts, qk_layernorm=spec.qk_norm, normalization="RMSNorm")
     layer.submodules.self_attention.submodules.core_attention = PackedSdpaAttention
+    if sparse:  # checkpoints would call it as if it were fused with a dense layer, and Transformer Engine's would not
+        del layer.submodules.sharded_state_dict_keys_map["pre_mlp_layernorm."]
     return layer
 
 

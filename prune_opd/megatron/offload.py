@@ -57,10 +57,9 @@ class StorageMover:
         """Copy the storages to the host and free them on the device."""
         staying = _storages(self.except_of()).keys()
         leaving = {key: storage for key, storage in self._on_device().items() if key not in staying}
-        pin = not self.machine.is_cpu
-        self._host = {
-            key: self._host.get(key, torch.empty(storage.nbytes(), dtype=torch.uint8, pin_memory=pin))
-            for key, storage in leaving.items()
+        away = {storage._cdata: self._host[storage._cdata] for storage, _ in self._away}
+        self._host = away | {
+            key: self._host[key] if key in self._host else self._pinned(storage) for key, storage in leaving.items()
         }
         for key, storage in leaving.items():
             self._host[key].copy_(_bytes(storage), non_blocking=True)
@@ -77,6 +76,9 @@ class StorageMover:
             _bytes(storage).copy_(host, non_blocking=True)
         self._away.clear()
         self.machine.synchronize()  # whatever stream uses them next
+
+    def _pinned(self, storage: torch.UntypedStorage) -> Tensor:
+        return torch.empty(storage.nbytes(), dtype=torch.uint8, pin_memory=not self.machine.is_cpu)
 
     def _on_device(self) -> dict[int, torch.UntypedStorage]:
         here = (tensor for tensor in self.tensors() if tensor.device.type == self.machine.device.type)

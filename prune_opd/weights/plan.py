@@ -97,17 +97,18 @@ def make_items(entries: Iterable[Entry], spec: ModelSpec, holdings: Sequence[Map
         yield Item(entry, shapes, one.dtype, tuple(owners), everywhere)
 
 
-def make_buckets(items: Iterable[Item], bucket_bytes: int, *, staging: bool) -> list[Bucket]:
+def make_buckets(items: Iterable[Item], bucket_bytes: int, *, staging: bool, in_order: bool = False) -> list[Bucket]:
     """Buckets of at most `bucket_bytes`; a larger parameter has a bucket for itself.
 
     A layer that fits into a bucket is not cut: vLLM keeps what it was given of a module until it has all of it. Layers
     of different pipeline stages take turns, so that all stages send at the same time. The vocabulary's matrices come
-    last: vLLM keeps one that it pads until the end of a load. staging: leave room for shards that cannot arrive in
-    their place.
+    last: vLLM keeps one that it pads until the end of a load. in_order: the order of the items instead. staging: leave
+    room for shards that cannot arrive in their place.
     """
     buckets: list[list[Item]] = [[]]
     used = 0
-    for layer in _in_turn([list(layer) for _, layer in groupby(items, key=lambda item: _layer(item.entry.megatron))]):
+    layers = [list(layer) for _, layer in groupby(items, key=lambda item: _layer(item.entry.megatron))]
+    for layer in layers if in_order else _in_turn(layers):
         fits = sum(_room(item, staging) for item in layer) <= bucket_bytes
         for unit in [layer] if fits else [[item] for item in layer]:
             room = sum(_room(item, staging) for item in unit)

@@ -44,10 +44,18 @@ class Resharder:
     """The stream of one model, to be started as often as its weights change; its plan and buffers are kept.
 
     transport: "collective", "shared" (memory; on one machine without accelerators), or None for the best there is.
+    in_order: the order of `entries`, for files; else the order in which the ranks are busiest (plan.py).
     """
 
-    def __init__(self, chunks: Sequence[HiddenStatesGPT], bucket_mb: float = BUCKET_MB, transport: str | None = None):
-        self.chunks, self.bucket_bytes = chunks, int(bucket_mb * MIB)
+    def __init__(
+        self,
+        chunks: Sequence[HiddenStatesGPT],
+        bucket_mb: float = BUCKET_MB,
+        transport: str | None = None,
+        *,
+        in_order: bool = False,
+    ):
+        self.chunks, self.bucket_bytes, self.in_order = chunks, int(bucket_mb * MIB), in_order
         self.spec = chunks[0].spec
         self.groups: Any = chunks[0].pg_collection
         self.device = next(chunks[0].parameters()).device
@@ -70,9 +78,10 @@ class Resharder:
             self.transport.arrive(now.flight)
             tensors = self._hand_on(bucket, now.flight, sums)
             yield from islice(tensors, LAG)
-            ahead = None if after is None else self._send(after, parameters, sums, in_use=now.buffer)
+            ahead = self._send(after, parameters, sums, in_use=now.buffer) if after else None
             yield from tensors
-            now = ahead or now
+            if ahead:
+                now = ahead
         if sums:
             sums.compare()
         if self.device.type != "cpu":
@@ -94,7 +103,7 @@ class Resharder:
         holdings: list[Any] = [None] * self.group.size()
         dist.all_gather_object(holdings, here, group=self.group)
         items = make_items(entries(self.spec), self.spec, holdings)
-        return make_buckets(items, self.bucket_bytes, staging=self.transport.staging)
+        return make_buckets(items, self.bucket_bytes, staging=self.transport.staging, in_order=self.in_order)
 
     def _holding(self, entry: Entry, parameter: Tensor) -> Holding:
         tp = self.groups.tp if entry.expert is None else self.groups.expt_tp
@@ -164,8 +173,8 @@ class _Sent:
 
 
 def hf_stream(chunks: Sequence[HiddenStatesGPT], bucket_mb: float = BUCKET_MB) -> Iterator[tuple[str, Tensor]]:
-    """One pass of a `Resharder`'s stream."""
-    return Resharder(chunks, bucket_mb).stream()
+    """One pass of a `Resharder`'s stream, in the order of `entries`."""
+    return Resharder(chunks, bucket_mb, in_order=True).stream()
 
 
 def export_hf(chunks: Sequence[HiddenStatesGPT], source_dir: str | Path, out_dir: str | Path, *, write: bool) -> None:

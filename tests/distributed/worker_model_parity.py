@@ -51,8 +51,8 @@ def compare(
     from prune_opd.megatron.packing import pack
 
     everything = range(len(rows["prompts"]))
-    (packed,) = pack(rows["prompts"], rows["responses"], everything, 10_000, device, layout.token_multiple)
-    alone = pack(rows["prompts"], rows["responses"], everything, 1, device, layout.token_multiple)
+    (packed,) = pack(rows["prompts"], rows["responses"], everything, 10_000, device, chunks[0].token_multiple)
+    alone = pack(rows["prompts"], rows["responses"], everything, 1, device, chunks[0].token_multiple)
 
     def logits(batch: Any, hidden_NH: Tensor) -> Tensor:
         """Whole logits [N, V] without the padded vocabulary: every rank's columns, side by side."""

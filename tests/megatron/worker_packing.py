@@ -13,6 +13,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import MISSING, fields
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -108,13 +109,17 @@ def compare(student: Any, teacher: Any, batch: Any, rows: list[list[int]]) -> di
     }
 
 
-def fp8_step(layout: Any, machine: Any, models: Path) -> dict[str, Any]:
+def fp8_step(layout: Any, machine: Any, models: Path, student: Any) -> dict[str, Any]:
     """Token counts of a run's micro-batches, and its record, as the precision asks for them (nothing computes)."""
     parts = {field.name: None for field in fields(Run) if field.default is MISSING is field.default_factory}
     precision = PrecisionConfig(params="bf16", student_fp8=Fp8Config(format="hybrid"))
     config = train_config(models, 1, precision=precision, parallel=ParallelConfig(tensor=1, microbatch_tokens=64))
-    run = Run(**{**parts, "config": config, "layout": layout, "machine": machine})
+    trainer = SimpleNamespace(chunks=[student])
+    run = Run(**{**parts, "config": config, "layout": layout, "machine": machine, "trainer": trainer})
+    # As precision.py sets them; without Transformer Engine no such model can be built.
+    student.config.fp8, student.config.fp8_recipe = "hybrid", "delayed"
     batches, record = run.pack(made_up_rollouts()), run.packing_record(made_up_rollouts())
+    student.config.fp8 = None
     return {"tokens": [len(batch.ids_N) for batch in batches], "waste": record["padding_waste_packed"]}
 
 
@@ -154,7 +159,7 @@ def main(models: Path, out: Path) -> None:
     results["empty"] = as_lists(pack_rows(prompts, responses, (), machine.device, 4))
     segments = pack_rows(prompts, responses, (0, 1), machine.device, 16).attention_segments()
     results["segments"] = {**as_lists(segments), "dtype": str(segments.cu_seqlens_q.dtype)}
-    results["fp8"] = fp8_step(layout, machine, models)
+    results["fp8"] = fp8_step(layout, machine, models, student)
     (out / "results.json").write_text(json.dumps(results))
     layouts.shutdown()
 

@@ -14,12 +14,13 @@ from tests.distributed.tiny_run import write_pair
 from tests.rollout.worker_engine import EOS, LENGTHS, MANY, MAX_TOKENS, RESPONSES
 
 WORKER = Path(__file__).with_name("worker_engine.py")
-# Ranks, tensor parallelism of an engine, sequences that run at once, GB of cache. With three sequences the others
-# wait; 1 MB is 2000 tokens, too few for the long prompts: sequences are put out and started again.
+# Ranks, pipeline stages of the trainer, tensor parallelism of an engine, sequences that run at once, GB of cache. With
+# three sequences the others wait; 1 MB is 2000 tokens, too few for the long prompts: sequences are put out and started
+# again.
 LAUNCHES = {
-    "one engine": (1, 1, 64, 0.25),
-    "two engines": (2, 1, 3, 0.25),
-    "one engine of two ranks": (2, 2, 64, 0.001),
+    "one engine": (1, 1, 1, 64, 0.25),
+    "two engines": (2, 2, 1, 3, 0.25),
+    "one engine of two ranks": (2, 1, 2, 64, 0.001),
 }
 SPREAD = 2e-4  # nats between engine and trainer; the first sync allows 1e-3
 

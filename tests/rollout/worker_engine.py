@@ -1,8 +1,9 @@
 """Ranks of test_engine.py: one engine configuration, as one process can have only one.
 
-    torchrun … worker_engine.py MODELS OUT ROLLOUT_TP MAX_NUM_SEQS KV_CACHE_GB
+    torchrun … worker_engine.py MODELS OUT PIPELINE ROLLOUT_TP MAX_NUM_SEQS KV_CACHE_GB
 
-The trainer's tensor parallelism is the number of ranks. Every rank writes OUT/rank<r>.json.
+The trainer has PIPELINE stages, and all the tensor parallelism that is left of the ranks. Every rank writes
+OUT/rank<r>.json.
 """
 
 from __future__ import annotations
@@ -125,16 +126,19 @@ class Checks:
         return ""
 
 
-def main(models: Path, out: Path, rollout_tp: int, max_num_seqs: int, kv_cache_gb: float) -> None:
+def main(models: Path, out: Path, pipeline: int, rollout_tp: int, max_num_seqs: int, kv_cache_gb: float) -> None:
     machine = platform.prepare()
     from prune_opd.megatron import layout as layouts
+    from prune_opd.megatron.model import build
 
-    layout = layouts.initialize(ParallelConfig(), machine, seed=0)
+    layout = layouts.initialize(ParallelConfig(pipeline=pipeline), machine, seed=0)
     rollout = RolloutConfig(
         tensor_parallel=rollout_tp, max_prompt_len=256, max_num_seqs=max_num_seqs, kv_cache_gb=kv_cache_gb
     )
     run = build_run(train_config(models, layout.student.tp, rollout=rollout), layout, out)
-    student, teacher, prompts = run.trainer.chunks, run.teacher.chunks, make_prompts()
+    # Other weights for the engine, in the student's layout: the teacher of the run has its own, and no head of a stage.
+    teacher = build(run.config.teacher, layout.student, torch.float32, trainable=False)
+    student, prompts = run.trainer.chunks, make_prompts()
     checks = Checks(run, rollout)
     results: dict[str, Any] = {"tokens": checks.tokens(prompts)}
 
@@ -177,4 +181,4 @@ def main(models: Path, out: Path, rollout_tp: int, max_num_seqs: int, kv_cache_g
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4]), float(sys.argv[5]))
+    main(Path(sys.argv[1]), Path(sys.argv[2]), *map(int, sys.argv[3:6]), float(sys.argv[6]))

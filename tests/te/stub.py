@@ -30,7 +30,7 @@ class StubCalledError(RuntimeError):
     """A kernel was called: that needs a GPU and the compiled extension."""
 
 
-class _StubModule(types.ModuleType):
+class StubModule(types.ModuleType):
     """A module whose every name is a function, or a class if it is spelt like one, that raises when it is called."""
 
     def __getattr__(self, name: str) -> Any:
@@ -50,14 +50,14 @@ class _StubModule(types.ModuleType):
 
 def install() -> None:
     """Make `import transformer_engine.pytorch` work, and its modules constructible, on a machine without CUDA."""
-    extension = _StubModule("transformer_engine_torch")
+    extension = StubModule("transformer_engine_torch")
     for name, members in json.loads(ENUMS.read_text()).items():
         setattr(extension, name, enum.IntEnum(name, members))
     extension.get_cudnn_version = lambda: 92000  # type: ignore[attr-defined]
     extension.get_cublasLt_version = lambda: 130101  # type: ignore[attr-defined]
     sys.modules["transformer_engine_torch"] = extension
     for name in ("", ".pad", ".permutation", ".cross_entropy"):
-        sys.modules[KERNELS + name] = _StubModule(KERNELS + name)
+        sys.modules[KERNELS + name] = StubModule(KERNELS + name)
     os.environ["NVTE_PROJECT_BUILDING"] = "1"  # its own switch: load no CUDA libraries
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that it found no extension

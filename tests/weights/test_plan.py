@@ -102,6 +102,13 @@ def test_pipeline_stages_send_in_turn_and_the_vocabulary_comes_last() -> None:
     assert [item.entry.cut for item in bucket.items[-2:]] == ["vocab", "vocab"]
 
 
+def test_the_order_of_the_parameters_is_kept_where_it_is_asked_for() -> None:
+    spec = model_spec(layers=4, tied=False)
+    items = make_items(entries(spec), spec, holdings(spec, 1, 2))
+    (bucket,) = make_buckets(items, 10**9, staging=False, in_order=True)
+    assert [item.entry for item in bucket.items] == list(entries(spec))
+
+
 def test_what_every_rank_has_takes_no_room_and_is_not_sent() -> None:
     spec = model_spec(tied=True)
     at_home = {item.entry.megatron for bucket in plan(spec, 1, 2, 10**9) for item in bucket.items if item.at_home}
