@@ -101,7 +101,7 @@ def test_log_probabilities_of_sampled_tokens_equal_those_of_one_process(
 ) -> None:
     (reference,) = results[reference_of(case)]
     for rank in results[case]:
-        assert rank["logprobs"] == pytest.approx(reference["logprobs"], abs=2e-5)
+        assert rank["logprobs"] == pytest.approx(reference["logprobs"], abs=1e-4)  # the bound for logits
 
 
 @pytest.mark.parametrize("reference", REFERENCES)
