@@ -59,8 +59,8 @@ class Resharder:
         self.spec = chunks[0].spec
         self.groups: Any = chunks[0].pg_collection
         self.device = next(chunks[0].parameters()).device
-        # The ranks that hold one whole model between them. With expert parallelism they have replicas of the rest.
-        self.group = self.groups.mp if self.groups.ep.size() == 1 else self.groups.tp_ep_pp
+        # The ranks that hold one whole model between them: what the experts are divided over may be more than the rest.
+        self.group = max(self.groups.mp, self.groups.tp_ep_pp, key=lambda group: group.size())
         self.transport = self._transport(transport)
         self._buffers: list[Buffer] = []
 
