@@ -9,10 +9,10 @@ ifdef PYTHON
 export PYTHON
 endif
 
-.PHONY: help setup tiny-models quickstart test setup-te-test lint format check setup-bench bench-loss clean
+.PHONY: help setup tiny-models quickstart test setup-te-test lint format check setup-bench bench-loss bench-packing bench-reshard bench-fp8-noise clean
 
 help: ## List the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-15s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 setup: ## Make .venv with the pinned packages (does nothing when it is up to date)
 	@bash scripts/setup.sh
@@ -48,6 +48,15 @@ setup-bench: setup ## Put what the benchmarks compare with (trl) into .venv-benc
 
 bench-loss: setup-bench ## Measure the loss against full logits, TRL and its floor: bench/loss.json (about 20 minutes)
 	$(BIN)/prune-opd bench loss
+
+bench-packing: setup ## Measure packed against padded micro-batches: bench/packing.json
+	$(BIN)/prune-opd bench packing
+
+bench-reshard: setup ## Measure the weight stream against bare collectives and the reload: bench/reshard.json
+	$(BIN)/prune-opd bench reshard
+
+bench-fp8-noise: tiny-models ## Count the drift events that FP8 noise alone makes: bench/fp8-noise.json
+	$(BIN)/prune-opd bench fp8-noise
 
 clean: ## Remove caches and build products (.venv, runs/ and the tiny models stay)
 	rm -rf build *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis

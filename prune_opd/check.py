@@ -32,7 +32,17 @@ from prune_opd.precision import (
 from prune_opd.recipe import config_differences, load_config
 
 # What may differ between a run and its continuation: it changes neither the updates nor the problems of an evaluation.
-HARMLESS = ("parallel", "track", "stop_after", "checkpoint", "evaluation.every")
+HARMLESS = (
+    "parallel",
+    "track",
+    "stop_after",
+    "checkpoint",
+    "evaluation.every",
+    "memory",
+    "rollout.bucket_mb",
+    "rollout.kv_cache_gb",
+    "rollout.gpu_memory_utilization",
+)
 NOT_HARMLESS = ("parallel.distributed_optimizer",)  # its checkpoints are made of other parts
 SHOWN_DIFFERENCES = 6
 
@@ -67,12 +77,15 @@ def check_sft(config: SftConfig, nproc: int) -> list[str]:
     problems = []
     if config.init is not None:
         model = _read_model("init", config.init)
-        problems += [model] if isinstance(model, str) else []
+        problems += [model] if isinstance(model, str) else [problem for problem in [_not_built(model)] if problem]
     parallel = config.parallel
-    for name, size in (("tensor", parallel.tensor_size(nproc)), ("pipeline", parallel.pipeline)):
-        if size != 1:
+    found = {"tensor": parallel.tensor_size(nproc)}
+    found |= {name: getattr(parallel, name) for name in ("pipeline", "expert", "context", "sequence_parallel")}
+    for name, value in found.items():
+        alone = "false" if name == "sequence_parallel" else "1"
+        if str(value).lower() != alone:
             problems.append(
-                f"parallel.{name} = {size}: supervised training is data parallel only; set parallel.{name}=1"
+                f"parallel.{name} = {value}: supervised training is data parallel only; set parallel.{name}={alone}"
             )
     if not config.output:
         problems.append("output = '' is no directory: set output=DIR")

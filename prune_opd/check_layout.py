@@ -37,7 +37,7 @@ def layout_problems(config: TrainConfig, nproc: int, models: Mapping[str, HfConf
             problems += _model(place, model) + _experts(place, model, nproc)
     if "student" in models:
         problems += _student(parallel, student, models["student"])
-    problems += _combinations(parallel, student)
+    problems += _sequence_parallel(parallel, student)
     problems += _engine(config, nproc, models.get("student"))
     if not problems:
         problems += _batch(config, student, teacher, nproc)
@@ -81,9 +81,10 @@ def _ranks(parallel: ParallelConfig, places: tuple[_Place, _Place], nproc: int) 
         if size == place.tensor:
             problem = f"{place.tensor_field} does not divide the {nproc} ranks: choose one of {divisors(nproc)}"
         else:
+            shared = f" and parallel.context = {context}" if context > 1 else ""
             problem = (
-                f"{place.tensor_field} with {place.pipeline_field} puts a model on {size} ranks, which does not divide"
-                f" the {nproc} ranks: choose sizes with a product of {divisors(nproc)}"
+                f"{place.tensor_field} with {place.pipeline_field}{shared} puts a model on {size} ranks, which does not"
+                f" divide the {nproc} ranks: choose sizes with a product of {divisors(nproc)}"
             )
         problems.append(f"{problem}, or another --nproc")
     return list(dict.fromkeys(problems))  # a teacher that lies as the student does is no second problem
@@ -146,6 +147,11 @@ def _student(parallel: ParallelConfig, place: _Place, model: HfConfig) -> list[s
             f"parallel.virtual_pipeline = {parallel.virtual_pipeline} does not divide the {layers // parallel.pipeline}"
             f" layers of a stage of the student: choose one of {divisors(layers // parallel.pipeline)}"
         )
+    if _expert_count(model) and place.expert == 1 < place.tensor:
+        problems.append(
+            f"{place.expert_field} with experts and {place.tensor_field}: nobody adds up the gradients of experts that"
+            f" TP ranks share; set parallel.expert to a multiple of {place.tensor}, or parallel.tensor=1"
+        )
     if _expert_count(model) and place.tensor > 1 and not parallel.sequence_parallel:
         problems.append(
             f"{place.tensor_field} with experts needs sequence parallelism, or each rank routes all tokens:"
@@ -154,14 +160,13 @@ def _student(parallel: ParallelConfig, place: _Place, model: HfConfig) -> list[s
     return problems
 
 
-def _combinations(parallel: ParallelConfig, student: _Place) -> list[str]:
-    problems = []
-    if parallel.sequence_parallel and student.tensor == 1:
-        problems.append(
-            f"parallel.sequence_parallel = True needs tensor parallelism, and {student.tensor_field}:"
-            " set parallel.tensor to at least 2, or parallel.sequence_parallel=false"
-        )
-    return problems
+def _sequence_parallel(parallel: ParallelConfig, student: _Place) -> list[str]:
+    if not parallel.sequence_parallel or student.tensor > 1:
+        return []
+    return [
+        f"parallel.sequence_parallel = True needs tensor parallelism, and {student.tensor_field}:"
+        " set parallel.tensor to at least 2, or parallel.sequence_parallel=false"
+    ]
 
 
 def _engine(config: TrainConfig, nproc: int, student: HfConfig | None) -> list[str]:
@@ -169,9 +174,20 @@ def _engine(config: TrainConfig, nproc: int, student: HfConfig | None) -> list[s
     field = f"rollout.tensor_parallel = {engine}"
     if nproc % engine:
         problems.append(f"{field} does not divide the {nproc} ranks: choose one of {divisors(nproc)}")
-    if student is not None and (heads := int(student["num_attention_heads"])) % engine:
+    if student is None:
+        return problems
+    heads = int(student["num_attention_heads"])
+    shares = {"attention heads": heads, "feed-forward columns": int(student.get("intermediate_size") or engine)}
+    problems += [
+        f"{field} does not divide the {count} {name} of the student: choose one of {divisors(count)}"
+        for name, count in shares.items()
+        if count % engine
+    ]
+    groups = int(student.get("num_key_value_heads") or heads)
+    if heads % engine == 0 and groups % engine and engine % groups:  # vLLM repeats them where the ranks are more
         problems.append(
-            f"{field} does not divide the {heads} attention heads of the student: choose one of {divisors(heads)}"
+            f"{field} neither divides the {groups} key-value heads of the student nor is a multiple of them:"
+            f" choose one of {divisors(groups)}"
         )
     return problems
 

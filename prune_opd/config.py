@@ -241,7 +241,7 @@ class ParallelConfig:
     """
 
     nproc: int = 2  # ranks that `prune-opd` starts on this node when it is not already under torchrun
-    tensor: int | None = None  # TP; None: all ranks of a stage
+    tensor: int | None = None  # TP; None: the ranks that pipeline and context leave
     pipeline: int = 1  # stages
     virtual_pipeline: int = 1  # chunks of layers per stage (interleaved schedule)
     expert: int = 1  # ranks that share a layer's experts (MoE): a multiple of tensor
@@ -251,7 +251,7 @@ class ParallelConfig:
     recompute: str = "none"  # activations made again in the backward pass: selective (attention) | full (every layer)
     teacher_tensor: int | None = None  # the teacher's own TP; None: as the student
     teacher_pipeline: int | None = None  # likewise; it has no virtual pipeline and no sequence parallelism
-    teacher_expert: int = 1
+    teacher_expert: int = 1  # its own; it does not follow `expert`
     microbatch_tokens: int = 16384  # budget of one packed micro-batch on a rank (prompt + response)
     loss_chunk_tokens: int = 1024  # tokens whose logits, of both models, are alive at a time in the loss
     timeout_minutes: float = 10.0  # of every collective: a rank that stops answering ends the run

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 
 from prune_opd.config_checks import between
@@ -27,4 +28,5 @@ class MemoryConfig:
 
     @property
     def on(self) -> bool:
-        return self != MemoryConfig()
+        """Whether anything moves: how an engine wakes says nothing of whether it sleeps."""
+        return dataclasses.replace(self, staged_wake=True) != MemoryConfig()

@@ -51,6 +51,22 @@ class Fp8Config:
                     f"{name}.{end} = {getattr(self, end)} does not go with recipe = delayed, whose scales are updated "
                     f"for all layers at once: choose recipe=tensorwise or blockwise, or {end}=0"
                 )
+        self._refuse_idle(name)
+
+    def _refuse_idle(self, name: str) -> None:
+        """What is set and would do nothing is a mistake."""
+        settings: tuple[str, ...] = ()
+        why = remedy = ""
+        if not self.on:
+            settings = ("recipe", "param", "first_layers_bf16", "last_layers_bf16", "amax_history")
+            why, remedy = f"{name}.format = null", f"{name}.format=hybrid"
+        elif self.recipe != "delayed":
+            settings, why, remedy = ("amax_history",), f"recipe = {self.recipe}", f"{name}.recipe=delayed"
+        for setting in settings:
+            if (value := getattr(self, setting)) != getattr(Fp8Config, setting):
+                raise ConfigError(
+                    f"{name}.{setting} = {value!r} does nothing with {why}: leave it out, or set {remedy}"
+                )
 
 
 @dataclass(frozen=True)

@@ -47,6 +47,8 @@ def not_built(config: dict[str, Any]) -> str | None:
     if family not in FAMILIES:
         return f"model_type = {family!r} is not supported: use a model of {', '.join(FAMILIES)}"
     rope = _rope_settings(config)
+    if not isinstance(rope, dict):
+        return f"rope_scaling = {rope!r} is no set of settings: use a model with null, or an object with rope_type"
     for name, built in BUILT.items():
         found = config.get(name, rope.get(name))
         if found not in (built, None):
@@ -76,6 +78,8 @@ def _rope_not_built(rope: dict[str, Any]) -> str | None:
 
 
 def _experts_not_built(config: dict[str, Any]) -> str | None:
+    if config.get("decoder_sparse_step", 1) < 1:
+        return f"decoder_sparse_step = {config['decoder_sparse_step']}: it must be at least 1"
     moe = _moe_spec(config)
     if moe is None:
         return None

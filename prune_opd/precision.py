@@ -106,10 +106,12 @@ def fp8_problems(
     multiple = BLOCK if fp8.recipe == "blockwise" and sequence_parallel and tensor > 1 else GEMM_MULTIPLE
     tensor_field = "parallel.tensor" if role == "student" else "parallel.teacher_tensor"
     for name, size in matrix_sizes(model, tensor, tensor_field).items():
-        if size % (multiple if name == "hidden_size" else GEMM_MULTIPLE):
+        needed = multiple if name == "hidden_size" else GEMM_MULTIPLE
+        if size % needed:
+            other = f"{tensor_field} or model" if tensor_field in name else "model"
             problems.append(
-                f"{field} needs matrices whose sizes are multiples of {multiple}, and {name} = {size} of the {role} "
-                f"is none: choose another {tensor_field} or model, or {remedy}"
+                f"{field} needs matrices whose sizes are multiples of {needed}, and {name} = {size} of the {role} "
+                f"is none: choose another {other}, or {remedy}"
             )
     layers = int(model.get("num_hidden_layers", 0))
     for end in ("first_layers_bf16", "last_layers_bf16"):
@@ -132,10 +134,10 @@ def matrix_sizes(model: dict[str, Any], tensor: int, field: str) -> dict[str, in
         "(heads + 2 × key-value heads) × head_dim": (heads + 2 * groups) * head_dim(model),
         "intermediate_size": int(model["intermediate_size"]),
     }
-    if "moe_intermediate_size" in model:
-        split["moe_intermediate_size"] = int(model["moe_intermediate_size"])
     on_rank = "" if tensor == 1 else f" / {field} {tensor}"
     sizes = {f"{name}{on_rank}": size // tensor for name, size in split.items() if size % tensor == 0}
+    if "moe_intermediate_size" in model:
+        sizes["moe_intermediate_size"] = int(model["moe_intermediate_size"])  # experts are never cut
     return {"hidden_size": hidden, **sizes}
 
 
@@ -196,6 +198,8 @@ def rollout_problems(rollout: RolloutConfig, params: str, model: dict[str, Any] 
                 f"{field} needs a CUDA GPU and there is none here: "
                 f"choose {' or '.join(CPU_QUANTIZATIONS)}, which vLLM also has on the CPU, or {remedy}"
             )
+        elif not gpu and model is not None and model.get("model_type") == "qwen3_moe":
+            problems.append(f"{field} is for dense models on the CPU, and the student has experts: {remedy}")
     if rollout.kv_cache_dtype != "auto" and not gpu:
         field, remedy = f"rollout.kv_cache_dtype = {rollout.kv_cache_dtype!r}", "set rollout.kv_cache_dtype=auto"
         if not _has_wide_vectors():

@@ -175,7 +175,9 @@ class Run:
         """
         from prune_opd.megatron.logprobs import sampled_logprobs
 
-        prompts = [self.sampler.source.get(i) for i in range(PARITY_PROMPTS)]
+        # At least one for each engine: a reload can fail on one of them alone.
+        source, count = self.sampler.source, max(PARITY_PROMPTS, self.engine.engines)
+        prompts = [source.get(i % (source.size or count)) for i in range(count)]
         rollouts = self.engine.generate(
             prompts, 1, PARITY_TOKENS, self.config.seed, 0, self.config.objective.temperature, logprobs=True
         )

@@ -36,7 +36,7 @@ def run(config: SftConfig) -> None:
 
     layout = layouts.initialize(config.parallel, machine, config.seed)
     if layout.dp_size != layout.world:
-        raise ConfigError("parallel: supervised training is data parallel only, set tensor=1 and pipeline=1")
+        raise ConfigError("parallel: supervised training is data parallel only, set tensor=1 and all others to 1")
     output = Path(config.output)
     start = Path(config.init) if config.init else output.with_name(output.name + ".init")
     if config.init is None and layout.is_main:

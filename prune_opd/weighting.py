@@ -118,7 +118,8 @@ def _tip(config: WeightingConfig, signals: Signals) -> Tensor:
     entropy_T = signals.student_entropy_N
     entropy_T = _min_max(entropy_T.clamp(max=entropy_T.quantile(ENTROPY_CUT)))
     divergence_T = _min_max(signals.divergence_N)
-    score_T = entropy_T + divergence_T - entropy_T * divergence_T
+    # The Soft-OR ĥ + δ̂ − ĥ δ̂ in the form that is exactly 1 where either is: the highest of both tie, the earlier wins.
+    score_T = 1 - (1 - entropy_T) * (1 - divergence_T)
     kept = max(math.floor(config.retain * len(score_T) + 1e-9), 1)  # 0.29 · 100 is a little less than 29
     weight_T = torch.zeros_like(score_T)
     weight_T[score_T.sort(descending=True, stable=True).indices[:kept]] = len(score_T) / kept

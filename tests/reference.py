@@ -155,7 +155,7 @@ def weighted(
             low = math.floor(place)
             cut = ordered[low] + (place - low) * (ordered[min(low + 1, len(h) - 1)] - ordered[low])
             h, d = scaled([min(value, cut) for value in h]), scaled(d)
-            score = [a + b - a * b for a, b in zip(h, d, strict=True)]
+            score = [1 - (1 - a) * (1 - b) for a, b in zip(h, d, strict=True)]  # 1 where either is
             count = max(1, int(round(weighting.retain * len(score), 6)))
             kept = sorted(range(len(score)), key=lambda i: (-score[i], i))[:count]
             for i in range(len(score)):

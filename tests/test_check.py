@@ -248,7 +248,7 @@ def test_the_run_of_another_config_is_refused_by_the_fields_that_differ(pair: Tr
 
 
 def test_many_differences_are_cut_short(pair: TrainConfig, run_dir: Path) -> None:
-    many = [f"rollout.{name}=9" for name in ("prompts", "responses", "max_prompt_len", "max_num_seqs", "kv_cache_gb")]
+    many = [f"rollout.{name}=9" for name in ("prompts", "responses", "max_prompt_len", "max_num_seqs", "temperature")]
     line = only(in_run_dir(apply_overrides(pair, [*many, "seed=1", "data.min_steps=5", "gate.k=3"]), run_dir))
     assert "and 2 more" in line
 
@@ -259,6 +259,10 @@ HARMLESS_CHANGES = {
     "stop_after": "stop_after=2",
     "checkpoint": "checkpoint.every=7",
     "evaluation.every": "evaluation.every=3",
+    "memory": "memory.offload_optimizer=true",
+    "rollout.bucket_mb": "rollout.bucket_mb=64",
+    "rollout.kv_cache_gb": "rollout.kv_cache_gb=9",
+    "rollout.gpu_memory_utilization": "rollout.gpu_memory_utilization=0.4",
 }
 
 
@@ -326,6 +330,9 @@ def test_supervised_training_starts_from_nothing_or_from_a_model(tmp_path: Path)
     [
         ({"init": "nowhere"}, "init = 'nowhere': there is no such directory"),
         ({"parallel": ParallelConfig(tensor=2)}, "parallel.tensor = 2: supervised training is data parallel only"),
+        ({"parallel": ParallelConfig(tensor=1, expert=2)}, "parallel.expert = 2: supervised training is data parallel"),
+        ({"parallel": ParallelConfig(tensor=1, context=2)}, "parallel.context = 2: supervised training is data"),
+        ({"parallel": ParallelConfig(tensor=1, sequence_parallel=True)}, "set parallel.sequence_parallel=false"),
         ({"output": ""}, "output = '' is no directory"),
     ],
 )

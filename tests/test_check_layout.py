@@ -54,6 +54,11 @@ REFUSED: list[tuple[int, dict[str, Any], str]] = [
         "parallel.tensor = 2 with parallel.pipeline = 2 puts a model on 4 ranks, which does not divide the 6 ranks:"
         " choose sizes with a product of 1, 2, 3, 6",
     ),
+    (
+        3,
+        {"tensor": 1, "context": 2},
+        "parallel.tensor = 1 with parallel.pipeline = 1 and parallel.context = 2 puts a model on 2 ranks",
+    ),
     (8, {"tensor": 8}, "parallel.tensor = 8 does not divide the 4 key-value heads of the student: choose one of 1, 2"),
     (
         8,
@@ -108,11 +113,34 @@ def test_layouts_that_do_not_fit_are_refused(nproc: int, settings: dict[str, Any
             {"tensor": 4, "sequence_parallel": True, "expert": 2},
             "parallel.expert = 2 is no multiple of parallel.tensor = 4, so the ranks that hold all experts would not",
         ),
-        ({"tensor": 2}, "parallel.tensor = 2 with experts needs sequence parallelism, or each rank routes all tokens:"),
+        (
+            {"tensor": 2, "expert": 2},
+            "parallel.tensor = 2 with experts needs sequence parallelism, or each rank routes all tokens:",
+        ),
+        (
+            {"tensor": 2, "sequence_parallel": True},
+            "parallel.expert = 1 with experts and parallel.tensor = 2: nobody adds up the gradients of experts that TP"
+            " ranks share; set parallel.expert to a multiple of 2",
+        ),
     ],
 )
 def test_experts_that_do_not_fit_are_refused(settings: dict[str, Any], beginning: str) -> None:
     assert problems(4, EXPERTS, **settings)[0].startswith(beginning)
+
+
+@pytest.mark.parametrize(
+    ("ranks", "beginning"),
+    [
+        (5, "rollout.tensor_parallel = 5 does not divide the 8 ranks: choose one of 1, 2, 4, 8"),
+        (8, "rollout.tensor_parallel = 8 does not divide the 12 feed-forward columns of the student"),
+        (3, "rollout.tensor_parallel = 3 neither divides the 4 key-value heads of the student nor is a multiple"),
+    ],
+)
+def test_engines_that_vllm_would_not_build_are_refused(ranks: int, beginning: str) -> None:
+    student = DENSE | {"intermediate_size": 12, "num_attention_heads": 24}  # 4 key-value heads
+    config = train_config(Path("student"), Path("teacher"), rollout=RolloutConfig(tensor_parallel=ranks))
+    found = layout_problems(config, 8, {"student": student})
+    assert any(line.startswith(beginning) for line in found), found
 
 
 def test_one_problem_is_told_once() -> None:

@@ -148,12 +148,11 @@ def own_rollouts(model_dir: Path, problems: int, max_len: int, machine: platform
     """Prompts and the model's own responses on the ledger task, T = 1, as a training step would sample them."""
     from transformers import AutoTokenizer
 
-    from prune_opd.data.prompts import held_out, make_source
+    from prune_opd.data.prompts import held_out
     from prune_opd.rollout.engine import RolloutEngine
 
     tokenizer = AutoTokenizer.from_pretrained(model_dir)
     data = DataConfig(source="ledger")
-    make_source(data, tokenizer, SEED)
     prompts = held_out(data, tokenizer, SEED, problems)
     longest = max(len(prompt.ids) for prompt in prompts)
     engine = RolloutEngine(str(model_dir), RolloutConfig(max_prompt_len=longest), max_len, torch.float32, machine)

@@ -163,19 +163,19 @@ def measure(contender: str, inputs: Inputs, repeats: int) -> dict[str, object]:
     run(toy)
 
     _forget_gradients(inputs, buffered)
-    before = _reset_peak()
+    before = reset_peak()
     loss = run(inputs)
-    extra = _peak() - before
+    extra = peak_memory() - before
     gradients = [inputs.student_hidden_NH.grad, inputs.student_weight_VH.grad]
     norms = [gradient.norm().item() for gradient in gradients if gradient is not None]
 
     wall, cpu = [], []
     for _ in range(repeats):
         _forget_gradients(inputs, buffered)
-        wall_start, cpu_start = time.perf_counter(), _cpu_time()
+        wall_start, cpu_start = time.perf_counter(), cpu_time()
         run(inputs)
         wall.append(time.perf_counter() - wall_start)
-        cpu.append(_cpu_time() - cpu_start)
+        cpu.append(cpu_time() - cpu_start)
     return {
         "extra_bytes": extra,
         "wall_s": wall,
@@ -207,17 +207,17 @@ def _resident(field: str) -> int:
     raise OSError(f"/proc/self/status has no {field}")
 
 
-def _reset_peak() -> int:
+def reset_peak() -> int:
     """Start the kernel's peak anew, and return the resident memory it starts from."""
     Path("/proc/self/clear_refs").write_text("5")
     return _resident("VmRSS")
 
 
-def _peak() -> int:
+def peak_memory() -> int:
     return _resident("VmHWM")
 
 
-def _cpu_time() -> float:
+def cpu_time() -> float:
     usage = resource.getrusage(resource.RUSAGE_SELF)
     return usage.ru_utime + usage.ru_stime
 

@@ -20,7 +20,6 @@ from __future__ import annotations
 import argparse
 import gc
 import json
-import resource
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -31,12 +30,12 @@ import torch
 import torch.distributed as dist
 
 from prune_opd import platform
-from prune_opd.bench.loss import _peak, _reset_peak
+from prune_opd.bench.loss import cpu_time, peak_memory, reset_peak
+from prune_opd.bench.reshard import TRANSPORTS
 from prune_opd.config import ParallelConfig, RolloutConfig
 from prune_opd.data import ledger
 
 LAYOUTS = {"tp2": ParallelConfig(tensor=2), "pp2": ParallelConfig(tensor=1, pipeline=2)}
-TRANSPORTS = ("collective", "shared")
 
 
 def model_config(layers: int, hidden: int, vocab: int) -> dict[str, Any]:
@@ -157,25 +156,20 @@ class Bare:
 def timed(run: Callable[[], None]) -> dict[str, float]:
     gc.collect()
     dist.barrier()
-    wall, cpu = time.perf_counter(), _cpu_time()
+    wall, cpu = time.perf_counter(), cpu_time()
     run()
-    cpu = _cpu_time() - cpu
+    cpu = cpu_time() - cpu
     dist.barrier()
     return {"wall_s": time.perf_counter() - wall, "cpu_s": cpu}
-
-
-def _cpu_time() -> float:
-    usage = resource.getrusage(resource.RUSAGE_SELF)
-    return usage.ru_utime + usage.ru_stime
 
 
 def peak(run: Callable[[], None]) -> tuple[int, int]:
     """Resident memory before `run` and at its peak [bytes]."""
     gc.collect()
     dist.barrier()
-    before = _reset_peak()
+    before = reset_peak()
     run()
-    highest = _peak()
+    highest = peak_memory()
     dist.barrier()
     return before, highest
 

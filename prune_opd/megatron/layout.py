@@ -120,10 +120,6 @@ class Layout:
         return self.student.dp
 
     @property
-    def dp_group(self) -> Any:
-        return self.student.groups.dp
-
-    @property
     def tp_group(self) -> Any:
         return self.student.tp_group
 

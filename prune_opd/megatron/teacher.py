@@ -77,9 +77,12 @@ class Teacher:
         return hand_over(hidden_of, rollouts.length_B, routes, self.nothing)
 
     def _deals(self, rollouts: Rollouts, deals: Sequence[Deal]) -> Sequence[Deal]:
-        """The teacher's deal: with as many replicas as the student has, the student's, so that rows stay put."""
-        replicas = self.layout.teacher.dp
-        if replicas == self.layout.student.dp:
+        """The teacher's deal: with as many replicas as the student has, the student's, so that rows stay put.
+
+        Not with context parallelism, whose micro-batches are as many times as large: the teacher does not share them.
+        """
+        replicas, student = self.layout.teacher.dp, self.layout.student
+        if replicas == student.dp and student.cp == 1:
             return deals
         rows = sorted(chain.from_iterable(replica_of_row([part]) for part in deals))
         return [deal(rollouts.row_length_B, rows, replicas, self.token_budget)]

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from prune_opd.config import RolloutConfig
 from prune_opd.data.prompts import Prompt
+from prune_opd.errors import UserError
 from prune_opd.platform import Platform, untouched_rng
 from prune_opd.precision import rollout_arguments
 from prune_opd.rollout.batch import Response, Rollouts
@@ -102,7 +103,8 @@ class RolloutEngine:
             if self.machine.is_cpu:
                 self.llm.collective_rpc(_repack_tied_head)
         self.holds_weights = True
-        self.llm.reset_prefix_cache()  # cached prefixes belong to the old weights
+        if not self.llm.reset_prefix_cache():  # cached prefixes belong to the old weights
+            raise UserError("the rollout engine kept prefixes of the old weights: was it loaded while it generated?")
 
     def sleep(self) -> None:
         """Give the device memory back: KV cache and weights, which level 1 keeps in host memory and level 2 does not.

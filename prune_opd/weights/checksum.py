@@ -1,4 +1,4 @@
-"""Checksums of the resharding stream: every shard as its owner sent it, and as every other rank handed it on."""
+"""Checksums of the resharding stream: every shard as its owner sent it, as others hold it, and as it is handed on."""
 
 from __future__ import annotations
 
@@ -44,13 +44,19 @@ class Checksums:
             for index in range(item.count)
         ]
         self._at = {(item.entry.megatron, which, index): at for at, (item, which, index) in enumerate(self.parts)}
-        self._sent, self._handed_on = torch.zeros(2, len(self.parts), dtype=torch.int64, device=device)
-        self._seen = torch.zeros(len(self.parts), dtype=torch.bool, device=device)
+        self._sent, self._handed_on, self._held = torch.zeros(3, len(self.parts), dtype=torch.int64, device=device)
+        self._seen, self._has = torch.zeros(2, len(self.parts), dtype=torch.bool, device=device)
 
     def sent(self, item: Item, index: int, parts: Sequence[Tensor]) -> None:
         """Shard `index`, by its owner."""
         for which, part in enumerate(parts):
             self._sent[self._at[item.entry.megatron, which, index]] = bits_sum(part)
+
+    def held(self, item: Item, index: int, parts: Sequence[Tensor]) -> None:
+        """Shard `index` as a rank has it that is not its owner: replicas must not drift apart."""
+        for which, part in enumerate(parts):
+            at = self._at[item.entry.megatron, which, index]
+            self._held[at], self._has[at] = bits_sum(part), True
 
     def handed_on(self, item: Item, index: int, parts: Sequence[Tensor]) -> None:
         """Shard `index` as it lies in the whole tensors, after their consumer has had them."""
@@ -61,7 +67,7 @@ class Checksums:
     def compare(self) -> None:
         """Collective. `UserError` on every rank, naming the first tensor that is not everywhere what its owner sent."""
         dist.all_reduce(self._sent, group=self.group)
-        wrong = self._seen & (self._handed_on != self._sent)
+        wrong = (self._seen & (self._handed_on != self._sent)) | (self._has & (self._held != self._sent))
         first = torch.where(wrong, torch.arange(len(wrong), device=wrong.device), len(wrong)).min()
         dist.all_reduce(first, dist.ReduceOp.MIN, group=self.group)
         if (at := int(first)) < len(self.parts):
@@ -70,5 +76,6 @@ class Checksums:
             raise UserError(
                 f"weight sync: {item.entry.hf[which]!r} is not on every rank what was sent (checksum of shard "
                 f"{index + 1} of {item.count}, from rank {sender}): "
-                "start again from the last checkpoint, and look for a failing link or memory if it happens again"
+                "start again from the last checkpoint; if it happens again, look for a failing link or memory, or for "
+                "replicas of the student that have drifted apart"
             )

@@ -139,8 +139,9 @@ class Resharder:
             held = self._held(item, parameters)
             for index, owner in enumerate(item.owners):
                 mine = held[index]
-                if sums and mine is not None and owner == self.group.rank():
-                    sums.sent(item, index, mine)
+                if sums and mine is not None:
+                    note = sums.sent if owner == self.group.rank() else sums.held
+                    note(item, index, mine)
             self.transport.send(item, held, buffer, flight)
         return _Sent(buffer, flight)
 

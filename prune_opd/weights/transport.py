@@ -88,7 +88,8 @@ class Collectives:
         return busy  # buffers are this rank's own
 
     def send(self, item: Item, held: Held, buffer: Buffer | None, flight: Flight) -> None:
-        wholes = _undivided(item, held)
+        # What is received never goes into a live parameter, although another rank's replica may be one.
+        wholes = _undivided(item, held) if item.everywhere or item.owners[0] == self.rank else None
         if wholes is not None:
             flight.wholes.append(wholes)
         else:
@@ -103,7 +104,7 @@ class Collectives:
                 if not item.everywhere:
                     wire = part if part.is_contiguous() else self._wire(item, index, part, mine, buffer)
                     work = dist.broadcast(wire, self.ranks[owner], group=self.group, async_op=True)
-                    flight.pending.append((work, wire, part))
+                    flight.pending.append((work, wire, part if mine is None else wire))  # the owner's is in place
 
     def _wire(
         self, item: Item, index: int, part: Tensor, mine: tuple[Tensor, ...] | None, buffer: Buffer | None

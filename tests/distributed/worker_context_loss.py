@@ -124,8 +124,14 @@ def compare_update(ranks: Ranks, objective: ObjectiveConfig = OBJECTIVE, case: C
     loss, _, stats = mine.fused(objective=objective, old=kept.policy, chunk=5, tp_group=ranks.tp_group, context=context)
     loss.backward()
     errors = ranks.errors(loss, mine, context, reference, expected)
-    wrong = error(stats.weight_N, kept.weight_N)
-    return {**errors, "statistics": wrong if stats.ratio_N is None or len(stats.ratio_N) == len(case.sampled) else 1.0}
+    whole_kept = case.fused(objective=objective, keep_policy=True)[2]
+    alone = moved.fused(objective=objective, old=whole_kept.policy)[2]
+    wrong = [error(stats.weight_N, kept.weight_N), error(stats.overlap_N, alone.overlap_N)]
+    assert (stats.ratio_N is None) == (alone.ratio_N is None) == (objective.name == "full_vocab_jsd")
+    if alone.ratio_N is not None:
+        wrong += [error(stats.ratio_N, alone.ratio_N), error(stats.clipped_N, alone.clipped_N)]
+    same = torch.equal(stats.event_N, alone.event_N) and torch.equal(stats.reliable_length_B, alone.reliable_length_B)
+    return {**errors, "statistics": max(wrong) if same else math.inf}
 
 
 CASES: dict[str, Callable[[Ranks], dict[str, float]]] = {

@@ -11,7 +11,7 @@ import pytest
 
 from tests.distributed.launch import run_ranks
 from tests.models import write_model
-from tests.weights.worker_stream import BUCKETS_MB, LAYOUTS, TRANSPORTS
+from tests.weights.worker_stream import BUCKETS_MB, DRIFTS, LAYOUTS, TRANSPORTS
 
 WORKER = Path(__file__).with_name("worker_stream.py")
 MODELS = {"qwen3 tied": ("qwen3", True), "qwen2 untied": ("qwen2", False), "qwen3 moe": ("qwen3_moe", False)}
@@ -74,9 +74,12 @@ def test_a_stream_after_an_update_brings_the_new_weights(cases: Cases) -> None:
 
 
 def test_two_buckets_exist_at_a_time(cases: Cases) -> None:
-    """For a consumer that has always let go of all tensors but one, and for one like vLLM, which keeps a few."""
+    """For a consumer that has always let go of all tensors but one, and for one like vLLM, which keeps a few.
+
+    Not at the smallest size: a tensor larger than a bucket has a buffer of its own, which is not kept.
+    """
     for name, case in streams(cases):
-        assert case["buffers"] <= 2, name
+        assert case["buffers"] <= 2 or name.endswith(f", {BUCKETS_MB[0]} MB"), name
     for name, case in followed_up(cases):
         assert case["buffers of one that keeps a few"] <= 2, name
 
@@ -91,8 +94,19 @@ def test_streaming_leaves_the_parameters_alone(cases: Cases) -> None:
         assert case["changed parameters"] == 0, name
 
 
-def test_a_tensor_that_changes_on_its_way_is_named_on_every_rank(cases: Cases) -> None:
+def test_a_tensor_that_changes_on_its_way_is_named_on_every_rank(cases: Cases, request: pytest.FixtureRequest) -> None:
     errors = [(name, error) for rank in cases for name, error in rank.items() if name.endswith("corrupted")]
+    alone = request.node.callspec.params["cases"] == "dp2"  # every rank has the whole model: nothing travels
+    assert len(errors) == (0 if alone else len(cases) * len(models_of(cases)) * len(TRANSPORTS))
     for name, error in errors:
         tensor, _, reason = error.partition(": ")
         assert reason.startswith(f"weight sync: {tensor!r} is not on every rank what was sent"), name
+
+
+@pytest.mark.parametrize("cases", DRIFTS, indirect=True)
+def test_a_replica_that_has_drifted_is_named_and_left_as_it_is(cases: Cases) -> None:
+    found = [(name, case) for rank in cases for name, case in rank.items() if name.endswith("drifted")]
+    assert len(found) == len(cases) * len(models_of(cases)) * len(TRANSPORTS)
+    for name, case in found:
+        assert case["error"].startswith(f"weight sync: {case['tensor']!r} is not on every rank what was sent"), name
+        assert case["untouched"], name

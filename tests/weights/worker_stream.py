@@ -37,6 +37,7 @@ LAYOUTS = {
     },
 }
 TRANSPORTS = ("collective", "shared")
+DRIFTS = ("tp2 pp2", "pp2 ep2")  # where a tensor is on several ranks and not on all
 # Below every matrix of the tiny models; a layer or two; everything.
 BUCKETS_MB = (0.001, 0.25, 512)
 
@@ -106,6 +107,36 @@ def corruption(chunks: list[Any], transport: str) -> str:
     return "nothing"
 
 
+def drift(chunks: list[Any], transport: str) -> dict[str, Any]:
+    """What is said when a rank's replica of a tensor that another one sends has changed, and what becomes of it."""
+    from prune_opd.weights.mapping import local_parameters
+    from prune_opd.weights.stream import Resharder
+
+    resharder, here = Resharder(chunks, 512, transport), local_parameters(chunks)
+    rank, ranks = resharder.group.rank(), resharder.group.size()
+    items = [item for bucket in resharder.buckets for item in bucket.items if not item.everywhere and item.count == 1]
+    mine = [item.entry.megatron in here and item.owners[0] != rank for item in items]
+    everyone: list[Any] = [None] * ranks
+    dist.all_gather_object(everyone, mine, group=resharder.group)
+    at, holder = next((i, r) for i in range(len(items)) for r in range(ranks) if everyone[r][i])
+    name = items[at].entry.megatron
+    with torch.no_grad():
+        whole = here[name].detach().clone() if name in here else None
+        if rank == holder:
+            here[name].add_(1.0)
+        before = here[name].detach().clone() if name in here else None
+        try:
+            for _ in resharder.stream():
+                pass
+            error = "nothing"
+        except UserError as reason:
+            error = str(reason)
+        untouched = before is None or torch.equal(before, here[name])
+        if whole is not None:
+            here[name].copy_(whole)
+    return {"tensor": items[at].entry.hf[0], "error": error, "untouched": untouched}
+
+
 def main(models: Path, out: Path) -> None:
     machine = platform.prepare()
     from safetensors.torch import load_file
@@ -126,6 +157,8 @@ def main(models: Path, out: Path) -> None:
                     results[f"{model.name}, {transport}, {bucket_mb} MB"] = case(chunks, expected, transport, bucket_mb)
                 if Resharder(chunks).group.size() > 1:
                     results[f"{model.name}, {transport}, corrupted"] = corruption(chunks, transport)
+                if name in DRIFTS:
+                    results[f"{model.name}, {transport}, drifted"] = drift(chunks, transport)
         everyone: list[Any] = [None] * layout.world
         dist.all_gather_object(everyone, results)
         if layout.is_main:
