@@ -254,7 +254,7 @@ class ParallelConfig:
     teacher_expert: int = 1  # its own; it does not follow `expert`
     microbatch_tokens: int = 16384  # budget of one packed micro-batch on a rank (prompt + response)
     loss_chunk_tokens: int = 1024  # tokens whose logits, of both models, are alive at a time in the loss
-    timeout_minutes: float = 10.0  # of every collective: a rank that stops answering ends the run
+    timeout_minutes: float = 10.0  # of every collective (of some, whole ones): a rank that stops answering ends the run
 
     def __post_init__(self) -> None:
         for name in ("nproc", "pipeline", "virtual_pipeline", "expert", "context", "teacher_expert"):

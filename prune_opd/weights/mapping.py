@@ -35,7 +35,7 @@ ReadColumns = Callable[[str, int, int], Tensor]
 class Entry:
     """One megatron parameter and the Hugging Face tensors it is made of.
 
-    An expert's weights lie on the ranks that have the expert, and are cut over their expert-tensor-parallel group.
+    An expert's weights lie whole on the ranks that have the expert.
     """
 
     megatron: str

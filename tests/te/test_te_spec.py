@@ -91,7 +91,9 @@ def test_transformer_engines_modules_are_taken_where_it_is_installed(
 
 @pytest.mark.parametrize("case", CASES)
 def test_only_the_local_modules_run_without_a_gpu(te: Descriptions, local: Descriptions, case: str) -> None:
-    assert "Error: " in te[case]["forward"]
+    # The stub's own refusal, or that of torch's CPU build when Transformer Engine asks for a CUDA stream first.
+    refusals = ("StubCalledError: ", "RuntimeError: Tried to instantiate dummy base class _cuda")
+    assert te[case]["forward"].startswith(refusals)
     assert local[case]["forward"] == "[4, 64]"
 
 
