@@ -49,7 +49,7 @@ def gated_loss(run: Run, teacher_hidden: TeacherHidden, stats: BatchStats, updat
             # The head's gradient goes straight into megatron's buffer: the trainer back-propagates loss_sum as it is
             # and divides by the global token count at the end. A tied embedding's own gradient arrives through
             # param.grad, which megatron's hook adds to the same buffer. overlap_grad_reduce would need a param.grad of
-            # an untied head too: megatron's hook asserts that there is one, so turning it on fails at the first step.
+            # an untied head too: megatron's hook asserts that there is one (read in its source, not run).
             weight_grad=getattr(head_weight_VH, "main_grad", None),
         )
         if old is None:

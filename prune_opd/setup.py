@@ -88,10 +88,6 @@ class Run:
 
         return Resharder(self.trainer.chunks, self.config.rollout.bucket_mb)
 
-    def pack(self, rollouts: Rollouts, first: int = 0, last: int | None = None) -> list[PackedBatch]:
-        """This data-parallel rank's part of rows first … last − 1 of the global batch, as packed micro-batches."""
-        return self._packed(rollouts, self._deal(rollouts, first, last))
-
     def _packed(self, rollouts: Rollouts, deal: Deal) -> list[PackedBatch]:
         from prune_opd.megatron.packing import pack_rows
 
@@ -100,7 +96,7 @@ class Run:
         return [pack_rows(prompts, responses, rows, *shape) for rows in deal[self.layout.dp_rank]]
 
     def minibatches(self, rollouts: Rollouts) -> list[list[PackedBatch]]:
-        """`pack` of each update's share of the batch."""
+        """This data-parallel rank's part of each update's share of the batch, as packed micro-batches."""
         return [self._packed(rollouts, deal) for deal in self.deals(rollouts)]
 
     def deals(self, rollouts: Rollouts) -> list[Deal]:
@@ -121,7 +117,7 @@ class Run:
         count, updates = len(rollouts.responses), self.config.optimizer.updates_per_batch
         return list(pairwise(count * i // updates for i in range(updates + 1)))
 
-    def _deal(self, rollouts: Rollouts, first: int, last: int | None) -> Deal:
+    def _deal(self, rollouts: Rollouts, first: int, last: int) -> Deal:
         """Rows first … last − 1 for every data-parallel rank."""
         rows = range(len(rollouts.responses))[first:last]
         student, budget = self.layout.student, self.config.parallel.microbatch_tokens

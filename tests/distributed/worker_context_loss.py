@@ -22,7 +22,7 @@ from torch import Tensor
 
 from prune_opd.config import GateConfig, ObjectiveConfig, WeightingConfig
 from prune_opd.context import ContextShard
-from tests.distributed.worker_fused_loss import error, sharded, whole
+from tests.distributed.worker_fused_loss import error, sharded, statistics_error, whole
 from tests.reference import GATE, NO_WEIGHTING, OBJECTIVE, WEIGHTINGS, Case, make_case, reference_update
 
 LONG = make_case(lengths=(9, 0, 1, 14, 0, 30))
@@ -98,18 +98,8 @@ def compare(
         and stats.reliable_length_B.tolist() == reference.reliable_length
         and stats.length_B.tolist() == reference.length
     )
-    statistics = [
-        error(getattr(stats, name), torch.tensor(values, dtype=torch.float64))
-        for name, values in (
-            ("overlap_N", reference.overlap),
-            ("reliability_N", reference.reliability),
-            ("weight_N", reference.weight),
-            ("sampled_logp_N", reference.sampled_logp),
-            ("divergence_N", reference.divergence),
-        )
-    ]
     errors = ranks.errors(loss, mine, context, reference.loss_sum, expected)
-    return {**errors, "statistics": max(statistics) if same else math.inf}
+    return {**errors, "statistics": statistics_error(stats, reference) if same else math.inf}
 
 
 def compare_update(ranks: Ranks, objective: ObjectiveConfig = OBJECTIVE, case: Case = LONG) -> dict[str, float]:

@@ -21,6 +21,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from prune_opd.config import GateConfig, ObjectiveConfig, WeightingConfig
+from prune_opd.fused_loss import GateStats
 from prune_opd.vocab_parallel import VocabShard, gather, local_gather, log_normaliser, topk
 from tests.reference import (
     GATE,
@@ -30,6 +31,7 @@ from tests.reference import (
     VOCAB,
     WEIGHTINGS,
     Case,
+    Reference,
     describe,
     make_case,
     reference_update,
@@ -80,6 +82,20 @@ def gradient_errors(loss: Tensor, shard: Case, expected_loss: Tensor, expected: 
     }
 
 
+def statistics_error(stats: GateStats, reference: Reference) -> float:
+    """The largest of the per-token statistics."""
+    expected = {
+        "overlap_N": reference.overlap,
+        "reliability_N": reference.reliability,
+        "weight_N": reference.weight,
+        "sampled_logp_N": reference.sampled_logp,
+        "divergence_N": reference.divergence,
+    }
+    return max(
+        error(getattr(stats, name), torch.tensor(values, dtype=torch.float64)) for name, values in expected.items()
+    )
+
+
 def compare(
     case: Case,
     group: dist.ProcessGroup,
@@ -110,18 +126,8 @@ def compare(
         and stats.reliable_length_B.tolist() == reference.reliable_length == alone.reliable_length_B.tolist()
         and torch.equal(stats.overlap_N, alone.overlap_N)
     )
-    statistics = [
-        error(getattr(stats, name), torch.tensor(values, dtype=torch.float64))
-        for name, values in (
-            ("overlap_N", reference.overlap),
-            ("reliability_N", reference.reliability),
-            ("weight_N", reference.weight),
-            ("sampled_logp_N", reference.sampled_logp),
-            ("divergence_N", reference.divergence),
-        )
-    ]
     errors = gradient_errors(loss, shard, reference.loss_sum, expected, group)
-    return {**errors, "statistics": max(statistics) if same else math.inf}
+    return {**errors, "statistics": statistics_error(stats, reference) if same else math.inf}
 
 
 def compare_buffer(case: Case, group: dist.ProcessGroup, dtype: torch.dtype, chunk: int) -> dict[str, float]:

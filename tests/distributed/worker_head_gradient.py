@@ -48,7 +48,7 @@ def one_step(models: Path, layout: Any, buffered: bool) -> tuple[dict[str, Any],
     gated_loss.distill_loss = noting
     try:
         rollouts = made_up_rollouts()
-        batches = run.pack(rollouts)
+        (batches,) = run.minibatches(rollouts)
         stats = run.new_stats(len(rollouts.responses))
         run.trainer.look(batches, gated_loss.gated_loss(run, run.teacher.hidden(rollouts, run.deals(rollouts)), stats))
         record = train_step(run, made_up_rollouts())

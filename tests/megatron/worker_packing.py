@@ -118,7 +118,8 @@ def fp8_step(layout: Any, machine: Any, models: Path, student: Any) -> dict[str,
     run = Run(**{**parts, "config": config, "layout": layout, "machine": machine, "trainer": trainer})
     # As precision.py sets them; without Transformer Engine no such model can be built.
     student.config.fp8, student.config.fp8_recipe = "hybrid", "delayed"
-    batches, record = run.pack(made_up_rollouts()), run.packing_record(made_up_rollouts())
+    (batches,) = run.minibatches(made_up_rollouts())
+    record = run.packing_record(made_up_rollouts())
     student.config.fp8 = None
     return {"tokens": [len(batch.ids_N) for batch in batches], "waste": record["padding_waste_packed"]}
 
