@@ -353,7 +353,9 @@ def test_an_evaluation_needs_a_model_and_a_task(tmp_path: Path) -> None:
     model = write_model(tmp_path / "model")
     assert check_eval(model, ["ledger"], 1.0, None) == []
     assert "--task = 'ledgre' is no task: did you mean 'ledger'?" in only(check_eval(model, ["ledgre"], 1.0, None))
-    assert "MODEL_DIR = 'nowhere': there is no such directory" in only(check_eval(Path("nowhere"), ["ledger"], 1.0, None))
+    assert "MODEL_DIR = 'nowhere': there is no such directory" in only(
+        check_eval(Path("nowhere"), ["ledger"], 1.0, None)
+    )
 
 
 # ---------------------------------------------------------------------------------------------------- the recipes
