@@ -83,7 +83,7 @@ def build_run(config: TrainConfig, layout: Any, run_dir: Path) -> Any:
         engine=None,
         sampler=PromptSampler(source, config.seed, config.data.shuffle),
         controller=make_controller(config.horizon),
-        checkpoints=Checkpoints(run_dir / "checkpoints", config.checkpoint.keep, layout),
+        checkpoints=Checkpoints(run_dir / "checkpoints", config.checkpoint, layout),
         evaluator=None,
         tracker=NullTracker(),
     )
