@@ -64,7 +64,6 @@ def _be_an_ordinary_child() -> None:
     signal.set_wakeup_fd(-1)
     for number in ASKING:
         signal.signal(number, signal.SIG_DFL)
-    faulthandler.cancel_dump_traceback_later()
     end_with_parent(signal.SIGKILL)
 
 

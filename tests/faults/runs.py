@@ -10,7 +10,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from prune_opd.config import CheckpointConfig, DataConfig, EvalConfig, RolloutConfig, TrackConfig, TrainConfig
+from prune_opd.data.ledger import Ledger
 from prune_opd.recipe import save_config
 from tests.distributed import tiny_run
 
@@ -23,13 +26,31 @@ sys.exit(start_ranks(sys.argv[1:], 2, os.environ))
 STEPS = 10
 
 
-def config_of(models: Path) -> TrainConfig:
+BAD_LINES = {3: b'{"prompt": "broken', 6: b'{"prompt": "  "}', 8: None, 11: '{"prompt": "caf\xe9"}'.encode("latin-1")}
+
+
+def write_prompts(path: Path) -> Path:
+    """Twelve good rows and four bad ones: broken JSON, an empty prompt, one that is too long, one that is not UTF-8."""
+    task, good = Ledger(4, 8), iter(range(100))
+    lines = []
+    for number in range(1, 17):
+        line = BAD_LINES.get(number, b"")
+        if not line:
+            text = task.problem(0, next(good), "train").prompt
+            line = json.dumps({"prompt": " ".join([text] * 9) if number in BAD_LINES else text}).encode()
+        lines.append(line)
+    path.write_bytes(b"\n".join(lines) + b"\n")
+    return path
+
+
+def config_of(models: Path, bad_rows: str = "skip") -> TrainConfig:
+    prompts = models / "prompts.jsonl"
     return tiny_run.train_config(
         models,
         tensor=2,
         steps=STEPS,
         rollout=RolloutConfig(prompts=4, responses=1, max_prompt_len=96, kv_cache_gb=0.1),
-        data=DataConfig(),
+        data=DataConfig(source=str(prompts), bad_rows=bad_rows),
         checkpoint=CheckpointConfig(every=1, keep=3, export_hf=False),
         evaluation=EvalConfig(problems=0),
         track=TrackConfig(wandb="disabled", position_bins=4),
@@ -64,7 +85,9 @@ class Launch:
         try:
             output, _ = self.process.communicate(timeout=timeout)
         except subprocess.TimeoutExpired:
-            self.process.kill()  # the kernel ends the ranks with it
+            for agent in psutil.Process(self.process.pid).children():
+                agent.kill()  # and the kernel its ranks
+            self.process.kill()
             output, _ = self.process.communicate()
             raise AssertionError(f"not done after {timeout:g} s\n{output}") from None
         return Ended(self.process.returncode, output)

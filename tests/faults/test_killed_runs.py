@@ -17,7 +17,7 @@ import pytest
 from prune_opd.config import TrainConfig
 from prune_opd.errors import REQUEUE_EXIT_CODE
 from tests.distributed.tiny_run import write_pair
-from tests.faults.runs import STEPS, Ended, Launch, config_of, latest, quick_watchdog, records
+from tests.faults.runs import STEPS, Ended, Launch, config_of, latest, quick_watchdog, records, write_prompts
 
 pytestmark = pytest.mark.slow
 KILLED = 128 + signal.SIGKILL
@@ -42,8 +42,9 @@ class Story:
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("undisturbed")
-    write_pair(folder)
+    write_pair(folder), write_prompts(folder / "prompts.jsonl")
     ended = Launch(config_of(folder), folder / "run").ended()
+    (folder / "output").write_text(ended.output)
     assert ended.code == 0, ended.output
     return folder
 
@@ -102,6 +103,11 @@ def test_the_window_and_the_loss_move_in_this_comparison(undisturbed: Path) -> N
     steps = records(undisturbed / "run")
     assert len({step["horizon"] for step in steps}) > 1
     assert len({step["loss"] for step in steps}) == STEPS == len({step["rollout_digest"] for step in steps})
+
+
+def test_bad_rows_of_a_prompt_file_are_skipped_counted_and_named(undisturbed: Path) -> None:
+    output = " ".join((undisturbed / "output").read_text().split())
+    assert "4 of 16 rows are bad, lines 3, 6, 8, 11" in output
 
 
 @pytest.mark.parametrize("phase", ["rollout", "teacher", "backward", "save"])
