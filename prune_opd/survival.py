@@ -12,6 +12,7 @@ import signal
 import sys
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 from types import FrameType
 from typing import IO
@@ -109,6 +110,8 @@ class Watchdog:
             self._file = None
             if self.path.stat().st_size == 0:
                 self.path.unlink()
+            with suppress(OSError):  # not empty, or another rank was first
+                self.path.parent.rmdir()
 
     def _end(self) -> None:
         print(

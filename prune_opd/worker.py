@@ -11,6 +11,7 @@ import os
 import signal
 import sys
 import time
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 
@@ -80,6 +81,11 @@ def run_reported(command: Callable[[], int]) -> int:
         return error.exit_code
     except KeyboardInterrupt:
         return 130
+    except Exception as error:  # a library's, or ours: say whose rank it was, in the midst of what the others say
+        traceback.print_exc()
+        brief = str(error).partition("\n")[0]
+        print(f"error: rank {os.environ.get('RANK', '0')} failed: {type(error).__name__}: {brief}", file=sys.stderr)
+        return 1
 
 
 def protect_files() -> None:
