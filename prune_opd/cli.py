@@ -158,7 +158,7 @@ def report(
 
 @app.command()
 def bench(
-    name: Annotated[str, typer.Argument(metavar="NAME", help="loss, packing, reshard or fp8-noise")],
+    name: Annotated[str, typer.Argument(metavar="NAME", help="loss, packing, reshard, fp8-noise or peers")],
     out: Annotated[Path, typer.Option(metavar="DIR", help="Where NAME.json goes.")] = Path("bench"),
     quick: Annotated[bool, typer.Option("--quick", help="A small size that only shows that it works.")] = False,
 ) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 from pathlib import Path
 
-from prune_opd.bench import compare_loss, fp8_noise, packing, reshard
+from prune_opd.bench import compare_loss, fp8_noise, packing, peers, reshard
 from prune_opd.errors import ConfigError
 
 BENCHMARKS = {
@@ -13,6 +13,7 @@ BENCHMARKS = {
     "packing": packing.run,
     "reshard": reshard.run,
     "fp8-noise": fp8_noise.run,
+    "peers": peers.run,
 }
 
 
