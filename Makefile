@@ -58,7 +58,7 @@ bench-reshard: setup ## Measure the weight stream against bare collectives and t
 bench-fp8-noise: tiny-models ## Count the drift events that FP8 noise alone makes: bench/fp8-noise.json
 	$(BIN)/prune-opd bench fp8-noise
 
-bench-peers: setup-bench tiny-models ## Measure our training step against TRL's: bench/peers.json (about 6 minutes)
+bench-peers: setup-bench tiny-models ## Measure our training step against TRL's: bench/peers.json (about 4 minutes)
 	$(BIN)/prune-opd bench peers
 
 clean: ## Remove caches and build products (.venv, runs/ and the tiny models stay)

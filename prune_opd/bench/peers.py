@@ -70,11 +70,11 @@ CONTENDERS = (
 class Settings:
     """What is measured. The defaults are the benchmark; QUICK only shows that it works."""
 
-    steps: int = 30
-    save_at: tuple[int, ...] = (15, 30)
+    steps: int = 20
+    save_at: tuple[int, ...] = (10, 20)
     warmup: int = 2  # first steps of each contender: not in any rate
-    turn: int = 4  # steps
-    problems: int = 512
+    turn: int = 6  # steps
+    problems: int = 256
     overrides: tuple[str, ...] = ()
 
 
