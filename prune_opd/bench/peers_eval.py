@@ -28,8 +28,7 @@ def evaluate(request: Path, answer: Path) -> int:
     machine = platform.prepare()
     from transformers import AutoTokenizer
 
-    from prune_opd.data.prompts import held_out, make_source
-    from prune_opd.eval.evaluate import Evaluator
+    from prune_opd.eval.evaluate import Sampling, make_evaluator
     from prune_opd.eval.run import SEED
     from prune_opd.megatron import layout as layouts
     from prune_opd.megatron.model import dtype_of
@@ -40,14 +39,15 @@ def evaluate(request: Path, answer: Path) -> int:
     assert isinstance(config, TrainConfig)
     layout = layouts.initialize(ParallelConfig(tensor=1), machine, seed=0)
     tokenizer = AutoTokenizer.from_pretrained(config.student)
-    source, max_len = make_source(config.data, tokenizer, SEED), config.horizon.max_len
-    problems = held_out(config.data, tokenizer, SEED, asked["problems"])
+    max_len = config.horizon.max_len
+    sampling = Sampling(samples=1, max_len=max_len, temperature=1.0, top_p=1.0, seed=SEED)
+    evaluator = make_evaluator(tokenizer, config.data, asked["problems"], config.rollout.max_prompt_len, sampling)
     engine = RolloutEngine(config.student, config.rollout, max_len, dtype_of(config.precision.params), machine)
-    evaluator = Evaluator(engine, tokenizer, source, problems, 1, max_len, 1.0, 1.0, SEED)
     answers = {}
     for name, model_dir in asked["models"].items():
         engine.load(read_weights(Path(model_dir)))
-        accuracy, length = evaluator.accuracy()
+        scored = evaluator.run(engine)
+        accuracy, length = scored.accuracy, scored.mean_length
         answers[name] = {"accuracy": accuracy.mean, "stderr": accuracy.stderr, "response_length": length}
     if layout.is_main:
         answer.write_text(json.dumps(answers), encoding="utf-8")
