@@ -37,11 +37,7 @@ def start_ranks(args: list[str], nproc: int, env: Mapping[str, str]) -> int:
         0; or the exit code of the rank that failed first; or 128 + the number of the signal that ended the run.
         Output goes to this process's stdout and stderr. Call it from the main thread: it takes SIGINT and SIGTERM.
     """
-    settings = dict(env)
-    settings.setdefault("OMP_NUM_THREADS", "1")
-    if not has_gpu():
-        settings.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # vLLM's note on NUMA binding
-        settings.setdefault("TORCHDYNAMO_DISABLE", "1")  # bound when megatron is imported; on a GPU vLLM compiles
+    settings = rank_environment(env)
     # fmt: off
     command = [
         sys.executable, "-m", "prune_opd.launcher",
@@ -72,6 +68,16 @@ def start_ranks(args: list[str], nproc: int, env: Mapping[str, str]) -> int:
     if code < 0:
         print(f"error: torchrun was ended by {signal.Signals(-code).name}, and the ranks with it", file=sys.stderr)
     return _shell_code(code)
+
+
+def rank_environment(env: Mapping[str, str]) -> dict[str, str]:
+    """The environment of a rank, but for what torchrun adds."""
+    settings = dict(env)
+    settings.setdefault("OMP_NUM_THREADS", "1")
+    if not has_gpu():
+        settings.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # vLLM's note on NUMA binding
+        settings.setdefault("TORCHDYNAMO_DISABLE", "1")  # bound when megatron is imported; on a GPU vLLM compiles
+    return settings
 
 
 def end_with_parent(number: signal.Signals) -> None:

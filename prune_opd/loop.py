@@ -13,6 +13,7 @@ from pathlib import Path
 
 from prune_opd.config import TrainConfig
 from prune_opd.gated_loss import gated_loss
+from prune_opd.horizon import response_limits
 from prune_opd.setup import Run, prepare
 
 
@@ -29,7 +30,7 @@ def train(config: TrainConfig, run_dir: Path, resume: str) -> int:
             # Evaluate first: a kill between the two then repeats steps, and no evaluation is lost.
             if done == config.steps or _due(done, config.evaluation.every):
                 evaluate(run)
-            if done == last or _due(done, config.checkpoint.every):
+            if (done == last and config.checkpoint.last) or _due(done, config.checkpoint.every):
                 run.save_checkpoint()
         if last == config.steps and config.checkpoint.export_hf:
             run.export()
@@ -48,7 +49,9 @@ def step(run: Run) -> None:
         rollouts = run.engine.generate(
             prompts,
             config.rollout.responses,
-            max_tokens=horizon,
+            max_tokens=response_limits(
+                config.horizon, horizon, config.rollout.prompts * config.rollout.responses, config.seed, number
+            ),
             seed=config.seed,
             step=number,
             temperature=config.rollout.temperature,
@@ -94,28 +97,42 @@ def evaluate(run: Run) -> None:
         return
     run.sync_weights()
     run.memory.enter("evaluation")
-    record = run.evaluator.record(run.finished_steps)
+    between = run.config.evaluation.problems_between
+    record = run.evaluator.record(run.finished_steps, None if run.finished_steps == run.config.steps else between)
     run.full_response_length = record["eval_response_length"]
     run.tracker.evaluation(record)
 
 
 class PhaseClock:
-    """Seconds by phase, device work included, and with what the phase brings to the device or takes from it."""
+    """Seconds by phase, device work included, and with what the phase brings to the device or takes from it.
+
+    `cpu_*` beside `time_*` are the CPU seconds of this process (all threads): on a busy machine they still hold.
+    """
 
     def __init__(self, run: Run):
-        self.machine, self.memory, self.started = run.machine, run.memory, time.perf_counter()
+        self.machine, self.memory = run.machine, run.memory
+        self.started = self._now()
         self.seconds: dict[str, float] = {}
 
     @contextmanager
     def __call__(self, phase: str) -> Iterator[None]:
-        begin = time.perf_counter()
+        begin = self._now()
         self.memory.enter(phase)
         yield
         self.machine.synchronize()
-        self.seconds[f"time_{phase}"] = time.perf_counter() - begin
+        self._stop(phase, begin)
 
     def record(self) -> dict[str, float]:
-        return {**self.seconds, "time_step": time.perf_counter() - self.started}
+        self._stop("step", self.started)
+        return self.seconds
+
+    def _stop(self, phase: str, begin: tuple[float, float]) -> None:
+        wall, cpu = self._now()
+        self.seconds |= {f"time_{phase}": wall - begin[0], f"cpu_{phase}": cpu - begin[1]}
+
+    @staticmethod
+    def _now() -> tuple[float, float]:
+        return time.perf_counter(), time.process_time()
 
 
 def _due(step: int, every: int) -> bool:

@@ -264,8 +264,8 @@ def _from_dict(kind: Any, data: Any, path: Path) -> Any:
         raise ConfigError(f"{path}: {data!r} stands where the settings of a {kind.__name__} belong")
     data = dict(data)
     for name, hint in typing.get_type_hints(kind).items():
-        if typing.get_origin(hint) is tuple and isinstance(data.get(name), list):
-            part = typing.get_args(hint)[0]
+        part = typing.get_args(hint)[0] if typing.get_origin(hint) is tuple else None
+        if dataclasses.is_dataclass(part) and isinstance(data.get(name), list):
             data[name] = tuple(_from_dict(part, item, path) for item in data[name])
     try:
         return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(kind), data))

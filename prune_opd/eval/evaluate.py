@@ -32,10 +32,11 @@ class Evaluator:
         self.engine, self.tokenizer, self.source, self.problems = engine, tokenizer, source, problems
         self.samples, self.max_len, self.temperature, self.top_p, self.seed = samples, max_len, temperature, top_p, seed
 
-    def accuracy(self) -> tuple[Accuracy, float]:
-        """(avg@samples over the problems, mean response length in tokens). Collective: every rank calls it."""
+    def accuracy(self, problems: int | None = None) -> tuple[Accuracy, float]:
+        """(avg@samples over the first `problems`, or all; mean response length in tokens). Every rank calls it."""
+        chosen = self.problems[:problems]
         rollouts = self.engine.generate(
-            self.problems,
+            chosen,
             self.samples,
             self.max_len,
             seed=self.seed,
@@ -47,13 +48,13 @@ class Evaluator:
             [list(response) for response in rollouts.response_ids], skip_special_tokens=True
         )
         grouped = [texts[i : i + self.samples] for i in range(0, len(texts), self.samples)]
-        correct = score_responses(self.source, self.problems, grouped)
+        correct = score_responses(self.source, chosen, grouped)
         return avg_at_k(correct), rollouts.tokens / len(rollouts.responses)
 
-    def record(self, step: int) -> dict[str, Any]:
-        """The evaluation line of metrics.jsonl after `step` updates."""
+    def record(self, step: int, problems: int | None = None) -> dict[str, Any]:
+        """The evaluation line of metrics.jsonl after `step` updates, over the first `problems` or all."""
         started = time.perf_counter()
-        accuracy, length = self.accuracy()
+        accuracy, length = self.accuracy(problems)
         name = f"eval_{self.source.name}"
         return {
             "step": step,
