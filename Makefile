@@ -9,7 +9,7 @@ ifdef PYTHON
 export PYTHON
 endif
 
-.PHONY: help setup tiny-models quickstart test setup-te-test lint format check setup-bench bench bench-loss bench-packing bench-reshard bench-fp8-noise clean
+.PHONY: help setup tiny-models quickstart test setup-te-test lint format check setup-bench bench bench-loss bench-packing bench-reshard bench-fp8-noise soak clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-15s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -46,7 +46,7 @@ check: setup tiny-models ## Check RECIPE (default tiny_compatible) without train
 setup-bench: setup ## Put what the benchmarks compare with (trl) into .venv-bench
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --upgrade --target .venv-bench -r requirements/bench.txt
 
-bench: tiny-models ## Compare the strategies on the tiny pairs: bench/strategies.html (an hour and more; goes on where it stopped)
+bench: tiny-models ## Compare the strategies on the tiny pairs: bench/strategies.html (hours; goes on where it stopped)
 	$(BIN)/prune-opd bench strategies
 
 bench-loss: setup-bench ## Measure the loss against full logits, TRL and its floor: bench/loss.json (about 20 minutes)
@@ -60,6 +60,9 @@ bench-reshard: setup ## Measure the weight stream against bare collectives and t
 
 bench-fp8-noise: tiny-models ## Count the drift events that FP8 noise alone makes: bench/fp8-noise.json
 	$(BIN)/prune-opd bench fp8-noise
+
+soak: tiny-models ## Kill and resume a run of 300 steps, compare it with one left alone: runs/soak/soak.json (about 15 minutes)
+	$(BIN)/python scripts/soak.py
 
 clean: ## Remove caches and build products (.venv, runs/ and the tiny models stay)
 	rm -rf build *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis

@@ -161,6 +161,7 @@ def run_config(recipe: TrainConfig, method: Method, seed: int, settings: Setting
         f"evaluation.problems={settings.problems}",
         f"evaluation.problems_between={settings.problems_between}",
         f"evaluation.every={-(-steps // settings.evaluations)}",
+        "evaluation.generations=0",
         "checkpoint.every=0",
         "checkpoint.last=false",
         "checkpoint.export_hf=false",
