@@ -24,7 +24,7 @@ from prune_opd.bench.strategies_plan import RunSpec
 from prune_opd.config import TrainConfig
 from prune_opd.errors import ConfigError, UserError
 from prune_opd.launcher import rank_environment
-from prune_opd.recipe import load_config, save_config
+from prune_opd.recipe import config_differences, load_config, save_config
 from prune_opd.track.metrics import FILE_NAME, Record, read_metrics
 
 POLL_SECONDS = 0.2
@@ -42,7 +42,7 @@ class _Running:
 def finished(config: TrainConfig, folder: Path) -> tuple[list[Record], list[Record]] | None:
     """Step records and evaluations of a finished run of exactly this config, None if there is none in the folder."""
     try:
-        if load_config(folder / "config.yaml") != config:
+        if config_differences(load_config(folder / "config.yaml"), config):
             return None
         steps, evaluations = read_metrics(folder / FILE_NAME)
     except (ConfigError, UserError):  # none yet, or another version's
