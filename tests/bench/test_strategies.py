@@ -50,7 +50,7 @@ def test_a_method_differs_from_full_opd_in_what_it_names_only(pair: str, method:
     )
     assert {name.partition("[")[0] for name in changed} - named == set()
     # Only what the recipe happens to have already may be missing.
-    assert named - changed <= {"gate.w_base", "gate.metric", "horizon.finished_rows"}
+    assert named - changed <= {"horizon.rho"}  # the recipe may have it already
 
 
 def test_full_opd_weighs_every_token_one_and_keeps_what_it_measures_with() -> None:
@@ -278,16 +278,15 @@ def test_table_and_page_come_from_the_numbers(tmp_path: Path) -> None:
 
 @pytest.mark.timeout(300)
 def test_quick_run_of_the_command_is_real_and_resumes(tmp_path: Path) -> None:
-    command = [COMMAND, "bench", "strategies", "tiny_compatible", "--quick", "--methods", "random", "--jobs", "1"]
+    command = [COMMAND, "bench", "strategies", "tiny_compatible", "--quick", "--methods", "prune", "--jobs", "1"]
     for again in (False, True):
         done = subprocess.run(command, cwd=tmp_path, env=os.environ, capture_output=True, text=True)
         assert done.returncode == 0, done.stdout + done.stderr
         result = json.loads((tmp_path / "bench" / "strategies.json").read_text())
-        assert [row["method"] for row in result["pairs"]["tiny_compatible"]["rows"]] == ["full", "prune", "random"]
+        assert [row["method"] for row in result["pairs"]["tiny_compatible"]["rows"]] == ["full", "prune"]
         assert ("tiny_compatible/full/1001" in done.stdout) != again
-    full, prune, scattered = result["pairs"]["tiny_compatible"]["rows"]
+    full, prune = result["pairs"]["tiny_compatible"]["rows"]
     assert full["runs"][0]["horizon"] == [216, 216]
-    assert prune["runs"][0]["horizon"] == scattered["runs"][0]["horizon"]
-    assert 0 < scattered["tokens_generated"] < full["tokens_generated"]
+    assert 0 < prune["tokens_generated"] < full["tokens_generated"]
     assert all(row["phases_cpu_s"][phase] > 0 for row in (full, prune) for phase in ("rollout", "teacher", "train"))
     assert (tmp_path / "bench" / "strategies.html").exists()
