@@ -34,7 +34,7 @@ class Notes:
 
 
 def spoil(run: Any, what: str, rank: int) -> Any:
-    """The loss function with a NaN in the loss, or an infinity in the gradient, on one rank. Returns the right one."""
+    """Give one rank NaN hidden states (and so a NaN loss), or an infinite gradient. Returns the right loss function."""
     from prune_opd import loop
 
     right = loop.gated_loss
@@ -48,8 +48,7 @@ def spoil(run: Any, what: str, rank: int) -> Any:
             if what == "gradient":
                 hidden_NH.register_hook(lambda gradient: gradient * math.inf)
                 return loss(model, batch, hidden_NH)
-            loss_sum, tokens = loss(model, batch, hidden_NH)
-            return loss_sum * math.nan, tokens
+            return loss(model, batch, hidden_NH + math.nan)  # as from a model that has come apart
 
         return spoilt
 
