@@ -17,6 +17,7 @@ HARMLESS = (
     "checkpoint",
     "survival",
     "evaluation.every",
+    "evaluation.generations",
     "memory",
     "rollout.bucket_mb",
     "rollout.kv_cache_gb",
