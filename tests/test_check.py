@@ -269,7 +269,6 @@ HARMLESS_CHANGES = {
     "checkpoint": "checkpoint.every=7",
     "survival": "survival.max_skipped=5",
     "evaluation.every": "evaluation.every=3",
-    "survival": "survival.max_skipped=5",
     "evaluation.generations": "evaluation.generations=0",
     "memory": "memory.offload_optimizer=true",
     "rollout.bucket_mb": "rollout.bucket_mb=64",
