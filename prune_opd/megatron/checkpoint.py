@@ -56,9 +56,9 @@ METADATA_FILE = ".metadata"  # torch's index of the shards: a pickle
 EXTRA_STATE = "_extra_state"
 LATEST = "latest"
 PARTIAL = "step_*.partial"
-# What a pickled index may name. Anything else in it is no index but a program.
+# What a pickled index may name: classes, and two functions that make values. Anything else is no index but a program.
 KNOWN_CLASSES = re.compile(
-    r"(torch\.distributed\.checkpoint\.(metadata|filesystem|planner)|megatron\.core\.dist_checkpointing)\b"
+    r"(torch\.distributed\.checkpoint\.(metadata|filesystem|planner)|megatron\.core\.dist_checkpointing(\.\w+)*) \w+$"
     r"|torch (Size|\w*float\w*|u?int\d+|bool)$|torch\.serialization _get_layout$|pathlib \w+$|_codecs encode$"
     r"|collections OrderedDict$|builtins (set|list|dict|tuple)$"
 )
@@ -297,9 +297,13 @@ class _IndexOnly(pickle.Unpickler):
     """Reads the index of the shards and no other pickle."""
 
     def find_class(self, module: str, name: str) -> Any:
-        if not KNOWN_CLASSES.match(f"{module} {name}"):
-            raise pickle.UnpicklingError(f"it names {module}.{name}")
-        return super().find_class(module, name)
+        refusal = pickle.UnpicklingError(f"it names {module}.{name}")
+        if not KNOWN_CLASSES.match(f"{module} {name}"):  # a dotted name would reach what a module has imported
+            raise refusal
+        found = super().find_class(module, name)
+        if not isinstance(found, type | torch.dtype) and name not in ("_get_layout", "encode"):
+            raise refusal
+        return found
 
 
 def refuse_programs(index: Path) -> None:

@@ -97,3 +97,7 @@ def test_an_index_that_is_a_program_is_not_run(tmp_path: Path) -> None:
     index.write_bytes(pickle.dumps(Program()))
     with pytest.raises(UserError, match=r"\.metadata is not the index of a checkpoint \(it names posix\.system\)"):
         refuse_programs(index)
+    by_way_of_an_index = b"\x80\x04\x8c\x27torch.distributed.checkpoint.filesystem\x8c\x09os.system\x93."
+    index.write_bytes(by_way_of_an_index)
+    with pytest.raises(UserError, match=r"it names torch\.distributed\.checkpoint\.filesystem\.os\.system"):
+        refuse_programs(index)
