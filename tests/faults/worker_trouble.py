@@ -34,7 +34,7 @@ class Notes:
 
 
 def spoil(run: Any, what: str, rank: int) -> Any:
-    """Give one rank NaN hidden states (and so a NaN loss), or an infinite gradient. Returns the right loss function."""
+    """Give one rank a loss that is NaN, or an infinite gradient. Returns the right loss function."""
     from prune_opd import loop
 
     right = loop.gated_loss
@@ -48,7 +48,8 @@ def spoil(run: Any, what: str, rank: int) -> Any:
             if what == "gradient":
                 hidden_NH.register_hook(lambda gradient: gradient * math.inf)
                 return loss(model, batch, hidden_NH)
-            return loss(model, batch, hidden_NH + math.nan)  # as from a model that has come apart
+            loss_sum, tokens = loss(model, batch, hidden_NH)
+            return loss_sum + math.nan, tokens
 
         return spoilt
 
