@@ -177,8 +177,8 @@ class Checkpoints:
         """
         every = self.config.keep_every
         others = [path for path in self._complete_ones() if path != final]
-        passing = [path for path in others if not (every and (_step_of(path.name) or 0) % every == 0)]
-        return passing[: max(0, len(passing) - (self.config.keep - 1))]
+        old = others[: max(0, len(others) - (self.config.keep - 1))]
+        return [path for path in old if not (every and (_step_of(path.name) or 0) % every == 0)]
 
     def _complete_ones(self) -> list[Path]:
         return sorted(
@@ -186,13 +186,14 @@ class Checkpoints:
         )
 
     def _failure(self, partial: Path, reason: str) -> UserError:
+        free = f"{shutil.disk_usage(self.directory).free / 2**20:.1f} MiB were free" if self.directory.exists() else ""
         if self.layout.is_main:
             shutil.rmtree(partial, ignore_errors=True)  # a disk that is full needs the room
         last = self.latest()
         kept = f"the last good one, {last.name}, is untouched" if last else "there was none before it"
         step = _step_of(partial.name.partition(".")[0])
         return UserError(
-            f"the checkpoint of step {step} could not be written to {self.directory} ({reason}); {kept}: "
+            f"the checkpoint of step {step} could not be written to {self.directory} ({reason}; {free}); {kept}: "
             "put the disk right and run the same command again"
         )
 
