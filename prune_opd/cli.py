@@ -179,6 +179,19 @@ def export(
 
 
 @app.command()
+def convert(
+    model_dir: Annotated[Path, typer.Argument(metavar="MODEL_DIR", help="A Hugging Face directory, weights pickled.")],
+    out_dir: Annotated[Path, typer.Argument(metavar="OUT_DIR", help="Where the directory with safetensors goes.")],
+    allow_pickle: Annotated[bool, typer.Option("--allow-pickle", help="Read the pickle (its tensors only).")] = False,
+) -> int:
+    """Turn pickled weights, which nothing else here reads, into safetensors."""
+    from prune_opd.weights.convert import convert_pickle
+
+    convert_pickle(model_dir, out_dir, allow_pickle)
+    return 0
+
+
+@app.command()
 def report(
     run_dirs: Annotated[list[Path], typer.Argument(metavar="RUN_DIR", help="Several runs give a comparison.")],
     out: Annotated[
