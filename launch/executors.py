@@ -7,7 +7,6 @@ again whatever the reason. So variables, secrets and the requeue rule are lines 
 from __future__ import annotations
 
 import os
-import shlex
 from pathlib import Path
 from typing import Any
 
@@ -76,8 +75,13 @@ def setup_lines(cluster: Cluster) -> str:
         "}",
         "trap queue_again EXIT",
     ]
-    lines += [f"export {name}={shlex.quote(value)}" for name, value in sorted(cluster.environment.items())]
+    lines += [f"export {name}={_quoted(value)}" for name, value in sorted(cluster.environment.items())]
     return "\n".join([*lines, *secret_lines(cluster)])
+
+
+def _quoted(value: str) -> str:
+    """Quoted even where bash would not need it: `=eth0` after a `=` reads like a mistake."""
+    return "'" + value.replace("'", "'\\''") + "'"
 
 
 def check_secrets(cluster: Cluster) -> None:

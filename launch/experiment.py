@@ -160,7 +160,7 @@ def first_failure(found: Iterable[State]) -> int:
 
 
 def logs(experiment: Any, name: str | None) -> str:
-    """What the ranks wrote, every attempt in turn (NeMo-Run shows the first only), then the batch script's own words."""
+    """What the ranks wrote, every attempt (NeMo-Run shows the first only), then the batch script's own words."""
     parts = []
     for job in experiment.jobs:
         if name not in (None, job.id):
