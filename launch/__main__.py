@@ -58,9 +58,10 @@ def submit(
     request = Request(recipe, tuple(overrides or ()), run_dir, evaluate, samples, problems, export, tuple(sweep or ()))
     jobs = plan_jobs(request, where)
     if dry_run:
+        home = _home()
         with tempfile.TemporaryDirectory() as folder:
             for name, text in _experiment(folder).dry_run(request.title, jobs, where).items():
-                print(f"# ---- {name}\n{text.replace(folder, _home())}")
+                print(f"# ---- {name}\n{text.replace(folder, home)}")
         return 0
     experiments = _experiment(_home())
     from launch.executors import check_secrets

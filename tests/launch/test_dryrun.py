@@ -66,9 +66,7 @@ def test_shellcheck_finds_nothing(printed: tuple[str, str, Path], tmp_path: Path
         path = tmp_path / name.replace("/", "-")
         path.write_text(script.lstrip("\n"), encoding="utf-8")
         excluded = ITS_OWN if name.endswith("_sbatch.sh") else "SC2016"  # that nothing expands is what we want
-        done = subprocess.run(
-            ["shellcheck", "-s", "bash", *excluded, path], capture_output=True, text=True, check=False
-        )
+        done = subprocess.run(["shellcheck", "-e", excluded, path], capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stdout
 
 
