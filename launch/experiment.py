@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-import glob
+import re
 import shlex
 import time
 from collections.abc import Iterable
@@ -17,7 +17,7 @@ import nemo_run as run
 
 from launch.cluster import Cluster
 from launch.executors import make_executor
-from launch.jobs import Job
+from launch.jobs import EXIT_CODE, Job
 from prune_opd.errors import UserError
 
 POLL = 2.0  # seconds between two looks at a job
@@ -115,11 +115,14 @@ def states(experiment: Any) -> list[State]:
         if isinstance(job.executor, run.SlurmExecutor):
             found.append(_accounted(job, info["job_id"]))
         else:
-            found.append(State(job.id, info["job_id"], str(info["status"]).rpartition(".")[2], 1))
+            said = re.findall(rf"^{EXIT_CODE} (\d+)$", _local_logs(job), flags=re.MULTILINE)
+            found.append(State(job.id, info["job_id"], str(info["status"]), int(said[-1]) if said else 1))
     return found
 
 
 def _accounted(job: Any, job_id: str) -> State:
+    if not job_id:  # sbatch refused it
+        return State(job.id, "-", "FAILED", 1)
     answer = job.executor.tunnel.run(f"sacct -X -n -P -j {shlex.quote(job_id)} -o State,ExitCode,Restarts", warn=True)
     lines = [line.split("|") for line in answer.stdout.splitlines() if line.strip()]
     if not lines:  # accounting is a moment behind the controller
@@ -171,13 +174,17 @@ def logs(experiment: Any, name: str | None) -> str:
             command = f'cd {shlex.quote(remote)} && for f in log-* sbatch_*; do echo "== $f"; cat -- "$f"; done'
             parts.append(job.executor.tunnel.run(command, warn=True).stdout)
         else:
-            files = sorted(glob.glob(f"{folder}/**/*.log", recursive=True))
-            parts += [f"== {file}\n{Path(file).read_text(errors='replace')}" for file in files]
+            parts.append(_local_logs(job))
     if name is not None and not parts:
         raise UserError(
             f"job {name!r} is not in this experiment: choose {', '.join(job.id for job in experiment.jobs)}"
         )
     return "\n".join(parts)
+
+
+def _local_logs(job: Any) -> str:
+    files = sorted(Path(job.executor.job_dir).glob("**/std*.log"))
+    return "\n".join(f"== {file}\n{file.read_text(errors='replace')}" for file in files)
 
 
 def cancel(experiment: Any) -> None:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from launch.cluster import FROM_ENVIRONMENT, Cluster
 from prune_opd.errors import ConfigError
 
-NAME = re.compile(r"[A-Za-z0-9_-]+")
+EXIT_CODE = "the job exited with code"
 
 
 @dataclass(frozen=True)
@@ -23,14 +23,21 @@ class Job:
     after: str | None = None  # the job that must have succeeded
 
     def script(self, cluster: Cluster) -> str:
-        """The bash that a node's task runs, every word quoted; `exec` leaves no shell to swallow signals."""
+        """The bash that a node's task runs, every word quoted.
+
+        Under Slurm `exec` leaves no shell to swallow signals, and Slurm keeps the exit code; elsewhere the script says
+        it, for NeMo-Run keeps only whether it was 0.
+        """
         lines = ["set -euo pipefail"]
         if cluster.kind != "slurm":  # there the batch script reads them, outside the container
             lines += secret_lines(cluster)
         if cluster.workdir:
             lines.append(f"cd {shlex.quote(cluster.workdir)}")
             lines.append('export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"')
-        return "\n".join([*lines, f"exec {shlex.join([cluster.python, *self.command])}", ""])
+        command = shlex.join([cluster.python, *self.command])
+        if cluster.kind == "slurm":
+            return "\n".join([*lines, f"exec {command}", ""])
+        return "\n".join([*lines, f'{command} || {{ code=$?; echo "{EXIT_CODE} $code"; exit "$code"; }}', ""])
 
 
 def secret_lines(cluster: Cluster) -> list[str]:

@@ -183,6 +183,13 @@ def test_a_signal_saves_queues_again_and_goes_on(site: Site) -> None:
     assert "restarted 1 ×" in site.launch("status", "again").stdout
 
 
+def test_a_job_that_slurm_refuses_is_a_failure(site: Site) -> None:
+    done = site.launch(
+        "submit", "tiny_compatible", "--cluster", site.cluster("refused", partition="nowhere"), timeout=60
+    )
+    assert done.returncode != 0, done.stdout + done.stderr
+
+
 def test_cancel(site: Site) -> None:
     recipe = site.recipe(
         "sleeping", "import time\nfrom recipes.tiny_compatible import tiny_compatible as sleeping\ntime.sleep(300)\n"
