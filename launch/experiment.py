@@ -8,12 +8,14 @@ from __future__ import annotations
 import re
 import shlex
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import nemo_run as run
+from invoke.exceptions import UnexpectedExit
 
 from launch.cluster import Cluster
 from launch.executors import make_executor
@@ -87,9 +89,20 @@ def dry_run(title: str, jobs: list[Job], cluster: Cluster) -> dict[str, str]:
 
 def submit(title: str, jobs: list[Job], cluster: Cluster) -> Any:
     experiment = build(title, jobs, cluster)
-    with experiment:
+    with experiment, _readable_errors(cluster):
         experiment.run(detach=cluster.kind == "slurm", sequential=False, tail_logs=False)
     return experiment
+
+
+@contextmanager
+def _readable_errors(cluster: Cluster) -> Iterator[None]:
+    """A command of the login node, or the copy to it, that failed is a sentence with that command's own words."""
+    try:
+        yield
+    except UnexpectedExit as error:
+        words = " ".join((error.result.stderr or error.result.stdout).split())
+        where = f"{cluster.ssh.user}@{cluster.ssh.host}" if cluster.ssh else "this machine"
+        raise UserError(f"{error.result.command.split()[0]} failed on or to {where}: {words}") from error
 
 
 def find(name: str) -> Any:
@@ -123,12 +136,12 @@ def states(experiment: Any) -> list[State]:
 def _accounted(job: Any, job_id: str) -> State:
     if not job_id:  # sbatch refused it
         return State(job.id, "-", "FAILED", 1)
-    answer = job.executor.tunnel.run(f"sacct -X -n -P -j {shlex.quote(job_id)} -o State,ExitCode,Restarts", warn=True)
+    answer = job.executor.tunnel.run(f"sacct -D -X -n -P -j {shlex.quote(job_id)} -o State,ExitCode", warn=True)
     lines = [line.split("|") for line in answer.stdout.splitlines() if line.strip()]
     if not lines:  # accounting is a moment behind the controller
         return State(job.id, job_id, "UNKNOWN", 1)
-    word, exit_code, restarts = lines[-1]
-    return State(job.id, job_id, word.split()[0], _shell_code(exit_code), int(restarts or 0))
+    word, exit_code = lines[-1]  # a line for each attempt
+    return State(job.id, job_id, word.split()[0], _shell_code(exit_code), len(lines) - 1)
 
 
 def _shell_code(text: str) -> int:

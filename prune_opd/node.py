@@ -23,6 +23,7 @@ from types import FrameType
 from prune_opd.errors import REQUEUE_EXIT_CODE
 
 SAVED_TOGETHER = 5.0  # seconds between the first and the last node that has saved
+ENDED_BY_ANOTHER = 1
 PORTS = range(20000, 28000)
 ASKING = (signal.SIGTERM, signal.SIGUSR1)
 
@@ -62,15 +63,23 @@ class Supervisor:
         if self._child is not None and self._child.poll() is None:
             self._child.send_signal(number)
 
+    @property
+    def code_before_training(self) -> int:
+        """Of a signal while there is nothing to save: SIGUSR1 says that time is up, SIGTERM that a node failed."""
+        return REQUEUE_EXIT_CODE if self.asked == signal.SIGUSR1 else ENDED_BY_ANOTHER
+
     def run(self, command: list[str], env: Mapping[str, str]) -> int:
-        """The exit code of a child, as a shell has it. A signal before it started means that nothing is lost."""
+        """The exit code of a child, as a shell has it."""
         if self.asked is not None:
-            return REQUEUE_EXIT_CODE
+            return self.code_before_training
         self._child = subprocess.Popen(command, env=dict(env))
         if self.asked is not None:  # between the question above and here
             self._child.send_signal(self.asked)
         code = self._child.wait()
-        return 128 - code if code < 0 else code
+        if code in (0, REQUEUE_EXIT_CODE):
+            return code
+        # A job's code is the highest of its nodes': one that was ended since another failed must not outdo that one.
+        return ENDED_BY_ANOTHER if self.asked is not None else (128 - code if code < 0 else code)
 
 
 def rank_environment(env: Mapping[str, str]) -> dict[str, str]:
@@ -95,7 +104,7 @@ def train(recipe: list[str], run_dir: Path, ranks: int) -> int:
         world = ranks * int(env.get("SLURM_NNODES", "1"))
         code = supervisor.run([*command, "check", *recipe, "--nproc", str(world), "--run-dir", str(run_dir)], env)
         if supervisor.asked is not None:
-            return REQUEUE_EXIT_CODE
+            return supervisor.code_before_training
         if code:
             return code
     torchrun = [sys.executable, "-m", "prune_opd.launcher", *torchrun_arguments(ranks, env)]

@@ -50,6 +50,7 @@ class Site:
         self.slurm = slurm
         self.home = slurm.folder / "nemorun"
         self.runs = slurm.folder / "runs"
+        self.runs.mkdir(exist_ok=True)
 
     def cluster(self, name: str, **changes: object) -> str:
         settings: dict[str, object] = {
@@ -176,7 +177,7 @@ def test_a_signal_saves_queues_again_and_goes_on(site: Site) -> None:
     wait_for(lambda: site.slurm.state(job) in ("COMPLETED", "FAILED", "TIMEOUT", "CANCELLED"), 150, "the end")
     logs = site.launch("logs", "again").stdout
     assert site.slurm.state(job) == "COMPLETED", logs
-    assert site.slurm.output("sacct", "-X", "-n", "-P", "-j", job, "-o", "Restarts") == "1"
+    assert site.slurm.output("sacct", "-D", "-X", "-n", "-P", "-j", job, "-o", "State").count("\n") == 1
     assert site.steps("again") == list(range(1, 9))  # nothing lost, nothing twice
     assert f"exited with code {REQUEUE_EXIT_CODE}" in logs and "queueing job" in logs
     assert f"_{job}_0.out" in logs and f"_{job}_1.out" in logs  # both attempts
@@ -184,9 +185,8 @@ def test_a_signal_saves_queues_again_and_goes_on(site: Site) -> None:
 
 
 def test_a_job_that_slurm_refuses_is_a_failure(site: Site) -> None:
-    done = site.launch(
-        "submit", "tiny_compatible", "--cluster", site.cluster("refused", partition="nowhere"), timeout=60
-    )
+    cluster = site.cluster("refused", partition="nowhere")
+    done = site.launch("submit", "tiny_compatible", "--cluster", cluster, timeout=60)
     assert done.returncode != 0, done.stdout + done.stderr
 
 
@@ -239,7 +239,8 @@ def test_through_ssh(site: Site, trained: subprocess.CompletedProcess[str]) -> N
         )  # fmt: skip
         recipe = site.recipe("remote", "from recipes.tiny_compatible import tiny_compatible as remote\n")
         finished = ("--run-dir", str(site.runs / "tiny_compatible"))  # nothing is left to do there
-        done = site.launch("submit", recipe, *TINY, "steps=2", *finished, "--cluster", cluster)
+        submit = ("submit", recipe, *TINY, "steps=2", *finished, "--cluster", cluster)
+        done = site.launch(*submit, PATH=f"{sshd.programs}:{os.environ['PATH']}")
         logs = site.launch("logs", "remote").stdout
         assert done.returncode == 0, done.stdout + done.stderr + logs
         assert "is finished" in logs

@@ -213,6 +213,14 @@ class Sshd:
         self.identity, self.port = folder / "id", _free_ports(1)[0]
         for name in ("host", "id"):
             subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(folder / name)], check=True)
+        # rsync calls ssh, which asks for a known host key: it gets a list of its own, not the user's
+        self.programs = folder / "bin"
+        self.programs.mkdir()
+        ssh = shutil.which("ssh")
+        key = (folder / "host.pub").read_text()
+        (folder / "known_hosts").write_text(f"[127.0.0.1]:{self.port} {key}")
+        (self.programs / "ssh").write_text(f'#!/bin/sh\nexec {ssh} -o UserKnownHostsFile={folder}/known_hosts "$@"\n')
+        (self.programs / "ssh").chmod(0o755)
         variables = " ".join(f'{name}="{value}"' for name, value in env.items())
         Path("/run/sshd").mkdir(exist_ok=True)  # sshd's own empty folder
         (folder / "config").write_text(f"""Port {self.port}
