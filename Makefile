@@ -25,7 +25,7 @@ tiny-models: setup ## Train the tiny base, teacher and student into the per-user
 quickstart: setup tiny-models ## Set up, train the tiny pair in runs/quickstart, evaluate, write the report
 	$(BIN)/prune-opd train tiny_compatible --run-dir runs/quickstart
 
-test: setup setup-te-test lint tiny-models ## Set up, lint, run all tests
+test: setup setup-te-test setup-launch setup-slurm-test lint tiny-models ## Set up, lint, run all tests
 	$(BIN)/pytest
 
 setup-te-test: setup ## Put Transformer Engine's Python half into .venv-te, for the tests of its layer spec
@@ -66,6 +66,8 @@ bench-peers: setup-bench tiny-models ## Measure our training step against TRL's:
 
 soak: tiny-models ## Kill and resume a run of 300 steps, compare it with one left alone: runs/soak/soak.json (about 15 minutes)
 	$(BIN)/python scripts/soak.py
+
+include launch/targets.mk
 
 clean: ## Remove caches and build products (.venv, runs/ and the tiny models stay)
 	rm -rf build *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
