@@ -22,7 +22,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from prune_opd.weights.checksum import Checksums
+from prune_opd.weights.checksum import Checksums, bits_sum
 from prune_opd.weights.mapping import Entry, entries, local_parameters
 from prune_opd.weights.pieces import place_views, shard_views
 from prune_opd.weights.plan import Bucket, Holding, Item, make_buckets, make_items
@@ -137,12 +137,16 @@ class Resharder:
         flight = Flight()
         for item in bucket.items:
             held = self._held(item, parameters)
+            self.transport.send(item, held, buffer, flight)
             for index, owner in enumerate(item.owners):
                 mine = held[index]
-                if sums and mine is not None:
-                    note = sums.sent if owner == self.group.rank() else sums.held
-                    note(item, index, mine)
-            self.transport.send(item, held, buffer, flight)
+                if sums is None or mine is None:
+                    continue
+                if owner != self.group.rank():
+                    sums.held(item, index, mine)
+                else:
+                    read = flight.sums.get((item.entry.megatron, index))
+                    sums.sent(item, index, [bits_sum(part) for part in mine] if read is None else read)
         return _Sent(buffer, flight)
 
     def _hand_on(self, bucket: Bucket, flight: Flight, sums: Checksums | None) -> Iterator[tuple[str, Tensor]]:
