@@ -156,16 +156,16 @@ def report(
     return 0
 
 
-@app.command()
-def bench(
-    name: Annotated[str, typer.Argument(metavar="NAME", help="loss, packing, reshard or fp8-noise")],
-    out: Annotated[Path, typer.Option(metavar="DIR", help="Where NAME.json goes.")] = Path("bench"),
-    quick: Annotated[bool, typer.Option("--quick", help="A small size that only shows that it works.")] = False,
-) -> int:
-    """Run a benchmark: prints a table and writes every measurement to DIR/NAME.json."""
+@app.command(
+    add_help_option=False,
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+    options_metavar="NAME [ARG …] [--out DIR] [--quick]",
+)
+def bench(context: typer.Context) -> int:
+    """Run a benchmark: prints a table and writes every measurement to DIR/NAME.json (`prune-opd bench --help`)."""
     from prune_opd.bench import run_benchmark
 
-    return run_benchmark(name, out, quick)
+    return run_benchmark(context.args)
 
 
 @app.command()
