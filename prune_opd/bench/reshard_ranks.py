@@ -62,7 +62,7 @@ def model_config(layers: int, hidden: int, vocab: int) -> dict[str, Any]:
     }
 
 
-def write_student(folder: Path, config: dict[str, Any]) -> None:
+def write_student(folder: Path, config: dict[str, Any], seed: int = 0) -> None:
     """A directory with random weights."""
     from safetensors.torch import save_file
 
@@ -86,7 +86,7 @@ def write_student(folder: Path, config: dict[str, Any]) -> None:
         "q_norm": (spec.head_dim,),
         "k_norm": (spec.head_dim,),
     }
-    draw = torch.Generator().manual_seed(0)
+    draw = torch.Generator().manual_seed(seed)
     names = (name for entry in entries(spec) for name in entry.hf)
     tensors = {
         name: torch.randn(shapes.get(name.split(".")[-2], (spec.hidden,)), generator=draw) * spec.hidden**-0.5
