@@ -175,7 +175,7 @@ def main() -> None:
     dist.all_gather_object(everyone, measure(run, points, args.rounds, imported))
     if run.layout.is_main:
         args.json.write_text(json.dumps({"config": to_dict(config), "model": shape, "ranks": everyone}))
-    run.engine.close()
+    run.close()
 
 
 if __name__ == "__main__":
