@@ -42,13 +42,13 @@ class Settings:
     batches: tuple[int, ...] = (16, 32, 64, 128, 256)
     ranks: tuple[int, ...] = (1, 2)
     length: int = 128
-    batch: int = 32
+    batch: int = 16
     rounds: int = 2
 
 
 QUICK = Settings(
     base=(1, 128),
-    models=((1, 128), (2, 128)),
+    models=((1, 128),),
     vocab=512,
     lengths=(8, 16),
     batches=(4, 8),
@@ -59,10 +59,13 @@ QUICK = Settings(
 )
 
 
-def run(path: Path, quick: bool) -> int:
-    """Measure, write the JSON file and the PNG beside it, print the tables. Returns 0 however fast anything grows."""
+def run(path: Path, quick: bool, rounds: int = 2) -> int:
+    """Measure, write the JSON file and the PNG beside it, print the tables. Returns 0 however fast anything grows.
+
+    rounds: steps of each point; the quick size takes one.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    settings = QUICK if quick else Settings()
+    settings = QUICK if quick else Settings(rounds=rounds)
     console = Console()
     before = {**environment(), "load_average_before": os.getloadavg()}
     raw = _measure_all(settings, console)
