@@ -58,9 +58,9 @@ class Checksums:
         self._at = {(item.entry.megatron, which, index): at for at, (item, which, index) in enumerate(self.parts)}
         self._sent, self._held, self._handed_on = _Sums(), _Sums(), _Sums()
 
-    def sent(self, item: Item, index: int, sums: Sequence[Tensor]) -> None:
-        """The sums of shard `index`, by its owner."""
-        self._note(self._sent, item, index, sums)
+    def sent(self, item: Item, index: int, parts: Sequence[Tensor], read: Sequence[Tensor] | None = None) -> None:
+        """Shard `index`, by its owner. read: the sums of its parts, if it was read already."""
+        self._note(self._sent, item, index, [bits_sum(part) for part in parts] if read is None else read)
 
     def held(self, item: Item, index: int, parts: Sequence[Tensor]) -> None:
         """Shard `index` as a rank has it that is not its owner: replicas must not drift apart."""

@@ -22,7 +22,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from prune_opd.weights.checksum import Checksums, bits_sum
+from prune_opd.weights.checksum import Checksums
 from prune_opd.weights.mapping import Entry, entries, local_parameters
 from prune_opd.weights.pieces import place_views, shard_views
 from prune_opd.weights.plan import Bucket, Holding, Item, make_buckets, make_items
@@ -145,8 +145,7 @@ class Resharder:
                 if owner != self.group.rank():
                     sums.held(item, index, mine)
                 else:
-                    read = flight.sums.get((item.entry.megatron, index))
-                    sums.sent(item, index, [bits_sum(part) for part in mine] if read is None else read)
+                    sums.sent(item, index, mine, flight.sums.get((item.entry.megatron, index)))
         return _Sent(buffer, flight)
 
     def _hand_on(self, bucket: Bucket, flight: Flight, sums: Checksums | None) -> Iterator[tuple[str, Tensor]]:
