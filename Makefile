@@ -64,6 +64,9 @@ bench-fp8-noise: tiny-models ## Count the drift events that FP8 noise alone make
 bench-peers: setup-bench tiny-models ## Measure our training step against TRL's: bench/peers.json (about 4 minutes)
 	$(BIN)/prune-opd bench peers
 
+bench-scaling: setup ## Measure how a step grows with length, batch, model and ranks: bench/scaling.json and .png
+	$(BIN)/prune-opd bench scaling
+
 soak: tiny-models ## Kill and resume a run of 300 steps, compare it with one left alone: runs/soak/soak.json (about 15 minutes)
 	$(BIN)/python scripts/soak.py
 
