@@ -39,6 +39,7 @@ HARMLESS = (
     "checkpoint",
     "evaluation.every",
     "memory",
+    "planning",
     "rollout.bucket_mb",
     "rollout.kv_cache_gb",
     "rollout.gpu_memory_utilization",

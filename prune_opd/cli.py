@@ -169,12 +169,26 @@ def bench(
 
 
 @app.command()
+def plan(
+    recipe: Recipe,
+    overrides: Overrides = None,
+    gpu: Annotated[str | None, typer.Option(help="a100, h100 or h200", show_default="planning.gpu")] = None,
+    nodes: Annotated[int | None, typer.Option(min=1, help="Nodes.", show_default="planning.nodes")] = None,
+    search: Annotated[bool, typer.Option("--search", help="Name the fastest layouts that fit.")] = False,
+    out: Annotated[Path | None, typer.Option(metavar="DIR", help="Where plan.json and plan.png go.")] = None,
+) -> int:
+    """Memory by phase, step time and cost of a recipe on GPUs that nobody has taken yet; exit 1 if it does not fit."""
+    from prune_opd.plan.command import run_plan
+
+    return run_plan(_load(recipe, overrides, TrainConfig, "plan"), gpu, nodes, search, out)
+
+
+@app.command()
 def recipes() -> int:
-    """List the recipes of the repository."""
-    names = list_recipes()
-    width = max(map(len, names))
-    for name, summary in names.items():
-        print(f"{name:<{width}}  {summary}")
+    """List the recipes of the repository with their models, GPUs and planned hours."""
+    from prune_opd.plan.command import print_recipes
+
+    print_recipes()
     return 0
 
 
@@ -184,7 +198,7 @@ def recipes() -> int:
 def _load(recipe: str, overrides: list[str] | None, kind: type[C], command: str) -> C:
     config = load_recipe(recipe)
     if not isinstance(config, kind):
-        other = "sft" if command == "train" else "train"
+        other = "train" if command == "sft" else "sft"
         raise ConfigError(f"recipe {recipe!r} is not for `prune-opd {command}`: run `prune-opd {other} {recipe}`")
     return apply_overrides(config, overrides or [])
 
