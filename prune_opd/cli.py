@@ -16,11 +16,11 @@ from typing import Annotated
 import typer
 
 from prune_opd import worker
-from prune_opd.check import check_eval, check_sft, check_train
+from prune_opd.check import check_eval, check_everything, check_sft, check_structure, check_train
 from prune_opd.config import SftConfig, TrainConfig
 from prune_opd.errors import ConfigError, UserError
 from prune_opd.launcher import start_ranks
-from prune_opd.recipe import C, RunConfig, apply_overrides, list_recipes, load_config, load_recipe, save_config
+from prune_opd.recipe import C, RunConfig, apply_overrides, load_config, load_recipe, save_config
 
 WORKER = ("-m", "prune_opd.worker")
 
@@ -70,14 +70,28 @@ def train(
 
 
 @app.command()
-def check(recipe: Recipe, overrides: Overrides = None, nproc: Nproc = None, run_dir: RunDir = None) -> int:
+def check(
+    recipe: Recipe,
+    overrides: Overrides = None,
+    nproc: Nproc = None,
+    run_dir: RunDir = None,
+    structure: Annotated[
+        bool, typer.Option("--structure", help="Only what needs neither weights nor GPUs: layout, lengths, sizes.")
+    ] = False,
+) -> int:
     """Every check of a recipe that needs no GPU: prints a line per problem and exits with 1, or prints ok."""
     config = apply_overrides(load_recipe(recipe), overrides or [])
     ranks = _ranks(nproc, config)
-    if isinstance(config, TrainConfig):
-        problems = check_train(config, ranks, run_dir or _default_run_dir(config), "auto")
-    else:
+    if not isinstance(config, TrainConfig):
         problems = check_sft(config, ranks)
+    else:
+        if not _is_rank() and nproc is None:
+            ranks *= config.planning.nodes
+        problems = (
+            check_structure(config, ranks)
+            if structure
+            else check_everything(config, ranks, run_dir or _default_run_dir(config))
+        )
     print("\n".join(problems) or "ok")
     return 1 if problems else 0
 

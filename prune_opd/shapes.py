@@ -1,4 +1,4 @@
-"""The config.json of a recipe's model: its own where the directory exists, else the published one (recipes/shapes.json)."""
+"""The config.json of a recipe's model: its own where there is one, else the published one (recipes/shapes.json)."""
 
 from __future__ import annotations
 

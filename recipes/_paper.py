@@ -55,7 +55,5 @@ def paper_base(
             source=str(data_dir() / "aime24.jsonl"), problems=30, samples=16, top_p=0.95, max_len=31744
         ),
         checkpoint=CheckpointConfig(every=50),
-        planning=PlanningConfig(
-            gpu="h100", nodes=1, response_length=response_length, mean_horizon=mean_horizon
-        ),
+        planning=PlanningConfig(gpu="h100", nodes=1, response_length=response_length, mean_horizon=mean_horizon),
     )

@@ -5,10 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from rich.console import Console
-from rich.table import Table
 
 from prune_opd.config import TrainConfig
-from prune_opd.errors import UserError
 from prune_opd.plan.planner import plan_run
 from prune_opd.plan.search import best_layouts
 from prune_opd.plan.show import print_curve, print_found, print_plan, write_plan
@@ -39,25 +37,20 @@ def run_plan(config: TrainConfig, gpu: str | None, nodes: int | None, search: bo
 
 
 def print_recipes() -> None:
-    """Name, models, GPUs and planned hours of every recipe; of supervised ones and those for a CPU, what they are."""
-    table = Table("recipe", "student ← teacher", "GPUs", "planned h", "what it is", box=None, pad_edge=False)
-    for name, summary in list_recipes().items():
-        config = load_recipe(name)
-        if not isinstance(config, TrainConfig):
-            table.add_row(name, "", "CPU", "", summary)
-            continue
-        models = " ← ".join(Path(model).name for model in (config.student, config.teacher))
-        table.add_row(name, models, *_cost(config), summary)
-    console_of().print(table, highlight=False)
+    """A line for each recipe: name, GPUs, planned hours, models, what it is. Nothing is planned for a CPU."""
+    lines = list_recipes()
+    rows = [(name, *_cost(name), summary) for name, summary in lines.items()]
+    widths = [max(len(row[i]) for row in rows) for i in range(3)]
+    for row in rows:
+        print("  ".join(text.ljust(width) for text, width in zip(row, widths, strict=False)) + f"  {row[3]}")
 
 
-def _cost(config: TrainConfig) -> tuple[str, str]:
-    planning = config.planning
-    if planning.gpu == "cpu":
+def _cost(name: str) -> tuple[str, str]:
+    """The GPUs of a recipe and its planned hours, or why it has none."""
+    config = load_recipe(name)
+    if not isinstance(config, TrainConfig) or config.planning.gpu == "cpu":
         return "CPU", ""
+    planning = config.planning
     gpus = f"{planning.nodes * config.parallel.nproc} × {planning.gpu}"
-    try:
-        plan = plan_run(config, planning.gpu, planning.nodes)
-    except UserError as error:
-        return gpus, f"? ({error})"
-    return gpus, f"{plan.hours(plan.planned):.1f}"
+    plan = plan_run(config, planning.gpu, planning.nodes)
+    return gpus, f"{plan.hours(plan.planned):.1f} h" if not plan.problems else "does not fit"

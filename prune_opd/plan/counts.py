@@ -21,7 +21,7 @@ class Count:
 
 @dataclass(frozen=True)
 class Layout:
-    """One model's: tensor, pipeline and expert parallel sizes, ranks that share a sequence, replicas of dense weights."""
+    """One model's: tensor, pipeline, expert and context parallel sizes, and the replicas of its dense weights."""
 
     tensor: int = 1
     pipeline: int = 1
@@ -36,7 +36,7 @@ class Layout:
 
     @property
     def expert_replicas(self) -> int:
-        """Ranks that hold the same experts. (megatron-core: what is left of a stage's ranks beside expert parallelism.)"""
+        """Ranks that hold the same experts: what expert parallelism leaves of a stage's ranks."""
         return max(self.stage_ranks // self.expert, 1)
 
 

@@ -12,7 +12,7 @@ GiB = 2**30
 
 @dataclass(frozen=True)
 class Gpu:
-    """memory in bytes; FLOP/s of dense matrix products; bytes/s: memory, one direction of NVLink, share of the network."""
+    """Bytes of memory; FLOP/s of dense matrix products; bytes/s of memory, NVLink one way, its share of the network."""
 
     name: str
     memory: float
@@ -32,10 +32,10 @@ H200 = Gpu("h200", 143771 * 2**20, 989e12, 1979e12, 4.8e12, 450e9, 50e9)
 GPUS = {gpu.name: gpu for gpu in (A100, H100, H200)}
 
 # Share of the peak that the models' matrix products get, forward and backward. Megatron-LM reports 44 to 52 % on A100s
-# for models of 1.7 B to 1 T parameters in large batches (arXiv 2104.04473, table 1); packed rows of unequal length get less.
+# for models of 1.7 B to 1 T parameters in large batches (arXiv 2104.04473, table 1); rows of unequal length get less.
 COMPUTE_EFFICIENCY = 0.40
-# FP8 doubles the peak and not the speed: casts, norms, attention and the head stay bf16. 0.28 of the FP8 peak is 1.4 times
-# bf16's speed, assumed; published gains of Transformer Engine on Hopper lie between 1.3 and 1.5.
+# FP8 doubles the peak and not the speed: casts, norms, attention and the head stay bf16. 0.28 of the FP8 peak is 1.4
+# times bf16's speed. Assumed.
 FP8_EFFICIENCY = 0.28
 # Share of the memory bandwidth that a decoding step gets. Assumed; memory-bound kernels reach 70 to 90 % of the peak.
 DECODE_EFFICIENCY = 0.70
@@ -46,9 +46,9 @@ DECODE_OVERHEAD = 0.002
 COLLECTIVE_EFFICIENCY = 0.80
 # One more rank in a ring [s]. Assumed: a few microseconds of NCCL's and the network's latency, twice around.
 HOP_LATENCY = 10e-6
-# All of a step that is none of the above [s]: waking, offloading, tokenising, logging, checkpoints. Fitted to: the hours
-# that published.py lists, jointly.
-STEP_OVERHEAD = 20.0
+# All of a step that is none of the above [s]: waking, offloading, tokenising, logging, checkpoints. Fitted to: all the
+# hours that published.py lists, together.
+STEP_OVERHEAD = 30.0
 
 # Bytes that no part of the run accounts for: CUDA context, NCCL's buffers, the allocator's fragments. Assumed.
 RESERVED = 3 * GiB

@@ -1,4 +1,4 @@
-"""How long responses are, and how far the horizon lets them go. Assumptions, not measurements: a run's metrics have those."""
+"""How long responses are, and how far the horizon lets them go. Assumed: a run's metrics have the measurements."""
 
 from __future__ import annotations
 
@@ -10,7 +10,9 @@ from prune_opd.config import HorizonConfig, TrainConfig
 from prune_opd.errors import ConfigError
 from prune_opd.horizon import make_controller
 
-SPREAD = 0.6  # standard deviation of the logarithm of a response's length: a few times as long as the median now and then
+SPREAD = (
+    0.6  # standard deviation of the logarithm of a response's length: a few times as long as the median now and then
+)
 DEFAULT_SHARE = 0.6  # of max_len, where the recipe does not say what a response takes
 CURVE = 64  # quantiles that a mean is taken over
 
@@ -38,9 +40,7 @@ class Lengths:
     def quantiles(self, count: int, horizon: float) -> list[float]:
         """The lengths of `count` responses cut at the horizon, ascending: the middles of as many equal shares."""
         normal = NormalDist()
-        return [
-            min(horizon, self.median * math.exp(SPREAD * normal.inv_cdf((i + 0.5) / count))) for i in range(count)
-        ]
+        return [min(horizon, self.median * math.exp(SPREAD * normal.inv_cdf((i + 0.5) / count))) for i in range(count)]
 
     def mean(self, horizon: float) -> float:
         return sum(self.quantiles(CURVE, horizon)) / CURVE
@@ -48,11 +48,13 @@ class Lengths:
 
 def lengths_of(config: TrainConfig) -> Lengths:
     planned = config.planning.response_length
-    return Lengths.of(planned if planned is not None else DEFAULT_SHARE * config.horizon.max_len, config.horizon.max_len)
+    return Lengths.of(
+        planned if planned is not None else DEFAULT_SHARE * config.horizon.max_len, config.horizon.max_len
+    )
 
 
 def mean_horizon(config: TrainConfig) -> float:
-    """Of the run [tokens]. Exact but for prune, whose window nobody knows before: planning.mean_horizon, else assumed."""
+    """Of the run [tokens]. Exact but for prune, whose window nobody knows before: planning.mean_horizon, or a guess."""
     horizon = config.horizon
     if horizon.strategy == "prune":
         if config.planning.mean_horizon is not None:
@@ -65,9 +67,13 @@ def assumptions(config: TrainConfig) -> list[str]:
     """What the plan takes for granted of this recipe's responses, a line each."""
     planning, lines = config.planning, []
     if planning.response_length is None:
-        lines.append(f"responses: {DEFAULT_SHARE:.0%} of horizon.max_len on average (planning.response_length is not set)")
+        lines.append(
+            f"responses: {DEFAULT_SHARE:.0%} of horizon.max_len on average (planning.response_length is not set)"
+        )
     else:
-        lines.append(f"responses: {planning.response_length} tokens on average at the full horizon (planning.response_length)")
+        lines.append(
+            f"responses: {planning.response_length} tokens on average at the full horizon (planning.response_length)"
+        )
     if config.horizon.strategy == "prune":
         source = "planning.mean_horizon" if planning.mean_horizon else "between horizon.init_len and max_len"
         lines.append(f"window: {mean_horizon(config):.0f} tokens on average ({source})")

@@ -76,7 +76,7 @@ def problems(setting: Setting, plan: MemoryPlan) -> list[str]:
         }
         found.append(
             f"phase {plan.peak_phase} takes {plan.peak / 1e9:.1f} GB of the {plan.limit / 1e9:.1f} GB that a "
-            f"{setting.gpu.name} leaves: {remedies.get(plan.peak_phase, 'set memory.sleep_level and memory.* offloads')}"
+            f"{setting.gpu.name} leaves: {remedies.get(plan.peak_phase, 'set memory.sleep_level and memory.offload_*')}"
         )
     return found
 
@@ -169,7 +169,7 @@ def _largest(make: Callable[[int], Setting], most: int) -> int:
 
 
 def _at_start(setting: Setting, parts: dict[str, float]) -> float:
-    """All parts are built one after the other, and vLLM wants its share free; Adam's moments come with the first step."""
+    """All parts are built in turn, and vLLM wants its share free; Adam's moments come with the first step."""
     moments = parts[phases.OPTIMIZER] * (2 / 3 if setting.config.precision.params == "bf16" else 1)
     return sum(parts.values()) - moments + ENGINE_WORKSPACE
 

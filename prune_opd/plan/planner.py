@@ -19,7 +19,7 @@ CURVE_GPUS = (8, 16, 32, 64, 128, 256, 512, 1024)
 
 @dataclass(frozen=True)
 class Plan:
-    """planned: a step of the recipe's strategy at its mean horizon; full: at horizon.max_len. evaluation: seconds of one."""
+    """planned: a step of the recipe's strategy at its mean horizon; full: at horizon.max_len. evaluation: one, in s."""
 
     setting: Setting
     problems: tuple[str, ...]  # empty: it fits
@@ -73,7 +73,7 @@ class Plan:
 
 
 def plan_run(config: TrainConfig, gpu: str, nodes: int) -> Plan:
-    """The plan of a recipe on `nodes` × parallel.nproc GPUs. Raises `ConfigError` for a GPU or model that is not known."""
+    """The plan of a recipe on `nodes` × parallel.nproc GPUs. Raises `ConfigError` for an unknown GPU or model."""
     setting = setting_of(config, gpu, nodes)
     memory = plan_memory(setting)
     return Plan(
@@ -119,4 +119,3 @@ def curve(config: TrainConfig, gpu: str, grow: bool) -> dict[int, StepTime]:
 
 def dominant(step: StepTime) -> str:
     return max(step.seconds, key=lambda phase: step.seconds[phase])
-

@@ -1,7 +1,7 @@
 """`prune-opd plan --search`: the layouts of student, teacher and engine, and the fastest that fit together.
 
-A step's seconds are a sum of which each term depends on one of the three, so all combinations are put in order first and
-memory is looked at from the fastest on.
+A step's seconds are a sum of which each term depends on one of the three, so all combinations are put in order first
+and memory is looked at from the fastest on.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ from prune_opd.plan.time import step_time
 
 SIZES = (1, 2, 4, 8)
 EXPERTS = (1, 2, 4, 8, 16, 32)
-SHARES = (0.3, 0.4, 0.5, 0.6, 0.7)  # of rollout.gpu_memory_utilization
+SHARE = "rollout.gpu_memory_utilization"
+SHARES = (0.3, 0.4, 0.5, 0.6, 0.7)
 TRIED = 20_000  # combinations whose memory is looked at
 
 
@@ -42,16 +43,19 @@ def best_layouts(config: TrainConfig, gpu: str, nodes: int, count: int = 5) -> l
         (sum(seconds for seconds, _ in parts), sum(_cuts(changes) for _, changes in parts), i, parts)
         for i, parts in enumerate(itertools.product(student, teacher, engine))
     )
-    found = []
+    found: list[Found] = []
+    seen = set()  # layouts that stand already, with a smaller share of memory for the engine
     for _, _, _, parts in combined[:TRIED]:
         changes = {key: value for _, part in parts for key, value in part.items()}
         candidate = _changed(setting, changes)
-        if structure(candidate.config, candidate.world):
+        layout = tuple(value for key, value in changes.items() if key != SHARE)
+        if layout in seen or structure(candidate.config, candidate.world):
             continue
         memory = plan_memory(candidate)
         if not problems(candidate, memory):
             total = step_time(candidate, mean_horizon(candidate.config), memory.cache_tokens).total
             found.append(Found(total, tuple(f"{key}={_plain(value)}" for key, value in changes.items())))
+            seen.add(layout)
             if len(found) == count:
                 break
     return found
@@ -81,7 +85,7 @@ def _teachers(setting: Setting) -> Iterator[dict[str, Any]]:
 
 def _engines(setting: Setting) -> Iterator[dict[str, Any]]:
     for tensor, share in itertools.product(SIZES, SHARES):
-        yield {"rollout.tensor_parallel": tensor, "rollout.gpu_memory_utilization": share}
+        yield {"rollout.tensor_parallel": tensor, SHARE: share}
 
 
 def _timed(

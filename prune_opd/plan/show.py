@@ -119,7 +119,9 @@ def _draw(plan: Plan, curves: dict[str, dict[int, StepTime]], path: Path) -> Non
     steps = {plan.setting.config.horizon.strategy: plan.planned, "full": plan.full}
     bottom = dict.fromkeys(steps, 0.0)
     for phase in PHASES:
-        axes[0, 1].bar(list(steps), [s.seconds[phase] for s in steps.values()], bottom=list(bottom.values()), label=phase)
+        axes[0, 1].bar(
+            list(steps), [s.seconds[phase] for s in steps.values()], bottom=list(bottom.values()), label=phase
+        )
         bottom = {name: bottom[name] + step.seconds[phase] for name, step in steps.items()}
     axes[0, 1].set(title="a step [s]")
     axes[0, 1].legend()

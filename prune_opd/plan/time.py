@@ -80,7 +80,9 @@ def rollout_seconds(setting: Setting, horizon: float, prompt: float, cache_token
     lengths = setting.lengths.quantiles(waiting, horizon)
     mean = sum(lengths) / waiting
     at_once = int(max(min(waiting, rollout.max_num_seqs, cache_tokens // (prompt + mean / 2)), 1))
-    prefill = waiting / rollout.responses * forward_flops(spec, prompt) / _flops(setting, rollout.quantization is not None)
+    prefill = (
+        waiting / rollout.responses * forward_flops(spec, prompt) / _flops(setting, rollout.quantization is not None)
+    )
     prefill /= rollout.tensor_parallel
     queued = (waiting - at_once) / at_once * mean * _decode_step(setting, at_once, prompt + mean / 2)
     tail, done = 0.0, 0.0
