@@ -38,7 +38,7 @@ def best_layouts(config: TrainConfig, gpu: str, nodes: int, count: int = 5) -> l
     setting = setting_of(config, gpu, nodes)
     student = _timed(setting, _students(setting), ("train", "all-reduce"))
     teacher = _timed(setting, _teachers(setting), ("teacher",))
-    engine = _timed(setting, _engines(setting), ("rollout",))
+    engine = _smallest(_timed(setting, _engines(setting), ("rollout",)))
     combined = sorted(
         (sum(seconds for seconds, _ in parts), sum(_cuts(changes) for _, changes in parts), i, parts)
         for i, parts in enumerate(itertools.product(student, teacher, engine))
@@ -94,17 +94,26 @@ def _timed(
     """(seconds of these phases, changes) of the candidates that the ranks, heads and layers allow by themselves."""
     found = []
     horizon = mean_horizon(setting.config)
+    longest = setting.config.rollout.max_prompt_len + setting.config.horizon.max_len
     for changes in candidates:
         neutral = {"parallel.teacher_tensor": 1, "parallel.teacher_pipeline": 1, "parallel.teacher_expert": 1}
         alone = _changed(setting, {"rollout.tensor_parallel": 1, **_whole(changes), **neutral, **changes})
         if structure(alone.config, alone.world):
             continue
-        memory = plan_memory(alone)
-        if memory.cache_tokens <= 0:
+        cache = plan_memory(alone).cache_tokens
+        if "rollout" in phases and cache < longest:
             continue
-        seconds = step_time(alone, horizon, memory.cache_tokens).seconds
+        seconds = step_time(alone, horizon, cache).seconds
         found.append((round(sum(seconds[phase] for phase in phases), 3), changes))
     return found
+
+
+def _smallest(engines: list[tuple[float, dict[str, Any]]]) -> list[tuple[float, dict[str, Any]]]:
+    """Of engines that are as fast and as wide, the one that takes the least memory; shares come in ascending order."""
+    first: dict[tuple[float, int], dict[str, Any]] = {}
+    for seconds, changes in engines:
+        first.setdefault((seconds, changes["rollout.tensor_parallel"]), changes)
+    return [(seconds, changes) for (seconds, _), changes in first.items()]
 
 
 def _whole(changes: dict[str, Any]) -> dict[str, Any]:
