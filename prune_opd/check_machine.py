@@ -34,9 +34,10 @@ def machine_problems(config: TrainConfig, run_dir: Path, gpu: bool, cuda: tuple[
     if gpu and cuda is not None:
         problems += driver_problems(cuda)
     problems += space_problems(config, run_dir)
-    problems += prompt_problems("data.source", config.data.source)
-    if config.evaluation.source is not None and config.evaluation.problems:
-        problems += prompt_problems("evaluation.source", config.evaluation.source, answers=True)
+    if config.data.bad_rows == "refuse":
+        problems += prompt_problems("data.source", config.data.source)
+    for source in config.evaluation.sources if config.evaluation.problems else ():
+        problems += prompt_problems("evaluation.sources", source, answers=True)
     return problems
 
 

@@ -52,7 +52,7 @@ def paper_base(
         precision=PrecisionConfig(params="bf16"),
         memory=MemoryConfig(sleep_level=2, offload_gradients=True),  # their memory is the KV cache's meanwhile
         evaluation=EvalConfig(
-            source=str(data_dir() / "aime24.jsonl"), problems=30, samples=16, top_p=0.95, max_len=31744
+            sources=(str(data_dir() / "aime24.jsonl"),), problems=30, samples=16, top_p=0.95, max_len=31744
         ),
         checkpoint=CheckpointConfig(every=50),
         planning=PlanningConfig(gpu="h100", nodes=1, response_length=response_length, mean_horizon=mean_horizon),

@@ -130,7 +130,7 @@ def test_every_prompt_is_looked_at_and_the_first_bad_line_named(tmp_path: Path) 
     rows = ['{"prompt": "a", "answer": "1"}', "", '{"messages": [{"role": "user", "content": "b"}]}']
     path.write_text("\n".join(rows) + "\n")
     assert prompt_problems("data.source", str(path)) == []
-    (line,) = prompt_problems("evaluation.source", str(path), answers=True)
+    (line,) = prompt_problems("evaluation.sources", str(path), answers=True)
     assert "line 3 has no answer: repair" in line
     path.write_text("\n".join([*rows, "{", "[]", '{"question": 1}']) + "\n")
     (line,) = prompt_problems("data.source", str(path))
