@@ -76,9 +76,9 @@ def checkpoint_bytes(config: TrainConfig) -> int:
     spec = ModelSpec.of(model_config("student", config.student), f"student = {config.student!r}")
     weights = WEIGHT_BYTES[config.precision.params]
     masters = MASTERS_AND_MOMENTS - (4 if config.precision.params == "fp32" else 0)
-    return parameters(spec) * (
-        (weights + masters) * (config.checkpoint.keep + 1) + weights * config.checkpoint.export_hf
-    )
+    checkpoint = config.checkpoint
+    kept = checkpoint.keep + 1 + (config.steps // checkpoint.keep_every if checkpoint.keep_every else 0)
+    return parameters(spec) * ((weights + masters) * kept + weights * checkpoint.export_hf)
 
 
 def space_problems(config: TrainConfig, run_dir: Path) -> list[str]:
