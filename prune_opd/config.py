@@ -16,6 +16,7 @@ from prune_opd.config_checks import between as _between
 from prune_opd.config_checks import one_of as _one_of
 from prune_opd.config_checks import required as _required
 from prune_opd.config_memory import MemoryConfig as MemoryConfig
+from prune_opd.config_planning import PlanningConfig as PlanningConfig
 from prune_opd.config_precision import KV_CACHE_DTYPES, QUANTIZATIONS
 from prune_opd.config_precision import Fp8Config as Fp8Config
 from prune_opd.config_precision import PrecisionConfig as PrecisionConfig
@@ -353,6 +354,7 @@ class TrainConfig:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     survival: SurvivalConfig = field(default_factory=SurvivalConfig)
     track: TrackConfig = field(default_factory=TrackConfig)
+    planning: PlanningConfig = field(default_factory=PlanningConfig)
     seed: int = 0
     stop_after: int | None = (
         None  # save and stop after this step (a time-boxed job); the schedule stays that of `steps`
