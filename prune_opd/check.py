@@ -11,10 +11,12 @@ import importlib.metadata
 import importlib.util
 import json
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from prune_opd.changes import changes, is_harmless
 from prune_opd.check_layout import layout_problems
 from prune_opd.config import SftConfig, TrainConfig
 from prune_opd.data.prompts import PROCEDURAL_SOURCES
@@ -29,28 +31,17 @@ from prune_opd.precision import (
     token_multiple,
     token_problems,
 )
-from prune_opd.recipe import config_differences, load_config
 
-# What may differ between a run and its continuation: it changes neither the updates nor the problems of an evaluation.
-HARMLESS = (
-    "parallel",
-    "track",
-    "stop_after",
-    "checkpoint",
-    "evaluation.every",
-    "memory",
-    "rollout.bucket_mb",
-    "rollout.kv_cache_gb",
-    "rollout.gpu_memory_utilization",
-)
-NOT_HARMLESS = ("parallel.distributed_optimizer",)  # its checkpoints are made of other parts
 SHOWN_DIFFERENCES = 6
 
 
-def check_train(config: TrainConfig, nproc: int, run_dir: Path | None, resume: str) -> list[str]:
+def check_train(
+    config: TrainConfig, nproc: int, run_dir: Path | None, resume: str, allow_config_change: bool = False
+) -> list[str]:
     """What stands in the way of this run on `nproc` ranks, one line per problem; empty if nothing does.
 
     `resume` is auto, never or the path of a checkpoint. `run_dir` None leaves the run directory out.
+    `allow_config_change` lets the continuation of a run have settings that make another run of it.
     """
     student = _read_model("student", config.student)
     teacher = _read_model("teacher", config.teacher)
@@ -66,7 +57,7 @@ def check_train(config: TrainConfig, nproc: int, run_dir: Path | None, resume: s
     problems += _sources(config)
     problems += _apex()
     if run_dir is not None:
-        problems += _run_dir(config, run_dir, resume)
+        problems += _run_dir(config, run_dir, resume, allow_config_change)
     if resume not in ("auto", "never") and not Path(resume).is_dir():
         problems.append(f"--resume {resume}: there is no such checkpoint; give its directory, or auto, or never")
     return problems
@@ -94,11 +85,17 @@ def check_sft(config: SftConfig, nproc: int) -> list[str]:
     return problems + _apex()
 
 
-def check_eval(model_dir: Path, task: str) -> list[str]:
-    """What stands in the way of evaluating a Hugging Face directory on a task; see `check_train`."""
-    model = _read_model("MODEL_DIR", str(model_dir))
-    problems = [model] if isinstance(model, str) else [problem for problem in [_not_built(model)] if problem]
-    return problems + _source("--task", task)
+def check_eval(model_dir: Path, tasks: Sequence[str], top_p: float, out: Path | None) -> list[str]:
+    """What stands in the way of evaluating a Hugging Face directory, or a checkpoint, on tasks; see `check_train`."""
+    problems: list[str] = []
+    if not (model_dir / "state.json").is_file():
+        model = _read_model("MODEL_DIR", str(model_dir))
+        problems += [model] if isinstance(model, str) else [problem for problem in [_not_built(model)] if problem]
+    if top_p == 0:
+        problems.append("--top-p = 0.0 leaves no token to sample: give more than 0, or --temperature 0 for greedy")
+    for task in tasks:
+        problems += _source("--task", task)
+    return problems + ([] if out is None else _writable("--out", out))
 
 
 def has_gpu() -> bool:
@@ -281,11 +278,16 @@ def _precision(config: TrainConfig, nproc: int, models: list[_Model]) -> list[st
 
 def _sources(config: TrainConfig) -> list[str]:
     problems = _source("data.source", config.data.source)
-    if config.evaluation.source is not None:
-        problems += _source("evaluation.source", config.evaluation.source)
-    elif config.evaluation.problems and Path(config.data.source).is_file():
+    for source in config.evaluation.sources:
+        problems += _source("evaluation.sources", source)
+    names = [Path(source).name for source in config.evaluation.sources]
+    problems += [
+        f"evaluation.sources has two tasks named {name!r}: rename one of the files, their results would be one"
+        for name in sorted({name for name in names if names.count(name) > 1})
+    ]
+    if not config.evaluation.sources and config.evaluation.problems and Path(config.data.source).is_file():
         problems.append(
-            f"evaluation.source is not set and data.source = {config.data.source!r} has no held-out problems:"
+            f"evaluation.sources is not set and data.source = {config.data.source!r} has no held-out problems:"
             " name another .jsonl file with answers, or set evaluation.problems=0"
         )
     return problems
@@ -318,22 +320,20 @@ def _apex() -> list[str]:
 # ---------------------------------------------------------------------------------------------------- the run directory
 
 
-def _run_dir(config: TrainConfig, run_dir: Path, resume: str) -> list[str]:
-    if not run_dir.is_dir() or not any(run_dir.iterdir()):
-        return _writable("--run-dir", run_dir)
-    saved = run_dir / "config.yaml"
-    if not saved.is_file():
+def _run_dir(config: TrainConfig, run_dir: Path, resume: str, allow_config_change: bool) -> list[str]:
+    new = not run_dir.is_dir() or not any(run_dir.iterdir())
+    if not new and not (run_dir / "config.yaml").is_file():
         return [f"--run-dir {run_dir} holds other files and no config.yaml, so it is no run: choose an empty directory"]
     try:
-        differences = config_differences(load_config(saved), config)
+        differences = [line for line in changes(config, run_dir, resume) if not is_harmless(line)]
     except ConfigError as error:
         return [f"--run-dir {run_dir}: {error}; choose another directory"]
-    differences = [line for line in differences if not _is_harmless(line.partition(":")[0])]
-    if differences:
+    if differences and not allow_config_change:
         more = len(differences) - SHOWN_DIFFERENCES
         shown = "; ".join(differences[:SHOWN_DIFFERENCES]) + (f"; and {more} more" if more > 0 else "")
         return [
-            f"--run-dir {run_dir} is a run with other settings ({shown}): choose another directory, or those settings"
+            f"--run-dir {run_dir} is a run with other settings ({shown}): choose another directory, or those settings,"
+            " or go on with the new ones (--allow-config-change)"
         ]
     checkpoints = run_dir / "checkpoints"
     if resume == "never" and checkpoints.is_dir() and any(checkpoints.iterdir()):
@@ -342,10 +342,6 @@ def _run_dir(config: TrainConfig, run_dir: Path, resume: str) -> list[str]:
             " or another --run-dir to start anew"
         ]
     return _writable("--run-dir", run_dir)
-
-
-def _is_harmless(key: str) -> bool:
-    return key not in NOT_HARMLESS and any(key == name or key.startswith(f"{name}.") for name in HARMLESS)
 
 
 def _writable(field: str, directory: Path) -> list[str]:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
@@ -13,10 +12,10 @@ import torch.distributed as dist
 
 from prune_opd import platform
 from prune_opd.config import MemoryConfig, TrainConfig, to_dict
-from prune_opd.data.prompts import PromptSampler, held_out, make_source
+from prune_opd.data.prompts import JsonlSource, PromptSampler, make_source
 from prune_opd.dealing import Deal, deal, packing_record, padded_size
-from prune_opd.errors import UserError
-from prune_opd.eval.evaluate import Evaluator
+from prune_opd.errors import ConfigError, UserError
+from prune_opd.eval.evaluate import Evaluator, Sampling, make_evaluator
 from prune_opd.horizon import HorizonController, make_controller
 from prune_opd.memory import MemoryPhases
 from prune_opd.precision import rollout_format
@@ -24,6 +23,7 @@ from prune_opd.recipe import save_config
 from prune_opd.rollout.batch import Rollouts
 from prune_opd.rollout.engine import RolloutEngine
 from prune_opd.stats import BatchStats
+from prune_opd.survival import Watchdog
 from prune_opd.track.tracker import NullTracker, Tracker
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from prune_opd.megatron.layout import Layout
     from prune_opd.megatron.packing import PackedBatch
     from prune_opd.megatron.teacher import Teacher
-    from prune_opd.megatron.trainer import Trainer
+    from prune_opd.megatron.trainer import StepResult, Trainer
     from prune_opd.weights.stream import Resharder
 
 PARITY_PROMPTS, PARITY_TOKENS = 4, 32
@@ -55,11 +55,13 @@ class Run:
     sampler: PromptSampler
     controller: HorizonController
     checkpoints: Checkpoints
-    evaluator: Evaluator | None
+    evaluators: list[Evaluator]  # one a task; none: no evaluation
     tracker: NullTracker
     finished_steps: int = 0
+    skipped_in_a_row: int = 0  # updates
     full_response_length: float | None = None  # tokens; what a response costs at the full horizon (last evaluation)
     memory: MemoryPhases = field(default_factory=lambda: MemoryPhases(MemoryConfig()))
+    watchdog: Watchdog | None = None
     _engine_has: int | None = field(default=None, repr=False)  # finished_steps of the weights that the engine holds
 
     @property
@@ -67,19 +69,46 @@ class Run:
         """Ids that both models know; rows beyond are padding."""
         return min(self.trainer.spec.vocab_size, self.teacher.spec.vocab_size)
 
+    def enter(self, phase: str) -> None:
+        """A phase of the run begins: the watchdog's time starts anew, and the device holds what the phase needs."""
+        if self.watchdog:
+            self.watchdog.enter(phase)
+        self.memory.enter(phase)
+
+    def close(self) -> None:
+        """End the run on every rank at once: a rank that ends before the others have would have them ended."""
+        if self.watchdog:
+            self.watchdog.close()
+        self.engine.close()
+
+    def check_updates(self, result: StepResult, rollouts: Rollouts) -> None:
+        """Say which updates of this step were skipped, and where. Raises `UserError` after too many in a row."""
+        for failures in result.skipped:
+            self.skipped_in_a_row += 1
+            where = "; ".join(failure.describe(rollouts) for failure in failures)
+            text = f"step {self.finished_steps + 1}: an update was skipped, {where}"
+            if self.skipped_in_a_row >= self.config.survival.max_skipped:
+                raise UserError(
+                    f"{text}. That is {self.skipped_in_a_row} in a row, survival.max_skipped allows no more: look at "
+                    "those prompts, lower optimizer.lr, or resume from an earlier checkpoint"
+                )
+            self.tracker.note(text)
+        if result.updates:
+            self.skipped_in_a_row = 0
+
     def sync_weights(self) -> None:
         """Reshard the student's weights into the engine, unless it has them already.
 
         The first time the log-probabilities are compared; every time the stream compares checksums of what it moves.
         """
-        self.memory.enter("sync")
+        self.enter("sync")
         if self._engine_has == self.finished_steps and self.engine.holds_weights:
             return
         first = self._engine_has is None
         self.engine.load(self._resharder.stream())
         self._engine_has = self.finished_steps
         if first:
-            self.memory.enter("parity")
+            self.enter("parity")
             self._assert_logprob_parity()
 
     @cached_property
@@ -132,7 +161,7 @@ class Run:
         return None if self.full_response_length is None else responses * self.full_response_length
 
     def save_checkpoint(self) -> None:
-        self.memory.enter("checkpoint")
+        self.enter("checkpoint")
         rng: list[Any] = [None] * self.layout.world
         dist.all_gather_object(rng, platform.rng_state())
         state = {
@@ -145,21 +174,29 @@ class Run:
         }
         self.checkpoints.save(self.finished_steps, self.trainer, state)
 
-    def load_checkpoint(self, checkpoint: Path) -> None:
+    def load_checkpoint(self, checkpoint: Path, allow_config_change: bool = False) -> list[str]:
+        """Continue where a checkpoint stands. Returns what starts anew, because its settings were allowed to change."""
         state = self.checkpoints.load(checkpoint, self.trainer)
         self.trainer.schedule.load_state_dict(state["schedule"])
-        self.controller.load_state_dict(state["controller"])
-        self.sampler.load_state_dict(state["sampler"])
+        anew = []
+        for name in ("controller", "sampler"):
+            try:
+                getattr(self, name).load_state_dict(state[name])
+            except ConfigError as error:
+                if not allow_config_change:
+                    raise
+                anew.append(f"the {name} starts anew: {error}")
         self.full_response_length = state["full_response_length"]
         if len(state["rng"]) == self.layout.world:  # another world size has no generator of ours to continue
             platform.load_rng_state(state["rng"][self.layout.rank])
         self.finished_steps = state["step"]
+        return anew
 
     def export(self) -> None:
         """Leave the student as a Hugging Face directory in `hf/`."""
         from prune_opd.weights.stream import export_hf
 
-        self.memory.enter("export")
+        self.enter("export")
         out = self.run_dir / "hf"
         export_hf(self.trainer.chunks, self.config.student, out, write=self.layout.is_main)
         self.tracker.note(f"student: {out}")
@@ -190,7 +227,7 @@ class Run:
             )
 
 
-def prepare(config: TrainConfig, run_dir: Path, resume: str) -> Run:
+def prepare(config: TrainConfig, run_dir: Path, resume: str, allow_config_change: bool = False) -> Run:
     """Build every part, restore a checkpoint if there is one to resume, and open the run directory's files."""
     machine = platform.prepare()
     from transformers import AutoTokenizer
@@ -202,7 +239,10 @@ def prepare(config: TrainConfig, run_dir: Path, resume: str) -> Run:
     from prune_opd.megatron.teacher import Teacher
     from prune_opd.megatron.trainer import Trainer
 
-    layout = layouts.initialize(config.parallel, machine, config.seed)
+    # A collective that gives up sooner than the watchdog would end the run without anybody's stacks.
+    patience = max(config.parallel.timeout_minutes, 1.2 * config.survival.watchdog_minutes)
+    layout = layouts.initialize(replace(config.parallel, timeout_minutes=patience), machine, config.seed)
+    watchdog = Watchdog(config.survival.watchdog_minutes, run_dir / "stacks", layout.rank)
     dtype = dtype_of(config.precision.params)
     tokenizer = AutoTokenizer.from_pretrained(config.student)
     source = make_source(config.data, tokenizer, config.seed, config.rollout.max_prompt_len)
@@ -224,56 +264,51 @@ def prepare(config: TrainConfig, run_dir: Path, resume: str) -> Run:
         engine=engine,
         sampler=PromptSampler(source, config.seed, config.data.shuffle),
         controller=make_controller(config.horizon),
-        checkpoints=Checkpoints(run_dir / "checkpoints", config.checkpoint.keep, layout),
-        evaluator=_evaluator(config, engine, tokenizer),
+        checkpoints=Checkpoints(run_dir / "checkpoints", config.checkpoint, layout),
+        evaluators=_evaluators(config, tokenizer),
         tracker=NullTracker(),
         memory=MemoryPhases(
             memory,
             None if machine.is_cpu else handlers(trainer, teacher, engine, machine),
             run_dir / "memory.json" if layout.is_main else None,
         ),
+        watchdog=watchdog,
     )
-    checkpoint = _checkpoint_to_resume(resume, run.checkpoints)
+    checkpoint, notes = _checkpoint_to_resume(resume, run.checkpoints)
     if checkpoint:
-        run.load_checkpoint(checkpoint)
+        notes += [f"resumed from {checkpoint}", *run.load_checkpoint(checkpoint, allow_config_change)]
+    if isinstance(source, JsonlSource) and source.skipped:
+        notes.append(f"{source.path}: {source.skipped_summary()}")
     if layout.is_main:
         run_dir.mkdir(parents=True, exist_ok=True)
         save_config(config, run_dir / "config.yaml")
         run.tracker = Tracker(run_dir, config, to_dict(config), run.finished_steps)
         if memory.on and machine.is_cpu:
             run.tracker.note("memory: a dry run on the CPU; memory.json has what a GPU would do, and nothing moves")
-        if checkpoint:
-            run.tracker.note(f"resumed after step {run.finished_steps} from {checkpoint}")
+        for note in notes:
+            run.tracker.note(note)
     return run
 
 
-def _checkpoint_to_resume(resume: str, checkpoints: Checkpoints) -> Path | None:
+def _checkpoint_to_resume(resume: str, checkpoints: Checkpoints) -> tuple[Path | None, list[str]]:
+    """The checkpoint to go on from, and what is to be said about the choice."""
     if resume == "never":
-        return None
-    return checkpoints.latest() if resume == "auto" else Path(resume)
+        return None, []
+    if resume == "auto":
+        return checkpoints.newest_good()
+    if problem := checkpoints.problem_with(Path(resume)):
+        raise UserError(f"--resume {resume}: {problem}; take --resume auto, or an earlier checkpoint")
+    return Path(resume), []
 
 
-def _evaluator(config: TrainConfig, engine: RolloutEngine, tokenizer: Any) -> Evaluator | None:
+def _evaluators(config: TrainConfig, tokenizer: Any) -> list[Evaluator]:
     settings = config.evaluation
     if settings.problems == 0:
-        return None
-    data = config.data if settings.source is None else _with_source(config.data, settings.source)
-    source = make_source(data, tokenizer, settings.seed, config.rollout.max_prompt_len)
-    problems: Sequence[Any] = held_out(data, tokenizer, settings.seed, settings.problems, config.rollout.max_prompt_len)
-    return Evaluator(
-        engine,
-        tokenizer,
-        source,
-        problems,
-        settings.samples,
-        settings.max_len or config.horizon.max_len,
-        settings.temperature,
-        settings.top_p,
-        settings.seed,
-    )
-
-
-def _with_source(data: Any, source: str) -> Any:
-    from dataclasses import replace
-
-    return replace(data, source=source)
+        return []
+    length = settings.max_len or config.horizon.max_len
+    sampling = Sampling(settings.samples, length, settings.temperature, settings.top_p, settings.seed)
+    longest = config.rollout.max_prompt_len
+    return [
+        make_evaluator(tokenizer, replace(config.data, source=source), settings.problems, longest, sampling)
+        for source in settings.sources or (config.data.source,)
+    ]

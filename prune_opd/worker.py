@@ -11,22 +11,26 @@ import os
 import signal
 import sys
 import time
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 
 from prune_opd.config import SftConfig, TrainConfig
 from prune_opd.errors import ConfigError, UserError
+from prune_opd.eval.run import EvalJob, evaluate_model
 from prune_opd.launcher import end_with_parent
 from prune_opd.recipe import C, load_config
+from prune_opd.survival import Interruption
 
 MAIN_RANK_SPEAKS_FIRST = 3.0  # seconds
 
 
-def train(config: TrainConfig, run_dir: Path, resume: str) -> int:
+def train(config: TrainConfig, run_dir: Path, resume: str, allow_config_change: bool = False) -> int:
     """This rank's part of a distillation run."""
+    interruption = Interruption()  # before the heavy imports: a job may be stopped while it starts
     from prune_opd.loop import train as run
 
-    return run(config, run_dir, resume)
+    return run(config, run_dir, resume, interruption, allow_config_change)
 
 
 def sft(config: SftConfig) -> int:
@@ -37,11 +41,9 @@ def sft(config: SftConfig) -> int:
     return 0
 
 
-def evaluate(model_dir: Path, task: str, k: int, problems: int, max_len: int | None) -> int:
+def evaluate(job: EvalJob) -> int:
     """This rank's part of an evaluation."""
-    from prune_opd.eval.run import evaluate_model
-
-    evaluate_model(model_dir, task, k, problems, max_len)
+    evaluate_model(job)
     return 0
 
 
@@ -78,11 +80,22 @@ def run_reported(command: Callable[[], int]) -> int:
         return error.exit_code
     except KeyboardInterrupt:
         return 130
+    except Exception as error:  # a library's, or ours: say whose rank it was, in the midst of what the others say
+        traceback.print_exc()
+        brief = str(error).partition("\n")[0]
+        print(f"error: rank {os.environ.get('RANK', '0')} failed: {type(error).__name__}: {brief}", file=sys.stderr)
+        return 1
+
+
+def protect_files() -> None:
+    """Nothing that this process writes can be changed by everybody, whatever umask it was started with."""
+    os.umask(os.umask(0o077) | 0o002)
 
 
 def main(argv: list[str] | None = None) -> int:
     """Parse a command of `prune_opd.cli` and run it. Returns the exit code."""
     arguments = _parser().parse_args(argv)
+    protect_files()
     end_with_parent(signal.SIGKILL)  # the agent ends its ranks in order; one that died cannot
     return run_reported(lambda: _run(arguments))
 
@@ -90,13 +103,12 @@ def main(argv: list[str] | None = None) -> int:
 def _run(arguments: argparse.Namespace) -> int:
     match arguments.command:
         case "train":
-            return train(_config(arguments.config, TrainConfig), arguments.run_dir, arguments.resume)
+            config = _config(arguments.config, TrainConfig)
+            return train(config, arguments.run_dir, arguments.resume, arguments.allow_config_change)
         case "sft":
             return sft(_config(arguments.config, SftConfig))
         case "eval":
-            return evaluate(
-                arguments.model_dir, arguments.task, arguments.samples, arguments.problems, arguments.max_len
-            )
+            return evaluate(EvalJob.from_json(arguments.job))
         case _:
             return export(arguments.checkpoint, arguments.out_dir)
 
@@ -116,16 +128,13 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("config", type=Path)
     command.add_argument("--run-dir", type=Path, required=True)
     command.add_argument("--resume", default="auto")
+    command.add_argument("--allow-config-change", action="store_true")
 
     command = commands.add_parser("sft")
     command.add_argument("config", type=Path)
 
     command = commands.add_parser("eval")
-    command.add_argument("model_dir", type=Path)
-    command.add_argument("--task", required=True)
-    command.add_argument("--samples", type=int, required=True)
-    command.add_argument("--problems", type=int, required=True)
-    command.add_argument("--max-len", type=int)
+    command.add_argument("job", help="an EvalJob as JSON")
 
     command = commands.add_parser("export")
     command.add_argument("checkpoint", type=Path)
