@@ -29,7 +29,7 @@ from prune_opd.bench.strategies_plan import (
     sweep_plan,
 )
 from prune_opd.bench.strategies_results import markdown, pair_rows, sweep_rows, verdicts
-from prune_opd.bench.strategies_runs import run_all, write_json
+from prune_opd.bench.strategies_runs import collect, run_all, write_json
 from prune_opd.check import check_train
 from prune_opd.errors import ConfigError, UserError
 
@@ -42,6 +42,7 @@ Seeds = Annotated[int, typer.Option(min=1, help="Runs of every method on every p
 Methods = Annotated[list[str] | None, typer.Option(help="One of the methods, more often for more; all if none.")]
 Jobs = Annotated[int, typer.Option(min=1, help="Runs side by side, one core each.")]
 Steps = Annotated[int | None, typer.Option(min=1, help="Of every run.", show_default="the recipe's")]
+OnlyFinished = Annotated[bool, typer.Option("--only-finished", help="Run nothing: draw what is finished.")]
 SweepSeeds = Annotated[int, typer.Option(min=0, help="Runs of every point of the γ and k sweeps, on the last pair.")]
 
 
@@ -54,6 +55,7 @@ def run(
     jobs: Jobs = 2,
     steps: Steps = None,
     sweep_seeds: SweepSeeds = 1,
+    only_finished: OnlyFinished = False,
 ) -> int:
     """Run what is not there yet in the folder beside `path`; write JSON, HTML, PNGs and markdown. Returns 0.
 
@@ -75,7 +77,9 @@ def run(
     if problems:
         raise UserError("\n".join(sorted(problems)))
 
-    results = run_all(specs, folder, jobs, console)
+    results = collect(specs, folder) if only_finished else run_all(specs, folder, jobs, console)
+    if not results:
+        raise UserError(f"{folder} has no finished run of these settings: leave out --only-finished")
     found: dict[str, Any] = {}
     for pair, recipe in recipes.items():
         rows = pair_rows(pair, chosen, results)
@@ -88,7 +92,7 @@ def run(
             "skipped": {method.title: missing(method) for method in METHODS if missing(method)},
         }
         text = markdown(pair, rows, judged, notes(found[pair], numbers, settings))
-        (folder / pair / "table.md").write_text(text, encoding="utf-8")
+        (folder / f"{pair}.md").write_text(text, encoding="utf-8")
         console.print(text, markup=False, highlight=False, soft_wrap=True)
     swept = sweep_rows(swept_pair, recipes[swept_pair], swept_seeds, results)
     write_json(
@@ -117,6 +121,11 @@ def notes(pair: dict[str, Any], seeds: list[int], settings: Settings) -> list[st
         f"{len(seeds)} seeds, {pair['steps']} steps, one rank on one core a run; accuracy on {settings.problems} fresh "
         "problems a seed at T = 1, mean ± standard error over the seeds; tokens are response tokens, seconds CPU (wall "
         "clock) of the whole training; saved: against full OPD of the same seed, seconds = rollout + teacher + train.",
-        f"Before: {pair['rows'][0]['accuracy_before']:.1%} on the first {settings.problems_between} problems.",
+        *(
+            f"Before: {row['accuracy_before']:.1%} on the first {settings.problems_between}."
+            for row in pair["rows"][:1]
+        ),
     ]
+    partial = [row["title"] for row in pair["rows"] if len(row["seeds"]) < len(seeds)]
+    lines += [f"Not all seeds: {', '.join(partial)}."] if partial else []
     return lines + [f"Not run: {title} ({why})." for title, why in pair["skipped"].items()]

@@ -27,7 +27,7 @@ from prune_opd.bench.strategies_plan import (
     sweep_plan,
 )
 from prune_opd.bench.strategies_results import Result, markdown, mean_and_error, pair_rows, truncation_at, verdicts
-from prune_opd.bench.strategies_runs import finished, run_all
+from prune_opd.bench.strategies_runs import collect, finished, run_all
 from prune_opd.config import TrainConfig
 from prune_opd.errors import ConfigError, UserError
 from prune_opd.paths import recipes_dir
@@ -178,6 +178,7 @@ def test_a_finished_run_is_not_repeated_and_another_config_is(tmp_path: Path) ->
     results = run_all(specs, tmp_path, 1, QUIET, fake)
     assert fake.started == [spec.key for spec in specs] == [spec.key for spec, _, _ in results]
     again = Fake()
+    assert [spec.key for spec, _, _ in collect(specs, tmp_path)] == [spec.key for spec in specs]
     run_all(specs, tmp_path, 1, QUIET, again)
     assert again.started == []
     (tmp_path / specs[0].key / FILE_NAME).write_text("")  # cut off
@@ -201,6 +202,7 @@ def test_a_run_that_fails_ends_the_benchmark_with_its_last_words_and_keeps_what_
     ):
         run_all(specs, tmp_path, 1, QUIET, Fake(fail="tiny_compatible/topd_25/1001"))
     assert finished(specs[0].config, tmp_path / specs[0].key)
+    assert [spec.key for spec, _, _ in collect(specs, tmp_path)] == [specs[0].key]
 
 
 # ---------------------------------------------------------------------------------------------------- results
