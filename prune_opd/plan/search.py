@@ -27,7 +27,7 @@ TRIED = 20_000  # combinations whose memory is looked at
 
 
 class Part(NamedTuple):
-    """One of the three: seconds of its phases, the least that it has on the GPU when all are built, and its settings."""
+    """One of the three: seconds of its phases, the least it has on the GPU when all are built, and its settings."""
 
     seconds: float
     start: float
