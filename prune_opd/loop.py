@@ -45,19 +45,11 @@ def step(run: Run) -> None:
         run.sync_weights()
     with clock("rollout"):
         prompts = run.sampler.next(config.rollout.prompts)
-        rollouts = run.engine.generate(
-            prompts,
-            config.rollout.responses,
-            max_tokens=horizon,
-            seed=config.seed,
-            step=number,
-            temperature=config.rollout.temperature,
-            top_p=config.rollout.top_p,
-        )
+        rollouts = run.generate(prompts, horizon, number)  # the in-flight gate stops drifting responses
     minibatches = run.minibatches(rollouts)
     batches = [batch for minibatch in minibatches for batch in minibatch]
     with clock("teacher"):
-        teacher_hidden = run.teacher.hidden(rollouts, run.deals(rollouts))
+        teacher_hidden = run.teacher_hidden(rollouts)
     with clock("train"):
         stats = run.new_stats(len(rollouts.responses))
         loss = gated_loss(run, teacher_hidden, stats, updates=len(minibatches))
@@ -75,7 +67,7 @@ def step(run: Run) -> None:
             **run.packing_record(rollouts),
             "response_length": rollouts.tokens / len(rollouts.responses),
             "finished_rate": sum(rollouts.finished_B) / len(rollouts.responses),
-            "pruned_inflight": 0,
+            **run.inflight_record(rollouts, stats.reliable_length_B),
             "rollout_digest": rollouts.digest,
             "tokens_generated": rollouts.tokens,
             "tokens_full": run.tokens_at_full_horizon(len(rollouts.responses)),

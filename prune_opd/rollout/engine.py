@@ -21,6 +21,7 @@ from prune_opd.errors import UserError
 from prune_opd.platform import Platform, untouched_rng
 from prune_opd.precision import rollout_arguments
 from prune_opd.rollout.batch import Response, Rollouts
+from prune_opd.rollout.stepwise import StepLoop, Watch, run_watched
 
 # Read when vllm is imported. One process a rank (no engine subprocess), no telemetry, no hub; the V1 model runner on
 # every platform, because the CPU has no other and both must behave alike.
@@ -52,7 +53,14 @@ class RolloutEngine:
         machine: Platform,
         *,
         sleep_level: int = 0,
+        max_logprobs: int = 0,
+        timeout_minutes: float | None = None,
     ):
+        """max_logprobs: most words that a request may ask the log-probabilities of.
+
+        timeout_minutes: of the job's collectives. Those inside an engine get half of it: where one of its ranks has
+        failed, the others notice in time to meet the rest of the job, and all can say why they end.
+        """
         for name, value in ENVIRONMENT.items():
             os.environ.setdefault(name, value)
         self.machine = machine
@@ -78,6 +86,8 @@ class RolloutEngine:
                 seed=0,
                 disable_log_stats=True,
                 use_tqdm_on_load=False,
+                max_logprobs=max(max_logprobs, 1),
+                **_timeouts(timeout_minutes),
                 **rollout_arguments(rollout, self.sleep_level),
                 **self._platform_settings(rollout, max_model_len),
             )
@@ -128,12 +138,24 @@ class RolloutEngine:
         temperature: float = 1.0,
         top_p: float = 1.0,
         logprobs: bool = False,
+        watch: Watch | None = None,
     ) -> Rollouts:
-        """`responses` continuations of each prompt, at most `max_tokens` long; the whole batch on every rank."""
+        """`responses` continuations of each prompt, at most `max_tokens` long; the whole batch on every rank.
+
+        watch: who may stop a response at a checkpoint. The others have exactly the tokens that they have without it.
+        """
         rows = [(prompt, sample) for prompt in prompts for sample in range(responses)]
         mine = rows[self.engine_index :: self.engines]
-        with untouched_rng():
-            outputs = self._sample(mine, max_tokens, seed, step, temperature, top_p, logprobs)
+        checkpoints = () if watch is None else watch.checkpoints(max_tokens)
+        if watch is not None:
+            watch.begin([prompt for prompt, _ in rows], max_tokens)
+        settings = {"temperature": temperature, "top_p": top_p, "max_tokens": max_tokens, "detokenize": False}
+        seeds = [request_seed(seed, step, prompt.index, sample) for prompt, sample in mine]
+        if watch is not None and checkpoints:
+            outputs = self._sample_watched(mine, seeds, settings, checkpoints, watch)
+        else:
+            with untouched_rng():
+                outputs = self._sample(mine, seeds, settings, logprobs)
         everyone: list[Any] = [None] * self.world
         dist.all_gather_object(everyone, outputs)
         ranks_per_engine = self.world // self.engines
@@ -143,34 +165,45 @@ class RolloutEngine:
         return Rollouts(tuple(prompt for prompt, _ in rows), tuple(merged))
 
     def _sample(
-        self,
-        rows: Sequence[tuple[Prompt, int]],
-        max_tokens: int,
-        seed: int,
-        step: int,
-        temperature: float,
-        top_p: float,
-        logprobs: bool,
+        self, rows: Sequence[tuple[Prompt, int]], seeds: Sequence[int], settings: dict[str, Any], logprobs: bool
     ) -> list[Response]:
         from vllm import SamplingParams
 
-        params = [
-            SamplingParams(
-                temperature=temperature,
-                top_p=top_p,
-                max_tokens=max_tokens,
-                seed=request_seed(seed, step, prompt.index, sample),
-                logprobs=0 if logprobs else None,
-                detokenize=False,
-            )
-            for prompt, sample in rows
-        ]
         if not rows:
             return []
+        params = [SamplingParams(seed=seed, logprobs=0 if logprobs else None, **settings) for seed in seeds]
         outputs = self.llm.generate(
             [{"prompt_token_ids": list(prompt.ids)} for prompt, _ in rows], params, use_tqdm=False
         )
         return [_response(output.outputs[0], logprobs) for output in outputs]
+
+    def _sample_watched(
+        self,
+        rows: Sequence[tuple[Prompt, int]],
+        seeds: Sequence[int],
+        settings: dict[str, Any],
+        checkpoints: Sequence[int],
+        watch: Watch,
+    ) -> list[Response]:
+        """Collective over the job, for engines without rows too."""
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
+
+        loop = StepLoop(self.llm.llm_engine, checkpoints, settings["max_tokens"])
+
+        def start() -> None:
+            for i, ((prompt, _), seed) in enumerate(zip(rows, seeds, strict=True)):
+                params = SamplingParams(
+                    seed=seed,
+                    logprobs=watch.top,
+                    flat_logprobs=watch.top is not None,
+                    output_kind=RequestOutputKind.DELTA,
+                    **settings,
+                )
+                loop.add(self.engine_index + i * self.engines, prompt.ids, params)
+
+        run_watched(loop, start, watch, self.engine_index)
+        return loop.responses()
 
     def close(self) -> None:
         """End the engine. vLLM also ends torch.distributed with it, so this is the last thing a rank does together."""
@@ -184,6 +217,14 @@ def _response(completion: Any, logprobs: bool) -> Response:
     if logprobs:
         chosen = tuple(at[token].logprob for at, token in zip(completion.logprobs, ids, strict=True))
     return Response(ids, completion.finish_reason == "stop", chosen)
+
+
+def _timeouts(minutes: float | None) -> dict[str, int]:
+    """vLLM's settings for the collectives inside an engine, in whole seconds."""
+    if minutes is None:
+        return {}
+    seconds = max(1, int(minutes * 30))
+    return {"distributed_timeout_seconds": seconds, "cpu_distributed_timeout_seconds": seconds}
 
 
 def _unpack_experts(worker: Any) -> None:
