@@ -162,7 +162,7 @@ class InflightGate:
             if i not in events or len(events[i]) != len(prefix.new_ids):
                 return (
                     f"the in-flight gate has {len(events.get(i, []))} events for the {len(prefix.new_ids)} new tokens "
-                    f"of row {prefix.row}: the ranks disagree about who scores it; start the run again from its checkpoint"
+                    f"of row {prefix.row}: the ranks disagree about who scores it; start again from the last checkpoint"
                 )
             self.events[prefix.row] += events[i]
             if is_spent(self.events[prefix.row], self.gate, self.settings):

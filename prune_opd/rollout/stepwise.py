@@ -181,7 +181,6 @@ class _Report:
     engine: int
     digest: str
     due: list[Prefix]
-    idle: bool
     error: str | None
 
 
@@ -194,17 +193,23 @@ def run_watched(loop: StepLoop, start: Callable[[], None], watch: Watch, engine_
     error = _failure(start)
     while True:
         error = error or _failure(loop.advance)
-        report = _Report(engine_index, loop.digest, [] if error else loop.due(), loop.idle, error)
-        everyone: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(everyone, report)
-        _raise_if_broken(everyone)
+        everyone = _meet(_Report(engine_index, loop.digest, [] if error else loop.due(), error))
         first = {report.engine: report for report in reversed(everyone)}  # the lowest rank of each engine speaks
         due = sorted((prefix for report in first.values() for prefix in report.due), key=lambda prefix: prefix.row)
         if not due:
             return
         stopped = watch.stop(due)
-        with untouched_rng():
-            loop.stop([prefix.row for prefix in due], stopped)
+        error = _failure(lambda: loop.stop([prefix.row for prefix in due], stopped))
+        if len(first) < len(everyone):  # before a step in which some ranks of an engine would wait for the others
+            _meet(_Report(engine_index, loop.digest, [], error))
+
+
+def _meet(report: _Report) -> list[_Report]:
+    """The reports of all ranks; UserError where one has failed or an engine's ranks have come apart."""
+    everyone: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, report)
+    _raise_if_broken(everyone)
+    return everyone
 
 
 def _failure(call: Callable[[], None]) -> str | None:

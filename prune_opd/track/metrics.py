@@ -40,7 +40,7 @@ METRICS: dict[str, str] = {
     "teacher_tokens_reused": "of those, the tokens whose hidden states the loss took over: stopped responses [tokens]",
     "inflight_checks": "packed teacher passes in flight [count]",
     "inflight_too_early": "stopped responses whose last token the loss's own gate still has at R > 0, so that it would"
-    " have gone on: 0 unless rollout.inflight.stop_events asks for it, or the rollouts' number format is coarse [count]",
+    " have gone on: 0 unless rollout.inflight.stop_events asks for it, or the rollouts are of a coarse format [count]",
     "time_inflight": "the in-flight gate's part of time_rollout: teacher passes and decisions [s]",
     "overlap_by_position": "mean overlap in bins of equal width over max_len; null where no token fell [0..1]",
     "weight_by_position": "mean weight W in the same bins; null where no token fell [0..1 + w_base]",

@@ -45,7 +45,7 @@ SCRIPT = {
 
 
 class Scripted:
-    """A teacher that agrees with the student everywhere but at the places of a script, where its logits are reversed."""
+    """A teacher that agrees with the student everywhere but at the places of a script, with its logits reversed."""
 
     def __init__(self, teacher: Any, script: dict[int, Iterable[int]]) -> None:
         self.teacher, self.script = teacher, script
