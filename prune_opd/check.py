@@ -11,6 +11,7 @@ import importlib.metadata
 import importlib.util
 import json
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,7 @@ HARMLESS = (
     "stop_after",
     "checkpoint",
     "evaluation.every",
+    "evaluation.generations",
     "memory",
     "rollout.bucket_mb",
     "rollout.kv_cache_gb",
@@ -94,11 +96,17 @@ def check_sft(config: SftConfig, nproc: int) -> list[str]:
     return problems + _apex()
 
 
-def check_eval(model_dir: Path, task: str) -> list[str]:
-    """What stands in the way of evaluating a Hugging Face directory on a task; see `check_train`."""
-    model = _read_model("MODEL_DIR", str(model_dir))
-    problems = [model] if isinstance(model, str) else [problem for problem in [_not_built(model)] if problem]
-    return problems + _source("--task", task)
+def check_eval(model_dir: Path, tasks: Sequence[str], top_p: float, out: Path | None) -> list[str]:
+    """What stands in the way of evaluating a Hugging Face directory, or a checkpoint, on tasks; see `check_train`."""
+    problems: list[str] = []
+    if not (model_dir / "state.json").is_file():
+        model = _read_model("MODEL_DIR", str(model_dir))
+        problems += [model] if isinstance(model, str) else [problem for problem in [_not_built(model)] if problem]
+    if top_p == 0:
+        problems.append("--top-p = 0.0 leaves no token to sample: give more than 0, or --temperature 0 for greedy")
+    for task in tasks:
+        problems += _source("--task", task)
+    return problems + ([] if out is None else _writable("--out", out))
 
 
 def has_gpu() -> bool:
@@ -281,11 +289,16 @@ def _precision(config: TrainConfig, nproc: int, models: list[_Model]) -> list[st
 
 def _sources(config: TrainConfig) -> list[str]:
     problems = _source("data.source", config.data.source)
-    if config.evaluation.source is not None:
-        problems += _source("evaluation.source", config.evaluation.source)
-    elif config.evaluation.problems and Path(config.data.source).is_file():
+    for source in config.evaluation.sources:
+        problems += _source("evaluation.sources", source)
+    names = [Path(source).name for source in config.evaluation.sources]
+    problems += [
+        f"evaluation.sources has two tasks named {name!r}: rename one of the files, their results would be one"
+        for name in sorted({name for name in names if names.count(name) > 1})
+    ]
+    if not config.evaluation.sources and config.evaluation.problems and Path(config.data.source).is_file():
         problems.append(
-            f"evaluation.source is not set and data.source = {config.data.source!r} has no held-out problems:"
+            f"evaluation.sources is not set and data.source = {config.data.source!r} has no held-out problems:"
             " name another .jsonl file with answers, or set evaluation.problems=0"
         )
     return problems

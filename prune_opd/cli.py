@@ -14,13 +14,17 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.console import Console
 
 from prune_opd import worker
 from prune_opd.check import check_eval, check_sft, check_train
 from prune_opd.config import SftConfig, TrainConfig
 from prune_opd.errors import ConfigError, UserError
+from prune_opd.eval.evaluate import Sampling, write_rows
+from prune_opd.eval.run import SEED, EvalJob, results_table
 from prune_opd.launcher import start_ranks
 from prune_opd.recipe import C, RunConfig, apply_overrides, list_recipes, load_config, load_recipe, save_config
+from prune_opd.track.metrics import Record
 
 WORKER = ("-m", "prune_opd.worker")
 
@@ -106,20 +110,49 @@ def sft(
 
 @app.command("eval")
 def evaluate(
-    model_dir: Annotated[Path, typer.Argument(metavar="MODEL_DIR", help="A Hugging Face model directory.")],
-    task: Annotated[str, typer.Option(metavar="FILE|NAME", help="A .jsonl file with answers, or ledger.")],
+    model_dirs: Annotated[
+        list[Path], typer.Argument(metavar="MODEL_DIR", help="Hugging Face model directories, or a run's checkpoints.")
+    ],
+    task: Annotated[list[str], typer.Option(metavar="FILE|NAME", help="A .jsonl file with answers, or ledger; again.")],
     samples: Annotated[int, typer.Option("-k", min=1, help="Samples per problem.")] = 16,
-    problems: Annotated[int, typer.Option(min=1, help="Problems of the task.")] = 256,
-    max_len: Annotated[int | None, typer.Option(min=1, help="Most tokens of a response.")] = None,
+    problems: Annotated[int, typer.Option(min=1, help="Problems of a task.")] = 256,
+    max_len: Annotated[
+        int | None,
+        typer.Option(min=1, help="Most tokens of a response.", show_default="what the model has positions for"),
+    ] = None,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 1.0,
+    top_p: Annotated[float, typer.Option(min=0.0, max=1.0)] = 1.0,
+    out: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Where eval.jsonl and every sampled answer go.")
+    ] = None,
     nproc: Annotated[int, typer.Option(min=1, help="Ranks on this node.")] = 1,
 ) -> int:
-    """Accuracy of a model on a task: avg@k with its standard error."""
-    _refuse(check_eval(model_dir, task))
+    """Accuracy of models on tasks: avg@k with its 95 % interval, pass@k; several models or tasks make a table."""
+    sampling = Sampling(samples, max_len or 0, temperature, top_p, SEED)
+    _refuse([problem for model_dir in model_dirs for problem in check_eval(model_dir, task, top_p, out)])
     if _is_rank():
-        return worker.evaluate(model_dir, task, samples, problems, max_len)
-    lengths = [] if max_len is None else ["--max-len", str(max_len)]
-    numbers = ["--samples", str(samples), "--problems", str(problems), *lengths]
-    return start_ranks([*WORKER, "eval", str(model_dir), "--task", task, *numbers], nproc, os.environ)
+        return worker.evaluate(EvalJob(str(model_dirs[0]), tuple(task), problems, sampling))
+    results: list[Record] = []
+    with tempfile.TemporaryDirectory(prefix="prune-opd-") as folder:
+        found = Path(folder) / "results.jsonl"
+        for number, model_dir in enumerate(model_dirs):
+            answers = out / f"generations-{number}.jsonl" if out else None
+            job = EvalJob(
+                str(_as_model(model_dir, Path(folder) / f"model-{number}")),
+                tuple(task),
+                problems,
+                sampling,
+                None if answers is None else str(answers),
+                str(found),
+            )
+            if code := start_ranks([*WORKER, "eval", job.to_json()], nproc, os.environ):
+                return code
+            results += [{**json.loads(line), "model": str(model_dir)} for line in found.read_text().splitlines()]
+    if out:
+        write_rows(out / "eval.jsonl", results)
+    if len(results) > 1:
+        Console().print(results_table(results))
+    return 0
 
 
 @app.command()
@@ -156,16 +189,16 @@ def report(
     return 0
 
 
-@app.command()
-def bench(
-    name: Annotated[str, typer.Argument(metavar="NAME", help="loss, packing, reshard or fp8-noise")],
-    out: Annotated[Path, typer.Option(metavar="DIR", help="Where NAME.json goes.")] = Path("bench"),
-    quick: Annotated[bool, typer.Option("--quick", help="A small size that only shows that it works.")] = False,
-) -> int:
-    """Run a benchmark: prints a table and writes every measurement to DIR/NAME.json."""
+@app.command(
+    add_help_option=False,
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+    options_metavar="NAME [ARG …] [--out DIR] [--quick]",
+)
+def bench(context: typer.Context) -> int:
+    """Run a benchmark: prints a table and writes every measurement to DIR/NAME.json (`prune-opd bench --help`)."""
     from prune_opd.bench import run_benchmark
 
-    return run_benchmark(name, out, quick)
+    return run_benchmark(context.args)
 
 
 @app.command()
@@ -192,6 +225,15 @@ def _load(recipe: str, overrides: list[str] | None, kind: type[C], command: str)
 def _refuse(problems: list[str]) -> None:
     if problems:
         raise UserError("\n".join(problems))
+
+
+def _as_model(path: Path, folder: Path) -> Path:
+    """A Hugging Face directory as it is; of a checkpoint, its student in `folder`."""
+    if not (path / "state.json").is_file():
+        return path
+    if code := start_ranks([*WORKER, "export", str(path), str(folder)], 1, os.environ):
+        raise UserError(f"MODEL_DIR = {str(path)!r}: the checkpoint could not be exported (exit code {code})")
+    return folder
 
 
 def _is_rank() -> bool:

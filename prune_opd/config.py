@@ -290,9 +290,11 @@ class EvalConfig:
     top_p: float = 1.0
     max_len: int | None = None  # None: horizon.max_len
     seed: int = 777
-    source: str | None = None  # None: the training source, other problems
+    sources: tuple[str, ...] = ()  # tasks and files with answers, as data.source; none: the training source, held out
+    generations: int = 64  # answers of each task that every evaluation leaves in generations/
 
     def __post_init__(self) -> None:
+        _between("evaluation.generations", self.generations, 0)
         _between("evaluation.every", self.every, 0)
         _between("evaluation.problems", self.problems, 0)
         _between("evaluation.samples", self.samples, 1)

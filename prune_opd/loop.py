@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from prune_opd.config import TrainConfig
+from prune_opd.eval.evaluate import evaluation_record
 from prune_opd.gated_loss import gated_loss
 from prune_opd.setup import Run, prepare
 
@@ -82,11 +83,13 @@ def step(run: Run) -> None:
 
 def evaluate(run: Run) -> None:
     """Accuracy of the student as it is now, on held-out problems at the full horizon."""
-    if run.evaluator is None:
+    if not run.evaluators:
         return
     run.sync_weights()
     run.memory.enter("evaluation")
-    record = run.evaluator.record(run.finished_steps)
+    generations = run.run_dir / "generations" if run.layout.is_main else None
+    keep = run.config.evaluation.generations
+    record = evaluation_record(run.engine, run.evaluators, run.finished_steps, generations, keep)
     run.full_response_length = record["eval_response_length"]
     run.tracker.evaluation(record)
 

@@ -132,7 +132,9 @@ def _set(tree: DictConfig, key: str, text: str) -> None:
     plain = _without_none(expected)
     if plain is str and value is not None and not isinstance(value, str):
         value = text  # a name like 12 or yes
-    if isinstance(value, dict | list) or (value is not None and _is_part(plain)):
+    if _is_list(plain) and value is not None and not isinstance(value, dict):
+        value = value if isinstance(value, list) else [value]  # one is a list of one
+    elif isinstance(value, dict | list) or (value is not None and _is_part(plain)):
         raise ConfigError(_wrong_type(key, text, expected))
     try:
         OmegaConf.update(tree, key, value)
@@ -151,14 +153,19 @@ def _unlock(node: Any) -> None:
 
 def _is_part(hint: Any) -> bool:
     """Whether a type is made of further settings: another dataclass, or a tuple of them."""
-    return dataclasses.is_dataclass(hint) or typing.get_origin(hint) is tuple
+    return dataclasses.is_dataclass(hint) or (typing.get_origin(hint) is tuple and not _is_list(hint))
+
+
+def _is_list(hint: Any) -> bool:
+    """Whether a type is a tuple of plain values, which is set as a whole: `evaluation.sources=[a.jsonl,b.jsonl]`."""
+    return typing.get_origin(hint) is tuple and not dataclasses.is_dataclass(typing.get_args(hint)[0])
 
 
 def _parts(hint: Any, node: Any) -> dict[str | int, Any]:
     """The names (or the places in a tuple) one level below, each with its annotated type. Empty for a plain value."""
     if dataclasses.is_dataclass(hint):
         return {name: part for name, part in typing.get_type_hints(hint).items()}
-    if typing.get_origin(hint) is tuple and node is not None:
+    if typing.get_origin(hint) is tuple and not _is_list(hint) and node is not None:
         return dict.fromkeys(range(len(node)), typing.get_args(hint)[0])
     return {}
 
@@ -221,6 +228,8 @@ def _wrong_type(key: str, text: str, expected: Any) -> str:
     plain = _without_none(expected)
     if dataclasses.is_dataclass(plain):
         wanted = f"its settings one by one, as in {key}.{dataclasses.fields(plain)[0].name}=…"
+    elif _is_list(plain):
+        wanted = f"{names.get(typing.get_args(plain)[0], 'a value')} or several, as in {key}=[…,…]"
     else:
         wanted = names.get(plain, f"its settings one by one, as in {key}.0.…=…")
     or_null = "" if plain is expected else ", or null"
@@ -264,7 +273,7 @@ def _from_dict(kind: Any, data: Any, path: Path) -> Any:
         raise ConfigError(f"{path}: {data!r} stands where the settings of a {kind.__name__} belong")
     data = dict(data)
     for name, hint in typing.get_type_hints(kind).items():
-        if typing.get_origin(hint) is tuple and isinstance(data.get(name), list):
+        if typing.get_origin(hint) is tuple and not _is_list(hint) and isinstance(data.get(name), list):
             part = typing.get_args(hint)[0]
             data[name] = tuple(_from_dict(part, item, path) for item in data[name])
     try:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
@@ -14,10 +13,10 @@ from torch import Tensor
 
 from prune_opd import platform
 from prune_opd.config import MemoryConfig, TrainConfig, to_dict
-from prune_opd.data.prompts import Prompt, PromptSampler, held_out, make_source
+from prune_opd.data.prompts import Prompt, PromptSampler, make_source
 from prune_opd.dealing import Deal, deal, packing_record, padded_size
 from prune_opd.errors import UserError
-from prune_opd.eval.evaluate import Evaluator
+from prune_opd.eval.evaluate import Evaluator, Sampling, make_evaluator
 from prune_opd.horizon import HorizonController, make_controller
 from prune_opd.inflight import InflightGate
 from prune_opd.memory import MemoryPhases
@@ -58,7 +57,7 @@ class Run:
     sampler: PromptSampler
     controller: HorizonController
     checkpoints: Checkpoints
-    evaluator: Evaluator | None
+    evaluators: list[Evaluator]  # one a task; none: no evaluation
     tracker: NullTracker
     inflight: InflightGate | None = None
     finished_steps: int = 0
@@ -264,7 +263,7 @@ def prepare(config: TrainConfig, run_dir: Path, resume: str) -> Run:
         sampler=PromptSampler(source, config.seed, config.data.shuffle),
         controller=make_controller(config.horizon),
         checkpoints=Checkpoints(run_dir / "checkpoints", config.checkpoint.keep, layout),
-        evaluator=_evaluator(config, engine, tokenizer),
+        evaluators=_evaluators(config, tokenizer),
         tracker=NullTracker(),
         inflight=inflight,
         memory=MemoryPhases(
@@ -293,27 +292,14 @@ def _checkpoint_to_resume(resume: str, checkpoints: Checkpoints) -> Path | None:
     return checkpoints.latest() if resume == "auto" else Path(resume)
 
 
-def _evaluator(config: TrainConfig, engine: RolloutEngine, tokenizer: Any) -> Evaluator | None:
+def _evaluators(config: TrainConfig, tokenizer: Any) -> list[Evaluator]:
     settings = config.evaluation
     if settings.problems == 0:
-        return None
-    data = config.data if settings.source is None else _with_source(config.data, settings.source)
-    source = make_source(data, tokenizer, settings.seed, config.rollout.max_prompt_len)
-    problems: Sequence[Any] = held_out(data, tokenizer, settings.seed, settings.problems, config.rollout.max_prompt_len)
-    return Evaluator(
-        engine,
-        tokenizer,
-        source,
-        problems,
-        settings.samples,
-        settings.max_len or config.horizon.max_len,
-        settings.temperature,
-        settings.top_p,
-        settings.seed,
-    )
-
-
-def _with_source(data: Any, source: str) -> Any:
-    from dataclasses import replace
-
-    return replace(data, source=source)
+        return []
+    length = settings.max_len or config.horizon.max_len
+    sampling = Sampling(settings.samples, length, settings.temperature, settings.top_p, settings.seed)
+    longest = config.rollout.max_prompt_len
+    return [
+        make_evaluator(tokenizer, replace(config.data, source=source), settings.problems, longest, sampling)
+        for source in settings.sources or (config.data.source,)
+    ]

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from prune_opd.config import SftConfig, TrainConfig
 from prune_opd.errors import ConfigError, UserError
+from prune_opd.eval.run import EvalJob, evaluate_model
 from prune_opd.launcher import end_with_parent
 from prune_opd.recipe import C, load_config
 
@@ -37,11 +38,9 @@ def sft(config: SftConfig) -> int:
     return 0
 
 
-def evaluate(model_dir: Path, task: str, k: int, problems: int, max_len: int | None) -> int:
+def evaluate(job: EvalJob) -> int:
     """This rank's part of an evaluation."""
-    from prune_opd.eval.run import evaluate_model
-
-    evaluate_model(model_dir, task, k, problems, max_len)
+    evaluate_model(job)
     return 0
 
 
@@ -94,9 +93,7 @@ def _run(arguments: argparse.Namespace) -> int:
         case "sft":
             return sft(_config(arguments.config, SftConfig))
         case "eval":
-            return evaluate(
-                arguments.model_dir, arguments.task, arguments.samples, arguments.problems, arguments.max_len
-            )
+            return evaluate(EvalJob.from_json(arguments.job))
         case _:
             return export(arguments.checkpoint, arguments.out_dir)
 
@@ -121,11 +118,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("config", type=Path)
 
     command = commands.add_parser("eval")
-    command.add_argument("model_dir", type=Path)
-    command.add_argument("--task", required=True)
-    command.add_argument("--samples", type=int, required=True)
-    command.add_argument("--problems", type=int, required=True)
-    command.add_argument("--max-len", type=int)
+    command.add_argument("job", help="an EvalJob as JSON")
 
     command = commands.add_parser("export")
     command.add_argument("checkpoint", type=Path)

@@ -190,7 +190,7 @@ def test_only_nvidias_apex_is_accepted(
 # ---------------------------------------------------------------------------------------------------- data
 
 
-@pytest.mark.parametrize("field", ["data.source", "evaluation.source"])
+@pytest.mark.parametrize("field", ["data.source", "evaluation.sources"])
 @pytest.mark.parametrize(
     ("source", "message"),
     [
@@ -207,14 +207,22 @@ def test_an_unknown_source_is_refused(pair: TrainConfig, field: str, source: str
 def test_a_prompt_file_is_a_jsonl_file(pair: TrainConfig, tmp_path: Path) -> None:
     for name, accepted in (("prompts.jsonl", True), ("prompts.csv", False)):
         (tmp_path / name).write_text('{"prompt": "w1"}\n', encoding="utf-8")
-        found = problems(pair, f"data.source={tmp_path / name}", "evaluation.source=ledger")
+        found = problems(pair, f"data.source={tmp_path / name}", "evaluation.sources=ledger")
         assert found == [] if accepted else "is not a .jsonl file" in only(found)
+
+
+def test_two_evaluation_files_of_one_name_are_refused(pair: TrainConfig, tmp_path: Path) -> None:
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "aime.jsonl").write_text('{"prompt": "w1", "answer": "1"}\n', encoding="utf-8")
+    line = only(problems(pair, f"evaluation.sources=[{tmp_path}/a/aime.jsonl,{tmp_path}/b/aime.jsonl]"))
+    assert line.startswith("evaluation.sources has two tasks named 'aime.jsonl'")
 
 
 def test_training_rows_are_not_evaluation_problems(pair: TrainConfig, tmp_path: Path) -> None:
     (tmp_path / "prompts.jsonl").write_text('{"prompt": "w1", "answer": "1"}\n', encoding="utf-8")
     source = f"data.source={tmp_path / 'prompts.jsonl'}"
-    assert only(problems(pair, source)).startswith("evaluation.source is not set")
+    assert only(problems(pair, source)).startswith("evaluation.sources is not set")
     assert problems(pair, source, "evaluation.problems=0") == []
 
 
@@ -259,6 +267,7 @@ HARMLESS_CHANGES = {
     "stop_after": "stop_after=2",
     "checkpoint": "checkpoint.every=7",
     "evaluation.every": "evaluation.every=3",
+    "evaluation.generations": "evaluation.generations=0",
     "memory": "memory.offload_optimizer=true",
     "rollout.bucket_mb": "rollout.bucket_mb=64",
     "rollout.kv_cache_gb": "rollout.kv_cache_gb=9",
@@ -342,9 +351,11 @@ def test_bad_supervised_training_is_refused(tmp_path: Path, changes: dict[str, A
 
 def test_an_evaluation_needs_a_model_and_a_task(tmp_path: Path) -> None:
     model = write_model(tmp_path / "model")
-    assert check_eval(model, "ledger") == []
-    assert "--task = 'ledgre' is no task: did you mean 'ledger'?" in only(check_eval(model, "ledgre"))
-    assert "MODEL_DIR = 'nowhere': there is no such directory" in only(check_eval(Path("nowhere"), "ledger"))
+    assert check_eval(model, ["ledger"], 1.0, None) == []
+    assert "--task = 'ledgre' is no task: did you mean 'ledger'?" in only(check_eval(model, ["ledgre"], 1.0, None))
+    assert "MODEL_DIR = 'nowhere': there is no such directory" in only(
+        check_eval(Path("nowhere"), ["ledger"], 1.0, None)
+    )
 
 
 # ---------------------------------------------------------------------------------------------------- the recipes

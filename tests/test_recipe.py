@@ -122,7 +122,7 @@ def test_overrides_are_typed_and_change_nothing_else() -> None:
             "optimizer.lr=1e-4",
             "data.shuffle=false",
             "parallel.tensor=1",
-            "evaluation.source=x.jsonl",
+            "evaluation.sources=x.jsonl",
             "name=12",
         ],
     )
@@ -132,7 +132,7 @@ def test_overrides_are_typed_and_change_nothing_else() -> None:
         "data.shuffle: true → false",
         "optimizer.lr: 0.0003 → 0.0001",
         "parallel.tensor: null → 1",
-        "evaluation.source: null → x.jsonl",
+        "evaluation.sources: [] → [x.jsonl]",
     ]
     assert new.name == "12"
     assert apply_overrides(old, []) == old

@@ -246,7 +246,7 @@ def held_out(
     if missing:
         raise ConfigError(
             f'{source.path}:{missing[0]}: {len(missing)} of {source.size} rows have no "answer", so accuracy cannot be '
-            "measured on this file: add the answers, or name an evaluation file (evaluation.source)"
+            "measured on this file: add the answers, or name an evaluation file (evaluation.sources)"
         )
     order = random_stream("held_out_choice", seed, 0).permutation(source.size)
     return [source.get(index) for index in sorted(order[:n].tolist())]

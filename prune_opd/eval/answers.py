@@ -1,4 +1,4 @@
-r"""From response texts to accuracy: is an answer right, and avg@k over problems with its standard error.
+r"""From response texts to accuracy: is an answer right, and avg@k over problems with its uncertainty.
 
     texts ── source.score ──▶ correct (problems × samples) ── avg_at_k ──▶ Accuracy
 
@@ -45,6 +45,35 @@ class Accuracy:
     pass_at_k: float
     n_problems: int
     k: int
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """A 95 % confidence interval of the mean over problems like these: Wilson's, with an effective sample size.
+
+        As many independent answers as would have this standard error count as the sample, at least one per problem
+        (samples of one problem help, but never count as problems), so the interval stays inside [0, 1] and does not
+        shrink to nothing where every answer was right, or wrong.
+        """
+        p, n = self.mean, float(self.n_problems)
+        if p * (1 - p) > 0 and self.stderr > 0:  # NaN compares false
+            n = max(n, p * (1 - p) / self.stderr**2)
+        z = statistics.NormalDist().inv_cdf(0.975)
+        centre = (p + z * z / (2 * n)) / (1 + z * z / n)
+        half = z / (1 + z * z / n) * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+        return max(0.0, centre - half), min(1.0, centre + half)
+
+
+def pass_at(correct: Sequence[Sequence[bool]], k: int) -> float:
+    """Probability that at least one of `k` samples is right, over problems: the unbiased estimate from n >= k samples.
+
+    Source: Chen et al. 2021, arXiv 2107.03374, §2.1: 1 - C(n - c, k) / C(n, k) with c right samples of n.
+
+    Raises:
+        ValueError: there is no problem, or a problem has fewer than `k` samples.
+    """
+    if not correct or min(map(len, correct)) < k:
+        raise ValueError(f"pass@{k} needs at least {k} samples of every problem, and a problem")
+    return statistics.fmean(1 - math.comb(len(row) - sum(row), k) / math.comb(len(row), k) for row in correct)
 
 
 def avg_at_k(correct: Sequence[Sequence[bool]]) -> Accuracy:

@@ -1,64 +1,167 @@
-"""Accuracy of the weights that the rollout engine holds: sample answers, score them, average."""
+"""Accuracy of the weights that the rollout engine holds: sample answers, score them, average, keep some."""
 
 from __future__ import annotations
 
+import json
+import os
 import time
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from prune_opd.data.prompts import Prompt, PromptSource
+from prune_opd.config import DataConfig
+from prune_opd.data.prompts import Prompt, PromptSource, held_out, make_source
 from prune_opd.eval.answers import Accuracy, avg_at_k, score_responses
-from prune_opd.rollout.engine import RolloutEngine
+from prune_opd.rollout.batch import Rollouts
+from prune_opd.track.metrics import Record
+
+if TYPE_CHECKING:  # the command line reads this module, and torch takes seconds
+    from prune_opd.rollout.engine import RolloutEngine
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How answers are sampled: `samples` per problem, of at most `max_len` response tokens, always the same seeds."""
+
+    samples: int
+    max_len: int
+    temperature: float
+    top_p: float
+    seed: int
+
+
+@dataclass(frozen=True)
+class Scored:
+    """Sampled and scored answers to a task's problems, in order: `correct[problem][sample]`, row i of `rollouts` and
+    `texts` being sample i % k of problem i // k."""
+
+    task: str
+    rollouts: Rollouts
+    texts: tuple[str, ...]
+    correct: tuple[tuple[bool, ...], ...]
+
+    @property
+    def accuracy(self) -> Accuracy:
+        return avg_at_k(self.correct)
+
+    @property
+    def mean_length(self) -> float:
+        """Of the responses, in tokens."""
+        return self.rollouts.tokens / len(self.texts)
+
+    @property
+    def finished(self) -> float:
+        """Share of the responses that ended by themselves."""
+        return sum(self.rollouts.finished_B) / len(self.texts)
 
 
 class Evaluator:
     """A fixed set of problems, sampled with the same seeds at every call: two evaluations differ by weights only.
 
-    `max_len` is in response tokens; it is the full horizon, whatever window the training has at the moment.
+    Args:
+        task: the name that the results carry.
+        source: scores the answers.
+        problems: every one with a reference answer.
     """
 
     def __init__(
-        self,
-        engine: RolloutEngine,
-        tokenizer: Any,
-        source: PromptSource,
-        problems: Sequence[Prompt],
-        samples: int,
-        max_len: int,
-        temperature: float,
-        top_p: float,
-        seed: int,
-    ):
-        self.engine, self.tokenizer, self.source, self.problems = engine, tokenizer, source, problems
-        self.samples, self.max_len, self.temperature, self.top_p, self.seed = samples, max_len, temperature, top_p, seed
+        self, tokenizer: Any, task: str, source: PromptSource, problems: Sequence[Prompt], sampling: Sampling
+    ) -> None:
+        self.tokenizer, self.task, self.source = tokenizer, task, source
+        self.problems, self.sampling = problems, sampling
 
-    def accuracy(self) -> tuple[Accuracy, float]:
-        """(avg@samples over the problems, mean response length in tokens). Collective: every rank calls it."""
-        rollouts = self.engine.generate(
+    def run(self, engine: RolloutEngine) -> Scored:
+        """Sample from the engine's weights and score. Collective: every rank calls it and gets the same."""
+        sampling = self.sampling
+        rollouts = engine.generate(
             self.problems,
-            self.samples,
-            self.max_len,
-            seed=self.seed,
+            sampling.samples,
+            sampling.max_len,
+            seed=sampling.seed,
             step=0,
-            temperature=self.temperature,
-            top_p=self.top_p,
+            temperature=sampling.temperature,
+            top_p=sampling.top_p,
         )
         texts = self.tokenizer.batch_decode(
             [list(response) for response in rollouts.response_ids], skip_special_tokens=True
         )
-        grouped = [texts[i : i + self.samples] for i in range(0, len(texts), self.samples)]
+        k = sampling.samples
+        grouped = [texts[i : i + k] for i in range(0, len(texts), k)]
         correct = score_responses(self.source, self.problems, grouped)
-        return avg_at_k(correct), rollouts.tokens / len(rollouts.responses)
+        return Scored(self.task, rollouts, tuple(texts), tuple(map(tuple, correct)))
 
-    def record(self, step: int) -> dict[str, Any]:
-        """The evaluation line of metrics.jsonl after `step` updates."""
-        started = time.perf_counter()
-        accuracy, length = self.accuracy()
-        name = f"eval_{self.source.name}"
-        return {
-            "step": step,
-            name: accuracy.mean,
-            f"{name}_stderr": accuracy.stderr,
-            "eval_response_length": length,
-            "time_eval": time.perf_counter() - started,
+
+def make_evaluator(
+    tokenizer: Any, data: DataConfig, problems: int, max_prompt_len: int | None, sampling: Sampling
+) -> Evaluator:
+    """The evaluator of `problems` held-out problems of `data.source`, or of all that a file has.
+
+    Raises:
+        ConfigError: there is no such task or file, a prompt does not fit `max_prompt_len`, a row has no answer.
+    """
+    source = make_source(data, tokenizer, sampling.seed, max_prompt_len)
+    chosen = held_out(data, tokenizer, sampling.seed, problems, max_prompt_len)
+    return Evaluator(tokenizer, task_name(source.name), source, chosen, sampling)
+
+
+def task_name(source: str) -> str:
+    """What the results of a source are called: a file's name without its ending, so that charts can say `aime24`."""
+    return source.removesuffix(".jsonl")
+
+
+def evaluation_record(
+    engine: RolloutEngine, evaluators: Sequence[Evaluator], step: int, generations: Path | None, keep: int
+) -> Record:
+    """The evaluation line of metrics.jsonl after `step` updates, over all tasks. Collective.
+
+    `keep` answers of every task are written to `generations`/step-NNNNNN.jsonl on the rank that gives a folder.
+    `eval_response_length` is the mean over the tasks' means, in tokens.
+    """
+    started = time.perf_counter()
+    record: Record = {"step": step}
+    scored = [evaluator.run(engine) for evaluator in evaluators]
+    for result in scored:
+        name, accuracy = f"eval_{result.task}", result.accuracy
+        record[name] = accuracy.mean
+        record[f"{name}_stderr"] = accuracy.stderr
+        record[f"{name}_low"], record[f"{name}_high"] = accuracy.interval
+        record[f"{name}_pass"] = accuracy.pass_at_k
+    record["eval_response_length"] = sum(result.mean_length for result in scored) / len(scored)
+    if generations is not None and keep:
+        rows = [
+            row
+            for result, evaluator in zip(scored, evaluators, strict=True)
+            for row in generation_rows(result, evaluator.tokenizer, keep)
+        ]
+        write_rows(generations / f"step-{step:06d}.jsonl", rows)
+    return record | {"time_eval": time.perf_counter() - started}
+
+
+def generation_rows(scored: Scored, tokenizer: Any, keep: int | None = None) -> list[Record]:
+    """One object an answer, the first `keep` (None: all): whole problems, in the order of the task."""
+    k = len(scored.correct[0])
+    rows = list(zip(scored.rollouts.prompts, scored.rollouts.responses, scored.texts, strict=True))
+    return [
+        {
+            "task": scored.task,
+            "problem": prompt.index,
+            "sample": i % k,
+            "source": prompt.source,
+            "prompt": tokenizer.decode(list(prompt.ids)),
+            "response": text,
+            "answer": prompt.answer,
+            "correct": scored.correct[i // k][i % k],
+            "tokens": len(response.ids),
+            "finished": response.finished,
         }
+        for i, (prompt, response, text) in enumerate(rows[:keep])
+    ]
+
+
+def write_rows(path: Path, rows: Sequence[Record]) -> None:
+    """One JSON object a line; a reader never sees half a file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
+    unfinished.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    unfinished.replace(path)

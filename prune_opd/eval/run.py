@@ -1,50 +1,127 @@
-"""`prune-opd eval`: avg@k and pass@k of a Hugging Face directory on a task, without any training state."""
+"""`prune-opd eval`: avg@k and pass@k of Hugging Face directories on tasks, without any training state.
+
+cli ── EvalJob (JSON) ──▶ ranks: evaluate_model ── a line a task ──▶ standard output, results, generations
+"""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-import torch
+from rich.table import Table
+from rich.text import Text
 
-from prune_opd import platform
 from prune_opd.config import DataConfig, ParallelConfig, RolloutConfig
-from prune_opd.data.prompts import held_out, make_source
-from prune_opd.eval.evaluate import Evaluator
-from prune_opd.rollout.engine import RolloutEngine
+from prune_opd.errors import ConfigError
+from prune_opd.eval.answers import pass_at
+from prune_opd.eval.evaluate import Sampling, Scored, generation_rows, make_evaluator, write_rows
+from prune_opd.track.metrics import Record
 
 SEED = 20_000  # not the training evaluation's: these are problems that no recipe was chosen on
 
 
-def evaluate_model(model_dir: Path, task: str, k: int, problems: int, max_len: int | None) -> None:
-    """Sample `k` answers to each of `problems` held-out problems at T = 1 and print one JSON line on rank 0.
+@dataclass(frozen=True)
+class EvalJob:
+    """One model on some tasks. Everything in it is plain, so that it goes to the ranks as JSON.
 
-    Raises `ConfigError` for an unknown task or a prompt file without answers.
+    `sampling.max_len` 0 stands for all positions that the model has left after the longest prompt. `generations` (one
+    JSON object an answer) and `results` (one a task) are JSONL files that rank 0 writes, if given.
     """
+
+    model_dir: str
+    tasks: tuple[str, ...]
+    problems: int
+    sampling: Sampling
+    generations: str | None = None
+    results: str | None = None
+
+    @classmethod
+    def from_json(cls, text: str) -> EvalJob:
+        values = json.loads(text)
+        return cls(**values | {"tasks": tuple(values["tasks"]), "sampling": Sampling(**values["sampling"])})
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self))
+
+
+def evaluate_model(job: EvalJob) -> None:
+    """Sample answers to held-out problems of each task and print one JSON line a task on rank 0.
+
+    Raises:
+        ConfigError: an unknown task, a prompt file without answers, or no positions left for a response.
+    """
+    import torch
+
+    from prune_opd import platform
+    from prune_opd.rollout.engine import RolloutEngine
+
     machine = platform.prepare()
     from transformers import AutoTokenizer
 
     from prune_opd.megatron import layout as layouts
 
     layout = layouts.initialize(ParallelConfig(tensor=1), machine, seed=0)
-    config = json.loads((model_dir / "config.json").read_text())
-    tokenizer = AutoTokenizer.from_pretrained(model_dir)
-    data = DataConfig(source=task)
-    source, prompts = make_source(data, tokenizer, SEED), held_out(data, tokenizer, SEED, problems)
-    longest = max(len(prompt.ids) for prompt in prompts)
-    max_len = min(max_len or config["max_position_embeddings"], config["max_position_embeddings"] - longest)
+    positions = json.loads((Path(job.model_dir) / "config.json").read_text())["max_position_embeddings"]
+    tokenizer = AutoTokenizer.from_pretrained(job.model_dir)
+    data = [DataConfig(source=task) for task in job.tasks]
+    evaluators = [make_evaluator(tokenizer, one, job.problems, None, job.sampling) for one in data]
+    longest = max(len(prompt.ids) for evaluator in evaluators for prompt in evaluator.problems)
+    room = positions - longest
+    if room < 1:
+        raise ConfigError(
+            f"a prompt of {longest} tokens leaves no room in the model's {positions} positions: shorten it"
+        )
+    max_len = min(job.sampling.max_len or room, room)
     dtype = torch.float32 if machine.is_cpu else torch.bfloat16
-    engine = RolloutEngine(str(model_dir), RolloutConfig(max_prompt_len=longest), max_len, dtype, machine)
-    accuracy, length = Evaluator(engine, tokenizer, source, prompts, k, max_len, 1.0, 1.0, SEED).accuracy()
-    if layout.is_main:
-        result = {
-            "model": str(model_dir),
-            "task": source.name,
-            f"avg@{k}": accuracy.mean,
-            "stderr": accuracy.stderr,
-            f"pass@{k}": accuracy.pass_at_k,
-            "problems": accuracy.n_problems,
-            "response_length": length,
-        }
-        print(json.dumps(result), flush=True)
+    engine = RolloutEngine(job.model_dir, RolloutConfig(max_prompt_len=longest), max_len, dtype, machine)
+    answers: list[Record] = []
+    results: list[Record] = []
+    for evaluator in evaluators:
+        evaluator.sampling = replace(job.sampling, max_len=max_len)
+        scored = evaluator.run(engine)
+        answers += generation_rows(scored, tokenizer)
+        results.append({"model": job.model_dir, **result(scored)})
+        if layout.is_main:
+            print(json.dumps(results[-1]), flush=True)
+    if layout.is_main and job.generations:
+        write_rows(Path(job.generations), answers)
+    if layout.is_main and job.results:
+        write_rows(Path(job.results), results)
     engine.close()
+
+
+def result(scored: Scored) -> Record:
+    """What is printed of a task: avg@k, its standard error and 95 % interval, pass@1, 2, 4 … k, lengths in tokens."""
+    accuracy = scored.accuracy
+    k = accuracy.k
+    powers = [2**i for i in range(k.bit_length()) if 2**i < k]
+    return {
+        "task": scored.task,
+        f"avg@{k}": accuracy.mean,
+        "stderr": accuracy.stderr,
+        "interval": accuracy.interval,
+        **{f"pass@{j}": pass_at(scored.correct, j) for j in [*powers, k]},
+        "problems": accuracy.n_problems,
+        "response_length": scored.mean_length,
+        "finished": scored.finished,
+    }
+
+
+def results_table(results: Sequence[Record]) -> Table:
+    """Models against tasks: avg@k with its 95 % interval, pass@k in brackets. A model is a row, as given."""
+    tasks = list(dict.fromkeys(line["task"] for line in results))
+    table = Table("model", *tasks, "response tokens")
+    for model in dict.fromkeys(line["model"] for line in results):
+        own = {line["task"]: line for line in results if line["model"] == model}
+        length = sum(line["response_length"] for line in own.values()) / len(own)
+        table.add_row(Text(model), *(_cell(own[task]) if task in own else "" for task in tasks), f"{length:.0f}")
+    return table
+
+
+def _cell(line: Record) -> str:
+    mean, passed = next(line[key] for key in line if key.startswith("avg@")), [k for k in line if k.startswith("pass@")]
+    low, high = line["interval"]
+    best = f"  ({passed[-1]} {line[passed[-1]]:.1%})" if len(passed) > 1 else ""
+    return f"{mean:.1%}  {low:.1%} … {high:.1%}{best}"

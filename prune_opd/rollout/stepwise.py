@@ -17,6 +17,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -199,7 +200,7 @@ def run_watched(loop: StepLoop, start: Callable[[], None], watch: Watch, engine_
         if not due:
             return
         stopped = watch.stop(due)
-        error = _failure(lambda: loop.stop([prefix.row for prefix in due], stopped))
+        error = _failure(partial(loop.stop, [prefix.row for prefix in due], stopped))
         if len(first) < len(everyone):  # before a step in which some ranks of an engine would wait for the others
             _meet(_Report(engine_index, loop.digest, [], error))
 

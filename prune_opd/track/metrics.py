@@ -71,7 +71,10 @@ METRICS: dict[str, str] = {
     "time_step": "the whole training step, without evaluation and checkpoints [s]",
     "eval_<task>": "accuracy on held-out problems of the task (avg@samples) [0..1]",
     "eval_<task>_stderr": "standard error of that accuracy [0..1]",
-    "eval_response_length": "mean length of the evaluation's responses [tokens]",
+    "eval_<task>_low": "lower end of its 95 % confidence interval [0..1]",
+    "eval_<task>_high": "upper end of its 95 % confidence interval [0..1]",
+    "eval_<task>_pass": "share of the problems with at least one right sample (pass@samples) [0..1]",
+    "eval_response_length": "mean length of the evaluation's responses, over its tasks [tokens]",
     "time_eval": "the evaluation [s]",
 }
 """Every key of metrics.jsonl with its meaning and unit; `<task>` stands for the name of an evaluation task."""
@@ -85,13 +88,14 @@ PHASES: dict[str, str] = {
 """The timed phases of a step, in the order in which they run; the rest of `time_step` is "other"."""
 
 _EVAL_PREFIX, _STDERR_SUFFIX = "eval_", "_stderr"
+_EVAL_SUFFIXES = (_STDERR_SUFFIX, "_low", "_high", "_pass")
 
 
 def meaning(key: str) -> str | None:
     """The entry of `METRICS` for a key as it is written (`eval_ledger` is `eval_<task>`), None if there is none."""
     if key in METRICS:
         return METRICS[key]
-    pattern = re.sub(r"^eval_(.+?)(_stderr)?$", r"eval_<task>\2", key)
+    pattern = re.sub(rf"^eval_(.+?)({'|'.join(_EVAL_SUFFIXES)})?$", r"eval_<task>\2", key)
     return METRICS.get(pattern) if pattern != key else None
 
 
@@ -105,7 +109,7 @@ def task_names(evaluation: Record) -> list[str]:
     return [
         key.removeprefix(_EVAL_PREFIX)
         for key in evaluation
-        if key.startswith(_EVAL_PREFIX) and not key.endswith(_STDERR_SUFFIX) and key != "eval_response_length"
+        if key.startswith(_EVAL_PREFIX) and not key.endswith(_EVAL_SUFFIXES) and key != "eval_response_length"
     ]
 
 

@@ -31,16 +31,18 @@ def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def accuracy(model_dir: Path) -> float:
+def test_at_least_half_of_the_gap_to_the_teacher_is_closed(run_dir: Path, tmp_path: Path) -> None:
     """T = 1 accuracy on 512 fresh problems, which no run and no recipe has seen."""
-    output = prune_opd(
-        "eval", model_dir, "--task", "ledger", "-k", "1", "--problems", "512", "--max-len", "216", "--nproc", "2"
-    )
-    return float(json.loads(output.strip().splitlines()[-1])["avg@1"])
-
-
-def test_at_least_half_of_the_gap_to_the_teacher_is_closed(run_dir: Path) -> None:
-    before, after, teacher = (accuracy(m) for m in (tiny_model("student"), run_dir / "hf", tiny_model("teacher")))
+    models = [tiny_model("student"), run_dir / "checkpoints" / "step_000040", tiny_model("teacher")]
+    options = ("--task", "ledger", "-k", "1", "--problems", "512", "--max-len", "216", "--nproc", "2")
+    table = prune_opd("eval", *models, *options, "--out", tmp_path)
+    results = [json.loads(line) for line in (tmp_path / "eval.jsonl").read_text().splitlines()]
+    assert [line["model"] for line in results] == [str(model) for model in models]
+    for number, line in enumerate(results):
+        assert f"{line['avg@1']:.1%}" in table
+        answers = [json.loads(row) for row in (tmp_path / f"generations-{number}.jsonl").read_text().splitlines()]
+        assert sum(row["correct"] for row in answers) == round(512 * line["avg@1"]) and len(answers) == 512
+    before, after, teacher = (line["avg@1"] for line in results)
     assert teacher > 0.5 and before < 0.15, "not the compatible pair: a strong teacher and a weak student"
     assert after - before >= 0.5 * (teacher - before), f"student {before} → {after}, teacher {teacher}"
 
@@ -66,6 +68,15 @@ def test_the_window_saved_tokens_and_phases_add_up(run_dir: Path) -> None:
         assert step["tokens_trained"] == step["tokens_generated"]
         phases = sum(step[f"time_{phase}"] for phase in ("sync", "rollout", "teacher", "train"))
         assert phases <= step["time_step"]
+
+
+def test_every_evaluation_leaves_sampled_answers(run_dir: Path) -> None:
+    _, evaluations = read_metrics(run_dir / "metrics.jsonl")
+    for line in evaluations:
+        file = run_dir / "generations" / f"step-{line['step']:06d}.jsonl"
+        answers = [json.loads(row) for row in file.read_text(encoding="utf-8").splitlines()]
+        assert len(answers) == 64 and all(row["response"] for row in answers)
+        assert line["eval_ledger_low"] < line["eval_ledger"] < line["eval_ledger_high"]
 
 
 def test_the_run_directory_is_complete(run_dir: Path) -> None:

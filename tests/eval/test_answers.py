@@ -1,5 +1,6 @@
 """Accuracy over problems, and the comparison of mathematical answers in its child process."""
 
+import itertools
 import math
 import os
 import signal
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 
 from prune_opd.data.prompts import Prompt
 from prune_opd.eval import answers
-from prune_opd.eval.answers import Accuracy, avg_at_k, last_boxed, math_equal, score_responses
+from prune_opd.eval.answers import Accuracy, avg_at_k, last_boxed, math_equal, pass_at, score_responses
 
 # ---------------------------------------------------------------------------------------------------- accuracy
 
@@ -40,6 +41,38 @@ def test_stderr_counts_problems_not_samples(once: list[bool]) -> None:
 
 def test_stderr_of_a_single_problem_is_unknown() -> None:
     assert math.isnan(avg_at_k([[True, False]]).stderr)
+
+
+@given(st.integers(1, 4).flatmap(lambda k: st.lists(st.lists(st.booleans(), min_size=k, max_size=k), min_size=2)))
+def test_the_interval_holds_the_mean_inside_zero_and_one(correct: list[list[bool]]) -> None:
+    accuracy = avg_at_k(correct)
+    low, high = accuracy.interval
+    assert 0 <= low <= accuracy.mean <= high <= 1 and high - low > 0
+
+
+def test_the_interval_is_wilsons_for_one_sample_a_problem() -> None:
+    """Newcombe 1998, Statistics in Medicine 17, table I: 81 of 263, the score interval."""
+    low, high = avg_at_k([[i < 81] for i in range(263)]).interval
+    assert (low, high) == (pytest.approx(0.2553, abs=2e-3), pytest.approx(0.3662, abs=2e-3))
+
+
+def test_more_samples_narrow_the_interval_only_where_problems_agree() -> None:
+    """Where problems are right or wrong as wholes, a second sample of one says nothing."""
+    alike, split = [[True, False] * 8] * 20, [[True] * 16, [False] * 16] * 10
+    narrow, wide = (high - low for low, high in (avg_at_k(alike + split[:1]).interval, avg_at_k(split).interval))
+    once_low, once_high = avg_at_k([[True], [False]] * 10).interval
+    assert narrow < wide == pytest.approx(once_high - once_low)
+
+
+def test_pass_at_k_is_the_chance_that_a_subset_of_the_samples_has_a_right_one() -> None:
+    correct = [[True, False, False, False], [True, True, True, False], [False] * 4]
+    for k in range(1, 5):
+        subsets = [list(itertools.combinations(row, k)) for row in correct]
+        expected = sum(sum(map(any, choices)) / len(choices) for choices in subsets) / 3
+        assert pass_at(correct, k) == pytest.approx(expected)
+    assert pass_at(correct, 4) == avg_at_k(correct).pass_at_k
+    with pytest.raises(ValueError, match="at least 5 samples"):
+        pass_at(correct, 5)
 
 
 @pytest.mark.parametrize("correct", [[], [[]], [[True], [True, False]]])

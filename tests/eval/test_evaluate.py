@@ -1,0 +1,110 @@
+"""Evaluations over several tasks: their line in the metrics, and the answers that they leave."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from prune_opd.data.prompts import Prompt
+from prune_opd.eval.evaluate import Evaluator, Sampling, evaluation_record
+from prune_opd.eval.run import EvalJob, result, results_table
+from prune_opd.rollout.batch import Response, Rollouts
+from prune_opd.track.metrics import meaning, task_names
+
+SAMPLING = Sampling(samples=2, max_len=4, temperature=1.0, top_p=1.0, seed=7)
+
+
+class Words:
+    """A tokenizer whose token 12 is the word "12"."""
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return " ".join(map(str, ids))
+
+    def batch_decode(self, rows: Sequence[Sequence[int]], skip_special_tokens: bool) -> list[str]:
+        return [self.decode(row) for row in rows]
+
+
+class Doubling:
+    """A stand-in for vLLM: the first sample is the prompt's number, the second its double and cut off."""
+
+    def generate(self, prompts: Sequence[Prompt], samples: int, max_tokens: int, **_: Any) -> Rollouts:
+        responses = [
+            Response((prompt.index * (sample + 1),), finished=sample == 0)
+            for prompt in prompts
+            for sample in range(samples)
+        ]
+        return Rollouts(tuple(prompt for prompt in prompts for _ in range(samples)), tuple(responses))
+
+
+class Number:
+    name, size = "number", None
+
+    def get(self, index: int) -> Prompt:
+        return Prompt(index, (index, 1), str(index), self.name)
+
+    def score(self, response_text: str, answer: str) -> bool:
+        return response_text == answer
+
+
+def evaluator(task: str, problems: Sequence[int]) -> Evaluator:
+    source = Number()
+    return Evaluator(Words(), task, source, [source.get(i) for i in problems], SAMPLING)
+
+
+def test_a_line_has_every_task_and_only_documented_keys(tmp_path: Path) -> None:
+    evaluators = [evaluator("small", [0, 3]), evaluator("large", [5, 6, 7])]
+    record = evaluation_record(Doubling(), evaluators, 10, tmp_path / "generations", keep=3)  # type: ignore[arg-type]
+    assert task_names(record) == ["small", "large"] and record["step"] == 10
+    assert record["eval_small"] == 0.75, "0 is its own double"
+    assert record["eval_large"] == 0.5 and record["eval_large_pass"] == 1.0
+    assert all(meaning(key) for key in record)
+    rows = [json.loads(line) for line in (tmp_path / "generations" / "step-000010.jsonl").read_text().splitlines()]
+    assert [(row["task"], row["problem"], row["sample"]) for row in rows] == [
+        *(("small", 0, 0), ("small", 0, 1), ("small", 3, 0)),
+        *(("large", 5, 0), ("large", 5, 1), ("large", 6, 0)),
+    ]
+    assert rows[4] == {
+        "task": "large",
+        "problem": 5,
+        "sample": 1,
+        "source": "number",
+        "prompt": "5 1",
+        "response": "10",
+        "answer": "5",
+        "correct": False,
+        "tokens": 1,
+        "finished": False,
+    }
+
+
+@pytest.mark.parametrize(("folder", "keep"), [(False, 3), (True, 0)])
+def test_no_answers_are_kept_where_none_are_wanted(tmp_path: Path, folder: bool, keep: int) -> None:
+    path = tmp_path / "generations"
+    evaluation_record(Doubling(), [evaluator("small", [1])], 1, path if folder else None, keep)  # type: ignore[arg-type]
+    assert not path.exists()
+
+
+def test_a_result_says_how_sure_it_is_and_how_it_was_reached() -> None:
+    scored = evaluator("small", [0, 3]).run(Doubling())  # type: ignore[arg-type]
+    found = result(scored)
+    assert found["avg@2"] == found["pass@1"] == 0.75 and found["pass@2"] == 1.0
+    assert found["finished"] == 0.5 and found["response_length"] == 1 and found["problems"] == 2
+    assert found["interval"][0] < 0.75 < found["interval"][1]
+
+
+def test_the_table_has_a_row_a_model_and_a_column_a_task() -> None:
+    lines = [
+        {"model": model, **result(evaluator(task, [1, 2]).run(Doubling()))}  # type: ignore[arg-type]
+        for model in ("a", "b")
+        for task in ("x", "y")
+    ]
+    table = results_table(lines)
+    assert [str(column.header) for column in table.columns] == ["model", "x", "y", "response tokens"]
+    assert table.row_count == 2
+
+
+def test_a_job_crosses_to_the_ranks_unchanged() -> None:
+    job = EvalJob("model", ("ledger", "a.jsonl"), 8, SAMPLING, results="r.jsonl")
+    assert EvalJob.from_json(job.to_json()) == job
