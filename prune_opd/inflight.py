@@ -47,16 +47,16 @@ class InflightGate:
         self.top = self.candidates if self.gate.metric == "overlap" else None
         margin = self.settings.margin
         self.margin = MARGIN[rollout_format(config.precision.params, config.rollout)] if margin is None else margin
-        self.begin([], 0)
+        self.begin([], [])
 
     def checkpoints(self, max_tokens: int) -> tuple[int, ...]:
         return self.settings.checkpoints(max_tokens)
 
-    def begin(self, prompt_of_row: Sequence[Prompt], max_tokens: int) -> None:
-        """Forget the last batch: row i of the next one answers prompt_of_row[i], in at most `max_tokens`."""
+    def begin(self, prompt_of_row: Sequence[Prompt], max_tokens_of_row: Sequence[int]) -> None:
+        """Forget the last batch: row i of the next one answers prompt_of_row[i], in at most max_tokens_of_row[i]."""
         from prune_opd.megatron.teacher import KeptHidden
 
-        self.prompts, self.max_tokens = prompt_of_row, max_tokens
+        self.prompts, self.limits = prompt_of_row, max_tokens_of_row
         self.ids: list[list[int]] = [[] for _ in prompt_of_row]
         self.events: list[list[bool]] = [[] for _ in prompt_of_row]  # on rank 0
         self.kept: KeptHidden = KeptHidden()
@@ -91,10 +91,10 @@ class InflightGate:
     def record(self, rollouts: Rollouts, reliable_length_B: Tensor) -> dict[str, Any]:
         """What the gate did to the batch, for metrics.jsonl (track/metrics.py has the meanings)."""
         stopped = rollouts.stopped_rows
-        length_B, horizon = rollouts.length_B, self.max_tokens
+        length_B, limits = rollouts.length_B, self.limits
         return {
             "pruned_inflight": len(stopped),
-            "tokens_avoided": sum(_expected(rollouts, length_B[row], horizon) - length_B[row] for row in stopped),
+            "tokens_avoided": sum(_expected(rollouts, length_B[row], limits[row]) - length_B[row] for row in stopped),
             "tokens_dropped": sum(response.dropped for response in rollouts.responses),
             "teacher_tokens_inflight": self.teacher_tokens,
             "teacher_tokens_reused": sum(rollouts.row_length_B[row] for row in stopped),
@@ -205,10 +205,10 @@ def is_spent(events: Sequence[bool], gate: GateConfig, settings: InflightConfig)
     return last <= RELIABLE_ABOVE
 
 
-def _expected(rollouts: Rollouts, length: int, horizon: int) -> float:
+def _expected(rollouts: Rollouts, length: int, limit: int) -> float:
     """An estimate of how long a response would have become that was cut at `length` tokens.
 
     The mean length of the batch's other responses that went past `length`; without any, the most it could be.
     """
     others = [len(r.ids) for r in rollouts.responses if not r.stopped and len(r.ids) > length]
-    return sum(others) / len(others) if others else horizon
+    return sum(others) / len(others) if others else limit

@@ -95,22 +95,35 @@ def evaluate(run: Run) -> None:
 
 
 class PhaseClock:
-    """Seconds by phase, device work included, and with what the phase brings to the device or takes from it."""
+    """Seconds by phase, device work included, and with what the phase brings to the device or takes from it.
+
+    `cpu_*` beside `time_*` are the CPU seconds of this process (all threads): on a busy machine they still hold.
+    """
 
     def __init__(self, run: Run):
-        self.machine, self.memory, self.started = run.machine, run.memory, time.perf_counter()
+        self.machine, self.memory = run.machine, run.memory
+        self.started = self._now()
         self.seconds: dict[str, float] = {}
 
     @contextmanager
     def __call__(self, phase: str) -> Iterator[None]:
-        begin = time.perf_counter()
+        begin = self._now()
         self.memory.enter(phase)
         yield
         self.machine.synchronize()
-        self.seconds[f"time_{phase}"] = time.perf_counter() - begin
+        self._stop(phase, begin)
 
     def record(self) -> dict[str, float]:
-        return {**self.seconds, "time_step": time.perf_counter() - self.started}
+        self._stop("step", self.started)
+        return self.seconds
+
+    def _stop(self, phase: str, begin: tuple[float, float]) -> None:
+        wall, cpu = self._now()
+        self.seconds |= {f"time_{phase}": wall - begin[0], f"cpu_{phase}": cpu - begin[1]}
+
+    @staticmethod
+    def _now() -> tuple[float, float]:
+        return time.perf_counter(), time.process_time()
 
 
 def _due(step: int, every: int) -> bool:

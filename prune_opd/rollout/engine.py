@@ -132,7 +132,7 @@ class RolloutEngine:
         self,
         prompts: Sequence[Prompt],
         responses: int,
-        max_tokens: int,
+        max_tokens: int | Sequence[int],
         seed: int,
         step: int,
         temperature: float = 1.0,
@@ -142,20 +142,31 @@ class RolloutEngine:
     ) -> Rollouts:
         """`responses` continuations of each prompt, at most `max_tokens` long; the whole batch on every rank.
 
+        max_tokens: of all responses, or of each, in the order of the rows that come back.
         watch: who may stop a response at a checkpoint. The others have exactly the tokens that they have without it.
         """
         rows = [(prompt, sample) for prompt in prompts for sample in range(responses)]
-        mine = rows[self.engine_index :: self.engines]
-        checkpoints = () if watch is None else watch.checkpoints(max_tokens)
+        limits = [max_tokens] * len(rows) if isinstance(max_tokens, int) else max_tokens
+        part = slice(self.engine_index, None, self.engines)
+        mine = rows[part]
+        settings = [
+            {
+                "seed": request_seed(seed, step, prompt.index, sample),
+                "temperature": temperature,
+                "top_p": top_p,
+                "max_tokens": limit,
+                "detokenize": False,
+            }
+            for (prompt, sample), limit in zip(mine, limits[part], strict=True)
+        ]
+        checkpoints = () if watch is None else watch.checkpoints(max(limits, default=0))
         if watch is not None:
-            watch.begin([prompt for prompt, _ in rows], max_tokens)
-        settings = {"temperature": temperature, "top_p": top_p, "max_tokens": max_tokens, "detokenize": False}
-        seeds = [request_seed(seed, step, prompt.index, sample) for prompt, sample in mine]
+            watch.begin([prompt for prompt, _ in rows], limits)
         if watch is not None and checkpoints:
-            outputs = self._sample_watched(mine, seeds, settings, checkpoints, watch)
+            outputs = self._sample_watched(mine, settings, checkpoints, watch)
         else:
             with untouched_rng():
-                outputs = self._sample(mine, seeds, settings, logprobs)
+                outputs = self._sample(mine, settings, logprobs)
         everyone: list[Any] = [None] * self.world
         dist.all_gather_object(everyone, outputs)
         ranks_per_engine = self.world // self.engines
@@ -165,13 +176,13 @@ class RolloutEngine:
         return Rollouts(tuple(prompt for prompt, _ in rows), tuple(merged))
 
     def _sample(
-        self, rows: Sequence[tuple[Prompt, int]], seeds: Sequence[int], settings: dict[str, Any], logprobs: bool
+        self, rows: Sequence[tuple[Prompt, int]], settings: Sequence[dict[str, Any]], logprobs: bool
     ) -> list[Response]:
         from vllm import SamplingParams
 
         if not rows:
             return []
-        params = [SamplingParams(seed=seed, logprobs=0 if logprobs else None, **settings) for seed in seeds]
+        params = [SamplingParams(logprobs=0 if logprobs else None, **of_row) for of_row in settings]
         outputs = self.llm.generate(
             [{"prompt_token_ids": list(prompt.ids)} for prompt, _ in rows], params, use_tqdm=False
         )
@@ -180,8 +191,7 @@ class RolloutEngine:
     def _sample_watched(
         self,
         rows: Sequence[tuple[Prompt, int]],
-        seeds: Sequence[int],
-        settings: dict[str, Any],
+        settings: Sequence[dict[str, Any]],
         checkpoints: Sequence[int],
         watch: Watch,
     ) -> list[Response]:
@@ -189,16 +199,15 @@ class RolloutEngine:
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
-        loop = StepLoop(self.llm.llm_engine, checkpoints, settings["max_tokens"])
+        loop = StepLoop(self.llm.llm_engine, checkpoints)
 
         def start() -> None:
-            for i, ((prompt, _), seed) in enumerate(zip(rows, seeds, strict=True)):
+            for i, ((prompt, _), of_row) in enumerate(zip(rows, settings, strict=True)):
                 params = SamplingParams(
-                    seed=seed,
                     logprobs=watch.top,
                     flat_logprobs=watch.top is not None,
                     output_kind=RequestOutputKind.DELTA,
-                    **settings,
+                    **of_row,
                 )
                 loop.add(self.engine_index + i * self.engines, prompt.ids, params)
 

@@ -47,7 +47,7 @@ class Watch(Protocol):
 
     def checkpoints(self, max_tokens: int) -> tuple[int, ...]: ...
 
-    def begin(self, prompt_of_row: Sequence[Prompt], max_tokens: int) -> None: ...
+    def begin(self, prompt_of_row: Sequence[Prompt], max_tokens_of_row: Sequence[int]) -> None: ...
 
     def stop(self, prefixes: Sequence[Prefix]) -> set[int]:
         """The rows to stop at the checkpoint they are at. Collective; the same on every rank."""
@@ -56,6 +56,7 @@ class Watch(Protocol):
 @dataclass
 class _Request:
     row: int
+    limit: int  # tokens
     name: str = ""  # vLLM's own
     ids: list[int] = field(default_factory=list)
     top_ids: list[np.ndarray] = field(default_factory=list)
@@ -73,14 +74,14 @@ class _Request:
 class StepLoop:
     """One engine's requests. `add` them all, then `advance` and `stop` in turn until `idle`."""
 
-    def __init__(self, engine: Any, checkpoints: Sequence[int], max_tokens: int) -> None:
-        self.engine, self.checkpoints, self.max_tokens = engine, checkpoints, max_tokens
+    def __init__(self, engine: Any, checkpoints: Sequence[int]) -> None:
+        self.engine, self.checkpoints = engine, checkpoints
         self.gap = checkpoints[0] if len(checkpoints) < 2 else min(checkpoints[0], checkpoints[1] - checkpoints[0])
         self.requests: dict[str, _Request] = {}  # by the name that we gave
         self._seen = hashlib.blake2b(digest_size=8)
 
     def add(self, row: int, prompt_ids: Sequence[int], params: Any) -> None:
-        request = _Request(row)
+        request = _Request(row, params.max_tokens)
         self.requests[str(row)] = request
         request.name = self.engine.add_request(str(row), {"prompt_token_ids": list(prompt_ids)}, params)
 
@@ -169,8 +170,8 @@ class StepLoop:
                 ):
                     part.extend(np.asarray(values, dtype).reshape(len(ids), -1)[:, 1:])  # the first is the sampled one
             self._seen.update(repr((request.row, ids, request.finished)).encode())
-            if len(request.ids) > self.max_tokens:
-                raise RuntimeError(f"row {request.row} has {len(request.ids)} tokens, above its {self.max_tokens}")
+            if len(request.ids) > request.limit:
+                raise RuntimeError(f"row {request.row} has {len(request.ids)} tokens, above its {request.limit}")
             tokens += len(ids)
         return tokens
 
