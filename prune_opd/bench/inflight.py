@@ -65,7 +65,7 @@ def run(
     path.parent.mkdir(parents=True, exist_ok=True)
     before, console = environment(), Console()
     raw = {name: _measure(name, chosen, console) for name in names}
-    result = {
+    result: dict[str, Any] = {
         "benchmark": "inflight",
         "quick": quick,
         "settings": asdict(chosen),
