@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from prune_opd.changes import changes, is_harmless
 from prune_opd.check_layout import layout_problems
 from prune_opd.config import SftConfig, TrainConfig
 from prune_opd.data.prompts import PROCEDURAL_SOURCES
@@ -30,29 +31,17 @@ from prune_opd.precision import (
     token_multiple,
     token_problems,
 )
-from prune_opd.recipe import config_differences, load_config
 
-# What may differ between a run and its continuation: it changes neither the updates nor the problems of an evaluation.
-HARMLESS = (
-    "parallel",
-    "track",
-    "stop_after",
-    "checkpoint",
-    "evaluation.every",
-    "evaluation.generations",
-    "memory",
-    "rollout.bucket_mb",
-    "rollout.kv_cache_gb",
-    "rollout.gpu_memory_utilization",
-)
-NOT_HARMLESS = ("parallel.distributed_optimizer",)  # its checkpoints are made of other parts
 SHOWN_DIFFERENCES = 6
 
 
-def check_train(config: TrainConfig, nproc: int, run_dir: Path | None, resume: str) -> list[str]:
+def check_train(
+    config: TrainConfig, nproc: int, run_dir: Path | None, resume: str, allow_config_change: bool = False
+) -> list[str]:
     """What stands in the way of this run on `nproc` ranks, one line per problem; empty if nothing does.
 
     `resume` is auto, never or the path of a checkpoint. `run_dir` None leaves the run directory out.
+    `allow_config_change` lets the continuation of a run have settings that make another run of it.
     """
     student = _read_model("student", config.student)
     teacher = _read_model("teacher", config.teacher)
@@ -68,7 +57,7 @@ def check_train(config: TrainConfig, nproc: int, run_dir: Path | None, resume: s
     problems += _sources(config)
     problems += _apex()
     if run_dir is not None:
-        problems += _run_dir(config, run_dir, resume)
+        problems += _run_dir(config, run_dir, resume, allow_config_change)
     if resume not in ("auto", "never") and not Path(resume).is_dir():
         problems.append(f"--resume {resume}: there is no such checkpoint; give its directory, or auto, or never")
     return problems
@@ -331,22 +320,20 @@ def _apex() -> list[str]:
 # ---------------------------------------------------------------------------------------------------- the run directory
 
 
-def _run_dir(config: TrainConfig, run_dir: Path, resume: str) -> list[str]:
-    if not run_dir.is_dir() or not any(run_dir.iterdir()):
-        return _writable("--run-dir", run_dir)
-    saved = run_dir / "config.yaml"
-    if not saved.is_file():
+def _run_dir(config: TrainConfig, run_dir: Path, resume: str, allow_config_change: bool) -> list[str]:
+    new = not run_dir.is_dir() or not any(run_dir.iterdir())
+    if not new and not (run_dir / "config.yaml").is_file():
         return [f"--run-dir {run_dir} holds other files and no config.yaml, so it is no run: choose an empty directory"]
     try:
-        differences = config_differences(load_config(saved), config)
+        differences = [line for line in changes(config, run_dir, resume) if not is_harmless(line)]
     except ConfigError as error:
         return [f"--run-dir {run_dir}: {error}; choose another directory"]
-    differences = [line for line in differences if not _is_harmless(line.partition(":")[0])]
-    if differences:
+    if differences and not allow_config_change:
         more = len(differences) - SHOWN_DIFFERENCES
         shown = "; ".join(differences[:SHOWN_DIFFERENCES]) + (f"; and {more} more" if more > 0 else "")
         return [
-            f"--run-dir {run_dir} is a run with other settings ({shown}): choose another directory, or those settings"
+            f"--run-dir {run_dir} is a run with other settings ({shown}): choose another directory, or those settings,"
+            " or go on with the new ones (--allow-config-change)"
         ]
     checkpoints = run_dir / "checkpoints"
     if resume == "never" and checkpoints.is_dir() and any(checkpoints.iterdir()):
@@ -355,10 +342,6 @@ def _run_dir(config: TrainConfig, run_dir: Path, resume: str) -> list[str]:
             " or another --run-dir to start anew"
         ]
     return _writable("--run-dir", run_dir)
-
-
-def _is_harmless(key: str) -> bool:
-    return key not in NOT_HARMLESS and any(key == name or key.startswith(f"{name}.") for name in HARMLESS)
 
 
 def _writable(field: str, directory: Path) -> list[str]:

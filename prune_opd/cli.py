@@ -17,6 +17,7 @@ import typer
 from rich.console import Console
 
 from prune_opd import worker
+from prune_opd.changes import changes
 from prune_opd.check import check_eval, check_sft, check_train
 from prune_opd.config import SftConfig, TrainConfig
 from prune_opd.errors import ConfigError, UserError
@@ -57,20 +58,27 @@ def train(
     nproc: Nproc = None,
     resume: Annotated[str, typer.Option(metavar="auto|never|PATH", help="Where to go on from.")] = "auto",
     run_dir: RunDir = None,
+    allow_config_change: Annotated[
+        bool, typer.Option("--allow-config-change", help="Go on with settings that make another run of it.")
+    ] = False,
 ) -> int:
     """Train a recipe: distil its teacher into its student. Goes on where an earlier run in RUN_DIR stopped."""
     config = _load(recipe, overrides, TrainConfig, "train")
     ranks = _ranks(nproc, config)
     run_dir = (run_dir or _default_run_dir(config)).absolute()
     # Rank 0 fills the run directory while the others may still be checking: only rank 0 looks at it.
-    _refuse(check_train(config, ranks, run_dir if worker.is_main_rank() else None, resume))
+    looked_at = run_dir if worker.is_main_rank() else None
+    _refuse(check_train(config, ranks, looked_at, resume, allow_config_change))
+    for line in changes(config, looked_at, resume) if looked_at else []:
+        print(f"changed since the run began: {line}", flush=True)
     if resume == "auto" and _is_finished(config, run_dir):
         print(f"{run_dir} is finished; to draw its report again: prune-opd report {run_dir}")
         return 0
     if _is_rank():
-        return worker.train(config, run_dir, resume)
+        return worker.train(config, run_dir, resume, allow_config_change)
     print(f"{config.name}: {ranks} ranks, run directory {run_dir}", flush=True)
-    return _start("train", config, ranks, "--run-dir", str(run_dir), "--resume", resume)
+    allowed = ["--allow-config-change"] if allow_config_change else []
+    return _start("train", config, ranks, "--run-dir", str(run_dir), "--resume", resume, *allowed)
 
 
 @app.command()
@@ -280,6 +288,7 @@ def _start(command: str, config: RunConfig, nproc: int, *options: str) -> int:
 
 
 def main() -> None:
+    worker.protect_files()
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # models are directories: a missing file is an error, not a download
     try:
         app()

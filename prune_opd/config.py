@@ -10,6 +10,8 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Any
 
+from prune_opd.config_checkpoint import CheckpointConfig as CheckpointConfig
+from prune_opd.config_checkpoint import SurvivalConfig as SurvivalConfig
 from prune_opd.config_checks import between as _between
 from prune_opd.config_checks import one_of as _one_of
 from prune_opd.config_checks import required as _required
@@ -202,8 +204,10 @@ class DataConfig:
     min_steps: int = 20  # ledger: bookings per problem
     max_steps: int = 40
     shuffle: bool = True
+    bad_rows: str = "refuse"  # of a file: refuse (with their line numbers) | skip (and say how many, and where)
 
     def __post_init__(self) -> None:
+        _one_of("data.bad_rows", self.bad_rows, ("refuse", "skip"))
         _between("data.min_steps", self.min_steps, 1, 40)
         _between("data.max_steps", self.max_steps, self.min_steps, 40)
 
@@ -305,17 +309,6 @@ class EvalConfig:
 
 
 @dataclass(frozen=True)
-class CheckpointConfig:
-    every: int = 50  # steps; 0: only at the end
-    keep: int = 2  # newest checkpoints that stay on disk
-    export_hf: bool = True  # write hf/ at the end of the run
-
-    def __post_init__(self) -> None:
-        _between("checkpoint.every", self.every, 0)
-        _between("checkpoint.keep", self.keep, 1)
-
-
-@dataclass(frozen=True)
 class TrackConfig:
     wandb: str = "offline"  # offline | online | disabled
     project: str = "prune-opd"
@@ -346,6 +339,7 @@ class TrainConfig:
     memory: MemoryConfig = field(default_factory=MemoryConfig)
     evaluation: EvalConfig = field(default_factory=EvalConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    survival: SurvivalConfig = field(default_factory=SurvivalConfig)
     track: TrackConfig = field(default_factory=TrackConfig)
     seed: int = 0
     stop_after: int | None = (

@@ -11,3 +11,8 @@ class ConfigError(UserError):
     """A recipe, an override or a setting is wrong. Raised before any model is built."""
 
     exit_code = 2
+
+
+# What a run that a signal stopped exits with, once every rank has saved: start the same command again (EX_TEMPFAIL of
+# sysexits.h). Anything else that is not 0 is a failure, and starting again would meet it again.
+REQUEUE_EXIT_CODE = 75

@@ -3,9 +3,11 @@
     prune-opd ── start_ranks() ──▶ agent (torchrun in a session of its own: `python -m prune_opd.launcher`)
                                      └─ N × python -m prune_opd.worker …
 
-A signal that `prune-opd` gets goes to the agent, which passes it to the ranks, gives them half a minute and kills what
-is left; a second signal kills at once. Should a process be killed outright, the kernel ends those below it
-(PR_SET_PDEATHSIG). No torch is imported on the side of `prune-opd`.
+SIGTERM and SIGUSR1 go through the agent to the ranks, which take the time they need (a training run saves and ends with
+`REQUEUE_EXIT_CODE`); SIGINT ends the ranks, with half a minute for it. A second signal kills at once. Should a process
+be killed outright, the kernel ends those below it (PR_SET_PDEATHSIG). No torch is imported on the side of `prune-opd`.
+
+On several nodes start `python -m prune_opd.launcher` with torchrun's arguments in torchrun's place.
 """
 
 from __future__ import annotations
@@ -16,12 +18,19 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from types import FrameType
 
 from prune_opd.check import has_gpu
+from prune_opd.errors import REQUEUE_EXIT_CODE
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
+ASKING = (signal.SIGTERM, signal.SIGUSR1)  # to come to an end in order
+SIGNALS = (signal.SIGINT, *ASKING)
+ONE_WISH = (
+    1.0  # seconds: one wish comes in several ways at once, from here, from torchrun and from a cluster's scheduler
+)
 PR_SET_PDEATHSIG = 1
 
 
@@ -34,8 +43,9 @@ def start_ranks(args: list[str], nproc: int, env: Mapping[str, str]) -> int:
         env: the environment of the ranks, usually `os.environ`.
 
     Returns:
-        0; or the exit code of the rank that failed first; or 128 + the number of the signal that ended the run.
-        Output goes to this process's stdout and stderr. Call it from the main thread: it takes SIGINT and SIGTERM.
+        0; or the exit code of the rank that failed first; or 128 + the number of the signal that ended the run; or
+        `REQUEUE_EXIT_CODE` if it made the ranks save and stop.
+        Output goes to this process's stdout and stderr. Call it from the main thread: it takes `SIGNALS`.
     """
     settings = dict(env)
     settings.setdefault("OMP_NUM_THREADS", "1")
@@ -49,9 +59,14 @@ def start_ranks(args: list[str], nproc: int, env: Mapping[str, str]) -> int:
     ]
     # fmt: on
     received: list[int] = []
+    first = 0.0
 
     def hand_on(number: int, frame: FrameType | None) -> None:
+        nonlocal first
+        if received and time.monotonic() - first < ONE_WISH:
+            return
         received.append(number)
+        first = first or time.monotonic()
         if agent is None or agent.poll() is not None:
             return
         # torchrun's clean-up does not survive a second signal: from then on, end it and let the kernel end the ranks
@@ -67,7 +82,7 @@ def start_ranks(args: list[str], nproc: int, env: Mapping[str, str]) -> int:
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
-    if received and code:
+    if received and code not in (0, REQUEUE_EXIT_CODE):
         return 128 + received[0]
     if code < 0:
         print(f"error: torchrun was ended by {signal.Signals(-code).name}, and the ranks with it", file=sys.stderr)
@@ -97,14 +112,27 @@ def _shell_code(code: int) -> int:
 
 
 def _agent(argv: list[str]) -> int:
-    """torchrun without its own words: a rank that failed has spoken already, one that was killed gets a line here."""
+    """torchrun without its own words: a rank that failed has spoken already, one that was killed gets a line here.
+
+    It also leaves `ASKING` to us: it would give the ranks half a minute to save.
+    """
+    import psutil
     from torch.distributed import run
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
+    def hand_on(number: int, frame: FrameType | None) -> None:
+        if not (ranks := psutil.Process().children()):
+            sys.exit(128 + number)  # none has started
+        for rank in ranks:
+            with suppress(psutil.NoSuchProcess):
+                rank.send_signal(number)
+
     logging.disable(logging.ERROR)  # of this process; what ends it comes as an exception
+    for number in ASKING:
+        signal.signal(number, hand_on)
     try:
-        run.run(run.parse_args(argv))
+        run.run(run.parse_args(["--signals-to-handle", "SIGINT,SIGHUP,SIGQUIT", *argv]))
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
         if failure.exitcode < 0:

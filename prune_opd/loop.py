@@ -12,30 +12,41 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from prune_opd.config import TrainConfig
+from prune_opd.errors import REQUEUE_EXIT_CODE
 from prune_opd.eval.evaluate import evaluation_record
 from prune_opd.gated_loss import gated_loss
 from prune_opd.setup import Run, prepare
+from prune_opd.survival import Interruption
 
 
-def train(config: TrainConfig, run_dir: Path, resume: str) -> int:
-    """Run (or resume) a distillation to its last step, or to `stop_after`. Returns the process's exit code."""
-    run = prepare(config, run_dir, resume)
+def train(
+    config: TrainConfig, run_dir: Path, resume: str, interruption: Interruption, allow_config_change: bool = False
+) -> int:
+    """Run (or resume) a distillation to its last step, to `stop_after`, or until it is interrupted.
+
+    Returns the process's exit code: 0, or `REQUEUE_EXIT_CODE` after an interruption that left steps to do.
+    """
+    run = prepare(config, run_dir, resume, allow_config_change)
     last = min(config.steps, config.stop_after or config.steps)
+    interrupted = False
     with run.tracker:
         if run.finished_steps == 0:
             evaluate(run)
-        while run.finished_steps < last:
+        while run.finished_steps < last and not interrupted:
             step(run)
-            done = run.finished_steps
+            done, interrupted = run.finished_steps, interruption.agreed()
+            run.checkpoints.poll()
             # Evaluate first: a kill between the two then repeats steps, and no evaluation is lost.
             if done == config.steps or _due(done, config.evaluation.every):
                 evaluate(run)
-            if done == last or _due(done, config.checkpoint.every):
+            if interrupted or done == last or _due(done, config.checkpoint.every):
                 run.save_checkpoint()
-        if last == config.steps and config.checkpoint.export_hf:
+        run.enter("checkpoint")
+        run.checkpoints.finish()
+        if run.finished_steps == config.steps and config.checkpoint.export_hf:
             run.export()
-    run.engine.close()
-    return 0
+    run.close()
+    return REQUEUE_EXIT_CODE if run.finished_steps < last else 0
 
 
 def step(run: Run) -> None:
@@ -58,7 +69,9 @@ def step(run: Run) -> None:
             run.trainer.look(batches, loss)  # at the policy that sampled the batch, before it moves
         result = run.trainer.step_through(minibatches, loss)
         stats.reduce(run.layout.reports)
-    run.controller.update(stats.reliable_length_B, rollouts.length_B, rollouts.finished_B)
+    run.check_updates(result, rollouts)
+    if result.updates:
+        run.controller.update(stats.reliable_length_B, rollouts.length_B, rollouts.finished_B)
     run.finished_steps = number
     run.tracker.step(
         {
@@ -76,6 +89,7 @@ def step(run: Run) -> None:
             "loss": result.loss,
             "grad_norm": result.grad_norm,
             "lr": result.lr,
+            "updates_skipped": len(minibatches) - result.updates,
             **clock.record(),
         }
     )
@@ -86,7 +100,7 @@ def evaluate(run: Run) -> None:
     if not run.evaluators:
         return
     run.sync_weights()
-    run.memory.enter("evaluation")
+    run.enter("evaluation")
     generations = run.run_dir / "generations" if run.layout.is_main else None
     keep = run.config.evaluation.generations
     record = evaluation_record(run.engine, run.evaluators, run.finished_steps, generations, keep)
@@ -101,14 +115,14 @@ class PhaseClock:
     """
 
     def __init__(self, run: Run):
-        self.machine, self.memory = run.machine, run.memory
+        self.machine, self.enter = run.machine, run.enter
         self.started = self._now()
         self.seconds: dict[str, float] = {}
 
     @contextmanager
     def __call__(self, phase: str) -> Iterator[None]:
         begin = self._now()
-        self.memory.enter(phase)
+        self.enter(phase)
         yield
         self.machine.synchronize()
         self._stop(phase, begin)

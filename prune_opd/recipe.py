@@ -267,6 +267,11 @@ def load_config(path: Path) -> RunConfig:
     return typing.cast(RunConfig, _from_dict(kind, data, path))
 
 
+def config_from_dict(data: Any, path: Path) -> TrainConfig:
+    """The config of a run as a checkpoint has it (`to_dict`). Raises ConfigError with `path`, where it is from."""
+    return typing.cast(TrainConfig, _from_dict(TrainConfig, data, path))
+
+
 def _from_dict(kind: Any, data: Any, path: Path) -> Any:
     """OmegaConf checks names and types, but leaves the parts of a tuple as dictionaries: those are made here first."""
     if not isinstance(data, dict):

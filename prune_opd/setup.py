@@ -14,9 +14,9 @@ from torch import Tensor
 
 from prune_opd import platform
 from prune_opd.config import MemoryConfig, TrainConfig, to_dict
-from prune_opd.data.prompts import Prompt, PromptSampler, make_source
+from prune_opd.data.prompts import JsonlSource, Prompt, PromptSampler, make_source
 from prune_opd.dealing import Deal, deal, packing_record, padded_size
-from prune_opd.errors import UserError
+from prune_opd.errors import ConfigError, UserError
 from prune_opd.eval.evaluate import Evaluator, Sampling, make_evaluator
 from prune_opd.horizon import HorizonController, make_controller
 from prune_opd.inflight import InflightGate
@@ -26,6 +26,7 @@ from prune_opd.recipe import save_config
 from prune_opd.rollout.batch import Rollouts
 from prune_opd.rollout.engine import RolloutEngine
 from prune_opd.stats import BatchStats
+from prune_opd.survival import Watchdog
 from prune_opd.track.tracker import NullTracker, Tracker
 
 if TYPE_CHECKING:
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
     from prune_opd.megatron.layout import Layout
     from prune_opd.megatron.packing import PackedBatch
     from prune_opd.megatron.teacher import Teacher
-    from prune_opd.megatron.trainer import Trainer
+    from prune_opd.megatron.trainer import StepResult, Trainer
     from prune_opd.weights.stream import Resharder
 
 PARITY_PROMPTS, PARITY_TOKENS = 4, 32
@@ -62,8 +63,10 @@ class Run:
     tracker: NullTracker
     inflight: InflightGate | None = None
     finished_steps: int = 0
+    skipped_in_a_row: int = 0  # updates
     full_response_length: float | None = None  # tokens; what a response costs at the full horizon (last evaluation)
     memory: MemoryPhases = field(default_factory=lambda: MemoryPhases(MemoryConfig()))
+    watchdog: Watchdog | None = None
     _engine_has: int | None = field(default=None, repr=False)  # finished_steps of the weights that the engine holds
 
     @property
@@ -71,11 +74,38 @@ class Run:
         """Ids that both models know; rows beyond are padding."""
         return min(self.trainer.spec.vocab_size, self.teacher.spec.vocab_size)
 
+    def enter(self, phase: str) -> None:
+        """A phase of the run begins: the watchdog's time starts anew, and the device holds what the phase needs."""
+        if self.watchdog:
+            self.watchdog.enter(phase)
+        self.memory.enter(phase)
+
+    def close(self) -> None:
+        """End the run on every rank at once: a rank that ends before the others have would have them ended."""
+        if self.watchdog:
+            self.watchdog.close()
+        self.engine.close()
+
+    def check_updates(self, result: StepResult, rollouts: Rollouts) -> None:
+        """Say which updates of this step were skipped, and where. Raises `UserError` after too many in a row."""
+        for failures in result.skipped:
+            self.skipped_in_a_row += 1
+            where = "; ".join(failure.describe(rollouts) for failure in failures)
+            text = f"step {self.finished_steps + 1}: an update was skipped, {where}"
+            if self.skipped_in_a_row >= self.config.survival.max_skipped:
+                raise UserError(
+                    f"{text}. That is {self.skipped_in_a_row} in a row, survival.max_skipped allows no more: look at "
+                    "those prompts, lower optimizer.lr, or resume from an earlier checkpoint"
+                )
+            self.tracker.note(text)
+        if result.updates:
+            self.skipped_in_a_row = 0
+
     def generate(self, prompts: Sequence[Prompt], horizon: int, step: int) -> Rollouts:
         """The step's rollouts. The in-flight gate, if there is one, stops drifting responses on the way."""
         rollout = self.config.rollout
         if self.inflight is not None:
-            self.memory.enter("inflight")
+            self.enter("inflight")
         return self.engine.generate(
             prompts,
             rollout.responses,
@@ -100,14 +130,14 @@ class Run:
 
         The first time the log-probabilities are compared; every time the stream compares checksums of what it moves.
         """
-        self.memory.enter("sync")
+        self.enter("sync")
         if self._engine_has == self.finished_steps and self.engine.holds_weights:
             return
         first = self._engine_has is None
         self.engine.load(self._resharder.stream())
         self._engine_has = self.finished_steps
         if first:
-            self.memory.enter("parity")
+            self.enter("parity")
             self._assert_logprob_parity()
 
     @cached_property
@@ -160,7 +190,7 @@ class Run:
         return None if self.full_response_length is None else responses * self.full_response_length
 
     def save_checkpoint(self) -> None:
-        self.memory.enter("checkpoint")
+        self.enter("checkpoint")
         rng: list[Any] = [None] * self.layout.world
         dist.all_gather_object(rng, platform.rng_state())
         state = {
@@ -173,21 +203,29 @@ class Run:
         }
         self.checkpoints.save(self.finished_steps, self.trainer, state)
 
-    def load_checkpoint(self, checkpoint: Path) -> None:
+    def load_checkpoint(self, checkpoint: Path, allow_config_change: bool = False) -> list[str]:
+        """Continue where a checkpoint stands. Returns what starts anew, because its settings were allowed to change."""
         state = self.checkpoints.load(checkpoint, self.trainer)
         self.trainer.schedule.load_state_dict(state["schedule"])
-        self.controller.load_state_dict(state["controller"])
-        self.sampler.load_state_dict(state["sampler"])
+        anew = []
+        for name in ("controller", "sampler"):
+            try:
+                getattr(self, name).load_state_dict(state[name])
+            except ConfigError as error:
+                if not allow_config_change:
+                    raise
+                anew.append(f"the {name} starts anew: {error}")
         self.full_response_length = state["full_response_length"]
         if len(state["rng"]) == self.layout.world:  # another world size has no generator of ours to continue
             platform.load_rng_state(state["rng"][self.layout.rank])
         self.finished_steps = state["step"]
+        return anew
 
     def export(self) -> None:
         """Leave the student as a Hugging Face directory in `hf/`."""
         from prune_opd.weights.stream import export_hf
 
-        self.memory.enter("export")
+        self.enter("export")
         out = self.run_dir / "hf"
         export_hf(self.trainer.chunks, self.config.student, out, write=self.layout.is_main)
         self.tracker.note(f"student: {out}")
@@ -218,7 +256,7 @@ class Run:
             )
 
 
-def prepare(config: TrainConfig, run_dir: Path, resume: str) -> Run:
+def prepare(config: TrainConfig, run_dir: Path, resume: str, allow_config_change: bool = False) -> Run:
     """Build every part, restore a checkpoint if there is one to resume, and open the run directory's files."""
     machine = platform.prepare()
     from transformers import AutoTokenizer
@@ -230,7 +268,10 @@ def prepare(config: TrainConfig, run_dir: Path, resume: str) -> Run:
     from prune_opd.megatron.teacher import Teacher
     from prune_opd.megatron.trainer import Trainer
 
-    layout = layouts.initialize(config.parallel, machine, config.seed)
+    # A collective that gives up sooner than the watchdog would end the run without anybody's stacks.
+    patience = max(config.parallel.timeout_minutes, 1.2 * config.survival.watchdog_minutes)
+    layout = layouts.initialize(replace(config.parallel, timeout_minutes=patience), machine, config.seed)
+    watchdog = Watchdog(config.survival.watchdog_minutes, run_dir / "stacks", layout.rank)
     dtype = dtype_of(config.precision.params)
     tokenizer = AutoTokenizer.from_pretrained(config.student)
     source = make_source(config.data, tokenizer, config.seed, config.rollout.max_prompt_len)
@@ -263,7 +304,7 @@ def prepare(config: TrainConfig, run_dir: Path, resume: str) -> Run:
         engine=engine,
         sampler=PromptSampler(source, config.seed, config.data.shuffle),
         controller=make_controller(config.horizon),
-        checkpoints=Checkpoints(run_dir / "checkpoints", config.checkpoint.keep, layout),
+        checkpoints=Checkpoints(run_dir / "checkpoints", config.checkpoint, layout),
         evaluators=_evaluators(config, tokenizer),
         tracker=NullTracker(),
         inflight=inflight,
@@ -272,25 +313,33 @@ def prepare(config: TrainConfig, run_dir: Path, resume: str) -> Run:
             None if machine.is_cpu else handlers(trainer, teacher, engine, machine),
             run_dir / "memory.json" if layout.is_main else None,
         ),
+        watchdog=watchdog,
     )
-    checkpoint = _checkpoint_to_resume(resume, run.checkpoints)
+    checkpoint, notes = _checkpoint_to_resume(resume, run.checkpoints)
     if checkpoint:
-        run.load_checkpoint(checkpoint)
+        notes += [f"resumed from {checkpoint}", *run.load_checkpoint(checkpoint, allow_config_change)]
+    if isinstance(source, JsonlSource) and source.skipped:
+        notes.append(f"{source.path}: {source.skipped_summary()}")
     if layout.is_main:
         run_dir.mkdir(parents=True, exist_ok=True)
         save_config(config, run_dir / "config.yaml")
         run.tracker = Tracker(run_dir, config, to_dict(config), run.finished_steps)
         if memory.on and machine.is_cpu:
             run.tracker.note("memory: a dry run on the CPU; memory.json has what a GPU would do, and nothing moves")
-        if checkpoint:
-            run.tracker.note(f"resumed after step {run.finished_steps} from {checkpoint}")
+        for note in notes:
+            run.tracker.note(note)
     return run
 
 
-def _checkpoint_to_resume(resume: str, checkpoints: Checkpoints) -> Path | None:
+def _checkpoint_to_resume(resume: str, checkpoints: Checkpoints) -> tuple[Path | None, list[str]]:
+    """The checkpoint to go on from, and what is to be said about the choice."""
     if resume == "never":
-        return None
-    return checkpoints.latest() if resume == "auto" else Path(resume)
+        return None, []
+    if resume == "auto":
+        return checkpoints.newest_good()
+    if problem := checkpoints.problem_with(Path(resume)):
+        raise UserError(f"--resume {resume}: {problem}; take --resume auto, or an earlier checkpoint")
+    return Path(resume), []
 
 
 def _evaluators(config: TrainConfig, tokenizer: Any) -> list[Evaluator]:

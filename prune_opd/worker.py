@@ -11,6 +11,7 @@ import os
 import signal
 import sys
 import time
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 
@@ -19,15 +20,17 @@ from prune_opd.errors import ConfigError, UserError
 from prune_opd.eval.run import EvalJob, evaluate_model
 from prune_opd.launcher import end_with_parent
 from prune_opd.recipe import C, load_config
+from prune_opd.survival import Interruption
 
 MAIN_RANK_SPEAKS_FIRST = 3.0  # seconds
 
 
-def train(config: TrainConfig, run_dir: Path, resume: str) -> int:
+def train(config: TrainConfig, run_dir: Path, resume: str, allow_config_change: bool = False) -> int:
     """This rank's part of a distillation run."""
+    interruption = Interruption()  # before the heavy imports: a job may be stopped while it starts
     from prune_opd.loop import train as run
 
-    return run(config, run_dir, resume)
+    return run(config, run_dir, resume, interruption, allow_config_change)
 
 
 def sft(config: SftConfig) -> int:
@@ -77,11 +80,22 @@ def run_reported(command: Callable[[], int]) -> int:
         return error.exit_code
     except KeyboardInterrupt:
         return 130
+    except Exception as error:  # a library's, or ours: say whose rank it was, in the midst of what the others say
+        traceback.print_exc()
+        brief = str(error).partition("\n")[0]
+        print(f"error: rank {os.environ.get('RANK', '0')} failed: {type(error).__name__}: {brief}", file=sys.stderr)
+        return 1
+
+
+def protect_files() -> None:
+    """Nothing that this process writes can be changed by everybody, whatever umask it was started with."""
+    os.umask(os.umask(0o077) | 0o002)
 
 
 def main(argv: list[str] | None = None) -> int:
     """Parse a command of `prune_opd.cli` and run it. Returns the exit code."""
     arguments = _parser().parse_args(argv)
+    protect_files()
     end_with_parent(signal.SIGKILL)  # the agent ends its ranks in order; one that died cannot
     return run_reported(lambda: _run(arguments))
 
@@ -89,7 +103,8 @@ def main(argv: list[str] | None = None) -> int:
 def _run(arguments: argparse.Namespace) -> int:
     match arguments.command:
         case "train":
-            return train(_config(arguments.config, TrainConfig), arguments.run_dir, arguments.resume)
+            config = _config(arguments.config, TrainConfig)
+            return train(config, arguments.run_dir, arguments.resume, arguments.allow_config_change)
         case "sft":
             return sft(_config(arguments.config, SftConfig))
         case "eval":
@@ -113,6 +128,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("config", type=Path)
     command.add_argument("--run-dir", type=Path, required=True)
     command.add_argument("--resume", default="auto")
+    command.add_argument("--allow-config-change", action="store_true")
 
     command = commands.add_parser("sft")
     command.add_argument("config", type=Path)

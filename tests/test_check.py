@@ -11,7 +11,8 @@ import pytest
 from fake_models import WORDS, tokenizer, train_config, write_model
 
 from prune_opd import check
-from prune_opd.check import HARMLESS, check_eval, check_sft, check_train, has_gpu
+from prune_opd.changes import HARMLESS
+from prune_opd.check import check_eval, check_sft, check_train, has_gpu
 from prune_opd.config import CorpusConfig, ParallelConfig, SftConfig, SftStage, TrainConfig
 from prune_opd.data.ledger import VOCABULARY
 from prune_opd.recipe import apply_overrides, load_recipe, save_config
@@ -267,6 +268,7 @@ HARMLESS_CHANGES = {
     "stop_after": "stop_after=2",
     "checkpoint": "checkpoint.every=7",
     "evaluation.every": "evaluation.every=3",
+    "survival": "survival.max_skipped=5",
     "evaluation.generations": "evaluation.generations=0",
     "memory": "memory.offload_optimizer=true",
     "rollout.bucket_mb": "rollout.bucket_mb=64",

@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from prune_opd.launcher import start_ranks
+from prune_opd.errors import REQUEUE_EXIT_CODE
+from prune_opd.launcher import ONE_WISH, start_ranks
 
 LAUNCH = """
 import os, sys
@@ -23,11 +24,14 @@ sys.exit(start_ranks(sys.argv[1:], 2, os.environ))
 WAITS = """
 import os, signal, sys, time
 from pathlib import Path
+from prune_opd.errors import REQUEUE_EXIT_CODE
 from prune_opd.launcher import end_with_parent
 end_with_parent(signal.SIGKILL)
 if sys.argv[2] == "stubborn":
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda number, frame: Path(sys.argv[1], "told" + os.environ["RANK"]).touch())
+if sys.argv[2] == "saves":
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(REQUEUE_EXIT_CODE))
 part = Path(sys.argv[1], "part" + os.environ["RANK"])
 part.write_text(str(os.getpid()))
 part.rename(Path(sys.argv[1], "rank" + os.environ["RANK"]))
@@ -123,10 +127,17 @@ def test_the_handlers_of_the_caller_come_back(tmp_path: Path) -> None:
     assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
 def test_a_signal_ends_every_rank(launched: Launched, number: signal.Signals) -> None:
     launched.process.send_signal(number)
     assert launched.process.wait(timeout=40) == 128 + number
+    wait_until(launched.all_gone)
+
+
+@pytest.mark.parametrize("launched", ["saves"], indirect=True)
+def test_ranks_that_saved_on_a_signal_say_that_the_run_goes_on(launched: Launched) -> None:
+    launched.process.send_signal(signal.SIGTERM)
+    assert launched.process.wait(timeout=40) == REQUEUE_EXIT_CODE
     wait_until(launched.all_gone)
 
 
@@ -135,6 +146,7 @@ def test_a_second_signal_does_not_wait_for_a_rank_that_takes_its_time(launched: 
     launched.process.send_signal(signal.SIGTERM)
     wait_until(lambda: (tmp_path / "told0").exists() and (tmp_path / "told1").exists())
     assert launched.process.poll() is None  # the ranks have time to save
+    time.sleep(ONE_WISH)
     launched.process.send_signal(signal.SIGTERM)
     assert launched.process.wait(timeout=10) == 128 + signal.SIGTERM
     wait_until(launched.all_gone)

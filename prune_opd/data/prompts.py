@@ -21,6 +21,7 @@ from prune_opd.errors import ConfigError
 from prune_opd.eval.answers import math_equal
 
 PROCEDURAL_SOURCES = (Ledger.name,)
+SHOWN_LINES = 10  # bad rows of a file that are named one by one
 
 Tokenizer = Any  # a Hugging Face tokenizer: importing its class takes seconds
 
@@ -88,17 +89,28 @@ class JsonlSource:
     string or a number) and "source" (a name for metrics; default: the file's). Other fields and blank lines are
     ignored. Answers are scored by math-verify on the last `\boxed{...}`.
 
+    skip_bad_rows: leave out rows that are broken, empty, longer than `max_prompt_len` or not UTF-8; `skipped` has them.
+
     Raises:
-        ConfigError: naming file and line, for the first row that is broken, empty or longer than `max_prompt_len`.
+        ConfigError: naming file and line of each bad row (the first few, and how many there are), unless they are
+            skipped; or nothing is left.
     """
 
-    def __init__(self, path: str | Path, tokenizer: Tokenizer, max_prompt_len: int | None = None) -> None:
+    def __init__(
+        self,
+        path: str | Path,
+        tokenizer: Tokenizer,
+        max_prompt_len: int | None = None,
+        *,
+        skip_bad_rows: bool = False,
+    ) -> None:
         self.path = Path(path)
         self.name = self.path.name
         self._tokenizer = tokenizer
         self._max_prompt_len = max_prompt_len
         self.prompts: list[Prompt] = []
         self.lines: list[int] = []  # line number of each prompt, from 1
+        self.skipped: dict[int, str] = {}  # line number of each bad row → what is wrong with it
         try:
             file = self.path.open("rb")  # in binary, so that only \n ends a line and a wrong encoding has a line number
         except OSError as error:
@@ -109,11 +121,14 @@ class JsonlSource:
                     continue
                 try:
                     self.prompts.append(self._prompt(line))
+                    self.lines.append(number)
                 except ConfigError as error:
-                    raise ConfigError(f"{self.path}:{number}: {error}") from error.__cause__
-                self.lines.append(number)
+                    self.skipped[number] = str(error)
+        if self.skipped and not skip_bad_rows:
+            raise ConfigError(self._refusal())
         if not self.prompts:
-            raise ConfigError(f"{self.path} has no prompts: give one JSON object a line")
+            bad = f" ({self.skipped_summary()})" if self.skipped else ""
+            raise ConfigError(f"{self.path} has no prompts{bad}: give one JSON object a line")
 
     @property
     def size(self) -> int:
@@ -124,6 +139,26 @@ class JsonlSource:
 
     def score(self, response_text: str, answer: str) -> bool:
         return math_equal(response_text, answer)
+
+    def skipped_summary(self) -> str:
+        """How many rows were bad, where, and the first reason."""
+        lines = list(self.skipped)
+        more = f" and {len(lines) - SHOWN_LINES} more" if len(lines) > SHOWN_LINES else ""
+        where = ", ".join(map(str, lines[:SHOWN_LINES]))
+        total = len(lines) + len(self.prompts)
+        return f"{len(lines)} of {total} rows are bad, lines {where}{more} (line {lines[0]}: {self.skipped[lines[0]]})"
+
+    def _refusal(self) -> str:
+        """One line for each of the first bad rows; the last one counts them if there are several."""
+        shown = list(self.skipped.items())[:SHOWN_LINES]
+        problems = [f"{self.path}:{number}: {problem}" for number, problem in shown]
+        if len(self.skipped) > 1:
+            total = len(self.skipped) + len(self.prompts)
+            problems.append(
+                f"{self.path}: {len(self.skipped)} of {total} rows are bad: correct them, or leave them out with "
+                "data.bad_rows=skip"
+            )
+        return "\n".join(problems)
 
     def _prompt(self, line: bytes) -> Prompt:
         try:
@@ -219,7 +254,7 @@ def _make_source(
                 f"data.source = {data.source!r}: there is no such file (looked for {path.absolute()}): "
                 "correct the path, or give 'ledger' for the built-in task"
             )
-        return JsonlSource(path, tokenizer, max_prompt_len)
+        return JsonlSource(path, tokenizer, max_prompt_len, skip_bad_rows=data.bad_rows == "skip")
     if path.is_file():
         raise ConfigError(f"data.source = {data.source!r} is not a .jsonl file: convert it to one JSON object a line")
     near = difflib.get_close_matches(data.source.lower(), PROCEDURAL_SOURCES, n=1)

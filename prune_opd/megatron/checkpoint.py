@@ -1,70 +1,256 @@
 """Checkpoints: student and optimizer through megatron's distributed format, everything else as readable JSON.
 
-A checkpoint is written under a temporary name and renamed when it is complete; the `latest` pointer moves last. So a
-kill at any moment leaves the last good checkpoint in place.
+    step_N.XXXX.partial/   shards (written by a child process of each rank while the next steps run)
+                           + state.json + manifest.json, each flushed to the disk
+    → step_N/              one rename, when everything is there
+    → latest               the pointer moves last
+
+So a kill at any moment leaves the last good checkpoint in place. A checkpoint is held against its manifest before it is
+loaded; a damaged one is passed over for the one before it, and the run says so.
 """
 
 from __future__ import annotations
 
 import json
-import os
+import multiprocessing
+import pickle
+import re
+import secrets
 import shutil
+import signal
+from collections.abc import Callable
+from dataclasses import dataclass
+from multiprocessing.managers import SyncManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.mapping import CheckpointingException
+from megatron.core.dist_checkpointing.strategies import filesystem_async
+from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
 from megatron.core.dist_checkpointing.validation import StrictHandling
+from torch.distributed.checkpoint.api import CheckpointException
 
+from prune_opd.config import CheckpointConfig
 from prune_opd.errors import UserError
+from prune_opd.launcher import end_with_parent
+from prune_opd.manifest import (
+    MANIFEST,
+    FileRecord,
+    damage,
+    files_of,
+    read_manifest,
+    record_durably,
+    sync_folder,
+    write_durably,
+)
 from prune_opd.megatron.layout import Layout
 
 if TYPE_CHECKING:
     from prune_opd.megatron.trainer import Trainer
 
 STATE_FILE = "state.json"
+METADATA_FILE = ".metadata"  # torch's index of the shards: a pickle
 EXTRA_STATE = "_extra_state"
 LATEST = "latest"
+PARTIAL = "step_*.partial"
+# What a pickled index may name. Anything else in it is no index but a program.
+KNOWN_CLASSES = re.compile(
+    r"(torch\.distributed\.checkpoint\.(metadata|filesystem|planner)|megatron\.core\.dist_checkpointing)\b"
+    r"|torch (Size|\w*float\w*|u?int\d+|bool)$|torch\.serialization _get_layout$|pathlib \w+$|_codecs encode$"
+    r"|collections OrderedDict$|builtins (set|list|dict|tuple)$"
+)
+
+
+@dataclass(frozen=True)
+class _Saving:
+    """A save that a child process is at."""
+
+    step: int
+    partial: Path
+    state: str  # of state.json
 
 
 class Checkpoints:
     """The `checkpoints/` folder of a run. Every method but `latest` is collective."""
 
-    def __init__(self, directory: Path, keep: int, layout: Layout):
-        self.directory, self.keep, self.layout = directory, keep, layout
+    def __init__(self, directory: Path, config: CheckpointConfig, layout: Layout):
+        self.directory, self.config, self.layout = directory, config, layout
+        self._queue = AsyncCallsQueue(persistent=False)
+        self._saving: _Saving | None = None
 
     def latest(self) -> Path | None:
-        """The newest complete checkpoint, or None in a fresh run."""
-        pointer = self.directory / LATEST
-        return self.directory / pointer.read_text().strip() if pointer.exists() else None
+        """What the pointer names; None in a fresh run, or if it cannot be read or names no folder."""
+        try:
+            name = (self.directory / LATEST).read_text(encoding="utf-8").strip()
+        except (OSError, ValueError):
+            return None
+        return self.directory / name if _step_of(name) is not None and (self.directory / name).is_dir() else None
 
-    def save(self, step: int, trainer: Trainer, state: dict[str, Any]) -> Path:
-        """Write `step_N`: the trainer's shards and `state` (JSON values), then drop checkpoints beyond `keep`."""
-        final = self.directory / f"step_{step:06d}"
-        partial = final.with_name(final.name + ".partial")
+    # ------------------------------------------------------------------------------------------------ saving
+
+    def save(self, step: int, trainer: Trainer, state: dict[str, Any]) -> None:
+        """Begin to write `step_N`: the trainer's shards and `state` (JSON values). Waits for the save before it.
+
+        The tensors are those of this moment: training may go on at once. Raises `UserError` on every rank when the disk
+        refuses, here or (asynchronous) from `poll` or `finish`; the last good checkpoint is then as it was.
+        """
+        self.finish()
+        text = json.dumps({"step": step, **state}, indent=1)
+        name = f"step_{step:06d}.{secrets.token_hex(4)}.partial"
+        partial = self.directory / self._together(lambda: name)[0]  # a name of its own: a killed save may still write
+        self._together(lambda: self._make_room(partial) if self.layout.is_main else None, partial)
+        _results_end_with_us()
+        try:
+            request = dist_checkpointing.save(
+                trainer.sharded_state(loading=False), str(partial), async_sharded_save=True
+            )
+        except (OSError, RuntimeError) as error:  # of rank 0, which writes what has no shards
+            raise self._failure(partial, str(error)) from error
+        self._queue.schedule_async_request(request)
+        self._saving = _Saving(step, partial, text)
+        if not self.config.asynchronous:
+            self.finish()
+
+    def poll(self) -> None:
+        """Complete the save under way if every rank has written its part. Costs a reduction of one number."""
+        if self._saving and self._written(blocking=False):
+            self._complete(self._saving)
+
+    def finish(self) -> None:
+        """Wait for the save under way and complete it."""
+        if self._saving and self._written(blocking=True):
+            self._complete(self._saving)
+
+    def _written(self, blocking: bool) -> bool:
+        assert self._saving is not None
+        try:
+            return bool(self._queue.maybe_finalize_async_calls(blocking=blocking))
+        except (OSError, CheckpointException, CheckpointingException) as error:
+            partial, self._saving = self._saving.partial, None
+            raise self._failure(partial, _reasons(error)) from error
+
+    def _complete(self, saving: _Saving) -> None:
+        """Every byte of the shards is written: describe them, rename, move the pointer."""
+        self._saving = None
+        partial, main = saving.partial, self.layout.is_main
+        self._together(lambda: write_durably(partial / STATE_FILE, saving.state) if main else None, partial)
+        names = self._together(lambda: files_of(partial) if main else [], partial)[0]
+        mine = names[self.layout.rank :: self.layout.world]
+        shares: list[dict[str, FileRecord]] = self._together(
+            lambda: {name: record_durably(partial / name) for name in mine}, partial
+        )
+        files = {name: record for share in shares for name, record in share.items()}
+        self._together(lambda: self._publish(saving, files) if main else None, partial)
+
+    def _make_room(self, partial: Path) -> None:
+        """Remove what killed saves have left, and make the folder of this one."""
+        self.directory.mkdir(parents=True, exist_ok=True)
+        for leftover in (*self.directory.glob(PARTIAL), *self.directory.glob("step_*.replaced")):
+            shutil.rmtree(leftover, ignore_errors=True)
+        partial.mkdir()
+
+    def _publish(self, saving: _Saving, files: dict[str, FileRecord]) -> None:
+        partial = saving.partial
+        write_durably(partial / MANIFEST, json.dumps({"step": saving.step, "files": files}, indent=1, sort_keys=True))
+        sync_folder(partial)
+        final = self.directory / f"step_{saving.step:06d}"
+        replaced = final.with_name(final.name + ".replaced")
+        if final.exists():  # a step that was trained again: `latest` may point to it, so it goes in one move
+            final.rename(replaced)
+        partial.rename(final)
+        sync_folder(self.directory)
+        pointer = self.directory / (LATEST + ".partial")
+        write_durably(pointer, final.name)
+        pointer.rename(self.directory / LATEST)
+        sync_folder(self.directory)
+        shutil.rmtree(replaced, ignore_errors=True)
+        for old in self._superseded(final):
+            shutil.rmtree(old)
+
+    def _superseded(self, final: Path) -> list[Path]:
+        """What goes now that `final` is there: all but the newest `keep`, and but each `keep_every`-th step.
+
+        Steps beyond `final` are of a continuation that was given up: they never push the new one out.
+        """
+        every = self.config.keep_every
+        others = [path for path in self._complete_ones() if path != final]
+        passing = [path for path in others if not (every and (_step_of(path.name) or 0) % every == 0)]
+        return passing[: max(0, len(passing) - (self.config.keep - 1))]
+
+    def _complete_ones(self) -> list[Path]:
+        return sorted(
+            (p for p in self.directory.glob("step_*") if _step_of(p.name) is not None), key=_minus, reverse=True
+        )
+
+    def _failure(self, partial: Path, reason: str) -> UserError:
         if self.layout.is_main:
-            shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir(parents=True)
-        dist.barrier()
-        dist_checkpointing.save(trainer.sharded_state(loading=False), str(partial))
-        if self.layout.is_main:
-            _write_durably(partial / STATE_FILE, json.dumps({"step": step, **state}, indent=1))
-            replaced = final.with_name(final.name + ".replaced")
-            shutil.rmtree(replaced, ignore_errors=True)
-            if final.exists():  # a step that was trained again: `latest` may point to it, so it goes in one move
-                final.rename(replaced)
-            partial.rename(final)
-            shutil.rmtree(replaced, ignore_errors=True)
-            pointer = self.directory / (LATEST + ".partial")
-            _write_durably(pointer, final.name)
-            pointer.rename(self.directory / LATEST)
-            # Steps beyond this one are of a continuation that was given up: never drop the new one in favour of them.
-            others = sorted(path for path in self.directory.glob("step_??????") if path != final)
-            for old in others[: max(0, len(others) - (self.keep - 1))]:
-                shutil.rmtree(old)
-        dist.barrier()
-        return final
+            shutil.rmtree(partial, ignore_errors=True)  # a disk that is full needs the room
+        last = self.latest()
+        kept = f"the last good one, {last.name}, is untouched" if last else "there was none before it"
+        step = _step_of(partial.name.partition(".")[0])
+        return UserError(
+            f"the checkpoint of step {step} could not be written to {self.directory} ({reason}); {kept}: "
+            "put the disk right and run the same command again"
+        )
+
+    def _together(self, work: Callable[[], Any], partial: Path | None = None) -> list[Any]:
+        """What `work` gives on each rank. If the disk refused on one, `UserError` on all of them."""
+        mine: tuple[Any, str | None]
+        try:
+            mine = (work(), None)
+        except OSError as error:
+            mine = (None, str(error))
+        everyone: list[Any] = [None] * self.layout.world
+        dist.all_gather_object(everyone, mine)
+        failed = [f"rank {rank}: {error}" for rank, (_, error) in enumerate(everyone) if error]
+        if failed:
+            raise self._failure(partial or self.directory, "; ".join(failed))
+        return [found for found, _ in everyone]
+
+    # ------------------------------------------------------------------------------------------------ loading
+
+    def newest_good(self) -> tuple[Path | None, list[str]]:
+        """The checkpoint to go on from, and what was wrong with those that were passed over. None in a fresh run.
+
+        The pointer's comes first, then the ones before it, newest first. Raises `UserError` if none can be used.
+        """
+        pointed: Path | None
+        found: list[Path]
+        pointed, found = self._together(lambda: (self.latest(), self._complete_ones()))[0]
+        order = sorted(found, key=lambda path: (pointed is not None and _minus(path) < _minus(pointed), _minus(path)))
+        notes = []
+        if found and pointed is None:
+            notes.append(f"{self.directory / LATEST} is missing or cannot be read: looking for the newest checkpoint")
+        for path in order:
+            problem = self.problem_with(path)
+            if problem is None:
+                return path, notes
+            notes.append(f"{path.name} is damaged and passed over: {problem}")
+        if found:
+            raise UserError(
+                f"{self.directory} has no checkpoint that can be used ({'; '.join(notes)}): restore one, or start "
+                "anew in another --run-dir"
+            )
+        return None, notes
+
+    def problem_with(self, checkpoint: Path) -> str | None:
+        """What is wrong with a checkpoint's files; None if they are as they were written. Each rank reads a share."""
+
+        def names() -> tuple[dict[str, FileRecord], str | None]:
+            try:
+                return read_manifest(checkpoint), None
+            except ValueError as error:
+                return {}, str(error)
+
+        files, problem = self._together(names)[0]
+        if problem:
+            return problem
+        mine = sorted(files)[self.layout.rank :: self.layout.world]
+        problems = self._together(lambda: [p for name in mine if (p := damage(checkpoint, name, files[name]))])
+        return "; ".join(p for share in problems for p in share) or None
 
     def load(self, checkpoint: Path, trainer: Trainer) -> dict[str, Any]:
         """Restore the trainer in this run's layout and return the rest. Raises `UserError` for an incomplete one."""
@@ -79,6 +265,7 @@ def load_shards(wanted: dict[str, Any], checkpoint: Path) -> dict[str, Any]:
     Transformer Engine's modules ask for an `_extra_state` (FP8 scales) that a checkpoint written without it does not
     have, and do without. Raises `UserError` if anything else is not there.
     """
+    refuse_programs(checkpoint / METADATA_FILE)
     state, _, lacking = dist_checkpointing.load(wanted, str(checkpoint), strict=StrictHandling.RETURN_UNEXPECTED)
     lost = sorted(key for key in lacking if EXTRA_STATE not in key)
     if lost:
@@ -106,8 +293,49 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
     return json.loads(path.read_text())
 
 
-def _write_durably(path: Path, text: str) -> None:
-    with path.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
+class _IndexOnly(pickle.Unpickler):
+    """Reads the index of the shards and no other pickle."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if not KNOWN_CLASSES.match(f"{module} {name}"):
+            raise pickle.UnpicklingError(f"it names {module}.{name}")
+        return super().find_class(module, name)
+
+
+def refuse_programs(index: Path) -> None:
+    """torch reads the index of a checkpoint with `pickle`, which runs what it is told to: look at it first.
+
+    Raises `UserError` if it names anything but the classes of an index.
+    """
+    try:
+        with index.open("rb") as file:
+            _IndexOnly(file).load()
+    except OSError as error:
+        raise UserError(f"{index} cannot be read ({error.strerror}): the checkpoint is incomplete") from error
+    except (pickle.UnpicklingError, EOFError, AttributeError, ImportError, ValueError) as error:
+        raise UserError(f"{index} is not the index of a checkpoint ({error}): it is not read") from error
+
+
+def _results_end_with_us() -> None:
+    """megatron's process that hands on what the writers did would outlive a rank that was killed."""
+    if filesystem_async._results_queue is None:
+        manager = SyncManager(ctx=multiprocessing.get_context("spawn"))
+        manager.start(initializer=end_with_parent, initargs=(signal.SIGKILL,))
+        filesystem_async._results_queue = manager.Queue()
+
+
+def _reasons(error: BaseException) -> str:
+    """The writers' own words out of torch's bundle of exceptions by rank (which only rank 0 has)."""
+    failures = getattr(error, "failures", None) or {}
+    said = dict.fromkeys(str(failure[0]).partition("\n")[0] for failure in failures.values())
+    return "; ".join(said) or ("rank 0 has the reason" if isinstance(error, CheckpointException) else str(error))
+
+
+def _step_of(name: str) -> int | None:
+    """The step of a complete checkpoint's name; None for any other name."""
+    match = re.fullmatch(r"step_(\d{6,})", name)
+    return int(match[1]) if match else None
+
+
+def _minus(path: Path) -> int:
+    return -(_step_of(path.name) or 0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -25,6 +26,7 @@ from prune_opd.megatron.packing import PackedBatch
 from prune_opd.megatron.schedule import forward, forward_backward
 from prune_opd.model_spec import ModelSpec
 from prune_opd.precision import NO_FP8, ddp_arguments, optimizer_arguments, transformer_arguments
+from prune_opd.rollout.batch import Rollouts
 
 # (model, batch, hidden_NH of all its tokens) -> (loss summed over its tokens, number of tokens)
 LossFunction = Callable[[HiddenStatesGPT, PackedBatch, Tensor], tuple[Tensor, int]]
@@ -38,11 +40,26 @@ RECOMPUTE: dict[str, dict[str, Any]] = {
 
 
 @dataclass(frozen=True)
+class NotFinite:
+    """Where an update went wrong: a NaN or an infinity on one rank, before it is summed up over the others."""
+
+    rank: int
+    what: str  # loss | gradient
+    rows: tuple[int, ...]  # of the batch: those of the rank's first bad micro-batch, or all that the rank trained on
+
+    def describe(self, rollouts: Rollouts) -> str:
+        prompts = ", ".join(str(i) for i in dict.fromkeys(rollouts.prompts[row].index for row in self.rows))
+        return f"the {self.what} is not finite on rank {self.rank} (batch rows {_runs(self.rows)}; prompts {prompts})"
+
+
+@dataclass(frozen=True)
 class StepResult:
     loss: float  # global token mean
     tokens: int  # in the global batch
     grad_norm: float  # before clipping
     lr: float
+    updates: int = 1  # that were made
+    skipped: tuple[tuple[NotFinite, ...], ...] = ()  # why, for each update that was not made
 
 
 class Trainer:
@@ -106,7 +123,8 @@ class Trainer:
             wd_incr_steps=total_steps,
             wd_incr_style="constant",
         )
-        config.finalize_model_grads_func = finalize_model_grads
+        config.finalize_model_grads_func = self._finalize_grads
+        self._finite_grads = True
         config.grad_scale_func = self.optimizer.scale_loss
 
     def step(self, batches: Sequence[PackedBatch], loss: LossFunction) -> StepResult:
@@ -116,18 +134,22 @@ class Trainer:
     def step_through(self, minibatches: Sequence[Sequence[PackedBatch]], loss: LossFunction) -> StepResult:
         """One update from each minibatch, all at the step's learning rate: the schedule counts steps.
 
-        Loss and tokens are those of the whole, the gradient norm is the mean of the updates'.
+        Loss and tokens are those of the whole, the gradient norm is the mean of the updates'. An update whose loss or
+        gradient is not finite on any rank is left out on all of them: weights and optimizer stay as they are.
         """
         self.schedule.step(increment=1)
         updates = [self._update(batches, loss) for batches in minibatches]
         if len(updates) == 1:
             return updates[0]
+        made = [update for update in updates if update.updates] or updates
         tokens = sum(update.tokens for update in updates)
         return StepResult(
-            loss=sum(update.loss * update.tokens for update in updates) / max(tokens, 1),
+            loss=sum(update.loss * update.tokens for update in made) / max(sum(update.tokens for update in made), 1),
             tokens=tokens,
-            grad_norm=sum(update.grad_norm for update in updates) / len(updates),
+            grad_norm=sum(update.grad_norm for update in made) / len(made),
             lr=updates[0].lr,
+            updates=sum(update.updates for update in updates),
+            skipped=tuple(reason for update in updates for reason in update.skipped),
         )
 
     @property
@@ -143,15 +165,38 @@ class Trainer:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
         reports = forward_backward(self.ddp, self.layout.student, batches, partial(_forward_step, loss))
-        total = torch.zeros(2, dtype=torch.float64, device=self.device)
+        problem = self._not_finite(batches, reports)
+        total = torch.zeros(3, dtype=torch.float64, device=self.device)
         if self.layout.counts:
-            total = torch.stack(reports).sum(0)
+            total[:2] = torch.stack(reports).sum(0)
+        total[2] = problem is not None
         dist.all_reduce(total)
+        loss_sum, tokens, problems = total.tolist()
+        loss_mean, lr = loss_sum / max(tokens, 1), self.optimizer.param_groups[0]["lr"]
+        if problems:
+            everyone: list[Any] = [None] * self.layout.world
+            dist.all_gather_object(everyone, problem)
+            reasons = tuple(reason for reason in everyone if reason)
+            return StepResult(loss_mean, int(tokens), math.nan, lr, updates=0, skipped=(reasons,))
         _, grad_norm, _ = self.optimizer.step()
-        loss_sum, tokens = total.tolist()
-        return StepResult(
-            loss_sum / max(tokens, 1), int(tokens), float(grad_norm), self.optimizer.param_groups[0]["lr"]
-        )
+        return StepResult(loss_mean, int(tokens), float(grad_norm), lr)
+
+    def _finalize_grads(self, *args: Any, **kwargs: Any) -> None:
+        """megatron-core's reduction of the gradients, and before it a look at this rank's own."""
+        buffers = [buffer for chunk in self.ddp for buffer in (*chunk.buffers, *chunk.expert_parallel_buffers)]
+        largest = torch.stack([torch.linalg.vector_norm(buffer.grad_data, torch.inf) for buffer in buffers])
+        self._finite_grads = bool(largest.isfinite().all())
+        finalize_model_grads(*args, **kwargs)
+
+    def _not_finite(self, batches: Sequence[PackedBatch], reports: Sequence[Tensor]) -> NotFinite | None:
+        """What is wrong on this rank. The loss says in which micro-batch; the gradient is that of all of them."""
+        rank = self.layout.rank
+        for batch, report in zip(batches, reports, strict=False):  # no reports but on the last stage
+            if not report[0].isfinite():
+                return NotFinite(rank, "loss", tuple(batch.rows))
+        if not self._finite_grads:
+            return NotFinite(rank, "gradient", tuple(row for batch in batches for row in batch.rows))
+        return None
 
     def sharded_state(self, *, loading: bool) -> dict[str, Any]:
         """Model and optimizer for megatron's distributed checkpoint, in whatever layout this run has."""
@@ -180,3 +225,11 @@ def _forward_step(
         return loss_sum, loss_sum.new_tensor(tokens, dtype=torch.int32), report
 
     return hidden_NH, of_hidden
+
+
+def _runs(rows: Sequence[int]) -> str:
+    """Row numbers in short: 3-7, 9."""
+    first_of: dict[int, list[int]] = {}
+    for place, row in enumerate(sorted(rows)):
+        first_of.setdefault(row - place, []).append(row)
+    return ", ".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in first_of.values())

@@ -78,6 +78,8 @@ class RolloutEngine:
 
             self.llm: Any = LLM(
                 model=model_dir,
+                load_format="safetensors",  # a pickle is a program
+                trust_remote_code=False,
                 dtype=str(dtype).removeprefix("torch."),
                 max_model_len=max_model_len,
                 max_num_seqs=rollout.max_num_seqs,

@@ -64,6 +64,7 @@ METRICS: dict[str, str] = {
     " ratio [0..1]",
     "grad_norm": "norm of the gradient before clipping [1]",
     "lr": "learning rate of the step [1]",
+    "updates_skipped": "updates of the step that were left out because a loss or gradient was not finite [count]",
     "time_sync": "moving the student's weights into the rollout engine [s]",
     "time_rollout": "generating the responses [s]",
     "time_teacher": "the teacher's forward pass [s]",

@@ -168,6 +168,37 @@ def test_failing_chat_template_is_reported_with_file_and_line(tokenizer: Any, tm
         JsonlSource(path, tokenizer)
 
 
+def bad_file(path: Path) -> Path:
+    lines = [
+        json.dumps(GOOD).encode(),
+        b'{"prompt": "broken',
+        b'{"prompt": " "}',
+        '{"prompt": "caf\xe9"}'.encode("latin-1"),
+    ]
+    path.write_bytes(b"\n".join([*lines, json.dumps(GOOD).encode()]))
+    return path
+
+
+def test_all_bad_rows_are_named_and_counted(tokenizer: Any, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError) as refusal:
+        JsonlSource(bad_file(tmp_path / "bad.jsonl"), tokenizer)
+    *rows, count = str(refusal.value).splitlines()
+    assert [row.partition(": ")[0].rpartition(":")[2] for row in rows] == ["2", "3", "4"]
+    assert count.endswith("3 of 5 rows are bad: correct them, or leave them out with data.bad_rows=skip")
+
+
+def test_bad_rows_can_be_skipped_and_are_remembered_by_line(tokenizer: Any, tmp_path: Path) -> None:
+    source = JsonlSource(bad_file(tmp_path / "bad.jsonl"), tokenizer, skip_bad_rows=True)
+    assert (source.size, source.lines, list(source.skipped)) == (2, [1, 5], [2, 3, 4])
+    assert source.get(1).index == 1
+    assert source.skipped_summary().startswith("3 of 5 rows are bad, lines 2, 3, 4 (line 2: not valid JSON")
+
+
+def test_a_file_of_which_nothing_is_left_is_refused(tokenizer: Any, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"has no prompts \(1 of 1 rows are bad, lines 1 "):
+        JsonlSource(write(tmp_path / "bad.jsonl", {"prompt": ""}), tokenizer, skip_bad_rows=True)
+
+
 def test_empty_file_is_refused(tokenizer: Any, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="has no prompts"):
         JsonlSource(write(tmp_path / "empty.jsonl", "", ""), tokenizer)

@@ -83,7 +83,7 @@ def build_run(config: TrainConfig, layout: Any, run_dir: Path) -> Any:
         engine=None,
         sampler=PromptSampler(source, config.seed, config.data.shuffle),
         controller=make_controller(config.horizon),
-        checkpoints=Checkpoints(run_dir / "checkpoints", config.checkpoint.keep, layout),
+        checkpoints=Checkpoints(run_dir / "checkpoints", config.checkpoint, layout),
         evaluators=[],
         tracker=NullTracker(),
     )
@@ -112,7 +112,9 @@ def train_step(run: Any, rollouts: Rollouts) -> dict[str, Any]:
         run.trainer.look(batches, loss)
     result = run.trainer.step_through(minibatches, loss)
     stats.reduce(run.layout.reports)
-    run.controller.update(stats.reliable_length_B, rollouts.length_B, rollouts.finished_B)
+    run.check_updates(result, rollouts)
+    if result.updates:
+        run.controller.update(stats.reliable_length_B, rollouts.length_B, rollouts.finished_B)
     run.finished_steps += 1
     return {
         **stats.record(),
@@ -121,6 +123,7 @@ def train_step(run: Any, rollouts: Rollouts) -> dict[str, Any]:
         "grad_norm": result.grad_norm,
         "lr": result.lr,
         "tokens": result.tokens,
+        "updates": result.updates,
         "microbatches": len(batches),
         "horizon": run.controller.horizon,
     }

@@ -9,7 +9,9 @@ model and optimizer as OUT/*.safetensors.
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import random
 import shutil
 import sys
@@ -24,6 +26,7 @@ from torch import Tensor
 
 from prune_opd import platform
 from prune_opd.config import CheckpointConfig, OptimizerConfig, ParallelConfig
+from prune_opd.errors import UserError
 from prune_opd.rollout.batch import Response, Rollouts
 from tests.distributed.tiny_run import build_run, made_up_rollouts, train_config, train_step
 
@@ -82,30 +85,43 @@ def draws() -> list[float]:
     return [random.random(), float(np.random.rand()), torch.rand(()).item()]
 
 
+def disk_full(path: Path) -> Any:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+
+
+def save(run: Any, step: int) -> None:
+    run.checkpoints.save(step, run.trainer, {})
+    run.checkpoints.finish()
+
+
 def failed_saves(run: Any) -> dict[str, Any]:
     """Saves that break off: while the checkpoint is written, and when it is complete but `latest` has not moved."""
-    checkpoints, trainer = run.checkpoints, run.trainer
+    from prune_opd.megatron import checkpoint
+
+    checkpoints = run.checkpoints
     last = str(checkpoints.latest())
     steps = []
+    record_durably, checkpoint.record_durably = checkpoint.record_durably, disk_full
     try:
-        checkpoints.save(90, trainer, {"no JSON": object()})
-    except TypeError:
-        steps.append("no state.json")
-    leftover = (checkpoints.directory / "step_000090.partial").is_dir()
+        save(run, 90)
+    except UserError as error:
+        steps.append(str(error))
+    checkpoint.record_durably = record_durably
+    leftover = list(checkpoints.directory.glob("*.partial"))
     no_file = checkpoints.directory / "latest.partial"
     no_file.mkdir()
     try:
-        checkpoints.save(91, trainer, {})
-    except IsADirectoryError:
-        steps.append("no pointer")
+        save(run, 91)
+    except UserError as error:
+        steps.append(str(error))
     no_file.rmdir()
     complete = (checkpoints.directory / "step_000091" / "state.json").is_file()
     kept = str(checkpoints.latest()) == last
-    checkpoints.save(90, trainer, {})  # over the leftover, and with a later step in the folder
+    save(run, 90)  # over the leftover, and with a later step in the folder
     latest = str(checkpoints.latest())
     return {
         "raised": steps,
-        "leftover": leftover,
+        "leftover": len(leftover),
         "complete": complete,
         "latest stayed": kept,
         "latest": Path(latest).name,
@@ -133,12 +149,15 @@ def main(models: Path, out: Path, tensor_parallel: int, other: Path | None) -> N
         (junk / "state.json").write_text("left over from a kill")
     dist.barrier()
     run.save_checkpoint()
+    states["saved"] = whole_state(run.trainer)
+    results["while it is written"] = [str(run.checkpoints.latest()), run.checkpoints._saving is not None]
+    results["unbroken"] = [draws(), made_up_step(run)]  # the child that writes must not see this step
+    run.checkpoints.finish()
     saved = run.checkpoints.latest()
     results["saved"] = [saved.name, sorted(path.name for path in run.checkpoints.directory.iterdir())]
-    states["saved"] = whole_state(run.trainer)
     if layout.is_main:
         shutil.copytree(saved, out / COPY)  # for another layout; `keep` drops the original below
-    results["unbroken"] = [draws(), *(made_up_step(run) for _ in range(AFTER))]
+    results["unbroken"] += [made_up_step(run) for _ in range(AFTER - 1)]
     states["unbroken"] = whole_state(run.trainer)
 
     resumed = fresh_run(models, out, layout)
@@ -151,6 +170,7 @@ def main(models: Path, out: Path, tensor_parallel: int, other: Path | None) -> N
     for step in (4, 4, 6):  # 4 twice: a step that is trained again replaces its checkpoint
         resumed.finished_steps = step
         resumed.save_checkpoint()
+    resumed.checkpoints.finish()
     results["kept"] = sorted(path.name for path in run.checkpoints.directory.iterdir())
     results["latest"] = str(run.checkpoints.latest().name)
     if layout.world == 1:

@@ -1,0 +1,107 @@
+"""Small real runs of two ranks (megatron student and teacher, vLLM) in which something goes wrong."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from prune_opd.config import CheckpointConfig, DataConfig, EvalConfig, RolloutConfig, TrackConfig, TrainConfig
+from prune_opd.data.ledger import Ledger
+from prune_opd.recipe import save_config
+from tests.distributed import tiny_run
+
+WORKER = Path(__file__).with_name("worker_run.py")
+LAUNCH = """
+import os, sys
+from prune_opd.launcher import start_ranks
+sys.exit(start_ranks(sys.argv[1:], 2, os.environ))
+"""
+STEPS = 10
+
+
+BAD_LINES = {3: b'{"prompt": "broken', 6: b'{"prompt": "  "}', 8: None, 11: '{"prompt": "caf\xe9"}'.encode("latin-1")}
+
+
+def write_prompts(path: Path) -> Path:
+    """Twelve good rows and four bad ones: broken JSON, an empty prompt, one that is too long, one that is not UTF-8."""
+    task, good = Ledger(4, 8), iter(range(100))
+    lines = []
+    for number in range(1, 17):
+        line = BAD_LINES.get(number, b"")
+        if not line:
+            text = task.problem(0, next(good), "train").prompt
+            line = json.dumps({"prompt": " ".join([text] * 9) if number in BAD_LINES else text}).encode()
+        lines.append(line)
+    path.write_bytes(b"\n".join(lines) + b"\n")
+    return path
+
+
+def config_of(models: Path, bad_rows: str = "skip") -> TrainConfig:
+    prompts = models / "prompts.jsonl"
+    return tiny_run.train_config(
+        models,
+        tensor=2,
+        steps=STEPS,
+        rollout=RolloutConfig(prompts=4, responses=1, max_prompt_len=96, kv_cache_gb=0.1),
+        data=DataConfig(source=str(prompts), bad_rows=bad_rows),
+        checkpoint=CheckpointConfig(every=1, keep=3, export_hf=False),
+        evaluation=EvalConfig(problems=0),
+        track=TrackConfig(wandb="disabled", position_bins=4),
+    )
+
+
+@dataclass(frozen=True)
+class Ended:
+    code: int
+    output: str  # stdout and stderr
+
+
+class Launch:
+    """A run in the background, with one fault. Give it time with `ended`, which leaves nothing behind."""
+
+    def __init__(
+        self, config: TrainConfig, run_dir: Path, fault: str = "none", step: int = 0, rank: int = 0, **env: str
+    ) -> None:
+        resolved = run_dir.with_name(run_dir.name + ".yaml")
+        save_config(config, resolved)
+        self.reached = run_dir.with_name("reached")
+        command = [sys.executable, "-c", LAUNCH, str(WORKER), fault, str(step), str(rank), "--"]
+        self.process = subprocess.Popen(
+            [*command, "train", str(resolved), "--run-dir", str(run_dir)],
+            env={**os.environ, "OMP_NUM_THREADS": "1", "FAULT_REACHED": str(self.reached), **env},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+
+    def ended(self, timeout: float = 120.0) -> Ended:
+        try:
+            output, _ = self.process.communicate(timeout=timeout)
+        except subprocess.TimeoutExpired:
+            for agent in psutil.Process(self.process.pid).children():
+                agent.kill()  # and the kernel its ranks
+            self.process.kill()
+            output, _ = self.process.communicate()
+            raise AssertionError(f"not done after {timeout:g} s\n{output}") from None
+        return Ended(self.process.returncode, output)
+
+
+def records(run_dir: Path) -> list[dict[str, Any]]:
+    """metrics.jsonl without what depends on the clock."""
+    lines = (run_dir / "metrics.jsonl").read_text().splitlines()
+    return [{k: v for k, v in json.loads(line).items() if not k.startswith("time_")} for line in lines]
+
+
+def latest(run_dir: Path) -> str:
+    return (run_dir / "checkpoints" / "latest").read_text()
+
+
+def quick_watchdog(config: TrainConfig, seconds: float) -> TrainConfig:
+    return replace(config, survival=replace(config.survival, watchdog_minutes=seconds / 60))
