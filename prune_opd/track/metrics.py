@@ -248,6 +248,9 @@ class Summary:
     tokens_generated: int
     tokens_full: int | None  # estimate, over the steps that have one
     saved: float | None  # 1 - generated / full over those steps: an estimate, below zero if nothing was saved
+    stopped: int  # responses that the in-flight gate stopped
+    tokens_avoided: int  # estimate: what those would still have cost
+    teacher_tokens_inflight: int
     padding: tuple[float, float] | None  # mean share of padding: rows padded to the longest, and packed
     seconds: float
     phases: dict[str, float]  # label -> seconds: the phases, other, evaluation; those that took no time are left out
@@ -267,6 +270,9 @@ def summarise(steps: list[Record], evaluations: list[Record]) -> Summary:
         tokens_generated=int(total(steps, "tokens_generated")),
         tokens_full=round(full) if estimated else None,
         saved=1 - total(estimated, "tokens_generated") / full if estimated else None,
+        stopped=int(total(steps, "pruned_inflight")),
+        tokens_avoided=round(total(steps, "tokens_avoided")),
+        teacher_tokens_inflight=int(total(steps, "teacher_tokens_inflight")),
         padding=_padding(steps),
         seconds=sum(phases.values()),
         phases={label: seconds for label, seconds in phases.items() if seconds > 0},
