@@ -9,7 +9,7 @@ ifdef PYTHON
 export PYTHON
 endif
 
-.PHONY: help setup tiny-models quickstart test setup-te-test lint format check setup-bench bench-loss bench-packing bench-reshard bench-fp8-noise soak clean
+.PHONY: help setup tiny-models quickstart test setup-te-test lint format check setup-bench bench-loss bench-packing bench-reshard bench-fp8-noise bench-peers soak clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-15s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -57,6 +57,9 @@ bench-reshard: setup ## Measure the weight stream against bare collectives and t
 
 bench-fp8-noise: tiny-models ## Count the drift events that FP8 noise alone makes: bench/fp8-noise.json
 	$(BIN)/prune-opd bench fp8-noise
+
+bench-peers: setup-bench tiny-models ## Measure our training step against TRL's: bench/peers.json (about 4 minutes)
+	$(BIN)/prune-opd bench peers
 
 soak: tiny-models ## Kill and resume a run of 300 steps, compare it with one left alone: runs/soak/soak.json (about 15 minutes)
 	$(BIN)/python scripts/soak.py

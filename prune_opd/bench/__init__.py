@@ -18,7 +18,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from prune_opd.bench import compare_loss, fp8_noise, inflight, packing, reshard
+from prune_opd.bench import compare_loss, fp8_noise, inflight, packing, peers, reshard
 from prune_opd.errors import ConfigError
 
 BENCHMARKS: dict[str, Callable[..., int]] = {
@@ -27,6 +27,7 @@ BENCHMARKS: dict[str, Callable[..., int]] = {
     "reshard": reshard.run,
     "fp8-noise": fp8_noise.run,
     "inflight": inflight.run,
+    "peers": peers.run,
 }
 
 Out = Annotated[Path, typer.Option(metavar="DIR", help="Where NAME.json goes.")]
