@@ -6,11 +6,9 @@ prompts ─ sampler ─▶ rollout (vLLM, at most `horizon` tokens) ─▶ teach
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
+from prune_opd.clock import PhaseClock
 from prune_opd.config import TrainConfig
 from prune_opd.errors import REQUEUE_EXIT_CODE
 from prune_opd.eval.evaluate import evaluation_record
@@ -39,7 +37,7 @@ def train(
             # Evaluate first: a kill between the two then repeats steps, and no evaluation is lost.
             if done == config.steps or _due(done, config.evaluation.every):
                 evaluate(run)
-            if interrupted or done == last or _due(done, config.checkpoint.every):
+            if interrupted or (done == last and config.checkpoint.last) or _due(done, config.checkpoint.every):
                 run.save_checkpoint()
         run.enter("checkpoint")
         run.checkpoints.finish()
@@ -102,42 +100,11 @@ def evaluate(run: Run) -> None:
     run.sync_weights()
     run.enter("evaluation")
     generations = run.run_dir / "generations" if run.layout.is_main else None
-    keep = run.config.evaluation.generations
-    record = evaluation_record(run.engine, run.evaluators, run.finished_steps, generations, keep)
+    settings, done = run.config.evaluation, run.finished_steps
+    problems = None if done == run.config.steps else settings.problems_between
+    record = evaluation_record(run.engine, run.evaluators, done, generations, settings.generations, problems)
     run.full_response_length = record["eval_response_length"]
     run.tracker.evaluation(record)
-
-
-class PhaseClock:
-    """Seconds by phase, device work included, and with what the phase brings to the device or takes from it.
-
-    `cpu_*` beside `time_*` are the CPU seconds of this process (all threads): on a busy machine they still hold.
-    """
-
-    def __init__(self, run: Run):
-        self.machine, self.enter = run.machine, run.enter
-        self.started = self._now()
-        self.seconds: dict[str, float] = {}
-
-    @contextmanager
-    def __call__(self, phase: str) -> Iterator[None]:
-        begin = self._now()
-        self.enter(phase)
-        yield
-        self.machine.synchronize()
-        self._stop(phase, begin)
-
-    def record(self) -> dict[str, float]:
-        self._stop("step", self.started)
-        return self.seconds
-
-    def _stop(self, phase: str, begin: tuple[float, float]) -> None:
-        wall, cpu = self._now()
-        self.seconds |= {f"time_{phase}": wall - begin[0], f"cpu_{phase}": cpu - begin[1]}
-
-    @staticmethod
-    def _now() -> tuple[float, float]:
-        return time.perf_counter(), time.process_time()
 
 
 def _due(step: int, every: int) -> bool:

@@ -18,7 +18,7 @@ from prune_opd.data.prompts import JsonlSource, Prompt, PromptSampler, make_sour
 from prune_opd.dealing import Deal, deal, packing_record, padded_size
 from prune_opd.errors import ConfigError, UserError
 from prune_opd.eval.evaluate import Evaluator, Sampling, make_evaluator
-from prune_opd.horizon import HorizonController, make_controller
+from prune_opd.horizon import HorizonController, make_controller, response_limits
 from prune_opd.inflight import InflightGate
 from prune_opd.memory import MemoryPhases
 from prune_opd.precision import rollout_format
@@ -103,13 +103,13 @@ class Run:
 
     def generate(self, prompts: Sequence[Prompt], horizon: int, step: int) -> Rollouts:
         """The step's rollouts. The in-flight gate, if there is one, stops drifting responses on the way."""
-        rollout = self.config.rollout
+        rollout, rows = self.config.rollout, len(prompts) * self.config.rollout.responses
         if self.inflight is not None:
             self.enter("inflight")
         return self.engine.generate(
             prompts,
             rollout.responses,
-            max_tokens=horizon,
+            max_tokens=response_limits(self.config.horizon, horizon, rows, self.config.seed, step),
             seed=self.config.seed,
             step=step,
             temperature=rollout.temperature,
