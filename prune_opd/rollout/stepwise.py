@@ -207,9 +207,18 @@ def run_watched(loop: StepLoop, start: Callable[[], None], watch: Watch, engine_
 
 
 def _meet(report: _Report) -> list[_Report]:
-    """The reports of all ranks; UserError where one has failed or an engine's ranks have come apart."""
+    """The reports of all ranks; UserError where one has failed or an engine's ranks have come apart.
+
+    An engine of several ranks whose one rank fails in the middle of a step keeps the others inside it: nobody comes to
+    the meeting. The collective's time limit then ends it, and the rank that failed says why.
+    """
     everyone: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, report)
+    try:
+        dist.all_gather_object(everyone, report)
+    except RuntimeError as timeout:
+        if report.error is None:
+            raise
+        raise UserError(_lost([f"rank {dist.get_rank()}: {report.error}"])) from timeout
     _raise_if_broken(everyone)
     return everyone
 
@@ -227,10 +236,7 @@ def _failure(call: Callable[[], None]) -> str | None:
 def _raise_if_broken(everyone: Sequence[_Report]) -> None:
     failed = [f"rank {rank}: {report.error}" for rank, report in enumerate(everyone) if report.error]
     if failed:
-        raise UserError(
-            f"the rollout engine failed while it generated ({'; '.join(failed)}): the step is lost and the last "
-            "checkpoint is whole; start the run again to go on from there"
-        )
+        raise UserError(_lost(failed))
     for engine in {report.engine for report in everyone}:
         ranks = [rank for rank, report in enumerate(everyone) if report.engine == engine]
         if len({everyone[rank].digest for rank in ranks}) > 1:
@@ -238,6 +244,13 @@ def _raise_if_broken(everyone: Sequence[_Report]) -> None:
                 f"the ranks {', '.join(map(str, ranks))} of rollout engine {engine} disagree about the tokens or the "
                 "stops of their responses: their schedulers have come apart; start the run again from its checkpoint"
             )
+
+
+def _lost(failures: Sequence[str]) -> str:
+    return (
+        f"the rollout engine failed while it generated ({'; '.join(failures)}): the step is lost and the last "
+        "checkpoint is whole; start the run again to go on from there"
+    )
 
 
 def _response(request: _Request) -> Response:
