@@ -139,7 +139,7 @@ def run(path: Path, quick: bool, pair: Annotated[str, typer.Argument(metavar="PA
         _ranks("train", folder / "full.yaml", "--run-dir", folder / "run")
         half = folder / "run" / "checkpoints" / f"step_{config.checkpoint.every:06d}"
         _ranks("export", half, folder / "half")
-        directories = {
+        directories: dict[str, str | Path] = {
             "teacher": config.teacher,
             "before": config.student,
             "half": folder / "half",
