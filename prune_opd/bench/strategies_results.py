@@ -41,6 +41,11 @@ def mean_and_error(values: Sequence[float]) -> tuple[float, float | None]:
     return fmean(values), stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
 
 
+def generated(steps: list[Record]) -> float:
+    """Response tokens that were generated, those included that an in-flight stop threw away."""
+    return total(steps, "tokens_generated") + total(steps, "tokens_dropped")
+
+
 def run_numbers(steps: list[Record], evaluations: list[Record]) -> dict[str, Any]:
     """One run: accuracy before and after, costs, and the curves over its steps and evaluations."""
     (task,) = task_names(evaluations[-1])
@@ -52,7 +57,7 @@ def run_numbers(steps: list[Record], evaluations: list[Record]) -> dict[str, Any
             {
                 "step": line["step"],
                 "accuracy": line[key],
-                "tokens": total(before, "tokens_generated"),
+                "tokens": generated(before),
                 "cpu_s": sum(total(before, f"cpu_{phase}") for phase in COST),
             }
         )
@@ -61,7 +66,7 @@ def run_numbers(steps: list[Record], evaluations: list[Record]) -> dict[str, Any
         "accuracy": evaluations[-1][key],
         "accuracy_stderr_of_problems": evaluations[-1][f"{key}_stderr"],
         "response_length": evaluations[-1]["eval_response_length"],
-        "tokens_generated": total(steps, "tokens_generated"),
+        "tokens_generated": generated(steps),
         "tokens_trained": total(steps, "tokens_trained"),
         "wall_s": sum(total(steps, f"time_{phase}") for phase in COST),
         "cpu_s": sum(total(steps, f"cpu_{phase}") for phase in COST),

@@ -26,7 +26,15 @@ from prune_opd.bench.strategies_plan import (
     run_config,
     sweep_plan,
 )
-from prune_opd.bench.strategies_results import Result, markdown, mean_and_error, pair_rows, truncation_at, verdicts
+from prune_opd.bench.strategies_results import (
+    Result,
+    markdown,
+    mean_and_error,
+    pair_rows,
+    run_numbers,
+    truncation_at,
+    verdicts,
+)
 from prune_opd.bench.strategies_runs import collect, finished, run_all
 from prune_opd.config import TrainConfig
 from prune_opd.errors import ConfigError, UserError
@@ -235,6 +243,13 @@ def test_a_row_has_means_standard_errors_over_seeds_and_savings_against_full() -
     assert (prune["saved_tokens_generated"], prune["saved_cpu_s"]) == (pytest.approx(0.4), pytest.approx(0.5))
     assert prune["phases_cpu_s"] == {"sync": 1.0, "rollout": 1.0, "teacher": 1.0, "train": 1.0}
     assert prune["runs"][0]["curve"][-1] == {"step": 2, "accuracy": 0.5, "tokens": 120, "cpu_s": 3.0}
+
+
+def test_tokens_that_an_in_flight_stop_threw_away_were_generated_too() -> None:
+    steps = [step(1, 216) | {"tokens_dropped": 7}, step(2, 216)]
+    numbers = run_numbers(steps, [evaluation(0, 0.1), evaluation(2, 0.5)])
+    assert numbers["tokens_generated"] == numbers["curve"][-1]["tokens"] == 207
+    assert numbers["tokens_trained"] == 200
 
 
 @pytest.mark.parametrize(
