@@ -68,7 +68,7 @@ def step(run: Run) -> None:
         result = run.trainer.step_through(minibatches, loss)
         stats.reduce(run.layout.reports)
     run.check_updates(result, rollouts)
-    if result.updates:
+    if not result.skipped:
         run.controller.update(stats.reliable_length_B, rollouts.length_B, rollouts.finished_B)
     run.finished_steps = number
     run.tracker.step(

@@ -9,6 +9,7 @@ import hashlib
 import logging
 import os
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -76,6 +77,8 @@ class RolloutEngine:
         with untouched_rng():
             from vllm import LLM
 
+            if machine.is_cpu:
+                _own_shared_memory()
             self.llm: Any = LLM(
                 model=model_dir,
                 load_format="safetensors",  # a pickle is a program
@@ -220,6 +223,30 @@ class RolloutEngine:
         """End the engine. vLLM also ends torch.distributed with it, so this is the last thing a rank does together."""
         dist.barrier()
         self.llm.llm_engine.engine_core.shutdown()
+
+
+def _own_shared_memory() -> None:
+    """Name the shared memory of an engine's ranks after this run.
+
+    vLLM's CPU path names it after the ranks alone, so two runs on a machine would meet in it, and what a killed run
+    leaves behind would end the next one: a name is not created twice.
+    """
+    from vllm.distributed.device_communicators import cpu_communicator
+
+    theirs = cpu_communicator._CPUSHMDistributed
+
+    class OfThisRun(theirs):  # type: ignore[misc, valid-type]
+        @staticmethod
+        def make_group_name(communicator: Any) -> str:
+            run = f"prune-opd-{os.environ['MASTER_PORT']}"  # no two runs of a machine listen on one port
+            return run + theirs.make_group_name(communicator).replace("/", "")
+
+        def _init_cpu_shm(self) -> int:
+            # Before the ranks meet: each one's own segment, which a run with this port has left when it was killed.
+            Path("/dev/shm", f"{self.group_name}_{self.communicator.rank}").unlink(missing_ok=True)
+            return int(super()._init_cpu_shm())
+
+    cpu_communicator._CPUSHMDistributed = OfThisRun
 
 
 def _response(completion: Any, logprobs: bool) -> Response:

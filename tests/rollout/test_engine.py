@@ -170,3 +170,12 @@ def test_the_number_of_threads_stays_and_can_be_set(results: Results) -> None:
         before, after, set_to_two = rank["threads"]
         assert before == after
         assert set_to_two == 2
+
+
+def test_shared_memory_that_a_killed_run_left_is_replaced_and_no_other_runs(launches: dict[str, Results]) -> None:
+    """A segment with the name of the run's own would end it; one of another run belongs to that."""
+    segments = launches["one engine of two ranks"][0]["shared memory"]
+    assert len({segment["path"] for segment in segments}) == 2
+    for segment in segments:
+        assert segment["in use"] > len("left behind") == segment["others"]
+        assert not Path(segment["path"]).exists(), "the engine takes it away when it ends"
