@@ -17,10 +17,12 @@ help: ## List the targets
 setup: ## Make .venv with the pinned packages (does nothing when it is up to date)
 	@bash scripts/setup.sh
 
-tiny-models: setup ## Train the tiny base, teacher and student into the per-user cache, unless they are there
+tiny-models: setup ## Train both tiny pairs into the per-user cache, unless they are there
 	$(BIN)/prune-opd sft tiny_base --if-missing
 	$(BIN)/prune-opd sft tiny_teacher --if-missing
 	$(BIN)/prune-opd sft tiny_student --if-missing
+	$(BIN)/prune-opd sft tiny_drift_teacher --if-missing
+	$(BIN)/prune-opd sft tiny_drift_student --if-missing
 
 quickstart: setup tiny-models ## Set up, train the tiny pair in runs/quickstart, evaluate, write the report
 	$(BIN)/prune-opd train tiny_compatible --run-dir runs/quickstart

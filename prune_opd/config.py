@@ -20,6 +20,8 @@ from prune_opd.config_planning import PlanningConfig as PlanningConfig
 from prune_opd.config_precision import KV_CACHE_DTYPES, QUANTIZATIONS
 from prune_opd.config_precision import Fp8Config as Fp8Config
 from prune_opd.config_precision import PrecisionConfig as PrecisionConfig
+from prune_opd.config_rollout import InflightConfig as InflightConfig
+from prune_opd.config_rollout import check_inflight
 from prune_opd.config_sft import CorpusConfig as CorpusConfig
 from prune_opd.config_sft import ModelShape as ModelShape
 from prune_opd.config_sft import SftStage as SftStage
@@ -191,6 +193,7 @@ class RolloutConfig:
     bucket_mb: float = 512  # of weights on their way from the trainer; two buckets exist at a time
     quantization: str | None = None  # to FP8 at every load: fp8 | fp8_per_tensor | fp8_per_channel | fp8_per_block
     kv_cache_dtype: str = "auto"  # auto: that of the parameters | fp8 (e4m3) | fp8_e4m3 | fp8_e5m2
+    inflight: InflightConfig = field(default_factory=InflightConfig)
 
     def __post_init__(self) -> None:
         for name in ("prompts", "responses", "max_prompt_len", "tensor_parallel", "max_num_seqs"):
@@ -370,6 +373,7 @@ class TrainConfig:
                 "length; "
                 "set a gate or another strategy"
             )
+        check_inflight(self)
 
 
 # -------------------------------------------------------------------------------------------- supervised training

@@ -13,7 +13,6 @@ from prune_opd.config import TrainConfig
 from prune_opd.errors import REQUEUE_EXIT_CODE
 from prune_opd.eval.evaluate import evaluation_record
 from prune_opd.gated_loss import gated_loss
-from prune_opd.horizon import response_limits
 from prune_opd.setup import Run, prepare
 from prune_opd.survival import Interruption
 
@@ -55,20 +54,12 @@ def step(run: Run) -> None:
     with clock("sync"):
         run.sync_weights()
     with clock("rollout"):
-        prompts, each = run.sampler.next(config.rollout.prompts), config.rollout.responses
-        rollouts = run.engine.generate(
-            prompts,
-            each,
-            max_tokens=response_limits(config.horizon, horizon, len(prompts) * each, config.seed, number),
-            seed=config.seed,
-            step=number,
-            temperature=config.rollout.temperature,
-            top_p=config.rollout.top_p,
-        )
+        prompts = run.sampler.next(config.rollout.prompts)
+        rollouts = run.generate(prompts, horizon, number)  # the in-flight gate stops drifting responses
     minibatches = run.minibatches(rollouts)
     batches = [batch for minibatch in minibatches for batch in minibatch]
     with clock("teacher"):
-        teacher_hidden = run.teacher.hidden(rollouts, run.deals(rollouts))
+        teacher_hidden = run.teacher_hidden(rollouts)
     with clock("train"):
         stats = run.new_stats(len(rollouts.responses))
         loss = gated_loss(run, teacher_hidden, stats, updates=len(minibatches))
@@ -88,7 +79,7 @@ def step(run: Run) -> None:
             **run.packing_record(rollouts),
             "response_length": rollouts.tokens / len(rollouts.responses),
             "finished_rate": sum(rollouts.finished_B) / len(rollouts.responses),
-            "pruned_inflight": 0,
+            **run.inflight_record(rollouts, stats.reliable_length_B),
             "rollout_digest": rollouts.digest,
             "tokens_generated": rollouts.tokens,
             "tokens_full": run.tokens_at_full_horizon(len(rollouts.responses)),

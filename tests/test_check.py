@@ -271,6 +271,7 @@ HARMLESS_CHANGES = {
     "evaluation.every": "evaluation.every=3",
     "evaluation.generations": "evaluation.generations=0",
     "memory": "memory.offload_optimizer=true",
+    "planning": "planning.nodes=2",
     "rollout.bucket_mb": "rollout.bucket_mb=64",
     "rollout.kv_cache_gb": "rollout.kv_cache_gb=9",
     "rollout.gpu_memory_utilization": "rollout.gpu_memory_utilization=0.4",

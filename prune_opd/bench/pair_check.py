@@ -139,7 +139,7 @@ def run(path: Path, quick: bool, pair: Annotated[str, typer.Argument(metavar="PA
         _ranks("train", folder / "full.yaml", "--run-dir", folder / "run")
         half = folder / "run" / "checkpoints" / f"step_{config.checkpoint.every:06d}"
         _ranks("export", half, folder / "half")
-        directories = {
+        directories: dict[str, str | Path] = {
             "teacher": config.teacher,
             "before": config.student,
             "half": folder / "half",
@@ -189,7 +189,9 @@ def full_opd(pair: str, settings: Settings) -> TrainConfig:
     """
     config = load_recipe(pair)
     if not isinstance(config, TrainConfig) or config.data.source != "ledger" or config.gate is None:
-        raise ConfigError(f"PAIR = {pair!r} is no recipe that distils a ledger pair: take tiny_compatible or tiny_drift")
+        raise ConfigError(
+            f"PAIR = {pair!r} is no recipe that distils a ledger pair: take tiny_compatible or tiny_drift"
+        )
     steps = settings.steps or config.steps
     half = max(1, steps // 2)
     return replace(

@@ -84,7 +84,6 @@ def measure(
     prompts = [source.get(index) for index in range(problems)]
     engine = RolloutEngine(str(model_dir), config.rollout, max_len, torch.float32, machine)
     rollouts = engine.generate(prompts, 1, max_len, seed, 0)
-    engine.close()
     texts = tokenizer.batch_decode([list(ids) for ids in rollouts.response_ids], skip_special_tokens=True)
     accuracy = avg_at_k(score_responses(source, prompts, [[text] for text in texts]))
 
@@ -110,13 +109,15 @@ def measure(
         tenths = {str(q): reliable[min(len(reliable) * q // 100, len(reliable) - 1)] for q in (10, 25, 50, 75, 90)}
         return {**curves(overlap_M, event_M, lengths, bins, max_len), "reliable_length": tenths}
 
-    return {
+    result = {
         "accuracy": accuracy.mean,
         "stderr": accuracy.stderr,
         "response_length": rollouts.tokens / problems,
         "gold": compared(gold),
         "own": compared(rollouts.response_ids),
     }
+    engine.close()  # not before: it takes the process groups with it
+    return result
 
 
 def main(arguments: Iterable[str] | None = None) -> None:

@@ -11,6 +11,7 @@ kernel's peak of resident memory (VmHWM) in a step, over what was resident befor
 from __future__ import annotations
 
 import argparse
+import ctypes
 import gc
 import json
 import os
@@ -102,6 +103,7 @@ def config_of(folder: Path, points: list[tuple[int, int]], steps: int) -> TrainC
 
 def one_step(run: Run, watch: PhaseWatch, records: LastRecord, imported: int) -> dict[str, Any]:
     gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)  # what the step before freed would hide what this one takes
     dist.barrier()
     watch.take()
     before = reset_peak()

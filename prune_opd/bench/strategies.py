@@ -90,8 +90,7 @@ def run(
         text = markdown(pair, rows, judged, notes(found[pair], numbers, settings))
         (folder / pair / "table.md").write_text(text, encoding="utf-8")
         console.print(text, markup=False, highlight=False, soft_wrap=True)
-    gate = recipes[swept_pair].gate
-    assert gate is not None  # pair_recipe has seen to it
+    swept = sweep_rows(swept_pair, recipes[swept_pair], swept_seeds, results)
     write_json(
         path,
         {
@@ -103,7 +102,7 @@ def run(
             "environment": {**environment(), "load_average_before": load, "load_average_after": os.getloadavg()},
             "seconds": time.time() - began,
             "pairs": found,
-            "sweeps": {"pair": swept_pair, "seeds": swept_seeds} | sweep_rows(swept_pair, gate, swept_seeds, results),
+            "sweeps": {"pair": swept_pair, "seeds": swept_seeds, "rows": swept},
         },
     )
     from prune_opd.bench.strategies_charts import write_charts  # matplotlib: only now

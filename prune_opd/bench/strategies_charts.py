@@ -35,13 +35,15 @@ def write_charts(path: Path) -> Path:
     body = ["<header><h1>Strategies compared</h1></header>"]
     for pair, found in result["pairs"].items():
         charts = pair_charts(found["rows"])
-        settings = {name: rows for name, rows in result["sweeps"].items() if name.startswith("gate.")}
-        swept = settings if pair == result["sweeps"]["pair"] else {}
+        swept = result["sweeps"]["rows"] if pair == result["sweeps"]["pair"] else {}
         charts += [sweep_chart(name, rows) for name, rows in swept.items()]
         judged = "".join(f"<li>{escape(verdict['text'])}</li>" for verdict in found["verdicts"])
         body += [f"<h2>{escape(pair)}</h2>", _table(list(COLUMNS), cells(found["rows"])), f"<ul>{judged}</ul>"]
         for name, rows in swept.items():
-            body += [f"<h3>{escape(name)}</h3>", _table(["value", *_SWEEP], [_sweep_cells(row) for row in rows])]
+            body += [
+                f"<h3>Sweep of {escape(name)}</h3>",
+                _table(["value", *_SWEEP], [_sweep_cells(row) for row in rows]),
+            ]
         body.append(grid(charts))
         picture = overview_png(f"Strategies on {pair}", f"seeds {result['seeds']}", charts)
         (path.with_suffix("") / f"{pair}.png").write_bytes(picture)

@@ -36,15 +36,17 @@ class Method:
 
 @dataclass(frozen=True)
 class Point:
-    """One point of a sweep of Prune-OPD (`SWEPT`): the setting and its value."""
+    """One point of a sweep of Prune-OPD (`SWEPT`): the gate's k and γ, None where the recipe's stays."""
 
-    setting: str
-    value: float
+    k: int
+    threshold: float | None = None
 
     @property
     def method(self) -> Method:
-        name = f"{self.setting.rpartition('.')[2]}_{self.value:g}"
-        return Method(name, f"{self.setting} = {self.value:g}", (*OURS, f"{self.setting}={self.value:g}"))
+        gamma = "" if self.threshold is None else f"_gamma_{self.threshold:g}"
+        named = "" if self.threshold is None else f", γ = {self.threshold:g}"
+        changes = () if self.threshold is None else (f"gate.threshold={self.threshold:g}",)
+        return Method(f"k_{self.k}{gamma}", f"k = {self.k}{named}", (*OURS, f"gate.k={self.k}", *changes))
 
 
 SWEPT = "prune"  # the project's own default: w_base 0, and a response that ends reliably is a hit
@@ -75,10 +77,11 @@ METHODS = (
         windows_of="prune",
     ),
 )
-SWEEPS = (
-    *(Point("gate.threshold", value) for value in (0.25, 0.5, 0.75, 1.0)),
-    *(Point("gate.k", value) for value in (2, 4, 8, 16)),
-)
+# With few candidates few values of γ differ (k = 2 knows overlaps of 0, .5 and 1): γ is swept at k = 8.
+SWEEPS = {
+    "γ at k = 8": tuple(Point(8, threshold) for threshold in (0.3, 0.5, 0.7, 0.9)),
+    "k": tuple(Point(k) for k in (2, 4, 8, 16)),
+}
 
 
 @dataclass(frozen=True)
@@ -139,13 +142,13 @@ def pair_recipe(pair: str) -> TrainConfig:
     return config
 
 
-def method_config(recipe: TrainConfig, method: Method) -> TrainConfig:
-    """A method on a pair, without what the benchmark sets for all runs alike. A replay has placeholder windows."""
+def method_config(recipe: TrainConfig, method: Method, common: Sequence[str] = ()) -> TrainConfig:
+    """A method on a pair, with what is the same for all runs. A replay has placeholder windows."""
     assert recipe.gate is not None  # pair_recipe has seen to it
     values = {"w_drop": recipe.gate.w_drop, "eighth": max(1, recipe.horizon.max_len // 8)}
     if method.windows_of:
         recipe = replace(recipe, horizon=replace(recipe.horizon, windows=(recipe.horizon.max_len,)))
-    return apply_overrides(recipe, [text.format(**values) for text in (*BASE, *method.changes)])
+    return apply_overrides(recipe, [*(text.format(**values) for text in (*BASE, *method.changes)), *common])
 
 
 def run_config(recipe: TrainConfig, method: Method, seed: int, settings: Settings) -> TrainConfig:
@@ -168,7 +171,7 @@ def run_config(recipe: TrainConfig, method: Method, seed: int, settings: Setting
         "track.wandb=disabled",
         "track.report=false",
     ]
-    return apply_overrides(method_config(recipe, method), common)
+    return method_config(recipe, method, common)
 
 
 def plan(
@@ -192,14 +195,20 @@ def plan(
 
 
 def sweep_plan(pair: str, recipe: TrainConfig, seeds: Sequence[int], settings: Settings) -> list[RunSpec]:
-    """The sweeps' runs on one pair. The point at the recipe's own value is there already: it is the run of `SWEPT`."""
+    """The sweeps' runs on one pair. A point at the recipe's own gate is there already: it is the run of `SWEPT`."""
+    methods = dict.fromkeys(swept_method(recipe, point) for points in SWEEPS.values() for point in points)
     return [
-        RunSpec(pair, point.method, seed, run_config(recipe, point.method, seed, settings))
+        RunSpec(pair, method, seed, run_config(recipe, method, seed, settings))
         for seed in seeds
-        for point in SWEEPS
-        if point.value != _own_value(recipe, point.setting)
+        for method in methods
+        if method.name != SWEPT
     ]
 
 
-def _own_value(recipe: TrainConfig, setting: str) -> float:
-    return float(getattr(recipe.gate, setting.rpartition(".")[2]))
+def swept_method(recipe: TrainConfig, point: Point) -> Method:
+    """The method whose run is this point on a pair: `SWEPT` where the gate is the recipe's, and one for equal gates."""
+    assert recipe.gate is not None  # pair_recipe has seen to it
+    own = recipe.gate.threshold
+    if point.k == recipe.gate.k and point.threshold in (None, own):
+        return next(method for method in METHODS if method.name == SWEPT)
+    return replace(point, threshold=None).method if point.threshold == own else point.method

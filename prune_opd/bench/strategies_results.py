@@ -12,8 +12,8 @@ from itertools import pairwise
 from statistics import fmean, stdev
 from typing import Any
 
-from prune_opd.bench.strategies_plan import SWEEPS, SWEPT, Method, RunSpec
-from prune_opd.config import GateConfig
+from prune_opd.bench.strategies_plan import SWEEPS, Method, RunSpec, swept_method
+from prune_opd.config import TrainConfig
 from prune_opd.track.metrics import Record, task_names, total
 
 Result = tuple[RunSpec, list[Record], list[Record]]
@@ -105,18 +105,19 @@ def pair_rows(pair: str, methods: Iterable[Method], results: Sequence[Result]) -
 
 
 def sweep_rows(
-    pair: str, gate: GateConfig, seeds: Sequence[int], results: Sequence[Result]
+    pair: str, recipe: TrainConfig, seeds: Sequence[int], results: Sequence[Result]
 ) -> dict[str, list[dict[str, Any]]]:
-    """Of every swept setting the rows in the order of its values, over `seeds`; at the recipe's own it is `SWEPT`."""
+    """The rows of every sweep in the order of its values, over `seeds`."""
     of_seeds = [result for result in results if result[0].seed in seeds]
     swept = {spec.method.name: spec.method for spec, _, _ in of_seeds if spec.pair == pair}
     by_name = {row["method"]: row for row in pair_rows(pair, swept.values(), of_seeds)}
     sweeps: dict[str, list[dict[str, Any]]] = {}
-    for point in SWEEPS:
-        own = point.value == getattr(gate, point.setting.rpartition(".")[2])
-        row = by_name.get(SWEPT if own else point.method.name)
-        if row is not None:
-            sweeps.setdefault(point.setting, []).append({**row, "value": point.value})
+    for name, points in SWEEPS.items() if seeds else ():
+        for point in points:
+            value = point.k if point.threshold is None else point.threshold
+            row = by_name.get(swept_method(recipe, point).name)
+            if row is not None:
+                sweeps.setdefault(name, []).append({**row, "value": value})
     return sweeps
 
 
@@ -125,9 +126,7 @@ def sweep_rows(
 
 def verdicts(pair: str, max_len: int, rows: Sequence[dict[str, Any]]) -> list[Verdict]:
     """The targets of a drift pair (it has "drift" in its name) or of a compatible one, for every pruning method."""
-    by_name = {row["method"]: row for row in rows}
-    if "full" not in by_name:
-        return []
+    by_name = {row["method"]: row for row in rows if row["saved_cpu_s"] is not None}  # some seed has full OPD too
     judge = _drift_verdicts if "drift" in pair else _compatible_verdicts
     return [verdict for name in PRUNING if name in by_name for verdict in judge(pair, max_len, by_name, by_name[name])]
 

@@ -9,9 +9,10 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from prune_opd.config import TrainConfig
+from prune_opd.memory import ENGINE, GRADIENTS, STUDENT, TEACHER
 from prune_opd.plan.lengths import mean_horizon
 from prune_opd.plan.memory import plan_memory, problems
 from prune_opd.plan.planner import structure
@@ -25,6 +26,14 @@ SHARES = (0.3, 0.4, 0.5, 0.6, 0.7)
 TRIED = 20_000  # combinations whose memory is looked at
 
 
+class Part(NamedTuple):
+    """One of the three: seconds of its phases, the least it has on the GPU when all are built, and its settings."""
+
+    seconds: float
+    start: float
+    changes: dict[str, Any]
+
+
 @dataclass(frozen=True)
 class Found:
     """A layout that fits: seconds of a step at the mean horizon, and the overrides that make it."""
@@ -36,17 +45,19 @@ class Found:
 def best_layouts(config: TrainConfig, gpu: str, nodes: int, count: int = 5) -> list[Found]:
     """The fastest first, then those that cut up less; empty if nothing fits."""
     setting = setting_of(config, gpu, nodes)
-    student = _timed(setting, _students(setting), ("train", "all-reduce"))
-    teacher = _timed(setting, _teachers(setting), ("teacher",))
-    engine = _smallest(_timed(setting, _engines(setting), ("rollout",)))
+    student = _timed(setting, _students(setting), ("train", "all-reduce"), (STUDENT, GRADIENTS))
+    teacher = _timed(setting, _teachers(setting), ("teacher",), (TEACHER,))
+    engine = _smallest(_timed(setting, _engines(setting), ("rollout",), ENGINE))
+    room = plan_memory(setting).limit
     combined = sorted(
-        (sum(seconds for seconds, _ in parts), sum(_cuts(changes) for _, changes in parts), i, parts)
+        (sum(part.seconds for part in parts), sum(_cuts(part.changes) for part in parts), i, parts)
         for i, parts in enumerate(itertools.product(student, teacher, engine))
+        if sum(part.start for part in parts) <= room
     )
     found: list[Found] = []
     seen = set()  # layouts that stand already, with a smaller share of memory for the engine
     for _, _, _, parts in combined[:TRIED]:
-        changes = {key: value for _, part in parts for key, value in part.items()}
+        changes = {key: value for part in parts for key, value in part.changes.items()}
         candidate = _changed(setting, changes)
         layout = tuple(value for key, value in changes.items() if key != SHARE)
         if layout in seen or structure(candidate.config, candidate.world):
@@ -89,9 +100,9 @@ def _engines(setting: Setting) -> Iterator[dict[str, Any]]:
 
 
 def _timed(
-    setting: Setting, candidates: Iterator[dict[str, Any]], phases: tuple[str, ...]
-) -> list[tuple[float, dict[str, Any]]]:
-    """(seconds of these phases, changes) of the candidates that the ranks, heads and layers allow by themselves."""
+    setting: Setting, candidates: Iterator[dict[str, Any]], phases: tuple[str, ...], parts: tuple[str, ...]
+) -> list[Part]:
+    """The candidates that the ranks, heads and layers allow by themselves, with their phases' time and parts' bytes."""
     found = []
     horizon = mean_horizon(setting.config)
     longest = setting.config.rollout.max_prompt_len + setting.config.horizon.max_len
@@ -100,20 +111,21 @@ def _timed(
         alone = _changed(setting, {"rollout.tensor_parallel": 1, **_whole(changes), **neutral, **changes})
         if structure(alone.config, alone.world):
             continue
-        cache = plan_memory(alone).cache_tokens
-        if "rollout" in phases and cache < longest:
+        memory = plan_memory(alone)
+        if "rollout" in phases and memory.cache_tokens < longest:
             continue
-        seconds = step_time(alone, horizon, cache).seconds
-        found.append((round(sum(seconds[phase] for phase in phases), 3), changes))
+        seconds = step_time(alone, horizon, memory.cache_tokens).seconds
+        start = sum(memory.parts[part] for part in parts)
+        found.append(Part(round(sum(seconds[phase] for phase in phases), 3), start, changes))
     return found
 
 
-def _smallest(engines: list[tuple[float, dict[str, Any]]]) -> list[tuple[float, dict[str, Any]]]:
+def _smallest(engines: list[Part]) -> list[Part]:
     """Of engines that are as fast and as wide, the one that takes the least memory; shares come in ascending order."""
-    first: dict[tuple[float, int], dict[str, Any]] = {}
-    for seconds, changes in engines:
-        first.setdefault((seconds, changes["rollout.tensor_parallel"]), changes)
-    return [(seconds, changes) for (seconds, _), changes in first.items()]
+    first: dict[tuple[float, int], Part] = {}
+    for engine in engines:
+        first.setdefault((engine.seconds, engine.changes["rollout.tensor_parallel"]), engine)
+    return list(first.values())
 
 
 def _whole(changes: dict[str, Any]) -> dict[str, Any]:

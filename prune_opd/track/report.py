@@ -122,7 +122,18 @@ def _comparison_table(runs: list[RunData]) -> str:
 
 def _row_rank(name: str) -> int:
     """Where a summary row stands: steps, accuracies, tokens, padding, horizon, time, phases."""
-    starts = ("steps", "accuracy", "tokens generated", "tokens at", "tokens saved", "padding", "final", "time")
+    starts = (
+        "steps",
+        "accuracy",
+        "tokens generated",
+        "tokens at",
+        "tokens saved",
+        "tokens stopped",
+        "tokens the",
+        "padding",
+        "final",
+        "time",
+    )
     phases = [f"  {label}" for label in PHASE_COLOURS]
     order = [*starts, *phases]
     return next((i for i, start in enumerate(order) if name.startswith(start)), len(order))

@@ -15,7 +15,17 @@ from rich.console import Console
 
 from prune_opd.bench import strategies_plan
 from prune_opd.bench.strategies_charts import write_charts
-from prune_opd.bench.strategies_plan import METHODS, SWEEPS, RunSpec, Settings, choose, method_config, plan, run_config
+from prune_opd.bench.strategies_plan import (
+    METHODS,
+    SWEEPS,
+    RunSpec,
+    Settings,
+    choose,
+    method_config,
+    plan,
+    run_config,
+    sweep_plan,
+)
 from prune_opd.bench.strategies_results import Result, markdown, mean_and_error, pair_rows, truncation_at, verdicts
 from prune_opd.bench.strategies_runs import finished, run_all
 from prune_opd.config import TrainConfig
@@ -91,6 +101,20 @@ def test_methods_take_turns_over_pairs_and_seeds_and_controls_come_after_what_th
     for spec in specs:
         if spec.method.windows_of:
             assert place[f"{spec.pair}/{spec.method.windows_of}/{spec.seed}"] < place[spec.key]
+
+
+@pytest.mark.parametrize("pair", PAIRS)
+def test_sweeps_run_each_gate_once_and_the_recipes_own_not_again(pair: str) -> None:
+    gate = recipe(pair).gate
+    assert gate is not None
+    specs = sweep_plan(pair, recipe(pair), SEEDS[:1], Settings())
+    gates = [(spec.config.gate.k, spec.config.gate.threshold) for spec in specs if spec.config.gate]
+    wanted = {(point.k, point.threshold or gate.threshold) for points in SWEEPS.values() for point in points}
+    assert sorted(gates) == sorted(wanted - {(gate.k, gate.threshold)})
+    own = run_config(recipe(pair), choose(["prune"])[1], SEEDS[0], Settings())
+    for spec in specs:
+        changed = {line.partition(":")[0] for line in config_differences(own, spec.config)} - {"name"}
+        assert changed <= {"gate.k", "gate.threshold"}
 
 
 # ---------------------------------------------------------------------------------------------------- running
@@ -262,7 +286,7 @@ def test_table_and_page_come_from_the_numbers(tmp_path: Path) -> None:
     text = markdown("x", found, judged, ["a note"])
     assert "| full OPD | 60.0% ± 5.8 | 0 k | 0 k | 2.0 (2.0) |" in text
     assert "a note" in text and str(judged[0]) in text
-    sweeps = {"pair": "x", "seeds": [1001], "gate.k": [{**found[1], "value": point.value} for point in SWEEPS[:2]]}
+    sweeps = {"pair": "x", "seeds": [1001], "rows": {"k": [{**found[1], "value": k} for k in (2, 4)]}}
     pair = {"rows": found, "verdicts": [{"text": str(verdict)} for verdict in judged]}
     path = tmp_path / "strategies.json"
     path.write_text(json.dumps({"pairs": {"x": pair}, "sweeps": sweeps, "seeds": SEEDS}))

@@ -42,7 +42,7 @@ def measured(models: Path, config: TrainConfig, layout: Any) -> dict[str, int]:
     trainer = Trainer(config.student, OptimizerConfig(lr=1e-4), config.parallel, 1, layout, torch.bfloat16, cpu)
     teacher = Teacher(config.teacher, layout, torch.bfloat16, cpu, 1000)
     ids = [(1, 2, 3, 4)] * 2
-    batches = pack(ids, ids, [layout.student.dp_rank], 1000, cpu)
+    batches = pack(ids, ids, [layout.student.dp_rank], 1000, cpu, trainer.chunks[0].token_multiple)
     trainer.step(batches, lambda model, batch, hidden_NH: (hidden_NH.float().square().sum(), len(batch.ids_N)))
     student = list(numbers(p for chunk in trainer.chunks for p in chunk.parameters()))
     optimizer = list(numbers(optimizer_tensors(trainer.optimizer)))
