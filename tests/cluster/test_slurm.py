@@ -204,7 +204,7 @@ def test_cancel(site: Site) -> None:
 
 
 def test_container_flags_through_pyxis_options(site: Site, trained: subprocess.CompletedProcess[str]) -> None:
-    """The flags in a root file system that shares this machine's programs (`make test-image` takes our image's)."""
+    """The flags in a root file system that shares this machine's programs."""
     root = site.slurm.folder / "rootfs"
     (root / "tmp").mkdir(parents=True)
     for link in ("bin", "lib", "lib64", "sbin"):
