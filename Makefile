@@ -9,7 +9,7 @@ ifdef PYTHON
 export PYTHON
 endif
 
-.PHONY: help setup tiny-models quickstart test setup-te-test lint format check setup-bench bench-loss bench-packing bench-reshard bench-fp8-noise bench-peers soak clean
+.PHONY: $(shell awk -F: '/^[a-z0-9-]+:.*## / { print $$1 }' $(firstword $(MAKEFILE_LIST)))
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-15s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -46,6 +46,9 @@ check: setup tiny-models ## Check RECIPE (default tiny_compatible) without train
 setup-bench: setup ## Put what the benchmarks compare with (trl) into .venv-bench
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --upgrade --target .venv-bench -r requirements/bench.txt
 
+bench: tiny-models ## Compare the strategies on the tiny pairs: bench/strategies.html (hours; goes on where it stopped)
+	$(BIN)/prune-opd bench strategies
+
 bench-loss: setup-bench ## Measure the loss against full logits, TRL and its floor: bench/loss.json (about 20 minutes)
 	$(BIN)/prune-opd bench loss
 
@@ -60,6 +63,9 @@ bench-fp8-noise: tiny-models ## Count the drift events that FP8 noise alone make
 
 bench-peers: setup-bench tiny-models ## Measure our training step against TRL's: bench/peers.json (about 4 minutes)
 	$(BIN)/prune-opd bench peers
+
+bench-scaling: setup ## Measure how a step grows with length, batch, model and ranks: bench/scaling.json and .png
+	$(BIN)/prune-opd bench scaling
 
 soak: tiny-models ## Kill and resume a run of 300 steps, compare it with one left alone: runs/soak/soak.json (about 15 minutes)
 	$(BIN)/python scripts/soak.py

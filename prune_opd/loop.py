@@ -6,15 +6,14 @@ prompts ─ sampler ─▶ rollout (vLLM, at most `horizon` tokens) ─▶ teach
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
+from prune_opd.clock import PhaseClock
 from prune_opd.config import TrainConfig
 from prune_opd.errors import REQUEUE_EXIT_CODE
 from prune_opd.eval.evaluate import evaluation_record
 from prune_opd.gated_loss import gated_loss
+from prune_opd.horizon import response_limits
 from prune_opd.setup import Run, prepare
 from prune_opd.survival import Interruption
 
@@ -39,7 +38,7 @@ def train(
             # Evaluate first: a kill between the two then repeats steps, and no evaluation is lost.
             if done == config.steps or _due(done, config.evaluation.every):
                 evaluate(run)
-            if interrupted or done == last or _due(done, config.checkpoint.every):
+            if interrupted or (done == last and config.checkpoint.last) or _due(done, config.checkpoint.every):
                 run.save_checkpoint()
         run.enter("checkpoint")
         run.checkpoints.finish()
@@ -56,11 +55,11 @@ def step(run: Run) -> None:
     with clock("sync"):
         run.sync_weights()
     with clock("rollout"):
-        prompts = run.sampler.next(config.rollout.prompts)
+        prompts, each = run.sampler.next(config.rollout.prompts), config.rollout.responses
         rollouts = run.engine.generate(
             prompts,
-            config.rollout.responses,
-            max_tokens=horizon,
+            each,
+            max_tokens=response_limits(config.horizon, horizon, len(prompts) * each, config.seed, number),
             seed=config.seed,
             step=number,
             temperature=config.rollout.temperature,
@@ -110,29 +109,11 @@ def evaluate(run: Run) -> None:
     run.sync_weights()
     run.enter("evaluation")
     generations = run.run_dir / "generations" if run.layout.is_main else None
-    keep = run.config.evaluation.generations
-    record = evaluation_record(run.engine, run.evaluators, run.finished_steps, generations, keep)
+    settings, done = run.config.evaluation, run.finished_steps
+    problems = None if done == run.config.steps else settings.problems_between
+    record = evaluation_record(run.engine, run.evaluators, done, generations, settings.generations, problems)
     run.full_response_length = record["eval_response_length"]
     run.tracker.evaluation(record)
-
-
-class PhaseClock:
-    """Seconds by phase, device work included, and with what the phase brings to the device or takes from it."""
-
-    def __init__(self, run: Run):
-        self.machine, self.enter, self.started = run.machine, run.enter, time.perf_counter()
-        self.seconds: dict[str, float] = {}
-
-    @contextmanager
-    def __call__(self, phase: str) -> Iterator[None]:
-        begin = time.perf_counter()
-        self.enter(phase)
-        yield
-        self.machine.synchronize()
-        self.seconds[f"time_{phase}"] = time.perf_counter() - begin
-
-    def record(self) -> dict[str, float]:
-        return {**self.seconds, "time_step": time.perf_counter() - self.started}
 
 
 def _due(step: int, every: int) -> bool:

@@ -18,7 +18,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from prune_opd.bench import compare_loss, fp8_noise, packing, peers, reshard
+from prune_opd.bench import compare_loss, fp8_noise, packing, peers, reshard, scaling, strategies
 from prune_opd.errors import ConfigError
 
 BENCHMARKS: dict[str, Callable[..., int]] = {
@@ -27,6 +27,8 @@ BENCHMARKS: dict[str, Callable[..., int]] = {
     "reshard": reshard.run,
     "fp8-noise": fp8_noise.run,
     "peers": peers.run,
+    "strategies": strategies.run,
+    "scaling": scaling.run,
 }
 
 Out = Annotated[Path, typer.Option(metavar="DIR", help="Where NAME.json goes.")]

@@ -124,18 +124,24 @@ class RolloutEngine:
         self,
         prompts: Sequence[Prompt],
         responses: int,
-        max_tokens: int,
+        max_tokens: int | Sequence[int],
         seed: int,
         step: int,
         temperature: float = 1.0,
         top_p: float = 1.0,
         logprobs: bool = False,
     ) -> Rollouts:
-        """`responses` continuations of each prompt, at most `max_tokens` long; the whole batch on every rank."""
+        """`responses` continuations of each prompt, at most `max_tokens` long; the whole batch on every rank.
+
+        max_tokens: of all responses, or of each, in the order of the rows that come back.
+        """
         rows = [(prompt, sample) for prompt in prompts for sample in range(responses)]
+        limits = [max_tokens] * len(rows) if isinstance(max_tokens, int) else max_tokens
         mine = rows[self.engine_index :: self.engines]
         with untouched_rng():
-            outputs = self._sample(mine, max_tokens, seed, step, temperature, top_p, logprobs)
+            outputs = self._sample(
+                mine, limits[self.engine_index :: self.engines], seed, step, temperature, top_p, logprobs
+            )
         everyone: list[Any] = [None] * self.world
         dist.all_gather_object(everyone, outputs)
         ranks_per_engine = self.world // self.engines
@@ -147,7 +153,7 @@ class RolloutEngine:
     def _sample(
         self,
         rows: Sequence[tuple[Prompt, int]],
-        max_tokens: int,
+        limits: Sequence[int],
         seed: int,
         step: int,
         temperature: float,
@@ -160,12 +166,12 @@ class RolloutEngine:
             SamplingParams(
                 temperature=temperature,
                 top_p=top_p,
-                max_tokens=max_tokens,
+                max_tokens=limit,
                 seed=request_seed(seed, step, prompt.index, sample),
                 logprobs=0 if logprobs else None,
                 detokenize=False,
             )
-            for prompt, sample in rows
+            for (prompt, sample), limit in zip(rows, limits, strict=True)
         ]
         if not rows:
             return []

@@ -84,7 +84,7 @@ def build_run(config: TrainConfig, layout: Any, run_dir: Path) -> Any:
         sampler=PromptSampler(source, config.seed, config.data.shuffle),
         controller=make_controller(config.horizon),
         checkpoints=Checkpoints(run_dir / "checkpoints", config.checkpoint, layout),
-        evaluator=None,
+        evaluators=[],
         tracker=NullTracker(),
     )
 

@@ -34,7 +34,7 @@ class Notes:
 
 
 def spoil(run: Any, what: str, rank: int) -> Any:
-    """The loss function with a NaN in the loss, or an infinity in the gradient, on one rank. Returns the right one."""
+    """Give one rank a loss that is NaN, or an infinite gradient. Returns the right loss function."""
     from prune_opd import loop
 
     right = loop.gated_loss
@@ -49,7 +49,7 @@ def spoil(run: Any, what: str, rank: int) -> Any:
                 hidden_NH.register_hook(lambda gradient: gradient * math.inf)
                 return loss(model, batch, hidden_NH)
             loss_sum, tokens = loss(model, batch, hidden_NH)
-            return loss_sum * math.nan, tokens
+            return loss_sum + math.nan, tokens
 
         return spoilt
 

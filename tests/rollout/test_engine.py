@@ -100,6 +100,13 @@ def test_a_response_ends_at_the_horizon_or_with_the_end_of_sequence(results: Res
         assert EOS not in ids[:-1]
 
 
+def test_a_limit_of_its_own_cuts_each_response_and_changes_no_token(results: Results) -> None:
+    limits, limited = results[0]["limited"]
+    whole = list(results[0]["tokens"].values())
+    assert len(set(limits)) > 3
+    assert limited == [ids[:limit] for ids, limit in zip(whole, limits, strict=True)]
+
+
 def test_a_longer_horizon_and_more_samples_continue_the_same_responses(results: Results) -> None:
     longer = [ids for ids, _ in results[0]["longer"]]
     samples = len(longer) // len(LENGTHS)

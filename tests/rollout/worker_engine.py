@@ -154,6 +154,8 @@ def main(models: Path, out: Path, pipeline: int, rollout_tp: int, max_num_seqs: 
     results["many, by ten"] = {}
     for first in range(0, len(many), 10):
         results["many, by ten"] |= checks.tokens(many[first : first + 10], responses=1, max_tokens=8)
+    limits = [1 + 3 * row % MAX_TOKENS for row in range(len(prompts) * RESPONSES)]
+    results["limited"] = [limits, list(checks.tokens(prompts, max_tokens=limits).values())]
     longer = checks.generate(prompts, responses=8, max_tokens=MAX_TOKENS + 8)
     results["longer"] = [[list(response.ids), response.finished] for response in longer.responses]
 
