@@ -18,7 +18,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from prune_opd.bench import compare_loss, fp8_noise, packing, peers, reshard, scaling, strategies
+from prune_opd.bench import compare_loss, fp8_noise, packing, pair_check, peers, reshard, scaling, strategies
 from prune_opd.errors import ConfigError
 
 BENCHMARKS: dict[str, Callable[..., int]] = {
@@ -29,6 +29,7 @@ BENCHMARKS: dict[str, Callable[..., int]] = {
     "peers": peers.run,
     "strategies": strategies.run,
     "scaling": scaling.run,
+    "pair-check": pair_check.run,
 }
 
 Out = Annotated[Path, typer.Option(metavar="DIR", help="Where NAME.json goes.")]
