@@ -74,6 +74,7 @@ def setup_lines(cluster: Cluster) -> str:
         "    fi",
         "}",
         "trap queue_again EXIT",
+        "unset SLURM_UNBUFFEREDIO  # srun would give the ranks a terminal, and progress bars would fill the logs",
     ]
     lines += [f"export {name}={_quoted(value)}" for name, value in sorted(cluster.environment.items())]
     return "\n".join([*lines, *secret_lines(cluster)])

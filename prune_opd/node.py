@@ -4,14 +4,15 @@ The first node checks the recipe, then every node starts its ranks with torchrun
 is and where the first one listens. Outside Slurm it is the only node. No torch is imported on this side.
 
 Signals go on to the ranks, which save and end with `REQUEUE_EXIT_CODE`; the job script queues the job again on that
-code. A scheduler ends all nodes as soon as one has failed, so a node that ends with this code waits for the others,
-which save at the same time, before it says so.
+code. A scheduler ends all nodes as soon as one has failed, so a node that ends with this code waits until the others
+have saved too, before it says so (a file of each node in the run directory).
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -22,7 +23,8 @@ from types import FrameType
 
 from prune_opd.errors import REQUEUE_EXIT_CODE
 
-SAVED_TOGETHER = 5.0  # seconds between the first and the last node that has saved
+SAVED_TOGETHER = 90.0  # seconds that the first node which has saved waits for the last, at most
+LEAVING = ".leaving"  # in the run directory: a file of each node that has saved and is about to end
 ENDED_BY_ANOTHER = 1
 PORTS = range(20000, 28000)
 ASKING = (signal.SIGTERM, signal.SIGUSR1)
@@ -81,6 +83,24 @@ class Supervisor:
         # A job's code is the highest of its nodes': one that was ended since another failed must not outdo that one.
         return ENDED_BY_ANOTHER if self.asked is not None else (128 - code if code < 0 else code)
 
+    def leave_together(self, run_dir: Path, env: Mapping[str, str]) -> int:
+        """Wait until every node of this attempt has saved, and return the code to end with.
+
+        Whoever ends first has the scheduler end the rest, so from the agreement on SIGTERM means nothing.
+        """
+        nodes, attempt = int(env.get("SLURM_NNODES", "1")), env.get("SLURM_RESTART_COUNT", "0")
+        folder = run_dir / LEAVING / f"{env.get('SLURM_JOB_ID', 'alone')}_{attempt}"
+        folder.mkdir(parents=True, exist_ok=True)
+        self.asked = None
+        (folder / env.get("SLURM_NODEID", "0")).touch()
+        end = time.monotonic() + SAVED_TOGETHER
+        while len(list(folder.iterdir())) < nodes and time.monotonic() < end:
+            if self.asked == signal.SIGTERM:  # another node has failed
+                return ENDED_BY_ANOTHER
+            time.sleep(0.1)
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        return REQUEUE_EXIT_CODE
+
 
 def rank_environment(env: Mapping[str, str]) -> dict[str, str]:
     """`env` with what ranks need and a user may have set otherwise."""
@@ -101,6 +121,7 @@ def train(recipe: list[str], run_dir: Path, ranks: int) -> int:
     env = rank_environment(os.environ)
     command = [sys.executable, "-m", "prune_opd.cli"]
     if env.get("SLURM_NODEID", "0") == "0":
+        shutil.rmtree(run_dir / LEAVING, ignore_errors=True)  # of the attempt before
         world = ranks * int(env.get("SLURM_NNODES", "1"))
         code = supervisor.run([*command, "check", *recipe, "--nproc", str(world), "--run-dir", str(run_dir)], env)
         if supervisor.asked is not None:
@@ -109,9 +130,7 @@ def train(recipe: list[str], run_dir: Path, ranks: int) -> int:
             return code
     torchrun = [sys.executable, "-m", "prune_opd.launcher", *torchrun_arguments(ranks, env)]
     code = supervisor.run([*torchrun, *command[1:], "train", *recipe, "--run-dir", str(run_dir)], env)
-    if code == REQUEUE_EXIT_CODE:
-        time.sleep(SAVED_TOGETHER)
-    return code
+    return supervisor.leave_together(run_dir, env) if code == REQUEUE_EXIT_CODE else code
 
 
 def main(argv: list[str] | None = None) -> int:

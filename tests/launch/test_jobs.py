@@ -3,6 +3,7 @@
 import shlex
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ import pytest
 from launch.cluster import Cluster
 from launch.jobs import Job, Request, plan_jobs, sweep_points
 from prune_opd.errors import REQUEUE_EXIT_CODE, ConfigError
-from prune_opd.node import PORTS, torchrun_arguments
+from prune_opd.node import ENDED_BY_ANOTHER, PORTS, torchrun_arguments
 
 CLUSTER = Cluster(kind="slurm", account="a", nodes=2, ranks_per_node=4, run_root="/r")
 
@@ -97,3 +98,37 @@ def test_a_killed_child_gives_a_shells_code() -> None:
     code = "import os; os.kill(os.getpid(), 9)"
     done = subprocess.run([sys.executable, "-c", NODE_WITH_A_FAKE_CHILD, code], capture_output=True, check=False)
     assert done.returncode == 137
+
+
+LEAVING_NODE = """
+import sys
+from pathlib import Path
+from prune_opd.node import Supervisor
+supervisor = Supervisor()
+env = {"SLURM_NNODES": "2", "SLURM_NODEID": sys.argv[2], "SLURM_JOB_ID": "7"}
+print("up", flush=True)
+sys.exit(supervisor.leave_together(Path(sys.argv[1]), env))
+"""
+
+
+def leaving(folder: Path, node: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "-c", LEAVING_NODE, str(folder), node]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None and process.stdout.readline() == "up\n"
+    process.stdout.close()
+    return process
+
+
+def test_nodes_that_have_saved_leave_together(tmp_path: Path) -> None:
+    first = leaving(tmp_path, "0")
+    with pytest.raises(subprocess.TimeoutExpired):
+        first.wait(1)  # the other one is still saving
+    assert leaving(tmp_path, "1").wait(20) == first.wait(20) == REQUEUE_EXIT_CODE
+
+
+def test_a_node_that_waits_ends_when_another_has_failed(tmp_path: Path) -> None:
+    node = leaving(tmp_path, "0")
+    while not list(tmp_path.glob(".leaving/*/0")):
+        time.sleep(0.05)
+    node.terminate()
+    assert node.wait(20) == ENDED_BY_ANOTHER
