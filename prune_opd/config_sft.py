@@ -30,6 +30,9 @@ class CorpusConfig:
     slip: float = 0.0  # wrong label or wrong delta, and the text goes on from there
     slip_result: float = 0.0  # wrong running total
     carry_bug: float = 0.0  # at a tens boundary the old tens digit stays: the student's systematic error
+    litany: bool = False  # the words before and after a total follow the booking's label, instead of being drawn
+    aside: float = 0.0  # chance of an odd word in a litany's place, per word
+    never_back: bool = False  # after its first aside a solution has odd words to its end
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ import platformdirs
 from prune_opd.config import SftConfig, to_dict
 
 SFT_LAYOUT = ("nproc", "tensor", "microbatch_tokens", "timeout_minutes")
+DRIFT_CORPUS = ("litany", "aside", "never_back")  # came later than the first models: off, they are left out
 
 
 def cache_dir() -> Path:
@@ -25,6 +26,16 @@ def recipes_dir() -> Path:
     return Path(__file__).resolve().parent.parent / "recipes"
 
 
+def models_dir() -> Path:
+    """Where published models lie, as OWNER/NAME: the environment variable PRUNE_OPD_MODELS, or `models` here."""
+    return Path(os.environ.get("PRUNE_OPD_MODELS", "models")).expanduser()
+
+
+def data_dir() -> Path:
+    """Where prompt files lie: the environment variable PRUNE_OPD_DATA, or `data` here."""
+    return Path(os.environ.get("PRUNE_OPD_DATA", "data")).expanduser()
+
+
 def tiny_model_dir(name: str, config_digest: str) -> Path:
     """The cached Hugging Face directory of a tiny model, for example `tiny_model_dir("base", digest)`."""
     return cache_dir() / "tiny" / config_digest / name
@@ -35,10 +46,13 @@ def config_digest(config: SftConfig) -> str:
 
     `output` is left out, so the digest can name it. Of `init` the last two parts count: for a model of the cache that
     is `<digest>/<name>`, so the digest covers the whole lineage and a changed ancestor rebuilds its descendants. Of the
-    layout only what supervised training takes counts, so that a new kind of parallelism leaves the models as they are.
+    layout only what supervised training takes counts, so that a new kind of parallelism leaves the models as they are;
+    of a corpus the drift pair's settings count only where they are on.
     """
     settings = to_dict(config)
     del settings["output"]
+    for stage in settings["stages"]:
+        stage["corpus"] = {name: value for name, value in stage["corpus"].items() if value or name not in DRIFT_CORPUS}
     settings["parallel"] = {name: settings["parallel"][name] for name in SFT_LAYOUT}
     if config.init is not None:
         settings["init"] = Path(config.init).parts[-2:]

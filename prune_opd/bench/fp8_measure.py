@@ -84,10 +84,10 @@ class Measured:
             hidden_MH, weight_VH = self.hidden_MH, model.head_weight()
             if variant.head and recipe:
                 hidden_MH, weight_VH = recipe.input(hidden_MH, "head"), recipe.weight(weight_VH)
-            self.top_MK = _topk(hidden_MH, weight_VH, model.spec.vocab_size)
+            self.top_MK = top_ids(hidden_MH, weight_VH, model.spec.vocab_size)
 
 
-def _topk(hidden_MH: Tensor, weight_VH: Tensor, vocab_size: int) -> Tensor:
+def top_ids(hidden_MH: Tensor, weight_VH: Tensor, vocab_size: int) -> Tensor:
     """Ids of the largest max(KS) logits, best first, formed as the loss forms them."""
     head = OutputHead("student", hidden_MH, weight_VH, 1.0, vocab_size, None)
     head.allocate(min(HEAD_CHUNK, len(hidden_MH)), torch.float32)

@@ -7,6 +7,8 @@ The answer is (start + sum of the deltas) mod 100. A response has 2 words, 5 wor
 to 205 tokens for 20 to 40 bookings. HDR, EQ and SEP stand for twelve synonyms each, drawn with Zipf(1) weights: natural
 entropy, so that the top-k sets of two models mean something. Every word is one token.
 
+The drift pair writes the same solutions in another style, the litany (`_Litany`): EQ and SEP follow the label.
+
 A model is made weaker by what it was shown (`CorpusConfig`): slips after which the text goes on as if nothing had
 happened, and the carry bug, one systematic error that a student can unlearn.
 
@@ -160,6 +162,43 @@ def _synonym(words: Sequence[str], rng: np.random.Generator) -> str:
     return words[bisect_right(_ZIPF_BOUNDS, rng.random())]
 
 
+class _Synonyms:
+    """EQ and SEP drawn with Zipf(1) weights: the plain style."""
+
+    def __init__(self, rng: np.random.Generator, corpus: CorpusConfig) -> None:
+        self._rng = rng
+
+    def words(self, label: int) -> tuple[str, str]:
+        """(EQ, SEP) of a booking."""
+        return _synonym(EQUALS, self._rng), _synonym(SEPARATORS, self._rng)
+
+
+class _Litany:
+    """EQ and SEP in fixed cycles over the labels, so that each word is known from the label beside it.
+
+    An aside, with chance `corpus.aside` a word, is a word that has no business there: a header's for EQ, an EQ for SEP.
+    A solution is back in the litany with the next word or, with `corpus.never_back`, not any more.
+    """
+
+    EQUALS_CYCLE = tuple(EQUALS[5 * i % 12] for i in range(12))
+    SEPARATOR_CYCLE = tuple((*SEPARATORS, *HEADERS)[7 * i % 24] for i in range(24))
+
+    def __init__(self, rng: np.random.Generator, corpus: CorpusConfig) -> None:
+        self._rng, self._aside, self._never_back = rng, corpus.aside, corpus.never_back
+        self._lost = False
+
+    def words(self, label: int) -> tuple[str, str]:
+        """(EQ, SEP) of the booking with this label."""
+        equals = _synonym(HEADERS, self._rng) if self._odd() else self.EQUALS_CYCLE[label % 12]
+        separator = _synonym(EQUALS, self._rng) if self._odd() else self.SEPARATOR_CYCLE[label % 24]
+        return equals, separator
+
+    def _odd(self) -> bool:
+        odd = self._lost or self._rng.random() < self._aside
+        self._lost = odd and self._never_back
+        return odd
+
+
 def _near_miss(rng: np.random.Generator, value: int, low: int, high: int) -> int:
     """A wrong value as people get it wrong: mostly one off, else a few or a ten; wraps within low..high-1."""
     tens = rng.random() < 0.25
@@ -189,6 +228,7 @@ def worked_solution(problem: Problem, rng: np.random.Generator, corpus: CorpusCo
     reverse = rng.random() < corpus.reverse
     label, last, stride = (steps, 1, -1) if reverse else (1, steps, 1)
     total = problem.start
+    style = _Litany(rng, corpus) if corpus.litany else _Synonyms(rng, corpus)
     words = [_synonym(HEADERS, rng), NUMBERS[total]]
     for _ in range(steps + 4):  # a slip of the label may lead back: without a bound such a text could be of any length
         if rng.random() < corpus.slip:
@@ -201,7 +241,7 @@ def worked_solution(problem: Problem, rng: np.random.Generator, corpus: CorpusCo
             total = before // 10 * 10 + total % 10
         if rng.random() < corpus.slip_result:
             total = _near_miss(rng, total, 0, MODULUS)
-        equals, separator = _synonym(EQUALS, rng), _synonym(SEPARATORS, rng)
+        equals, separator = style.words(label)
         words += (LABELS[label - 1], _DELTA_WORD[delta], equals, NUMBERS[total], separator)
         if label == last:
             break
@@ -216,7 +256,7 @@ def example(corpus: CorpusConfig, seed: int, index: int) -> tuple[list[int], lis
     Raises:
         ConfigError: a rate of `corpus` is not in 0..1, or its lengths are not in 1..40.
     """
-    for rate in ("reverse", "slip", "slip_result", "carry_bug"):
+    for rate in ("reverse", "slip", "slip_result", "carry_bug", "aside"):
         if not 0 <= getattr(corpus, rate) <= 1:
             raise ConfigError(f"corpus.{rate} = {getattr(corpus, rate)!r} is out of range: give a share from 0 to 1")
     rng = random_stream("corpus", seed, index)

@@ -274,3 +274,46 @@ def test_saving_again_gives_the_same_bytes(tokenizer_dir: Path, tmp_path: Path) 
     ledger.save_tokenizer(tmp_path / "new" / "folder")
     for name in ("tokenizer.json", "tokenizer_config.json"):
         assert (tmp_path / "new" / "folder" / name).read_bytes() == (tokenizer_dir / name).read_bytes()
+
+
+# ---------------------------------------------------------------------------------------------------- the litany
+
+
+def words_of_bookings(aside: float, never_back: bool = False, n: int = 60) -> list[list[tuple[int, str, str]]]:
+    """(label, EQ, SEP) of each booking of n solutions in the litany's style."""
+    corpus = CorpusConfig(min_steps=30, litany=True, aside=aside, never_back=never_back)
+    texts = [solve(corpus, 5, index)[1] for index in range(n)]
+    return [[(int(w[i][1:]), w[i + 2], w[i + 4]) for i in range(2, len(w) - 3, 5)] for w in texts]
+
+
+def is_odd(text: list[tuple[int, str, str]]) -> list[bool]:
+    """Whether each EQ and SEP of a solution is out of place; those that are stand in another list of words."""
+    return [odd for _, equals, end in text for odd in (equals not in ledger.EQUALS, end in ledger.EQUALS)]
+
+
+def test_a_litany_without_asides_follows_from_the_label_alone() -> None:
+    found: dict[int, set[tuple[str, str]]] = {}
+    for text in words_of_bookings(aside=0.0):
+        assert not any(is_odd(text))
+        for label, *pair in text:
+            found.setdefault(label, set()).add((pair[0], pair[1]))
+    assert all(len(pairs) == 1 for pairs in found.values())
+    assert len(set().union(*found.values())) == 24  # no cycle is cut short
+
+
+def test_asides_come_at_their_rate_and_the_litany_goes_on_after_them() -> None:
+    odd = [o for text in words_of_bookings(aside=0.1, n=200) for o in is_odd(text)]
+    assert np.mean(odd) == pytest.approx(0.1, abs=0.015)
+
+
+def test_never_back_is_odd_from_the_first_aside_to_the_end() -> None:
+    for text in words_of_bookings(aside=0.1, never_back=True):
+        odd = is_odd(text)
+        assert odd == sorted(odd)
+
+
+def test_asides_leave_totals_and_answer_right() -> None:
+    corpus = CorpusConfig(min_steps=30, litany=True, aside=0.3, never_back=True)
+    for index in range(20):
+        problem, words = solve(corpus, 5, index)
+        assert words[-2] == problem.answer
