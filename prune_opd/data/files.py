@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from prune_opd.data.prompt import Prompt, Tokenizer
-from prune_opd.data.render import Format, answer_of, excerpt
+from prune_opd.data.render import Format, answer_of, encode_text, excerpt
 from prune_opd.data.rows import Row, read_rows
 from prune_opd.errors import ConfigError
 from prune_opd.eval.answers import math_equal
@@ -92,19 +92,15 @@ class FileSource:
     def _prompt(self, row: Row | ConfigError) -> Prompt:
         if isinstance(row, ConfigError):
             raise row
-        source = row.get("source", self.path.stem)
+        source = row.get("source")
+        source = self.path.stem if source is None else source
         if not isinstance(source, str):
             raise ConfigError(f'"source" = {excerpt(source)}: give a string, or leave it out')
         answer = answer_of(row)
         return Prompt(len(self.prompts), self._encode(self._format.text(row, self._tokenizer)), answer, source)
 
     def _encode(self, text: str) -> tuple[int, ...]:
-        try:
-            ids = tuple(self._tokenizer(text, add_special_tokens=False)["input_ids"])
-        except Exception as error:  # `tokenizers` has no class of its own for a word that is not in the vocabulary
-            raise ConfigError(f"the model's tokenizer cannot encode the prompt {excerpt(text)} ({error})") from error
-        if not ids:
-            raise ConfigError("the prompt is empty: the tokenizer makes no tokens of it")
+        ids = encode_text(text, self._tokenizer)
         if self._max_prompt_len is not None and len(ids) > self._max_prompt_len:
             raise ConfigError(
                 f"the prompt has {len(ids)} tokens, rollout.max_prompt_len is {self._max_prompt_len}: "

@@ -84,6 +84,17 @@ class Format:
         return str(rendered)
 
 
+def encode_text(text: str, tokenizer: Tokenizer) -> tuple[int, ...]:
+    """The ids of a prompt's text. ConfigError if the tokenizer cannot encode it, or makes nothing of it."""
+    try:
+        ids = tuple(tokenizer(text, add_special_tokens=False)["input_ids"])
+    except Exception as error:  # `tokenizers` has no class of its own for a word that is not in the vocabulary
+        raise ConfigError(f"the model's tokenizer cannot encode the prompt {excerpt(text)} ({error})") from error
+    if not ids:
+        raise ConfigError("the prompt is empty: the tokenizer makes no tokens of it")
+    return ids
+
+
 def prompt_of(row: Row) -> tuple[str, Any]:
     """The column that has a row's prompt, and what is in it. ConfigError if there is none, or more than one."""
     columns = {name.lower(): value for name, value in row.items()}

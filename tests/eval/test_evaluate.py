@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from prune_opd.data.prompts import Prompt
+from prune_opd.data.prompt import Prompt
 from prune_opd.eval.evaluate import Evaluator, Sampling, evaluation_record
 from prune_opd.eval.run import EvalJob, result, results_table
 from prune_opd.rollout.batch import Response, Rollouts
@@ -44,8 +44,8 @@ class Number:
     def get(self, index: int) -> Prompt:
         return Prompt(index, (index, 1), str(index), self.name)
 
-    def score(self, response_text: str, answer: str) -> bool:
-        return response_text == answer
+    def score(self, response_text: str, prompt: Prompt) -> bool:
+        return response_text == prompt.answer
 
 
 def evaluator(task: str, problems: Sequence[int]) -> Evaluator:
