@@ -15,7 +15,7 @@ import pytest
 
 from prune_opd import platform
 from prune_opd.errors import UserError
-from tests.distributed.launch import run_ranks
+from tests.distributed.ranks import run_ranks
 from tests.distributed.tiny_run import write_pair
 
 WORKER = Path(__file__).with_name("worker_trouble.py")
