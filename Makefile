@@ -9,7 +9,7 @@ ifdef PYTHON
 export PYTHON
 endif
 
-.PHONY: help setup tiny-models quickstart test setup-te-test lint format check setup-bench bench-loss bench-packing bench-reshard bench-fp8-noise soak clean
+.PHONY: $(shell awk -F: '/^[a-z0-9-]+:.*## / { print $$1 }' $(firstword $(MAKEFILE_LIST)))
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-15s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -27,7 +27,7 @@ tiny-models: setup ## Train both tiny pairs into the per-user cache, unless they
 quickstart: setup tiny-models ## Set up, train the tiny pair in runs/quickstart, evaluate, write the report
 	$(BIN)/prune-opd train tiny_compatible --run-dir runs/quickstart
 
-test: setup setup-te-test lint tiny-models ## Set up, lint, run all tests
+test: setup setup-te-test setup-launch setup-slurm-test lint tiny-models ## Set up, lint, run all tests
 	$(BIN)/pytest
 
 setup-te-test: setup ## Put Transformer Engine's Python half into .venv-te, for the tests of its layer spec
@@ -48,6 +48,9 @@ check: setup tiny-models ## Check RECIPE (default tiny_compatible) without train
 setup-bench: setup ## Put what the benchmarks compare with (trl) into .venv-bench
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --upgrade --target .venv-bench -r requirements/bench.txt
 
+bench: tiny-models ## Compare the strategies on the tiny pairs: bench/strategies.html (hours; goes on where it stopped)
+	$(BIN)/prune-opd bench strategies
+
 bench-loss: setup-bench ## Measure the loss against full logits, TRL and its floor: bench/loss.json (about 20 minutes)
 	$(BIN)/prune-opd bench loss
 
@@ -60,8 +63,16 @@ bench-reshard: setup ## Measure the weight stream against bare collectives and t
 bench-fp8-noise: tiny-models ## Count the drift events that FP8 noise alone makes: bench/fp8-noise.json
 	$(BIN)/prune-opd bench fp8-noise
 
+bench-peers: setup-bench tiny-models ## Measure our training step against TRL's: bench/peers.json (about 4 minutes)
+	$(BIN)/prune-opd bench peers
+
+bench-scaling: setup ## Measure how a step grows with length, batch, model and ranks: bench/scaling.json and .png
+	$(BIN)/prune-opd bench scaling
+
 soak: tiny-models ## Kill and resume a run of 300 steps, compare it with one left alone: runs/soak/soak.json (about 15 minutes)
 	$(BIN)/python scripts/soak.py
+
+include launch/targets.mk
 
 clean: ## Remove caches and build products (.venv, runs/ and the tiny models stay)
 	rm -rf build *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis

@@ -19,6 +19,7 @@ HARMLESS = (
     "evaluation.every",
     "evaluation.generations",
     "memory",
+    "planning",
     "rollout.bucket_mb",
     "rollout.kv_cache_gb",
     "rollout.gpu_memory_utilization",

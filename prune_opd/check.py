@@ -18,19 +18,24 @@ from typing import Any
 
 from prune_opd.changes import changes, is_harmless
 from prune_opd.check_layout import layout_problems
-from prune_opd.config import SftConfig, TrainConfig
+from prune_opd.check_machine import machine_problems
+from prune_opd.check_tokenizer import tokenizer_problems, vocabulary_problems
+from prune_opd.config import Fp8Config, SftConfig, TrainConfig
 from prune_opd.data.prompts import PROCEDURAL_SOURCES
 from prune_opd.errors import ConfigError
-from prune_opd.model_spec import not_built
+from prune_opd.model_spec import ModelSpec, not_built
 from prune_opd.precision import (
     context_problems,
+    cuda_of_torch,
     fp8_problems,
+    fp8_size_problems,
     memory_problems,
     parameter_problems,
     rollout_problems,
     token_multiple,
     token_problems,
 )
+from prune_opd.shapes import model_config
 
 SHOWN_DIFFERENCES = 6
 
@@ -49,7 +54,8 @@ def check_train(
     problems = [model for model in (student, teacher) if isinstance(model, str)]
     problems += [problem for model in models if (problem := _not_built(model))]
     if len(models) == 2:
-        problems += _same_tokenizer(*models)
+        # Of tokenizers that differ, one has words that the other model has no rows for: no second problem.
+        problems += tokenizer_problems(models[0].path, models[1].path) or _vocabulary(config, nproc, *models)
     problems += layout_problems(config, nproc, {model.role: model.config for model in models})
     problems += _lengths(config, models)
     problems += _candidates(config, models)
@@ -60,6 +66,34 @@ def check_train(
         problems += _run_dir(config, run_dir, resume, allow_config_change)
     if resume not in ("auto", "never") and not Path(resume).is_dir():
         problems.append(f"--resume {resume}: there is no such checkpoint; give its directory, or auto, or never")
+    return problems
+
+
+def check_everything(config: TrainConfig, nproc: int, run_dir: Path) -> list[str]:
+    """`check_train`, and what a job looks at once before it takes GPUs: versions, driver, space, every prompt."""
+    problems = check_train(config, nproc, run_dir, "auto")
+    return problems + machine_problems(config, run_dir, has_gpu(), cuda_of_torch())
+
+
+def check_structure(config: TrainConfig, nproc: int) -> list[str]:
+    """Those checks that need neither the weights nor the GPUs, on `nproc` ranks in all: layout, lengths, sizes.
+
+    A model that is not there is known by the shape that was published (shapes.py).
+    """
+    problems, models = [], []
+    for role in ("student", "teacher"):
+        try:
+            models.append(_Model(role, Path(getattr(config, role)), model_config(role, getattr(config, role))))
+        except ConfigError as error:
+            problems.append(str(error))
+    problems += [problem for model in models if (problem := _not_built(model))]
+    by_role = {model.role: model.config for model in models}
+    problems += layout_problems(config, nproc, by_role)
+    problems += _lengths(config, models)
+    problems += _candidates(config, models)
+    problems += _precision_sizes(config, nproc, by_role)
+    if len(models) == 2:
+        problems += _vocabulary(config, nproc, *models)
     return problems
 
 
@@ -159,67 +193,6 @@ def _not_built(model: _Model) -> str | None:
     return f"{model.role} = {str(model.path)!r} has {problem}" if problem else None
 
 
-def _same_tokenizer(student: _Model, teacher: _Model) -> list[str]:
-    ours, theirs = (model.path / "tokenizer.json" for model in (student, teacher))
-    try:
-        if ours.read_bytes() == theirs.read_bytes():
-            return []
-        difference = _tokenizer_difference(json.loads(ours.read_bytes()), json.loads(theirs.read_bytes()))
-    except (OSError, AttributeError, KeyError, TypeError, ValueError) as error:
-        return [f"student and teacher: a tokenizer.json cannot be read ({error!r}); give fast tokenizers"]
-    if difference is None:
-        return []
-    return [
-        f"teacher = {str(teacher.path)!r} has another tokenizer than the student: {difference};"
-        " choose a pair that shares its tokenizer"
-    ]
-
-
-def _tokenizer_difference(student: dict[str, Any], teacher: dict[str, Any]) -> str | None:
-    """The first difference of vocabulary (by id), merges and special tokens, in words."""
-    words = [_words(tokenizer) for tokenizer in (student, teacher)]
-    for i in sorted(words[0].keys() | words[1].keys()):
-        ours, theirs = (f"{names[i]!r}" if i in names else "unused" for names in words)
-        if ours != theirs:
-            return f"id {i} is {ours} for the student and {theirs} for the teacher"
-    merges = [_merges(tokenizer) for tokenizer in (student, teacher)]
-    if merges[0] != merges[1]:
-        i = _first_difference(*merges)
-        ours, theirs = (" + ".join(pairs[i]) if i < len(pairs) else "missing" for pairs in merges)
-        return f"merge {i} is {ours} for the student and {theirs} for the teacher"
-    special = [_special(tokenizer) for tokenizer in (student, teacher)]
-    if special[0] != special[1]:
-        i = min(special[0] ^ special[1])
-        who = "student" if i in special[0] else "teacher"
-        return f"id {i} ({words[0][i]!r}) is a special token for the {who} only"
-    return None
-
-
-def _words(tokenizer: dict[str, Any]) -> dict[int, str]:
-    vocabulary = tokenizer["model"]["vocab"]
-    if isinstance(vocabulary, dict):
-        words = {int(i): word for word, i in vocabulary.items()}
-    else:  # unigram: [word, score] in the order of ids
-        words = {i: str(entry[0]) for i, entry in enumerate(vocabulary)}
-    return words | {int(token["id"]): token["content"] for token in tokenizer.get("added_tokens") or []}
-
-
-def _merges(tokenizer: dict[str, Any]) -> list[tuple[str, ...]]:
-    """Merges are written as "a b" by old versions of tokenizers and as ["a", "b"] by new ones."""
-    merges = tokenizer["model"].get("merges") or []
-    return [tuple(pair.split(" ")) if isinstance(pair, str) else tuple(pair) for pair in merges]
-
-
-def _special(tokenizer: dict[str, Any]) -> set[int]:
-    return {int(token["id"]) for token in tokenizer.get("added_tokens") or [] if token.get("special")}
-
-
-def _first_difference(ours: list[Any], theirs: list[Any]) -> int:
-    """Where two lists part; the length of the shorter one if it is the beginning of the other."""
-    pairs = enumerate(zip(ours, theirs, strict=False))
-    return next((i for i, (mine, other) in pairs if mine != other), min(len(ours), len(theirs)))
-
-
 # ---------------------------------------------------------------------------------------------------- sizes
 
 
@@ -255,22 +228,44 @@ def _candidates(config: TrainConfig, models: list[_Model]) -> list[str]:
     ]
 
 
+def _vocabulary(config: TrainConfig, nproc: int, student: _Model, teacher: _Model) -> list[str]:
+    """Rows for all words, with the padding that the student's TP ranks bring."""
+    if _not_built(student) or _not_built(teacher):
+        return []
+    tensor = config.parallel.tensor_size(nproc)
+    problems = []
+    for model in (student, teacher):
+        padded = ModelSpec.of(model.config, str(model.path)).padded_vocab(tensor)
+        problems += vocabulary_problems(model.role, model.path, model.vocab_size, padded, student.vocab_size)
+    return problems
+
+
 def _precision(config: TrainConfig, nproc: int, models: list[_Model]) -> list[str]:
     """FP8 of both models and of the rollouts (precision.py has the rules)."""
     by_role = {model.role: model.config for model in models}
-    parallel, precision, gpu = config.parallel, config.precision, has_gpu()
-    fp8s = {"student": precision.student_fp8, "teacher": precision.teacher_fp8}
+    gpu, problems = has_gpu(), []
+    for role, fp8 in _fp8s(config).items():
+        problems += fp8_problems(role, fp8, gpu)
+    problems += _precision_sizes(config, nproc, by_role)
+    problems += context_problems(config.parallel.context, gpu)
+    return problems + rollout_problems(config.rollout, config.precision.params, by_role.get("student"), gpu)
+
+
+def _precision_sizes(config: TrainConfig, nproc: int, models: dict[str, dict[str, Any]]) -> list[str]:
+    """What FP8 asks of sizes and of other settings, on whatever machine."""
+    parallel, problems = config.parallel, []
     student = parallel.tensor_size(nproc)
     layouts = {"student": (student, parallel.sequence_parallel), "teacher": (parallel.teacher_tensor or student, False)}
-    problems = []
-    for role, fp8 in fp8s.items():
-        problems += fp8_problems(role, fp8, by_role.get(role), *layouts[role], gpu)
+    for role, fp8 in _fp8s(config).items():
+        problems += fp8_size_problems(role, fp8, models.get(role), *layouts[role])
         if fp8.on:
             problems += token_problems(parallel.microbatch_tokens, token_multiple(fp8.recipe, *layouts[role]))
-    problems += parameter_problems(precision.student_fp8, parallel.distributed_optimizer)
-    problems += context_problems(parallel.context, gpu)
-    problems += memory_problems(config.memory, fp8s)
-    return problems + rollout_problems(config.rollout, precision.params, by_role.get("student"), gpu)
+    problems += parameter_problems(config.precision.student_fp8, parallel.distributed_optimizer)
+    return problems + memory_problems(config.memory, _fp8s(config))
+
+
+def _fp8s(config: TrainConfig) -> dict[str, Fp8Config]:
+    return {"student": config.precision.student_fp8, "teacher": config.precision.teacher_fp8}
 
 
 # ---------------------------------------------------------------------------------------------------- data and packages

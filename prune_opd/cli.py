@@ -18,13 +18,13 @@ from rich.console import Console
 
 from prune_opd import worker
 from prune_opd.changes import changes
-from prune_opd.check import check_eval, check_sft, check_train
+from prune_opd.check import check_eval, check_everything, check_sft, check_structure, check_train
 from prune_opd.config import SftConfig, TrainConfig
 from prune_opd.errors import ConfigError, UserError
 from prune_opd.eval.evaluate import Sampling, write_rows
 from prune_opd.eval.run import SEED, EvalJob, results_table
 from prune_opd.launcher import start_ranks
-from prune_opd.recipe import C, RunConfig, apply_overrides, list_recipes, load_config, load_recipe, save_config
+from prune_opd.recipe import C, RunConfig, apply_overrides, load_config, load_recipe, save_config
 from prune_opd.track.metrics import Record
 
 WORKER = ("-m", "prune_opd.worker")
@@ -82,14 +82,28 @@ def train(
 
 
 @app.command()
-def check(recipe: Recipe, overrides: Overrides = None, nproc: Nproc = None, run_dir: RunDir = None) -> int:
+def check(
+    recipe: Recipe,
+    overrides: Overrides = None,
+    nproc: Nproc = None,
+    run_dir: RunDir = None,
+    structure: Annotated[
+        bool, typer.Option("--structure", help="Only what needs neither weights nor GPUs: layout, lengths, sizes.")
+    ] = False,
+) -> int:
     """Every check of a recipe that needs no GPU: prints a line per problem and exits with 1, or prints ok."""
     config = apply_overrides(load_recipe(recipe), overrides or [])
     ranks = _ranks(nproc, config)
-    if isinstance(config, TrainConfig):
-        problems = check_train(config, ranks, run_dir or _default_run_dir(config), "auto")
-    else:
+    if not isinstance(config, TrainConfig):
         problems = check_sft(config, ranks)
+    else:
+        if not _is_rank() and nproc is None:
+            ranks *= config.planning.nodes
+        problems = (
+            check_structure(config, ranks)
+            if structure
+            else check_everything(config, ranks, run_dir or _default_run_dir(config))
+        )
     print("\n".join(problems) or "ok")
     return 1 if problems else 0
 
@@ -179,6 +193,19 @@ def export(
 
 
 @app.command()
+def convert(
+    model_dir: Annotated[Path, typer.Argument(metavar="MODEL_DIR", help="A Hugging Face directory, weights pickled.")],
+    out_dir: Annotated[Path, typer.Argument(metavar="OUT_DIR", help="Where the directory with safetensors goes.")],
+    allow_pickle: Annotated[bool, typer.Option("--allow-pickle", help="Read the pickle (its tensors only).")] = False,
+) -> int:
+    """Turn pickled weights, which nothing else here reads, into safetensors."""
+    from prune_opd.weights.convert import convert_pickle
+
+    convert_pickle(model_dir, out_dir, allow_pickle)
+    return 0
+
+
+@app.command()
 def report(
     run_dirs: Annotated[list[Path], typer.Argument(metavar="RUN_DIR", help="Several runs give a comparison.")],
     out: Annotated[
@@ -210,12 +237,26 @@ def bench(context: typer.Context) -> int:
 
 
 @app.command()
+def plan(
+    recipe: Recipe,
+    overrides: Overrides = None,
+    gpu: Annotated[str | None, typer.Option(help="a100, h100 or h200", show_default="planning.gpu")] = None,
+    nodes: Annotated[int | None, typer.Option(min=1, help="Nodes.", show_default="planning.nodes")] = None,
+    search: Annotated[bool, typer.Option("--search", help="Name the fastest layouts that fit.")] = False,
+    out: Annotated[Path | None, typer.Option(metavar="DIR", help="Where plan.json and plan.png go.")] = None,
+) -> int:
+    """Memory by phase, step time and cost of a recipe on GPUs that nobody has taken yet; exit 1 if it does not fit."""
+    from prune_opd.plan.command import run_plan
+
+    return run_plan(_load(recipe, overrides, TrainConfig, "plan"), gpu, nodes, search, out)
+
+
+@app.command()
 def recipes() -> int:
-    """List the recipes of the repository."""
-    names = list_recipes()
-    width = max(map(len, names))
-    for name, summary in names.items():
-        print(f"{name:<{width}}  {summary}")
+    """List the recipes of the repository with their models, GPUs and planned hours."""
+    from prune_opd.plan.command import print_recipes
+
+    print_recipes()
     return 0
 
 
@@ -225,7 +266,7 @@ def recipes() -> int:
 def _load(recipe: str, overrides: list[str] | None, kind: type[C], command: str) -> C:
     config = load_recipe(recipe)
     if not isinstance(config, kind):
-        other = "sft" if command == "train" else "train"
+        other = "train" if command == "sft" else "sft"
         raise ConfigError(f"recipe {recipe!r} is not for `prune-opd {command}`: run `prune-opd {other} {recipe}`")
     return apply_overrides(config, overrides or [])
 

@@ -16,9 +16,12 @@ from prune_opd.config_checks import between as _between
 from prune_opd.config_checks import one_of as _one_of
 from prune_opd.config_checks import required as _required
 from prune_opd.config_memory import MemoryConfig as MemoryConfig
+from prune_opd.config_planning import PlanningConfig as PlanningConfig
 from prune_opd.config_precision import KV_CACHE_DTYPES, QUANTIZATIONS
 from prune_opd.config_precision import Fp8Config as Fp8Config
 from prune_opd.config_precision import PrecisionConfig as PrecisionConfig
+from prune_opd.config_rollout import InflightConfig as InflightConfig
+from prune_opd.config_rollout import check_inflight
 from prune_opd.config_sft import CorpusConfig as CorpusConfig
 from prune_opd.config_sft import ModelShape as ModelShape
 from prune_opd.config_sft import SftStage as SftStage
@@ -58,21 +61,26 @@ class HorizonConfig:
     Constants that the papers did not publish, or chose per pair, have no default: they must be set where they are used.
     """
 
-    strategy: str = "prune"  # full | topd | popd | prune
+    strategy: str = "prune"  # full | topd | popd | prune | marginal (ours) | replay (a control)
     max_len: int = 12288
-    min_len: int = 1024  # prune
-    init_len: int | None = None  # prune: M_0; popd: H_0
-    step: int = 100  # prune: how far M moves
+    min_len: int = 1024  # prune, marginal
+    init_len: int | None = None  # prune, marginal: M_0; popd: H_0
+    step: int = 100  # prune, marginal: how far M moves
     hit_ratio: float = 0.1  # prune: share of responses that must reach the boundary
-    margin: int = 100  # prune: boundary = max(min_len, M - margin)
+    margin: int = 100  # prune: boundary = max(min_len, M - margin); marginal: how far M stays above its optimum
     patience: int = 3  # prune: misses in a row before M shrinks
     rho: float | None = None  # topd: H = rho * max_len
     increment: int | None = None  # popd: ΔH
     interval: int | None = None  # popd: Δs, in steps
     finished_rows: str = "miss"  # prune: what a response that ended by itself before the boundary counts as
+    price: float = 0.5  # marginal: of a generated token, in reliable tokens
+    windows: tuple[int, ...] = ()  # replay: the window of every step; the last one stays
+    # A control: each response gets a limit of its own, uniform and as far around the window as 1..max_len allows.
+    scatter: bool = False
 
     def __post_init__(self) -> None:
-        _one_of("horizon.strategy", self.strategy, ("full", "topd", "popd", "prune"))
+        object.__setattr__(self, "windows", tuple(self.windows))  # OmegaConf hands over a list
+        _one_of("horizon.strategy", self.strategy, ("full", "topd", "popd", "prune", "marginal", "replay"))
         _one_of("horizon.finished_rows", self.finished_rows, ("miss", "hit_if_reliable", "exclude"))
         _between("horizon.max_len", self.max_len, 1)
         _between("horizon.min_len", self.min_len, 1, self.max_len)
@@ -80,6 +88,9 @@ class HorizonConfig:
         _between("horizon.hit_ratio", self.hit_ratio, 0, 1)
         _between("horizon.margin", self.margin, 0)
         _between("horizon.patience", self.patience, 1)
+        _between("horizon.price", self.price, 0, 1)
+        for window in self.windows:
+            _between("horizon.windows", window, 1)
         if self.init_len is not None:
             _between("horizon.init_len", self.init_len, 1)
         if self.rho is not None:
@@ -92,8 +103,11 @@ class HorizonConfig:
             _required(
                 "horizon.rho", self.rho, "topd needs the fraction of max_len to generate (the paper has 0.10 and 0.25)"
             )
-        if self.strategy == "prune":
-            _required("horizon.init_len", self.init_len, "prune needs its first window; the paper chooses it per pair")
+        if self.strategy in ("prune", "marginal"):
+            why = f"{self.strategy} needs its first window; the paper chooses it per pair"
+            _required("horizon.init_len", self.init_len, why)
+        if self.strategy == "replay":
+            _required("horizon.windows", self.windows or None, "replay needs the window of every step")
         if self.strategy == "popd":
             unpublished = "popd needs it, and the paper's value is not published"
             _required("horizon.init_len", self.init_len, unpublished)
@@ -179,6 +193,7 @@ class RolloutConfig:
     bucket_mb: float = 512  # of weights on their way from the trainer; two buckets exist at a time
     quantization: str | None = None  # to FP8 at every load: fp8 | fp8_per_tensor | fp8_per_channel | fp8_per_block
     kv_cache_dtype: str = "auto"  # auto: that of the parameters | fp8 (e4m3) | fp8_e4m3 | fp8_e5m2
+    inflight: InflightConfig = field(default_factory=InflightConfig)
 
     def __post_init__(self) -> None:
         for name in ("prompts", "responses", "max_prompt_len", "tensor_parallel", "max_num_seqs"):
@@ -286,6 +301,7 @@ class EvalConfig:
 
     every: int = 0
     problems: int = 256
+    problems_between: int | None = None  # of the evaluations before the last one; None: all
     samples: int = 1  # avg@samples
     temperature: float = 1.0
     top_p: float = 1.0
@@ -298,6 +314,8 @@ class EvalConfig:
         _between("evaluation.generations", self.generations, 0)
         _between("evaluation.every", self.every, 0)
         _between("evaluation.problems", self.problems, 0)
+        if self.problems_between is not None:
+            _between("evaluation.problems_between", self.problems_between, 1, max(self.problems, 1))
         _between("evaluation.samples", self.samples, 1)
         _between("evaluation.temperature", self.temperature, 0)
         _between("evaluation.top_p", self.top_p, 0, 1, open_low=True)
@@ -310,6 +328,7 @@ class TrackConfig:
     wandb: str = "offline"  # offline | online | disabled
     project: str = "prune-opd"
     position_bins: int = 16  # resolution of the overlap-by-position curves
+    report: bool = True  # write report.html at the end
 
     def __post_init__(self) -> None:
         _one_of("track.wandb", self.wandb, ("offline", "online", "disabled"))
@@ -338,6 +357,7 @@ class TrainConfig:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     survival: SurvivalConfig = field(default_factory=SurvivalConfig)
     track: TrackConfig = field(default_factory=TrackConfig)
+    planning: PlanningConfig = field(default_factory=PlanningConfig)
     seed: int = 0
     stop_after: int | None = (
         None  # save and stop after this step (a time-boxed job); the schedule stays that of `steps`
@@ -347,11 +367,13 @@ class TrainConfig:
         _between("steps", self.steps, 1)
         if self.stop_after is not None:
             _between("stop_after", self.stop_after, 1)
-        if self.gate is None and self.horizon.strategy == "prune":
+        if self.gate is None and self.horizon.strategy in ("prune", "marginal"):
             raise ConfigError(
-                "gate = null with horizon.strategy = prune: the window follows the gate's reliable length; "
+                f"gate = null with horizon.strategy = {self.horizon.strategy}: the window follows the gate's reliable "
+                "length; "
                 "set a gate or another strategy"
             )
+        check_inflight(self)
 
 
 # -------------------------------------------------------------------------------------------- supervised training

@@ -15,6 +15,7 @@ class CheckpointConfig:
     keep: int = 2  # newest checkpoints that stay on disk
     keep_every: int = 0  # checkpoints of these steps stay for good: 100, 200 …; 0: none does
     asynchronous: bool = True  # a child process writes while the next steps run; False: the run waits for the disk
+    last: bool = True  # save after the last step; without it the run cannot be resumed or exported later
     export_hf: bool = True  # write hf/ at the end of the run
 
     def __post_init__(self) -> None:

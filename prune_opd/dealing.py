@@ -53,6 +53,13 @@ def deal(lengths: Sequence[int], rows: Sequence[int], ranks: int, token_budget: 
         count += multiple_of
 
 
+def deal_any(lengths: Sequence[int], rows: Sequence[int], ranks: int, token_budget: int) -> Deal:
+    """`deal` for any number of rows: with fewer than ranks, some ranks get a micro-batch without rows."""
+    if len(rows) >= ranks:
+        return deal(lengths, rows, ranks, token_budget)
+    return [[[rows[rank]] if rank < len(rows) else []] for rank in range(ranks)]
+
+
 def _spread(lengths: Sequence[int], longest_first: Sequence[int], count: int) -> list[list[int]]:
     """The rows in `count` bins of about equal sums: each row to the bin that has fewest tokens."""
     bins: list[list[int]] = [[] for _ in range(count)]

@@ -13,6 +13,10 @@ class ConfigError(UserError):
     exit_code = 2
 
 
+class NotFiniteLogitsError(ValueError):
+    """A model's logits have a NaN or an infinity: a batch that cannot be trained on, though the next one may be."""
+
+
 # What a run that a signal stopped exits with, once every rank has saved: start the same command again (EX_TEMPFAIL of
 # sysexits.h). Anything else that is not 0 is a failure, and starting again would meet it again.
 REQUEUE_EXIT_CODE = 75

@@ -126,8 +126,8 @@ def distill_loss(
 
     Returns (loss_sum, token_count, stats): loss_sum fp32 (fp64 for fp64 inputs) and token_count = N. Logits are taken
     to fp32 before any statistic, whatever the inputs' dtype. ConfigError for a setting, ValueError for a tensor that
-    does not fit, both before anything is computed; ValueError after it for hidden states whose logits are not finite
-    and for sampled ids outside the vocabulary.
+    does not fit, both before anything is computed; after it `NotFiniteLogitsError`, a ValueError, for hidden states
+    whose logits are not finite, and ValueError for sampled ids outside the vocabulary.
     """
     want_gradients = torch.is_grad_enabled() and (student_hidden_NH.requires_grad or student_weight_VH.requires_grad)
     student = OutputHead("student", student_hidden_NH, student_weight_VH, objective.temperature, vocab_size, tp_group)

@@ -1,7 +1,8 @@
 """The horizon: how many response tokens the next rollout batch may have (method.md §3).
 
 Four controllers answer that question: full rollouts; TOPD's fixed and POPD's growing truncation (arXiv 2605.31490); and
-Prune-OPD's window, which follows how far responses stay reliable (arXiv 2605.07804 §3.3). All have the same members:
+Prune-OPD's window, which follows how far responses stay reliable (arXiv 2605.07804 §3.3). Two are ours: a window that
+weighs reliable tokens against generated ones, and, as a control, the replay of given windows. All have these members:
 
     controller = make_controller(config)
     controller.horizon                                             tokens, for the next batch
@@ -14,7 +15,8 @@ An update looks at the whole global batch, so every rank that makes it reaches t
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+import random
+from collections.abc import Callable, Iterable
 from fractions import Fraction
 from typing import Any, Protocol
 
@@ -147,13 +149,106 @@ class PruneHorizon:
         return min(max(window, self._config.min_len), self._config.max_len)
 
 
+class MarginalHorizon:
+    """Ours: the window goes to where further tokens stop being worth their price.
+
+    Prune-OPD's window stays as long as its luckiest `hit_ratio` of the responses are reliable there, whatever the
+    others cost. This one asks what the batch as a whole gains. The value of a window w is
+
+        V(w) = Σ_i min(E_i, w) − price · Σ_i min(length_i, w)        reliable tokens, less the price of all tokens
+
+    so V rises at w where more than `price` of the responses that are still running are reliable. With w* ≤ M the
+    largest w of the greatest V, the window moves towards w* + margin, at most `step` at a time; a batch that is worth
+    its price to its end (w* = M) says nothing about what lies behind, so M grows by `step`. A response that ended by
+    itself costs and gains nothing beyond its end, so short answers do not close the window.
+    """
+
+    def __init__(self, config: HorizonConfig) -> None:
+        assert config.init_len is not None  # HorizonConfig has seen to it
+        self._config = config
+        self._window = self._inside(config.init_len)
+
+    @property
+    def horizon(self) -> int:
+        return self._window
+
+    def update(self, reliable_length_B: Iterable[Any], length_B: Iterable[Any], finished_B: Iterable[Any]) -> None:
+        config, window = self._config, self._window
+        rows = [(reliable, length) for reliable, length, _ in _rows(reliable_length_B, length_B, finished_B)]
+
+        if not rows:
+            return
+
+        def value(w: int) -> float:
+            return sum(min(reliable, w) for reliable, _ in rows) - config.price * sum(min(n, w) for _, n in rows)
+
+        # V is linear between the lengths that occur, so its maximum is at one of them.
+        places = {int(place) for row in rows for place in row if place < window} | {window}
+        best = max(sorted(places, reverse=True), key=value)
+        target = window + config.step if best == window else best + config.margin
+        self._window = self._inside(max(window - config.step, min(target, window + config.step)))
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"strategy": "marginal", "window": self._window}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        _own_state(state, "marginal", "window")
+        self._window = self._inside(int(state["window"]))
+
+    def _inside(self, window: int) -> int:
+        return min(max(window, self._config.min_len), self._config.max_len)
+
+
+class ReplayedHorizon:
+    """A control: the given windows one after the other, whatever the responses look like; the last one stays."""
+
+    def __init__(self, config: HorizonConfig) -> None:
+        self._config = config
+        self._step = 0
+
+    @property
+    def horizon(self) -> int:
+        windows = self._config.windows
+        return min(windows[min(self._step, len(windows) - 1)], self._config.max_len)
+
+    def update(self, reliable_length_B: Iterable[Any], length_B: Iterable[Any], finished_B: Iterable[Any]) -> None:
+        _rows(reliable_length_B, length_B, finished_B)
+        self._step += 1
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"strategy": "replay", "step": self._step}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        _own_state(state, "replay", "step")
+        self._step = int(state["step"])
+
+
+CONTROLLERS: dict[str, Callable[[HorizonConfig], HorizonController]] = {
+    "full": FixedHorizon,
+    "topd": FixedHorizon,
+    "popd": ProgressiveHorizon,
+    "prune": PruneHorizon,
+    "marginal": MarginalHorizon,
+    "replay": ReplayedHorizon,
+}
+
+
 def make_controller(config: HorizonConfig) -> HorizonController:
     """The controller of `config.strategy`, at its first horizon."""
-    if config.strategy == "prune":
-        return PruneHorizon(config)
-    if config.strategy == "popd":
-        return ProgressiveHorizon(config)
-    return FixedHorizon(config)
+    return CONTROLLERS[config.strategy](config)
+
+
+def response_limits(config: HorizonConfig, horizon: int, responses: int, seed: int, step: int) -> list[int]:
+    """Most tokens of each response of a batch: the horizon; with `scatter`, random ones whose mean is the horizon.
+
+    Uniform on horizon ± d, d as large as 1..max_len allows: at `max_len` nothing is left to draw. The same draw for the
+    same seed and step, on every rank.
+    """
+    if not config.scatter:
+        return [horizon] * responses
+    reach = min(horizon - 1, config.max_len - horizon)
+    draw = random.Random(f"{seed}/{step}")
+    return [draw.randint(horizon - reach, horizon + reach) for _ in range(responses)]
 
 
 def _rows(

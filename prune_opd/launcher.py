@@ -47,11 +47,7 @@ def start_ranks(args: list[str], nproc: int, env: Mapping[str, str]) -> int:
         `REQUEUE_EXIT_CODE` if it made the ranks save and stop.
         Output goes to this process's stdout and stderr. Call it from the main thread: it takes `SIGNALS`.
     """
-    settings = dict(env)
-    settings.setdefault("OMP_NUM_THREADS", "1")
-    if not has_gpu():
-        settings.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # vLLM's note on NUMA binding
-        settings.setdefault("TORCHDYNAMO_DISABLE", "1")  # bound when megatron is imported; on a GPU vLLM compiles
+    settings = rank_environment(env)
     # fmt: off
     command = [
         sys.executable, "-m", "prune_opd.launcher",
@@ -87,6 +83,16 @@ def start_ranks(args: list[str], nproc: int, env: Mapping[str, str]) -> int:
     if code < 0:
         print(f"error: torchrun was ended by {signal.Signals(-code).name}, and the ranks with it", file=sys.stderr)
     return _shell_code(code)
+
+
+def rank_environment(env: Mapping[str, str]) -> dict[str, str]:
+    """The environment of a rank, but for what torchrun adds."""
+    settings = dict(env)
+    settings.setdefault("OMP_NUM_THREADS", "1")
+    if not has_gpu():
+        settings.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # vLLM's note on NUMA binding
+        settings.setdefault("TORCHDYNAMO_DISABLE", "1")  # bound when megatron is imported; on a GPU vLLM compiles
+    return settings
 
 
 def end_with_parent(number: signal.Signals) -> None:

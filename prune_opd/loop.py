@@ -6,11 +6,9 @@ prompts ─ sampler ─▶ rollout (vLLM, at most `horizon` tokens) ─▶ teach
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
+from prune_opd.clock import PhaseClock
 from prune_opd.config import TrainConfig
 from prune_opd.errors import REQUEUE_EXIT_CODE
 from prune_opd.eval.evaluate import evaluation_record
@@ -39,7 +37,7 @@ def train(
             # Evaluate first: a kill between the two then repeats steps, and no evaluation is lost.
             if done == config.steps or _due(done, config.evaluation.every):
                 evaluate(run)
-            if interrupted or done == last or _due(done, config.checkpoint.every):
+            if interrupted or (done == last and config.checkpoint.last) or _due(done, config.checkpoint.every):
                 run.save_checkpoint()
         run.enter("checkpoint")
         run.checkpoints.finish()
@@ -57,19 +55,11 @@ def step(run: Run) -> None:
         run.sync_weights()
     with clock("rollout"):
         prompts = run.sampler.next(config.rollout.prompts)
-        rollouts = run.engine.generate(
-            prompts,
-            config.rollout.responses,
-            max_tokens=horizon,
-            seed=config.seed,
-            step=number,
-            temperature=config.rollout.temperature,
-            top_p=config.rollout.top_p,
-        )
+        rollouts = run.generate(prompts, horizon, number)  # the in-flight gate stops drifting responses
     minibatches = run.minibatches(rollouts)
     batches = [batch for minibatch in minibatches for batch in minibatch]
     with clock("teacher"):
-        teacher_hidden = run.teacher.hidden(rollouts, run.deals(rollouts))
+        teacher_hidden = run.teacher_hidden(rollouts)
     with clock("train"):
         stats = run.new_stats(len(rollouts.responses))
         loss = gated_loss(run, teacher_hidden, stats, updates=len(minibatches))
@@ -78,7 +68,7 @@ def step(run: Run) -> None:
         result = run.trainer.step_through(minibatches, loss)
         stats.reduce(run.layout.reports)
     run.check_updates(result, rollouts)
-    if result.updates:
+    if not result.skipped:
         run.controller.update(stats.reliable_length_B, rollouts.length_B, rollouts.finished_B)
     run.finished_steps = number
     run.tracker.step(
@@ -89,7 +79,7 @@ def step(run: Run) -> None:
             **run.packing_record(rollouts),
             "response_length": rollouts.tokens / len(rollouts.responses),
             "finished_rate": sum(rollouts.finished_B) / len(rollouts.responses),
-            "pruned_inflight": 0,
+            **run.inflight_record(rollouts, stats.reliable_length_B),
             "rollout_digest": rollouts.digest,
             "tokens_generated": rollouts.tokens,
             "tokens_full": run.tokens_at_full_horizon(len(rollouts.responses)),
@@ -110,29 +100,11 @@ def evaluate(run: Run) -> None:
     run.sync_weights()
     run.enter("evaluation")
     generations = run.run_dir / "generations" if run.layout.is_main else None
-    keep = run.config.evaluation.generations
-    record = evaluation_record(run.engine, run.evaluators, run.finished_steps, generations, keep)
+    settings, done = run.config.evaluation, run.finished_steps
+    problems = None if done == run.config.steps else settings.problems_between
+    record = evaluation_record(run.engine, run.evaluators, done, generations, settings.generations, problems)
     run.full_response_length = record["eval_response_length"]
     run.tracker.evaluation(record)
-
-
-class PhaseClock:
-    """Seconds by phase, device work included, and with what the phase brings to the device or takes from it."""
-
-    def __init__(self, run: Run):
-        self.machine, self.enter, self.started = run.machine, run.enter, time.perf_counter()
-        self.seconds: dict[str, float] = {}
-
-    @contextmanager
-    def __call__(self, phase: str) -> Iterator[None]:
-        begin = time.perf_counter()
-        self.enter(phase)
-        yield
-        self.machine.synchronize()
-        self.seconds[f"time_{phase}"] = time.perf_counter() - begin
-
-    def record(self) -> dict[str, float]:
-        return {**self.seconds, "time_step": time.perf_counter() - self.started}
 
 
 def _due(step: int, every: int) -> bool:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from prune_opd.config import GateConfig, ObjectiveConfig, WeightingConfig
 from prune_opd.context import ContextShard
-from prune_opd.errors import ConfigError
+from prune_opd.errors import ConfigError, NotFiniteLogitsError
 from prune_opd.vocab_parallel import OutputHead
 
 
@@ -94,7 +94,7 @@ def raise_if_broken(broken_3: Tensor, vocab_size: int) -> None:
     student, teacher, outside = broken_3.tolist()
     for name, broken in (("student", student), ("teacher", teacher)):
         if broken:
-            raise ValueError(
+            raise NotFiniteLogitsError(
                 f"{name}_hidden gives logits that are not finite: "
                 f"look for NaN or infinity in the {name}'s hidden states and output weight"
             )

@@ -4,6 +4,7 @@
     sync            •                                                          •
     parity          •                                                          •             •
     rollout                                                                    •             •
+    inflight                                        •          •               •             •
     teacher                                         •          •
     train           •         •          •                     •
     evaluation                                                                 •             •
@@ -38,6 +39,7 @@ NEEDS: dict[str, tuple[str, ...]] = {
     "sync": (STUDENT, ROLLOUT_WEIGHTS),
     "parity": (STUDENT, ROLLOUT_WEIGHTS, KV_CACHE),
     "rollout": (ROLLOUT_WEIGHTS, KV_CACHE),
+    "inflight": (TEACHER, TEACHER_HEAD, ROLLOUT_WEIGHTS, KV_CACHE),  # a rollout that the teacher watches
     "teacher": (TEACHER, TEACHER_HEAD),  # a tied head is the embedding too
     "train": (STUDENT, GRADIENTS, OPTIMIZER, TEACHER_HEAD),  # the loss multiplies by the teacher's head
     "evaluation": (ROLLOUT_WEIGHTS, KV_CACHE),

@@ -149,13 +149,17 @@ class ModelSpec:
     def read(cls, model_dir: str | Path) -> ModelSpec:
         """Raises `ConfigError` for a model that this project does not build."""
         path = Path(model_dir) / "config.json"
-        config = json.loads(path.read_text())
+        return cls.of(json.loads(path.read_text()), str(path))
+
+    @classmethod
+    def of(cls, config: dict[str, Any], where: str) -> ModelSpec:
+        """From the contents of a config.json; `where` it is from, for the errors of `read`."""
         if problem := not_built(config):
-            raise ConfigError(f"{path}: {problem}")
+            raise ConfigError(f"{where}: {problem}")
         try:
             return cls._of(DEFAULTS[config["model_type"]] | {k: v for k, v in config.items() if v is not None})
         except KeyError as missing:
-            raise ConfigError(f"{path}: {missing.args[0]} is missing: copy the model's config.json again") from None
+            raise ConfigError(f"{where}: {missing.args[0]} is missing: copy the model's config.json again") from None
 
     @classmethod
     def _of(cls, hf: dict[str, Any]) -> ModelSpec:

@@ -26,6 +26,16 @@ def recipes_dir() -> Path:
     return Path(__file__).resolve().parent.parent / "recipes"
 
 
+def models_dir() -> Path:
+    """Where published models lie, as OWNER/NAME: the environment variable PRUNE_OPD_MODELS, or `models` here."""
+    return Path(os.environ.get("PRUNE_OPD_MODELS", "models")).expanduser()
+
+
+def data_dir() -> Path:
+    """Where prompt files lie: the environment variable PRUNE_OPD_DATA, or `data` here."""
+    return Path(os.environ.get("PRUNE_OPD_DATA", "data")).expanduser()
+
+
 def tiny_model_dir(name: str, config_digest: str) -> Path:
     """The cached Hugging Face directory of a tiny model, for example `tiny_model_dir("base", digest)`."""
     return cache_dir() / "tiny" / config_digest / name

@@ -82,10 +82,8 @@ def token_multiple(recipe: str | None, tensor: int, sequence_parallel: bool) -> 
 # ---------------------------------------------------------------------------------------------------- refusals
 
 
-def fp8_problems(
-    role: str, fp8: Fp8Config, model: dict[str, Any] | None, tensor: int, sequence_parallel: bool, gpu: bool
-) -> list[str]:
-    """Why this model's FP8 cannot be had, a line each. role: student | teacher. model: its config.json, if readable."""
+def fp8_problems(role: str, fp8: Fp8Config, gpu: bool) -> list[str]:
+    """Why this model's FP8 cannot be had on this machine, a line each. role: student | teacher."""
     if not fp8.on:
         return []
     part = f"precision.{role}_fp8"
@@ -94,15 +92,24 @@ def fp8_problems(
         return [f"{field} needs a CUDA GPU and there is none here: {remedy}"]
     if missing := transformer_engine_problem():
         return [f"{field} needs Transformer Engine, and {missing}: install it, or {remedy}"]
-    problems = []
     cuda = cuda_of_torch()
     if fp8.recipe == "blockwise" and cuda is not None and cuda < BLOCKWISE_CUDA:
-        problems.append(
+        return [
             f"{part}.recipe = 'blockwise' needs CUDA 12.9 and this torch has {_dotted(cuda)}: "
             f"install a torch for CUDA 12.9 or later, or set {part}.recipe=tensorwise"
-        )
-    if model is None:
-        return problems
+        ]
+    return []
+
+
+def fp8_size_problems(
+    role: str, fp8: Fp8Config, model: dict[str, Any] | None, tensor: int, sequence_parallel: bool
+) -> list[str]:
+    """Why this model's matrices cannot be FP8 on any machine, a line each. model: its config.json, if readable."""
+    if not fp8.on or model is None:
+        return []
+    part = f"precision.{role}_fp8"
+    field, remedy = f"{part}.format = {fp8.format!r}", f"set {part}.format=null"
+    problems = []
     multiple = BLOCK if fp8.recipe == "blockwise" and sequence_parallel and tensor > 1 else GEMM_MULTIPLE
     tensor_field = "parallel.tensor" if role == "student" else "parallel.teacher_tensor"
     for name, size in matrix_sizes(model, tensor, tensor_field).items():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import pairwise
@@ -9,14 +10,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch.distributed as dist
+from torch import Tensor
 
 from prune_opd import platform
 from prune_opd.config import MemoryConfig, TrainConfig, to_dict
-from prune_opd.data.prompts import JsonlSource, PromptSampler, make_source
+from prune_opd.data.prompts import JsonlSource, Prompt, PromptSampler, make_source
 from prune_opd.dealing import Deal, deal, packing_record, padded_size
 from prune_opd.errors import ConfigError, UserError
 from prune_opd.eval.evaluate import Evaluator, Sampling, make_evaluator
-from prune_opd.horizon import HorizonController, make_controller
+from prune_opd.horizon import HorizonController, make_controller, response_limits
+from prune_opd.inflight import InflightGate
 from prune_opd.memory import MemoryPhases
 from prune_opd.precision import rollout_format
 from prune_opd.recipe import save_config
@@ -28,6 +31,7 @@ from prune_opd.track.tracker import NullTracker, Tracker
 
 if TYPE_CHECKING:
     from prune_opd.megatron.checkpoint import Checkpoints
+    from prune_opd.megatron.handover import TeacherHidden
     from prune_opd.megatron.layout import Layout
     from prune_opd.megatron.packing import PackedBatch
     from prune_opd.megatron.teacher import Teacher
@@ -57,6 +61,7 @@ class Run:
     checkpoints: Checkpoints
     evaluators: list[Evaluator]  # one a task; none: no evaluation
     tracker: NullTracker
+    inflight: InflightGate | None = None
     finished_steps: int = 0
     skipped_in_a_row: int = 0  # updates
     full_response_length: float | None = None  # tokens; what a response costs at the full horizon (last evaluation)
@@ -95,6 +100,30 @@ class Run:
             self.tracker.note(text)
         if result.updates:
             self.skipped_in_a_row = 0
+
+    def generate(self, prompts: Sequence[Prompt], horizon: int, step: int) -> Rollouts:
+        """The step's rollouts. The in-flight gate, if there is one, stops drifting responses on the way."""
+        rollout, rows = self.config.rollout, len(prompts) * self.config.rollout.responses
+        if self.inflight is not None:
+            self.enter("inflight")
+        return self.engine.generate(
+            prompts,
+            rollout.responses,
+            max_tokens=response_limits(self.config.horizon, horizon, rows, self.config.seed, step),
+            seed=self.config.seed,
+            step=step,
+            temperature=rollout.temperature,
+            top_p=rollout.top_p,
+            watch=self.inflight,
+        )
+
+    def teacher_hidden(self, rollouts: Rollouts) -> TeacherHidden:
+        """The teacher's hidden states of the batch; rows that it saw to their end in flight are not computed again."""
+        return self.teacher.hidden(rollouts, self.deals(rollouts), self.inflight.kept if self.inflight else None)
+
+    def inflight_record(self, rollouts: Rollouts, reliable_length_B: Tensor) -> dict[str, Any]:
+        """The in-flight gate's part of a step record."""
+        return self.inflight.record(rollouts, reliable_length_B) if self.inflight else {"pruned_inflight": 0}
 
     def sync_weights(self) -> None:
         """Reshard the student's weights into the engine, unless it has them already.
@@ -253,7 +282,18 @@ def prepare(config: TrainConfig, run_dir: Path, resume: str, allow_config_change
     )
     teacher = Teacher(config.teacher, layout, dtype, machine.device, parallel.microbatch_tokens, teacher_fp8)
     longest = max(config.horizon.max_len, config.evaluation.max_len or 0)
-    engine = RolloutEngine(config.student, config.rollout, longest, dtype, machine, sleep_level=memory.sleep_level)
+    vocab_size = min(trainer.spec.vocab_size, teacher.spec.vocab_size)
+    inflight = InflightGate(config, teacher, layout, vocab_size) if config.rollout.inflight.on else None
+    engine = RolloutEngine(
+        config.student,
+        config.rollout,
+        longest,
+        dtype,
+        machine,
+        sleep_level=memory.sleep_level,
+        max_logprobs=inflight.top or 0 if inflight else 0,
+        timeout_minutes=parallel.timeout_minutes,
+    )
     run = Run(
         config=config,
         run_dir=run_dir,
@@ -267,6 +307,7 @@ def prepare(config: TrainConfig, run_dir: Path, resume: str, allow_config_change
         checkpoints=Checkpoints(run_dir / "checkpoints", config.checkpoint, layout),
         evaluators=_evaluators(config, tokenizer),
         tracker=NullTracker(),
+        inflight=inflight,
         memory=MemoryPhases(
             memory,
             None if machine.is_cpu else handlers(trainer, teacher, engine, machine),

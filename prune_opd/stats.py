@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -35,6 +36,10 @@ class BatchStats:
         for i, value_N in enumerate((stats.overlap_N, stats.event_N, stats.weight_N, stats.divergence_N)):
             self.sums[i].index_add_(0, bin_N, value_N.double())
         self.count.index_add_(0, bin_N, torch.ones_like(bin_N, dtype=torch.float64))
+
+    def miss(self, rows: Sequence[int]) -> None:
+        """Note that a micro-batch could not be judged: its responses have no reliable length, its tokens no part."""
+        self.reliable_length_B[list(rows)] = math.nan
 
     def add_ratio(self, stats: GateStats) -> None:
         """Take in one micro-batch of an update: how far the student has moved from the policy that sampled it."""

@@ -55,7 +55,9 @@ def records(run_dir: Path) -> list[dict[str, Any]]:
     found = []
     for line in lines:
         try:
-            found.append({key: value for key, value in json.loads(line).items() if not key.startswith("time_")})
+            found.append(
+                {key: value for key, value in json.loads(line).items() if not key.startswith(("time_", "cpu_"))}
+            )
         except ValueError:  # the line that is being written
             break
     return found

@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 
 from prune_opd.config import HorizonConfig
 from prune_opd.errors import ConfigError
-from prune_opd.horizon import HorizonController, make_controller
+from prune_opd.horizon import HorizonController, make_controller, response_limits
 
+ALL = ("full", "topd", "popd", "prune", "marginal", "replay")
 quick = settings(max_examples=80, deadline=None)
 PAPER = HorizonConfig("prune", init_len=2048)
 
@@ -46,7 +47,7 @@ batches = st.lists(
 
 
 @st.composite
-def configs(draw: st.DrawFn, strategies: tuple[str, ...] = ("full", "topd", "popd", "prune")) -> HorizonConfig:
+def configs(draw: st.DrawFn, strategies: tuple[str, ...] = ALL) -> HorizonConfig:
     max_len = draw(st.integers(1, 400))
     return HorizonConfig(
         strategy=draw(st.sampled_from(strategies)),
@@ -61,6 +62,8 @@ def configs(draw: st.DrawFn, strategies: tuple[str, ...] = ("full", "topd", "pop
         increment=draw(st.integers(0, 50)),
         interval=draw(st.integers(1, 5)),
         finished_rows=draw(st.sampled_from(["miss", "hit_if_reliable", "exclude"])),
+        price=draw(st.sampled_from([0.0, 0.3, 0.5, 1.0])),
+        windows=tuple(draw(st.lists(st.integers(1, 500), min_size=1, max_size=4))),
     )
 
 
@@ -166,7 +169,7 @@ def test_tensors_and_lists_are_the_same_to_a_controller() -> None:
     assert lists.state_dict() == tensors.state_dict()
 
 
-@given(configs(("prune",)), batches)
+@given(configs(("prune", "marginal")), batches)
 @quick
 def test_the_window_stays_inside_its_limits(config: HorizonConfig, steps: list[Batch]) -> None:
     controller = make_controller(config)
@@ -183,6 +186,94 @@ def test_the_window_stays_inside_its_limits(config: HorizonConfig, steps: list[B
 def test_every_horizon_is_between_one_and_max_len(config: HorizonConfig, steps: list[Batch]) -> None:
     controller = make_controller(config)
     assert all(1 <= horizon <= config.max_len for horizon in [controller.horizon, *horizons(controller, steps)])
+
+
+# ---------------------------------------------------------------------------------------------------- marginal (ours)
+
+MARGINAL = HorizonConfig("marginal", max_len=400, min_len=10, init_len=200, step=20, margin=10, price=0.5)
+
+
+def test_marginal_shrinks_although_the_luckiest_tenth_are_reliable() -> None:
+    lucky = batch(*[(200, 200, False)] * 2, *[(100, 200, False)] * 8)
+    prune = HorizonConfig("prune", max_len=400, min_len=10, init_len=200, step=20, margin=10)
+    assert horizons(make_controller(prune), [lucky]) == [220]
+    # Beyond 100 only a fifth of the tokens are reliable, less than the price: back, a step at a time, to 100 + margin.
+    assert horizons(make_controller(MARGINAL), [lucky] * 6) == [180, 160, 140, 120, 110, 110]
+
+
+def test_marginal_grows_while_more_than_its_price_are_reliable_to_the_end_of_the_window() -> None:
+    good = batch(*[(200, 200, False)] * 6, *[(100, 200, False)] * 4)
+    assert horizons(make_controller(MARGINAL), [good]) == [220]
+    assert horizons(make_controller(dataclasses.replace(MARGINAL, price=0.7)), [good]) == [180]
+
+
+def test_marginal_opens_to_max_len_where_every_response_ends_reliably_by_itself() -> None:
+    short = batch(*[(40, 40, True)] * 8)
+    assert horizons(make_controller(MARGINAL), [short] * 12)[-1] == 400
+
+
+def test_marginal_moves_up_to_an_optimum_that_lies_inside_the_window() -> None:
+    # Half of the rows drift at 195 of 200: the optimum is 195, its target 205 is nearer than a whole step.
+    assert horizons(
+        make_controller(dataclasses.replace(MARGINAL, price=0.6)),
+        [batch(*[(195, 200, False)] * 5, *[(200, 200, False)] * 5)],
+    ) == [205]
+
+
+@given(configs(("marginal",)), batches)
+@quick
+def test_marginal_moves_towards_the_window_of_greatest_value(config: HorizonConfig, steps: list[Batch]) -> None:
+    controller = make_controller(config)
+    for reliable_length_B, length_B, finished_B in steps:
+        window = controller.horizon
+        value = [
+            sum(min(e, w) for e in reliable_length_B) - config.price * sum(min(n, w) for n in length_B)
+            for w in range(window + 1)
+        ]
+        best = max(range(window + 1), key=lambda w: (round(value[w], 6), w))
+        controller.update(reliable_length_B, length_B, finished_B)
+        if best == window:
+            assert controller.horizon == min(window + config.step, config.max_len)
+        else:
+            goal = min(max(best + config.margin, config.min_len), config.max_len)
+            assert abs(controller.horizon - goal) == max(0, abs(window - goal) - config.step)
+
+
+# ---------------------------------------------------------------------------------------------------- controls
+
+
+def test_replay_gives_the_windows_in_their_order_and_keeps_the_last() -> None:
+    controller = make_controller(HorizonConfig("replay", max_len=100, min_len=1, windows=(30, 50, 400)))
+    assert controller.horizon == 30
+    assert horizons(controller, [HIT, MISS, HIT]) == [50, 100, 100]
+
+
+def test_replay_without_windows_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"horizon\.windows"):
+        HorizonConfig("replay")
+    with pytest.raises(ConfigError, match=r"horizon\.windows = 0"):
+        HorizonConfig("replay", windows=(5, 0))
+
+
+def test_limits_are_the_horizon_unless_they_are_scattered() -> None:
+    config = HorizonConfig("full", max_len=100, min_len=1)
+    assert response_limits(config, 60, 3, seed=0, step=1) == [60, 60, 60]
+
+
+def test_scattered_limits_have_the_horizon_as_their_mean_and_stay_between_one_and_max_len() -> None:
+    config = HorizonConfig("full", max_len=100, min_len=1, scatter=True)
+    for horizon, low, high in ((30, 1, 59), (80, 60, 100), (100, 100, 100), (1, 1, 1)):
+        limits = response_limits(config, horizon, 20_000, seed=0, step=1)
+        assert (min(limits), max(limits)) == (low, high)
+        assert sum(limits) / len(limits) == pytest.approx(horizon, abs=0.5)
+
+
+def test_scattered_limits_are_the_same_for_the_same_seed_and_step_only() -> None:
+    config = HorizonConfig("full", max_len=100, min_len=1, scatter=True)
+    first = response_limits(config, 50, 32, seed=3, step=7)
+    assert first == response_limits(config, 50, 32, seed=3, step=7)
+    assert first != response_limits(config, 50, 32, seed=3, step=8)
+    assert first != response_limits(config, 50, 32, seed=4, step=7)
 
 
 # ---------------------------------------------------------------------------------------------------- checkpoints
@@ -213,11 +304,13 @@ def test_misses_before_a_checkpoint_still_count_after_it() -> None:
         assert controller.horizon == (1948 if step == 3 else 2048)
 
 
-@pytest.mark.parametrize("own", ["full", "topd", "popd", "prune"])
-@pytest.mark.parametrize("other", ["full", "topd", "popd", "prune"])
+@pytest.mark.parametrize("own", ALL)
+@pytest.mark.parametrize("other", ALL)
 def test_the_state_of_another_strategy_is_refused(own: str, other: str) -> None:
     def controller(strategy: str) -> HorizonController:
-        return make_controller(HorizonConfig(strategy, init_len=2000, rho=0.5, increment=1, interval=1))
+        return make_controller(
+            HorizonConfig(strategy, init_len=2000, rho=0.5, increment=1, interval=1, windows=(2000,))
+        )
 
     state = controller(other).state_dict()
     if own == other:

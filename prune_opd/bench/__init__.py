@@ -18,7 +18,17 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from prune_opd.bench import compare_loss, fp8_noise, packing, pair_check, reshard
+from prune_opd.bench import (
+    compare_loss,
+    fp8_noise,
+    inflight,
+    packing,
+    pair_check,
+    peers,
+    reshard,
+    scaling,
+    strategies,
+)
 from prune_opd.errors import ConfigError
 
 BENCHMARKS: dict[str, Callable[..., int]] = {
@@ -26,6 +36,10 @@ BENCHMARKS: dict[str, Callable[..., int]] = {
     "packing": packing.run,
     "reshard": reshard.run,
     "fp8-noise": fp8_noise.run,
+    "inflight": inflight.run,
+    "peers": peers.run,
+    "strategies": strategies.run,
+    "scaling": scaling.run,
     "pair-check": pair_check.run,
 }
 

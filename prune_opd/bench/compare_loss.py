@@ -102,7 +102,7 @@ def run(path: Path, quick: bool) -> int:
         },
         "vocabularies": [{**_compare(raw, vocab), "chunk": settings.chunk(vocab)} for vocab in settings.vocabularies],
         "growth": _growth(raw, settings),
-        "skipped": {} if _has_trl() else {"trl": "the package trl is not there: run `make setup-bench`"},
+        "skipped": {} if has_trl() else {"trl": "the package trl is not there: run `make setup-bench`"},
         "raw": raw,
     }
     path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
@@ -116,7 +116,7 @@ def run(path: Path, quick: bool) -> int:
 
 def _measure_all(settings: Settings, console: Console) -> list[dict[str, Any]]:
     """Every measurement, in the order it was taken."""
-    contenders = [name for name in CONTENDERS if name != "trl" or _has_trl()]
+    contenders = [name for name in CONTENDERS if name != "trl" or has_trl()]
     rounds: list[tuple[str, str, int, int]] = []
     for vocab in settings.vocabularies:
         for turn in range(settings.rounds):
@@ -164,7 +164,7 @@ def _measure(contender: str, vocab: int, tokens: int, settings: Settings) -> dic
         return {"contender": contender, "vocab": vocab, "tokens": tokens, **json.loads(answer.read_text())}
 
 
-def _has_trl() -> bool:
+def has_trl() -> bool:
     return importlib.util.find_spec("trl") is not None or (BENCH_PACKAGES / "trl").is_dir()
 
 

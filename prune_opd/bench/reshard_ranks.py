@@ -62,7 +62,7 @@ def model_config(layers: int, hidden: int, vocab: int) -> dict[str, Any]:
     }
 
 
-def write_student(folder: Path, config: dict[str, Any]) -> None:
+def write_student(folder: Path, config: dict[str, Any], seed: int = 0) -> None:
     """A directory with random weights."""
     from safetensors.torch import save_file
 
@@ -86,7 +86,7 @@ def write_student(folder: Path, config: dict[str, Any]) -> None:
         "q_norm": (spec.head_dim,),
         "k_norm": (spec.head_dim,),
     }
-    draw = torch.Generator().manual_seed(0)
+    draw = torch.Generator().manual_seed(seed)
     names = (name for entry in entries(spec) for name in entry.hf)
     tensors = {
         name: torch.randn(shapes.get(name.split(".")[-2], (spec.hidden,)), generator=draw) * spec.hidden**-0.5
@@ -175,9 +175,9 @@ def peak(run: Callable[[], None]) -> tuple[int, int]:
 
 
 class Stopwatch:
-    """Seconds spent in some methods of a class, while it is entered."""
+    """Seconds spent in some functions of a module or methods of a class, while it is entered."""
 
-    def __init__(self, cls: type, methods: Sequence[str]):
+    def __init__(self, cls: Any, methods: Sequence[str]):
         self.cls, self.originals, self.seconds = cls, {name: getattr(cls, name) for name in methods}, 0.0
 
     def __enter__(self) -> Stopwatch:
@@ -201,6 +201,7 @@ class Stopwatch:
 
 
 def measure(chunks: list[Any], engine: Any, bucket_mb: float, rounds: int) -> dict[str, Any]:
+    from prune_opd.weights import checksum
     from prune_opd.weights.checksum import Checksums
     from prune_opd.weights.stream import Resharder
 
@@ -223,11 +224,11 @@ def measure(chunks: list[Any], engine: Any, bucket_mb: float, rounds: int) -> di
         names = list(contenders)
         shift = turn % len(names)
         for name in names[shift:] + names[:shift]:
-            with Stopwatch(Checksums, ("sent", "handed_on", "compare")) as checksums:
+            with Stopwatch(checksum, ("bits_sum",)) as sums, Stopwatch(Checksums, ("compare",)) as comparing:
                 result = timed(contenders[name])
             times[name].append(result)
             if name.endswith("+ reload"):
-                checksum_share[name.split()[0]].append(checksums.seconds / result["wall_s"])
+                checksum_share[name.split()[0]].append((sums.seconds + comparing.seconds) / result["wall_s"])
 
     memory: dict[str, dict[str, list[int]]] = {
         name: {"stream_bytes": [], "sync_beyond_reload_bytes": [], "buffers": []} for name in TRANSPORTS

@@ -71,11 +71,14 @@ class Evaluator:
         self.tokenizer, self.task, self.source = tokenizer, task, source
         self.problems, self.sampling = problems, sampling
 
-    def run(self, engine: RolloutEngine) -> Scored:
-        """Sample from the engine's weights and score. Collective: every rank calls it and gets the same."""
-        sampling = self.sampling
+    def run(self, engine: RolloutEngine, problems: int | None = None) -> Scored:
+        """Sample from the engine's weights and score: all problems, or the first ones.
+
+        Collective: every rank calls it and gets the same.
+        """
+        sampling, chosen = self.sampling, self.problems[:problems]
         rollouts = engine.generate(
-            self.problems,
+            chosen,
             sampling.samples,
             sampling.max_len,
             seed=sampling.seed,
@@ -88,7 +91,7 @@ class Evaluator:
         )
         k = sampling.samples
         grouped = [texts[i : i + k] for i in range(0, len(texts), k)]
-        correct = score_responses(self.source, self.problems, grouped)
+        correct = score_responses(self.source, chosen, grouped)
         return Scored(self.task, rollouts, tuple(texts), tuple(map(tuple, correct)))
 
 
@@ -111,16 +114,21 @@ def task_name(source: str) -> str:
 
 
 def evaluation_record(
-    engine: RolloutEngine, evaluators: Sequence[Evaluator], step: int, generations: Path | None, keep: int
+    engine: RolloutEngine,
+    evaluators: Sequence[Evaluator],
+    step: int,
+    generations: Path | None,
+    keep: int,
+    problems: int | None = None,
 ) -> Record:
-    """The evaluation line of metrics.jsonl after `step` updates, over all tasks. Collective.
+    """The evaluation line of metrics.jsonl after `step` updates, over all tasks (their first `problems`). Collective.
 
     `keep` answers of every task are written to `generations`/step-NNNNNN.jsonl on the rank that gives a folder.
     `eval_response_length` is the mean over the tasks' means, in tokens.
     """
     started = time.perf_counter()
     record: Record = {"step": step}
-    scored = [evaluator.run(engine) for evaluator in evaluators]
+    scored = [evaluator.run(engine, problems) for evaluator in evaluators]
     for result in scored:
         name, accuracy = f"eval_{result.task}", result.accuracy
         record[name] = accuracy.mean

@@ -56,9 +56,9 @@ METADATA_FILE = ".metadata"  # torch's index of the shards: a pickle
 EXTRA_STATE = "_extra_state"
 LATEST = "latest"
 PARTIAL = "step_*.partial"
-# What a pickled index may name. Anything else in it is no index but a program.
+# What a pickled index may name: classes, and two functions that make values. Anything else is no index but a program.
 KNOWN_CLASSES = re.compile(
-    r"(torch\.distributed\.checkpoint\.(metadata|filesystem|planner)|megatron\.core\.dist_checkpointing)\b"
+    r"(torch\.distributed\.checkpoint\.(metadata|filesystem|planner)|megatron\.core\.dist_checkpointing(\.\w+)*) \w+$"
     r"|torch (Size|\w*float\w*|u?int\d+|bool)$|torch\.serialization _get_layout$|pathlib \w+$|_codecs encode$"
     r"|collections OrderedDict$|builtins (set|list|dict|tuple)$"
 )
@@ -177,8 +177,8 @@ class Checkpoints:
         """
         every = self.config.keep_every
         others = [path for path in self._complete_ones() if path != final]
-        passing = [path for path in others if not (every and (_step_of(path.name) or 0) % every == 0)]
-        return passing[: max(0, len(passing) - (self.config.keep - 1))]
+        old = others[: max(0, len(others) - (self.config.keep - 1))]
+        return [path for path in old if not (every and (_step_of(path.name) or 0) % every == 0)]
 
     def _complete_ones(self) -> list[Path]:
         return sorted(
@@ -186,13 +186,14 @@ class Checkpoints:
         )
 
     def _failure(self, partial: Path, reason: str) -> UserError:
+        free = f"{shutil.disk_usage(self.directory).free / 2**20:.1f} MiB were free" if self.directory.exists() else ""
         if self.layout.is_main:
             shutil.rmtree(partial, ignore_errors=True)  # a disk that is full needs the room
         last = self.latest()
         kept = f"the last good one, {last.name}, is untouched" if last else "there was none before it"
         step = _step_of(partial.name.partition(".")[0])
         return UserError(
-            f"the checkpoint of step {step} could not be written to {self.directory} ({reason}); {kept}: "
+            f"the checkpoint of step {step} could not be written to {self.directory} ({reason}; {free}); {kept}: "
             "put the disk right and run the same command again"
         )
 
@@ -297,9 +298,13 @@ class _IndexOnly(pickle.Unpickler):
     """Reads the index of the shards and no other pickle."""
 
     def find_class(self, module: str, name: str) -> Any:
-        if not KNOWN_CLASSES.match(f"{module} {name}"):
-            raise pickle.UnpicklingError(f"it names {module}.{name}")
-        return super().find_class(module, name)
+        refusal = pickle.UnpicklingError(f"it names {module}.{name}")
+        if not KNOWN_CLASSES.match(f"{module} {name}"):  # a dotted name would reach what a module has imported
+            raise refusal
+        found = super().find_class(module, name)
+        if not isinstance(found, type | torch.dtype) and name not in ("_get_layout", "encode"):
+            raise refusal
+        return found
 
 
 def refuse_programs(index: Path) -> None:

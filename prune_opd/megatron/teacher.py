@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 
 from prune_opd.config import Fp8Config
-from prune_opd.dealing import Deal, deal
+from prune_opd.dealing import Deal, deal_any
 from prune_opd.megatron.handover import TeacherHidden, find_routes, hand_over, replica_of_row
 from prune_opd.megatron.layout import Layout
 from prune_opd.megatron.model import build
@@ -20,6 +21,14 @@ from prune_opd.model_spec import ModelSpec
 from prune_opd.precision import NO_FP8, transformer_arguments
 from prune_opd.rollout.batch import Rollouts
 from prune_opd.weights.load import read_head
+
+
+@dataclass(frozen=True)
+class KeptHidden:
+    """Whole rows that the teacher went through already: on which of its replicas each is, and those of this rank."""
+
+    replica_of: dict[int, int] = field(default_factory=dict)
+    of_row: dict[int, Tensor] = field(default_factory=dict)
 
 
 class Teacher:
@@ -56,13 +65,28 @@ class Teacher:
         assert self._head_weight is not None, "only the student's last stage computes the loss"
         return self._head_weight
 
-    def hidden(self, rollouts: Rollouts, deals: Sequence[Deal]) -> TeacherHidden:
+    def hidden(self, rollouts: Rollouts, deals: Sequence[Deal], kept: KeptHidden | None = None) -> TeacherHidden:
         """The hidden states of the rows that this rank trains on (none but on the student's last stage).
 
-        deals: the student's, one of each update. Collective over the whole job.
+        deals: the student's, one of each update. kept: rows that need no computing. Collective over the whole job.
         """
-        ours = self._deals(rollouts, deals)
-        mine = [rows for part in ours for rows in part[self.layout.teacher.dp_rank]]
+        return self.look(rollouts, deals, kept)[0]
+
+    def look(
+        self, rollouts: Rollouts, deals: Sequence[Deal], kept: KeptHidden | None = None
+    ) -> tuple[TeacherHidden, KeptHidden]:
+        """`hidden`, and all that the teacher knows now, where it was computed."""
+        kept = kept or KeptHidden()
+        ours = self._deals(rollouts, deals, kept)
+        hidden_of = {**kept.of_row, **self._compute(rollouts, ours)}
+        replica_of = {**kept.replica_of, **replica_of_row(ours)}
+        routes = find_routes(replica_of, replica_of_row(deals), self.layout.teacher, self.layout.student)
+        return hand_over(hidden_of, rollouts.length_B, routes, self.nothing), KeptHidden(replica_of, hidden_of)
+
+    def _compute(self, rollouts: Rollouts, deals: Sequence[Deal]) -> dict[int, Tensor]:
+        mine = [rows for part in deals for rows in part[self.layout.teacher.dp_rank]]
+        if not mine:
+            return {}
         prompts, responses = rollouts.prompt_ids, rollouts.response_ids
         multiple = self.chunks[0].token_multiple
         batches = [pack_rows(prompts, responses, rows, self.device, multiple) for rows in mine]
@@ -73,19 +97,20 @@ class Teacher:
             hidden_of.update(zip(batch.rows, parts, strict=True))
 
         forward(self.chunks, self.layout.teacher, batches, keep)
-        routes = find_routes(replica_of_row(ours), replica_of_row(deals), self.layout.teacher, self.layout.student)
-        return hand_over(hidden_of, rollouts.length_B, routes, self.nothing)
+        return hidden_of
 
-    def _deals(self, rollouts: Rollouts, deals: Sequence[Deal]) -> Sequence[Deal]:
+    def _deals(self, rollouts: Rollouts, deals: Sequence[Deal], kept: KeptHidden) -> Sequence[Deal]:
         """The teacher's deal: with as many replicas as the student has, the student's, so that rows stay put.
 
         Not with context parallelism, whose micro-batches are as many times as large: the teacher does not share them.
+        Nor when some rows are known, which would leave holes in the micro-batches.
         """
         replicas, student = self.layout.teacher.dp, self.layout.student
-        if replicas == student.dp and student.cp == 1:
+        if replicas == student.dp and student.cp == 1 and not kept.replica_of:
             return deals
         rows = sorted(chain.from_iterable(replica_of_row([part]) for part in deals))
-        return [deal(rollouts.row_length_B, rows, replicas, self.token_budget)]
+        rows = [row for row in rows if row not in kept.replica_of]
+        return [deal_any(rollouts.row_length_B, rows, replicas, self.token_budget)] if rows else []
 
     def _read_head(self, model_dir: str | Path, dtype: torch.dtype) -> Tensor:
         first, tp = self.chunks[0], self.layout.student.groups.tp

@@ -10,11 +10,16 @@ from prune_opd.data.prompts import Prompt
 
 @dataclass(frozen=True)
 class Response:
-    """One sampled continuation. `finished`: it ended by itself (end-of-sequence), not at the horizon."""
+    """One sampled continuation. `finished`: it ended by itself (end-of-sequence), not at the horizon or by the gate.
+
+    stopped: the in-flight gate cut it off. Such a response is not finished: nobody knows how it would have ended.
+    """
 
     ids: tuple[int, ...]
     finished: bool
     logprobs: tuple[float, ...] | None = None  # the engine's, of the sampled tokens, when asked for
+    stopped: bool = False
+    dropped: int = 0  # tokens that came after the cut before it was decided
 
 
 @dataclass(frozen=True)
@@ -48,6 +53,10 @@ class Rollouts:
     @property
     def finished_B(self) -> list[bool]:
         return [response.finished for response in self.responses]
+
+    @property
+    def stopped_rows(self) -> list[int]:
+        return [row for row, response in enumerate(self.responses) if response.stopped]
 
     @property
     def tokens(self) -> int:

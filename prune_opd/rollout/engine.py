@@ -9,6 +9,7 @@ import hashlib
 import logging
 import os
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from prune_opd.errors import UserError
 from prune_opd.platform import Platform, untouched_rng
 from prune_opd.precision import rollout_arguments
 from prune_opd.rollout.batch import Response, Rollouts
+from prune_opd.rollout.stepwise import StepLoop, Watch, run_watched
 
 # Read when vllm is imported. One process a rank (no engine subprocess), no telemetry, no hub; the V1 model runner on
 # every platform, because the CPU has no other and both must behave alike.
@@ -52,7 +54,14 @@ class RolloutEngine:
         machine: Platform,
         *,
         sleep_level: int = 0,
+        max_logprobs: int = 0,
+        timeout_minutes: float | None = None,
     ):
+        """max_logprobs: most words that a request may ask the log-probabilities of.
+
+        timeout_minutes: of the job's collectives. Those inside an engine get half of it: where one of its ranks has
+        failed, the others notice in time to meet the rest of the job, and all can say why they end.
+        """
         for name, value in ENVIRONMENT.items():
             os.environ.setdefault(name, value)
         self.machine = machine
@@ -68,6 +77,8 @@ class RolloutEngine:
         with untouched_rng():
             from vllm import LLM
 
+            if machine.is_cpu:
+                _own_shared_memory()
             self.llm: Any = LLM(
                 model=model_dir,
                 load_format="safetensors",  # a pickle is a program
@@ -80,6 +91,8 @@ class RolloutEngine:
                 seed=0,
                 disable_log_stats=True,
                 use_tqdm_on_load=False,
+                max_logprobs=max(max_logprobs, 1),
+                **_timeouts(timeout_minutes),
                 **rollout_arguments(rollout, self.sleep_level),
                 **self._platform_settings(rollout, max_model_len),
             )
@@ -124,18 +137,41 @@ class RolloutEngine:
         self,
         prompts: Sequence[Prompt],
         responses: int,
-        max_tokens: int,
+        max_tokens: int | Sequence[int],
         seed: int,
         step: int,
         temperature: float = 1.0,
         top_p: float = 1.0,
         logprobs: bool = False,
+        watch: Watch | None = None,
     ) -> Rollouts:
-        """`responses` continuations of each prompt, at most `max_tokens` long; the whole batch on every rank."""
+        """`responses` continuations of each prompt, at most `max_tokens` long; the whole batch on every rank.
+
+        max_tokens: of all responses, or of each, in the order of the rows that come back.
+        watch: who may stop a response at a checkpoint. The others have exactly the tokens that they have without it.
+        """
         rows = [(prompt, sample) for prompt in prompts for sample in range(responses)]
-        mine = rows[self.engine_index :: self.engines]
-        with untouched_rng():
-            outputs = self._sample(mine, max_tokens, seed, step, temperature, top_p, logprobs)
+        limits = [max_tokens] * len(rows) if isinstance(max_tokens, int) else max_tokens
+        part = slice(self.engine_index, None, self.engines)
+        mine = rows[part]
+        settings = [
+            {
+                "seed": request_seed(seed, step, prompt.index, sample),
+                "temperature": temperature,
+                "top_p": top_p,
+                "max_tokens": limit,
+                "detokenize": False,
+            }
+            for (prompt, sample), limit in zip(mine, limits[part], strict=True)
+        ]
+        checkpoints = () if watch is None else watch.checkpoints(max(limits, default=0))
+        if watch is not None:
+            watch.begin([prompt for prompt, _ in rows], limits)
+        if watch is not None and checkpoints:
+            outputs = self._sample_watched(mine, settings, checkpoints, watch)
+        else:
+            with untouched_rng():
+                outputs = self._sample(mine, settings, logprobs)
         everyone: list[Any] = [None] * self.world
         dist.all_gather_object(everyone, outputs)
         ranks_per_engine = self.world // self.engines
@@ -145,39 +181,72 @@ class RolloutEngine:
         return Rollouts(tuple(prompt for prompt, _ in rows), tuple(merged))
 
     def _sample(
-        self,
-        rows: Sequence[tuple[Prompt, int]],
-        max_tokens: int,
-        seed: int,
-        step: int,
-        temperature: float,
-        top_p: float,
-        logprobs: bool,
+        self, rows: Sequence[tuple[Prompt, int]], settings: Sequence[dict[str, Any]], logprobs: bool
     ) -> list[Response]:
         from vllm import SamplingParams
 
-        params = [
-            SamplingParams(
-                temperature=temperature,
-                top_p=top_p,
-                max_tokens=max_tokens,
-                seed=request_seed(seed, step, prompt.index, sample),
-                logprobs=0 if logprobs else None,
-                detokenize=False,
-            )
-            for prompt, sample in rows
-        ]
         if not rows:
             return []
+        params = [SamplingParams(logprobs=0 if logprobs else None, **of_row) for of_row in settings]
         outputs = self.llm.generate(
             [{"prompt_token_ids": list(prompt.ids)} for prompt, _ in rows], params, use_tqdm=False
         )
         return [_response(output.outputs[0], logprobs) for output in outputs]
 
+    def _sample_watched(
+        self,
+        rows: Sequence[tuple[Prompt, int]],
+        settings: Sequence[dict[str, Any]],
+        checkpoints: Sequence[int],
+        watch: Watch,
+    ) -> list[Response]:
+        """Collective over the job, for engines without rows too."""
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
+
+        loop = StepLoop(self.llm.llm_engine, checkpoints)
+
+        def start() -> None:
+            for i, ((prompt, _), of_row) in enumerate(zip(rows, settings, strict=True)):
+                params = SamplingParams(
+                    logprobs=watch.top,
+                    flat_logprobs=watch.top is not None,
+                    output_kind=RequestOutputKind.DELTA,
+                    **of_row,
+                )
+                loop.add(self.engine_index + i * self.engines, prompt.ids, params)
+
+        run_watched(loop, start, watch, self.engine_index)
+        return loop.responses()
+
     def close(self) -> None:
         """End the engine. vLLM also ends torch.distributed with it, so this is the last thing a rank does together."""
         dist.barrier()
         self.llm.llm_engine.engine_core.shutdown()
+
+
+def _own_shared_memory() -> None:
+    """Name the shared memory of an engine's ranks after this run.
+
+    vLLM's CPU path names it after the ranks alone, so two runs on a machine would meet in it, and what a killed run
+    leaves behind would end the next one: a name is not created twice.
+    """
+    from vllm.distributed.device_communicators import cpu_communicator
+
+    theirs = cpu_communicator._CPUSHMDistributed
+
+    class OfThisRun(theirs):  # type: ignore[misc, valid-type]
+        @staticmethod
+        def make_group_name(communicator: Any) -> str:
+            run = f"prune-opd-{os.environ['MASTER_PORT']}"  # no two runs of a machine listen on one port
+            return run + theirs.make_group_name(communicator).replace("/", "")
+
+        def _init_cpu_shm(self) -> int:
+            # Before the ranks meet: each one's own segment, which a run with this port has left when it was killed.
+            Path("/dev/shm", f"{self.group_name}_{self.communicator.rank}").unlink(missing_ok=True)
+            return int(super()._init_cpu_shm())
+
+    cpu_communicator._CPUSHMDistributed = OfThisRun
 
 
 def _response(completion: Any, logprobs: bool) -> Response:
@@ -186,6 +255,14 @@ def _response(completion: Any, logprobs: bool) -> Response:
     if logprobs:
         chosen = tuple(at[token].logprob for at, token in zip(completion.logprobs, ids, strict=True))
     return Response(ids, completion.finish_reason == "stop", chosen)
+
+
+def _timeouts(minutes: float | None) -> dict[str, int]:
+    """vLLM's settings for the collectives inside an engine, in whole seconds."""
+    if minutes is None:
+        return {}
+    seconds = max(1, int(minutes * 30))
+    return {"distributed_timeout_seconds": seconds, "cpu_distributed_timeout_seconds": seconds}
 
 
 def _unpack_experts(worker: Any) -> None:

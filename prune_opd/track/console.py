@@ -223,6 +223,10 @@ def summary_rows(summary: Summary) -> list[tuple[str, str]]:
     if summary.tokens_full is not None and summary.saved is not None:
         rows.append(("tokens at the full horizon", f"{summary.tokens_full:,} (estimated)"))
         rows.append(("tokens saved", f"{summary.saved:.1%} (estimated)"))
+    if summary.teacher_tokens_inflight:
+        avoided = f"{summary.stopped:,} responses, {summary.tokens_avoided:,} tokens avoided (estimated)"
+        rows.append(("tokens stopped in flight", avoided))
+        rows.append(("tokens the teacher saw in flight", f"{summary.teacher_tokens_inflight:,}"))
     if summary.padding is not None:
         padded, packed = summary.padding
         rows.append(("padding", f"{packed:.1%} of the tokens (rows padded to the longest: {padded:.1%})"))

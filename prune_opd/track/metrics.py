@@ -33,6 +33,15 @@ METRICS: dict[str, str] = {
     "weight_mean": "mean training weight of the response tokens: W, times that of a weighting if there is one"
     " [0..1 + w_base]",
     "pruned_inflight": "responses that the in-flight gate stopped while they were generated [count]",
+    "tokens_avoided": "estimate of the response tokens that those would have had: up to the mean length of the batch's"
+    " other responses that went past the cut, or to the horizon where none did [tokens]",
+    "tokens_dropped": "tokens generated after a cut and before it was decided, and thrown away [tokens]",
+    "teacher_tokens_inflight": "tokens (prompts included) that the teacher went through at the checkpoints [tokens]",
+    "teacher_tokens_reused": "of those, the tokens whose hidden states the loss took over: stopped responses [tokens]",
+    "inflight_checks": "packed teacher passes in flight [count]",
+    "inflight_too_early": "stopped responses whose last token the loss's own gate still has at R > 0, so that it would"
+    " have gone on: 0 unless rollout.inflight.stop_events asks for it, or the rollouts are of a coarse format [count]",
+    "time_inflight": "the in-flight gate's part of time_rollout: teacher passes and decisions [s]",
     "overlap_by_position": "mean overlap in bins of equal width over max_len; null where no token fell [0..1]",
     "weight_by_position": "mean weight W in the same bins; null where no token fell [0..1 + w_base]",
     "rollout_digest": "hash of this step's response tokens: equal digests are equal rollouts [text]",
@@ -61,6 +70,11 @@ METRICS: dict[str, str] = {
     "time_teacher": "the teacher's forward pass [s]",
     "time_train": "the student's forward and backward passes and the optimizer step [s]",
     "time_step": "the whole training step, without evaluation and checkpoints [s]",
+    "cpu_sync": "CPU seconds of rank 0's process, all threads, in the phase that time_sync times [s]",
+    "cpu_rollout": "the same of the rollout [s]",
+    "cpu_teacher": "the same of the teacher's pass [s]",
+    "cpu_train": "the same of the student's passes and the optimizer step [s]",
+    "cpu_step": "the same of the whole training step [s]",
     "eval_<task>": "accuracy on held-out problems of the task (avg@samples) [0..1]",
     "eval_<task>_stderr": "standard error of that accuracy [0..1]",
     "eval_<task>_low": "lower end of its 95 % confidence interval [0..1]",
@@ -234,6 +248,9 @@ class Summary:
     tokens_generated: int
     tokens_full: int | None  # estimate, over the steps that have one
     saved: float | None  # 1 - generated / full over those steps: an estimate, below zero if nothing was saved
+    stopped: int  # responses that the in-flight gate stopped
+    tokens_avoided: int  # estimate: what those would still have cost
+    teacher_tokens_inflight: int
     padding: tuple[float, float] | None  # mean share of padding: rows padded to the longest, and packed
     seconds: float
     phases: dict[str, float]  # label -> seconds: the phases, other, evaluation; those that took no time are left out
@@ -253,6 +270,9 @@ def summarise(steps: list[Record], evaluations: list[Record]) -> Summary:
         tokens_generated=int(total(steps, "tokens_generated")),
         tokens_full=round(full) if estimated else None,
         saved=1 - total(estimated, "tokens_generated") / full if estimated else None,
+        stopped=int(total(steps, "pruned_inflight")),
+        tokens_avoided=round(total(steps, "tokens_avoided")),
+        teacher_tokens_inflight=int(total(steps, "teacher_tokens_inflight")),
         padding=_padding(steps),
         seconds=sum(phases.values()),
         phases={label: seconds for label, seconds in phases.items() if seconds > 0},

@@ -33,17 +33,21 @@ def write_report(run_dirs: list[Path], out: Path) -> None:
     title = f"{runs[0].name}: Prune-OPD run" if len(runs) == 1 else f"Comparison of {len(runs)} Prune-OPD runs"
     body = [f"<header><h1>{escape(title)}</h1>{_subtitle(runs)}</header>"]
     if compared:
-        body += [_comparison_table(runs), _grid(compared)]
+        body += [_comparison_table(runs), grid(compared)]
         body += [f"<h2>{escape(run.name)}</h2>{_tiles(run)}{_details(run, charts[run.name])}" for run in runs]
     else:
         body += [_tiles(runs[0]), _facts(runs[0]), _details(runs[0], charts[runs[0].name])]
-    page = _PAGE.format(title=escape(title), style=_STYLE, body="\n".join(body))
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(page, encoding="utf-8")
+    write_page(title, body, out)
     facts = "   ·   ".join(f"{name}: {value}" for name, value in _headlines(runs[0], tasks=2))
     subtitle = facts if len(runs) == 1 else "   ·   ".join(run.name for run in runs)
     shown = (compared or charts[runs[0].name])[:_OVERVIEW_CHARTS]
     out.with_suffix(".png").write_bytes(overview_png(title, subtitle, shown))
+
+
+def write_page(title: str, body: list[str], out: Path) -> None:
+    """A page of ours from its parts in HTML."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(_PAGE.format(title=escape(title), style=_STYLE, body="\n".join(body)), encoding="utf-8")
 
 
 # -------------------------------------------------------------------------------------------------------- sections
@@ -92,7 +96,7 @@ def _facts(run: RunData) -> str:
 
 def _details(run: RunData, charts: list[Chart]) -> str:
     note = "" if run.tasks else '<p class="note">This run has no evaluation, so nothing here shows success.</p>'
-    return f"{note}{_configuration(run)}{_grid(charts)}"
+    return f"{note}{_configuration(run)}{grid(charts)}"
 
 
 def _configuration(run: RunData) -> str:
@@ -118,13 +122,24 @@ def _comparison_table(runs: list[RunData]) -> str:
 
 def _row_rank(name: str) -> int:
     """Where a summary row stands: steps, accuracies, tokens, padding, horizon, time, phases."""
-    starts = ("steps", "accuracy", "tokens generated", "tokens at", "tokens saved", "padding", "final", "time")
+    starts = (
+        "steps",
+        "accuracy",
+        "tokens generated",
+        "tokens at",
+        "tokens saved",
+        "tokens stopped",
+        "tokens the",
+        "padding",
+        "final",
+        "time",
+    )
     phases = [f"  {label}" for label in PHASE_COLOURS]
     order = [*starts, *phases]
     return next((i for i, start in enumerate(order) if name.startswith(start)), len(order))
 
 
-def _grid(charts: list[Chart]) -> str:
+def grid(charts: list[Chart]) -> str:
     return '<div class="grid">' + "".join(_card(chart) for chart in charts) + "</div>"
 
 

@@ -54,7 +54,7 @@ class Tracker(NullTracker):
     """
 
     def __init__(self, run_dir: Path, config: TrainConfig, config_dict: dict[str, Any], resume_step: int) -> None:
-        self._run_dir = run_dir
+        self._run_dir, self._report = run_dir, config.track.report
         self._log = MetricsLog(run_dir / FILE_NAME, keep_through=resume_step or None)
         history, _ = read_metrics(self._log.path)
         self._console = RunConsole(config.name, config.steps, resume_step + 1, history=history)
@@ -96,6 +96,8 @@ class Tracker(NullTracker):
             self._console.close()
             return
         self._console.summary(steps, evaluations)
+        if not self._report:
+            return
         try:
             from prune_opd.track.report import write_report  # matplotlib: only now, and only here
 

@@ -34,7 +34,8 @@ class SafetensorsDirectory:
             self.file_of = dict.fromkeys(self._file(single.name).keys(), single.name)
         else:
             raise ConfigError(
-                f"{self.directory}: no model.safetensors and no index of one (pickled weights are not read)"
+                f"{self.directory}: no model.safetensors and no index of one"
+                " (pickled weights are not read: prune-opd convert)"
             )
 
     def _file(self, name: str) -> safe_open:

@@ -137,12 +137,15 @@ class Resharder:
         flight = Flight()
         for item in bucket.items:
             held = self._held(item, parameters)
+            self.transport.send(item, held, buffer, flight)
             for index, owner in enumerate(item.owners):
                 mine = held[index]
-                if sums and mine is not None:
-                    note = sums.sent if owner == self.group.rank() else sums.held
-                    note(item, index, mine)
-            self.transport.send(item, held, buffer, flight)
+                if sums is None or mine is None:
+                    continue
+                if owner != self.group.rank():
+                    sums.held(item, index, mine)
+                else:
+                    sums.sent(item, index, mine, flight.sums.get((item.entry.megatron, index)))
         return _Sent(buffer, flight)
 
     def _hand_on(self, bucket: Bucket, flight: Flight, sums: Checksums | None) -> Iterator[tuple[str, Tensor]]:

@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from prune_opd.weights.checksum import copy_and_sum
 from prune_opd.weights.plan import Item, view
 
 # For each shard of an item what this rank has of it, one tensor for each Hugging Face tensor; None if it has nothing.
@@ -26,9 +27,13 @@ Places = Callable[[Item, tuple[Tensor, ...], int], tuple[Tensor, ...]]
 
 @dataclass
 class Flight:
-    """A bucket on its way. wholes: of each item, complete after `arrive`. pending: (work, where it arrives, place)."""
+    """A bucket on its way. wholes: of each item, complete after `arrive`. pending: (work, where it arrives, place).
+
+    sums: `bits_sum` of the parts of shards that were read to be sent, by (megatron name, shard index).
+    """
 
     wholes: list[tuple[Tensor, ...]] = field(default_factory=list)
+    sums: dict[tuple[str, int], list[Tensor]] = field(default_factory=dict)
     pending: list[tuple[Any, Tensor, Tensor]] = field(default_factory=list)
 
 
@@ -166,8 +171,8 @@ class SharedMemory:
         for index, owner in enumerate(item.owners):
             mine = held[index] if owner == self.rank else None
             if mine is not None:
-                for place, source in zip(self.places(item, wholes, index), mine, strict=True):
-                    place.copy_(source)
+                places = self.places(item, wholes, index)
+                flight.sums[item.entry.megatron, index] = list(map(copy_and_sum, places, mine))
 
     def arrive(self, flight: Flight) -> None:
         dist.barrier(self.group)

@@ -84,7 +84,7 @@ def build_run(config: TrainConfig, layout: Any, run_dir: Path) -> Any:
         sampler=PromptSampler(source, config.seed, config.data.shuffle),
         controller=make_controller(config.horizon),
         checkpoints=Checkpoints(run_dir / "checkpoints", config.checkpoint, layout),
-        evaluator=None,
+        evaluators=[],
         tracker=NullTracker(),
     )
 
@@ -113,7 +113,7 @@ def train_step(run: Any, rollouts: Rollouts) -> dict[str, Any]:
     result = run.trainer.step_through(minibatches, loss)
     stats.reduce(run.layout.reports)
     run.check_updates(result, rollouts)
-    if result.updates:
+    if not result.skipped:
         run.controller.update(stats.reliable_length_B, rollouts.length_B, rollouts.finished_B)
     run.finished_steps += 1
     return {

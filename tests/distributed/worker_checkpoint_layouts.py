@@ -60,6 +60,7 @@ def travel(models: Path, out: Path, distributed: bool) -> dict[str, Any]:
     for number in range(1, BEFORE + 1):
         step(run, number)
     run.save_checkpoint()
+    run.checkpoints.finish()
     results = {"unbroken": go_on(run, out / "hf")}
     export_hf(run.trainer.chunks, models / "student", out / "hf", write=run.layout.is_main)
     torch.distributed.barrier()
@@ -67,6 +68,7 @@ def travel(models: Path, out: Path, distributed: bool) -> dict[str, Any]:
         other = make_run(models, out / name, parallel(settings))
         other.load_checkpoint(run.checkpoints.latest())
         other.save_checkpoint()
+        other.checkpoints.finish()
         results[name] = go_on(other, out / "hf")
     return results
 

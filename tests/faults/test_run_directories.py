@@ -71,7 +71,7 @@ def test_a_read_only_run_directory_and_a_foreign_tokenizer_are_refused_by_the_ra
     code, output = under_torchrun(config, tmp_path, read_only / "run")
     assert code == 1
     assert f"error: --run-dir {read_only / 'run'} cannot be written: no permission in {read_only}" in output
-    assert f"error: teacher = '{foreign}' has another tokenizer than the student: id 0 is" in output
+    assert f"error: teacher = '{foreign}' has another tokenizer than the student: id 2 is" in output
 
 
 def test_the_directory_of_another_run_is_refused_by_the_ranks_and_left_as_it_was(

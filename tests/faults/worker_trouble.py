@@ -34,7 +34,7 @@ class Notes:
 
 
 def spoil(run: Any, what: str, rank: int) -> Any:
-    """The loss function with a NaN in the loss, or an infinity in the gradient, on one rank. Returns the right one."""
+    """Give one rank a loss or logits that are NaN, or an infinite gradient. Returns the right loss function."""
     from prune_opd import loop
 
     right = loop.gated_loss
@@ -48,8 +48,10 @@ def spoil(run: Any, what: str, rank: int) -> Any:
             if what == "gradient":
                 hidden_NH.register_hook(lambda gradient: gradient * math.inf)
                 return loss(model, batch, hidden_NH)
+            if what == "logits":
+                return loss(model, batch, hidden_NH * math.nan)
             loss_sum, tokens = loss(model, batch, hidden_NH)
-            return loss_sum * math.nan, tokens
+            return loss_sum + math.nan, tokens
 
         return spoilt
 
@@ -62,12 +64,14 @@ def not_finite(run: Any) -> dict[str, Any]:
 
     run.tracker = Notes()
     found: dict[str, Any] = {"first": train_step(run, made_up_rollouts(1))["updates"]}
-    for what, rank in (("loss", 1), ("gradient", 0)):
+    for what, rank in (("loss", 1), ("gradient", 0), ("logits", 1)):
         right = spoil(run, what, rank)
         before, window = whole_parameters(run.trainer.chunks), run.controller.horizon
         step = train_step(run, made_up_rollouts(2))
         after = whole_parameters(run.trainer.chunks)
         same = all(torch.equal(before[name], after[name]) for name in before)
+        judged = int(sum(not math.isnan(length) for length in step["reliable_length_B"]))
+        found["judged, " + what] = [judged, len(step["reliable_length_B"])]
         found[what] = {"updates": step["updates"], "same": same, "window": run.controller.horizon == window}
         loop.gated_loss = right
     found["in a row"] = run.skipped_in_a_row
@@ -76,8 +80,9 @@ def not_finite(run: Any) -> dict[str, Any]:
     found["moved"] = any(not torch.equal(moved[n], t) for n, t in whole_parameters(run.trainer.chunks).items())
     found["finite"] = all(bool(t.isfinite().all()) for t in whole_parameters(run.trainer.chunks).values())
     found["reset"] = run.skipped_in_a_row
-    right = spoil(run, "loss", 1)
-    train_step(run, made_up_rollouts(4)), train_step(run, made_up_rollouts(4))
+    right = spoil(run, "logits", 1)
+    for _ in range(3):
+        train_step(run, made_up_rollouts(4))
     try:
         train_step(run, made_up_rollouts(5))
     except UserError as error:
@@ -123,7 +128,7 @@ def main(models: Path, out: Path, disk: Path) -> None:
 
     layout = layouts.initialize(ParallelConfig(tensor=1), machine, seed=0)
     checkpoint = CheckpointConfig(keep=2, keep_every=2)
-    config = train_config(models, 1, survival=SurvivalConfig(max_skipped=3), checkpoint=checkpoint)
+    config = train_config(models, 1, survival=SurvivalConfig(max_skipped=4), checkpoint=checkpoint)
     run = build_run(config, layout, disk)
     results = {"not finite": not_finite(run), "full disk": full_disk(run, disk)}
     if layout.is_main:

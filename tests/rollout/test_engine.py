@@ -100,6 +100,13 @@ def test_a_response_ends_at_the_horizon_or_with_the_end_of_sequence(results: Res
         assert EOS not in ids[:-1]
 
 
+def test_a_limit_of_its_own_cuts_each_response_and_changes_no_token(results: Results) -> None:
+    limits, limited = results[0]["limited"]
+    whole = list(results[0]["tokens"].values())
+    assert len(set(limits)) > 3
+    assert limited == [ids[:limit] for ids, limit in zip(whole, limits, strict=True)]
+
+
 def test_a_longer_horizon_and_more_samples_continue_the_same_responses(results: Results) -> None:
     longer = [ids for ids, _ in results[0]["longer"]]
     samples = len(longer) // len(LENGTHS)
@@ -163,3 +170,12 @@ def test_the_number_of_threads_stays_and_can_be_set(results: Results) -> None:
         before, after, set_to_two = rank["threads"]
         assert before == after
         assert set_to_two == 2
+
+
+def test_shared_memory_that_a_killed_run_left_is_replaced_and_no_other_runs(launches: dict[str, Results]) -> None:
+    """A segment with the name of the run's own would end it; one of another run belongs to that."""
+    segments = launches["one engine of two ranks"][0]["shared memory"]
+    assert len({segment["path"] for segment in segments}) == 2
+    for segment in segments:
+        assert segment["in use"] > len("left behind") == segment["others"]
+        assert not Path(segment["path"]).exists(), "the engine takes it away when it ends"

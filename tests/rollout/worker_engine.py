@@ -9,12 +9,14 @@ OUT/rank<r>.json.
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from prune_opd import platform
 from prune_opd.config import ParallelConfig, RolloutConfig
@@ -126,6 +128,25 @@ class Checks:
         return ""
 
 
+class SharedMemory:
+    """What a run with this run's port and one with another port left in /dev/shm when they were killed."""
+
+    def __init__(self, rank: int, world: int) -> None:
+        group = f"tp:0-[{'-'.join(map(str, range(world)))}]-cpushm"
+        port = os.environ["MASTER_PORT"]
+        self.mine, self.others = (Path("/dev/shm", f"prune-opd-{run}-{group}_{rank}") for run in (port, f"{port}0"))
+        for path in (self.mine, self.others):
+            path.write_bytes(b"left behind")
+
+    def found(self) -> list[dict[str, Any]]:
+        """Once the engine is there: both as they are, the same on every rank."""
+        sizes = [path.stat().st_size for path in (self.mine, self.others)]
+        self.others.unlink()
+        everyone: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(everyone, (str(self.mine), *sizes))
+        return [dict(zip(("path", "in use", "others"), each, strict=True)) for each in everyone]
+
+
 def main(models: Path, out: Path, pipeline: int, rollout_tp: int, max_num_seqs: int, kv_cache_gb: float) -> None:
     machine = platform.prepare()
     from prune_opd.megatron import layout as layouts
@@ -139,9 +160,11 @@ def main(models: Path, out: Path, pipeline: int, rollout_tp: int, max_num_seqs: 
     # Other weights for the engine, in the student's layout: the teacher of the run has its own, and no head of a stage.
     teacher = build(run.config.teacher, layout.student, torch.float32, trainable=False)
     student, prompts = run.trainer.chunks, make_prompts()
+    segments = SharedMemory(layout.rank, layout.world) if rollout_tp > 1 else None
     checks = Checks(run, rollout)
     results: dict[str, Any] = {"tokens": checks.tokens(prompts)}
 
+    results["shared memory"] = segments.found() if segments else None
     results["reversed"] = checks.tokens(prompts[::-1])
     results["one by one"] = {}
     for prompt in prompts:  # with one response: some engines have nothing to do
@@ -154,6 +177,8 @@ def main(models: Path, out: Path, pipeline: int, rollout_tp: int, max_num_seqs: 
     results["many, by ten"] = {}
     for first in range(0, len(many), 10):
         results["many, by ten"] |= checks.tokens(many[first : first + 10], responses=1, max_tokens=8)
+    limits = [1 + 3 * row % MAX_TOKENS for row in range(len(prompts) * RESPONSES)]
+    results["limited"] = [limits, list(checks.tokens(prompts, max_tokens=limits).values())]
     longer = checks.generate(prompts, responses=8, max_tokens=MAX_TOKENS + 8)
     results["longer"] = [[list(response.ids), response.finished] for response in longer.responses]
 

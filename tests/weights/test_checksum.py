@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from prune_opd.weights.checksum import bits_sum
+from prune_opd.weights.checksum import PIECE, bits_sum, copy_and_sum
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -27,3 +27,11 @@ def test_the_last_bit_of_one_number_changes_the_sum() -> None:
 
 def test_an_empty_part_of_a_tensor_sums_to_nothing() -> None:
     assert bits_sum(torch.ones(4, 8)[4:]) == 0
+
+
+@pytest.mark.parametrize("rows", [0, 1, 7, 3 * PIECE // 160])  # of 160 bytes: the last are several pieces
+def test_copying_in_pieces_copies_all_and_sums_what_was_read(rows: int) -> None:
+    source = torch.randn(rows, 40, generator=torch.Generator().manual_seed(0))
+    place = torch.zeros(rows, 90)[:, 10:50]  # strided, as the columns of a whole matrix are
+    assert copy_and_sum(place, source) == bits_sum(source)
+    assert torch.equal(place, source)

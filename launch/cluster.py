@@ -1,0 +1,158 @@
+"""What a cluster file says, checked before anything is submitted: names, types and what belongs together."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from dataclasses import MISSING, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from prune_opd.errors import ConfigError
+
+CLUSTERS = Path(__file__).parent / "clusters"
+TIME = re.compile(r"(\d+-)?\d{1,2}:\d{2}:\d{2}")
+VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+LOOKS_SECRET = re.compile(r"(TOKEN|SECRET|PASSWORD|API_?KEY)$", re.IGNORECASE)
+FROM_ENVIRONMENT = "environment"
+
+
+@dataclass(frozen=True)
+class Ssh:
+    """A login node that jobs are submitted through; without it this machine submits them."""
+
+    host: str
+    user: str
+    job_dir: str  # there, on a file system that the nodes share
+    port: int = 22
+    identity: str | None = None  # a private key file here
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """Where jobs run and with what. Times are Slurm's [days-]HH:MM:SS."""
+
+    kind: str  # slurm | local | docker
+    workdir: str | None = None  # what the job changes into: recipes and relative paths are found there
+    python: str = "python"  # the interpreter of the jobs, with prune_opd or a workdir that holds it
+    run_root: str = "runs"  # run directories are made in it
+    nodes: int = 1
+    ranks_per_node: int = 8  # one per GPU
+    gpus_per_node: int | None = None
+    account: str | None = None
+    partition: str | None = None
+    qos: str | None = None
+    exclude: str | None = None
+    constraint: str | None = None
+    exclusive: bool = False
+    mem: str | None = None
+    time: str = "04:00:00"
+    signal_before_end: int = 300  # seconds; training saves and asks to be queued again
+    max_requeues: int = 20
+    container_image: str | None = None  # of pyxis: a .sqsh file or an image name; of docker: an image name
+    container_mounts: list[str] = field(default_factory=list)  # SOURCE:TARGET[:ro]
+    srun_args: list[str] = field(default_factory=list)
+    environment: dict[str, str] = field(default_factory=dict)
+    secrets: dict[str, str] = field(default_factory=dict)  # NAME: environment, or the path of a file that holds it
+    ssh: Ssh | None = None
+
+    def __post_init__(self) -> None:
+        if self.kind not in ("slurm", "local", "docker"):
+            raise ConfigError(f"kind = {self.kind!r} is not known: choose slurm, local or docker")
+        for name, lowest in (("nodes", 1), ("ranks_per_node", 1), ("signal_before_end", 0), ("max_requeues", 0)):
+            if getattr(self, name) < lowest:
+                raise ConfigError(f"{name} = {getattr(self, name)} is too small: give at least {lowest}")
+        if not TIME.fullmatch(self.time):
+            raise ConfigError(f"time = {self.time!r} is no time limit: write it as 'HH:MM:SS' or 'D-HH:MM:SS', quoted")
+        if self.kind == "slurm" and not self.account:
+            raise ConfigError("account is missing: name the Slurm account that jobs are charged to")
+        if self.kind != "slurm" and (self.nodes > 1 or self.ssh):
+            raise ConfigError(f"kind = {self.kind!r} is this machine only: set nodes: 1 and leave ssh out")
+        if self.kind == "docker" and not self.container_image:
+            raise ConfigError("container_image is missing: name the image, such as prune-opd")
+        if self.kind == "local" and self.container_image:
+            raise ConfigError("container_image belongs to kind slurm or docker: leave it out, or set kind: docker")
+        self._check_variables()
+        for mount in self.container_mounts:
+            parts = mount.split(":")
+            if len(parts) not in (2, 3) or not all(part.startswith("/") for part in parts[:2]) or "," in mount:
+                raise ConfigError(f"container_mounts: {mount!r} is no mount: write it as /SOURCE:/TARGET or …:ro")
+
+    def _check_variables(self) -> None:
+        for name in [*self.environment, *self.secrets]:
+            if not VARIABLE.fullmatch(name):
+                raise ConfigError(f"{name!r} cannot be the name of a variable: use letters, digits and _")
+        for name in self.environment:
+            if LOOKS_SECRET.search(name):
+                raise ConfigError(f"environment.{name} would be written into job scripts: move it to secrets")
+        for name, source in self.secrets.items():
+            if source != FROM_ENVIRONMENT and not source.startswith("/"):
+                raise ConfigError(
+                    f"secrets.{name} must say where the secret is, not what it is:"
+                    f" write {FROM_ENVIRONMENT!r} or the absolute path of a file on the nodes"
+                )
+            if source == FROM_ENVIRONMENT and (self.ssh or self.kind == "docker"):
+                raise ConfigError(
+                    f"secrets.{name}: jobs do not see this environment through ssh or docker; give a file that they see"
+                )
+
+
+def load_cluster(name_or_path: str) -> Cluster:
+    """The cluster file of `launch/clusters/`, or any .yaml by its path. Raises ConfigError naming file and field."""
+    path = Path(name_or_path)
+    if path.suffix not in (".yaml", ".yml"):
+        path = CLUSTERS / f"{name_or_path}.yaml"
+    if not path.is_file():
+        known = ", ".join(sorted(file.stem for file in CLUSTERS.glob("*.yaml")))
+        raise ConfigError(f"cluster {name_or_path!r} is not known: choose {known}, or give the path of a .yaml file")
+    try:
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"cluster {path}: it cannot be read as YAML ({' '.join(str(error).split())})") from error
+    try:
+        return _build(Cluster, data, "")
+    except ConfigError as error:
+        raise ConfigError(f"cluster {path}: {error}") from error
+
+
+def _build(kind: type[Any], data: Any, prefix: str) -> Any:
+    if not isinstance(data, dict):
+        raise ConfigError(f"{prefix.rstrip('.') or 'the file'} must hold settings, one `name: value` a line")
+    known = {entry.name: entry for entry in fields(kind)}
+    for name in data:
+        if name not in known:
+            near = difflib.get_close_matches(str(name), known, n=1, cutoff=0.0)[0]
+            raise ConfigError(f"there is no setting {prefix}{name}: did you mean {prefix}{near}?")
+    values = {name: _value(f"{prefix}{name}", str(known[name].type), value) for name, value in data.items()}
+    for name, entry in known.items():
+        if name not in values and entry.default is MISSING and entry.default_factory is MISSING:
+            raise ConfigError(f"{prefix}{name} is missing")
+    return kind(**values)
+
+
+def _value(name: str, hint: str, value: Any) -> Any:
+    """The value if it has the annotated type; `hint` is the annotation's text."""
+    wanted, _, optional = hint.partition(" | ")
+    if value is None and optional:
+        return None
+    if wanted == "Ssh":
+        return _build(Ssh, value, f"{name}.")
+    if wanted == "dict[str, str]" and isinstance(value, dict):
+        return {_text(f"{name}: the name", key): _text(f"{name}.{key}", text) for key, text in value.items()}
+    if wanted == "list[str]" and isinstance(value, list):
+        return [_text(name, text) for text in value]
+    plain = {"str": str, "int": int, "bool": bool}.get(wanted)
+    if plain is None or type(value) is not plain:
+        words = {"str": "a text (quote it)", "int": "an integer", "bool": "true or false", "list[str]": "a list"}
+        raise ConfigError(f"{name} = {value!r} has the wrong type: give {words.get(wanted, 'names with values')}")
+    return _text(name, value) if plain is str else value
+
+
+def _text(name: str, value: Any) -> str:
+    if not isinstance(value, str):
+        raise ConfigError(f"{name} = {value!r} has the wrong type: give a text (quote it)")
+    if "\n" in value or "\0" in value:
+        raise ConfigError(f"{name} holds a line break: write it on one line")
+    return value

@@ -1,0 +1,104 @@
+"""A Cluster as NeMo-Run's executor, around what NeMo-Run's own generator leaves open.
+
+It writes `export NAME=value` unquoted and its names in capitals, traces every line (`set -x`), and queues a failed job
+again whatever the reason. So variables, secrets and the requeue rule are lines of ours (`setup_lines`).
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import nemo_run as run
+
+from launch.cluster import FROM_ENVIRONMENT, Cluster
+from launch.jobs import Job, secret_lines
+from prune_opd.errors import REQUEUE_EXIT_CODE, UserError
+
+JOB_PREFIX = "prune-opd."
+
+
+def make_executor(cluster: Cluster, job: Job) -> Any:
+    """The executor of one job; the job's nodes count, not the cluster's."""
+    if cluster.kind == "local":
+        return run.LocalExecutor(env_vars=dict(cluster.environment), packager=run.Packager())
+    if cluster.kind == "docker":
+        return run.DockerExecutor(
+            container_image=cluster.container_image,
+            num_gpus=cluster.gpus_per_node or None,
+            runtime="nvidia" if cluster.gpus_per_node else None,
+            ipc_mode="host",
+            volumes=list(cluster.container_mounts),
+            env_vars=dict(cluster.environment),
+            packager=run.Packager(),
+        )
+    return run.SlurmExecutor(
+        account=cluster.account,
+        partition=cluster.partition,
+        qos=cluster.qos,
+        exclude=cluster.exclude,
+        constraint=cluster.constraint,
+        exclusive=cluster.exclusive or None,
+        mem=cluster.mem,
+        time=cluster.time,
+        nodes=job.nodes,
+        ntasks_per_node=1,  # one task a node: prune_opd.node watches over its ranks
+        gpus_per_node=cluster.gpus_per_node,
+        # To the steps, not to the batch shell: from there it goes on to the ranks.
+        signal=f"USR1@{cluster.signal_before_end}" if cluster.signal_before_end else None,
+        container_image=cluster.container_image,
+        container_mounts=list(cluster.container_mounts),
+        container_env=sorted([*cluster.environment, *cluster.secrets]) if cluster.container_image else None,
+        srun_args=list(cluster.srun_args) or None,
+        setup_lines=setup_lines(cluster),
+        retries=0,  # NeMo-Run would queue every failure again
+        additional_parameters={"kill_on_invalid_dep": "yes"},  # else a job waits for ever for one that has failed
+        job_name_prefix=JOB_PREFIX,
+        poll_estimated_start_time=False,
+        tunnel=_tunnel(cluster),
+        packager=run.Packager(),
+    )
+
+
+def setup_lines(cluster: Cluster) -> str:
+    """Bash for the batch script, before its srun: tracing off, variables, secrets, and when to queue again."""
+    lines = [
+        "{ set +x; } 2>/dev/null  # a trace would show secrets",
+        "queue_again() {",
+        "    local code=$?",
+        f'    if [ "$code" -eq {REQUEUE_EXIT_CODE} ] && [ "${{SLURM_RESTART_COUNT:-0}}" -lt {cluster.max_requeues} ];'
+        " then",
+        '        echo "saved; queueing job $SLURM_JOB_ID again (restart $((${SLURM_RESTART_COUNT:-0} + 1)))"',
+        '        scontrol requeue "$SLURM_JOB_ID"',
+        "    fi",
+        "}",
+        "trap queue_again EXIT",
+        "unset SLURM_UNBUFFEREDIO  # srun would give the ranks a terminal, and progress bars would fill the logs",
+    ]
+    lines += [f"export {name}={_quoted(value)}" for name, value in sorted(cluster.environment.items())]
+    return "\n".join([*lines, *secret_lines(cluster)])
+
+
+def _quoted(value: str) -> str:
+    """Quoted even where bash would not need it: `=eth0` after a `=` reads like a mistake."""
+    return "'" + value.replace("'", "'\\''") + "'"
+
+
+def check_secrets(cluster: Cluster) -> None:
+    """Raises UserError for a secret that should be in this environment and is not."""
+    for name in _own_secrets(cluster):
+        if not os.environ.get(name):
+            raise UserError(f"secrets.{name} is to come from the environment, and it is not set: export {name}")
+
+
+def _own_secrets(cluster: Cluster) -> list[str]:
+    return [name for name, source in cluster.secrets.items() if source == FROM_ENVIRONMENT]
+
+
+def _tunnel(cluster: Cluster) -> Any:
+    if cluster.ssh is None:
+        return run.LocalTunnel(job_dir="")
+    ssh = cluster.ssh
+    identity = str(Path(ssh.identity).expanduser()) if ssh.identity else None
+    return run.SSHTunnel(host=ssh.host, user=ssh.user, job_dir=ssh.job_dir, port=ssh.port, identity=identity)

@@ -1,0 +1,90 @@
+"""What the phases of a step have to do, counted, and how fast what was measured grows beside it.
+
+The count is of multiplications and additions in matrix products and attention, and of bytes for the weight sync. It is
+used only for how it grows, so constant factors of a whole phase do not matter; that of attention against the products
+does.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from statistics import linear_regression
+from typing import Any
+
+PHASES = ("sync", "rollout", "teacher", "train")
+AXES = {"length": "response length", "batch": "batch", "parameters": "parameters", "ranks": "ranks"}
+SLACK = 0.2  # by which a measured slope may be above that of the work: noise, and caches that no longer hold
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What the count needs of a model. attention: width of all query heads. body: parameters of the layers."""
+
+    layers: int
+    attention: int
+    body: int
+    head: int  # parameters of the output matrix, which is tied to the embedding
+
+    @property
+    def parameters(self) -> int:
+        return self.body + self.head
+
+
+def shape_of(config: Mapping[str, Any]) -> Shape:
+    """Of a dense config.json; norms are left out."""
+    hidden, layers = config["hidden_size"], config["num_hidden_layers"]
+    q, kv = (config[f"num_{which}_heads"] * config["head_dim"] for which in ("attention", "key_value"))
+    per_layer = hidden * (2 * q + 2 * kv + 3 * config["intermediate_size"])
+    return Shape(layers, q, layers * per_layer, config["vocab_size"] * hidden)
+
+
+def work(shape: Shape, rows: int, prompt: float, response: float, ranks: int) -> dict[str, float]:
+    """Of each phase, all ranks together: `rows` responses of `response` tokens each after prompts of `prompt`.
+
+    Causal attention over n tokens is half of n². The weights go whole to every rank's engine.
+    """
+    length = prompt + response
+    attention = rows * 2 * shape.layers * shape.attention * length**2
+    forward = rows * length * 2 * shape.body + attention
+    sampled = rows * response * 2 * shape.head
+    return {
+        "sync": ranks * shape.parameters,
+        "rollout": forward + sampled,
+        "teacher": forward,
+        "train": 3 * forward + 4 * sampled,  # the loss: the student's logits, their two gradients, the teacher's logits
+    }
+
+
+def slope(x: Sequence[float], y: Sequence[float]) -> float:
+    """Of log y over log x: 1 is linear, 2 quadratic."""
+    return linear_regression([math.log(value) for value in x], [math.log(value) for value in y]).slope
+
+
+@dataclass(frozen=True)
+class Growth:
+    """How something grows along an axis, by all points and by the last two, which constant costs hide least from."""
+
+    axis: str
+    what: str
+    slope: float
+    last: float
+    work_slope: float
+    work_last: float
+
+    @property
+    def too_fast(self) -> bool:
+        return self.slope > self.work_slope + SLACK or self.last > self.work_last + SLACK
+
+    def __str__(self) -> str:
+        return f"{self.slope:.2f} ({self.last:.2f})"
+
+    @property
+    def expectation(self) -> str:
+        return f"{self.work_slope:.2f} ({self.work_last:.2f})"
+
+
+def growth(axis: str, what: str, x: Sequence[float], y: Sequence[float], expected: Sequence[float]) -> Growth:
+    """x ascending; expected: the work at each x."""
+    return Growth(axis, what, slope(x, y), slope(x[-2:], y[-2:]), slope(x, expected), slope(x[-2:], expected[-2:]))

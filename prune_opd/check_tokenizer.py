@@ -1,0 +1,119 @@
+"""Whether two models share a tokenizer, and have a row for each of its words: the teacher scores the student's ids.
+
+Reads tokenizer.json and the config files as they are: no tokenizer is built, nothing heavy imported.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+
+def tokenizer_problems(student: Path, teacher: Path) -> list[str]:
+    """What differs between the tokenizers of two model directories: words by id, merges, special tokens, ends."""
+    ours, theirs = (path / "tokenizer.json" for path in (student, teacher))
+    try:
+        same = ours.read_bytes() == theirs.read_bytes()
+        difference = None if same else _difference(json.loads(ours.read_bytes()), json.loads(theirs.read_bytes()))
+    except (OSError, AttributeError, KeyError, TypeError, ValueError) as error:
+        return [f"student and teacher: a tokenizer.json cannot be read ({error!r}); give fast tokenizers"]
+    if difference is None:
+        return _ends(student, teacher)
+    return [
+        f"teacher = {str(teacher)!r} has another tokenizer than the student: {difference};"
+        " choose a pair that shares its tokenizer"
+    ]
+
+
+def vocabulary_problems(role: str, directory: Path, vocab_size: int, padded: int, other: int) -> list[str]:
+    """Whether the model has a row for every word, and for every word of the student.
+
+    padded: rows of its output matrix over the student's TP ranks, with their padding. other: the student's vocab_size.
+    """
+    problems = []
+    try:
+        largest = max(_words(json.loads((directory / "tokenizer.json").read_bytes())), default=0)
+    except (OSError, AttributeError, KeyError, TypeError, ValueError):
+        largest = 0  # `tokenizer_problems` names what cannot be read
+    if largest >= vocab_size:
+        problems.append(
+            f"{role} = {str(directory)!r}: its tokenizer has the id {largest} and its config.json vocab_size = "
+            f"{vocab_size}: copy tokenizer and config of one and the same model"
+        )
+    if padded < other:
+        problems.append(
+            f"{role} = {str(directory)!r}: its output matrix has {padded} rows with padding, fewer than the {other} "
+            "words of the student: choose a teacher of at least the student's vocab_size"
+        )
+    return problems
+
+
+def _ends(student: Path, teacher: Path) -> list[str]:
+    """The tokens that end a response must overlap, or the teacher has never seen a response end where the student's do.
+
+    A base model and a chat model of one family may well differ in config.json; generation_config.json often has both.
+    """
+    ours, theirs = _end_ids(student), _end_ids(teacher)
+    if not ours or not theirs or ours & theirs:
+        return []
+    return [
+        f"teacher = {str(teacher)!r} ends with the ids {sorted(theirs)} and the student with {sorted(ours)} "
+        "(eos_token_id of config.json and generation_config.json): give both one in common, in generation_config.json"
+    ]
+
+
+def _end_ids(directory: Path) -> set[int]:
+    found: set[int] = set()
+    for name in ("config.json", "generation_config.json"):
+        try:
+            ids = json.loads((directory / name).read_bytes()).get("eos_token_id")
+        except (OSError, AttributeError, ValueError):
+            continue
+        found |= {int(i) for i in (ids if isinstance(ids, list) else [ids]) if isinstance(i, int)}
+    return found
+
+
+def _difference(student: dict[str, Any], teacher: dict[str, Any]) -> str | None:
+    """The first difference of vocabulary (by id), merges and special tokens, in words."""
+    words = [_words(tokenizer) for tokenizer in (student, teacher)]
+    for i in sorted(words[0].keys() | words[1].keys()):
+        ours, theirs = (f"{names[i]!r}" if i in names else "unused" for names in words)
+        if ours != theirs:
+            return f"id {i} is {ours} for the student and {theirs} for the teacher"
+    merges = [_merges(tokenizer) for tokenizer in (student, teacher)]
+    if merges[0] != merges[1]:
+        i = _first_difference(*merges)
+        ours, theirs = (" + ".join(pairs[i]) if i < len(pairs) else "missing" for pairs in merges)
+        return f"merge {i} is {ours} for the student and {theirs} for the teacher"
+    special = [_special(tokenizer) for tokenizer in (student, teacher)]
+    if special[0] != special[1]:
+        i = min(special[0] ^ special[1])
+        who = "student" if i in special[0] else "teacher"
+        return f"id {i} ({words[0][i]!r}) is a special token for the {who} only"
+    return None
+
+
+def _words(tokenizer: dict[str, Any]) -> dict[int, str]:
+    vocabulary = tokenizer["model"]["vocab"]
+    if isinstance(vocabulary, dict):
+        words = {int(i): word for word, i in vocabulary.items()}
+    else:  # unigram: [word, score] in the order of ids
+        words = {i: str(entry[0]) for i, entry in enumerate(vocabulary)}
+    return words | {int(token["id"]): token["content"] for token in tokenizer.get("added_tokens") or []}
+
+
+def _merges(tokenizer: dict[str, Any]) -> list[tuple[str, ...]]:
+    """Merges are written as "a b" by old versions of tokenizers and as ["a", "b"] by new ones."""
+    merges = tokenizer["model"].get("merges") or []
+    return [tuple(pair.split(" ")) if isinstance(pair, str) else tuple(pair) for pair in merges]
+
+
+def _special(tokenizer: dict[str, Any]) -> set[int]:
+    return {int(token["id"]) for token in tokenizer.get("added_tokens") or [] if token.get("special")}
+
+
+def _first_difference(ours: list[Any], theirs: list[Any]) -> int:
+    """Where two lists part; the length of the shorter one if it is the beginning of the other."""
+    pairs = enumerate(zip(ours, theirs, strict=False))
+    return next((i for i, (mine, other) in pairs if mine != other), min(len(ours), len(theirs)))

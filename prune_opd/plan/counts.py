@@ -1,0 +1,118 @@
+"""Parameters and floating-point operations of a model, whole and on one rank of a layout."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from prune_opd.model_spec import ModelSpec
+
+
+@dataclass(frozen=True)
+class Count:
+    """Parameters. experts: those that expert parallelism shares out; dense: all others."""
+
+    dense: int
+    experts: int = 0
+
+    @property
+    def all(self) -> int:
+        return self.dense + self.experts
+
+
+@dataclass(frozen=True)
+class Layout:
+    """One model's: tensor, pipeline, expert and context parallel sizes, and the replicas of its dense weights."""
+
+    tensor: int = 1
+    pipeline: int = 1
+    expert: int = 1
+    context: int = 1
+    replicas: int = 1  # data parallel
+
+    @property
+    def stage_ranks(self) -> int:
+        """Ranks of one pipeline stage, over all replicas."""
+        return self.tensor * self.context * self.replicas
+
+    @property
+    def expert_replicas(self) -> int:
+        """Ranks that hold the same experts: what expert parallelism leaves of a stage's ranks."""
+        return max(self.stage_ranks // self.expert, 1)
+
+
+def parameters(spec: ModelSpec) -> int:
+    """As the Hugging Face directory has them: no padding, a tied head once."""
+    heads = 1 if spec.tied else 2
+    layers = sum(_layer(spec, layer, 1, 1).all for layer in range(spec.layers))
+    return heads * spec.vocab_size * spec.hidden + layers + spec.hidden
+
+
+def active_parameters(spec: ModelSpec) -> int:
+    """Of the matrices that one token is multiplied with, head included and embedding not."""
+    return spec.vocab_size * spec.hidden + sum(_active_layer(spec, layer) for layer in range(spec.layers))
+
+
+def on_rank(spec: ModelSpec, layout: Layout, stage: int, head: bool = True) -> Count:
+    """Parameters that a rank of a stage holds, with the padding of the vocabulary.
+
+    head: whether the last stage has the output matrix (the teacher's does not; teacher.py).
+    """
+    per_stage = spec.layers // layout.pipeline
+    counts = [_layer(spec, stage * per_stage + i, layout.tensor, layout.expert) for i in range(per_stage)]
+    dense, experts = sum(count.dense for count in counts), sum(count.experts for count in counts)
+    rows = spec.padded_vocab(layout.tensor) // layout.tensor * spec.hidden
+    first, last = stage == 0, stage == layout.pipeline - 1
+    dense += rows * first + spec.hidden * last  # embedding, final norm
+    dense += rows * (last and head and not (spec.tied and first))
+    return Count(dense, experts)
+
+
+def largest_rank(spec: ModelSpec, layout: Layout, head: bool = True) -> Count:
+    """What the fullest stage holds: the first or the last one."""
+    return max((on_rank(spec, layout, stage, head) for stage in {0, layout.pipeline - 1}), key=lambda count: count.all)
+
+
+def forward_flops(spec: ModelSpec, length: float, head: bool = True) -> float:
+    """Of one sequence of `length` tokens: 2 a parameter and token, and causal attention's two products."""
+    active = active_parameters(spec) - (0 if head else spec.vocab_size * spec.hidden)
+    attention = 2 * spec.layers * spec.heads * spec.head_dim * length**2
+    return 2 * active * length + attention
+
+
+def cache_bytes(spec: ModelSpec, bytes_each: int, tensor: int = 1) -> int:
+    """Of one token in the KV cache on one of `tensor` ranks. Heads are repeated where there are more ranks."""
+    heads = -(-spec.kv_heads // tensor)
+    return 2 * spec.layers * heads * spec.head_dim * bytes_each
+
+
+def touched_parameters(spec: ModelSpec, batch: float) -> float:
+    """Parameters that one decoding step reads for `batch` tokens: of experts, those that any of the tokens goes to."""
+    total = active_parameters(spec)
+    if spec.moe is None:
+        return total
+    one = 3 * spec.hidden * spec.moe.ffn * sum(spec.moe.sparse)
+    touched = spec.moe.experts * (1 - (1 - spec.moe.per_token / spec.moe.experts) ** batch)
+    return total + one * (touched - spec.moe.per_token)
+
+
+def _attention(spec: ModelSpec, tensor: int) -> int:
+    width, groups = spec.heads * spec.head_dim, spec.kv_heads * spec.head_dim
+    matrices = 2 * spec.hidden * width + 2 * spec.hidden * groups
+    return (matrices + (width + 2 * groups) * spec.qkv_bias) // tensor + 2 * spec.head_dim * spec.qk_norm
+
+
+def _layer(spec: ModelSpec, layer: int, tensor: int, expert: int) -> Count:
+    """megatron-core keeps norms and the router whole on every TP rank, and this project keeps experts whole."""
+    dense = _attention(spec, tensor) + 2 * spec.hidden
+    if not spec.is_sparse(layer):
+        return Count(dense + 3 * spec.hidden * spec.ffn // tensor)
+    moe = spec.moe
+    assert moe is not None  # a sparse layer has experts
+    return Count(dense + spec.hidden * moe.experts, 3 * spec.hidden * moe.ffn * moe.experts // expert)
+
+
+def _active_layer(spec: ModelSpec, layer: int) -> int:
+    width = spec.ffn
+    if spec.is_sparse(layer) and spec.moe is not None:
+        width = spec.moe.ffn * spec.moe.per_token
+    return _attention(spec, 1) + 3 * spec.hidden * width

@@ -1,0 +1,121 @@
+"""A plan: does the recipe fit, how long does a step take, what does the run cost, with pruning and without it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+from prune_opd.check_layout import layout_problems
+from prune_opd.config import TrainConfig
+from prune_opd.plan.lengths import assumptions, mean_horizon
+from prune_opd.plan.memory import MemoryPlan, largest_fit, plan_memory, problems
+from prune_opd.plan.setting import Setting, setting_of
+from prune_opd.plan.time import StepTime, evaluation_seconds, step_time
+from prune_opd.shapes import model_config
+
+MODELS = ("student", "teacher")
+CURVE_GPUS = (8, 16, 32, 64, 128, 256, 512, 1024)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """planned: a step of the recipe's strategy at its mean horizon; full: at horizon.max_len. evaluation: one, in s."""
+
+    setting: Setting
+    problems: tuple[str, ...]  # empty: it fits
+    memory: MemoryPlan
+    planned: StepTime
+    full: StepTime
+    evaluation: float
+    assumptions: tuple[str, ...]
+
+    @property
+    def evaluations(self) -> int:
+        """Before the run, after it, and every so many steps."""
+        config = self.setting.config
+        if not config.evaluation.problems:
+            return 0
+        between = (config.steps - 1) // config.evaluation.every if config.evaluation.every else 0
+        return 2 + between
+
+    def hours(self, step: StepTime) -> float:
+        return (step.total * self.setting.config.steps + self.evaluations * self.evaluation) / 3600
+
+    def gpu_hours(self, step: StepTime) -> float:
+        return self.hours(step) * self.setting.world
+
+    def to_dict(self) -> dict[str, Any]:
+        """What goes into plan.json: bytes, seconds, hours."""
+        memory, setting = self.memory, self.setting
+        return {
+            "recipe": setting.config.name,
+            "gpu": setting.gpu.name,
+            "gpus": setting.world,
+            "fits": not self.problems,
+            "problems": list(self.problems),
+            "assumptions": list(self.assumptions),
+            "memory": {
+                "parts": memory.parts,
+                "phases": {phase: memory.total(phase) for phase in memory.resident},
+                "limit": memory.limit,
+            },
+            "steps": {
+                name: {
+                    "horizon": step.horizon,
+                    "seconds": step.seconds,
+                    "tokens": step.tokens,
+                    "hours": self.hours(step),
+                    "gpu_hours": self.gpu_hours(step),
+                }
+                for name, step in (("planned", self.planned), ("full", self.full))
+            },
+        }
+
+
+def plan_run(config: TrainConfig, gpu: str, nodes: int) -> Plan:
+    """The plan of a recipe on `nodes` × parallel.nproc GPUs. Raises `ConfigError` for an unknown GPU or model."""
+    setting = setting_of(config, gpu, nodes)
+    memory = plan_memory(setting)
+    return Plan(
+        setting=setting,
+        problems=(*structure(config, setting.world), *problems(setting, memory)),
+        memory=memory,
+        planned=step_time(setting, mean_horizon(config), memory.cache_tokens),
+        full=step_time(setting, config.horizon.max_len, memory.cache_tokens),
+        evaluation=evaluation_seconds(setting, memory.cache_tokens),
+        assumptions=tuple(assumptions(config)),
+    )
+
+
+def structure(config: TrainConfig, world: int) -> list[str]:
+    """Why the layout cannot be, a line each (check_layout.py)."""
+    return layout_problems(config, world, {role: model_config(role, getattr(config, role)) for role in MODELS})
+
+
+def largest(plan: Plan) -> tuple[int, int]:
+    """The largest micro-batch and the largest horizon that fit [tokens]; see `largest_fit`."""
+    return largest_fit(plan.setting)
+
+
+def curve(config: TrainConfig, gpu: str, grow: bool) -> dict[int, StepTime]:
+    """A step at the mean horizon by number of GPUs, 8 to 1024; without those that the layout does not divide.
+
+    grow: prompts per step in proportion to the GPUs, from the recipe's own; else the recipe's, as long as they suffice.
+    """
+    own = config.planning.nodes * config.parallel.nproc
+    found = {}
+    for gpus in CURVE_GPUS:
+        nodes, rest = divmod(gpus, config.parallel.nproc)
+        prompts = max(config.rollout.prompts * gpus // own, 1) if grow else config.rollout.prompts
+        sized = replace(config, rollout=replace(config.rollout, prompts=prompts))
+        if rest or not nodes or structure(sized, gpus):
+            continue
+        setting = setting_of(sized, gpu, nodes)
+        memory = plan_memory(setting)
+        if memory.cache_tokens > 0:
+            found[gpus] = step_time(setting, mean_horizon(sized), memory.cache_tokens)
+    return found
+
+
+def dominant(step: StepTime) -> str:
+    return max(step.seconds, key=lambda phase: step.seconds[phase])

@@ -1,0 +1,152 @@
+"""`prune-opd plan --search`: the layouts of student, teacher and engine, and the fastest that fit together.
+
+A step's seconds are a sum of which each term depends on one of the three, so all combinations are put in order first
+and memory is looked at from the fastest on.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+from prune_opd.config import TrainConfig
+from prune_opd.memory import ENGINE, GRADIENTS, STUDENT, TEACHER
+from prune_opd.plan.lengths import mean_horizon
+from prune_opd.plan.memory import plan_memory, problems
+from prune_opd.plan.planner import structure
+from prune_opd.plan.setting import Setting, setting_of
+from prune_opd.plan.time import step_time
+
+SIZES = (1, 2, 4, 8)
+EXPERTS = (1, 2, 4, 8, 16, 32)
+SHARE = "rollout.gpu_memory_utilization"
+SHARES = (0.3, 0.4, 0.5, 0.6, 0.7)
+TRIED = 20_000  # combinations whose memory is looked at
+
+
+class Part(NamedTuple):
+    """One of the three: seconds of its phases, the least it has on the GPU when all are built, and its settings."""
+
+    seconds: float
+    start: float
+    changes: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Found:
+    """A layout that fits: seconds of a step at the mean horizon, and the overrides that make it."""
+
+    seconds: float
+    overrides: tuple[str, ...]
+
+
+def best_layouts(config: TrainConfig, gpu: str, nodes: int, count: int = 5) -> list[Found]:
+    """The fastest first, then those that cut up less; empty if nothing fits."""
+    setting = setting_of(config, gpu, nodes)
+    student = _timed(setting, _students(setting), ("train", "all-reduce"), (STUDENT, GRADIENTS))
+    teacher = _timed(setting, _teachers(setting), ("teacher",), (TEACHER,))
+    engine = _smallest(_timed(setting, _engines(setting), ("rollout",), ENGINE))
+    room = plan_memory(setting).limit
+    combined = sorted(
+        (sum(part.seconds for part in parts), sum(_cuts(part.changes) for part in parts), i, parts)
+        for i, parts in enumerate(itertools.product(student, teacher, engine))
+        if sum(part.start for part in parts) <= room
+    )
+    found: list[Found] = []
+    seen = set()  # layouts that stand already, with a smaller share of memory for the engine
+    for _, _, _, parts in combined[:TRIED]:
+        changes = {key: value for part in parts for key, value in part.changes.items()}
+        candidate = _changed(setting, changes)
+        layout = tuple(value for key, value in changes.items() if key != SHARE)
+        if layout in seen or structure(candidate.config, candidate.world):
+            continue
+        memory = plan_memory(candidate)
+        if not problems(candidate, memory):
+            total = step_time(candidate, mean_horizon(candidate.config), memory.cache_tokens).total
+            found.append(Found(total, tuple(f"{key}={_plain(value)}" for key, value in changes.items())))
+            seen.add(layout)
+            if len(found) == count:
+                break
+    return found
+
+
+def _students(setting: Setting) -> Iterator[dict[str, Any]]:
+    experts = EXPERTS if setting.student.moe else (1,)
+    for tensor, pipeline, expert, recompute in itertools.product(SIZES, SIZES, experts, ("none", "full")):
+        yield {
+            "parallel.tensor": tensor,
+            "parallel.pipeline": pipeline,
+            "parallel.expert": expert,
+            "parallel.sequence_parallel": tensor > 1,
+            "parallel.recompute": recompute,
+        }
+
+
+def _teachers(setting: Setting) -> Iterator[dict[str, Any]]:
+    experts = EXPERTS if setting.teacher.moe else (1,)
+    for tensor, pipeline, expert in itertools.product(SIZES, SIZES, experts):
+        yield {
+            "parallel.teacher_tensor": tensor,
+            "parallel.teacher_pipeline": pipeline,
+            "parallel.teacher_expert": expert,
+        }
+
+
+def _engines(setting: Setting) -> Iterator[dict[str, Any]]:
+    for tensor, share in itertools.product(SIZES, SHARES):
+        yield {"rollout.tensor_parallel": tensor, SHARE: share}
+
+
+def _timed(
+    setting: Setting, candidates: Iterator[dict[str, Any]], phases: tuple[str, ...], parts: tuple[str, ...]
+) -> list[Part]:
+    """The candidates that the ranks, heads and layers allow by themselves, with their phases' time and parts' bytes."""
+    found = []
+    horizon = mean_horizon(setting.config)
+    longest = setting.config.rollout.max_prompt_len + setting.config.horizon.max_len
+    for changes in candidates:
+        neutral = {"parallel.teacher_tensor": 1, "parallel.teacher_pipeline": 1, "parallel.teacher_expert": 1}
+        alone = _changed(setting, {"rollout.tensor_parallel": 1, **_whole(changes), **neutral, **changes})
+        if structure(alone.config, alone.world):
+            continue
+        memory = plan_memory(alone)
+        if "rollout" in phases and memory.cache_tokens < longest:
+            continue
+        seconds = step_time(alone, horizon, memory.cache_tokens).seconds
+        start = sum(memory.parts[part] for part in parts)
+        found.append(Part(round(sum(seconds[phase] for phase in phases), 3), start, changes))
+    return found
+
+
+def _smallest(engines: list[Part]) -> list[Part]:
+    """Of engines that are as fast and as wide, the one that takes the least memory; shares come in ascending order."""
+    first: dict[tuple[float, int], Part] = {}
+    for engine in engines:
+        first.setdefault((engine.seconds, engine.changes["rollout.tensor_parallel"]), engine)
+    return list(first.values())
+
+
+def _whole(changes: dict[str, Any]) -> dict[str, Any]:
+    """An uncut student, where the candidate says nothing of it."""
+    if "parallel.tensor" in changes:
+        return {}
+    names = ("tensor", "pipeline", "expert", "virtual_pipeline", "context")
+    return {f"parallel.{name}": 1 for name in names} | {"parallel.sequence_parallel": False}
+
+
+def _changed(setting: Setting, changes: dict[str, Any]) -> Setting:
+    config = setting.config
+    for key, value in {**changes, "parallel.virtual_pipeline": 1}.items():
+        part, name = key.split(".")
+        config = replace(config, **{part: replace(getattr(config, part), **{name: value})})
+    return replace(setting, config=config)
+
+
+def _cuts(changes: dict[str, Any]) -> float:
+    return sum(value for value in changes.values() if isinstance(value, int | float))
+
+
+def _plain(value: Any) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)

@@ -1,0 +1,68 @@
+"""What a plan is made of: the recipe, both models, their layouts over the ranks, and the GPU."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from prune_opd.config import TrainConfig
+from prune_opd.model_spec import ModelSpec
+from prune_opd.plan.counts import Layout
+from prune_opd.plan.hardware import GPUS_PER_NODE, Gpu, gpu_named
+from prune_opd.plan.lengths import Lengths, lengths_of
+from prune_opd.shapes import model_config
+
+WEIGHT_BYTES = {"bf16": 2, "fp32": 4}
+
+
+@dataclass(frozen=True)
+class Setting:
+    config: TrainConfig
+    student: ModelSpec
+    teacher: ModelSpec
+    gpu: Gpu
+    world: int  # ranks, one a GPU
+    lengths: Lengths
+
+    @property
+    def weight_bytes(self) -> int:
+        return WEIGHT_BYTES[self.config.precision.params]
+
+    @property
+    def student_layout(self) -> Layout:
+        parallel = self.config.parallel
+        tensor = parallel.tensor_size(self.world)
+        ranks = tensor * parallel.pipeline * parallel.context
+        return Layout(tensor, parallel.pipeline, parallel.expert, parallel.context, max(self.world // ranks, 1))
+
+    @property
+    def teacher_layout(self) -> Layout:
+        parallel = self.config.parallel
+        tensor = parallel.teacher_tensor or parallel.tensor_size(self.world)
+        pipeline = parallel.teacher_pipeline or parallel.pipeline
+        return Layout(tensor, pipeline, parallel.teacher_expert, 1, max(self.world // (tensor * pipeline), 1))
+
+    @property
+    def responses(self) -> int:
+        return self.config.rollout.prompts * self.config.rollout.responses
+
+    @property
+    def engines(self) -> int:
+        return max(self.world // self.config.rollout.tensor_parallel, 1)
+
+    @property
+    def link(self) -> float:
+        """Bytes/s of a collective over all ranks: the slowest link on its way."""
+        return self.gpu.nvlink if self.world <= GPUS_PER_NODE else self.gpu.network
+
+    def group_link(self, ranks: int) -> float:
+        """Bytes/s of a collective over this many neighbouring ranks."""
+        return self.gpu.nvlink if ranks <= GPUS_PER_NODE else self.gpu.network
+
+
+def setting_of(config: TrainConfig, gpu: str, nodes: int) -> Setting:
+    """Raises `ConfigError` for a GPU or a model that nothing is known of."""
+    chosen = gpu_named(gpu)
+    models = {role: model_config(role, getattr(config, role)) for role in ("student", "teacher")}
+    specs = {role: ModelSpec.of(model, f"{role} = {getattr(config, role)!r}") for role, model in models.items()}
+    world = nodes * config.parallel.nproc
+    return Setting(config, specs["student"], specs["teacher"], chosen, world, lengths_of(config))

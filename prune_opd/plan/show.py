@@ -1,0 +1,135 @@
+"""A plan as a reader sees it: tables on the console, plan.json and plan.png."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from prune_opd.plan.planner import Plan, curve, dominant, largest
+from prune_opd.plan.search import Found
+from prune_opd.plan.time import PHASES, StepTime
+
+CURVES = {"growing batch": True, "fixed batch": False}
+
+
+def print_plan(plan: Plan, console: Console) -> None:
+    setting = plan.setting
+    console.print(f"{setting.config.name} on {setting.world} × {setting.gpu.name}", highlight=False)
+    for line in plan.assumptions:
+        console.print(f"assumed: {line}", highlight=False)
+    console.print(_memory_table(plan))
+    console.print(_time_table(plan))
+    batch, length = largest(plan)
+    cache = plan.memory.cache_tokens
+    console.print(
+        f"largest that fits: parallel.microbatch_tokens {batch}, horizon.max_len {length}; "
+        f"KV cache of an engine: {max(cache, 0):.0f} tokens",
+        highlight=False,
+    )
+    for problem in plan.problems:
+        console.print(f"does not fit: {problem}", highlight=False)
+    if not plan.problems:
+        console.print("fits")
+
+
+def print_found(found: list[Found], console: Console) -> None:
+    table = Table("s a step", "overrides", title="Fastest layouts that fit")
+    for layout in found:
+        table.add_row(f"{layout.seconds:.1f}", " ".join(layout.overrides))
+    console.print(table if found else "no layout fits: take more nodes, or memory.* offloads")
+
+
+def print_curve(plan: Plan, console: Console) -> None:
+    """Seconds of a step by number of GPUs, with a batch that grows with them and with the recipe's own."""
+    for grow in (True, False):
+        steps = curve(plan.setting.config, plan.setting.gpu.name, grow)
+        title = "batch grows with the GPUs" if grow else "the recipe's batch"
+        table = Table("GPUs", *PHASES, "tokens/s", "GPU-h a step", "largest", title=f"Seconds of a step: {title}")
+        for gpus, step in steps.items():
+            seconds = [f"{step.seconds[phase]:.1f}" for phase in PHASES]
+            cost = f"{step.total * gpus / 3600:.2f}"
+            table.add_row(str(gpus), *seconds, f"{step.tokens / step.total:.0f}", cost, dominant(step))
+        console.print(table)
+
+
+def write_plan(plan: Plan, found: list[Found], out: Path) -> None:
+    """plan.json and plan.png in `out`."""
+    out.mkdir(parents=True, exist_ok=True)
+    curves = {name: curve(plan.setting.config, plan.setting.gpu.name, grow) for name, grow in CURVES.items()}
+    record: dict[str, Any] = plan.to_dict()
+    record["curves"] = {
+        name: {gpus: {"seconds": step.seconds, "tokens": step.tokens} for gpus, step in steps.items()}
+        for name, steps in curves.items()
+    }
+    record["search"] = [{"seconds": layout.seconds, "overrides": layout.overrides} for layout in found]
+    (out / "plan.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    _draw(plan, curves, out / "plan.png")
+
+
+def _memory_table(plan: Plan) -> Table:
+    memory = plan.memory
+    table = Table("phase", "parts GB", "work GB", "total GB", title=f"Memory a GPU, of {memory.limit / 1e9:.1f} GB")
+    for phase in memory.resident:
+        numbers = (memory.resident[phase], memory.working[phase], memory.total(phase))
+        peak = " (peak)" if phase == memory.peak_phase else ""
+        table.add_row(f"{phase}{peak}", *(f"{number / 1e9:.1f}" for number in numbers))
+    parts = ", ".join(f"{part} {size / 1e9:.1f}" for part, size in memory.parts.items())
+    table.caption = f"parts: {parts}"
+    return table
+
+
+def _time_table(plan: Plan) -> Table:
+    steps = {plan.setting.config.horizon.strategy: plan.planned, "full": plan.full}
+    table = Table("", *steps, title="Time of a step, and of the run")
+    for phase in PHASES:
+        table.add_row(f"{phase} s", *(f"{step.seconds[phase]:.1f}" for step in steps.values()))
+    rows: dict[str, list[str]] = {
+        "step s": [f"{step.total:.1f}" for step in steps.values()],
+        "horizon": [f"{step.horizon:.0f}" for step in steps.values()],
+        "response tokens/s": [f"{step.tokens / step.total:.0f}" for step in steps.values()],
+        "run h": [f"{plan.hours(step):.1f}" for step in steps.values()],
+        "run GPU-h": [f"{plan.gpu_hours(step):.0f}" for step in steps.values()],
+    }
+    for name, row in rows.items():
+        table.add_row(name, *row)
+    table.caption = f"with {plan.evaluations} evaluations of {plan.evaluation:.0f} s"
+    return table
+
+
+def _draw(plan: Plan, curves: dict[str, dict[int, StepTime]], path: Path) -> None:
+    """Memory by phase, seconds by phase, and both curves."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(2, 2, figsize=(12, 9), constrained_layout=True)
+    memory = plan.memory
+    names = list(memory.resident)
+    resident = [memory.resident[phase] / 1e9 for phase in names]
+    axes[0, 0].bar(names, resident, label="parts")
+    axes[0, 0].bar(names, [memory.working[phase] / 1e9 for phase in names], bottom=resident, label="work")
+    axes[0, 0].axhline(memory.limit / 1e9, color="black", linestyle="--", label="limit")
+    axes[0, 0].set(title="memory of a GPU [GB]")
+    axes[0, 0].legend()
+    steps = {plan.setting.config.horizon.strategy: plan.planned, "full": plan.full}
+    bottom = dict.fromkeys(steps, 0.0)
+    for phase in PHASES:
+        axes[0, 1].bar(
+            list(steps), [s.seconds[phase] for s in steps.values()], bottom=list(bottom.values()), label=phase
+        )
+        bottom = {name: bottom[name] + step.seconds[phase] for name, step in steps.items()}
+    axes[0, 1].set(title="a step [s]")
+    axes[0, 1].legend()
+    for axis, (name, found) in zip(axes[1], curves.items(), strict=True):
+        for phase in PHASES:
+            axis.plot(list(found), [step.seconds[phase] for step in found.values()], marker="o", label=phase)
+        axis.set(xscale="log", yscale="log", xlabel="GPUs", title=f"a step [s], {name}")
+        axis.legend()
+    figure.suptitle(f"{plan.setting.config.name} on {plan.setting.world} × {plan.setting.gpu.name}")
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)

@@ -1,0 +1,193 @@
+"""Seconds of a step by phase, from operations, bytes and the constants of hardware.py, on the slowest GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+from prune_opd.model_spec import ModelSpec
+from prune_opd.plan.counts import (
+    Layout,
+    active_parameters,
+    cache_bytes,
+    forward_flops,
+    largest_rank,
+    parameters,
+    touched_parameters,
+)
+from prune_opd.plan.hardware import (
+    COLLECTIVE_EFFICIENCY,
+    COMPUTE_EFFICIENCY,
+    DECODE_EFFICIENCY,
+    DECODE_OVERHEAD,
+    FP8_EFFICIENCY,
+    HOP_LATENCY,
+    STEP_OVERHEAD,
+)
+from prune_opd.plan.setting import Setting
+
+PHASES = ("sync", "rollout", "teacher", "train", "all-reduce", "overhead")
+BACKWARD = 2  # times the forward pass
+PROMPT_SHARE = 0.25  # of rollout.max_prompt_len that a prompt takes; assumed
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """One step at one horizon. seconds: by phase. tokens: of responses, over all ranks."""
+
+    horizon: float
+    seconds: dict[str, float]
+    tokens: float
+
+    @property
+    def total(self) -> float:
+        return sum(self.seconds.values())
+
+
+def step_time(setting: Setting, horizon: float, cache_tokens: float) -> StepTime:
+    """cache_tokens: that an engine's KV cache holds (memory.py)."""
+    prompt = PROMPT_SHARE * setting.config.rollout.max_prompt_len
+    lengths = setting.lengths.quantiles(min(setting.responses, 512), horizon)
+    tokens = sum(lengths) / len(lengths) * setting.responses
+    rows = [prompt + length for length in lengths]
+    seconds = {
+        "sync": sync_seconds(setting),
+        "rollout": rollout_seconds(setting, horizon, prompt, cache_tokens),
+        "teacher": teacher_seconds(setting, rows),
+        "train": train_seconds(setting, rows),
+        "all-reduce": all_reduce_seconds(setting),
+        "overhead": STEP_OVERHEAD,
+    }
+    return StepTime(horizon, seconds, tokens)
+
+
+def sync_seconds(setting: Setting) -> float:
+    """Every rank receives the whole student (whole tensors; weights/stream.py) and writes it to its memory twice."""
+    size = parameters(setting.student) * setting.weight_bytes
+    sent = size / (setting.link * COLLECTIVE_EFFICIENCY) if setting.world > 1 else 0.0
+    buckets = size / (setting.config.rollout.bucket_mb * 2**20)
+    return sent + 2 * size / setting.gpu.bandwidth + buckets * setting.world * HOP_LATENCY
+
+
+def rollout_seconds(setting: Setting, horizon: float, prompt: float, cache_tokens: float) -> float:
+    """Of the engine with a fair share of the responses: prefill, then one decoding step for each token of the longest.
+
+    A step reads the weights and the cache of the responses that still run, or computes, whichever takes longer. Where
+    not all responses of an engine fit at once, the next takes the place of one that ends.
+    """
+    rollout, spec = setting.config.rollout, setting.student
+    waiting = -(-setting.responses // setting.engines)
+    lengths = setting.lengths.quantiles(waiting, horizon)
+    mean = sum(lengths) / waiting
+    at_once = int(max(min(waiting, rollout.max_num_seqs, cache_tokens // (prompt + mean / 2)), 1))
+    prefill = (
+        waiting / rollout.responses * forward_flops(spec, prompt) / _flops(setting, rollout.quantization is not None)
+    )
+    prefill /= rollout.tensor_parallel
+    queued = (waiting - at_once) / at_once * mean * _decode_step(setting, at_once, prompt + mean / 2)
+    tail, done = 0.0, 0.0
+    last = setting.lengths.quantiles(at_once, horizon)  # what runs when nothing waits any more
+    for i, length in enumerate(last):
+        if length > done:
+            tail += (length - done) * _decode_step(setting, at_once - i, prompt + (done + length) / 2)
+            done = length
+    return prefill + queued + tail
+
+
+def teacher_seconds(setting: Setting, rows: list[float]) -> float:
+    """One forward pass without the head, and the way of the hidden states to the student's last stage."""
+    spec, layout = setting.teacher, setting.teacher_layout
+    work = _share(setting, rows, layout.replicas, lambda row: forward_flops(spec, row, head=False))
+    ranks = layout.tensor * layout.pipeline
+    compute = work / ranks / _flops(setting, setting.config.precision.teacher_fp8.on)
+    tokens = _share(setting, rows, layout.replicas, float)
+    moved = tokens * spec.hidden * setting.weight_bytes / (setting.link * COLLECTIVE_EFFICIENCY)
+    return compute * _bubble(setting, layout, tokens, 1) + _layer_traffic(setting, spec, layout, tokens, 1) + moved
+
+
+def train_seconds(setting: Setting, rows: list[float]) -> float:
+    """The student forward and backward, again forward with recompute, the loss's two heads, and the optimizer."""
+    spec, layout, parallel = setting.student, setting.student_layout, setting.config.parallel
+    passes = 1 + BACKWARD + (parallel.recompute == "full")
+    ranks = layout.tensor * layout.pipeline * layout.context
+    body = _share(setting, rows, layout.replicas, lambda row: forward_flops(spec, row, head=False)) / ranks
+    compute = passes * body / _flops(setting, setting.config.precision.student_fp8.on)
+    tokens = _share(setting, rows, layout.replicas, float)
+    heads = (1 + BACKWARD) * spec.vocab_size * spec.hidden + setting.teacher.vocab_size * setting.teacher.hidden
+    loss = 2 * heads * tokens / (layout.tensor * layout.context) / _flops(setting, False)
+    state = largest_rank(spec, layout).all * (4 + 2 * 12 / (layout.replicas if parallel.distributed_optimizer else 1))
+    traffic = _layer_traffic(setting, spec, layout, tokens, passes)
+    bubble = _bubble(setting, layout, tokens, parallel.virtual_pipeline)
+    return compute * bubble + loss + traffic + state / (setting.gpu.bandwidth * DECODE_EFFICIENCY)
+
+
+def all_reduce_seconds(setting: Setting) -> float:
+    """Gradients in fp32 over the replicas in a ring, not overlapped; the distributed optimizer gathers bf16 instead."""
+    layout = setting.student_layout
+    count = largest_rank(setting.student, layout)
+    bytes_each = 4 + (setting.weight_bytes if setting.config.parallel.distributed_optimizer else 4)
+    total = 0.0
+    for size, ranks in ((count.dense, layout.replicas * layout.context), (count.experts, layout.expert_replicas)):
+        if size and ranks > 1:
+            neighbours = ranks * layout.tensor
+            share = (ranks - 1) / ranks * size * bytes_each / (setting.group_link(neighbours) * COLLECTIVE_EFFICIENCY)
+            total += share + 2 * ranks * HOP_LATENCY
+    return total
+
+
+def evaluation_seconds(setting: Setting, cache_tokens: float) -> float:
+    """One evaluation: problems × samples on the rollout engines."""
+    evaluation, config = setting.config.evaluation, setting.config
+    if not evaluation.problems:
+        return 0.0
+    rollout = replace(config.rollout, prompts=evaluation.problems, responses=evaluation.samples)
+    longest = evaluation.max_len or config.horizon.max_len
+    prompt = PROMPT_SHARE * config.rollout.max_prompt_len
+    return rollout_seconds(replace(setting, config=replace(config, rollout=rollout)), longest, prompt, cache_tokens)
+
+
+def _decode_step(setting: Setting, running: float, context: float) -> float:
+    """Seconds of one token for each of `running` responses whose contexts have this many tokens on average."""
+    rollout, spec = setting.config.rollout, setting.student
+    quantised = rollout.quantization is not None
+    weights = touched_parameters(spec, running) * (1 if quantised else setting.weight_bytes) / rollout.tensor_parallel
+    each = 1 if rollout.kv_cache_dtype != "auto" else setting.weight_bytes
+    cache = running * context * cache_bytes(spec, each, rollout.tensor_parallel)
+    read = (weights + cache) / (setting.gpu.bandwidth * DECODE_EFFICIENCY)
+    computed = 2 * running * active_parameters(spec) / rollout.tensor_parallel / _flops(setting, quantised)
+    shared = 0.0
+    if rollout.tensor_parallel > 1:  # two all-reduces a layer, small ones: latency is all there is
+        shared = 2 * spec.layers * HOP_LATENCY
+    return max(read, computed) + shared + DECODE_OVERHEAD
+
+
+def _flops(setting: Setting, fp8: bool) -> float:
+    """FLOP/s of one GPU, as a run gets them. An A100 gains nothing from FP8."""
+    bf16 = setting.gpu.bf16 * COMPUTE_EFFICIENCY
+    return max(bf16, setting.gpu.fp8 * FP8_EFFICIENCY) if fp8 else bf16
+
+
+def _share(setting: Setting, rows: list[float], replicas: int, cost: Callable[[float], float]) -> float:
+    """What the busiest replica does: an even share (rows are dealt by length), and never less than the longest row."""
+    costs = [cost(row) for row in rows]
+    return max(sum(costs) / len(costs) * setting.responses / replicas, max(costs))
+
+
+def _bubble(setting: Setting, layout: Layout, tokens: float, virtual: int) -> float:
+    """How much longer a pipeline takes for standing idle at both ends (arXiv 2104.04473, section 2.2)."""
+    batches = max(tokens / setting.config.parallel.microbatch_tokens, 1)
+    return 1 + (layout.pipeline - 1) / (virtual * batches)
+
+
+def _layer_traffic(setting: Setting, spec: ModelSpec, layout: Layout, tokens: float, passes: int) -> float:
+    """Tensor and expert parallel collectives: two all-reduces (or their halves) of the residual a layer and pass, and
+    an all-to-all there and back for each expert of a token."""
+    layers, each = spec.layers / layout.pipeline, tokens / layout.context * spec.hidden * setting.weight_bytes
+    total = 0.0
+    if layout.tensor > 1:
+        bytes_sent = 2 * layers * 2 * (layout.tensor - 1) / layout.tensor * each
+        total += passes * bytes_sent / (setting.group_link(layout.tensor) * COLLECTIVE_EFFICIENCY)
+    if spec.moe is not None and layout.expert > 1:
+        bytes_sent = 2 * layers * spec.moe.per_token * (layout.expert - 1) / layout.expert * each / layout.tensor
+        total += passes * bytes_sent / (setting.group_link(layout.expert) * COLLECTIVE_EFFICIENCY)
+    return total

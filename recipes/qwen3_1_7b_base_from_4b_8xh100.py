@@ -1,0 +1,18 @@
+"""The paper's pair Qwen3-1.7B-Base ← Qwen3-4B (thinking off) on one node of 8 H100.
+
+Published: 16.5 h for OPD, 10.3 h pruned. A base model seldom stops by itself, so most responses run to the horizon.
+"""
+
+from prune_opd.config import TrainConfig
+from recipes._paper import paper_base
+
+
+def qwen3_1_7b_base_from_4b_8xh100() -> TrainConfig:
+    return paper_base(
+        "qwen3_1_7b_base_from_4b_8xh100",
+        "Qwen/Qwen3-1.7B-Base",
+        "Qwen/Qwen3-4B",
+        init_len=2048,
+        response_length=8500,
+        mean_horizon=6500,
+    )

@@ -1,0 +1,65 @@
+"""Cluster files: what is refused, with which words. No NeMo-Run."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from launch.cluster import CLUSTERS, load_cluster
+from prune_opd.errors import ConfigError
+
+SLURM = {"kind": "slurm", "account": "a"}
+
+
+def write(folder: Path, settings: object) -> str:
+    path = folder / "c.yaml"
+    path.write_text(yaml.safe_dump(settings), encoding="utf-8")
+    return str(path)
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in CLUSTERS.glob("*.yaml")))
+def test_every_cluster_file_of_the_repository_is_valid(name: str) -> None:
+    assert load_cluster(name).nodes == 1
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        (SLURM | {"partion": "b"}, "there is no setting partion: did you mean partition?"),
+        (SLURM | {"nodes": "2"}, "nodes = '2' has the wrong type: give an integer"),
+        (SLURM | {"nodes": True}, "nodes = True has the wrong type"),
+        (SLURM | {"nodes": 0}, "nodes = 0 is too small"),
+        (SLURM | {"time": "4h"}, "time = '4h' is no time limit"),
+        (SLURM | {"time": 14400}, "time = 14400 has the wrong type: give a text (quote it)"),
+        ({"kind": "slurm"}, "account is missing"),
+        ({"account": "a"}, "kind is missing"),
+        (SLURM | {"kind": "pbs"}, "kind = 'pbs' is not known"),
+        (SLURM | {"container_mounts": ["/a"]}, "'/a' is no mount"),
+        (SLURM | {"container_mounts": "/a:/b"}, "give a list"),
+        (SLURM | {"environment": {"A B": "c"}}, "'A B' cannot be the name of a variable"),
+        (SLURM | {"environment": {"A": "b\nc"}}, "holds a line break"),
+        (SLURM | {"environment": {"HF_TOKEN": "hf_x"}}, "move it to secrets"),
+        (SLURM | {"secrets": {"HF_TOKEN": "hf_x"}}, "must say where the secret is, not what it is"),
+        (SLURM | {"ssh": {"host": "h"}}, "ssh.user is missing"),
+        (SLURM | {"ssh": {"host": "h", "user": "u", "job_dir": "/j"}, "secrets": {"K": "environment"}}, "through ssh"),
+        ({"kind": "local", "nodes": 2}, "is this machine only"),
+        ({"kind": "docker"}, "container_image is missing"),
+        ("text", "must hold settings"),
+    ],
+)
+def test_refusals_name_the_file_and_the_field(tmp_path: Path, settings: object, words: str) -> None:
+    with pytest.raises(ConfigError) as refused:
+        load_cluster(write(tmp_path, settings))
+    assert words in str(refused.value)
+    assert str(tmp_path) in str(refused.value)
+
+
+def test_a_refusal_never_repeats_a_secret(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError) as refused:
+        load_cluster(write(tmp_path, SLURM | {"secrets": {"HF_TOKEN": "hf_planted"}}))
+    assert "hf_planted" not in str(refused.value)
+
+
+def test_an_unknown_cluster_lists_the_known_ones() -> None:
+    with pytest.raises(ConfigError, match="choose docker, local, slurm, slurm-pyxis"):
+        load_cluster("nowhere")

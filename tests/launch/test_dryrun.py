@@ -1,0 +1,95 @@
+"""What NeMo-Run would submit, for every cluster file: golden files, shellcheck, and that a dry run changes nothing.
+
+To write the golden files anew: GOLDEN=write pytest tests/launch/test_dryrun.py
+"""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+PYTHON = REPOSITORY / ".venv-launch" / "bin" / "python"
+GOLDEN = Path(__file__).parent / "golden"
+NAMES = sorted(path.stem for path in (REPOSITORY / "launch" / "clusters").glob("*.yaml"))
+# In NeMo-Run's own lines (unquoted nodes and exit code, an address that we do not use).
+ITS_OWN = "SC2206,SC2207,SC2128,SC2086,SC2034"
+
+if not PYTHON.is_file():
+    print("\ntests/launch/test_dryrun.py is skipped: make setup-launch has not run", file=sys.__stderr__)
+    pytestmark = pytest.mark.skip(reason="make setup-launch has not run")
+
+
+def dry_run(home: Path, *words: str) -> subprocess.CompletedProcess[str]:
+    env = {**os.environ, "NEMORUN_HOME": str(home), "WANDB_API_KEY": "planted-8ab0", "PYTHONPATH": ""}
+    command = [str(PYTHON), "-m", "launch", "submit", *words, "--dry-run"]
+    return subprocess.run(command, cwd=REPOSITORY, env=env, capture_output=True, text=True, timeout=60, check=False)
+
+
+@pytest.fixture(scope="module", params=NAMES)
+def printed(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str, Path]:
+    """A cluster file's name, what the dry run printed, and NeMo-Run's home."""
+    home = tmp_path_factory.mktemp("home") / "nemorun"
+    nodes = ["--nodes", "2"] if request.param.startswith("slurm") else []
+    task = ["--evaluate", "my task's.jsonl"] if request.param.startswith("slurm") else []
+    done = dry_run(home, "tiny_compatible", "name=a b$c", "--cluster", request.param, *nodes, *task)
+    assert done.returncode == 0, done.stderr
+    text = done.stdout[done.stdout.index("# ---- ") :]
+    text = text.replace(str(home), "/HOME")
+    return request.param, re.sub(r"tiny_compatible_\d+", "tiny_compatible_ID", text), home
+
+
+def test_scripts_are_the_golden_ones(printed: tuple[str, str, Path]) -> None:
+    name, text, _ = printed
+    golden = GOLDEN / f"{name}.txt"
+    if os.environ.get("GOLDEN") == "write":
+        golden.write_text(text, encoding="utf-8")
+    assert text == golden.read_text(encoding="utf-8")
+
+
+def test_a_dry_run_changes_nothing_and_shows_no_secret(printed: tuple[str, str, Path]) -> None:
+    _, text, home = printed
+    assert not home.exists()
+    assert "planted-8ab0" not in text
+
+
+def test_shellcheck_finds_nothing(printed: tuple[str, str, Path], tmp_path: Path) -> None:
+    if shutil.which("shellcheck") is None:
+        pytest.skip("shellcheck is not installed (scripts/setup_slurm_test.sh brings it)")
+    parts = re.split(r"^# ---- (.*)$", printed[1], flags=re.MULTILINE)[1:]
+    assert parts
+    for name, script in zip(parts[::2], parts[1::2], strict=True):
+        path = tmp_path / name.replace("/", "-")
+        path.write_text(script.lstrip("\n"), encoding="utf-8")
+        excluded = ITS_OWN if name.endswith("_sbatch.sh") else "SC2016"  # that nothing expands is what we want
+        done = subprocess.run(["shellcheck", "-e", excluded, path], capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stdout
+
+
+def test_one_task_a_node_and_no_retries_of_nemo_runs(printed: tuple[str, str, Path]) -> None:
+    name, text, _ = printed
+    if not name.startswith("slurm"):
+        pytest.skip("only Slurm has batch scripts")
+    assert "--ntasks-per-node=1\n" in text
+    assert "TORCHX_MAX_RETRIES=0\n" in text  # it would queue any failure again
+    assert text.index("set +x") < text.index("WANDB_API_KEY")  # the trace ends before secrets are read
+    assert "--kill-on-invalid-dep=yes" in text
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["tiny_compatible", "--cluster", "nowhere"], "is not known: choose"),
+        (["tiny_compatible", "horizon.strategy", "--cluster", "slurm"], "is not a setting"),
+        (["tiny_compatible", "--no-such-option"], "No such option"),
+    ],
+)
+def test_bad_input_never_exits_with_0(tmp_path: Path, words: list[str], said: str) -> None:
+    done = dry_run(tmp_path / "home", *words)
+    assert done.returncode != 0
+    assert said in done.stderr
+    assert "Traceback" not in done.stderr

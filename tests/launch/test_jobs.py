@@ -1,0 +1,134 @@
+"""Requests become jobs; a node becomes ranks. No NeMo-Run."""
+
+import shlex
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from launch.cluster import Cluster
+from launch.jobs import Job, Request, plan_jobs, sweep_points
+from prune_opd.errors import REQUEUE_EXIT_CODE, ConfigError
+from prune_opd.node import ENDED_BY_ANOTHER, PORTS, torchrun_arguments
+
+CLUSTER = Cluster(kind="slurm", account="a", nodes=2, ranks_per_node=4, run_root="/r")
+
+
+def test_a_sweep_is_the_product_of_its_axes() -> None:
+    assert sweep_points(("a=1,2", "b=x,y")) == [("a=1", "b=x"), ("a=1", "b=y"), ("a=2", "b=x"), ("a=2", "b=y")]
+    assert sweep_points(()) == [()]
+
+
+def test_each_run_of_a_sweep_has_its_own_directory_and_jobs() -> None:
+    jobs = plan_jobs(Request("tiny", sweep=("horizon.strategy=full,prune",), evaluate="ledger"), CLUSTER)
+    assert [job.name for job in jobs] == ["train-0", "evaluate-0", "train-1", "evaluate-1"]
+    assert [job.after for job in jobs] == [None, "train-0", None, "train-1"]
+    assert "/r/tiny-0" in jobs[0].command and "/r/tiny-1/hf" in jobs[3].command
+    assert "horizon.strategy=prune" in jobs[2].command
+    assert [job.nodes for job in jobs] == [2, 1, 2, 1]
+
+
+@pytest.mark.parametrize("axis", ["a", "=1", "a=1,"])
+def test_a_bad_sweep_is_refused(axis: str) -> None:
+    with pytest.raises(ConfigError, match="is not a sweep"):
+        sweep_points((axis,))
+
+
+def test_a_sweep_into_one_directory_is_refused() -> None:
+    with pytest.raises(ConfigError, match="leave out --run-dir"):
+        plan_jobs(Request("tiny", sweep=("a=1,2",), run_dir="/one"), CLUSTER)
+
+
+def test_every_word_of_a_script_arrives_as_it_was(tmp_path: Path) -> None:
+    words = ["a b", "$HOME", "`id`", "it's", '"quoted"', "x;y", "*", "ä\\n"]
+    show = "import sys; print(sys.argv[1:])"
+    folder = tmp_path / "with space & more"
+    folder.mkdir()
+    cluster = Cluster(kind="slurm", account="a", workdir=str(folder), python=sys.executable)
+    script = Job("train", ("-c", show, *words), 1).script(cluster)
+    done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == str(words)
+    assert subprocess.run(["bash", "-n", "-c", script], check=False).returncode == 0
+    assert shlex.quote(str(folder)) in script
+
+
+def test_torchrun_finds_the_other_nodes_from_slurm() -> None:
+    env = {"SLURM_NNODES": "4", "SLURM_NODEID": "3", "SLURM_LAUNCH_NODE_IPADDR": "10.0.0.1", "SLURM_JOB_ID": "77"}
+    arguments = dict(zip(*[iter(torchrun_arguments(8, env))] * 2, strict=True))
+    assert arguments == {
+        "--nnodes": "4",
+        "--node-rank": "3",
+        "--nproc-per-node": "8",
+        "--master-addr": "10.0.0.1",
+        "--master-port": str(PORTS[77]),
+    }
+    assert torchrun_arguments(8, env | {"MASTER_ADDR": "h", "MASTER_PORT": "5"})[-3:] == ["h", "--master-port", "5"]
+
+
+NODE_WITH_A_FAKE_CHILD = """
+import sys
+from prune_opd.node import Supervisor
+supervisor = Supervisor()
+print("ready", flush=True)
+code = supervisor.run([sys.executable, "-c", sys.argv[1]], {})
+sys.exit(code)
+"""
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1"])
+def test_a_signal_goes_on_to_the_child_whose_code_comes_back(name: str) -> None:
+    child = (
+        "import signal, sys, time\n"
+        f"signal.signal(signal.{name}, lambda *_: sys.exit({REQUEUE_EXIT_CODE}))\n"
+        "print('up', flush=True)\ntime.sleep(30)"
+    )
+    import signal
+
+    node = subprocess.Popen([sys.executable, "-c", NODE_WITH_A_FAKE_CHILD, child], stdout=subprocess.PIPE, text=True)
+    assert node.stdout is not None
+    assert [node.stdout.readline(), node.stdout.readline()] == ["ready\n", "up\n"]
+    node.send_signal(getattr(signal, name))
+    assert node.wait(20) == REQUEUE_EXIT_CODE
+    node.stdout.close()
+
+
+def test_a_killed_child_gives_a_shells_code() -> None:
+    code = "import os; os.kill(os.getpid(), 9)"
+    done = subprocess.run([sys.executable, "-c", NODE_WITH_A_FAKE_CHILD, code], capture_output=True, check=False)
+    assert done.returncode == 137
+
+
+LEAVING_NODE = """
+import sys
+from pathlib import Path
+from prune_opd.node import Supervisor
+supervisor = Supervisor()
+env = {"SLURM_NNODES": "2", "SLURM_NODEID": sys.argv[2], "SLURM_JOB_ID": "7"}
+print("up", flush=True)
+sys.exit(supervisor.leave_together(Path(sys.argv[1]), env))
+"""
+
+
+def leaving(folder: Path, node: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "-c", LEAVING_NODE, str(folder), node]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None and process.stdout.readline() == "up\n"
+    process.stdout.close()
+    return process
+
+
+def test_nodes_that_have_saved_leave_together(tmp_path: Path) -> None:
+    first = leaving(tmp_path, "0")
+    with pytest.raises(subprocess.TimeoutExpired):
+        first.wait(1)  # the other one is still saving
+    assert leaving(tmp_path, "1").wait(20) == first.wait(20) == REQUEUE_EXIT_CODE
+
+
+def test_a_node_that_waits_ends_when_another_has_failed(tmp_path: Path) -> None:
+    node = leaving(tmp_path, "0")
+    while not list(tmp_path.glob(".leaving/*/0")):
+        time.sleep(0.05)
+    node.terminate()
+    assert node.wait(20) == ENDED_BY_ANOTHER

@@ -1,0 +1,237 @@
+"""Memory and time of a plan move the way they must, the search finds what fits, and published figures are met."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+
+from prune_opd import memory as phases
+from prune_opd.config import TrainConfig
+from prune_opd.errors import ConfigError
+from prune_opd.plan import published
+from prune_opd.plan.memory import plan_memory, problems
+from prune_opd.plan.planner import Plan, curve, dominant, largest, plan_run
+from prune_opd.plan.search import best_layouts
+from prune_opd.plan.setting import setting_of
+from prune_opd.recipe import apply_overrides, list_recipes, load_recipe
+
+SMALL, SEVEN = "r1_1_5b_from_justrl_8xh100", "r1_7b_from_skywork_8xh100"
+LARGE, EXPERTS = "qwen3_8b_from_32b_32xh100_fp8", "qwen3_30b_a3b_from_235b_a22b_128xh100_fp8"
+
+
+def recipe(name: str, *overrides: str) -> TrainConfig:
+    config = load_recipe(name)
+    assert isinstance(config, TrainConfig)
+    return apply_overrides(config, list(overrides))
+
+
+def plan(name: str, *overrides: str, gpu: str = "h100", nodes: int | None = None) -> Plan:
+    config = recipe(name, *overrides)
+    return plan_run(config, gpu, nodes or config.planning.nodes)
+
+
+# ---------------------------------------------------------------------------------------------------- published figures
+
+
+@pytest.fixture(scope="module")
+def rows() -> list[published.Row]:
+    return published.comparison()
+
+
+def test_every_published_figure_is_met_within_the_tolerance(rows: list[published.Row]) -> None:
+    assert len(rows) == 15
+    assert not [f"{row.what}: {row.error:+.0%}" for row in rows if not row.holds]
+
+
+def test_savings_come_out_in_the_published_order() -> None:
+    """Independent of the common constants' size: which pair saves most, and which next to nothing."""
+    hours = {row.what: row.ours for row in published.pair_rows()}
+    saved = {name: 1 - hours[f"{name}, Prune"] / hours[f"{name}, OPD"] for name in published.PAIRS}
+    told = {name: 1 - pruned / full for name, (full, pruned) in published.PAIRS.items()}
+    assert max(saved, key=saved.__getitem__) == max(told, key=told.__getitem__)
+    assert min(saved, key=saved.__getitem__) == min(told, key=told.__getitem__)
+    for name in saved:
+        assert saved[name] == pytest.approx(told[name], abs=0.15)
+
+
+def test_the_table_of_the_docs_is_the_planners() -> None:
+    docs = Path(__file__).parents[2] / "docs" / "planner.md"
+    assert published.table() in docs.read_text(encoding="utf-8")
+
+
+# ---------------------------------------------------------------------------------------------------- memory
+
+
+@pytest.mark.parametrize(
+    "override", ["horizon.max_len=31000", "parallel.microbatch_tokens=65536", "parallel.recompute=none"]
+)
+def test_training_takes_more_memory_with(override: str) -> None:
+    less, more = plan(SMALL).memory, plan(SMALL, override).memory
+    assert more.total("train") > less.total("train")
+
+
+@pytest.mark.parametrize(
+    ("part", "override"),
+    [
+        (phases.STUDENT, "parallel.tensor=1"),
+        (phases.GRADIENTS, "parallel.tensor=1"),
+        (phases.OPTIMIZER, "parallel.distributed_optimizer=false"),
+        (phases.TEACHER, "parallel.teacher_tensor=1"),
+        (phases.ROLLOUT_WEIGHTS, "precision.params=fp32"),
+        (phases.KV_CACHE, "rollout.gpu_memory_utilization=0.6"),
+    ],
+)
+def test_a_part_grows_with(part: str, override: str) -> None:
+    overrides = [override]
+    if "parallel.tensor" in override:
+        overrides.append("parallel.sequence_parallel=false")
+    assert plan(SEVEN, *overrides).memory.parts[part] > plan(SEVEN).memory.parts[part]
+
+
+def test_offloading_follows_the_schedule_of_the_memory_phases() -> None:
+    stay = plan(SEVEN, "memory.sleep_level=0", "memory.offload_gradients=false").memory
+    move = plan(SEVEN, "memory.offload_teacher=true", "memory.offload_optimizer=true").memory
+    engine = stay.parts[phases.ROLLOUT_WEIGHTS] + stay.parts[phases.KV_CACHE]
+    assert stay.resident["train"] == stay.resident["rollout"] == sum(stay.parts.values())
+    assert move.resident["train"] == pytest.approx(sum(move.parts.values()) - engine - move.parts[phases.TEACHER])
+    assert move.resident["rollout"] == pytest.approx(engine + move.parts[phases.STUDENT])
+
+
+def test_fp8_rollouts_halve_the_engines_weights_and_its_cache() -> None:
+    bf16, fp8 = plan(SEVEN).memory, plan(SEVEN, "rollout.quantization=fp8", "rollout.kv_cache_dtype=fp8").memory
+    assert fp8.parts[phases.ROLLOUT_WEIGHTS] == bf16.parts[phases.ROLLOUT_WEIGHTS] / 2
+    assert fp8.cache_tokens > 2 * bf16.cache_tokens
+
+
+def test_what_does_not_fit_is_named_with_its_phase_and_a_remedy() -> None:
+    whole = plan(SEVEN, "parallel.tensor=1", "parallel.sequence_parallel=false", "parallel.distributed_optimizer=false")
+    (line,) = whole.problems
+    assert line.startswith(f"phase {whole.memory.peak_phase} takes") and "set memory.sleep_level" in line
+    (line,) = plan(SEVEN, "rollout.gpu_memory_utilization=0.21").problems
+    assert "rollout.gpu_memory_utilization = 0.21 leaves a KV cache of" in line
+
+
+def test_the_largest_that_fits_fits_and_the_next_does_not() -> None:
+    found = plan(SEVEN)
+    tokens, length = largest(found)
+    for key, value in (("parallel.microbatch_tokens", tokens), ("horizon.max_len", length)):
+        assert not plan(SEVEN, f"{key}={value}").problems
+    assert plan(SEVEN, f"parallel.microbatch_tokens={tokens + 512}").problems
+    assert length <= 131072 - 1024
+
+
+# ---------------------------------------------------------------------------------------------------- time
+
+
+@pytest.mark.parametrize(
+    ("phase", "override"),
+    [
+        ("rollout", "rollout.prompts=128"),
+        ("rollout", "planning.response_length=9000"),
+        ("teacher", "rollout.prompts=128"),
+        ("train", "rollout.prompts=128"),
+        ("train", "planning.response_length=9000"),
+    ],
+)
+def test_a_phase_takes_longer_with(phase: str, override: str) -> None:
+    assert plan(SMALL, override).full.seconds[phase] > plan(SMALL).full.seconds[phase]
+
+
+def test_without_recompute_training_is_faster() -> None:
+    assert plan(SMALL, "parallel.recompute=none").full.seconds["train"] < plan(SMALL).full.seconds["train"]
+
+
+def test_a_shorter_horizon_and_a_faster_gpu_take_less_time() -> None:
+    slow, fast = plan(SMALL, gpu="a100"), plan(SMALL)
+    assert fast.planned.total < fast.full.total < slow.full.total
+    assert fast.gpu_hours(fast.planned) < fast.gpu_hours(fast.full)
+
+
+def test_a_larger_teacher_takes_the_teacher_longer_and_nothing_else_but_its_head() -> None:
+    small, large = plan(SMALL), plan("r1_1_5b_from_r1_7b_8xh100", "planning.response_length=5500")
+    assert large.full.seconds["teacher"] > 3 * small.full.seconds["teacher"]
+    assert large.full.seconds["rollout"] == small.full.seconds["rollout"]
+
+
+def test_an_engine_whose_cache_is_small_decodes_in_turns() -> None:
+    wide = plan(SMALL, "rollout.prompts=512")
+    narrow = plan(SMALL, "rollout.prompts=512", "rollout.max_num_seqs=8")
+    assert narrow.full.seconds["rollout"] > 2 * wide.full.seconds["rollout"]
+
+
+def test_with_a_growing_batch_only_what_links_the_gpus_grows() -> None:
+    steps = curve(recipe(LARGE), "h100", grow=True)
+    assert list(steps) == [8, 16, 32, 64, 128, 256, 512, 1024]
+    small, large = steps[32].seconds, steps[1024].seconds
+    assert large["sync"] > small["sync"] and large["all-reduce"] > small["all-reduce"]
+    for phase in ("rollout", "train"):
+        assert large[phase] == pytest.approx(small[phase], rel=0.02)
+
+
+def test_with_a_fixed_batch_gpu_hours_grow_and_the_longest_response_remains() -> None:
+    config = recipe(LARGE)
+    steps = curve(config, "h100", grow=False)
+    cost = [step.total * gpus for gpus, step in steps.items()]
+    assert cost == sorted(cost)
+    assert dominant(steps[1024]) == "rollout"
+    assert steps[1024].seconds["rollout"] > config.planning.mean_horizon * 0.002  # no step is shorter than its overhead
+
+
+# ---------------------------------------------------------------------------------------------------- search
+
+
+def test_the_search_names_layouts_that_fit_and_are_no_slower() -> None:
+    config = recipe(SEVEN)
+    own = plan_run(config, "h100", 1)
+    found = best_layouts(config, "h100", 1, count=3)
+    assert len(found) == 3
+    assert found[0].seconds <= own.planned.total
+    for layout in found:
+        again = plan_run(apply_overrides(config, list(layout.overrides)), "h100", 1)
+        assert not again.problems
+        assert math.isclose(again.planned.total, layout.seconds)
+
+
+def test_the_search_finds_a_layout_where_the_recipes_own_does_not_fit() -> None:
+    overrides = ("parallel.tensor=1", "parallel.sequence_parallel=false", "rollout.gpu_memory_utilization=0.7")
+    config = recipe(SEVEN, *overrides)
+    assert plan_run(config, "h100", 1).problems
+    assert best_layouts(config, "h100", 1, count=1)
+
+
+def test_the_search_comes_back_empty_where_nothing_fits() -> None:
+    assert best_layouts(recipe(EXPERTS), "a100", 1, count=1) == []
+
+
+# ---------------------------------------------------------------------------------------------------- recipes, refusals
+
+
+@pytest.mark.parametrize("name", [name for name in list_recipes() if "h100" in name])
+@pytest.mark.parametrize("strategy", ["prune", "full", "topd", "popd"])
+def test_every_gpu_recipe_fits_with_each_strategy(name: str, strategy: str) -> None:
+    assert plan(name, f"horizon.strategy={strategy}").problems == ()
+
+
+def test_a_cpu_is_refused_with_a_remedy() -> None:
+    with pytest.raises(ConfigError, match=r"gpu = 'cpu' cannot be planned.*run the recipe.*--gpu"):
+        plan_run(recipe(SMALL), "cpu", 1)
+    with pytest.raises(ConfigError, match=r"gpu = 'v100' is not known: choose one of a100, h100, h200"):
+        plan_run(recipe(SMALL), "v100", 1)
+
+
+def test_a_model_that_is_neither_there_nor_published_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"student = 'some/where': there is no config.json in it"):
+        setting_of(recipe(SMALL, "student=some/where"), "h100", 1)
+
+
+def test_a_layout_that_does_not_divide_the_ranks_is_a_problem_of_the_plan() -> None:
+    assert any("does not divide" in line for line in plan(SMALL, "parallel.tensor=8").problems)
+
+
+def test_the_parts_of_a_plan_stay_within_the_gpu() -> None:
+    setting = setting_of(recipe(EXPERTS), "h100", 16)
+    memory = plan_memory(setting)
+    assert problems(setting, memory) == []
+    assert 0 < memory.peak <= memory.limit < setting.gpu.memory
