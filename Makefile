@@ -17,17 +17,19 @@ help: ## List the targets
 setup: ## Make .venv with the pinned packages (does nothing when it is up to date)
 	@bash scripts/setup.sh
 
-tiny-models: setup ## Train both tiny pairs into the per-user cache, unless they are there
+tiny-pair: setup ## Train the compatible tiny pair into the per-user cache, unless it is there
 	$(BIN)/prune-opd sft tiny_base --if-missing
 	$(BIN)/prune-opd sft tiny_teacher --if-missing
 	$(BIN)/prune-opd sft tiny_student --if-missing
+
+tiny-models: tiny-pair ## Train both tiny pairs, the compatible one and the drift pair
 	$(BIN)/prune-opd sft tiny_drift_teacher --if-missing
 	$(BIN)/prune-opd sft tiny_drift_student --if-missing
 
-quickstart: setup tiny-models ## Set up, train the tiny pair in runs/quickstart, evaluate, write the report
+quickstart: setup tiny-pair ## Set up, train the tiny pair in runs/quickstart, evaluate, write the report
 	$(BIN)/prune-opd train tiny_compatible --run-dir runs/quickstart
 
-test: setup setup-te-test setup-launch setup-slurm-test lint tiny-models ## Set up, lint, run all tests
+test: setup setup-te-test setup-launch setup-slurm-test lint tiny-pair ## Set up, lint, run all tests
 	$(BIN)/pytest
 
 setup-te-test: setup ## Put Transformer Engine's Python half into .venv-te, for the tests of its layer spec
@@ -42,7 +44,7 @@ format: setup ## Format the code and apply the safe fixes of the linter
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-check: setup tiny-models ## Check RECIPE (default tiny_compatible) without training it
+check: setup tiny-pair ## Check RECIPE (default tiny_compatible) without training it
 	$(BIN)/prune-opd check $(RECIPE)
 
 setup-bench: setup ## Put what the benchmarks compare with (trl) into .venv-bench
@@ -60,16 +62,16 @@ bench-packing: setup ## Measure packed against padded micro-batches: bench/packi
 bench-reshard: setup ## Measure the weight stream against bare collectives and the reload: bench/reshard.json
 	$(BIN)/prune-opd bench reshard
 
-bench-fp8-noise: tiny-models ## Count the drift events that FP8 noise alone makes: bench/fp8-noise.json
+bench-fp8-noise: tiny-pair ## Count the drift events that FP8 noise alone makes: bench/fp8-noise.json
 	$(BIN)/prune-opd bench fp8-noise
 
-bench-peers: setup-bench tiny-models ## Measure our training step against TRL's: bench/peers.json (about 4 minutes)
+bench-peers: setup-bench tiny-pair ## Measure our training step against TRL's: bench/peers.json (about 4 minutes)
 	$(BIN)/prune-opd bench peers
 
 bench-scaling: setup ## Measure how a step grows with length, batch, model and ranks: bench/scaling.json and .png
 	$(BIN)/prune-opd bench scaling
 
-soak: tiny-models ## Kill and resume a run of 300 steps, compare it with one left alone: runs/soak/soak.json (about 15 minutes)
+soak: tiny-pair ## Kill and resume a run of 300 steps, compare it with one left alone: runs/soak/soak.json (about 15 minutes)
 	$(BIN)/python scripts/soak.py
 
 include launch/targets.mk

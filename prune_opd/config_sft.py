@@ -32,7 +32,7 @@ class CorpusConfig:
     carry_bug: float = 0.0  # at a tens boundary the old tens digit stays: the student's systematic error
     litany: bool = False  # the words before and after a total follow the booking's label, instead of being drawn
     aside: float = 0.0  # chance of an odd word in a litany's place, per word
-    never_back: bool = False  # after its first aside a solution has odd words to its end
+    never_back: float = 0.0  # share of solutions that have odd words from the first aside to the end
 
 
 @dataclass(frozen=True)

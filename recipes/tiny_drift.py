@@ -20,11 +20,12 @@ def tiny_drift() -> TrainConfig:
         student=tiny_drift_student().output,
         teacher=tiny_drift_teacher().output,
         steps=50,
+        data=replace(base.data, min_steps=32),
         rollout=RolloutConfig(prompts=24, responses=1, max_prompt_len=96),
         horizon=replace(base.horizon, init_len=48, step=8, margin=8, finished_rows="miss"),
         gate=GateConfig(k=1, threshold=0.5, w_drop=0.2, w_base=0.0),
         optimizer=OptimizerConfig(
-            lr=3e-4, min_lr=3e-5, schedule="linear", warmup_steps=10, beta2=0.99, weight_decay=0.01, clip_grad=1.0
+            lr=1e-4, min_lr=1e-5, schedule="linear", warmup_steps=10, beta2=0.99, weight_decay=0.01, clip_grad=1.0
         ),
         parallel=ParallelConfig(nproc=1, tensor=1),
     )

@@ -18,14 +18,16 @@ def tiny_drift_student() -> SftConfig:
         slip_result=0.002,
         carry_bug=0.12,
         litany=True,
-        aside=0.08,
-        never_back=True,
+        aside=0.06,
+        never_back=0.9,
     )
     config = SftConfig(
         name="tiny_drift_student",
         init=tiny_drift_teacher().output,
         output="",
-        stages=(SftStage(steps=150, batch=24, lr=2e-3, warmup_steps=10, corpus=loses_its_way, sharpen=0.5, seed=401),),
+        stages=(
+            SftStage(steps=150, batch=24, lr=1.5e-3, warmup_steps=10, corpus=loses_its_way, sharpen=0.5, seed=401),
+        ),
         parallel=ParallelConfig(nproc=2, tensor=1),
     )
     return replace(config, output=str(tiny_model_dir("drift-student", config_digest(config))))

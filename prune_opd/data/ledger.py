@@ -177,14 +177,15 @@ class _Litany:
     """EQ and SEP in fixed cycles over the labels, so that each word is known from the label beside it.
 
     An aside, with chance `corpus.aside` a word, is a word that has no business there: a header's for EQ, an EQ for SEP.
-    A solution is back in the litany with the next word or, with `corpus.never_back`, not any more.
+    A solution is back in the litany with the next word or, in a share of `corpus.never_back`, not any more.
     """
 
     EQUALS_CYCLE = tuple(EQUALS[5 * i % 12] for i in range(12))
     SEPARATOR_CYCLE = tuple((*SEPARATORS, *HEADERS)[7 * i % 24] for i in range(24))
 
     def __init__(self, rng: np.random.Generator, corpus: CorpusConfig) -> None:
-        self._rng, self._aside, self._never_back = rng, corpus.aside, corpus.never_back
+        self._rng, self._aside = rng, corpus.aside
+        self._never_back = corpus.never_back > 0 and rng.random() < corpus.never_back
         self._lost = False
 
     def words(self, label: int) -> tuple[str, str]:
@@ -256,7 +257,7 @@ def example(corpus: CorpusConfig, seed: int, index: int) -> tuple[list[int], lis
     Raises:
         ConfigError: a rate of `corpus` is not in 0..1, or its lengths are not in 1..40.
     """
-    for rate in ("reverse", "slip", "slip_result", "carry_bug", "aside"):
+    for rate in ("reverse", "slip", "slip_result", "carry_bug", "aside", "never_back"):
         if not 0 <= getattr(corpus, rate) <= 1:
             raise ConfigError(f"corpus.{rate} = {getattr(corpus, rate)!r} is out of range: give a share from 0 to 1")
     rng = random_stream("corpus", seed, index)

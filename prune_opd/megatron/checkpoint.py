@@ -20,6 +20,7 @@ import shutil
 import signal
 from collections.abc import Callable
 from dataclasses import dataclass
+from enum import Enum
 from multiprocessing.managers import SyncManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -298,6 +299,8 @@ class _IndexOnly(pickle.Unpickler):
     """Reads the index of the shards and no other pickle."""
 
     def find_class(self, module: str, name: str) -> Any:
+        if (module, name) == ("builtins", "getattr"):  # how older Pythons (3.11.2 is one) write an enum's member
+            return _enum_member
         refusal = pickle.UnpicklingError(f"it names {module}.{name}")
         if not KNOWN_CLASSES.match(f"{module} {name}"):  # a dotted name would reach what a module has imported
             raise refusal
@@ -305,6 +308,13 @@ class _IndexOnly(pickle.Unpickler):
         if not isinstance(found, type | torch.dtype) and name not in ("_get_layout", "encode"):
             raise refusal
         return found
+
+
+def _enum_member(owner: Any, name: str) -> Any:
+    """`getattr` for the members of enums and for nothing else."""
+    if not (isinstance(owner, type) and issubclass(owner, Enum) and name in owner.__members__):
+        raise pickle.UnpicklingError(f"it takes {name} of {owner!r}")
+    return owner[name]
 
 
 def refuse_programs(index: Path) -> None:

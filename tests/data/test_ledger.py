@@ -279,7 +279,7 @@ def test_saving_again_gives_the_same_bytes(tokenizer_dir: Path, tmp_path: Path) 
 # ---------------------------------------------------------------------------------------------------- the litany
 
 
-def words_of_bookings(aside: float, never_back: bool = False, n: int = 60) -> list[list[tuple[int, str, str]]]:
+def words_of_bookings(aside: float, never_back: float = 0.0, n: int = 60) -> list[list[tuple[int, str, str]]]:
     """(label, EQ, SEP) of each booking of n solutions in the litany's style."""
     corpus = CorpusConfig(min_steps=30, litany=True, aside=aside, never_back=never_back)
     texts = [solve(corpus, 5, index)[1] for index in range(n)]
@@ -307,13 +307,13 @@ def test_asides_come_at_their_rate_and_the_litany_goes_on_after_them() -> None:
 
 
 def test_never_back_is_odd_from_the_first_aside_to_the_end() -> None:
-    for text in words_of_bookings(aside=0.1, never_back=True):
+    for text in words_of_bookings(aside=0.1, never_back=1.0):
         odd = is_odd(text)
         assert odd == sorted(odd)
 
 
 def test_asides_leave_totals_and_answer_right() -> None:
-    corpus = CorpusConfig(min_steps=30, litany=True, aside=0.3, never_back=True)
+    corpus = CorpusConfig(min_steps=30, litany=True, aside=0.3, never_back=1.0)
     for index in range(20):
         problem, words = solve(corpus, 5, index)
         assert words[-2] == problem.answer

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from prune_opd import platform
 from prune_opd.errors import UserError
-from tests.distributed.launch import run_ranks
+from tests.distributed.ranks import run_ranks
 from tests.distributed.tiny_run import write_pair
 from tests.distributed.worker_checkpoint import AFTER, BEFORE, COPY, KEEP
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 
-from tests.distributed.launch import run_ranks
+from tests.distributed.ranks import run_ranks
 from tests.distributed.test_layout_matrix import write_models
 from tests.distributed.worker_checkpoint_layouts import BEFORE, OPTIMIZERS, OTHERS
 

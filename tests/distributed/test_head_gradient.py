@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 
-from tests.distributed.launch import run_ranks
+from tests.distributed.ranks import run_ranks
 from tests.distributed.tiny_run import write_pair
 
 WORKER = Path(__file__).with_name("worker_head_gradient.py")

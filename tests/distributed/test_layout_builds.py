@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tests.distributed.launch import run_ranks
+from tests.distributed.ranks import run_ranks
 from tests.distributed.worker_layout_builds import LAYOUTS, MODELS
 from tests.models import write_model
 

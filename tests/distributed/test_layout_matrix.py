@@ -15,7 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.distributed.launch import run_ranks
+from tests.distributed.ranks import run_ranks
 from tests.distributed.tiny_run import LENGTHS, write_pair
 from tests.distributed.worker_layout_matrix import REFERENCES, STEPS, cases, reference_of
 from tests.models import write_model

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tests.distributed.launch import run_ranks
+from tests.distributed.ranks import run_ranks
 from tests.distributed.tiny_run import write_pair
 
 WORKER = Path(__file__).with_name("worker_memory.py")

@@ -11,8 +11,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from tests.distributed.launch import run_ranks
 from tests.distributed.parity_cases import BF16, CASES, LAYOUTS, PAIRS
+from tests.distributed.ranks import run_ranks
 from tests.models import VOCAB, tensors_of, write_model
 
 WORKER = Path(__file__).with_name("worker_model_parity.py")

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 
-from tests.distributed.launch import run_ranks
+from tests.distributed.ranks import run_ranks
 from tests.distributed.tiny_run import LENGTHS, write_pair
 from tests.distributed.worker_trainer_layouts import BUDGETS, LR, MIN_LR, STEPS, WARMUP
 

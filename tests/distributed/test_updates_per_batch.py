@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.distributed.launch import run_ranks
+from tests.distributed.ranks import run_ranks
 from tests.distributed.tiny_run import LENGTHS, OPTIMIZER, write_pair
 from tests.distributed.worker_updates import CASES
 

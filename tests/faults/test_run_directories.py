@@ -17,7 +17,7 @@ from prune_opd.check import check_train
 from prune_opd.config import TrainConfig, to_dict
 from prune_opd.recipe import apply_overrides, save_config
 from tests import fake_models
-from tests.distributed.launch import REPOSITORY
+from tests.distributed.ranks import REPOSITORY
 
 RECIPE = """
 from pathlib import Path

@@ -15,7 +15,7 @@ import pytest
 
 from prune_opd import platform
 from prune_opd.errors import UserError
-from tests.distributed.launch import run_ranks
+from tests.distributed.ranks import run_ranks
 from tests.distributed.tiny_run import write_pair
 
 WORKER = Path(__file__).with_name("worker_trouble.py")
@@ -110,3 +110,25 @@ def test_an_index_that_is_a_program_is_not_run(tmp_path: Path) -> None:
     index.write_bytes(by_way_of_an_index)
     with pytest.raises(UserError, match=r"it names torch\.distributed\.checkpoint\.filesystem\.os\.system"):
         refuse_programs(index)
+
+
+@pytest.mark.parametrize(
+    ("owner", "name", "accepted"),
+    [
+        ("torch.distributed.checkpoint.metadata\n_MEM_FORMAT_ENCODING", "TORCH_CONTIGUOUS_FORMAT", True),
+        ("torch.distributed.checkpoint.metadata\n_MEM_FORMAT_ENCODING", "mro", False),
+        ("torch.distributed.checkpoint.metadata\nTensorProperties", "__init__", False),
+        ("os\nenviron", "copy", False),
+    ],
+)
+def test_of_getattr_an_index_may_have_enum_members_only(tmp_path: Path, owner: str, name: str, accepted: bool) -> None:
+    """Python 3.11.2 writes an enum's member as a call of getattr, later ones by its value."""
+    from prune_opd.megatron.checkpoint import refuse_programs
+
+    index = tmp_path / ".metadata"
+    index.write_bytes(f"cbuiltins\ngetattr\n(c{owner}\nV{name}\ntR.".encode())
+    if accepted:
+        refuse_programs(index)
+    else:
+        with pytest.raises(UserError, match="is not the index of a checkpoint"):
+            refuse_programs(index)

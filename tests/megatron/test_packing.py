@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from prune_opd.megatron.packing import zigzag
-from tests.distributed.launch import run_ranks
+from tests.distributed.ranks import run_ranks
 from tests.distributed.tiny_run import made_up_rollouts, write_pair
 from tests.megatron.worker_packing import LENGTHS, MULTIPLES, SCALES
 

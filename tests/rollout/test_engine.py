@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tests.distributed.launch import run_ranks
+from tests.distributed.ranks import run_ranks
 from tests.distributed.tiny_run import write_pair
 from tests.rollout.worker_engine import EOS, LENGTHS, MANY, MAX_TOKENS, RESPONSES
 

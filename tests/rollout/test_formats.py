@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tests.distributed.launch import run_ranks
+from tests.distributed.ranks import run_ranks
 from tests.models import write_model
 
 WORKER = Path(__file__).with_name("worker_formats.py")

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tests.distributed.launch import REPOSITORY, run_ranks
+from tests.distributed.ranks import REPOSITORY, run_ranks
 from tests.models import write_model
 from tests.te.test_te_spec import te_packages  # noqa: F401  # a fixture
 

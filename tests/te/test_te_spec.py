@@ -18,7 +18,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from tests.distributed.launch import REPOSITORY, run_ranks
+from tests.distributed.ranks import REPOSITORY, run_ranks
 from tests.models import tensors_of, write_model
 from tests.te import stub
 from tests.te.cases import CASES

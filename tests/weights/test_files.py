@@ -15,7 +15,7 @@ from torch import Tensor
 from prune_opd.errors import ConfigError
 from prune_opd.weights.files import HfDirectoryWriter
 from prune_opd.weights.load import SafetensorsDirectory
-from tests.distributed.launch import run_ranks
+from tests.distributed.ranks import run_ranks
 from tests.models import write_model
 
 WORKER = Path(__file__).with_name("worker_files.py")

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tests.distributed.launch import run_ranks
+from tests.distributed.ranks import run_ranks
 from tests.models import write_model
 from tests.weights.worker_stream import BUCKETS_MB, DRIFTS, LAYOUTS, TRANSPORTS
 
