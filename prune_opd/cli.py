@@ -10,6 +10,7 @@ import json
 import os
 import sys
 import tempfile
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
@@ -20,6 +21,7 @@ from prune_opd import worker
 from prune_opd.changes import changes
 from prune_opd.check import check_eval, check_everything, check_sft, check_structure, check_train
 from prune_opd.config import DataConfig, SftConfig, TrainConfig
+from prune_opd.data.render import Format
 from prune_opd.errors import ConfigError, UserError
 from prune_opd.eval.evaluate import Sampling, write_rows
 from prune_opd.eval.run import SEED, EvalJob, results_table
@@ -135,7 +137,9 @@ def evaluate(
     model_dirs: Annotated[
         list[Path], typer.Argument(metavar="MODEL_DIR", help="Hugging Face model directories, or a run's checkpoints.")
     ],
-    task: Annotated[list[str], typer.Option(metavar="FILE|NAME", help="A .jsonl file with answers, or ledger; again.")],
+    task: Annotated[
+        list[str], typer.Option(metavar="FILE|NAME", help="As data.source, with answers; give it again for more.")
+    ],
     samples: Annotated[int, typer.Option("-k", min=1, help="Samples per problem.")] = 16,
     problems: Annotated[int, typer.Option(min=1, help="Problems of a task.")] = 256,
     max_len: Annotated[
@@ -144,6 +148,12 @@ def evaluate(
     ] = None,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 1.0,
     top_p: Annotated[float, typer.Option(min=0.0, max=1.0)] = 1.0,
+    suffix: Annotated[str, typer.Option(help="After every problem; these four are as in data.*.")] = "",
+    system_prompt: Annotated[str | None, typer.Option(help="Before every problem.")] = None,
+    thinking: Annotated[
+        bool | None, typer.Option("--thinking/--no-thinking", help="The chat template's switch.")
+    ] = None,
+    chat: Annotated[bool | None, typer.Option("--chat/--no-chat", help="Through the chat template, or not.")] = None,
     out: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Where eval.jsonl and every sampled answer go.")
     ] = None,
@@ -151,9 +161,12 @@ def evaluate(
 ) -> int:
     """Accuracy of models on tasks: avg@k with its 95 % interval, pass@k; several models or tasks make a table."""
     sampling = Sampling(samples, max_len or 0, temperature, top_p, SEED)
+    format = Format(chat, system_prompt, suffix, thinking)
+    for source in task:
+        DataConfig(source=source, **asdict(format))  # refuses what does not go together
     _refuse([problem for model_dir in model_dirs for problem in check_eval(model_dir, task, top_p, out)])
     if _is_rank():
-        return worker.evaluate(EvalJob(str(model_dirs[0]), tuple(task), problems, sampling))
+        return worker.evaluate(EvalJob(str(model_dirs[0]), tuple(task), problems, sampling, format))
     results: list[Record] = []
     with tempfile.TemporaryDirectory(prefix="prune-opd-") as folder:
         found = Path(folder) / "results.jsonl"
@@ -164,6 +177,7 @@ def evaluate(
                 tuple(task),
                 problems,
                 sampling,
+                format,
                 None if answers is None else str(answers),
                 str(found),
             )

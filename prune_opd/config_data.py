@@ -39,6 +39,10 @@ class DataConfig:
                 f"data.weights = {list(self.weights)}: every weight is above 0; leave a source out instead"
             )
 
+        for name in ("chat", "system_prompt", "suffix", "thinking") if "ledger" in self.sources else ():
+            if (value := getattr(self, name)) != getattr(DataConfig, name):
+                raise ConfigError(f"data.{name} = {value!r}: the ledger's problems are complete texts; leave it out")
+
     @property
     def sources(self) -> tuple[str, ...]:
         """What the prompts are drawn from."""

@@ -63,7 +63,7 @@ class Workplace:
         (folder / "hook" / "sitecustomize.py").write_text(AT_EXIT, encoding="utf-8")
         self.imported = folder / "imported"
         self.env = os.environ | {
-            "PYTHONPATH": str(folder / "hook"),
+            "PYTHONPATH": os.pathsep.join([str(folder / "hook"), *filter(None, [os.environ.get("PYTHONPATH")])]),
             "PYTHONDONTWRITEBYTECODE": "1",
             "IMPORTED": str(self.imported),
             "PRUNE_OPD_CACHE": str(self.folder / "cache"),
@@ -233,6 +233,10 @@ def test_sft_if_missing_does_nothing_when_the_model_is_there(place: Workplace) -
         (["eval", "nowhere", "--task", "ledger"], "MODEL_DIR = 'nowhere': there is no such directory"),
         (["eval", "student", "--task", "ledger", "--task", "no.jsonl"], "--task = 'no.jsonl': there is no such file"),
         (["eval", "student", "--task", "ledger", "--top-p", "0"], "--top-p = 0.0 leaves no token to sample"),
+        (
+            ["eval", "student", "--task", "ledger", "--no-chat"],
+            "data.chat = False: the ledger's problems are complete texts",
+        ),
         (["eval", "student", "--task", "ledgre"], "--task = 'ledgre' is no task: did you mean 'ledger'?"),
         (["export", "nowhere", "out"], "CHECKPOINT = 'nowhere': there is no such directory"),
         (["export", "student", "teacher"], "OUT_DIR = 'teacher' is there already: choose a new directory"),
