@@ -14,6 +14,7 @@ from fake_models import tokenizer, train_config, write_model
 from prune_opd.check import check_everything, check_train
 from prune_opd.check_machine import (
     CPU_PINS,
+    GPU_OPTIONAL_PINS,
     GPU_PINS,
     checkpoint_bytes,
     driver_problems,
@@ -24,6 +25,7 @@ from prune_opd.check_machine import (
 from prune_opd.config import TrainConfig
 
 REQUIREMENTS = Path(__file__).parents[1] / "requirements"
+DOCKER = REQUIREMENTS.parent / "docker"
 
 
 @pytest.fixture
@@ -81,6 +83,8 @@ def test_the_pins_are_those_of_the_requirements() -> None:
     for package, version in CPU_PINS.items():
         assert f"{package}=={version}" in text
     assert all(CPU_PINS[package] == GPU_PINS[package] for package in CPU_PINS.keys() & GPU_PINS.keys())
+    image = [line for name in ("pins.h100.txt", "pins.h100-build.txt") for line in (DOCKER / name).read_text().split()]
+    assert {f"{package}=={version}" for package, version in (GPU_PINS | GPU_OPTIONAL_PINS).items()} <= set(image)
 
 
 def test_other_and_missing_versions_are_named_and_optional_packages_may_be_missing(
