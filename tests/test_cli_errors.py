@@ -233,10 +233,6 @@ def test_sft_if_missing_does_nothing_when_the_model_is_there(place: Workplace) -
         (["eval", "nowhere", "--task", "ledger"], "MODEL_DIR = 'nowhere': there is no such directory"),
         (["eval", "student", "--task", "ledger", "--task", "no.jsonl"], "--task = 'no.jsonl': there is no such file"),
         (["eval", "student", "--task", "ledger", "--top-p", "0"], "--top-p = 0.0 leaves no token to sample"),
-        (
-            ["eval", "student", "--task", "ledger", "--no-chat"],
-            "data.chat = False: the ledger's problems are complete texts",
-        ),
         (["eval", "student", "--task", "ledgre"], "--task = 'ledgre' is no task: did you mean 'ledger'?"),
         (["export", "nowhere", "out"], "CHECKPOINT = 'nowhere': there is no such directory"),
         (["export", "student", "teacher"], "OUT_DIR = 'teacher' is there already: choose a new directory"),
@@ -247,6 +243,14 @@ def test_the_other_commands_refuse_bad_input(place: Workplace, args: list[str], 
     answer = place.refuse(*args)
     assert answer.code == 1
     assert answer.error.startswith(error)
+
+
+def test_a_chat_setting_for_the_ledger_is_refused_not_ignored(place: Workplace) -> None:
+    answer = place.refuse("eval", "student", "--task", "ledger", "--no-chat")
+    assert (answer.code, answer.error) == (
+        2,
+        "data.chat = False: the ledger's problems are complete texts; leave it out",
+    )
 
 
 def test_the_recipes_are_listed(place: Workplace) -> None:
