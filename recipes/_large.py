@@ -1,4 +1,4 @@
-"""What the large pairs share beside the papers' settings: FP8 in both models and in the rollouts, longer first windows."""
+"""What the large pairs share beyond the papers' settings: FP8 in both models and in rollouts, longer first windows."""
 
 from dataclasses import replace
 
