@@ -65,13 +65,20 @@ def check_command(line: str) -> None:
     if "overrides" in takes:
         check_settings(arguments)
     elif command.name == "inspect":
-        apply_overrides(DataConfig(source="prompts.jsonl"), [word for word in arguments if "=" in word])
+        apply_overrides(
+            DataConfig(source="prompts.jsonl"), [word for word in arguments if "=" in word and not is_placeholder(word)]
+        )
+
+
+def is_placeholder(override: str) -> bool:
+    key, _, value = override.partition("=")
+    return key.lower() == "key" or "…" in value or value.isupper()
 
 
 def check_settings(arguments: list[str]) -> None:
     """A recipe and what is set in it: known, and values that are taken."""
     recipes = [word for word in arguments if "=" not in word and word not in ("RECIPE", "…")]
-    overrides = [word for word in arguments if "=" in word and "…" not in word and not word.lower().startswith("key=")]
+    overrides = [word for word in arguments if "=" in word and not is_placeholder(word)]
     assert len(recipes) <= 1, f"several recipes: {recipes}"
     for recipe in recipes:
         assert recipe in list_recipes() or recipe in OWN, f"there is no recipe {recipe}"
@@ -108,7 +115,9 @@ def test_settings_in_code_spans_exist_and_take_their_values(page: Path) -> None:
         assert not [word for word in missing if not word.startswith("stages.0.")], f"{page.name}: `{span}`"
         if words == span.split() and all("=" in word and word.partition("=")[0] in SETTINGS for word in words):
             beside = [setting for word in words for setting in GOES_WITH.get(word, [])]
-            apply_overrides(load_recipe("tiny_compatible"), [*beside, *(word for word in words if "…" not in word)])
+            apply_overrides(
+                load_recipe("tiny_compatible"), [*beside, *(word for word in words if not is_placeholder(word))]
+            )
 
 
 @by_name
