@@ -261,6 +261,7 @@ def _picture(result: dict[str, Any], growths: Sequence[Growth]) -> bytes:
                 label = f"{phase} {found.slope:.2f} (work {found.work_slope:.2f})"
                 ax.plot(x, [point["cpu_s"][phase] for point in points], marker="o", color=colour, label=label)
             ax.set(xscale="log", yscale="log")
+            ax.yaxis.set_major_formatter("{x:g}")
             ax.set_xticks(x, [f"{value:,.0f}" for value in x], minor=False)
             ax.set_xticks([], minor=True)
             legend(ax, ncols=2)
