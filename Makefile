@@ -39,7 +39,7 @@ setup-docs: ## Make .venv-docs, the small environment that builds the docs (no t
 	@bash scripts/setup_docs.sh
 
 docs: setup-docs ## Build the docs' site: build/site/index.html
-	@NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build --strict --quiet
+	@NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build --strict
 
 docs-tables: setup ## Write the tables of docs/ that come from the code: settings, metrics, commands, recipes
 	$(BIN)/python scripts/docs_tables.py

@@ -1,9 +1,9 @@
 """What the paper's five pairs share (Prune-OPD, arXiv 2605.07804, section 4 and appendix): one node of eight H100s.
 
 64 prompts of DAPO-Math-17K × 4 responses a step, one update a step, 203 steps, AdamW at a constant 1e-6. Models lie in
-$PRUNE_OPD_MODELS as OWNER/NAME (default: models), prompts and problems in $PRUNE_OPD_DATA (default: data), the prompts as
-`prune-opd data convert dapo-math-17k` writes them. The four strategies are overrides; the constants that the papers did
-not publish are ours and stand here:
+$PRUNE_OPD_MODELS as OWNER/NAME (default: models), prompts and problems in $PRUNE_OPD_DATA (default: data), the prompts
+as `prune-opd data convert dapo-math-17k` writes them. The four strategies are overrides; the constants that the papers
+did not publish are ours and stand here:
 
     horizon.strategy=full gate=null      plain OPD
     horizon.strategy=topd                a quarter of the maximum, fixed (the paper also has horizon.rho=0.1)
