@@ -16,11 +16,11 @@ class DataConfig:
     mixture: tuple[str, ...] = ()  # several sources instead, in the proportions of `weights`
     weights: tuple[float, ...] = ()  # of the mixture's sources; none: equal ones
     min_steps: int = 20  # ledger: bookings per problem
-    max_steps: int = 40
-    shuffle: bool = True
+    max_steps: int = 40  # likewise, the most
+    shuffle: bool = True  # a file's rows, in another order each epoch
     split: str | None = None  # of a dataset directory that has several; null: train
     chat: bool | None = None  # files: through the chat template; null: "messages", "problem", "question", not "prompt"
-    system_prompt: str | None = None
+    system_prompt: str | None = None  # before the turns, where the chat template is used
     suffix: str = ""  # after the last user turn, or after the prompt
     thinking: bool | None = None  # the chat template's switch, where it has one
     bad_rows: str = "refuse"  # of a file: refuse (with their line numbers) | skip (and say how many, and where)

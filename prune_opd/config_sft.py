@@ -9,23 +9,23 @@ from dataclasses import dataclass
 class ModelShape:
     """A Qwen3 model made from nothing. head_dim 32 is the least that vLLM's CPU attention takes."""
 
-    layers: int = 4
-    hidden: int = 128
-    heads: int = 4
-    kv_heads: int = 2
-    head_dim: int = 32
-    ffn: int = 256
-    max_positions: int = 1024
-    rope_theta: float = 10000.0
-    init_std_scale: float = 1.0
+    layers: int = 4  # decoder layers
+    hidden: int = 128  # width of the residual stream
+    heads: int = 4  # query heads
+    kv_heads: int = 2  # key-value heads
+    head_dim: int = 32  # width of a head
+    ffn: int = 256  # width of the feed-forward layers
+    max_positions: int = 1024  # longest sequence
+    rope_theta: float = 10000.0  # base of the rotary frequencies
+    init_std_scale: float = 1.0  # factor on the initial weights' standard deviation
 
 
 @dataclass(frozen=True)
 class CorpusConfig:
     """Worked ledger solutions: lengths, and what is wrong with them (all rates per booking, 0..1)."""
 
-    min_steps: int = 12
-    max_steps: int = 40
+    min_steps: int = 12  # bookings of a problem
+    max_steps: int = 40  # likewise, the most
     reverse: float = 0.0  # share of solutions that go through the labels from last to first
     slip: float = 0.0  # wrong label or wrong delta, and the text goes on from there
     slip_result: float = 0.0  # wrong running total
@@ -40,12 +40,14 @@ class CorpusConfig:
 
 @dataclass(frozen=True)
 class SftStage:
-    steps: int
-    batch: int
-    lr: float
+    """One stage of supervised training, on a corpus of its own, with a schedule of its own."""
+
+    steps: int  # of the optimizer
+    batch: int  # solutions a step
+    lr: float  # the highest learning rate
     corpus: CorpusConfig
-    warmup_steps: int = 5
-    schedule: str = "cosine"
+    warmup_steps: int = 5  # steps in which the rate rises from 0 to lr
+    schedule: str = "cosine"  # cosine | linear | constant
     final_lr: float = 0.05  # share of lr
     sharpen: float = 1.0  # factor on the final norm's gain before the stage: sharper logits
-    seed: int = 0
+    seed: int = 0  # of the solutions
