@@ -160,7 +160,7 @@ def test_a_resumed_tracker_continues_the_metrics_and_writes_the_report(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     write_run(tmp_path, steps=6, evaluate_every=3)  # killed after step 6, its last checkpoint is that of step 4
-    with Tracker(tmp_path, config(6), to_dict(config(6)), resume_step=4) as tracker:
+    with Tracker(tmp_path, config(6), to_dict(config(6)), resume_step=4, tokenizer=None) as tracker:
         for step in (5, 6):
             tracker.step(step_record(step, 6) | {"loss": 77.0})
         tracker.evaluation(evaluation_record(6, 6))
@@ -177,7 +177,7 @@ def test_a_report_that_fails_does_not_fail_the_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setitem(sys.modules, "prune_opd.track.report", None)
-    tracker = Tracker(tmp_path, config(1), {}, resume_step=0)
+    tracker = Tracker(tmp_path, config(1), {}, resume_step=0, tokenizer=None)
     tracker.step(step_record(1, 1))
     tracker.close()
     tracker.close()
@@ -185,7 +185,7 @@ def test_a_report_that_fails_does_not_fail_the_run(
 
 
 def test_a_run_that_ends_before_its_first_step_leaves_quietly(tmp_path: Path) -> None:
-    with pytest.raises(KeyError), Tracker(tmp_path, config(1), {}, resume_step=0):
+    with pytest.raises(KeyError), Tracker(tmp_path, config(1), {}, resume_step=0, tokenizer=None):
         raise KeyError
     assert not (tmp_path / "report.html").exists()
 
