@@ -1,4 +1,4 @@
-"""The report: one HTML page that needs nothing else (no network), an overview PNG beside it, and every chart as a PNG."""
+"""The report: one HTML page that needs nothing else (no network), and beside it an overview and every chart as PNG."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from pathlib import Path
 
 from prune_opd.errors import UserError
 from prune_opd.track.console import duration, summary_rows
-from prune_opd.track.plotting import PHASE_COLOURS, Chart, overview_png
+from prune_opd.track.plotting import PHASE_COLOURS, overview_png
+from prune_opd.track.redact import redact
 from prune_opd.track.report_compare import comparison_charts
 from prune_opd.track.report_data import RunData, load_runs
 from prune_opd.track.report_page import grid as grid
@@ -55,7 +56,8 @@ def write_report(run_dirs: list[Path], out: Path) -> None:
 
 
 def _subtitle(runs: list[RunData]) -> str:
-    return "<p>" + "<br>".join(escape(str(run.run_dir)) for run in runs) + "</p>"
+    link = '<br><a href="#viewer">to the rollout viewer</a>' if any(run.samples for run in runs) else ""
+    return "<p>" + "<br>".join(escape(redact(str(run.run_dir))) for run in runs) + link + "</p>"
 
 
 def _headlines(run: RunData, tasks: int | None = None) -> list[tuple[str, str]]:

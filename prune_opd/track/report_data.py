@@ -109,7 +109,7 @@ def load_run(run_dir: Path) -> RunData:
     horizon = config.get("horizon")
     max_len = horizon.get("max_len") if isinstance(horizon, dict) else None
     return RunData(
-        name=name if isinstance(name, str) and name else run_dir.resolve().name,
+        name=redact(name if isinstance(name, str) and name else run_dir.resolve().name),
         run_dir=run_dir,
         steps=steps,
         evaluations=evaluations,

@@ -32,7 +32,7 @@ _PAGE = """<!doctype html>
 
 
 def write_page(title: str, body: list[str], out: Path) -> None:
-    """A page of ours from its parts in HTML. The browser fetches nothing and runs no other script, whatever is in them."""
+    """A page of ours from its parts in HTML. The browser fetches nothing and runs no other script than ours."""
     style, script = ((_ASSETS / name).read_text(encoding="utf-8") for name in ("report.css", "report.js"))
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode("ascii")
     policy = f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{digest}'"

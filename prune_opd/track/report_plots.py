@@ -34,7 +34,7 @@ from prune_opd.track.report_positions import length_map, length_profile, overlap
 
 _MAX_BARS = 60
 _FULL_SHOWN = 1.7  # the full horizon is drawn if it is at most this many times the highest horizon
-_TASK_COLOURS = (PURPLE, *(colour for colour in CYCLE if colour != PURPLE))
+_TASK_COLOURS = (GREEN, *(colour for colour in CYCLE if colour != GREEN))
 
 
 def run_charts(run: RunData) -> list[Chart]:
@@ -239,7 +239,7 @@ def _tokens(fig: Any, run: RunData) -> None:
 def _overlap(fig: Any, run: RunData) -> None:
     upper, lower = fig.subplots(2, 1, sharex=True, height_ratios=[3, 2])
     x = run.step_numbers()
-    trend(upper, x, run.series("overlap"), color=TEAL)
+    trend(upper, x, run.series("overlap"), color=BLUE)
     trend(lower, x, run.series("event_rate"), color=RED)
     upper.set_ylabel("mean overlap")
     lower.set(ylabel="event rate", xlabel="step")
@@ -254,6 +254,7 @@ def _panels(fig: Any, run: RunData, *wanted: tuple[str, str, str], share: bool) 
     for ax, (key, label, colour) in zip(all_axes, panels, strict=True):
         trend(ax, run.step_numbers(), run.series(key), color=colour)
         ax.set_ylabel(label)
+        ax.ticklabel_format(axis="y", useOffset=False)
         if share:
             ax.set_ylim(0, max(1.05, 1.05 * np.nanmax([0.0, *run.series(key)])))
         if key == "finished_rate":

@@ -14,11 +14,11 @@ from prune_opd.track.report_data import RunData
 
 _ROOM = 3_000_000  # characters of samples in one page, over its runs
 
-_VIEWER = """<h2>Rollout viewer</h2>
+_VIEWER = """<h2 id="viewer">Rollout viewer</h2>
 <p class="legend">Sampled responses as the gate saw them. Colour shows how far a token is from what one would wish: the
 stronger the orange, the less of the two models' top-k sets is shared. <span class="event">Underlined</span> tokens are
-drift events; <span class="cut">✂</span> is where reliability has reached 0, and what follows is pale. Keys, after a click
-into the viewer: ← → step, ↑ ↓ response, e next event.{left_out}</p>
+drift events; <span class="cut">✂</span> is where reliability has reached 0, and what follows is pale. Keys, after a
+click into the viewer: ← → step, ↑ ↓ response, e next event.{left_out}</p>
 <section class="viewer" tabindex="0" aria-label="Rollout viewer">
 <div class="bar">
 <label>run <select data-part="run"></select></label>
@@ -34,8 +34,8 @@ into the viewer: ← → step, ↑ ↓ response, e next event.{left_out}</p>
 </div>
 <div class="responses" role="tablist" data-part="responses"></div>
 <canvas data-part="strip" title="one bar a token; events below; the line is the cut"></canvas>
-<p class="legend"><span data-part="low"></span><span class="scale" data-part="scale"></span><span data-part="high"></span>
-</p>
+<p class="legend"><span data-part="low"></span><span class="scale" data-part="scale"></span>
+<span data-part="high"></span></p>
 <div class="text" data-part="text"></div>
 <div class="detail" data-part="detail" aria-live="polite"></div>
 <noscript>The viewer needs JavaScript, which this browser does not run. samples.jsonl in the run directory has the

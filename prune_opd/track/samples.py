@@ -100,7 +100,7 @@ def tokens_html(record: Record) -> str:
         style += ";border-bottom:2px solid #7b4fa6" if place in events else ""
         told = f"token {place}: overlap {overlap}, weight {weight}" + (", drift event" if place in events else "")
         parts.append(f'<span style="{style}" title="{told}">{escape(text)}</span>')
-    parts.append(f"<b>⏹ {ending(record)}</b>")
+    parts.append(f"<b> ■ {ending(record)}</b>")
     return f'<div style="font:13px monospace;white-space:pre-wrap">{"".join(parts)}</div>'
 
 

@@ -4,14 +4,15 @@
 // ------------------------------------------------------------------------------------------------- charts
 
 const dialog = document.createElement("dialog");
+const heading = document.createElement("h3");
 const large = document.createElement("img");
-dialog.append(large);
+dialog.append(heading, large);
 document.body.append(dialog);
 dialog.addEventListener("click", () => dialog.close());
 for (const image of document.querySelectorAll("figure img")) {
   image.addEventListener("click", () => {
     large.src = image.src;
-    large.alt = image.alt;
+    heading.textContent = large.alt = image.alt;
     dialog.showModal();
   });
 }
@@ -25,8 +26,8 @@ const COLOURS = {
 };
 const ENDINGS = {
   finished: ["✓ ended by itself", "ended by itself"],
-  horizon: ["⏹ horizon", "cut by the horizon"],
-  stopped: ["✋ stopped in flight", "stopped in flight"],
+  horizon: ["▐ horizon", "cut by the horizon"],
+  stopped: ["■ stopped in flight", "stopped in flight"],
 };
 
 const ending = (sample) => (sample.stopped ? "stopped" : sample.finished ? "finished" : "horizon");
@@ -80,7 +81,10 @@ function startViewer(viewer, runs) {
         button.append(element("small", `${told}, ${ENDINGS[ending(sample)][1]}`));
         button.setAttribute("role", "tab");
         button.setAttribute("aria-selected", String(i === state.chosen));
-        button.addEventListener("click", () => choose(i));
+        button.addEventListener("click", () => {
+          choose(i); // makes new buttons, and the keys must still arrive
+          viewer.focus({ preventScroll: true });
+        });
         return button;
       }),
     );
@@ -164,7 +168,7 @@ function startViewer(viewer, runs) {
     part("high").textContent = colourBox.value === "weight" ? number(top) : high;
   }
 
-  // One bar a token: its overlap, or whatever colours the text; events below; the cut as a line.
+  // One bar a token, as high as what colours the text; events below; the cut as a line.
   function drawStrip(sample) {
     const canvas = part("strip");
     const [width, height] = [(canvas.width = 2 * canvas.clientWidth), (canvas.height = 2 * canvas.clientHeight)];
@@ -172,17 +176,19 @@ function startViewer(viewer, runs) {
     context.clearRect(0, 0, width, height);
     if (!sample) return;
     const style = getComputedStyle(viewer);
-    const [ink, event] = [style.getPropertyValue("--ink"), style.getPropertyValue("--event")];
+    const [ink, event, muted] = ["--ink", "--event", "--muted"].map((name) => style.getPropertyValue(name));
     const values = sample[colourBox.value];
     const most = Math.max(1, ...values.filter((value) => value !== null));
     const each = width / Math.max(sample.tokens.length, sample.horizon);
     const floor = height - 14;
     values.forEach((value, i) => {
       if (value === null) return;
-      context.fillStyle = `rgb(${COLOURS[colourBox.value].rgb})`;
+      context.fillStyle = muted;
+      context.globalAlpha = 0.55;
       const bar = Math.max(2, (floor * Math.max(value, 0)) / most);
       context.fillRect(i * each, floor - bar, Math.max(1, each - (each > 4 ? 1 : 0)), bar);
     });
+    context.globalAlpha = 1;
     context.fillStyle = event;
     for (const i of sample.events) context.fillRect(i * each, floor + 3, Math.max(2, each - 1), 11);
     context.fillStyle = ink;
@@ -216,7 +222,7 @@ function startViewer(viewer, runs) {
     if (["INPUT", "SELECT"].includes(event.target.tagName) || !(event.key in keys)) return;
     event.preventDefault();
     keys[event.key]();
-    viewer.focus();
+    viewer.focus({ preventScroll: true });
   });
   part("previous").addEventListener("click", () => move(stepBox, -1));
   part("next").addEventListener("click", () => move(stepBox, 1));
