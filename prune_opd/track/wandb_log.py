@@ -16,10 +16,13 @@ from typing import Any
 
 from prune_opd.config import TrackConfig
 from prune_opd.track.metrics import Record
-from prune_opd.track.samples import spread, tokens_html
+from prune_opd.track.samples import ending, spread, tokens_html
 
 _INIT_TIMEOUT_S = 60.0
-_SAMPLE_COLUMNS = ("step", "row", "problem", "tokens", "mean overlap", "events", "reliable length", "response")
+_SAMPLE_COLUMNS = [
+    *("step", "row", "problem", "tokens", "mean overlap", "events"),
+    *("reliable length", "ending", "prompt", "response"),
+]
 _CURVES_SHOWN = 8
 
 Warn = Callable[[str], None]
@@ -40,7 +43,7 @@ class WandbRun:
         self._log(lambda: flatten(record), record["step"])
 
     def log_samples(self, records: Sequence[Record]) -> None:
-        """Sends lines of samples.jsonl, after the record of their step: a table with the tokens coloured by overlap.
+        """Sends lines of samples.jsonl, after the record of their step: a table, and the tokens coloured by overlap.
 
         Beside it, as a chart, overlap by position of this step and of those sampled before.
         """
@@ -49,7 +52,7 @@ class WandbRun:
         step = records[0]["step"]
         if self._last.get("overlap_by_position"):
             self._curves.append((step, self._last["overlap_by_position"]))
-        self._log(lambda: {"samples": _table(records)} | _curve_chart(self._curves), step)
+        self._log(lambda: _samples(records) | _curve_chart(self._curves), step)
 
     def _log(self, values: Callable[[], dict[str, Any]], step: int) -> None:
         if self._run is None:
@@ -125,17 +128,22 @@ def flatten(record: Record) -> dict[str, float]:
     return flat
 
 
-def _table(records: Sequence[Record]) -> Any:
+def _samples(records: Sequence[Record]) -> dict[str, Any]:
+    """A table of the responses, and each as a page with its tokens in colour: a page in a cell would lie outside of the
+    run directory, in the user's home."""
     import wandb
 
     rows = []
     for record in records:
         known = [value for value in record["overlap"] if value is not None]
         mean = sum(known) / len(known) if known else None
-        counts = (len(record["tokens"]), mean, len(record["events"]), record["reliable_length"])
-        html = wandb.Html(tokens_html(record), inject=False)
-        rows.append([record["step"], record["row"], record["problem"], *counts, html])
-    return wandb.Table(columns=list(_SAMPLE_COLUMNS), data=rows)
+        place = (record["step"], record["row"], record["problem"], len(record["tokens"]))
+        texts = (ending(record), record["prompt"], "".join(record["tokens"]))
+        rows.append([*place, mean, len(record["events"]), record["reliable_length"], *texts])
+    return {
+        "samples": wandb.Table(columns=_SAMPLE_COLUMNS, data=rows),
+        "samples_by_token": [wandb.Html(tokens_html(record), inject=False) for record in records],
+    }
 
 
 def _curve_chart(curves: Sequence[tuple[int, list[float | None]]]) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from synthetic import evaluation_record, step_record, write_run
 
 from prune_opd.errors import UserError
 from prune_opd.track.metrics import FILE_NAME, METRICS, MetricsLog, meaning, read_metrics, summarise
+from prune_opd.track.metrics_page import metrics_page
 
 
 def written(path: Path, records: list[dict]) -> Path:
@@ -121,6 +122,15 @@ def test_every_key_written_is_documented() -> None:
     assert meaning("eval_ledger") == METRICS["eval_<task>"]
     assert meaning("eval_aime_24_stderr") == METRICS["eval_<task>_stderr"]
     assert meaning("nonsense") is None
+
+
+def test_the_page_of_the_documentation_is_the_table_of_the_code() -> None:
+    page = Path(__file__).resolve().parents[2] / "docs" / "metrics.md"
+    assert page.read_text(encoding="utf-8") == metrics_page(), (
+        "python -m prune_opd.track.metrics_page > docs/metrics.md"
+    )
+    for key in METRICS:
+        assert f"| `{key}` |" in metrics_page()
 
 
 def test_every_documented_key_has_a_unit() -> None:
