@@ -9,12 +9,13 @@ from prune_opd.track.metrics import METRICS
 
 _PAGE = """# Metrics
 
-<!-- Made by `python -m prune_opd.track.metrics_page`, and held against it by the tests: edit prune_opd/track/metrics.py. -->
+<!-- Made by `python -m prune_opd.track.metrics_page`, and the tests hold it against that: edit the code. -->
 
 A run writes one JSON object a line to `metrics.jsonl` in its directory: a *step record* after each optimizer step, and
 an *evaluation line* with the `eval_*` keys under the number of steps that were finished by then (0 before training).
-Console, wandb, TensorBoard and report only show what is in it. wandb and TensorBoard have the same names; a list has one
-curve a bin there (`overlap_by_position/03`). `<task>` is the name of an evaluation task.
+Console, wandb, TensorBoard and report only show what is in it. wandb and TensorBoard have the same names; a list has
+one curve a bin there (`overlap_by_position/03`). wandb also gets `samples` (a table), `samples_by_token` (the same with
+tokens in colour) and `overlap_by_position_curves` (a chart). `<task>` is the name of an evaluation task.
 
 | name | meaning | unit |
 |---|---|---|
