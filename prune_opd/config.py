@@ -15,6 +15,7 @@ from prune_opd.config_checkpoint import SurvivalConfig as SurvivalConfig
 from prune_opd.config_checks import between as _between
 from prune_opd.config_checks import one_of as _one_of
 from prune_opd.config_checks import required as _required
+from prune_opd.config_data import DataConfig as DataConfig
 from prune_opd.config_memory import MemoryConfig as MemoryConfig
 from prune_opd.config_planning import PlanningConfig as PlanningConfig
 from prune_opd.config_precision import KV_CACHE_DTYPES, QUANTIZATIONS
@@ -207,22 +208,6 @@ class RolloutConfig:
         if self.quantization is not None:
             _one_of("rollout.quantization", self.quantization, QUANTIZATIONS)
         _one_of("rollout.kv_cache_dtype", self.kv_cache_dtype, KV_CACHE_DTYPES)
-
-
-@dataclass(frozen=True)
-class DataConfig:
-    """Where prompts come from: a procedural task by name, or a JSONL file with `prompt` and (optional) `answer`."""
-
-    source: str = "ledger"
-    min_steps: int = 20  # ledger: bookings per problem
-    max_steps: int = 40
-    shuffle: bool = True
-    bad_rows: str = "refuse"  # of a file: refuse (with their line numbers) | skip (and say how many, and where)
-
-    def __post_init__(self) -> None:
-        _one_of("data.bad_rows", self.bad_rows, ("refuse", "skip"))
-        _between("data.min_steps", self.min_steps, 1, 40)
-        _between("data.max_steps", self.max_steps, self.min_steps, 40)
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from fake_models import tokenizer, train_config, write_model
 from prune_opd.check import check_everything, check_train
 from prune_opd.check_machine import (
     CPU_PINS,
+    GPU_OPTIONAL_PINS,
     GPU_PINS,
     checkpoint_bytes,
     driver_problems,
@@ -24,6 +25,7 @@ from prune_opd.check_machine import (
 from prune_opd.config import TrainConfig
 
 REQUIREMENTS = Path(__file__).parents[1] / "requirements"
+DOCKER = REQUIREMENTS.parent / "docker"
 
 
 @pytest.fixture
@@ -81,6 +83,8 @@ def test_the_pins_are_those_of_the_requirements() -> None:
     for package, version in CPU_PINS.items():
         assert f"{package}=={version}" in text
     assert all(CPU_PINS[package] == GPU_PINS[package] for package in CPU_PINS.keys() & GPU_PINS.keys())
+    image = [line for name in ("pins.h100.txt", "pins.h100-build.txt") for line in (DOCKER / name).read_text().split()]
+    assert {f"{package}=={version}" for package, version in (GPU_PINS | GPU_OPTIONAL_PINS).items()} <= set(image)
 
 
 def test_other_and_missing_versions_are_named_and_optional_packages_may_be_missing(
@@ -129,14 +133,14 @@ def test_every_prompt_is_looked_at_and_the_first_bad_line_named(tmp_path: Path) 
     path = tmp_path / "prompts.jsonl"
     rows = ['{"prompt": "a", "answer": "1"}', "", '{"messages": [{"role": "user", "content": "b"}]}']
     path.write_text("\n".join(rows) + "\n")
-    assert prompt_problems("data.source", str(path)) == []
-    (line,) = prompt_problems("evaluation.sources", str(path), answers=True)
-    assert "line 3 has no answer: repair" in line
+    assert prompt_problems("data.source", str(path), None) == []
+    (line,) = prompt_problems("evaluation.sources", str(path), None, answers=True)
+    assert f'{path}:3: there is no "answer"; repair' in line
     path.write_text("\n".join([*rows, "{", "[]", '{"question": 1}']) + "\n")
-    (line,) = prompt_problems("data.source", str(path))
-    assert "line 4 is not JSON" in line and "(and 2 more lines)" in line
+    (line,) = prompt_problems("data.source", str(path), None)
+    assert f"{path}:4: not valid JSON" in line and "(and 2 more rows)" in line
     path.write_text("\n")
-    assert "has no prompts" in prompt_problems("data.source", str(path))[0]
+    assert "has no prompts" in prompt_problems("data.source", str(path), None)[0]
 
 
 def test_the_whole_preflight_passes_for_a_good_run(pair: TrainConfig, tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ from prune_opd import platform
 from prune_opd.bench.fp8_measure import top_ids
 from prune_opd.config import CorpusConfig, GateConfig, ParallelConfig, SftConfig, TrainConfig
 from prune_opd.data.ledger import encode, random_stream, worked_solution
-from prune_opd.data.prompts import LedgerSource
+from prune_opd.data.tasks import LedgerSource
 from prune_opd.errors import UserError
 from prune_opd.eval.answers import avg_at_k, score_responses
 from prune_opd.gate import overlap_events, overlap_ratio
