@@ -1,4 +1,4 @@
-// The report's only script: charts that open large, and the rollout viewer. Texts go into the page as text, never as markup.
+// The report's only script: charts that open large, and the rollout viewer. Texts become text, never markup.
 "use strict";
 
 // ------------------------------------------------------------------------------------------------- charts
@@ -21,7 +21,7 @@ for (const image of document.querySelectorAll("figure img")) {
 
 const COLOURS = {
   overlap: { rgb: "217,119,6", low: "0: no token shared", high: "1: all shared", share: (v) => 1 - v, flip: true },
-  weight: { rgb: "0,114,178", low: "0: not trained on", high: "most", share: (v, top) => (top ? v / top : 0) },
+  weight: { rgb: "0,114,178", low: "0: not trained on", high: "", share: (v, top) => (top ? v / top : 0) },
   divergence: { rgb: "178,60,120", low: "0", high: "3 nats or more", share: (v) => Math.min(Math.max(v, 0) / 3, 1) },
 };
 const ENDINGS = {
@@ -37,6 +37,8 @@ const mean = (values) => {
   return known.length ? known.reduce((sum, value) => sum + value, 0) / known.length : null;
 };
 
+const most = (values, least = 0) => values.reduce((top, value) => (value !== null && value > top ? value : top), least);
+
 function element(tag, text = "", className = "") {
   const made = document.createElement(tag);
   made.textContent = text;
@@ -47,7 +49,8 @@ function element(tag, text = "", className = "") {
 function startViewer(viewer, runs) {
   const part = (name) => viewer.querySelector(`[data-part="${name}"]`);
   const [runBox, stepBox, colourBox, endingBox, search] = ["run", "step", "colour", "ending", "search"].map(part);
-  const state = { samples: [], chosen: 0, token: null };
+  // Of the response that is drawn: its drift events as a set, and its largest weight.
+  const state = { samples: [], chosen: 0, token: null, events: new Set(), heaviest: 0 };
 
   const matches = (sample) => {
     const wanted = search.value.toLowerCase();
@@ -74,11 +77,14 @@ function startViewer(viewer, runs) {
   function choose(index) {
     state.chosen = Math.max(0, Math.min(index, state.samples.length - 1));
     state.token = null;
+    state.events = new Set(state.samples[state.chosen]?.events);
+    state.heaviest = most(state.samples[state.chosen]?.weight ?? []);
     part("responses").replaceChildren(
       ...state.samples.map((sample, i) => {
         const button = element("button", `row ${sample.row} · ${sample.source} #${sample.problem}`);
-        const told = `${sample.tokens.length} tokens, overlap ${number(mean(sample.overlap))}, ${sample.events.length} events`;
-        button.append(element("small", `${told}, ${ENDINGS[ending(sample)][1]}`));
+        const told = [`${sample.tokens.length} tokens`, `overlap ${number(mean(sample.overlap))}`];
+        told.push(`${sample.events.length} events`, ENDINGS[ending(sample)][1]);
+        button.append(element("small", told.join(", ")));
         button.setAttribute("role", "tab");
         button.setAttribute("aria-selected", String(i === state.chosen));
         button.addEventListener("click", () => {
@@ -96,11 +102,10 @@ function startViewer(viewer, runs) {
     const text = part("text");
     text.replaceChildren();
     part("detail").textContent = sample ? "Click a token, or a bar, for its numbers." : "No sampled response matches.";
-    drawLegend(sample);
+    drawLegend();
     drawStrip(sample);
     if (!sample) return;
     text.append(element("span", sample.prompt + "\n", "prompt"));
-    const events = new Set(sample.events);
     const found = foundTokens(sample);
     sample.tokens.forEach((token, i) => {
       if (i === sample.reliable_length) text.append(element("span", `✂ reliability 0 after ${i} tokens`, "cut"));
@@ -108,15 +113,14 @@ function startViewer(viewer, runs) {
       span.style.backgroundColor = colourOf(sample, i);
       span.title = describe(sample, i);
       span.dataset.index = String(i);
-      if (events.has(i)) span.classList.add("event");
+      if (state.events.has(i)) span.classList.add("event");
       if (sample.reliable_length !== null && i >= sample.reliable_length) span.classList.add("after");
       if (found.has(i)) span.classList.add("found");
       span.addEventListener("click", () => look(i));
       text.append(span);
     });
-    const label = ENDINGS[ending(sample)][0];
-    const more = sample.stopped ? `, ${sample.dropped} tokens dropped` : ending(sample) === "horizon" ? ` of ${sample.horizon} tokens` : "";
-    text.append(element("span", label + more, "cut"));
+    const more = { stopped: `, ${sample.dropped} tokens dropped`, horizon: ` of ${sample.horizon} tokens`, finished: "" };
+    text.append(element("span", ENDINGS[ending(sample)][0] + more[ending(sample)], "cut"));
     text.querySelector(".found")?.scrollIntoView({ block: "nearest" });
   }
 
@@ -135,14 +139,13 @@ function startViewer(viewer, runs) {
   function colourOf(sample, i) {
     const { rgb, share } = COLOURS[colourBox.value];
     const value = sample[colourBox.value][i];
-    const top = Math.max(...sample.weight.filter((weight) => weight !== null), 0);
-    return value === null ? "transparent" : `rgba(${rgb},${(0.85 * share(value, top)).toFixed(3)})`;
+    return value === null ? "transparent" : `rgba(${rgb},${(0.85 * share(value, state.heaviest)).toFixed(3)})`;
   }
 
   function describe(sample, i) {
     const parts = [`token ${i + 1} of ${sample.tokens.length}`, `overlap ${number(sample.overlap[i])}`];
     parts.push(`weight ${number(sample.weight[i])}`, `divergence ${number(sample.divergence[i], 3)} nats`);
-    if (sample.events.includes(i)) parts.push("drift event");
+    if (state.events.has(i)) parts.push("drift event");
     if (sample.reliable_length !== null && i >= sample.reliable_length) parts.push("after the cut");
     return parts.join(" · ");
   }
@@ -159,13 +162,12 @@ function startViewer(viewer, runs) {
     part("detail").textContent = `“${sample.tokens[i]}” · ${describe(sample, i)}`;
   }
 
-  function drawLegend(sample) {
+  function drawLegend() {
     const { rgb, low, high, flip } = COLOURS[colourBox.value];
     const [from, to] = flip ? [0.85, 0] : [0, 0.85];
     part("scale").style.background = `linear-gradient(90deg, rgba(${rgb},${from}), rgba(${rgb},${to}))`;
     part("low").textContent = low;
-    const top = sample ? Math.max(...sample.weight.filter((weight) => weight !== null), 0) : 0;
-    part("high").textContent = colourBox.value === "weight" ? number(top) : high;
+    part("high").textContent = colourBox.value === "weight" ? number(state.heaviest) : high;
   }
 
   // One bar a token, as high as what colours the text; events below; the cut as a line.
@@ -178,14 +180,14 @@ function startViewer(viewer, runs) {
     const style = getComputedStyle(viewer);
     const [ink, event, muted] = ["--ink", "--event", "--muted"].map((name) => style.getPropertyValue(name));
     const values = sample[colourBox.value];
-    const most = Math.max(1, ...values.filter((value) => value !== null));
+    const top = most(values, 1);
     const each = width / Math.max(sample.tokens.length, sample.horizon);
     const floor = height - 14;
     values.forEach((value, i) => {
       if (value === null) return;
       context.fillStyle = muted;
       context.globalAlpha = 0.55;
-      const bar = Math.max(2, (floor * Math.max(value, 0)) / most);
+      const bar = Math.max(2, (floor * Math.max(value, 0)) / top);
       context.fillRect(i * each, floor - bar, Math.max(1, each - (each > 4 ? 1 : 0)), bar);
     });
     context.globalAlpha = 1;
