@@ -119,8 +119,8 @@ function startViewer(viewer, runs) {
       span.addEventListener("click", () => look(i));
       text.append(span);
     });
-    const more = { stopped: `, ${sample.dropped} tokens dropped`, horizon: ` of ${sample.horizon} tokens`, finished: "" };
-    text.append(element("span", ENDINGS[ending(sample)][0] + more[ending(sample)], "cut"));
+    const more = { stopped: `, ${sample.dropped} tokens dropped`, horizon: ` of ${sample.horizon} tokens` };
+    text.append(element("span", ENDINGS[ending(sample)][0] + (more[ending(sample)] ?? ""), "cut"));
     text.querySelector(".found")?.scrollIntoView({ block: "nearest" });
   }
 
