@@ -54,7 +54,10 @@ class TensorBoardLog:
     def _start(self, folder: Path, resume_step: int) -> None:
         from tensorboardX import SummaryWriter
 
-        self._writer = SummaryWriter(str(folder), purge_step=resume_step + 1 if resume_step else None)
+        # Files are named by the second: a job that goes on at once would write over the one before.
+        suffix = f".{resume_step}"
+        purge = resume_step + 1 if resume_step else None
+        self._writer = SummaryWriter(str(folder), purge_step=purge, filename_suffix=suffix)
 
     def _write(self, numbers: dict[str, float], step: int) -> None:
         if self._writer is not None:

@@ -3,15 +3,18 @@
 import importlib.util
 import struct
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from synthetic import evaluation_record, step_record
 
+from prune_opd.check import check_train
 from prune_opd.config import HorizonConfig, TrackConfig, TrainConfig
 from prune_opd.track.tensorboard_log import PIN, TensorBoardLog, tensorboard_problems
 from prune_opd.track.tracker import Tracker
+from tests.fake_models import train_config, write_model
 
 
 def stored(folder: Path) -> dict[tuple[str, int], float]:
@@ -57,12 +60,15 @@ def test_without_the_setting_there_is_no_file(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_missing_package_is_refused_before_anything_is_built(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_package_is_refused_before_anything_is_built(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert tensorboard_problems(config().track) == []
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     (problem,) = tensorboard_problems(config().track)
     assert "track.tensorboard = true" in problem and f"pip install {PIN}" in problem
     assert tensorboard_problems(TrackConfig()) == []
+    asked = train_config(write_model(tmp_path / "student"), write_model(tmp_path / "teacher"))
+    asked = replace(asked, track=config().track)
+    assert check_train(asked, 2, None, "auto") == [problem]
 
 
 def test_the_pin_in_the_message_is_the_one_that_is_installed() -> None:
