@@ -30,9 +30,12 @@ class CorpusConfig:
     slip: float = 0.0  # wrong label or wrong delta, and the text goes on from there
     slip_result: float = 0.0  # wrong running total
     carry_bug: float = 0.0  # at a tens boundary the old tens digit stays: the student's systematic error
-    litany: bool = False  # the words before and after a total follow the booking's label, instead of being drawn
-    aside: float = 0.0  # chance of an odd word in a litany's place, per word
-    never_back: float = 0.0  # share of solutions that have odd words from the first aside to the end
+    register: bool = False  # the word after a total follows a fixed table of label and delta, instead of being drawn
+    wrong_entries: float = 0.0  # share of the table's entries that are known wrong, always the same ones
+    wrong: float = 0.0  # chance to write the wrong word at such an entry; the text is lost from there
+    ramble: int = 0  # most words of a lost text (at least a quarter of it): noise without an answer or an end
+    given: float = 0.0  # share of solutions whose first bookings, up to a random one, are read and not learnt
+    given_wrong: float = 0.0  # further share, with the last given word wrong: only the lost text is learnt
 
 
 @dataclass(frozen=True)
