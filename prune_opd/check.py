@@ -35,6 +35,7 @@ from prune_opd.precision import (
     token_problems,
 )
 from prune_opd.shapes import model_config
+from prune_opd.track.tensorboard_log import tensorboard_problems
 
 SHOWN_DIFFERENCES = 6
 
@@ -61,6 +62,7 @@ def check_train(
     problems += _precision(config, nproc, models)
     problems += _sources(config)
     problems += _apex()
+    problems += tensorboard_problems(config.track)
     if run_dir is not None:
         problems += _run_dir(config, run_dir, resume, allow_config_change)
     if resume not in ("auto", "never") and not Path(resume).is_dir():

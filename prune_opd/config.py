@@ -26,6 +26,7 @@ from prune_opd.config_rollout import check_inflight
 from prune_opd.config_sft import CorpusConfig as CorpusConfig
 from prune_opd.config_sft import ModelShape as ModelShape
 from prune_opd.config_sft import SftStage as SftStage
+from prune_opd.config_track import TrackConfig as TrackConfig
 from prune_opd.errors import ConfigError
 
 # ---------------------------------------------------------------------------------------------------- the method
@@ -313,20 +314,6 @@ class EvalConfig:
         _between("evaluation.top_p", self.top_p, 0, 1, open_low=True)
         if self.max_len is not None:
             _between("evaluation.max_len", self.max_len, 1)
-
-
-@dataclass(frozen=True)
-class TrackConfig:
-    """What is said of a run while it goes on, and where."""
-
-    wandb: str = "offline"  # offline | online | disabled
-    project: str = "prune-opd"  # wandb's
-    position_bins: int = 16  # resolution of the overlap-by-position curves
-    report: bool = True  # write report.html at the end
-
-    def __post_init__(self) -> None:
-        _one_of("track.wandb", self.wandb, ("offline", "online", "disabled"))
-        _between("track.position_bins", self.position_bins, 1)
 
 
 @dataclass(frozen=True)

@@ -61,7 +61,7 @@ def step(run: Run) -> None:
     with clock("teacher"):
         teacher_hidden = run.teacher_hidden(rollouts)
     with clock("train"):
-        stats = run.new_stats(len(rollouts.responses))
+        stats = run.new_stats(len(rollouts.responses), rollouts.stopped_rows)
         loss = gated_loss(run, teacher_hidden, stats, updates=len(minibatches))
         if len(minibatches) > 1:
             run.trainer.look(batches, loss)  # at the policy that sampled the batch, before it moves
@@ -80,17 +80,20 @@ def step(run: Run) -> None:
             "response_length": rollouts.tokens / len(rollouts.responses),
             "finished_rate": sum(rollouts.finished_B) / len(rollouts.responses),
             **run.inflight_record(rollouts, stats.reliable_length_B),
+            "lengths_by_position": stats.lengths(rollouts.length_B),
             "rollout_digest": rollouts.digest,
             "tokens_generated": rollouts.tokens,
             "tokens_full": run.tokens_at_full_horizon(len(rollouts.responses)),
             "tokens_trained": result.tokens,
             "loss": result.loss,
             "grad_norm": result.grad_norm,
+            "weight_norm": run.trainer.weight_norm(),
             "lr": result.lr,
             "updates_skipped": len(minibatches) - result.updates,
             **clock.record(),
         }
     )
+    run.tracker.samples(number, horizon, rollouts, stats)
 
 
 def evaluate(run: Run) -> None:

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import psutil
 import torch
 import torch.utils._device
 
@@ -69,6 +70,18 @@ class Platform:
         """Wait for queued device work, so that a phase's time is its own."""
         if not self.is_cpu:
             torch.cuda.synchronize()
+
+    def watch_memory(self) -> None:
+        """From here on `memory` looks for the peak."""
+        if not self.is_cpu:
+            torch.cuda.reset_peak_memory_stats()
+
+    def memory(self) -> int:
+        """Peak of the device's memory that this process took since `watch_memory`; CPU: what is resident now [bytes].
+
+        The kernel keeps one peak a process, which is the benchmarks' to reset: the CPU has no second one for phases.
+        """
+        return psutil.Process().memory_info().rss if self.is_cpu else torch.cuda.max_memory_allocated()
 
 
 @functools.cache

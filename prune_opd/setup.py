@@ -29,6 +29,7 @@ from prune_opd.rollout.batch import Rollouts
 from prune_opd.rollout.engine import RolloutEngine
 from prune_opd.stats import BatchStats
 from prune_opd.survival import Watchdog
+from prune_opd.track.samples import sampled_rows
 from prune_opd.track.tracker import NullTracker, Tracker
 
 if TYPE_CHECKING:
@@ -184,9 +185,11 @@ class Run:
         lengths = [padded_size(length, student.row_multiple) for length in rollouts.row_length_B]
         return deal(lengths, rows, student.dp, budget * student.cp, student.microbatch_multiple)
 
-    def new_stats(self, responses: int) -> BatchStats:
-        bins, longest = self.config.track.position_bins, self.config.horizon.max_len
-        return BatchStats(responses, bins, longest, self.machine.device)
+    def new_stats(self, responses: int, stopped: Sequence[int] = ()) -> BatchStats:
+        """The next step's; it watches the rows that samples.jsonl gets. stopped: the rows that were cut in flight."""
+        track, step, longest = self.config.track, self.finished_steps + 1, self.config.horizon.max_len
+        watched = sampled_rows(track, step, self.config.steps, responses, stopped)
+        return BatchStats(responses, track.position_bins, longest, self.machine.device, watched)
 
     def tokens_at_full_horizon(self, responses: int) -> float | None:
         return None if self.full_response_length is None else responses * self.full_response_length
@@ -324,7 +327,7 @@ def prepare(config: TrainConfig, run_dir: Path, resume: str, allow_config_change
     if layout.is_main:
         run_dir.mkdir(parents=True, exist_ok=True)
         save_config(config, run_dir / "config.yaml")
-        run.tracker = Tracker(run_dir, config, to_dict(config), run.finished_steps)
+        run.tracker = Tracker(run_dir, config, to_dict(config), run.finished_steps, tokenizer)
         if memory.on and machine.is_cpu:
             run.tracker.note("memory: a dry run on the CPU; memory.json has what a GPU would do, and nothing moves")
         for note in notes:

@@ -17,10 +17,15 @@ PER_TOKEN = ("overlap", "event", "weight", "divergence")
 
 
 class BatchStats:
-    """Sums over response tokens, also by position in the response (`bins` of equal width over `max_len` tokens)."""
+    """Sums over response tokens, also by position in the response (`bins` of equal width over `max_len` tokens).
 
-    def __init__(self, responses: int, bins: int, max_len: int, device: torch.device):
-        self.bins, self.max_len = bins, max_len
+    watched: rows of the global batch whose single tokens are kept too, for whoever wants to look at them.
+    """
+
+    def __init__(self, responses: int, bins: int, max_len: int, device: torch.device, watched: Sequence[int] = ()):
+        self.bins, self.max_len, self.watched = bins, max_len, tuple(watched)
+        shape = (len(self.watched), len(PER_TOKEN), max_len)
+        self.tokens_W4T = torch.zeros(shape, dtype=torch.float64, device=device)  # PER_TOKEN of the watched rows
         self.reliable_length_B = torch.zeros(responses, dtype=torch.float64, device=device)
         self.sums = torch.zeros(len(PER_TOKEN), bins, dtype=torch.float64, device=device)
         self.count = torch.zeros(bins, dtype=torch.float64, device=device)
@@ -33,9 +38,16 @@ class BatchStats:
         start_B = length_B.cumsum(0) - length_B
         position_N = torch.arange(len(stats.overlap_N), device=length_B.device) - start_B.repeat_interleave(length_B)
         bin_N = (position_N * self.bins // self.max_len).clamp_max(self.bins - 1)
-        for i, value_N in enumerate((stats.overlap_N, stats.event_N, stats.weight_N, stats.divergence_N)):
-            self.sums[i].index_add_(0, bin_N, value_N.double())
+        values = (stats.overlap_N, stats.event_N, stats.weight_N, stats.divergence_N)
+        value_4N = torch.stack([value_N.double() for value_N in values])
+        for i, value_N in enumerate(value_4N):
+            self.sums[i].index_add_(0, bin_N, value_N)
         self.count.index_add_(0, bin_N, torch.ones_like(bin_N, dtype=torch.float64))
+        for i, row in enumerate(self.watched):
+            if row in rows:
+                place = list(rows).index(row)
+                first, length = int(start_B[place]), min(int(length_B[place]), self.max_len)
+                self.tokens_W4T[i, :, :length] = value_4N[:, first : first + length]
 
     def miss(self, rows: Sequence[int]) -> None:
         """Note that a micro-batch could not be judged: its responses have no reliable length, its tokens no part."""
@@ -52,13 +64,14 @@ class BatchStats:
 
         counts: whether this rank's sums are taken; each token must be in those of one rank (`Layout.reports`).
         """
-        flat = torch.cat([self.reliable_length_B, self.sums.flatten(), self.count, self.ratio_3])
+        parts = [self.reliable_length_B, self.sums, self.count, self.ratio_3, self.tokens_W4T]
+        flat = torch.cat([part.flatten() for part in parts])
         if not counts:
             flat.zero_()
         dist.all_reduce(flat)
-        sizes = [len(self.reliable_length_B), self.sums.numel(), self.bins, len(self.ratio_3)]
-        self.reliable_length_B, sums, self.count, self.ratio_3 = flat.split(sizes)
-        self.sums = sums.view(len(PER_TOKEN), self.bins)
+        whole = flat.split([part.numel() for part in parts])
+        views = [values.view_as(part) for values, part in zip(whole, parts, strict=True)]
+        self.reliable_length_B, self.sums, self.count, self.ratio_3, self.tokens_W4T = views
 
     def record(self) -> dict[str, Any]:
         """The gate's part of a step record in metrics.jsonl."""
@@ -75,6 +88,13 @@ class BatchStats:
             "weight_by_position": self._curve(self.sums[PER_TOKEN.index("weight")]),
             **moved,
         }
+
+    def lengths(self, length_B: Sequence[int]) -> list[int]:
+        """How many responses end in each bin, the place of their last tokens; empty ones are in the first."""
+        count = [0] * self.bins
+        for length in length_B:
+            count[min(max(length - 1, 0) * self.bins // self.max_len, self.bins - 1)] += 1
+        return count
 
     def _curve(self, sums: Tensor) -> list[float | None]:
         pairs = zip(sums.tolist(), self.count.tolist(), strict=True)

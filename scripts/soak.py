@@ -56,7 +56,11 @@ def records(run_dir: Path) -> list[dict[str, Any]]:
     for line in lines:
         try:
             found.append(
-                {key: value for key, value in json.loads(line).items() if not key.startswith(("time_", "cpu_"))}
+                {
+                    key: value
+                    for key, value in json.loads(line).items()
+                    if not key.startswith(("time_", "cpu_", "memory_"))
+                }
             )
         except ValueError:  # the line that is being written
             break

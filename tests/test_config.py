@@ -49,6 +49,8 @@ from prune_opd.errors import ConfigError, UserError
         (lambda: c.EvalConfig(samples=0), "evaluation.samples", "0"),
         (lambda: c.CheckpointConfig(keep=0), "checkpoint.keep", "0"),
         (lambda: c.TrackConfig(wandb="on"), "track.wandb", "'on'"),
+        (lambda: c.TrackConfig(samples=-1), "track.samples", "-1"),
+        (lambda: c.TrackConfig(samples_every=0), "track.samples_every", "0"),
     ],
 )
 def test_a_wrong_value_is_refused_by_name(make: Callable[[], Any], field: str, value: str) -> None:

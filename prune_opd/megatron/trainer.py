@@ -23,6 +23,7 @@ from prune_opd.megatron.checkpoint import load_model
 from prune_opd.megatron.layout import Layout
 from prune_opd.megatron.model import HiddenStatesGPT, build
 from prune_opd.megatron.packing import PackedBatch
+from prune_opd.megatron.parameter_norm import parameter_norm
 from prune_opd.megatron.schedule import forward, forward_backward
 from prune_opd.model_spec import ModelSpec
 from prune_opd.precision import NO_FP8, ddp_arguments, optimizer_arguments, transformer_arguments
@@ -155,6 +156,10 @@ class Trainer:
     @property
     def spec(self) -> ModelSpec:
         return self.chunks[0].spec
+
+    def weight_norm(self) -> float:
+        """Norm of all parameters of the model, as it is. Collective: every rank calls it and gets the same."""
+        return parameter_norm(self.chunks, self.layout.student.groups)
 
     def look(self, batches: Sequence[PackedBatch], loss: LossFunction) -> None:
         """The loss of the student as it is, for what the loss function notes down."""

@@ -188,6 +188,8 @@ class RunConsole:
                 values.append((key, f"{record[key]:.3g}"))
         if self._full:
             values.append(("saved", f"{1 - self._generated / self._full:.1%}"))
+        if record.get("time_step") and record.get("tokens_generated"):
+            values.append(("speed", f"{record['tokens_generated'] / record['time_step']:,.0f} tokens/s"))
         return values
 
     def _eta(self) -> str:

@@ -44,6 +44,7 @@ METRICS: dict[str, str] = {
     "time_inflight": "the in-flight gate's part of time_rollout: teacher passes and decisions [s]",
     "overlap_by_position": "mean overlap in bins of equal width over max_len; null where no token fell [0..1]",
     "weight_by_position": "mean weight W in the same bins; null where no token fell [0..1 + w_base]",
+    "lengths_by_position": "number of responses whose last token lies in each of those bins [count]",
     "rollout_digest": "hash of this step's response tokens: equal digests are equal rollouts [text]",
     "tokens_generated": "response tokens generated in this step [tokens]",
     "tokens_trained": "response tokens that entered the loss [tokens]",
@@ -63,6 +64,7 @@ METRICS: dict[str, str] = {
     "clip_fraction": "share of the candidates whose gradient the ratio's clip has taken away; only where there is a"
     " ratio [0..1]",
     "grad_norm": "norm of the gradient before clipping [1]",
+    "weight_norm": "norm of all of the student's parameters, whatever ranks they lie on, after the step [1]",
     "lr": "learning rate of the step [1]",
     "updates_skipped": "updates of the step that were left out because a loss or gradient was not finite [count]",
     "time_sync": "moving the student's weights into the rollout engine [s]",
@@ -75,6 +77,11 @@ METRICS: dict[str, str] = {
     "cpu_teacher": "the same of the teacher's pass [s]",
     "cpu_train": "the same of the student's passes and the optimizer step [s]",
     "cpu_step": "the same of the whole training step [s]",
+    "memory_sync": "device memory of rank 0 in the phase that time_sync times: what torch had allocated at its peak;"
+    " on a CPU the memory of the process that is resident at its end [bytes]",
+    "memory_rollout": "the same of the rollout [bytes]",
+    "memory_teacher": "the same of the teacher's pass [bytes]",
+    "memory_train": "the same of the student's passes and the optimizer step [bytes]",
     "eval_<task>": "accuracy on held-out problems of the task (avg@samples) [0..1]",
     "eval_<task>_stderr": "standard error of that accuracy [0..1]",
     "eval_<task>_low": "lower end of its 95 % confidence interval [0..1]",
@@ -120,12 +127,12 @@ def task_names(evaluation: Record) -> list[str]:
 
 
 class MetricsLog:
-    """The append-only writer of a metrics file. Each line is flushed before `write` returns.
+    """The append-only writer of a file of records (metrics.jsonl, samples.jsonl). Lines are flushed one by one.
 
     Args:
         path: the file; its folder is made if need be.
         keep_through: lines up to and including this step stay (a resumed run writes the later ones again). None starts
-            anew; what was there is kept beside the file as `metrics.previous.jsonl`.
+            anew; what was there is kept beside the file as `<name>.previous.jsonl`.
 
     Raises:
         UserError: a line that must be kept is not a JSON object.
@@ -181,6 +188,15 @@ def read_metrics(path: Path) -> tuple[list[Record], list[Record]]:
         kind = evaluations if is_evaluation(record) else steps
         kind[record["step"]] = kind.get(record["step"], {}) | record
     return list(steps.values()), list(evaluations.values())
+
+
+def read_records(path: Path) -> list[Record]:
+    """Every line of a file that `MetricsLog` wrote, in order, but for a last one that was cut off.
+
+    Raises:
+        UserError: a line before the last is not a JSON object with a step.
+    """
+    return list(_records(path))
 
 
 def _records(path: Path) -> Iterator[Record]:

@@ -13,17 +13,18 @@ from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import FuncFormatter, MaxNLocator, PercentFormatter
 
+# Okabe and Ito's colours: told apart with every common colour blindness.
 BLUE, ORANGE, GREEN, PURPLE, RED, TEAL, GREY = (
-    "#2563a8",
-    "#d9822b",
-    "#2e8b57",
-    "#7b4fa6",
-    "#c2413b",
-    "#17868a",
+    "#0072b2",
+    "#e69f00",
+    "#009e73",
+    "#cc79a7",
+    "#d55e00",
+    "#56b4e9",
     "#a3adb8",
 )
 INK, MUTED, GRID = "#1f2933", "#5f6b7a", "#e6eaef"
-CYCLE = (BLUE, ORANGE, GREEN, PURPLE, RED, TEAL, "#8c6d31", "#6b7785")
+CYCLE = (BLUE, ORANGE, GREEN, PURPLE, RED, TEAL, "#1f2933", "#8a949f")
 PHASE_COLOURS = {
     "weight sync": TEAL,
     "rollout": BLUE,

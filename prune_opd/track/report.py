@@ -1,23 +1,28 @@
-"""The report: one HTML page that needs nothing else (no network, no script), and an overview PNG beside it."""
+"""The report: one HTML page that needs nothing else (no network), and beside it an overview and every chart as PNG."""
 
 from __future__ import annotations
 
-import base64
 from html import escape
 from pathlib import Path
 
 from prune_opd.errors import UserError
 from prune_opd.track.console import duration, summary_rows
-from prune_opd.track.plotting import PHASE_COLOURS, Chart, overview_png, png
+from prune_opd.track.plotting import PHASE_COLOURS, overview_png
+from prune_opd.track.redact import redact
 from prune_opd.track.report_compare import comparison_charts
 from prune_opd.track.report_data import RunData, load_runs
+from prune_opd.track.report_page import grid as grid
+from prune_opd.track.report_page import write_page as write_page
 from prune_opd.track.report_plots import run_charts
+from prune_opd.track.report_viewer import viewer
 
 _OVERVIEW_CHARTS = 8
 
 
 def write_report(run_dirs: list[Path], out: Path) -> None:
-    """Writes the report of one run, or of several compared, to `out`, and its overview to `out` with the suffix .png.
+    """Writes the report of one run, or of several compared, to `out`.
+
+    Its overview goes to `out` with the suffix .png, its charts one by one into a folder named like `out` without one.
 
     A run needs a metrics.jsonl with one record; whatever else it lacks (evaluations, config.yaml, single metrics) is
     left out of its page.
@@ -32,11 +37,14 @@ def write_report(run_dirs: list[Path], out: Path) -> None:
     compared = comparison_charts(runs) if len(runs) > 1 else []
     title = f"{runs[0].name}: Prune-OPD run" if len(runs) == 1 else f"Comparison of {len(runs)} Prune-OPD runs"
     body = [f"<header><h1>{escape(title)}</h1>{_subtitle(runs)}</header>"]
+    folder = out.with_suffix("")
+    for old in folder.glob("[0-9][0-9]-*.png"):
+        old.unlink()
     if compared:
-        body += [_comparison_table(runs), grid(compared)]
-        body += [f"<h2>{escape(run.name)}</h2>{_tiles(run)}{_details(run, charts[run.name])}" for run in runs]
+        body += [_comparison_table(runs), grid(compared, folder), viewer(runs)]
+        body += [f"<h2>{escape(run.name)}</h2>{_tiles(run)}{_details(run, grid(charts[run.name]))}" for run in runs]
     else:
-        body += [_tiles(runs[0]), _facts(runs[0]), _details(runs[0], charts[runs[0].name])]
+        body += [_tiles(runs[0]), _facts(runs[0]), _details(runs[0], grid(charts[runs[0].name], folder)), viewer(runs)]
     write_page(title, body, out)
     facts = "   ·   ".join(f"{name}: {value}" for name, value in _headlines(runs[0], tasks=2))
     subtitle = facts if len(runs) == 1 else "   ·   ".join(run.name for run in runs)
@@ -44,17 +52,12 @@ def write_report(run_dirs: list[Path], out: Path) -> None:
     out.with_suffix(".png").write_bytes(overview_png(title, subtitle, shown))
 
 
-def write_page(title: str, body: list[str], out: Path) -> None:
-    """A page of ours from its parts in HTML."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(_PAGE.format(title=escape(title), style=_STYLE, body="\n".join(body)), encoding="utf-8")
-
-
 # -------------------------------------------------------------------------------------------------------- sections
 
 
 def _subtitle(runs: list[RunData]) -> str:
-    return "<p>" + "<br>".join(escape(str(run.run_dir)) for run in runs) + "</p>"
+    link = '<br><a href="#viewer">to the rollout viewer</a>' if any(run.samples for run in runs) else ""
+    return "<p>" + "<br>".join(escape(redact(str(run.run_dir))) for run in runs) + link + "</p>"
 
 
 def _headlines(run: RunData, tasks: int | None = None) -> list[tuple[str, str]]:
@@ -94,9 +97,9 @@ def _facts(run: RunData) -> str:
     return '<div class="pair">' + "".join(f"<table>{cells}</table>" for cells in tables) + "</div>"
 
 
-def _details(run: RunData, charts: list[Chart]) -> str:
+def _details(run: RunData, charts: str) -> str:
     note = "" if run.tasks else '<p class="note">This run has no evaluation, so nothing here shows success.</p>'
-    return f"{note}{_configuration(run)}{grid(charts)}"
+    return f"{note}{_configuration(run)}{charts}"
 
 
 def _configuration(run: RunData) -> str:
@@ -139,71 +142,6 @@ def _row_rank(name: str) -> int:
     return next((i for i, start in enumerate(order) if name.startswith(start)), len(order))
 
 
-def grid(charts: list[Chart]) -> str:
-    return '<div class="grid">' + "".join(_card(chart) for chart in charts) + "</div>"
-
-
-def _card(chart: Chart) -> str:
-    image = base64.b64encode(png(chart)).decode("ascii")
-    return (
-        f"<figure><h3>{escape(chart.title)}</h3>"
-        f'<img alt="{escape(chart.title)}" src="data:image/png;base64,{image}">'
-        f"<figcaption>{escape(chart.caption)}</figcaption></figure>"
-    )
-
-
 def _indented(name: str) -> str:
     """Leading blanks mark a part of the row above."""
     return ("&emsp;" if name.startswith("  ") else "") + escape(name.strip())
-
-
-_STYLE = """
-:root { color-scheme: light; }
-* { box-sizing: border-box; }
-body { margin: 0 auto; max-width: 1240px; padding: 28px 24px 48px; background: #f5f7f9; color: #1f2933;
-       font: 15px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", "DejaVu Sans", sans-serif; }
-h1 { margin: 0; font-size: 26px; font-weight: 650; letter-spacing: -0.01em; overflow-wrap: anywhere; }
-h2 { margin: 44px 0 12px; padding-top: 20px; border-top: 1px solid #d5dbe1; font-size: 20px; overflow-wrap: anywhere; }
-h3 { margin: 0 0 8px; font-size: 15px; font-weight: 600; }
-header { margin-bottom: 20px; }
-header p { margin: 4px 0 0; color: #5f6b7a; overflow-wrap: anywhere;
-           font: 12.5px/1.5 ui-monospace, Menlo, Consolas, "DejaVu Sans Mono", monospace; }
-.tiles { display: flex; flex-wrap: wrap; gap: 12px; margin-bottom: 16px; }
-.tile { flex: 1 1 150px; padding: 12px 16px; background: #fff; border: 1px solid #e1e6eb; border-radius: 8px; }
-.tile b { display: block; font-size: 20px; font-weight: 650; white-space: nowrap; font-variant-numeric: tabular-nums; }
-.tile span { color: #5f6b7a; font-size: 12.5px; }
-table { width: 100%; border-collapse: separate; border-spacing: 0; background: #fff; font-size: 13.5px;
-        border: 1px solid #e1e6eb; border-radius: 8px; font-variant-numeric: tabular-nums; }
-th, td { padding: 5px 14px; text-align: left; vertical-align: top; border-bottom: 1px solid #eef1f4; }
-tr:last-child > * { border-bottom: 0; }
-th { font-weight: 500; color: #5f6b7a; }
-.pair { display: grid; grid-template-columns: repeat(auto-fit, minmax(460px, 1fr)); gap: 16px; align-items: start; }
-.pair th { width: 215px; }
-.compare tr:first-child th { color: #1f2933; font-weight: 650; border-bottom: 2px solid #d5dbe1; }
-.wide { overflow-x: auto; }
-details { margin-top: 12px; padding: 10px 16px; background: #fff; border: 1px solid #e1e6eb; border-radius: 8px; }
-summary { cursor: pointer; font-weight: 550; }
-pre { margin: 10px 0 2px; overflow-x: auto;
-      font: 12.5px/1.45 ui-monospace, Menlo, Consolas, "DejaVu Sans Mono", monospace; }
-.note { padding: 10px 16px; background: #fff8e6; border: 1px solid #f0dfae; border-radius: 8px; }
-.grid { display: grid; grid-template-columns: repeat(auto-fit, minmax(460px, 1fr)); gap: 16px; margin-top: 16px; }
-figure { margin: 0; padding: 16px 18px; background: #fff; border: 1px solid #e1e6eb; border-radius: 8px; }
-figure img { display: block; width: 100%; height: auto; }
-figcaption { margin-top: 8px; color: #5f6b7a; font-size: 13px; }
-@media (max-width: 560px) { .grid, .pair { grid-template-columns: 1fr; } }
-@media print { body { background: #fff; } figure { break-inside: avoid; } }
-"""
-
-_PAGE = """<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{title}</title>
-<style>{style}</style>
-</head>
-<body>
-{body}
-</body>
-</html>
-"""

@@ -63,7 +63,7 @@ def _accuracy_charts(runs: list[RunData], tasks: list[str]) -> list[Chart]:
         charts += [
             Chart(
                 f"Accuracy over generated tokens: {task} [%]",
-                "Up and to the left is better: more accuracy for fewer generated tokens. Bars are one standard error.",
+                "Up and to the left is better: more accuracy for fewer generated tokens. Bars are 95 % intervals.",
                 partial(_compare_accuracy, runs=runs, task=task, over="tokens"),
             ),
             Chart(

@@ -13,6 +13,9 @@ import yaml
 
 from prune_opd.errors import UserError
 from prune_opd.track.metrics import FILE_NAME, Record, Summary, read_metrics, summarise
+from prune_opd.track.redact import redact
+from prune_opd.track.samples import FILE_NAME as SAMPLES
+from prune_opd.track.samples import read_samples
 
 
 @dataclass(frozen=True)
@@ -23,6 +26,7 @@ class RunData:
     run_dir: Path
     steps: list[Record]
     evaluations: list[Record]
+    samples: list[Record]  # of samples.jsonl
     summary: Summary
     config_text: str | None
     max_len: int | None
@@ -60,17 +64,28 @@ class RunData:
 
     def accuracy(
         self, task: str, x: Callable[[int], float] = float
-    ) -> tuple[list[float], list[float], list[float] | None]:
-        """x (a function of the step), accuracy and standard error (None if unknown) of the evaluations of a task."""
+    ) -> tuple[list[float], list[float], tuple[list[float], list[float]] | None]:
+        """x (a function of the step) and accuracy of the evaluations of a task, and how far below and above it its 95 %
+        interval reaches (None if unknown): the one that was written down, else 1.96 standard errors."""
         key = f"eval_{task}"
         lines = [line for line in self.evaluations if line.get(key) is not None]
-        errors = [number(line.get(f"{key}_stderr")) for line in lines]
-        known = None if any(math.isnan(e) for e in errors) else errors
-        return [x(line["step"]) for line in lines], [number(line[key]) for line in lines], known
+        reach = [_interval(line, key) for line in lines]
+        known = None if any(math.isnan(end) for ends in reach for end in ends) else reach
+        interval = None if known is None else ([low for low, _ in known], [high for _, high in known])
+        return [x(line["step"]) for line in lines], [number(line[key]) for line in lines], interval
 
     @property
     def tasks(self) -> list[str]:
         return [accuracy.task for accuracy in self.summary.accuracy]
+
+
+def _interval(line: Record, key: str) -> tuple[float, float]:
+    """How far the 95 % interval of an accuracy reaches below and above it; NaN if the line does not tell."""
+    accuracy, low, high = (number(line.get(name)) for name in (key, f"{key}_low", f"{key}_high"))
+    if math.isnan(low) or math.isnan(high):
+        error = 1.96 * number(line.get(f"{key}_stderr"))
+        return error, error
+    return max(0.0, accuracy - low), max(0.0, high - accuracy)
 
 
 def number(value: Any) -> float:
@@ -88,16 +103,17 @@ def load_run(run_dir: Path) -> RunData:
     if not steps and not evaluations:
         raise UserError(f"{run_dir / FILE_NAME} has no record yet: the report needs at least one finished step")
     config_file = run_dir / "config.yaml"
-    text = config_file.read_text(encoding="utf-8", errors="replace") if config_file.is_file() else None
+    text = redact(config_file.read_text(encoding="utf-8", errors="replace")) if config_file.is_file() else None
     config = _parse(text)
     name = config.get("name")
     horizon = config.get("horizon")
     max_len = horizon.get("max_len") if isinstance(horizon, dict) else None
     return RunData(
-        name=name if isinstance(name, str) and name else run_dir.resolve().name,
+        name=redact(name if isinstance(name, str) and name else run_dir.resolve().name),
         run_dir=run_dir,
         steps=steps,
         evaluations=evaluations,
+        samples=read_samples(run_dir / SAMPLES),
         summary=summarise(steps, evaluations),
         config_text=text,
         max_len=max_len if isinstance(max_len, int) and max_len > 0 else None,

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import math
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
-from matplotlib.ticker import MaxNLocator
 
 from prune_opd.track.metrics import PHASES
 from prune_opd.track.plotting import (
@@ -32,12 +30,11 @@ from prune_opd.track.plotting import (
     trend,
 )
 from prune_opd.track.report_data import RunData
+from prune_opd.track.report_positions import length_map, length_profile, overlap_map, profile
 
 _MAX_BARS = 60
 _FULL_SHOWN = 1.7  # the full horizon is drawn if it is at most this many times the highest horizon
-_TASK_COLOURS = (PURPLE, *(colour for colour in CYCLE if colour != PURPLE))
-_PROFILE_STEPS = 10  # at most as many steps are averaged into one by-position curve
-_PROFILE_COLOURS = ("#9fcfd0", "#4aa3a6", "#0e5558")
+_TASK_COLOURS = (GREEN, *(colour for colour in CYCLE if colour != GREEN))
 
 
 def run_charts(run: RunData) -> list[Chart]:
@@ -74,7 +71,7 @@ def run_charts(run: RunData) -> list[Chart]:
             bool(run.tasks),
             Chart(
                 "Accuracy over steps [%]",
-                "Held-out problems, with one standard error. Differences smaller than the bars are noise.",
+                "Held-out problems, with 95 % confidence intervals. Differences smaller than the bars may be noise.",
                 lambda fig: _accuracy(fig, run, "step"),
             ),
         ),
@@ -84,7 +81,7 @@ def run_charts(run: RunData) -> list[Chart]:
                 "Overlap by position over training",
                 "Each column is a step, each row a stretch of the response; white has no tokens. Drift shows as "
                 "darkening upwards, learning as brightening to the right.",
-                lambda fig: _heat_map(fig, run),
+                lambda fig: overlap_map(fig, run),
             ),
         ),
         (
@@ -92,7 +89,24 @@ def run_charts(run: RunData) -> list[Chart]:
             Chart(
                 "Overlap by position: early, middle, late",
                 "A curve that falls to the right is prefix drift. Later curves should lie higher and reach further.",
-                lambda fig: _profile(fig, run, "overlap_by_position", "mean overlap"),
+                lambda fig: profile(fig, run, "overlap_by_position", "mean overlap"),
+            ),
+        ),
+        (
+            run.has("lengths_by_position"),
+            Chart(
+                "Response lengths over training [share of the responses]",
+                "Each column is a step: where its responses ended. A band along the horizon was cut there; what lies "
+                "below ended by itself, or was stopped in flight.",
+                lambda fig: length_map(fig, run),
+            ),
+        ),
+        (
+            run.has("lengths_by_position"),
+            Chart(
+                "Response lengths: early, middle, late [share of the responses]",
+                "The same as a distribution, over the first, middle and last steps.",
+                lambda fig: length_profile(fig, run),
             ),
         ),
         (
@@ -106,16 +120,18 @@ def run_charts(run: RunData) -> list[Chart]:
         (
             run.has("loss"),
             Chart(
-                "Loss, divergence and gradient norm",
+                "Loss, divergence and norms",
                 "Divergence is the reverse KL per token on the support, unweighted. Loss is a policy-gradient "
                 "surrogate that may be negative; both move with the horizon, so judge a run by accuracy. "
-                "Spikes in the gradient norm (before clipping) come first when a run diverges.",
+                "Spikes in the gradient norm (before clipping) come first when a run diverges; the norm of all weights "
+                "should move slowly.",
                 lambda fig: _panels(
                     fig,
                     run,
                     ("divergence", "divergence", GREEN),
                     ("loss", "loss", BLUE),
                     ("grad_norm", "gradient norm", ORANGE),
+                    ("weight_norm", "weight norm", PURPLE),
                     share=False,
                 ),
             ),
@@ -134,7 +150,7 @@ def run_charts(run: RunData) -> list[Chart]:
                 "Training weight by position",
                 "How much each stretch of a response counts in the loss. Events lower the weight for good, so curves "
                 "only fall; a late curve that stays up means reliable rollouts.",
-                lambda fig: _profile(fig, run, "weight_by_position", "mean weight W", from_zero=True),
+                lambda fig: profile(fig, run, "weight_by_position", "mean weight W", from_zero=True),
             ),
         ),
         (
@@ -146,6 +162,15 @@ def run_charts(run: RunData) -> list[Chart]:
                 lambda fig: _panels(
                     fig, run, ("weight_mean", "mean weight", TEAL), ("finished_rate", "finished", GREEN), share=True
                 ),
+            ),
+        ),
+        (
+            run.has("memory_train"),
+            Chart(
+                "Memory by phase [GB]",
+                "Of rank 0: the peak of what torch had on the device in each phase; on a CPU, what was resident at the "
+                "phase's end. A line that climbs is a leak.",
+                lambda fig: _memory(fig, run),
             ),
         ),
         (
@@ -214,7 +239,7 @@ def _tokens(fig: Any, run: RunData) -> None:
 def _overlap(fig: Any, run: RunData) -> None:
     upper, lower = fig.subplots(2, 1, sharex=True, height_ratios=[3, 2])
     x = run.step_numbers()
-    trend(upper, x, run.series("overlap"), color=TEAL)
+    trend(upper, x, run.series("overlap"), color=BLUE)
     trend(lower, x, run.series("event_rate"), color=RED)
     upper.set_ylabel("mean overlap")
     lower.set(ylabel="event rate", xlabel="step")
@@ -229,6 +254,7 @@ def _panels(fig: Any, run: RunData, *wanted: tuple[str, str, str], share: bool) 
     for ax, (key, label, colour) in zip(all_axes, panels, strict=True):
         trend(ax, run.step_numbers(), run.series(key), color=colour)
         ax.set_ylabel(label)
+        ax.ticklabel_format(axis="y", useOffset=False)
         if share:
             ax.set_ylim(0, max(1.05, 1.05 * np.nanmax([0.0, *run.series(key)])))
         if key == "finished_rate":
@@ -271,52 +297,6 @@ def _accuracy(fig: Any, run: RunData, over: str) -> None:
     legend(ax, ncols=4)
 
 
-def _heat_map(fig: Any, run: RunData) -> None:
-    ax = axes(fig, "step", "position [tokens]" if run.max_len else "position [share of the full horizon]")
-    ax.grid(False)
-    values = np.array(run.by_position("overlap_by_position")).T  # bins, steps
-    top, x = float(run.max_len or 1), run.step_numbers()
-    y_edges = np.linspace(0, top, values.shape[0] + 1)
-    x_edges = [x[0] - 0.5, *((a + b) / 2 for a, b in pairwise(x)), x[-1] + 0.5]
-    low, high = _round_out(values)
-    mesh = ax.pcolormesh(x_edges, y_edges, values, cmap="viridis", vmin=low, vmax=high, rasterized=True)
-    used = np.flatnonzero(~np.isnan(values).all(axis=1))
-    ax.set_ylim(0, y_edges[min(len(y_edges) - 1, used[-1] + 1)] if used.size else top)
-    if run.max_len and run.has("horizon"):
-        ax.step(x, run.series("horizon"), where="mid", color="white", linewidth=3.2)
-        ax.step(x, run.series("horizon"), where="mid", color=INK, linewidth=1.4, label="horizon M")
-        legend(ax)
-    count_axis(ax.xaxis)
-    bar = fig.colorbar(mesh, ax=ax, pad=0.02, aspect=28, ticks=MaxNLocator(6, steps=[1, 2, 5, 10]))
-    bar.outline.set_visible(False)
-    bar.set_label("mean overlap", color=MUTED)
-
-
-def _profile(fig: Any, run: RunData, key: str, ylabel: str, *, from_zero: bool = False) -> None:
-    ax = axes(fig, "position [tokens]" if run.max_len else "position [share of the full horizon]", ylabel)
-    values = np.array(run.by_position(key))  # steps, bins
-    bins = values.shape[1]
-    centres = (np.arange(bins) + 0.5) / bins * (run.max_len or 1)
-    width = min(_PROFILE_STEPS, max(1, len(values) // 10))
-    starts = sorted({0, (len(values) - width) // 2, len(values) - width})
-    colours = _PROFILE_COLOURS if len(starts) == 3 else _PROFILE_COLOURS[-len(starts) :]
-    steps = run.step_numbers()
-    for start, colour in zip(starts, colours, strict=True):
-        window = values[start : start + width]
-        present = ~np.isnan(window).all(axis=0)
-        curve = np.full(bins, math.nan)
-        curve[present] = np.nanmean(window[:, present], axis=0)
-        first, last = steps[start], steps[start + width - 1]
-        label = f"step {first}" if first == last else f"steps {first}–{last}"
-        ax.plot(centres, curve, color=colour, marker="o", linewidth=2, label=label)
-    if from_zero:
-        ax.set_ylim(0, max(1.05, 1.05 * np.nanmax(values)))
-    ax.set_xlim(left=0)
-    if run.max_len:
-        count_axis(ax.xaxis)
-    legend(ax)
-
-
 def _phases(fig: Any, run: RunData) -> None:
     ax, side = fig.subplots(1, 2, width_ratios=[2.6, 1])
     per_bar = math.ceil(len(run.steps) / _MAX_BARS)
@@ -348,12 +328,14 @@ def _phases(fig: Any, run: RunData) -> None:
     side.spines[["bottom", "left"]].set_visible(False)
 
 
-def _round_out(values: Any) -> tuple[float, float]:
-    """The range of the values, widened to twentieths."""
-    if np.isnan(values).all():
-        return 0.0, 1.0
-    low, high = math.floor(np.nanmin(values) * 20) / 20, math.ceil(np.nanmax(values) * 20) / 20
-    return (low, high) if low < high else (low, low + 0.05)
+def _memory(fig: Any, run: RunData) -> None:
+    ax = axes(fig, "step", "GB")
+    for key, label in PHASES.items():
+        values = [value / 1e9 for value in run.series(key.replace("time_", "memory_"))]
+        trend(ax, run.step_numbers(), values, color=PHASE_COLOURS[label], label=label)
+    from_zero(ax)
+    count_axis(ax.xaxis)
+    legend(ax, ncols=4)
 
 
 def _mean(records: list[dict[str, Any]], key: str) -> float:

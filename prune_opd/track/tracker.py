@@ -1,4 +1,4 @@
-"""Where a run's numbers go: metrics.jsonl first, then the console and wandb, and at the end the report.
+"""Where a run's numbers go: metrics.jsonl and samples.jsonl first, then console, wandb, TensorBoard; last the report.
 
 The training loop speaks to a `Tracker` on rank 0 and to a `NullTracker` on the others, and cannot tell them apart.
 """
@@ -7,12 +7,17 @@ from __future__ import annotations
 
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from prune_opd.config import TrainConfig
-from prune_opd.track import wandb_log
+from prune_opd.track import samples, wandb_log
 from prune_opd.track.console import RunConsole
 from prune_opd.track.metrics import FILE_NAME, MetricsLog, Record, read_metrics
+from prune_opd.track.tensorboard_log import TensorBoardLog
+
+if TYPE_CHECKING:
+    from prune_opd.rollout.batch import Rollouts
+    from prune_opd.stats import BatchStats
 
 
 class NullTracker:
@@ -20,6 +25,9 @@ class NullTracker:
 
     def step(self, record: Record) -> None:
         """Takes the record of a finished optimizer step (keys: `metrics.METRICS`)."""
+
+    def samples(self, step: int, horizon: int, rollouts: Rollouts, stats: BatchStats) -> None:
+        """Takes the responses of a finished step that `stats` has watched, after the step's record."""
 
     def evaluation(self, record: Record) -> None:
         """Takes an evaluation line: step, eval_<task>, eval_<task>_stderr, eval_response_length, time_eval."""
@@ -43,35 +51,50 @@ class Tracker(NullTracker):
     """Rank 0's tracker.
 
     Args:
-        run_dir: the run directory; gets metrics.jsonl, wandb/, and at the end report.html and report.png.
+        run_dir: the run directory; gets metrics.jsonl, samples.jsonl, wandb/ and tensorboard/, and at the end
+            report.html, report.png and report/.
         config: name, steps and track settings are read.
         config_dict: the resolved configuration, for wandb.
-        resume_step: steps that the checkpoint had finished; what metrics.jsonl has of later ones is dropped.
-            0 starts anew.
+        resume_step: steps that the checkpoint had finished; what the files have of later ones is dropped. 0 starts
+            anew.
+        tokenizer: the student's, for the texts of the samples.
 
     Raises:
         UserError: the metrics of a run to resume cannot be read.
     """
 
-    def __init__(self, run_dir: Path, config: TrainConfig, config_dict: dict[str, Any], resume_step: int) -> None:
-        self._run_dir, self._report = run_dir, config.track.report
+    def __init__(
+        self, run_dir: Path, config: TrainConfig, config_dict: dict[str, Any], resume_step: int, tokenizer: Any
+    ) -> None:
+        self._run_dir, self._report, self._tokenizer = run_dir, config.track.report, tokenizer
         self._log = MetricsLog(run_dir / FILE_NAME, keep_through=resume_step or None)
+        self._samples = MetricsLog(run_dir / samples.FILE_NAME, keep_through=resume_step or None)
         history, _ = read_metrics(self._log.path)
         self._console = RunConsole(config.name, config.steps, resume_step + 1, history=history)
         self._wandb = wandb_log.start(
             run_dir, config_dict, config.track, config.name, resume=resume_step > 0, warn=self._console.note
         )
+        events = run_dir / "tensorboard" if config.track.tensorboard else None
+        self._tensorboard = TensorBoardLog(events, resume_step, self._console.note)
         self._open = True
 
     def step(self, record: Record) -> None:
         self._log.write(record)
         self._console.step(record)
         self._wandb.log(record)
+        self._tensorboard.log(record)
+
+    def samples(self, step: int, horizon: int, rollouts: Rollouts, stats: BatchStats) -> None:
+        records = samples.sample_records(step, horizon, rollouts, stats, self._tokenizer)
+        for record in records:
+            self._samples.write(record)
+        self._wandb.log_samples(records)
 
     def evaluation(self, record: Record) -> None:
         self._log.write(record)
         self._console.evaluation(record)
         self._wandb.log(record)
+        self._tensorboard.log(record)
 
     def note(self, text: str) -> None:
         self._console.note(text)
@@ -90,7 +113,9 @@ class Tracker(NullTracker):
             return
         self._open = False
         self._log.close()
+        self._samples.close()
         self._wandb.finish(exit_code)
+        self._tensorboard.close()
         steps, evaluations = read_metrics(self._log.path)
         if not steps and not evaluations:
             self._console.close()

@@ -10,14 +10,20 @@ from __future__ import annotations
 import logging
 import os
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from prune_opd.config import TrackConfig
 from prune_opd.track.metrics import Record
+from prune_opd.track.samples import ending, spread, tokens_html
 
 _INIT_TIMEOUT_S = 60.0
+_SAMPLE_COLUMNS = [
+    *("step", "row", "problem", "tokens", "mean overlap", "events"),
+    *("reliable length", "ending", "prompt", "response"),
+]
+_CURVES_SHOWN = 8
 
 Warn = Callable[[str], None]
 
@@ -28,13 +34,31 @@ class WandbRun:
     def __init__(self, run: Any | None, warn: Warn) -> None:
         self._run = run
         self._warn = warn
+        self._last: Record = {}
+        self._curves: list[tuple[int, list[float | None]]] = []  # step, overlap by position
 
     def log(self, record: Record) -> None:
         """Sends one record of metrics.jsonl, under its own `step`."""
+        self._last = record
+        self._log(lambda: flatten(record), record["step"])
+
+    def log_samples(self, records: Sequence[Record]) -> None:
+        """Sends lines of samples.jsonl, after the record of their step: a table, and the tokens coloured by overlap.
+
+        Beside it, as a chart, overlap by position of this step and of those sampled before.
+        """
+        if not records:
+            return
+        step = records[0]["step"]
+        if self._last.get("overlap_by_position"):
+            self._curves.append((step, self._last["overlap_by_position"]))
+        self._log(lambda: _samples(records) | _curve_chart(self._curves), step)
+
+    def _log(self, values: Callable[[], dict[str, Any]], step: int) -> None:
         if self._run is None:
             return
         try:
-            self._run.log(flatten(record), step=record["step"])
+            self._run.log(values(), step=step)
         except Exception as error:  # whatever wandb raises, training goes on
             self._give_up("logging", error)
 
@@ -102,6 +126,43 @@ def flatten(record: Record) -> dict[str, float]:
         else:
             flat[key] = value
     return flat
+
+
+def _samples(records: Sequence[Record]) -> dict[str, Any]:
+    """A table of the responses, and each as a page with its tokens in colour: a page in a cell would lie outside of the
+    run directory, in the user's home."""
+    import wandb
+
+    rows = []
+    for record in records:
+        known = [value for value in record["overlap"] if value is not None]
+        mean = sum(known) / len(known) if known else None
+        place = (record["step"], record["row"], record["problem"], len(record["tokens"]))
+        texts = (ending(record), record["prompt"], "".join(record["tokens"]))
+        rows.append([*place, mean, len(record["events"]), record["reliable_length"], *texts])
+    return {
+        "samples": wandb.Table(columns=_SAMPLE_COLUMNS, data=rows),
+        "samples_by_token": [wandb.Html(tokens_html(record), inject=False) for record in records],
+    }
+
+
+def _curve_chart(curves: Sequence[tuple[int, list[float | None]]]) -> dict[str, Any]:
+    import wandb
+
+    shown = [
+        (step, [(i, v) for i, v in enumerate(curve) if v is not None]) for step, curve in spread(curves, _CURVES_SHOWN)
+    ]
+    shown = [(step, points) for step, points in shown if points]
+    if not shown:
+        return {}
+    chart = wandb.plot.line_series(
+        xs=[[place for place, _ in points] for _, points in shown],
+        ys=[[value for _, value in points] for _, points in shown],
+        keys=[f"step {step}" for step, _ in shown],
+        title="Overlap by position",
+        xname="position bin",
+    )
+    return {"overlap_by_position_curves": chart}
 
 
 def _init(run_dir: Path, config_dict: dict[str, Any], project: str, name: str, mode: Any, run_id: str) -> Any:

@@ -72,6 +72,8 @@ def test_three_steps_equal_those_of_one_process(
         for got, expected in zip(rank["steps"], reference["steps"], strict=True):
             for name in ("loss", "grad_norm"):
                 assert got[name] == pytest.approx(expected[name], rel=1e-5), name
+            assert got["weight_norm"] == pytest.approx(expected["weight_norm"], rel=1e-6)
+            assert got["sampled_tokens"] == pytest.approx(expected["sampled_tokens"], rel=1e-5, abs=1e-5)
             for name in ("overlap", "weight_mean"):
                 assert got[name] == pytest.approx(expected[name], rel=1e-6), name
             for name in ("overlap_by_position", "weight_by_position"):
@@ -112,3 +114,5 @@ def test_the_comparison_has_something_to_compare(results: dict[str, list[dict[st
     assert all(0.05 < step["event_rate"] < 0.95 and 0.2 < step["overlap"] < 0.95 for step in steps)
     assert len({step["horizon"] for step in steps}) > 1
     assert steps[0]["microbatches"] > 1
+    assert sum(value > 0 for value in steps[0]["sampled_tokens"]) > 30  # of the first step, which is a sampled one
+    assert len({step["weight_norm"] for step in steps}) == STEPS

@@ -121,6 +121,8 @@ def train_step(run: Any, rollouts: Rollouts) -> dict[str, Any]:
         "reliable_length_B": stats.reliable_length_B.tolist(),
         "loss": result.loss,
         "grad_norm": result.grad_norm,
+        "weight_norm": run.trainer.weight_norm(),
+        "sampled_tokens": stats.tokens_W4T.flatten().tolist(),
         "lr": result.lr,
         "tokens": result.tokens,
         "updates": result.updates,

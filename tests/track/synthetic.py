@@ -14,9 +14,17 @@ from typing import Any
 import yaml
 
 from prune_opd.config import GateConfig, HorizonConfig, TrackConfig, TrainConfig, to_dict
+from prune_opd.track import samples
 from prune_opd.track.metrics import FILE_NAME, MetricsLog
 
 MAX_LEN, BINS, RESPONSES = 512, 16, 64
+
+# What a hostile model, or a careless user, may put into a run.
+SCRIPT = "<script>window.planted = 1; alert(1)</script>"
+TEXT = f"</pre></script><!--<script>{SCRIPT}<img src=x onerror=alert(2)>"
+KEY = "hf_" + 3 * "PlantedKey"  # of a shape that is known
+VALUE = "planted_value_of_a_variable"  # of a variable that is named like a secret
+PASSWORD = "planted-password"
 
 
 def write_run(
@@ -28,8 +36,12 @@ def write_run(
     evaluate_every: int = 10,
     seed: int = 0,
     student: str = "models/student",
+    planted: str = "",
 ) -> Path:
-    """Writes config.yaml and metrics.jsonl. `evaluate_every` = 0: no evaluation at all."""
+    """Writes config.yaml, metrics.jsonl and samples.jsonl. `evaluate_every` = 0: no evaluation at all.
+
+    planted: text that the samples repeat, in pieces of three characters.
+    """
     init, rho = (64, None) if strategy == "prune" else (None, 0.25 if strategy == "topd" else None)
     horizon = HorizonConfig(
         strategy, max_len=MAX_LEN, min_len=32, init_len=init, step=8, margin=8, finished_rows="hit_if_reliable", rho=rho
@@ -48,7 +60,35 @@ def write_run(
             log.write(step_record(step, steps, strategy, rng, evaluated=evaluate_every > 0))
             if evaluate_every and (step % evaluate_every == 0 or step == steps):
                 log.write(evaluation_record(step, steps, rng))
+    with MetricsLog(run_dir / samples.FILE_NAME, keep_through=None) as log:
+        for step in sorted({1, max(1, steps // 2), steps}):
+            for kind in ("finished", "horizon", "stopped"):
+                log.write(sample_record(step, kind, planted))
     return run_dir
+
+
+def sample_record(step: int, kind: str, planted: str = "") -> dict[str, Any]:
+    """A response of 40 numbered words and what is planted; a stopped one is cut after the event at token 30."""
+    words = [f" word{i}" for i in range(40)] + [planted[i : i + 3] for i in range(0, len(planted), 3)]
+    events = {"finished": [], "horizon": [7], "stopped": [7, 30]}[kind]
+    cut = 31 if kind == "stopped" else len(words)
+    return {
+        "step": step,
+        "row": {"finished": 0, "horizon": 5, "stopped": 9}[kind],
+        "problem": 100 + step,
+        "source": "ledger",
+        "horizon": 64,
+        "prompt": f"prompt of step {step}, {kind} {planted}",
+        "tokens": words,
+        "overlap": [0.25 if i in events else 1.0 for i in range(len(words))],
+        "weight": [1.0 - 0.5 * sum(i >= event for event in events) for i in range(len(words))],
+        "divergence": [0.01 * i for i in range(len(words))],
+        "events": events,
+        "reliable_length": cut,
+        "finished": kind == "finished",
+        "stopped": kind == "stopped",
+        "dropped": 3 if kind == "stopped" else 0,
+    }
 
 
 def step_record(
@@ -90,13 +130,18 @@ def step_record(
         "tokens_full": round(RESPONSES * full_length) if evaluated else None,
         "loss": 0.021 * math.exp(-2 * done) * rng.uniform(0.85, 1.15) + 0.004,
         "grad_norm": 0.9 * math.exp(-done) * rng.uniform(0.7, 1.4),
+        "weight_norm": 232.4 - 0.01 * step,
         "lr": 1e-4,
+        "lengths_by_position": [
+            RESPONSES // 4 * (i * MAX_LEN // BINS < length < (i + 4) * MAX_LEN // BINS) for i in range(BINS)
+        ],
         "padding_waste_padded": 0.18 + 0.2 * done + rng.gauss(0, 0.01),
         "padding_waste_packed": 0.002,
         "dp_imbalance": 1 + abs(rng.gauss(0, 0.004)),
         "finished_rate": max(0.0, min(1.0, (horizon / full_length - 0.4) * rng.uniform(0.9, 1.1))),
         "overlap_by_position": overlaps,
         "weight_by_position": weights,
+        **{f"memory_{phase}": (40 + 10 * i) * 10**9 for i, phase in enumerate(("sync", "rollout", "teacher", "train"))},
         "time_sync": sync,
         "time_rollout": rollout,
         "time_teacher": teacher,

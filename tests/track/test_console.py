@@ -51,7 +51,7 @@ def test_plain_output_has_no_control_codes_even_when_colour_is_forced(monkeypatc
 def test_plain_output_is_one_line_a_step() -> None:
     lines = [line for line in shown(io.StringIO()).splitlines() if line.startswith("step ")]
     assert [line.split()[1] for line in lines] == ["1/4", "2/4", "3/4", "4/4"]
-    for figure in ("horizon", "overlap", "events", "loss", "saved", "rollout", "eta"):
+    for figure in ("horizon", "overlap", "events", "loss", "saved", "tokens/s", "rollout", "eta"):
         assert all(figure in line for line in lines), figure
 
 

@@ -1,16 +1,21 @@
 """The report: self-contained, safe to open, and there for whatever a run measured."""
 
+import json
 import re
 import warnings
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import pytest
-from synthetic import evaluation_record, step_record, write_run
+from synthetic import KEY, PASSWORD, SCRIPT, TEXT, VALUE, evaluation_record, sample_record, step_record, write_run
 
 from prune_opd.errors import UserError
 from prune_opd.track.metrics import FILE_NAME, MetricsLog
 from prune_opd.track.report import write_report
+from prune_opd.track.report_data import load_run, load_runs
+from prune_opd.track.report_viewer import viewer
 
 PNG_HEAD = b"\x89PNG\r\n\x1a\n"
 
@@ -29,7 +34,7 @@ class Page(HTMLParser):
     def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
         self.tags.append(tag)
         self.links += [value or "" for name, value in attributes if name in ("src", "href", "srcset", "data")]
-        if tag not in ("meta", "img", "br"):
+        if tag not in ("meta", "img", "br", "link", "input"):
             self.open.append(tag)
 
     def handle_endtag(self, tag: str) -> None:
@@ -39,48 +44,49 @@ class Page(HTMLParser):
         self.text += data
 
 
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    folder = tmp_path_factory.mktemp("runs")
-    planted = "</pre><script>alert('student')</script>"
-    return [
-        write_run(folder / "prune", steps=12, evaluate_every=4, name="<script>alert(1)</script>", student=planted),
-        write_run(folder / "full", steps=8, evaluate_every=4, strategy="full", name="$full_ & 'quoted'"),
-    ]
+def rollouts(text: str) -> list[dict[str, Any]]:
+    """The viewer's data, as the browser reads it."""
+    block = re.search(r'<script type="application/json" id="rollouts">(.*?)</script>', text, re.DOTALL)
+    assert block is not None
+    found: list[dict[str, Any]] = json.loads(block[1])
+    return found
 
 
 @pytest.fixture(scope="module")
-def single(runs: list[Path]) -> str:
-    write_report(runs[:1], runs[0] / "report.html")
-    return (runs[0] / "report.html").read_text(encoding="utf-8")
-
-
-@pytest.fixture(scope="module")
-def several(runs: list[Path]) -> str:
-    out = runs[0].parent / "new" / "comparison.html"
-    write_report(runs, out)
-    assert out.with_suffix(".png").read_bytes().startswith(PNG_HEAD)
-    return out.read_text(encoding="utf-8")
+def several(comparison: Path) -> str:
+    assert comparison.with_suffix(".png").read_bytes().startswith(PNG_HEAD)
+    return comparison.read_text(encoding="utf-8")
 
 
 def test_the_report_needs_nothing_but_itself(single: str, several: str) -> None:
     for text in (single, several):
         page = Page(text)
-        assert page.links and all(link.startswith("data:image/png;base64,") for link in page.links)
-        assert not re.search(r"url\(|@import|https?://", text)
+        assert sum(link.startswith("data:image/png;base64,") for link in page.links) == page.tags.count("img")
+        assert {link for link in page.links if not link.startswith("data:image/png")} == {"data:,", "#viewer"}
+        assert not re.search(r"url\(|@import|https?://|fetch\(|XMLHttpRequest|WebSocket", text)
         assert page.open == []
 
 
-def test_text_of_the_configuration_cannot_become_markup(single: str, several: str) -> None:
+def test_text_of_the_run_and_of_its_models_cannot_become_markup(single: str, several: str) -> None:
     for text in (single, several):
         page = Page(text)
-        assert "script" not in page.tags
-        assert "<script>alert(1)</script>" in page.text and "</pre><script>alert('student')</script>" in page.text
+        assert page.tags.count("script") == 2, "a block of data and the page's own script"
+        assert SCRIPT in page.text and f"student: {TEXT}" in re.sub(r"\s+", " ", page.text)
+        assert TEXT in "".join(rollouts(text)[0]["samples"][0]["tokens"])
+
+
+def test_secrets_of_the_environment_and_of_known_shapes_are_masked(single: str, several: str, runs: list[Path]) -> None:
+    assert PASSWORD in (runs[0] / "config.yaml").read_text()
+    for text in (single, several):
+        whole = text + "".join(token for run in rollouts(text) for s in run["samples"] for token in s["tokens"])
+        assert not [secret for secret in (KEY, VALUE, PASSWORD) if secret in whole]
+        masked = "".join(rollouts(text)[0]["samples"][0]["tokens"])
+        assert masked.endswith(f" {'•' * len(KEY)} {'•' * len(VALUE)} end")
 
 
 def test_a_single_report_has_the_totals_and_every_chart(single: str, runs: list[Path]) -> None:
     page = Page(single)
-    assert page.tags.count("img") == page.tags.count("figcaption") == 12
+    assert page.tags.count("img") == page.tags.count("figcaption") == 15
     for text in (
         "tokens at the full horizon",
         "(estimated)",
@@ -91,21 +97,21 @@ def test_a_single_report_has_the_totals_and_every_chart(single: str, runs: list[
     ):
         assert text in page.text, text
     assert "Overlap is not success: accuracy is beside it." in page.text
-    assert (runs[0] / "report.png").read_bytes().startswith(PNG_HEAD)
+    pictures = [runs[0] / "report.png", *sorted((runs[0] / "report").iterdir())]
+    assert len(pictures) == 16 and pictures[5].name == "05-overlap-by-position-over-training.png"
+    assert all(picture.read_bytes().startswith(PNG_HEAD) for picture in pictures)
 
 
 def test_several_runs_are_compared_and_then_shown_one_by_one(several: str) -> None:
     page = Page(several)
     assert "Comparison of 2 Prune-OPD runs" in page.text
-    assert page.tags.count("h2") == 2 and page.tags.count("details") == 2
+    assert page.tags.count("h2") == 3 and page.tags.count("details") == 2
     assert "Accuracy over generated tokens: ledger" in page.text and "Where the time went" in page.text
 
 
 def test_runs_of_the_same_name_are_told_apart(tmp_path: Path) -> None:
     pair = [write_run(tmp_path / "a", steps=2, evaluate_every=0), write_run(tmp_path / "b", steps=2, evaluate_every=0)]
-    write_report(pair, tmp_path / "report.html")
-    text = (tmp_path / "report.html").read_text()
-    assert "ledger-prune (a)" in text and "ledger-prune (b)" in text
+    assert [run.name for run in load_runs(pair)] == ["ledger-prune (a)", "ledger-prune (b)"]
 
 
 @pytest.mark.parametrize(
@@ -136,6 +142,23 @@ def test_a_run_with_little_to_show_still_has_a_report(tmp_path: Path, case: str)
 def test_a_long_run_is_drawn_with_a_moving_mean_and_grouped_bars(tmp_path: Path) -> None:
     write_report([write_run(tmp_path, steps=150, evaluate_every=0)], tmp_path / "report.html")
     assert (tmp_path / "report.png").stat().st_size > 50_000
+
+
+def test_the_viewer_leaves_out_steps_evenly_where_there_are_too_many_samples(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = load_run(write_run(tmp_path, steps=2, evaluate_every=0))
+    run = replace(run, samples=[sample_record(step, "horizon") for step in range(1, 41)])
+    assert {s["step"] for s in rollouts(viewer([run]))[0]["samples"]} == set(range(1, 41))
+    monkeypatch.setattr("prune_opd.track.report_viewer._ROOM", 15 * len(json.dumps(sample_record(40, "horizon"))))
+    assert [s["step"] for s in rollouts(viewer([run]))[0]["samples"]] == list(range(1, 41, 3))
+    assert "26 of 40 responses are left out" in viewer([run])
+
+
+def test_a_run_without_samples_has_no_viewer(tmp_path: Path) -> None:
+    run = write_run(tmp_path, steps=1, evaluate_every=0)
+    (run / "samples.jsonl").unlink()
+    assert viewer([load_run(run)]) == ""
 
 
 def test_missing_or_empty_metrics_are_one_clear_error(tmp_path: Path) -> None:

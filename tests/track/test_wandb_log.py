@@ -6,13 +6,17 @@ import sys
 import types
 import zlib
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-from synthetic import evaluation_record, step_record, write_run
+import torch
+from synthetic import evaluation_record, sample_record, step_record, write_run
 
 from prune_opd.config import HorizonConfig, TrackConfig, TrainConfig, to_dict
+from prune_opd.rollout.batch import Rollouts
+from prune_opd.stats import BatchStats
 from prune_opd.track import wandb_log
 from prune_opd.track.metrics import FILE_NAME, read_metrics
 from prune_opd.track.tracker import NullTracker, Tracker
@@ -85,6 +89,27 @@ def test_an_offline_run_holds_what_was_logged_and_a_resumed_one_continues_its_id
     assert row["loss"] == records[2]["loss"] and row["eval_ledger"] == records[3]["eval_ledger"]
     assert row["overlap_by_position/00"] == records[2]["overlap_by_position"][0]
     assert "overlap_by_position/15" not in row  # no token fell there
+
+
+def test_a_requeued_run_goes_on_in_its_wandb_run_with_sample_tables_and_curves(tmp_path: Path) -> None:
+    """As a job that was stopped after step 2 and started again: another tracker, the same run directory."""
+    settings = replace(config(4), track=TrackConfig(wandb="offline", report=False))
+    for done in (0, 2):
+        with Tracker(tmp_path, settings, {}, resume_step=done, tokenizer=None) as tracker:
+            for step in (done + 1, done + 2):
+                tracker.step(step_record(step, 4))
+            tracker._wandb.log_samples([sample_record(done + 2, kind, " <script>") for kind in ("horizon", "stopped")])
+    first, second = stored(tmp_path)
+    assert first["id"] == second["id"] and (list(first["history"]), list(second["history"])) == ([1, 2], [3, 4])
+    for run, step in ((first, 2), (second, 4)):
+        row = run["history"][step]
+        assert row["loss"] == step_record(step, 4)["loss"]
+        assert (row["samples/_type"], row["samples/nrows"]) == ("table-file", 2), sorted(row)
+        assert any(key.startswith("overlap_by_position_curves") for key in row)
+    media = tmp_path.glob("wandb/offline-run-*/files/media/html/**/*.html")
+    pages = [path.read_text(encoding="utf-8") for path in media]
+    assert len(pages) == 4 and all("background:rgba(" in page and "<script" not in page for page in pages)
+    assert sum("stopped in flight" in page for page in pages) == 2
 
 
 def test_a_new_run_in_an_old_directory_takes_a_new_id(tmp_path: Path) -> None:
@@ -160,7 +185,7 @@ def test_a_resumed_tracker_continues_the_metrics_and_writes_the_report(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     write_run(tmp_path, steps=6, evaluate_every=3)  # killed after step 6, its last checkpoint is that of step 4
-    with Tracker(tmp_path, config(6), to_dict(config(6)), resume_step=4) as tracker:
+    with Tracker(tmp_path, config(6), to_dict(config(6)), resume_step=4, tokenizer=None) as tracker:
         for step in (5, 6):
             tracker.step(step_record(step, 6) | {"loss": 77.0})
         tracker.evaluation(evaluation_record(6, 6))
@@ -177,7 +202,7 @@ def test_a_report_that_fails_does_not_fail_the_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setitem(sys.modules, "prune_opd.track.report", None)
-    tracker = Tracker(tmp_path, config(1), {}, resume_step=0)
+    tracker = Tracker(tmp_path, config(1), {}, resume_step=0, tokenizer=None)
     tracker.step(step_record(1, 1))
     tracker.close()
     tracker.close()
@@ -185,7 +210,7 @@ def test_a_report_that_fails_does_not_fail_the_run(
 
 
 def test_a_run_that_ends_before_its_first_step_leaves_quietly(tmp_path: Path) -> None:
-    with pytest.raises(KeyError), Tracker(tmp_path, config(1), {}, resume_step=0):
+    with pytest.raises(KeyError), Tracker(tmp_path, config(1), {}, resume_step=0, tokenizer=None):
         raise KeyError
     assert not (tmp_path / "report.html").exists()
 
@@ -197,3 +222,4 @@ def test_the_null_tracker_has_the_trackers_methods() -> None:
         tracker.step(step_record(1, 1))
         tracker.evaluation(evaluation_record(0, 1))
         tracker.note("nothing")
+        tracker.samples(1, 16, Rollouts((), ()), BatchStats(0, 1, 1, torch.device("cpu")))

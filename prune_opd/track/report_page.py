@@ -1,0 +1,66 @@
+"""An HTML page of ours: one file that needs nothing else, whose policy lets nothing in and runs one script of ours."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import re
+from collections.abc import Sequence
+from html import escape
+from pathlib import Path
+
+from prune_opd.track.plotting import Chart, png
+
+_ASSETS = Path(__file__).with_name("assets")
+
+_PAGE = """<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta http-equiv="Content-Security-Policy" content="{policy}">
+<link rel="icon" href="data:,">
+<title>{title}</title>
+<style>{style}</style>
+</head>
+<body>
+{body}
+<script>{script}</script>
+</body>
+</html>
+"""
+
+
+def write_page(title: str, body: list[str], out: Path) -> None:
+    """A page of ours from its parts in HTML. The browser fetches nothing and runs no other script than ours."""
+    style, script = ((_ASSETS / name).read_text(encoding="utf-8") for name in ("report.css", "report.js"))
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode("ascii")
+    policy = f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{digest}'"
+    page = _PAGE.format(policy=policy, title=escape(title), style=style, body="\n".join(body), script=script)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(page, encoding="utf-8")
+
+
+def grid(charts: Sequence[Chart], folder: Path | None = None) -> str:
+    """The charts as cards side by side. folder: where each is left as a PNG too, numbered in their order."""
+    cards = []
+    for place, chart in enumerate(charts, start=1):
+        image = png(chart)
+        if folder is not None:
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / f"{place:02d}-{_slug(chart.title)}.png").write_bytes(image)
+        cards.append(_card(chart, image))
+    return '<div class="grid">' + "".join(cards) + "</div>"
+
+
+def _card(chart: Chart, image: bytes) -> str:
+    return (
+        f"<figure><h3>{escape(chart.title)}</h3>"
+        f'<img alt="{escape(chart.title)}" src="data:image/png;base64,{base64.b64encode(image).decode("ascii")}">'
+        f"<figcaption>{escape(chart.caption)}</figcaption></figure>"
+    )
+
+
+def _slug(title: str) -> str:
+    """A title as a file's name: its words without the unit."""
+    return re.sub(r"[^a-z0-9]+", "-", title.partition("[")[0].lower()).strip("-")

@@ -1,0 +1,143 @@
+"""`samples.jsonl`: a few responses of every `track.samples_every`-th step, token by token, as the gate saw them.
+
+One JSON object a line, one line a response:
+
+    step, row         the step, and the response's row of its batch
+    problem, source   the prompt's place in its source
+    horizon           response tokens that the step's rollouts were allowed
+    prompt            the prompt as text
+    tokens            the response: the text of each token; a token that completes no character has an empty one
+    overlap           top-k overlap O of each token [0..1]
+    weight            training weight W of each token, times that of a weighting if there is one
+    divergence        the objective's divergence of each token [nats]
+    events            the tokens that are drift events (B), by number from 0
+    reliable_length   tokens until reliability R has reached 0 (E), or all of them
+    finished          it ended by itself; if it was not stopped either, it reached the horizon
+    stopped, dropped  the in-flight gate cut it off, and threw away as many tokens that came after the cut
+
+Values are null where the loss was not finite. Secrets are masked (`redact.py`).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from html import escape
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from prune_opd.config_track import TrackConfig
+from prune_opd.track.metrics import Record, read_records
+from prune_opd.track.redact import redact, redact_tokens
+
+if TYPE_CHECKING:  # the command line draws reports, and torch takes seconds
+    from prune_opd.rollout.batch import Rollouts
+    from prune_opd.stats import BatchStats
+
+Item = TypeVar("Item")
+
+FILE_NAME = "samples.jsonl"
+_DECIMALS = 4
+_CONTEXT = 6  # tokens before one that its text may depend on: spaces, characters of several tokens
+
+
+def sampled_rows(track: TrackConfig, step: int, steps: int, responses: int, stopped: Sequence[int] = ()) -> list[int]:
+    """The rows of this step's batch to keep: spread over the batch; some of the `stopped` ones are among them."""
+    if step not in (1, steps) and step % track.samples_every:
+        return []
+    of_stopped = spread(stopped, (track.samples + 1) // 2)
+    others = [row for row in range(responses) if row not in of_stopped]
+    return sorted(of_stopped + spread(others, track.samples - len(of_stopped)))
+
+
+def sample_records(step: int, horizon: int, rollouts: Rollouts, stats: BatchStats, tokenizer: Any) -> list[Record]:
+    """The lines of the rows that `stats` has watched, once it is reduced."""
+    return [_record(step, horizon, row, rollouts, stats, tokenizer) for row in stats.watched]
+
+
+def read_samples(path: Path) -> list[Record]:
+    """The lines of a samples file in their order, none if there is no file; secrets that came in since are masked.
+
+    Raises:
+        UserError: a line before the last is not a JSON object with a step.
+    """
+    lines = read_records(path) if path.is_file() else []
+    return [line | {"prompt": redact(line["prompt"]), "tokens": redact_tokens(line["tokens"])} for line in lines]
+
+
+def token_texts(ids: Sequence[int], tokenizer: Any) -> list[str]:
+    """The text that each token adds: joined, they are the response (special tokens are shown)."""
+    texts: list[str] = []
+    read = 0  # tokens whose text is out
+    for end in range(1, len(ids) + 1):
+        first = max(0, read - _CONTEXT)
+        before = _decode(tokenizer, ids[first:read])
+        text = _decode(tokenizer, ids[first:end])
+        if text.endswith("\N{REPLACEMENT CHARACTER}") and end < len(ids):  # the rest of a character is to come
+            texts.append("")
+            continue
+        texts.append(text[len(before) :])
+        read = end
+    return texts
+
+
+def spread(items: Sequence[Item], count: int) -> list[Item]:
+    """At most `count` of the items, evenly, and the last one among them."""
+    count = min(count, len(items))
+    return [items[(i + 1) * len(items) // count - 1] for i in range(count)]
+
+
+def tokens_html(record: Record) -> str:
+    """A response as HTML that needs nothing else: the less overlap, the more orange; events underlined, cut marked."""
+    events, reliable = set(record["events"]), record["reliable_length"]
+    parts = []
+    for place, (text, overlap, weight) in enumerate(
+        zip(record["tokens"], record["overlap"], record["weight"], strict=True)
+    ):
+        if place == reliable:
+            parts.append('<b title="reliability has reached 0">✂</b>')
+        style = f"background:rgba(217,130,43,{0 if overlap is None else 0.9 * (1 - overlap):.2f})"
+        style += ";border-bottom:2px solid #7b4fa6" if place in events else ""
+        told = f"token {place}: overlap {overlap}, weight {weight}" + (", drift event" if place in events else "")
+        parts.append(f'<span style="{style}" title="{told}">{escape(text)}</span>')
+    parts.append(f"<b> ■ {ending(record)}</b>")
+    return f'<div style="font:13px monospace;white-space:pre-wrap">{"".join(parts)}</div>'
+
+
+def ending(record: Record) -> str:
+    """How a response ended, in words."""
+    if record["stopped"]:
+        return f"stopped in flight, {record['dropped']} tokens dropped"
+    return "ended by itself" if record["finished"] else "cut by the horizon"
+
+
+def _record(step: int, horizon: int, row: int, rollouts: Rollouts, stats: BatchStats, tokenizer: Any) -> Record:
+    prompt, response = rollouts.prompts[row], rollouts.responses[row]
+    reliable = stats.reliable_length_B[row].item()
+    seen = stats.tokens_W4T[stats.watched.index(row), :, : len(response.ids)].tolist()
+    overlap, event, weight, divergence = seen if math.isfinite(reliable) else [[math.nan] * len(response.ids)] * 4
+    return {
+        "step": step,
+        "row": row,
+        "problem": prompt.index,
+        "source": prompt.source,
+        "horizon": horizon,
+        "prompt": redact(_decode(tokenizer, prompt.ids)),
+        "tokens": redact_tokens(token_texts(response.ids, tokenizer)),
+        "overlap": _rounded(overlap),
+        "weight": _rounded(weight),
+        "divergence": _rounded(divergence),
+        "events": [place for place, value in enumerate(event) if value == 1],
+        "reliable_length": int(reliable) if math.isfinite(reliable) else None,
+        "finished": response.finished,
+        "stopped": response.stopped,
+        "dropped": response.dropped,
+    }
+
+
+def _decode(tokenizer: Any, ids: Sequence[int]) -> str:
+    return str(tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False))
+
+
+def _rounded(values: Sequence[float]) -> list[float | None]:
+    return [round(value, _DECIMALS) if math.isfinite(value) else None for value in values]
