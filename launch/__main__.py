@@ -46,7 +46,7 @@ def submit(
     samples: Annotated[int, typer.Option("-k", min=1, help="Samples per problem.")] = 16,
     problems: Annotated[int, typer.Option(min=1, help="Problems of the evaluation.")] = 256,
     export: Annotated[str | None, typer.Option(metavar="DIR", help="Export the last checkpoint afterwards.")] = None,
-    sweep: Annotated[list[str] | None, typer.Option(help="dotted.key=a,b or recipe=a,b: a run each; several multiply.")] = None,
+    sweep: Annotated[list[str] | None, typer.Option(help="dotted.key=a,b or recipe=a,b; several multiply.")] = None,
     detach: Annotated[bool, typer.Option("--detach", help="Do not wait for the end.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the scripts; change nothing.")] = False,
 ) -> int:

@@ -1,4 +1,4 @@
-"""The planner's bytes beside those of real megatron-core models, gradients, optimizers and teachers."""
+"""The planner's bytes beside those of real megatron-core models, gradients, optimizers, teachers and activations."""
 
 from __future__ import annotations
 
@@ -37,3 +37,12 @@ def test_gradients_and_optimizer_are_planned_up_to_padding(found: dict[str, dict
     for part in ("gradients", "optimizer"):
         real, planned = found[case][part]
         assert planned == pytest.approx(real, rel=PADDED if "dist-opt" in case else 1e-3), part
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if "PP2" not in case])
+def test_activations_are_planned_as_autograd_saves_them(
+    found: dict[str, dict[str, list[float]]], case: str
+) -> None:
+    """By layout, experts and recompute; without norms' inputs and attention, which a GPU has from Transformer Engine."""
+    real, planned = found[case]["activations"]
+    assert planned == pytest.approx(real, rel=0.01)
