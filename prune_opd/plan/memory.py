@@ -213,11 +213,11 @@ def kept_bytes(spec: ModelSpec, tensor: int, sequence_parallel: bool, recompute:
 def layer_bytes(spec: ModelSpec, tensor: int, sequence_parallel: bool) -> float:
     """What the backward pass of a layer needs of a token, in bf16, with flash attention and without fused activations.
 
-    Counted as in "Reducing Activation Recomputation in Large Transformer Models" (arXiv 2205.05198, section 4), tensor
-    by tensor, and checked against what autograd saves of megatron-core's layers (tests/distributed/test_plan_memory.py):
-    inputs and outputs of both norms; q, k and v in one piece, rotated q and k, attention's output, the rotation's cos and
-    sin for q and for k; gate and up in one piece, SiLU of gate, a copy of up (megatron-core adds its offset, 0), their
-    product. An expert also keeps the product before it is weighted, and its copy of the token.
+    Counted tensor by tensor as in "Reducing Activation Recomputation in Large Transformer Models" (arXiv 2205.05198,
+    section 4), and checked against what autograd saves of megatron-core's layers (test_plan_memory.py): inputs and
+    outputs of both norms; q, k and v in one piece, rotated q and k, attention's output, cos and sin for q and for k;
+    gate and up in one piece, SiLU of gate, a copy of up (megatron-core adds its offset, 0), their product. An expert
+    also keeps the product before it is weighted, and its copy of the token.
     """
     shared = tensor if sequence_parallel else 1
     width = spec.heads * spec.head_dim

@@ -2,8 +2,8 @@
 
     torchrun … worker_plan_memory.py MODELS OUT
 
-Writes OUT/bytes.json from rank 0: by case and part, the bytes of the fullest rank and the planner's; of activations, the
-bytes of one token, averaged over the ranks, which share a layer's experts unevenly.
+Writes OUT/bytes.json from rank 0: by case and part, the bytes of the fullest rank and the planner's; of activations,
+the bytes of one token, averaged over the ranks, which share a layer's experts unevenly.
 """
 
 from __future__ import annotations
