@@ -32,11 +32,13 @@ fi
 [ "${1:-}" != --is-fresh ] || exit 1
 
 [ "$(id -u)" = 0 ] || fail "only root can build a root file system here: run it with sudo"
-for program in buildah ${BASE:-mmdebstrap}; do
-    command -v "${program%%:*}" >/dev/null || [ "$program" = "${BASE:-}" ] ||
-        fail "$program is missing: apt-get install --no-install-recommends buildah mmdebstrap"
+programs=(buildah)
+[ -n "${BASE:-}" ] || programs+=(mmdebstrap)
+for program in "${programs[@]}"; do
+    command -v "$program" >/dev/null || fail "$program is missing: apt-get install --no-install-recommends $program"
 done
 
+wanted=$(fingerprint)
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 # A storage of its own, so that nobody's images are touched and nothing stays behind.
@@ -96,5 +98,5 @@ find "$new/etc/pip.conf" "$new/run/pip" -empty -delete 2>/dev/null || true # whe
 rm -rf "$ROOTFS" "$STAMP"
 mkdir -p build
 mv "$new" "$ROOTFS"
-fingerprint >"$STAMP"
+echo "$wanted" >"$STAMP" # of the files as they were at the start: one that changed since makes it out of date
 echo "rootfs: $ROOTFS, $(du -sh "$ROOTFS" | cut -f 1)" >&2

@@ -58,9 +58,18 @@ def test_savings_come_out_in_the_published_order() -> None:
         assert saved[name] == pytest.approx(told[name], abs=0.15)
 
 
-def test_the_table_of_the_docs_is_the_planners() -> None:
+def test_the_tables_of_the_docs_are_the_planners() -> None:
     docs = Path(__file__).parents[2] / "docs" / "planner.md"
     assert published.table() in docs.read_text(encoding="utf-8")
+    assert published.strategies_table() in docs.read_text(encoding="utf-8")
+
+
+def test_popd_lies_where_its_constants_put_it() -> None:
+    """Its own are not published, so the two planned hours of the docs are no check of anything but the docs."""
+    docs = (Path(__file__).parents[2] / "docs" / "planner.md").read_text(encoding="utf-8")
+    ours, slower = published.popd_hours(512, 8), published.popd_hours(256, 8)
+    assert f"are {ours:.1f}, with 256 tokens every 8 steps {slower:.1f}" in docs
+    assert slower < ours < published.TOPD_OPD
 
 
 # ---------------------------------------------------------------------------------------------------- memory
