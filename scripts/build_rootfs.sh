@@ -95,6 +95,7 @@ buildah bud --quiet --isolation chroot --file docker/Dockerfile --build-arg ACCE
     --build-arg BASE="$from" --output type=local,dest="$new" "${mounts[@]}" ${BUILD_ARGS:-} . >"$work/log" 2>&1 ||
     { tail -n 30 "$work/log" >&2 && fail "buildah could not build docker/Dockerfile: see its last lines above"; }
 find "$new/etc/pip.conf" "$new/run/pip" -empty -delete 2>/dev/null || true # where the mounts were
+chmod 755 "$new" # a task without root's rights must be able to enter
 rm -rf "$ROOTFS" "$STAMP"
 mkdir -p build
 mv "$new" "$ROOTFS"
