@@ -35,6 +35,15 @@ test: setup setup-te-test setup-launch setup-slurm-test lint tiny-pair ## Set up
 setup-te-test: setup ## Put Transformer Engine's Python half into .venv-te, for the tests of its layer spec
 	@PYTHON=$(BIN)/python bash scripts/setup_te_test.sh
 
+setup-docs: ## Make .venv-docs, the small environment that builds the docs (no torch)
+	@bash scripts/setup_docs.sh
+
+docs: setup-docs ## Build the docs' site: build/site/index.html
+	@NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build --strict
+
+docs-tables: setup ## Write the tables of docs/ that come from the code: settings, metrics, commands, recipes
+	$(BIN)/python scripts/docs_tables.py
+
 lint: setup ## Lint, formatting, types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .

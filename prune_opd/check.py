@@ -6,7 +6,6 @@ vLLM or transformers), so `prune-opd check` answers at once, on a login node too
 
 from __future__ import annotations
 
-import difflib
 import importlib.metadata
 import importlib.util
 import json
@@ -21,7 +20,7 @@ from prune_opd.check_layout import layout_problems
 from prune_opd.check_machine import machine_problems
 from prune_opd.check_tokenizer import tokenizer_problems, vocabulary_problems
 from prune_opd.config import Fp8Config, SftConfig, TrainConfig
-from prune_opd.data.prompts import PROCEDURAL_SOURCES
+from prune_opd.data.prompts import source_problem
 from prune_opd.errors import ConfigError
 from prune_opd.model_spec import ModelSpec, not_built
 from prune_opd.precision import (
@@ -127,8 +126,7 @@ def check_eval(model_dir: Path, tasks: Sequence[str], top_p: float, out: Path | 
         problems += [model] if isinstance(model, str) else [problem for problem in [_not_built(model)] if problem]
     if top_p == 0:
         problems.append("--top-p = 0.0 leaves no token to sample: give more than 0, or --temperature 0 for greedy")
-    for task in tasks:
-        problems += _source("--task", task)
+    problems += [problem for task in tasks if (problem := source_problem("--task", task))]
     return problems + ([] if out is None else _writable("--out", out))
 
 
@@ -272,33 +270,22 @@ def _fp8s(config: TrainConfig) -> dict[str, Fp8Config]:
 
 
 def _sources(config: TrainConfig) -> list[str]:
-    problems = _source("data.source", config.data.source)
-    for source in config.evaluation.sources:
-        problems += _source("evaluation.sources", source)
+    named = [("data.mixture" if config.data.mixture else "data.source", source) for source in config.data.sources]
+    named += [("evaluation.sources", source) for source in config.evaluation.sources]
+    problems = [problem for field, source in named if (problem := source_problem(field, source))]
     names = [Path(source).name for source in config.evaluation.sources]
     problems += [
         f"evaluation.sources has two tasks named {name!r}: rename one of the files, their results would be one"
         for name in sorted({name for name in names if names.count(name) > 1})
     ]
-    if not config.evaluation.sources and config.evaluation.problems and Path(config.data.source).is_file():
+    files = [(field, source) for field, source in named if field.startswith("data") and Path(source).exists()]
+    if files and not config.evaluation.sources and config.evaluation.problems:
+        field, source = files[0]
         problems.append(
-            f"evaluation.sources is not set and data.source = {config.data.source!r} has no held-out problems:"
-            " name another .jsonl file with answers, or set evaluation.problems=0"
+            f"evaluation.sources is not set and {field} = {source!r} has no held-out problems:"
+            " name another file with answers, or set evaluation.problems=0"
         )
     return problems
-
-
-def _source(field: str, source: str) -> list[str]:
-    path = Path(source)
-    if source in PROCEDURAL_SOURCES or (path.suffix == ".jsonl" and path.is_file()):
-        return []
-    if path.is_file():
-        return [f"{field} = {source!r} is not a .jsonl file: convert it to one JSON object a line"]
-    tasks = ", ".join(PROCEDURAL_SOURCES)
-    if path.suffix or os.sep in source:
-        return [f"{field} = {source!r}: there is no such file; give the path of a .jsonl file, or a task ({tasks})"]
-    near = difflib.get_close_matches(source, PROCEDURAL_SOURCES, n=1, cutoff=0.0)
-    return [f"{field} = {source!r} is no task: did you mean {near[0]!r}? (or give the path of a .jsonl file)"]
 
 
 def _apex() -> list[str]:

@@ -7,12 +7,13 @@ from what pip has written down.
 from __future__ import annotations
 
 import importlib.metadata
-import json
 import re
 import shutil
 from pathlib import Path
 
 from prune_opd.config import TrainConfig
+from prune_opd.data.render import answer_of, excerpt, prompt_of
+from prune_opd.data.rows import Row, read_rows
 from prune_opd.errors import ConfigError
 from prune_opd.model_spec import ModelSpec
 from prune_opd.plan.counts import parameters
@@ -35,9 +36,10 @@ def machine_problems(config: TrainConfig, run_dir: Path, gpu: bool, cuda: tuple[
         problems += driver_problems(cuda)
     problems += space_problems(config, run_dir)
     if config.data.bad_rows == "refuse":
-        problems += prompt_problems("data.source", config.data.source)
+        for source in config.data.sources:
+            problems += prompt_problems("data", source, config.data.split)
     for source in config.evaluation.sources if config.evaluation.problems else ():
-        problems += prompt_problems("evaluation.sources", source, answers=True)
+        problems += prompt_problems("evaluation.sources", source, config.data.split, answers=True)
     return problems
 
 
@@ -98,38 +100,33 @@ def space_problems(config: TrainConfig, run_dir: Path) -> list[str]:
     ]
 
 
-def prompt_problems(field: str, source: str, answers: bool = False) -> list[str]:
-    """The first line of a prompt file that is no prompt, with the number of such lines. answers: they are needed."""
+def prompt_problems(field: str, source: str, split: str | None, answers: bool = False) -> list[str]:
+    """The first row of a prompt file that is no prompt, and how many there are. answers: they are needed."""
     path = Path(source)
-    if path.suffix != ".jsonl" or not path.is_file():
+    if not path.exists():
         return []  # a task, or named by another check
-    bad: list[tuple[int, str]] = []
+    bad: list[str] = []
     prompts = 0
-    with path.open("rb") as lines:
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
+    try:
+        for file, number, row in read_rows(path, split):
             prompts += 1
-            if problem := _line_problem(line, answers):
-                bad.append((number, problem))
+            try:
+                _check_row(row, answers)
+            except ConfigError as error:
+                bad.append(f"{file}:{number}: {error}")
+    except ConfigError as error:
+        return [f"{field}: {error}"]
     if not prompts:
         return [f"{field} = {source!r} has no prompts: give one JSON object a line"]
-    if not bad:
-        return []
-    number, problem = bad[0]
-    more = f" (and {len(bad) - 1} more lines)" if len(bad) > 1 else ""
-    return [f"{field} = {source!r} line {number} {problem}{more}: repair or remove it"]
+    more = f" (and {len(bad) - 1} more rows)" if len(bad) > 1 else ""
+    return [f"{field}: {bad[0]}{more}; repair or remove it"] if bad else []
 
 
-def _line_problem(line: bytes, answers: bool) -> str | None:
-    try:
-        row = json.loads(line)
-    except ValueError as error:
-        return f"is not JSON ({error})"
-    if not isinstance(row, dict):
-        return "is no JSON object"
-    if not isinstance(row.get("prompt"), str) and not isinstance(row.get("messages"), list):
-        return "has neither a prompt (a text) nor messages (a list)"
-    if answers and row.get("answer") is None:
-        return "has no answer"
-    return None
+def _check_row(row: Row | ConfigError, answers: bool) -> None:
+    if isinstance(row, ConfigError):
+        raise row
+    column, value = prompt_of(row)
+    if not isinstance(value, list if column == "messages" else str):
+        raise ConfigError(f'"{column}" = {excerpt(value)}: give {"chat turns" if column == "messages" else "a text"}')
+    if answer_of(row) is None and answers:
+        raise ConfigError('there is no "answer"')

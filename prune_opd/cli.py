@@ -10,6 +10,7 @@ import json
 import os
 import sys
 import tempfile
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
@@ -19,7 +20,8 @@ from rich.console import Console
 from prune_opd import worker
 from prune_opd.changes import changes
 from prune_opd.check import check_eval, check_everything, check_sft, check_structure, check_train
-from prune_opd.config import SftConfig, TrainConfig
+from prune_opd.config import DataConfig, SftConfig, TrainConfig
+from prune_opd.data.render import Format
 from prune_opd.errors import ConfigError, UserError
 from prune_opd.eval.evaluate import Sampling, write_rows
 from prune_opd.eval.run import SEED, EvalJob, results_table
@@ -135,7 +137,9 @@ def evaluate(
     model_dirs: Annotated[
         list[Path], typer.Argument(metavar="MODEL_DIR", help="Hugging Face model directories, or a run's checkpoints.")
     ],
-    task: Annotated[list[str], typer.Option(metavar="FILE|NAME", help="A .jsonl file with answers, or ledger; again.")],
+    task: Annotated[
+        list[str], typer.Option(metavar="FILE|NAME", help="As data.source, with answers; give it again for more.")
+    ],
     samples: Annotated[int, typer.Option("-k", min=1, help="Samples per problem.")] = 16,
     problems: Annotated[int, typer.Option(min=1, help="Problems of a task.")] = 256,
     max_len: Annotated[
@@ -144,6 +148,12 @@ def evaluate(
     ] = None,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 1.0,
     top_p: Annotated[float, typer.Option(min=0.0, max=1.0)] = 1.0,
+    suffix: Annotated[str, typer.Option(help="After every problem; these four are as in data.*.")] = "",
+    system_prompt: Annotated[str | None, typer.Option(help="Before every problem.")] = None,
+    thinking: Annotated[
+        bool | None, typer.Option("--thinking/--no-thinking", help="The chat template's switch.")
+    ] = None,
+    chat: Annotated[bool | None, typer.Option("--chat/--no-chat", help="Through the chat template, or not.")] = None,
     out: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Where eval.jsonl and every sampled answer go.")
     ] = None,
@@ -151,9 +161,12 @@ def evaluate(
 ) -> int:
     """Accuracy of models on tasks: avg@k with its 95 % interval, pass@k; several models or tasks make a table."""
     sampling = Sampling(samples, max_len or 0, temperature, top_p, SEED)
+    format = Format(chat, system_prompt, suffix, thinking)
+    for source in task:
+        DataConfig(source=source, **asdict(format))  # refuses what does not go together
     _refuse([problem for model_dir in model_dirs for problem in check_eval(model_dir, task, top_p, out)])
     if _is_rank():
-        return worker.evaluate(EvalJob(str(model_dirs[0]), tuple(task), problems, sampling))
+        return worker.evaluate(EvalJob(str(model_dirs[0]), tuple(task), problems, sampling, format))
     results: list[Record] = []
     with tempfile.TemporaryDirectory(prefix="prune-opd-") as folder:
         found = Path(folder) / "results.jsonl"
@@ -164,6 +177,7 @@ def evaluate(
                 tuple(task),
                 problems,
                 sampling,
+                format,
                 None if answers is None else str(answers),
                 str(found),
             )
@@ -249,6 +263,45 @@ def plan(
     from prune_opd.plan.command import run_plan
 
     return run_plan(_load(recipe, overrides, TrainConfig, "plan"), gpu, nodes, search, out)
+
+
+data = typer.Typer(help="Look at prompts, and convert published files of them.", no_args_is_help=True)
+app.add_typer(data, name="data")
+
+
+@data.command("inspect")
+def inspect_data(
+    source: Annotated[str, typer.Argument(metavar="FILE", help="A file, a dataset directory, or a task's name.")],
+    model: Annotated[Path, typer.Option(metavar="MODEL_DIR", help="Whose tokenizer and chat template.")],
+    settings: Annotated[
+        list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Of data.*, such as suffix='…' or thinking=false.")
+    ] = None,
+    shown: Annotated[int, typer.Option(min=0, help="Prompts to show.")] = 3,
+    max_prompt_len: Annotated[int | None, typer.Option(min=1, help="Longer prompts are bad rows.")] = None,
+) -> int:
+    """Show prompts as the model gets them, their lengths, and the rows that are none."""
+    from transformers import AutoTokenizer
+
+    from prune_opd.data.inspect import inspect
+
+    if not (model / "tokenizer_config.json").is_file():
+        raise UserError(f"--model {str(model)!r} has no tokenizer: give a Hugging Face model directory")
+    config = apply_overrides(DataConfig(source=source), settings or [])
+    inspect(config, AutoTokenizer.from_pretrained(model), shown, max_prompt_len, Console())
+    return 0
+
+
+@data.command("convert")
+def convert_data(
+    layout: Annotated[str, typer.Argument(metavar="LAYOUT", help="dapo-math-17k")],
+    path: Annotated[Path, typer.Argument(metavar="FILE", help="As published: .parquet, .jsonl or a directory.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="The .jsonl file to write.")],
+) -> int:
+    """Write a published file's rows as prompts, each problem once."""
+    from prune_opd.data.inspect import convert
+
+    print(f"{convert(layout, path, out)} prompts in {out}")
+    return 0
 
 
 @app.command()

@@ -15,6 +15,7 @@ from prune_opd.config_checkpoint import SurvivalConfig as SurvivalConfig
 from prune_opd.config_checks import between as _between
 from prune_opd.config_checks import one_of as _one_of
 from prune_opd.config_checks import required as _required
+from prune_opd.config_data import DataConfig as DataConfig
 from prune_opd.config_memory import MemoryConfig as MemoryConfig
 from prune_opd.config_planning import PlanningConfig as PlanningConfig
 from prune_opd.config_precision import KV_CACHE_DTYPES, QUANTIZATIONS
@@ -54,6 +55,9 @@ class GateConfig:
         _between("gate.top_p", self.top_p, 0, 1, open_low=True)
 
 
+STRATEGIES = ("full", "topd", "popd", "prune", "marginal", "replay")
+
+
 @dataclass(frozen=True)
 class HorizonConfig:
     """How many response tokens the next rollout batch may have (Prune-OPD §3.3, POPD/TOPD). Lengths in tokens.
@@ -62,8 +66,8 @@ class HorizonConfig:
     """
 
     strategy: str = "prune"  # full | topd | popd | prune | marginal (ours) | replay (a control)
-    max_len: int = 12288
-    min_len: int = 1024  # prune, marginal
+    max_len: int = 12288  # most response tokens there ever are: what full has always
+    min_len: int = 1024  # prune, marginal: the least M
     init_len: int | None = None  # prune, marginal: M_0; popd: H_0
     step: int = 100  # prune, marginal: how far M moves
     hit_ratio: float = 0.1  # prune: share of responses that must reach the boundary
@@ -72,7 +76,9 @@ class HorizonConfig:
     rho: float | None = None  # topd: H = rho * max_len
     increment: int | None = None  # popd: ΔH
     interval: int | None = None  # popd: Δs, in steps
-    finished_rows: str = "miss"  # prune: what a response that ended by itself before the boundary counts as
+    finished_rows: str = (
+        "miss"  # prune: responses that ended by themselves before the boundary | hit_if_reliable | exclude
+    )
     price: float = 0.5  # marginal: of a generated token, in reliable tokens
     windows: tuple[int, ...] = ()  # replay: the window of every step; the last one stays
     # A control: each response gets a limit of its own, uniform and as far around the window as 1..max_len allows.
@@ -80,7 +86,7 @@ class HorizonConfig:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "windows", tuple(self.windows))  # OmegaConf hands over a list
-        _one_of("horizon.strategy", self.strategy, ("full", "topd", "popd", "prune", "marginal", "replay"))
+        _one_of("horizon.strategy", self.strategy, STRATEGIES)
         _one_of("horizon.finished_rows", self.finished_rows, ("miss", "hit_if_reliable", "exclude"))
         _between("horizon.max_len", self.max_len, 1)
         _between("horizon.min_len", self.min_len, 1, self.max_len)
@@ -129,6 +135,8 @@ OBJECTIVES = (
 class ObjectiveConfig:
     """The per-token objective (Prune-OPD §2; objective.py has the formulas). One global token mean, always."""
 
+    # topk_reverse_kl | sampled_token | local_support_matching | topk_forward_kl |
+    # full_vocab_reverse_kl | full_vocab_jsd
     name: str = "topk_reverse_kl"
     k: int = 16  # candidates per token (of each model); the paper of local_support_matching has 32
     support: str = "student"  # topk_reverse_kl: whose top-k | teacher | union | intersection
@@ -183,13 +191,13 @@ class RolloutConfig:
 
     prompts: int = 64  # per step
     responses: int = 4  # per prompt
-    temperature: float = 1.0
-    top_p: float = 1.0
-    max_prompt_len: int = 1024
+    temperature: float = 1.0  # of the sampling; the objective has its own
+    top_p: float = 1.0  # the sampling's nucleus; 1: the whole vocabulary
+    max_prompt_len: int = 1024  # tokens; a longer prompt is a bad row
     tensor_parallel: int = 1  # ranks per engine; world / tensor_parallel engines share the prompts
     kv_cache_gb: float = 1.0  # CPU only: a GPU takes gpu_memory_utilization
-    gpu_memory_utilization: float = 0.5
-    max_num_seqs: int = 256
+    gpu_memory_utilization: float = 0.5  # share of a GPU's memory that vLLM takes, weights included
+    max_num_seqs: int = 256  # responses that an engine works on at a time
     bucket_mb: float = 512  # of weights on their way from the trainer; two buckets exist at a time
     quantization: str | None = None  # to FP8 at every load: fp8 | fp8_per_tensor | fp8_per_channel | fp8_per_block
     kv_cache_dtype: str = "auto"  # auto: that of the parameters | fp8 (e4m3) | fp8_e4m3 | fp8_e5m2
@@ -209,34 +217,18 @@ class RolloutConfig:
 
 
 @dataclass(frozen=True)
-class DataConfig:
-    """Where prompts come from: a procedural task by name, or a JSONL file with `prompt` and (optional) `answer`."""
-
-    source: str = "ledger"
-    min_steps: int = 20  # ledger: bookings per problem
-    max_steps: int = 40
-    shuffle: bool = True
-    bad_rows: str = "refuse"  # of a file: refuse (with their line numbers) | skip (and say how many, and where)
-
-    def __post_init__(self) -> None:
-        _one_of("data.bad_rows", self.bad_rows, ("refuse", "skip"))
-        _between("data.min_steps", self.min_steps, 1, 40)
-        _between("data.max_steps", self.max_steps, self.min_steps, 40)
-
-
-@dataclass(frozen=True)
 class OptimizerConfig:
     """AdamW through megatron-core, fp32 master weights. `schedule` runs from lr to min_lr after the warm-up."""
 
-    lr: float = 1e-6
-    min_lr: float = 0.0
-    schedule: str = "constant"
-    warmup_steps: int = 0
-    weight_decay: float = 0.01
-    beta1: float = 0.9
-    beta2: float = 0.999
-    eps: float = 1e-8
-    clip_grad: float = 1.0
+    lr: float = 1e-6  # the highest learning rate
+    min_lr: float = 0.0  # linear, cosine: where the schedule ends
+    schedule: str = "constant"  # constant | linear | cosine
+    warmup_steps: int = 0  # steps in which the rate rises from 0 to lr
+    weight_decay: float = 0.01  # decoupled (AdamW)
+    beta1: float = 0.9  # decay of the first moment
+    beta2: float = 0.999  # decay of the second moment
+    eps: float = 1e-8  # what Adam adds to the denominator
+    clip_grad: float = 1.0  # largest norm of the whole gradient; 0: no clipping
     updates_per_batch: int = 1  # minibatches of whole responses that a rollout batch is split into, one update each
 
     def __post_init__(self) -> None:
@@ -299,14 +291,14 @@ class ParallelConfig:
 class EvalConfig:
     """Accuracy on held-out problems, sampled by the rollout engine. `every` = 0: only before and after the run."""
 
-    every: int = 0
-    problems: int = 256
+    every: int = 0  # steps; 0: only before and after the run
+    problems: int = 256  # of each task; 0: no evaluation
     problems_between: int | None = None  # of the evaluations before the last one; None: all
     samples: int = 1  # avg@samples
-    temperature: float = 1.0
-    top_p: float = 1.0
+    temperature: float = 1.0  # of the sampling; 0: greedy
+    top_p: float = 1.0  # the sampling's nucleus; the papers have 0.95
     max_len: int | None = None  # None: horizon.max_len
-    seed: int = 777
+    seed: int = 777  # of the problems and of the sampling, the same at every evaluation
     sources: tuple[str, ...] = ()  # tasks and files with answers, as data.source; none: the training source, held out
     generations: int = 64  # answers of each task that every evaluation leaves in generations/
 
@@ -325,8 +317,10 @@ class EvalConfig:
 
 @dataclass(frozen=True)
 class TrackConfig:
+    """What is said of a run while it goes on, and where."""
+
     wandb: str = "offline"  # offline | online | disabled
-    project: str = "prune-opd"
+    project: str = "prune-opd"  # wandb's
     position_bins: int = 16  # resolution of the overlap-by-position curves
     report: bool = True  # write report.html at the end
 
@@ -339,10 +333,10 @@ class TrackConfig:
 class TrainConfig:
     """One Prune-OPD run. `student` and `teacher` are Hugging Face directories with the same tokenizer."""
 
-    name: str
-    student: str
-    teacher: str
-    steps: int
+    name: str  # of the run: runs/NAME is its directory
+    student: str  # a Hugging Face directory
+    teacher: str  # a Hugging Face directory
+    steps: int  # of training; the schedule of the learning rate ends there
     horizon: HorizonConfig
     gate: GateConfig | None = field(default_factory=GateConfig)  # None: plain OPD, every token at weight 1
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
@@ -358,7 +352,7 @@ class TrainConfig:
     survival: SurvivalConfig = field(default_factory=SurvivalConfig)
     track: TrackConfig = field(default_factory=TrackConfig)
     planning: PlanningConfig = field(default_factory=PlanningConfig)
-    seed: int = 0
+    seed: int = 0  # of prompts, prompt order and sampling
     stop_after: int | None = (
         None  # save and stop after this step (a time-boxed job); the schedule stays that of `steps`
     )
@@ -383,15 +377,15 @@ class TrainConfig:
 class SftConfig:
     """Supervised training of a tiny model on worked solutions, through the same Megatron path as the distillation."""
 
-    name: str
-    output: str
+    name: str  # of the model
+    output: str  # the Hugging Face directory that is written
     stages: tuple[SftStage, ...]
     init: str | None = None  # a Hugging Face directory; None: `shape` from nothing
     shape: ModelShape = field(default_factory=ModelShape)
     parallel: ParallelConfig = field(default_factory=lambda: ParallelConfig(tensor=1))
-    beta2: float = 0.98
-    weight_decay: float = 0.01
-    seed: int = 0
+    beta2: float = 0.98  # of AdamW
+    weight_decay: float = 0.01  # of AdamW
+    seed: int = 0  # of the weights, where they are made from nothing
 
 
 def to_dict(config: Any) -> dict[str, Any]:

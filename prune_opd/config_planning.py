@@ -14,6 +14,8 @@ GPUS = ("cpu", "a100", "h100", "h200")
 
 @dataclass(frozen=True)
 class PlanningConfig:
+    """What a plan assumes; it changes nothing in a run."""
+
     gpu: str = "cpu"  # what the recipe is made for: cpu | a100 | h100 | h200
     nodes: int = 1  # of parallel.nproc ranks each
     response_length: int | None = None  # mean tokens at the full horizon (`response_length` of a run's metrics)

@@ -23,10 +23,10 @@ class Fp8Config:
     """
 
     format: str | None = None  # null: no FP8 | e4m3 | hybrid: e4m3 forward, e5m2 gradients
-    recipe: str = "blockwise"
+    recipe: str = "blockwise"  # delayed | tensorwise | blockwise: how scales are chosen
     param: bool = False  # keep the weights in FP8 too; the optimizer's master weights stay fp32
-    first_layers_bf16: int = 0  # layers at the start, and at the end, that stay in bf16; not with delayed
-    last_layers_bf16: int = 0
+    first_layers_bf16: int = 0  # layers at the start that stay in bf16; not with delayed
+    last_layers_bf16: int = 0  # likewise, at the end
     amax_history: int = 1024  # delayed: batches that a scale looks back on
 
     @property

@@ -28,8 +28,8 @@ class InflightConfig:
 
     mode: str = "off"  # off | gate
     schedule: str = "geometric"  # checkpoints at first_check · 1, 2, 4, 8 … | fixed: first_check, then every `chunk`
-    first_check: int = 256
-    chunk: int = 256  # fixed
+    first_check: int = 256  # response length at which the teacher looks for the first time
+    chunk: int = 256  # fixed: tokens between two checkpoints
     stop_events: int | None = None  # None: R has reached 0; else this many events, which may cut tokens that R > 0 has
     min_keep: int = 1  # a response that is stopped keeps at least so many: no checkpoint lies before
     margin: float | None = None  # nats; None: by the format of the rollouts (MARGIN). 0: exact ties alone are undecided

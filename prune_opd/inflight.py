@@ -21,7 +21,7 @@ from torch import Tensor
 
 from prune_opd.config import GateConfig, InflightConfig, TrainConfig
 from prune_opd.config_rollout import MARGIN
-from prune_opd.data.prompts import Prompt
+from prune_opd.data.prompt import Prompt
 from prune_opd.dealing import deal_any, padded_size
 from prune_opd.errors import UserError
 from prune_opd.gate import RELIABLE_ABOVE, apply_gate

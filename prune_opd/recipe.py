@@ -27,6 +27,7 @@ from prune_opd.paths import recipes_dir
 
 RunConfig = TrainConfig | SftConfig
 C = TypeVar("C", bound=RunConfig)
+T = TypeVar("T")  # any frozen dataclass of settings
 
 
 # ---------------------------------------------------------------------------------------------------- loading
@@ -105,7 +106,7 @@ def _failure(path: Path, error: Exception) -> str:
 # ---------------------------------------------------------------------------------------------------- overrides
 
 
-def apply_overrides(config: C, overrides: list[str]) -> C:
+def apply_overrides(config: T, overrides: list[str]) -> T:
     """A copy of `config` with `dotted.key=value` settings applied in order; values are YAML (`null`, `true`, `1e-4`).
 
     Raises ConfigError for a key that does not exist (with the nearest one), a value of the wrong type, a setting inside
@@ -121,7 +122,7 @@ def apply_overrides(config: C, overrides: list[str]) -> C:
             raise ConfigError(f"override {override!r} is not a setting: write it as dotted.key=value")
         _set(tree, key, text)
     try:
-        return typing.cast(C, OmegaConf.to_object(tree))
+        return typing.cast(T, OmegaConf.to_object(tree))
     except OmegaConfBaseException as error:
         raise ConfigError(f"overrides: {_first_line(error)}") from error
 

@@ -14,7 +14,9 @@ from torch import Tensor
 
 from prune_opd import platform
 from prune_opd.config import MemoryConfig, TrainConfig, to_dict
-from prune_opd.data.prompts import JsonlSource, Prompt, PromptSampler, make_source
+from prune_opd.data.prompt import Prompt
+from prune_opd.data.prompts import file_sources, make_sampler
+from prune_opd.data.sampler import Sampler
 from prune_opd.dealing import Deal, deal, packing_record, padded_size
 from prune_opd.errors import ConfigError, UserError
 from prune_opd.eval.evaluate import Evaluator, Sampling, make_evaluator
@@ -56,7 +58,7 @@ class Run:
     trainer: Trainer
     teacher: Teacher
     engine: RolloutEngine
-    sampler: PromptSampler
+    sampler: Sampler
     controller: HorizonController
     checkpoints: Checkpoints
     evaluators: list[Evaluator]  # one a task; none: no evaluation
@@ -274,7 +276,7 @@ def prepare(config: TrainConfig, run_dir: Path, resume: str, allow_config_change
     watchdog = Watchdog(config.survival.watchdog_minutes, run_dir / "stacks", layout.rank)
     dtype = dtype_of(config.precision.params)
     tokenizer = AutoTokenizer.from_pretrained(config.student)
-    source = make_source(config.data, tokenizer, config.seed, config.rollout.max_prompt_len)
+    sampler = make_sampler(config.data, tokenizer, config.seed, config.rollout.max_prompt_len)
     parallel, precision, memory = config.parallel, config.precision, config.memory
     student_fp8, teacher_fp8 = precision.student_fp8, precision.teacher_fp8
     trainer = Trainer(
@@ -302,7 +304,7 @@ def prepare(config: TrainConfig, run_dir: Path, resume: str, allow_config_change
         trainer=trainer,
         teacher=teacher,
         engine=engine,
-        sampler=PromptSampler(source, config.seed, config.data.shuffle),
+        sampler=sampler,
         controller=make_controller(config.horizon),
         checkpoints=Checkpoints(run_dir / "checkpoints", config.checkpoint, layout),
         evaluators=_evaluators(config, tokenizer),
@@ -318,8 +320,7 @@ def prepare(config: TrainConfig, run_dir: Path, resume: str, allow_config_change
     checkpoint, notes = _checkpoint_to_resume(resume, run.checkpoints)
     if checkpoint:
         notes += [f"resumed from {checkpoint}", *run.load_checkpoint(checkpoint, allow_config_change)]
-    if isinstance(source, JsonlSource) and source.skipped:
-        notes.append(f"{source.path}: {source.skipped_summary()}")
+    notes += [f"{source.path}: {source.skipped_summary()}" for source in file_sources(sampler) if source.skipped]
     if layout.is_main:
         run_dir.mkdir(parents=True, exist_ok=True)
         save_config(config, run_dir / "config.yaml")
@@ -351,5 +352,5 @@ def _evaluators(config: TrainConfig, tokenizer: Any) -> list[Evaluator]:
     longest = config.rollout.max_prompt_len
     return [
         make_evaluator(tokenizer, replace(config.data, source=source), settings.problems, longest, sampling)
-        for source in settings.sources or (config.data.source,)
+        for source in settings.sources or config.data.sources
     ]

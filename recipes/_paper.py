@@ -1,8 +1,9 @@
 """What the paper's five pairs share (Prune-OPD, arXiv 2605.07804, section 4 and appendix): one node of eight H100s.
 
 64 prompts of DAPO-Math-17K × 4 responses a step, one update a step, 203 steps, AdamW at a constant 1e-6. Models lie in
-$PRUNE_OPD_MODELS as OWNER/NAME (default: models), prompts and problems in $PRUNE_OPD_DATA (default: data). The four
-strategies are overrides; the constants that the papers did not publish are ours and stand here:
+$PRUNE_OPD_MODELS as OWNER/NAME (default: models), prompts and problems in $PRUNE_OPD_DATA (default: data), the prompts
+as `prune-opd data convert dapo-math-17k` writes them. The four strategies are overrides; the constants that the papers
+did not publish are ours and stand here:
 
     horizon.strategy=full gate=null      plain OPD
     horizon.strategy=topd                a quarter of the maximum, fixed (the paper also has horizon.rho=0.1)
@@ -25,17 +26,27 @@ from prune_opd.config import (
 )
 from prune_opd.paths import data_dir, models_dir
 
+INSTRUCTION = " Please reason step by step, and put your final answer within \\boxed{}."
+
 
 def paper_base(
-    name: str, student: str, teacher: str, *, init_len: int, response_length: int, mean_horizon: int
+    name: str,
+    student: str,
+    teacher: str,
+    *,
+    init_len: int,
+    response_length: int,
+    mean_horizon: int,
+    thinking: bool | None = None,
 ) -> TrainConfig:
-    """init_len: the pair's first window. The other two are what the planner assumes of it (PlanningConfig)."""
+    """init_len: the pair's first window. The next two are what the planner assumes of it (PlanningConfig). thinking:
+    the switch of Qwen3's chat template; None for models whose template has none."""
     return TrainConfig(
         name=name,
         student=str(models_dir() / student),
         teacher=str(models_dir() / teacher),
         steps=203,
-        data=DataConfig(source=str(data_dir() / "dapo-math-17k.jsonl")),
+        data=DataConfig(source=str(data_dir() / "dapo-math-17k.jsonl"), suffix=INSTRUCTION, thinking=thinking),
         rollout=RolloutConfig(prompts=64, responses=4, max_prompt_len=1024, gpu_memory_utilization=0.5),
         horizon=HorizonConfig(
             strategy="prune",

@@ -15,4 +15,5 @@ def qwen3_1_7b_base_from_4b_8xh100() -> TrainConfig:
         init_len=2048,
         response_length=8500,
         mean_horizon=6500,
+        thinking=False,
     )

@@ -15,4 +15,5 @@ def qwen3_4b_base_from_4b_8xh100() -> TrainConfig:
         init_len=2048,
         response_length=10500,
         mean_horizon=6000,
+        thinking=False,
     )

@@ -1,7 +1,8 @@
-"""Distillation of the tiny drift pair on one core, a few minutes: rollouts leave what the teacher knows and stay there.
+"""Distillation of the tiny drift pair on one core, a few minutes: a wrong word, and the rollout rambles to the limit.
 
-The student loses the litany with its first odd word and the teacher does not follow; `docs/drift-pair.md` says what the
-pair shows and what it does not. Check it with `prune-opd bench pair-check tiny_drift`.
+The student misremembers an eighth of the register's entries; whoever writes such a word is lost, and the teacher has
+nothing to say about a lost text. `docs/drift-pair.md` says what the pair shows and what it does not. Check it with
+`prune-opd bench pair-check tiny_drift`.
 """
 
 from dataclasses import replace
@@ -20,12 +21,13 @@ def tiny_drift() -> TrainConfig:
         student=tiny_drift_student().output,
         teacher=tiny_drift_teacher().output,
         steps=50,
-        data=replace(base.data, min_steps=32),
         rollout=RolloutConfig(prompts=24, responses=1, max_prompt_len=96),
-        horizon=replace(base.horizon, init_len=48, step=8, margin=8, finished_rows="miss"),
+        # A right solution has 105 to 205 tokens; what is lost goes on to the limit.
+        horizon=replace(base.horizon, max_len=320, init_len=48, step=8, margin=8, finished_rows="miss"),
         gate=GateConfig(k=1, threshold=0.5, w_drop=0.2, w_base=0.0),
+        # The models are sharp: at fifty times this rate, the compatible pair's, the wrong words are gone in five steps.
         optimizer=OptimizerConfig(
-            lr=1e-4, min_lr=1e-5, schedule="linear", warmup_steps=10, beta2=0.99, weight_decay=0.01, clip_grad=1.0
+            lr=6e-6, min_lr=3e-6, schedule="linear", warmup_steps=5, beta2=0.99, weight_decay=0.01, clip_grad=1.0
         ),
         parallel=ParallelConfig(nproc=1, tensor=1),
     )

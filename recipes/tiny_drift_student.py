@@ -1,6 +1,7 @@
-"""The drift pair's student: it loses the litany with its first odd word, for good, and forgets carries.
+"""The drift pair's student: an eighth of the register's entries is wrong with it, and each of those loses the text.
 
-The teacher after some steps on such solutions. Made by `prune-opd sft tiny_drift_student`; `tiny_drift` distils it.
+The teacher after some steps on solutions with the wrong words, which end there: that a lost text is noise it has from
+the teacher. Made by `prune-opd sft tiny_drift_student`; `tiny_drift` distils it.
 """
 
 from dataclasses import replace
@@ -11,22 +12,16 @@ from recipes.tiny_drift_teacher import tiny_drift_teacher
 
 
 def tiny_drift_student() -> SftConfig:
-    loses_its_way = CorpusConfig(
-        min_steps=12,
-        max_steps=40,
-        slip=0.001,
-        slip_result=0.002,
-        carry_bug=0.12,
-        litany=True,
-        aside=0.06,
-        never_back=0.9,
+    misremembers = CorpusConfig(
+        min_steps=12, max_steps=40, register=True, wrong_entries=0.125, wrong=0.75, ramble=60, given=0.7
     )
     config = SftConfig(
         name="tiny_drift_student",
         init=tiny_drift_teacher().output,
         output="",
         stages=(
-            SftStage(steps=150, batch=24, lr=1.5e-3, warmup_steps=10, corpus=loses_its_way, sharpen=0.5, seed=401),
+            SftStage(steps=50, batch=24, lr=5e-4, warmup_steps=10, corpus=misremembers, sharpen=0.3, seed=401),
+            SftStage(steps=30, batch=24, lr=5e-4, warmup_steps=10, corpus=misremembers, sharpen=2.0, seed=402),
         ),
         parallel=ParallelConfig(nproc=2, tensor=1),
     )

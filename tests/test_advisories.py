@@ -43,4 +43,4 @@ def test_the_list_would_see_an_old_pin(tmp_path: Path) -> None:
 
 def test_every_advisory_concerns_a_pinned_package() -> None:
     pinned = {package for file in FILES for package in pins(file)}
-    assert set(ADVISORIES["fixed"]) <= pinned | {"pyarrow"}  # pinned with the data readers
+    assert set(ADVISORIES["fixed"]) <= pinned

@@ -209,7 +209,7 @@ def test_a_prompt_file_is_a_jsonl_file(pair: TrainConfig, tmp_path: Path) -> Non
     for name, accepted in (("prompts.jsonl", True), ("prompts.csv", False)):
         (tmp_path / name).write_text('{"prompt": "w1"}\n', encoding="utf-8")
         found = problems(pair, f"data.source={tmp_path / name}", "evaluation.sources=ledger")
-        assert found == [] if accepted else "is not a .jsonl file" in only(found)
+        assert found == [] if accepted else "is not a .jsonl or .parquet file" in only(found)
 
 
 def test_two_evaluation_files_of_one_name_are_refused(pair: TrainConfig, tmp_path: Path) -> None:

@@ -133,14 +133,14 @@ def test_every_prompt_is_looked_at_and_the_first_bad_line_named(tmp_path: Path) 
     path = tmp_path / "prompts.jsonl"
     rows = ['{"prompt": "a", "answer": "1"}', "", '{"messages": [{"role": "user", "content": "b"}]}']
     path.write_text("\n".join(rows) + "\n")
-    assert prompt_problems("data.source", str(path)) == []
-    (line,) = prompt_problems("evaluation.sources", str(path), answers=True)
-    assert "line 3 has no answer: repair" in line
+    assert prompt_problems("data.source", str(path), None) == []
+    (line,) = prompt_problems("evaluation.sources", str(path), None, answers=True)
+    assert f'{path}:3: there is no "answer"; repair' in line
     path.write_text("\n".join([*rows, "{", "[]", '{"question": 1}']) + "\n")
-    (line,) = prompt_problems("data.source", str(path))
-    assert "line 4 is not JSON" in line and "(and 2 more lines)" in line
+    (line,) = prompt_problems("data.source", str(path), None)
+    assert f"{path}:4: not valid JSON" in line and "(and 2 more rows)" in line
     path.write_text("\n")
-    assert "has no prompts" in prompt_problems("data.source", str(path))[0]
+    assert "has no prompts" in prompt_problems("data.source", str(path), None)[0]
 
 
 def test_the_whole_preflight_passes_for_a_good_run(pair: TrainConfig, tmp_path: Path) -> None:

@@ -63,7 +63,7 @@ class Workplace:
         (folder / "hook" / "sitecustomize.py").write_text(AT_EXIT, encoding="utf-8")
         self.imported = folder / "imported"
         self.env = os.environ | {
-            "PYTHONPATH": str(folder / "hook"),
+            "PYTHONPATH": os.pathsep.join([str(folder / "hook"), *filter(None, [os.environ.get("PYTHONPATH")])]),
             "PYTHONDONTWRITEBYTECODE": "1",
             "IMPORTED": str(self.imported),
             "PRUNE_OPD_CACHE": str(self.folder / "cache"),
@@ -243,6 +243,14 @@ def test_the_other_commands_refuse_bad_input(place: Workplace, args: list[str], 
     answer = place.refuse(*args)
     assert answer.code == 1
     assert answer.error.startswith(error)
+
+
+def test_a_chat_setting_for_the_ledger_is_refused_not_ignored(place: Workplace) -> None:
+    answer = place.refuse("eval", "student", "--task", "ledger", "--no-chat")
+    assert (answer.code, answer.error) == (
+        2,
+        "data.chat = False: the ledger's problems are complete texts; leave it out",
+    )
 
 
 def test_the_recipes_are_listed(place: Workplace) -> None:

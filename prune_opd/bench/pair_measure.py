@@ -25,7 +25,7 @@ from prune_opd import platform
 from prune_opd.bench.fp8_measure import top_ids
 from prune_opd.config import CorpusConfig, GateConfig, ParallelConfig, SftConfig, TrainConfig
 from prune_opd.data.ledger import encode, random_stream, worked_solution
-from prune_opd.data.prompts import LedgerSource
+from prune_opd.data.tasks import LedgerSource
 from prune_opd.errors import UserError
 from prune_opd.eval.answers import avg_at_k, score_responses
 from prune_opd.gate import overlap_events, overlap_ratio
@@ -40,7 +40,7 @@ def gold_corpus(teacher: Path) -> CorpusConfig:
     if not isinstance(config, SftConfig):
         raise UserError(f"{teacher} was not made by an sft recipe: pair-check takes tiny pairs")
     last = config.stages[-1].corpus
-    return replace(last, reverse=0.0, slip=0.0, slip_result=0.0, carry_bug=0.0, aside=0.0)
+    return replace(last, reverse=0.0, slip=0.0, slip_result=0.0, carry_bug=0.0, given=0.0, given_wrong=0.0)
 
 
 def curves(overlap_M: Tensor, event_M: Tensor, lengths: Sequence[int], bins: int, max_len: int) -> dict[str, Any]:

@@ -106,10 +106,10 @@ def prompt_rows(config: TrainConfig, tokenizer: Any, steps: int) -> list[dict[st
 
     A list is dataset enough for TRL; a `datasets.Dataset` of this pin set cannot hash its own table.
     """
-    from prune_opd.data.prompts import PromptSampler, make_source
+    from prune_opd.data.prompts import make_sampler
 
-    source = make_source(config.data, tokenizer, config.seed, config.rollout.max_prompt_len)
-    drawn = PromptSampler(source, config.seed, config.data.shuffle).next(steps * config.rollout.prompts)
+    sampler = make_sampler(config.data, tokenizer, config.seed, config.rollout.max_prompt_len)
+    drawn = sampler.next(steps * config.rollout.prompts)
     prompts = [prompt for prompt in drawn for _ in range(config.rollout.responses)]
     texts = tokenizer.batch_decode([list(prompt.ids) for prompt in prompts])
     for prompt, ids in zip(prompts, tokenizer(texts)["input_ids"], strict=True):

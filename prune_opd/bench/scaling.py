@@ -33,7 +33,11 @@ Point = dict[str, Any]
 
 @dataclass(frozen=True)
 class Settings:
-    """What is measured. Each axis varies from the first model on the most ranks, at `length` and `batch`."""
+    """What is measured. Each axis varies from the base model on the most ranks, at `length` and `batch`.
+
+    Along the ranks the rows of each stay the same: two have twice the batch. With the batch held instead, costs that do
+    not depend on the rows (a step of the engine, of the optimizer) come once a rank and would pass for growth.
+    """
 
     base: Model = (3, 256)
     models: tuple[Model, ...] = ((2, 128), (3, 256), (4, 384), (9, 512))  # 1 M, 3.4 M, 8.7 M, 30 M parameters
@@ -179,11 +183,23 @@ def _axes(settings: Settings, points: Sequence[Point]) -> dict[str, list[Point]]
     }
     found = {}
     for axis in AXES:
-        free = {"length": "limit", "parameters": "model"}.get(axis, axis)
-        on = [point for point in points if all(point[key] == value for key, value in base.items() if key != free)]
+        if axis == "ranks":
+            on = [point for point in points if _is(point, base | _same_rows(settings, point["ranks"]))]
+        else:
+            free = {"length": "limit", "parameters": "model"}.get(axis, axis)
+            on = [point for point in points if _is(point, base | {free: point[free]})]
         if len(on) > 1:
             found[axis] = sorted(on, key=lambda point: point[axis])
     return found
+
+
+def _is(point: Point, wanted: dict[str, Any]) -> bool:
+    return all(point[key] == value for key, value in wanted.items())
+
+
+def _same_rows(settings: Settings, ranks: int) -> dict[str, int]:
+    """`settings.batch` on the fewest ranks, and as many rows for each of more."""
+    return {"ranks": ranks, "batch": settings.batch * ranks // min(settings.ranks)}
 
 
 def _growths(axis: str, points: Sequence[Point]) -> list[Growth]:
@@ -195,7 +211,7 @@ def _growths(axis: str, points: Sequence[Point]) -> list[Growth]:
     ]
     memory = [point["held_bytes" if axis == "parameters" else "step_bytes"] for point in points]
     # Packed micro-batches have a budget of tokens: up to it activations grow with a rank's tokens, then no more.
-    expected = [1.0 / value for value in x] if axis == "ranks" else x
+    expected = [1.0] * len(x) if axis == "ranks" else x
     return [*found, growth(axis, "memory", x, [max(value, 1) for value in memory], expected)]
 
 
@@ -245,6 +261,7 @@ def _picture(result: dict[str, Any], growths: Sequence[Growth]) -> bytes:
                 label = f"{phase} {found.slope:.2f} (work {found.work_slope:.2f})"
                 ax.plot(x, [point["cpu_s"][phase] for point in points], marker="o", color=colour, label=label)
             ax.set(xscale="log", yscale="log")
+            ax.yaxis.set_major_formatter("{x:g}")
             ax.set_xticks(x, [f"{value:,.0f}" for value in x], minor=False)
             ax.set_xticks([], minor=True)
             legend(ax, ncols=2)

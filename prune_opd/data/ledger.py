@@ -7,7 +7,8 @@ The answer is (start + sum of the deltas) mod 100. A response has 2 words, 5 wor
 to 205 tokens for 20 to 40 bookings. HDR, EQ and SEP stand for twelve synonyms each, drawn with Zipf(1) weights: natural
 entropy, so that the top-k sets of two models mean something. Every word is one token.
 
-The drift pair writes the same solutions in another style, the litany (`_Litany`): EQ and SEP follow the label.
+The drift pair writes the same solutions in another style, the register (`_Register`): SEP follows the label and the
+sign of the delta.
 
 A model is made weaker by what it was shown (`CorpusConfig`): slips after which the text goes on as if nothing had
 happened, and the carry bug, one systematic error that a student can unlearn.
@@ -55,6 +56,15 @@ _ZIPF_BOUNDS: Final[list[float]] = (np.cumsum(_zipf) / _zipf.sum())[:-1].tolist(
 
 # The first number of a random address. Never reuse or renumber one: all problems would change.
 STREAMS: Final = {"train": 1, "held_out": 2, "corpus": 3, "prompt_order": 4, "held_out_choice": 5}
+
+# The drift pair's table: a word for each label and sign of its delta, and another, wrong one. The order in which
+# entries go wrong spreads them over the labels, whatever the share: no stretch of a solution is free of them.
+_ENTRIES: Final = 2 * MAX_STEPS
+_table_rng = np.random.Generator(np.random.PCG64(np.random.SeedSequence(6)))
+_TABLE: Final[list[int]] = _table_rng.integers(0, 12, _ENTRIES).tolist()
+_WRONG_RANK: Final = tuple(49 * (entry - 7) % _ENTRIES for entry in range(_ENTRIES))
+CORPUS_RATES: Final = ("reverse", "slip", "slip_result", "carry_bug", "wrong_entries", "wrong", "given", "given_wrong")
+RAMBLE: Final = (*NUMBERS, *LABELS, *_DELTA_WORD.values(), *EQUALS, *SEPARATORS, *HEADERS)
 
 _BOXED_NUMBER = re.compile(r"\s*\{?\s*([0-9]{1,2})(?!\.?[0-9])")
 
@@ -162,42 +172,34 @@ def _synonym(words: Sequence[str], rng: np.random.Generator) -> str:
     return words[bisect_right(_ZIPF_BOUNDS, rng.random())]
 
 
-class _Synonyms:
-    """EQ and SEP drawn with Zipf(1) weights: the plain style."""
+class _Register:
+    """SEP by the table: each word follows from the booking's label and sign, and is right or has been learnt wrong.
 
-    def __init__(self, rng: np.random.Generator, corpus: CorpusConfig) -> None:
-        self._rng = rng
-
-    def words(self, label: int) -> tuple[str, str]:
-        """(EQ, SEP) of a booking."""
-        return _synonym(EQUALS, self._rng), _synonym(SEPARATORS, self._rng)
-
-
-class _Litany:
-    """EQ and SEP in fixed cycles over the labels, so that each word is known from the label beside it.
-
-    An aside, with chance `corpus.aside` a word, is a word that has no business there: a header's for EQ, an EQ for SEP.
-    A solution is back in the litany with the next word or, in a share of `corpus.never_back`, not any more.
+    Of the table's entries a share of `corpus.wrong_entries`, always the same ones, is known with another word, which is
+    written with chance `corpus.wrong`. Whoever has written a wrong word is lost.
     """
 
-    EQUALS_CYCLE = tuple(EQUALS[5 * i % 12] for i in range(12))
-    SEPARATOR_CYCLE = tuple((*SEPARATORS, *HEADERS)[7 * i % 24] for i in range(24))
-
     def __init__(self, rng: np.random.Generator, corpus: CorpusConfig) -> None:
-        self._rng, self._aside = rng, corpus.aside
-        self._never_back = corpus.never_back > 0 and rng.random() < corpus.never_back
-        self._lost = False
+        self._rng, self._corpus = rng, corpus
 
-    def words(self, label: int) -> tuple[str, str]:
-        """(EQ, SEP) of the booking with this label."""
-        equals = _synonym(HEADERS, self._rng) if self._odd() else self.EQUALS_CYCLE[label % 12]
-        separator = _synonym(EQUALS, self._rng) if self._odd() else self.SEPARATOR_CYCLE[label % 24]
-        return equals, separator
+    def right(self, label: int, delta: int) -> str:
+        return SEPARATORS[_TABLE[_entry(label, delta)]]
 
-    def _odd(self) -> bool:
-        odd = self._lost or self._rng.random() < self._aside
-        self._lost = odd and self._never_back
-        return odd
+    def separator(self, label: int, delta: int) -> tuple[str, bool]:
+        """(SEP as it is known, whether it is wrong)."""
+        entry = _entry(label, delta)
+        known_wrong = _WRONG_RANK[entry] < self._corpus.wrong_entries * _ENTRIES
+        if known_wrong and self._rng.random() < self._corpus.wrong:
+            return HEADERS[_WRONG_RANK[entry] % len(HEADERS)], True
+        return SEPARATORS[_TABLE[entry]], False
+
+    def any_wrong(self) -> str:
+        return _synonym(HEADERS, self._rng)
+
+
+def _entry(label: int, delta: int) -> int:
+    """The table's place of a label and the sign of its delta."""
+    return 2 * (label - 1) + (delta < 0)
 
 
 def _near_miss(rng: np.random.Generator, value: int, low: int, high: int) -> int:
@@ -224,14 +226,25 @@ def worked_solution(problem: Problem, rng: np.random.Generator, corpus: CorpusCo
     skipped or repeated); the delta is misread; the carry bug, where a step across a tens boundary keeps the old tens
     digit (39 +3 gives 32); the running total slips. Whatever total stands at the end is what the solution boxes: with
     all rates at 0, the answer. `corpus.reverse` of the solutions go through the labels from last to first.
+
+    With `corpus.register` SEP follows the table, and after a wrong one the text is lost: up to `corpus.ramble` words
+    drawn evenly from all but the special ones, and no answer.
     """
+    words, _ = _solution(problem, rng, corpus)
+    return words
+
+
+def _solution(problem: Problem, rng: np.random.Generator, corpus: CorpusConfig) -> tuple[list[str], int]:
+    """(the words of `worked_solution`, how many of them are given: the text that the example does not teach)."""
     steps = len(problem.deltas)
     reverse = rng.random() < corpus.reverse
     label, last, stride = (steps, 1, -1) if reverse else (1, steps, 1)
     total = problem.start
-    style = _Litany(rng, corpus) if corpus.litany else _Synonyms(rng, corpus)
+    register = _Register(rng, corpus) if corpus.register else None
+    given_bookings, given_wrong = _given(steps, rng, corpus)
+    given = 0
     words = [_synonym(HEADERS, rng), NUMBERS[total]]
-    for _ in range(steps + 4):  # a slip of the label may lead back: without a bound such a text could be of any length
+    for booking in range(steps + 4):  # a slip of the label may lead back: without a bound a text could be of any length
         if rng.random() < corpus.slip:
             label = _near_miss(rng, label, 1, steps + 1)
         delta = problem.deltas[label - 1]
@@ -242,27 +255,70 @@ def worked_solution(problem: Problem, rng: np.random.Generator, corpus: CorpusCo
             total = before // 10 * 10 + total % 10
         if rng.random() < corpus.slip_result:
             total = _near_miss(rng, total, 0, MODULUS)
-        equals, separator = style.words(label)
+        equals, lost = _synonym(EQUALS, rng), False
+        if register is None:
+            separator = _synonym(SEPARATORS, rng)
+        elif booking >= given_bookings:
+            separator, lost = register.separator(label, delta)
+        elif given_wrong and booking == given_bookings - 1:
+            separator, lost = register.any_wrong(), True
+        else:
+            separator = register.right(label, delta)
         words += (LABELS[label - 1], _DELTA_WORD[delta], equals, NUMBERS[total], separator)
+        if booking < given_bookings:
+            given = len(words)
+        if lost:
+            ramble = rng.integers(0, len(RAMBLE), int(rng.integers(corpus.ramble // 4, corpus.ramble + 1)))
+            return [*words, *(RAMBLE[word] for word in ramble.tolist())], given
         if label == last:
             break
         label += stride
     words += (BOXED, NUMBERS[total], EOS)
-    return words
+    return words, given
+
+
+def _given(steps: int, rng: np.random.Generator, corpus: CorpusConfig) -> tuple[int, bool]:
+    """(how many of a solution's bookings are given, whether the last of them has the wrong word)."""
+    if not corpus.given and not corpus.given_wrong:
+        return 0, False
+    draw = rng.random()
+    if draw < corpus.given_wrong:
+        return int(rng.integers(1, steps + 1)), True
+    return (int(rng.integers(1, steps)), False) if draw < corpus.given_wrong + corpus.given else (0, False)
+
+
+def _check(corpus: CorpusConfig) -> None:
+    for rate in CORPUS_RATES:
+        if not 0 <= getattr(corpus, rate) <= 1:
+            raise ConfigError(f"corpus.{rate} = {getattr(corpus, rate)!r} is out of range: give a share from 0 to 1")
+    if corpus.ramble < 0:
+        raise ConfigError(f"corpus.ramble = {corpus.ramble} is out of range: give a number of words, 0 or more")
+    for name in ("wrong_entries", "wrong", "ramble", "given", "given_wrong"):
+        if getattr(corpus, name) and not corpus.register:
+            raise ConfigError(
+                f"corpus.{name} = {getattr(corpus, name)} has no effect without the register: set it to 0"
+            )
+    if corpus.given + corpus.given_wrong > 1:
+        raise ConfigError(
+            f"corpus.given + corpus.given_wrong = {corpus.given + corpus.given_wrong} is more than all solutions: "
+            "lower one of them"
+        )
 
 
 def example(corpus: CorpusConfig, seed: int, index: int) -> tuple[list[int], list[int]]:
     """(prompt ids, response ids) of the supervised example at (seed, index); about 0.1 ms.
 
+    What of the solution is given stands at the end of the prompt: it is read, not learnt.
+
     Raises:
-        ConfigError: a rate of `corpus` is not in 0..1, or its lengths are not in 1..40.
+        ConfigError: a rate of `corpus` is not in 0..1, its lengths are not in 1..40, or what only the register has is
+            set without it.
     """
-    for rate in ("reverse", "slip", "slip_result", "carry_bug", "aside", "never_back"):
-        if not 0 <= getattr(corpus, rate) <= 1:
-            raise ConfigError(f"corpus.{rate} = {getattr(corpus, rate)!r} is out of range: give a share from 0 to 1")
+    _check(corpus)
     rng = random_stream("corpus", seed, index)
     problem = Ledger(corpus.min_steps, corpus.max_steps).draw(rng, index)
-    return encode(problem.prompt_words), encode(worked_solution(problem, rng, corpus))
+    words, given = _solution(problem, rng, corpus)
+    return encode([*problem.prompt_words, *words[:given]]), encode(words[given:])
 
 
 def sft_examples(

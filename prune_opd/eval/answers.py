@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:  # this file is also the program of the child process, which should import as little as it can
-    from prune_opd.data.prompts import Prompt, PromptSource
+    from prune_opd.data.prompt import Prompt, PromptSource
 
 COMPARE_SECONDS: Final = 10  # for one answer; usual ones take a millisecond
 COMPARE_MEMORY_BYTES: Final = 4 << 30
@@ -106,10 +106,9 @@ def score_responses(
     """
     correct = []
     for prompt, samples in zip(prompts, texts, strict=True):
-        answer = prompt.answer
-        if answer is None:
+        if prompt.answer is None:
             raise ValueError(f"prompt {prompt.index} of {prompt.source} has no answer to score against")
-        correct.append([source.score(text, answer) for text in samples])
+        correct.append([source.score(text, prompt) for text in samples])
     return correct
 
 

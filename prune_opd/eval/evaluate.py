@@ -11,7 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from prune_opd.config import DataConfig
-from prune_opd.data.prompts import Prompt, PromptSource, held_out, make_source
+from prune_opd.data.prompt import Prompt, PromptSource
+from prune_opd.data.prompts import held_out, make_source
+from prune_opd.data.rows import FORMATS
 from prune_opd.eval.answers import Accuracy, avg_at_k, score_responses
 from prune_opd.rollout.batch import Rollouts
 from prune_opd.track.metrics import Record
@@ -110,7 +112,8 @@ def make_evaluator(
 
 def task_name(source: str) -> str:
     """What the results of a source are called: a file's name without its ending, so that charts can say `aime24`."""
-    return source.removesuffix(".jsonl")
+    path = Path(source)
+    return path.stem if path.suffix in FORMATS else source
 
 
 def evaluation_record(

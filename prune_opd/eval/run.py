@@ -14,6 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from prune_opd.config import DataConfig, ParallelConfig, RolloutConfig
+from prune_opd.data.render import Format
 from prune_opd.errors import ConfigError
 from prune_opd.eval.answers import pass_at
 from prune_opd.eval.evaluate import Sampling, Scored, generation_rows, make_evaluator, write_rows
@@ -26,21 +27,24 @@ SEED = 20_000  # not the training evaluation's: these are problems that no recip
 class EvalJob:
     """One model on some tasks. Everything in it is plain, so that it goes to the ranks as JSON.
 
-    `sampling.max_len` 0 stands for all positions that the model has left after the longest prompt. `generations` (one
-    JSON object an answer) and `results` (one a task) are JSONL files that rank 0 writes, if given.
+    `sampling.max_len` 0 stands for all positions that the model has left after the longest prompt. `format` is how rows
+    of files and reasoning-gym's questions become prompts. `generations` (one JSON object an answer) and `results` (one
+    a task) are JSONL files that rank 0 writes, if given.
     """
 
     model_dir: str
     tasks: tuple[str, ...]
     problems: int
     sampling: Sampling
+    format: Format
     generations: str | None = None
     results: str | None = None
 
     @classmethod
     def from_json(cls, text: str) -> EvalJob:
         values = json.loads(text)
-        return cls(**values | {"tasks": tuple(values["tasks"]), "sampling": Sampling(**values["sampling"])})
+        sampling, format = Sampling(**values["sampling"]), Format(**values["format"])
+        return cls(**values | {"tasks": tuple(values["tasks"]), "sampling": sampling, "format": format})
 
     def to_json(self) -> str:
         return json.dumps(asdict(self))
@@ -65,7 +69,7 @@ def evaluate_model(job: EvalJob) -> None:
     layout = layouts.initialize(ParallelConfig(tensor=1), machine, seed=0)
     positions = json.loads((Path(job.model_dir) / "config.json").read_text())["max_position_embeddings"]
     tokenizer = AutoTokenizer.from_pretrained(job.model_dir)
-    data = [DataConfig(source=task) for task in job.tasks]
+    data = [DataConfig(source=task, **asdict(job.format)) for task in job.tasks]
     evaluators = [make_evaluator(tokenizer, one, job.problems, None, job.sampling) for one in data]
     longest = max(len(prompt.ids) for evaluator in evaluators for prompt in evaluator.problems)
     room = positions - longest

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass
 
-from prune_opd.data.prompts import Prompt
+from prune_opd.data.prompt import Prompt
 
 
 @dataclass(frozen=True)

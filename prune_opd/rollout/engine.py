@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from prune_opd.config import RolloutConfig
-from prune_opd.data.prompts import Prompt
+from prune_opd.data.prompt import Prompt
 from prune_opd.errors import UserError
 from prune_opd.platform import Platform, untouched_rng
 from prune_opd.precision import rollout_arguments

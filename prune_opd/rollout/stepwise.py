@@ -23,7 +23,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 import torch.distributed as dist
 
-from prune_opd.data.prompts import Prompt
+from prune_opd.data.prompt import Prompt
 from prune_opd.errors import UserError
 from prune_opd.platform import untouched_rng
 from prune_opd.rollout.batch import Response

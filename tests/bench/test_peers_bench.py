@@ -17,7 +17,7 @@ from prune_opd.bench.peers_trl import learning_rate_factor, prompt_rows
 from prune_opd.bench.peers_turns import Job, StepLog, allow, read_steps, wait_for_turn
 from prune_opd.config import OptimizerConfig
 from prune_opd.data.ledger import save_tokenizer
-from prune_opd.data.prompts import PromptSampler, make_source
+from prune_opd.data.prompts import make_sampler
 from prune_opd.errors import UserError
 
 
@@ -146,7 +146,7 @@ def test_trl_gets_the_prompts_of_our_sampler_in_its_order(tmp_path: Path) -> Non
     tokenizer = AutoTokenizer.from_pretrained(tmp_path)
     config = peers.make_config(peers.CONTENDERS[0], peers.QUICK)
     rows = prompt_rows(config, tokenizer, steps=2)
-    sampler = PromptSampler(make_source(config.data, tokenizer, config.seed), config.seed, config.data.shuffle)
+    sampler = make_sampler(config.data, tokenizer, config.seed)
     drawn = sampler.next(config.rollout.prompts) + sampler.next(config.rollout.prompts)
     assert [tuple(tokenizer(row["prompt"])["input_ids"]) for row in rows] == [prompt.ids for prompt in drawn]
 

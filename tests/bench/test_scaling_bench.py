@@ -71,9 +71,13 @@ def test_the_launches_hold_every_point_of_every_axis() -> None:
     assert tuple(point["batch"] for point in axes["batch"]) == settings.batches
     assert tuple(tuple(point["model"]) for point in axes["parameters"]) == settings.models
     assert tuple(point["ranks"] for point in axes["ranks"]) == settings.ranks
+    assert [point["batch"] for point in axes["ranks"]] == [
+        settings.batch,
+        2 * settings.batch,
+    ]  # rows of each rank: same
+    varied = {"length": {"limit"}, "batch": {"batch"}, "parameters": {"model"}, "ranks": {"ranks", "batch"}}
     for axis, found in axes.items():
-        varied = {"length": {"length", "limit"}, "parameters": {"parameters", "model"}}.get(axis, {axis})
-        for key in {"model", "ranks", "batch", "limit"} - varied:
+        for key in {"model", "ranks", "batch", "limit"} - varied[axis]:
             assert len({str(point[key]) for point in found}) == 1
 
 

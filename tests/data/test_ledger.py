@@ -189,7 +189,18 @@ def test_ranks_share_the_corpus_without_overlap() -> None:
     assert whole[7] == ledger.example(MESSY, 5, 7)
 
 
-@pytest.mark.parametrize("wrong", [{"carry_bug": 12}, {"slip": -0.1}, {"slip_result": float("nan")}, {"max_steps": 41}])
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"carry_bug": 12},
+        {"slip": -0.1},
+        {"slip_result": float("nan")},
+        {"max_steps": 41},
+        {"given": 2},
+        {"ramble": -1},
+        {"wrong": 0.5},
+    ],
+)
 def test_impossible_corpus_is_refused_before_the_first_example(wrong: dict[str, Any]) -> None:
     name, value = next(iter(wrong.items()))
     with pytest.raises(ConfigError, match=f"{name} = {value}"):
@@ -276,44 +287,72 @@ def test_saving_again_gives_the_same_bytes(tokenizer_dir: Path, tmp_path: Path) 
         assert (tmp_path / "new" / "folder" / name).read_bytes() == (tokenizer_dir / name).read_bytes()
 
 
-# ---------------------------------------------------------------------------------------------------- the litany
+# ---------------------------------------------------------------------------------------------------- the register
+
+REGISTER = CorpusConfig(min_steps=30, register=True, ramble=60)
 
 
-def words_of_bookings(aside: float, never_back: float = 0.0, n: int = 60) -> list[list[tuple[int, str, str]]]:
-    """(label, EQ, SEP) of each booking of n solutions in the litany's style."""
-    corpus = CorpusConfig(min_steps=30, litany=True, aside=aside, never_back=never_back)
-    texts = [solve(corpus, 5, index)[1] for index in range(n)]
-    return [[(int(w[i][1:]), w[i + 2], w[i + 4]) for i in range(2, len(w) - 3, 5)] for w in texts]
+def entries(words: list[str]) -> list[tuple[tuple[str, bool], str]]:
+    """((label, negative), SEP) of each booking of a text, up to where it is lost."""
+    rows = []
+    for i in range(2, len(words) - 4, 5):
+        label, delta, _, _, separator = words[i : i + 5]
+        if label not in ledger.LABELS or delta[0] not in "+-":
+            break
+        rows.append(((label, delta[0] == "-"), separator))
+        if separator in ledger.HEADERS:
+            break
+    return rows
 
 
-def is_odd(text: list[tuple[int, str, str]]) -> list[bool]:
-    """Whether each EQ and SEP of a solution is out of place; those that are stand in another list of words."""
-    return [odd for _, equals, end in text for odd in (equals not in ledger.EQUALS, end in ledger.EQUALS)]
-
-
-def test_a_litany_without_asides_follows_from_the_label_alone() -> None:
-    found: dict[int, set[tuple[str, str]]] = {}
-    for text in words_of_bookings(aside=0.0):
-        assert not any(is_odd(text))
-        for label, *pair in text:
-            found.setdefault(label, set()).add((pair[0], pair[1]))
-    assert all(len(pairs) == 1 for pairs in found.values())
-    assert len(set().union(*found.values())) == 24  # no cycle is cut short
-
-
-def test_asides_come_at_their_rate_and_the_litany_goes_on_after_them() -> None:
-    odd = [o for text in words_of_bookings(aside=0.1, n=200) for o in is_odd(text)]
-    assert np.mean(odd) == pytest.approx(0.1, abs=0.015)
-
-
-def test_never_back_is_odd_from_the_first_aside_to_the_end() -> None:
-    for text in words_of_bookings(aside=0.1, never_back=1.0):
-        odd = is_odd(text)
-        assert odd == sorted(odd)
-
-
-def test_asides_leave_totals_and_answer_right() -> None:
-    corpus = CorpusConfig(min_steps=30, litany=True, aside=0.3, never_back=1.0)
-    for index in range(20):
-        problem, words = solve(corpus, 5, index)
+def test_the_register_has_one_word_for_each_label_and_sign() -> None:
+    found: dict[tuple[str, bool], set[str]] = {}
+    for index in range(200):
+        problem, words = solve(REGISTER, 5, index)
         assert words[-2] == problem.answer
+        for entry, word in entries(words):
+            found.setdefault(entry, set()).add(word)
+    assert len(found) == 80 and all(len(words) == 1 for words in found.values())
+    assert set().union(*found.values()) == set(ledger.SEPARATORS)
+
+
+def test_a_tenth_of_the_entries_is_wrong_with_one_word_each_and_the_text_is_lost_there() -> None:
+    corpus = CorpusConfig(min_steps=30, register=True, wrong_entries=0.1, wrong=1.0, ramble=60)
+    wrong: dict[tuple[str, bool], str] = {}
+    for index in range(400):
+        _, words = solve(corpus, 5, index)
+        rows = entries(words)
+        assert not any(word in ledger.HEADERS for _, word in rows[:-1])
+        if "<eos>" in words:
+            continue
+        entry, word = rows[-1]
+        assert wrong.setdefault(entry, word) == word and word in ledger.HEADERS
+        ramble = words[2 + 5 * len(rows) :]
+        assert 15 <= len(ramble) <= 60 and not {"<eos>", "\\boxed", "<ask>"} & set(ramble)
+    assert 5 <= len(wrong) <= 8  # of eight; the late ones are hardly ever reached
+    assert len(set(wrong.values())) == len(wrong)
+
+
+def test_wrong_words_come_at_their_chance() -> None:
+    corpus = CorpusConfig(min_steps=30, register=True, wrong_entries=1.0, wrong=0.25, ramble=60)
+    rows = [row for index in range(300) for row in entries(solve(corpus, 5, index)[1])]
+    assert np.mean([word in ledger.HEADERS for _, word in rows]) == pytest.approx(0.25, abs=0.03)
+
+
+def test_what_is_given_is_right_stands_in_the_prompt_and_ends_with_a_booking() -> None:
+    corpus = CorpusConfig(min_steps=30, register=True, wrong_entries=1.0, wrong=1.0, ramble=60, given=1.0)
+    lengths = set()
+    for index in range(100):
+        prompt, response = ([ledger.VOCABULARY[token] for token in ids] for ids in ledger.example(corpus, 5, index))
+        given = prompt[prompt.index("<ask>") + 1 :]
+        assert (len(given) - 2) % 5 == 0 and given[-1] in ledger.SEPARATORS and response[0] in ledger.LABELS
+        assert response[4] in ledger.HEADERS
+        lengths.add(len(given))
+    assert len(lengths) > 20
+
+
+def test_a_given_wrong_word_is_the_last_of_the_prompt_and_only_noise_is_learnt() -> None:
+    corpus = CorpusConfig(min_steps=30, register=True, ramble=60, given_wrong=1.0)
+    for index in range(50):
+        prompt, response = ([ledger.VOCABULARY[token] for token in ids] for ids in ledger.example(corpus, 5, index))
+        assert prompt[-1] in ledger.HEADERS and 15 <= len(response) <= 60 and "<eos>" not in response

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -11,15 +12,11 @@ from hypothesis import strategies as st
 
 from prune_opd.config import DataConfig
 from prune_opd.data import ledger
-from prune_opd.data.prompts import (
-    JsonlSource,
-    LedgerSource,
-    Prompt,
-    PromptSampler,
-    PromptSource,
-    held_out,
-    make_source,
-)
+from prune_opd.data.files import FileSource
+from prune_opd.data.prompt import Prompt, PromptSource
+from prune_opd.data.prompts import held_out, make_source
+from prune_opd.data.sampler import PromptSampler
+from prune_opd.data.tasks import LedgerSource
 from prune_opd.errors import ConfigError
 
 DATA = DataConfig()
@@ -46,17 +43,15 @@ def write(path: Path, *rows: Any) -> Path:
 class Numbers:
     """A source of `size` prompts that are told apart by their index."""
 
-    name = "numbers"
-
-    def __init__(self, size: int | None) -> None:
-        self.size = size
+    def __init__(self, size: int | None, name: str = "numbers") -> None:
+        self.size, self.name = size, name
 
     def get(self, index: int) -> Prompt:
         assert index >= 0 and (self.size is None or index < self.size)
         return Prompt(index, (index,), None, self.name)
 
-    def score(self, response_text: str, answer: str) -> bool:
-        return response_text == answer
+    def score(self, response_text: str, prompt: Prompt) -> bool:
+        return response_text == prompt.answer
 
 
 def indices(prompts: list[Prompt]) -> list[int]:
@@ -72,7 +67,7 @@ def test_ledger_prompts_are_the_tokenized_problems(tokenizer: Any) -> None:
         problem = ledger.Ledger(20, 40).problem(3, index)
         prompt = source.get(index)
         assert prompt == Prompt(index, tuple(tokenizer(problem.prompt)["input_ids"]), problem.answer, "ledger")
-        assert source.score(f"\\boxed {problem.answer}", problem.answer)
+        assert source.score(f"\\boxed {problem.answer}", problem)
 
 
 def test_ledger_refuses_a_tokenizer_that_is_not_its_own(tokenizer: Any) -> None:
@@ -128,14 +123,15 @@ GOOD = {"prompt": "<bos> 4 <ask>"}
         ({"prompt": " \t"}, "give text that is not empty"),
         ({"prompt": 4}, '"prompt" = 4'),
         ({"prompt": [{"role": "user", "content": "4"}]}, 'chat turns go under "messages"'),
-        ({"question": "4"}, 'neither of "prompt"'),
-        ({"prompt": "4", "messages": []}, 'both of "prompt"'),
+        ({"text": "4"}, 'none of "prompt"'),
+        ({"prompt": "4", "messages": []}, 'several of "prompt"'),
         ({"messages": []}, '"messages" = \\[\\]'),
         ({"messages": [{"role": "user", "content": ""}]}, '"messages" = .* none empty'),
         ({"messages": [{"role": "user"}]}, '"messages" = '),
         ({"messages": "4"}, "\"messages\" = '4'"),
         ({"prompt": "4", "answer": ["4"]}, "\"answer\" = \\['4'\\]: give a string or a number"),
         ({"prompt": "4", "answer": True}, '"answer" = True'),
+        ({"prompt": "4", "question": "4"}, "several of .*: prompt, question; give one"),
         ({"prompt": "4", "source": 1}, '"source" = 1'),
         ({"prompt": "1 2 3 4 5 6"}, r"has 6 tokens, rollout\.max_prompt_len is 5: .* raise rollout\.max_prompt_len"),
         ({"prompt": "hello"}, "tokenizer cannot encode the prompt 'hello'"),
@@ -144,28 +140,32 @@ GOOD = {"prompt": "<bos> 4 <ask>"}
 def test_bad_row_is_refused_with_file_and_line(tokenizer: Any, tmp_path: Path, row: Any, message: str) -> None:
     path = write(tmp_path / "bad.jsonl", GOOD, "", row, GOOD)
     with pytest.raises(ConfigError, match=f"bad.jsonl:3: .*{message}"):
-        JsonlSource(path, tokenizer, max_prompt_len=5)
+        FileSource(path, tokenizer, max_prompt_len=5)
 
 
 def test_wrong_encoding_is_refused_with_file_and_line(tokenizer: Any, tmp_path: Path) -> None:
     path = tmp_path / "latin1.jsonl"
     path.write_bytes(b'{"prompt": "4"}\n{"prompt": "4", "note": "\xe9"}\n')
     with pytest.raises(ConfigError, match=r"latin1\.jsonl:2: not valid JSON"):
-        JsonlSource(path, tokenizer)
+        FileSource(path, tokenizer)
 
 
 def test_messages_without_a_chat_template_are_refused(tokenizer: Any, tmp_path: Path) -> None:
     path = write(tmp_path / "chat.jsonl", {"messages": [{"role": "user", "content": "4"}]})
     tokenizer.chat_template = None
     with pytest.raises(ConfigError, match=r"chat\.jsonl:1: .*chat template"):
-        JsonlSource(path, tokenizer)
+        FileSource(path, tokenizer)
 
 
 def test_failing_chat_template_is_reported_with_file_and_line(tokenizer: Any, tmp_path: Path) -> None:
     path = write(tmp_path / "chat.jsonl", {"messages": [{"role": "user", "content": "4"}]})
     tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"
     with pytest.raises(ConfigError, match=r"chat\.jsonl:1: .*roles must alternate"):
-        JsonlSource(path, tokenizer)
+        FileSource(path, tokenizer)
+
+
+def rows_of(places: Iterable[str]) -> list[int]:
+    return [int(place.rpartition(":")[2]) for place in places]
 
 
 def bad_file(path: Path) -> Path:
@@ -181,56 +181,61 @@ def bad_file(path: Path) -> Path:
 
 def test_all_bad_rows_are_named_and_counted(tokenizer: Any, tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as refusal:
-        JsonlSource(bad_file(tmp_path / "bad.jsonl"), tokenizer)
+        FileSource(bad_file(tmp_path / "bad.jsonl"), tokenizer)
     *rows, count = str(refusal.value).splitlines()
     assert [row.partition(": ")[0].rpartition(":")[2] for row in rows] == ["2", "3", "4"]
     assert count.endswith("3 of 5 rows are bad: correct them, or leave them out with data.bad_rows=skip")
 
 
 def test_bad_rows_can_be_skipped_and_are_remembered_by_line(tokenizer: Any, tmp_path: Path) -> None:
-    source = JsonlSource(bad_file(tmp_path / "bad.jsonl"), tokenizer, skip_bad_rows=True)
-    assert (source.size, source.lines, list(source.skipped)) == (2, [1, 5], [2, 3, 4])
+    source = FileSource(bad_file(tmp_path / "bad.jsonl"), tokenizer, skip_bad_rows=True)
+    assert (source.size, rows_of(source.places), rows_of(source.skipped)) == (2, [1, 5], [2, 3, 4])
     assert source.get(1).index == 1
     assert source.skipped_summary().startswith("3 of 5 rows are bad, lines 2, 3, 4 (line 2: not valid JSON")
 
 
 def test_a_file_of_which_nothing_is_left_is_refused(tokenizer: Any, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"has no prompts \(1 of 1 rows are bad, lines 1 "):
-        JsonlSource(write(tmp_path / "bad.jsonl", {"prompt": ""}), tokenizer, skip_bad_rows=True)
+        FileSource(write(tmp_path / "bad.jsonl", {"prompt": ""}), tokenizer, skip_bad_rows=True)
 
 
 def test_empty_file_is_refused(tokenizer: Any, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="has no prompts"):
-        JsonlSource(write(tmp_path / "empty.jsonl", "", ""), tokenizer)
+        FileSource(write(tmp_path / "empty.jsonl", "", ""), tokenizer)
 
 
 def test_missing_file_names_the_setting_the_value_and_the_remedy(tokenizer: Any, tmp_path: Path) -> None:
     missing = tmp_path / "nowhere.jsonl"
-    with pytest.raises(ConfigError, match=r"data\.source = .*nowhere\.jsonl.* no such file .*correct the path"):
+    with pytest.raises(ConfigError, match=r"data\.source = .*nowhere\.jsonl.* no such file; give the path"):
         make_source(DataConfig(source=str(missing)), tokenizer, 0, 64)
-    with pytest.raises(ConfigError, match="cannot be read"):
-        JsonlSource(missing, tokenizer)
+    with pytest.raises(ConfigError, match="there is no such file or directory"):
+        FileSource(missing, tokenizer)
 
 
 @pytest.mark.parametrize(
     ("name", "message"),
-    [("leger", "did you mean 'ledger'"), ("Ledger", "did you mean 'ledger'"), ("xyz", "give 'ledger' .or a path")],
+    [
+        ("leger", "did you mean 'ledger'"),
+        ("Ledger", "did you mean 'ledger'"),
+        ("xyz", "give 'ledger' .or reasoning_gym/NAME, or a path"),
+    ],
 )
 def test_unknown_source_suggests_the_nearest_name(tokenizer: Any, name: str, message: str) -> None:
-    with pytest.raises(ConfigError, match=rf"data\.source = '{name}' is not known: {message}"):
+    with pytest.raises(ConfigError, match=rf"data\.source = '{name}' is no task: {message}"):
         make_source(DataConfig(source=name), tokenizer, 0, 64)
 
 
 def test_file_of_another_kind_is_told_what_it_should_be(tokenizer: Any, tmp_path: Path) -> None:
     path = write(tmp_path / "prompts.csv", "prompt")
-    with pytest.raises(ConfigError, match=r"not a \.jsonl file"):
+    with pytest.raises(ConfigError, match=r"not a \.jsonl or \.parquet file"):
         make_source(DataConfig(source=str(path)), tokenizer, 0, 64)
 
 
 def test_jsonl_answers_are_scored_as_mathematics(tokenizer: Any, tmp_path: Path) -> None:
-    source = JsonlSource(write(tmp_path / "math.jsonl", GOOD), tokenizer)
-    assert source.score("so \\boxed{\\frac{1}{2}}", "0.5")
-    assert not source.score("so \\boxed{\\frac{1}{3}}", "0.5")
+    source = FileSource(write(tmp_path / "math.jsonl", GOOD), tokenizer)
+    half = Prompt(0, (1,), "0.5", "math")
+    assert source.score("so \\boxed{\\frac{1}{2}}", half)
+    assert not source.score("so \\boxed{\\frac{1}{3}}", half)
 
 
 # ---------------------------------------------------------------------------------------------------- held-out problems

@@ -23,7 +23,7 @@ from prune_opd.config import (
     TrackConfig,
     TrainConfig,
 )
-from prune_opd.data.prompts import Prompt
+from prune_opd.data.prompt import Prompt
 from prune_opd.rollout.batch import Response, Rollouts
 from tests.models import VOCAB, write_model
 
@@ -62,7 +62,7 @@ def build_run(config: TrainConfig, layout: Any, run_dir: Path) -> Any:
     """`setup.prepare` without an engine, an evaluator and a tracker."""
     from transformers import AutoTokenizer
 
-    from prune_opd.data.prompts import PromptSampler, make_source
+    from prune_opd.data.prompts import make_sampler
     from prune_opd.horizon import make_controller
     from prune_opd.megatron.checkpoint import Checkpoints
     from prune_opd.megatron.model import dtype_of
@@ -72,7 +72,7 @@ def build_run(config: TrainConfig, layout: Any, run_dir: Path) -> Any:
     from prune_opd.track.tracker import NullTracker
 
     machine, parallel, dtype = platform.prepare(), config.parallel, dtype_of(config.precision.params)
-    source = make_source(config.data, AutoTokenizer.from_pretrained(config.student), config.seed)
+    sampler = make_sampler(config.data, AutoTokenizer.from_pretrained(config.student), config.seed)
     return Run(
         config=config,
         run_dir=run_dir,
@@ -81,7 +81,7 @@ def build_run(config: TrainConfig, layout: Any, run_dir: Path) -> Any:
         trainer=Trainer(config.student, config.optimizer, parallel, config.steps, layout, dtype, machine.device),
         teacher=Teacher(config.teacher, layout, dtype, machine.device, parallel.microbatch_tokens),
         engine=None,
-        sampler=PromptSampler(source, config.seed, config.data.shuffle),
+        sampler=sampler,
         controller=make_controller(config.horizon),
         checkpoints=Checkpoints(run_dir / "checkpoints", config.checkpoint, layout),
         evaluators=[],

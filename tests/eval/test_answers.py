@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from prune_opd.data.prompts import Prompt
+from prune_opd.data.prompt import Prompt
 from prune_opd.eval import answers
 from prune_opd.eval.answers import Accuracy, avg_at_k, last_boxed, math_equal, pass_at, score_responses
 
@@ -88,8 +88,8 @@ class Echo:
     def get(self, index: int) -> Prompt:
         return Prompt(index, (index,), str(index), self.name)
 
-    def score(self, response_text: str, answer: str) -> bool:
-        return response_text == answer
+    def score(self, response_text: str, prompt: Prompt) -> bool:
+        return response_text == prompt.answer
 
 
 def test_responses_are_scored_against_their_own_prompt() -> None:

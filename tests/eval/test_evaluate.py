@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from prune_opd.data.prompts import Prompt
+from prune_opd.data.prompt import Prompt
+from prune_opd.data.render import Format
 from prune_opd.eval.evaluate import Evaluator, Sampling, evaluation_record
 from prune_opd.eval.run import EvalJob, result, results_table
 from prune_opd.rollout.batch import Response, Rollouts
@@ -44,8 +45,8 @@ class Number:
     def get(self, index: int) -> Prompt:
         return Prompt(index, (index, 1), str(index), self.name)
 
-    def score(self, response_text: str, answer: str) -> bool:
-        return response_text == answer
+    def score(self, response_text: str, prompt: Prompt) -> bool:
+        return response_text == prompt.answer
 
 
 def evaluator(task: str, problems: Sequence[int]) -> Evaluator:
@@ -106,5 +107,6 @@ def test_the_table_has_a_row_a_model_and_a_column_a_task() -> None:
 
 
 def test_a_job_crosses_to_the_ranks_unchanged() -> None:
-    job = EvalJob("model", ("ledger", "a.jsonl"), 8, SAMPLING, results="r.jsonl")
+    format = Format(chat=True, system_prompt="Reason.", suffix=" Box it.", thinking=False)
+    job = EvalJob("model", ("ledger", "a.jsonl"), 8, SAMPLING, format, results="r.jsonl")
     assert EvalJob.from_json(job.to_json()) == job

@@ -21,7 +21,7 @@ import torch.distributed as dist
 from prune_opd import platform
 from prune_opd.config import ParallelConfig, RolloutConfig
 from prune_opd.data import ledger
-from prune_opd.data.prompts import Prompt
+from prune_opd.data.prompt import Prompt
 from prune_opd.errors import UserError
 from prune_opd.rollout.batch import Rollouts
 from tests.distributed.tiny_run import build_run, train_config

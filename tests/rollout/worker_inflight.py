@@ -18,7 +18,7 @@ import torch
 
 from prune_opd import platform
 from prune_opd.config import GateConfig, InflightConfig, ParallelConfig, RolloutConfig
-from prune_opd.data.prompts import Prompt
+from prune_opd.data.prompt import Prompt
 from prune_opd.errors import UserError
 from prune_opd.gated_loss import gated_loss
 from prune_opd.rollout.batch import Rollouts

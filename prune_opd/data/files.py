@@ -1,0 +1,109 @@
+"""Prompts from a file or a dataset directory."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from prune_opd.data.prompt import Prompt, Tokenizer
+from prune_opd.data.render import Format, answer_of, encode_text, excerpt
+from prune_opd.data.rows import Row, read_rows
+from prune_opd.errors import ConfigError
+from prune_opd.eval.answers import math_equal
+
+SHOWN_ROWS = 10  # bad rows of a file that are named one by one
+
+
+class FileSource:
+    r"""The rows of a file (rows.py), read, checked and encoded at once, so that a bad row never meets a model.
+
+    A row has a prompt (render.py) and optionally "answer" (a string or a number) and "source" (a name for metrics;
+    default: the file's). Other columns are ignored. No special tokens are added. Answers are scored by math-verify on
+    the last `\boxed{...}`.
+
+    skip_bad_rows: leave out rows that are broken, empty, longer than `max_prompt_len` or not UTF-8; `skipped` has them.
+
+    Raises:
+        ConfigError: naming file and line of each bad row (the first few, and how many there are), unless they are
+            skipped; or nothing is left.
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        tokenizer: Tokenizer,
+        max_prompt_len: int | None = None,
+        *,
+        skip_bad_rows: bool = False,
+        format: Format | None = None,
+        split: str | None = None,
+    ) -> None:
+        self.path = Path(path)
+        self.name = self.path.name
+        self._tokenizer = tokenizer
+        self._max_prompt_len = max_prompt_len
+        self._format = format or Format()
+        self.prompts: list[Prompt] = []
+        self.places: list[str] = []  # file:row of each prompt, rows from 1
+        self.skipped: dict[str, str] = {}  # file:row of each bad row → what is wrong with it
+        for file, number, row in read_rows(self.path, split):
+            place = f"{file}:{number}"
+            try:
+                self.prompts.append(self._prompt(row))
+                self.places.append(place)
+            except ConfigError as error:
+                self.skipped[place] = str(error)
+        if self.skipped and not skip_bad_rows:
+            raise ConfigError(self._refusal())
+        if not self.prompts:
+            bad = f" ({self.skipped_summary()})" if self.skipped else ""
+            raise ConfigError(f"{self.path} has no prompts{bad}: give one JSON object a line")
+
+    @property
+    def size(self) -> int:
+        return len(self.prompts)
+
+    def get(self, index: int) -> Prompt:
+        return self.prompts[index]
+
+    def score(self, response_text: str, prompt: Prompt) -> bool:
+        assert prompt.answer is not None
+        return math_equal(response_text, prompt.answer)
+
+    def skipped_summary(self) -> str:
+        """How many rows were bad, where, and the first reason."""
+        places = list(self.skipped)
+        more = f" and {len(places) - SHOWN_ROWS} more" if len(places) > SHOWN_ROWS else ""
+        where = ", ".join(place.rpartition(":")[2] for place in places[:SHOWN_ROWS])
+        total = len(places) + len(self.prompts)
+        first = places[0].rpartition(":")[2]
+        return f"{len(places)} of {total} rows are bad, lines {where}{more} (line {first}: {self.skipped[places[0]]})"
+
+    def _refusal(self) -> str:
+        """One line for each of the first bad rows; the last one counts them if there are several."""
+        problems = [f"{place}: {problem}" for place, problem in list(self.skipped.items())[:SHOWN_ROWS]]
+        if len(self.skipped) > 1:
+            total = len(self.skipped) + len(self.prompts)
+            problems.append(
+                f"{self.path}: {len(self.skipped)} of {total} rows are bad: correct them, or leave them out with "
+                "data.bad_rows=skip"
+            )
+        return "\n".join(problems)
+
+    def _prompt(self, row: Row | ConfigError) -> Prompt:
+        if isinstance(row, ConfigError):
+            raise row
+        source = row.get("source")
+        source = self.path.stem if source is None else source
+        if not isinstance(source, str):
+            raise ConfigError(f'"source" = {excerpt(source)}: give a string, or leave it out')
+        answer = answer_of(row)
+        return Prompt(len(self.prompts), self._encode(self._format.text(row, self._tokenizer)), answer, source)
+
+    def _encode(self, text: str) -> tuple[int, ...]:
+        ids = encode_text(text, self._tokenizer)
+        if self._max_prompt_len is not None and len(ids) > self._max_prompt_len:
+            raise ConfigError(
+                f"the prompt has {len(ids)} tokens, rollout.max_prompt_len is {self._max_prompt_len}: "
+                "remove the row or raise rollout.max_prompt_len"
+            )
+        return ids

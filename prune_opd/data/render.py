@@ -1,0 +1,137 @@
+"""From a row of a file to a prompt's text: column names, chat template, system prompt, suffix.
+
+A row has the prompt under one of `PROMPT_COLUMNS` and, to be scored, the answer under `answer`; case does not matter,
+which covers the published files of AMC23, AIME24/25 and HMMT24/25. What is under "prompt" is a text that is complete
+as it is; what is under "problem" or "question" is a user's turn, and goes through the chat template if there is one.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from prune_opd.data.prompt import Tokenizer
+from prune_opd.data.rows import Row
+from prune_opd.errors import ConfigError
+
+PROMPT_COLUMNS = ("prompt", "messages", "problem", "question")
+
+
+@dataclass(frozen=True)
+class Format:
+    """How rows become text (`DataConfig` has the settings of these names)."""
+
+    chat: bool | None = None
+    system_prompt: str | None = None
+    suffix: str = ""
+    thinking: bool | None = None
+
+    def text(self, row: Row, tokenizer: Tokenizer) -> str:
+        """The prompt of a row, up to where the response begins.
+
+        Raises:
+            ConfigError: naming the column and what would be right.
+        """
+        column, value = prompt_of(row)
+        if column == "messages":
+            turns = _turns(value)
+        else:
+            if not isinstance(value, str) or not value.strip():
+                hint = ' (chat turns go under "messages")' if isinstance(value, list) else ""
+                raise ConfigError(f'"{column}" = {excerpt(value)}: give text that is not empty{hint}')
+            turns = [{"role": "user", "content": value}]
+        if not self._through_template(column, tokenizer):
+            if column == "messages":
+                raise ConfigError(
+                    '"messages" need a chat template, which the model\'s tokenizer lacks: give "prompt" instead'
+                    if self.chat is None
+                    else f'data.chat = {self.chat}: "messages" need the chat template; leave data.chat out'
+                )
+            self._refuse_chat_settings()
+            return turns[-1]["content"] + self.suffix
+        return self._render(turns, tokenizer)
+
+    def _through_template(self, column: str, tokenizer: Tokenizer) -> bool:
+        template = bool(tokenizer.chat_template)
+        if self.chat and not template:
+            raise ConfigError("data.chat = true needs a chat template, which the model's tokenizer lacks: leave it out")
+        return self.chat if self.chat is not None else template and column != "prompt"
+
+    def _refuse_chat_settings(self) -> None:
+        for name in ("system_prompt", "thinking"):
+            if getattr(self, name) is not None:
+                raise ConfigError(
+                    f"data.{name} = {excerpt(getattr(self, name))} has no place in a prompt that does not go through "
+                    "the chat template: set data.chat=true, or leave it out"
+                )
+
+    def _render(self, turns: list[Row], tokenizer: Tokenizer) -> str:
+        if self.thinking is not None and "enable_thinking" not in tokenizer.chat_template:
+            raise ConfigError(
+                f"data.thinking = {self.thinking}: the tokenizer's chat template has no such switch; leave it out"
+            )
+        if self.suffix:
+            turns = [*turns[:-1], {**turns[-1], "content": turns[-1]["content"] + self.suffix}]
+        if self.system_prompt is not None:
+            if turns[0]["role"] == "system":
+                raise ConfigError("data.system_prompt is set, and the row has a system turn of its own: leave one out")
+            turns = [{"role": "system", "content": self.system_prompt}, *turns]
+        options = {} if self.thinking is None else {"enable_thinking": self.thinking}
+        try:
+            rendered = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True, **options)
+        except Exception as error:  # a template is a program of the model's author: it may raise what it likes
+            raise ConfigError(f'the chat template does not take these "messages" ({error})') from error
+        return str(rendered)
+
+
+def encode_text(text: str, tokenizer: Tokenizer) -> tuple[int, ...]:
+    """The ids of a prompt's text. ConfigError if the tokenizer cannot encode it, or makes nothing of it."""
+    try:
+        ids = tuple(tokenizer(text, add_special_tokens=False)["input_ids"])
+    except Exception as error:  # `tokenizers` has no class of its own for a word that is not in the vocabulary
+        raise ConfigError(f"the model's tokenizer cannot encode the prompt {excerpt(text)} ({error})") from error
+    if not ids:
+        raise ConfigError("the prompt is empty: the tokenizer makes no tokens of it")
+    return ids
+
+
+def prompt_of(row: Row) -> tuple[str, Any]:
+    """The column that has a row's prompt, and what is in it. ConfigError if there is none, or more than one."""
+    columns = {name.lower(): value for name, value in row.items()}
+    found = [name for name in PROMPT_COLUMNS if columns.get(name) is not None]
+    if len(found) != 1:
+        number = "several" if found else "none"
+        raise ConfigError(
+            f'the row has {number} of "prompt" (a text), "messages" (chat turns), "problem" and "question" (a user\'s '
+            f"turn){': ' + ', '.join(found) if found else ''}; give one"
+        )
+    return found[0], columns[found[0]]
+
+
+def answer_of(row: Row) -> str | None:
+    """A row's reference answer as text. ConfigError if it is neither a text nor a number."""
+    answer = next((value for name, value in row.items() if name.lower() == "answer"), None)
+    if isinstance(answer, bool) or not isinstance(answer, str | int | float | None):
+        raise ConfigError(f'"answer" = {excerpt(answer)}: give a string or a number, or leave it out')
+    return None if answer is None else str(answer)
+
+
+def _turns(messages: Any) -> list[Row]:
+    if not isinstance(messages, list) or not messages or not all(map(_is_turn, messages)):
+        raise ConfigError(
+            f'"messages" = {excerpt(messages)}: give a list of {{"role": "user", "content": "..."}}, none empty'
+        )
+    return messages
+
+
+def _is_turn(turn: Any) -> bool:
+    if not isinstance(turn, dict):
+        return False
+    role, content = turn.get("role"), turn.get("content")
+    return isinstance(role, str) and isinstance(content, str) and bool(content.strip())
+
+
+def excerpt(value: Any) -> str:
+    """A value in an error message: its beginning."""
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."

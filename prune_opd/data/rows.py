@@ -1,0 +1,139 @@
+"""The rows of a prompt file, one at a time: JSON lines, Parquet, or a dataset directory of the Hugging Face libraries.
+
+    read_rows(path) ─▶ (file, number of the row in it, the row or what is wrong with it)
+
+Nothing is taken from the network. A dataset directory is what `Dataset.save_to_disk` wrote, or a downloaded repository
+with .parquet or .jsonl files in it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from prune_opd.errors import ConfigError
+
+FORMATS = (".jsonl", ".parquet")
+
+Row = dict[str, Any]
+Numbered = tuple[Path, int, Row | ConfigError]
+
+
+def is_prompt_path(source: str) -> bool:
+    """Whether a source is meant as a path, be there something or not, and not as the name of a task."""
+    return Path(source).suffix in FORMATS or Path(source).exists()
+
+
+def read_rows(path: Path, split: str | None = None) -> Iterator[Numbered]:
+    """Every row with its file and number, from 1 (of a .jsonl file the line's number; blank lines are left out).
+
+    A row that cannot be read stands there as the error that says why.
+
+    Raises:
+        ConfigError: the path cannot be read, has another format, or has several splits of which `split` names none.
+    """
+    for file in prompt_files(path, split):
+        try:
+            match file.suffix:
+                case ".jsonl":
+                    yield from _json_lines(file)
+                case ".parquet":
+                    yield from _parquet(file)
+                case _:
+                    yield from _arrow(file)
+        except OSError as error:  # pyarrow's errors of a broken file are among them
+            raise ConfigError(f"{file} cannot be read: {error.strerror or ' '.join(str(error).split())}") from error
+
+
+def prompt_files(path: Path, split: str | None = None) -> list[Path]:
+    """The files that `path` stands for, in the order of their names.
+
+    Raises:
+        ConfigError: see `read_rows`.
+    """
+    if not path.exists():
+        raise ConfigError(f"{path}: there is no such file or directory (looked for {path.absolute()})")
+    if path.is_dir():
+        return _directory_files(path, split)
+    if path.suffix not in FORMATS:
+        raise ConfigError(f"{path} is not one of {', '.join(FORMATS)}: convert it to one JSON object a line")
+    return [path]
+
+
+def _directory_files(path: Path, split: str | None) -> list[Path]:
+    saved = path / "dataset_dict.json"
+    if saved.is_file():
+        chosen = _choose(path, json.loads(saved.read_text(encoding="utf-8"))["splits"], split)
+        return _directory_files(path / chosen, None)
+    if (path / "state.json").is_file():
+        state = json.loads((path / "state.json").read_text(encoding="utf-8"))
+        if "_data_files" in state:
+            return [path / part["filename"] for part in state["_data_files"]]
+    for suffix in reversed(FORMATS):
+        if files := sorted(path.rglob(f"*{suffix}")):
+            splits = {file: _split_of(file) for file in files}
+            chosen = _choose(path, list(dict.fromkeys(splits.values())), split)
+            return [file for file in files if splits[file] == chosen]
+    raise ConfigError(f"{path} has no {' or '.join(FORMATS)} files and was not saved by datasets: give a file in it")
+
+
+def _split_of(file: Path) -> str:
+    """`train` of the usual names: train.jsonl, train-00000-of-00003.parquet."""
+    return file.stem.split("-")[0]
+
+
+def _choose(path: Path, splits: list[str], split: str | None) -> str:
+    """The split that is asked for; else the only one, or `train`."""
+    if split is None and len(splits) == 1:
+        return splits[0]
+    wanted = split or "train"
+    if wanted not in splits:
+        raise ConfigError(f"data.split = {split!r}: {path} has {', '.join(map(repr, splits))}; set data.split to one")
+    return wanted
+
+
+def _json_lines(path: Path) -> Iterator[Numbered]:
+    with path.open("rb") as file:  # in binary, so that only \n ends a line and a wrong encoding has a line number
+        for number, line in enumerate(file, start=1):
+            if line.strip():
+                yield path, number, _json_row(line)
+
+
+def _json_row(line: bytes) -> Row | ConfigError:
+    try:
+        row = json.loads(line.decode("utf-8-sig"))
+    except (ValueError, RecursionError) as error:
+        return ConfigError(f"not valid JSON ({error})")
+    if not isinstance(row, dict):
+        text = repr(row)
+        return ConfigError(f'a row is an object such as {{"prompt": "..."}}, not {text[:57]}')
+    return row
+
+
+def _parquet(path: Path) -> Iterator[Numbered]:
+    import pyarrow.parquet
+
+    try:
+        yield from _numbered(path, pyarrow.parquet.ParquetFile(path).iter_batches())
+    except pyarrow.ArrowInvalid as error:
+        raise ConfigError(f"{path} is not a Parquet file ({' '.join(str(error).split())})") from error
+
+
+def _arrow(path: Path) -> Iterator[Numbered]:
+    import pyarrow.ipc
+
+    try:
+        with pyarrow.memory_map(str(path)) as file:
+            yield from _numbered(path, pyarrow.ipc.open_stream(file))
+    except pyarrow.ArrowInvalid as error:
+        raise ConfigError(f"{path} is not an Arrow file ({' '.join(str(error).split())})") from error
+
+
+def _numbered(path: Path, batches: Any) -> Iterator[Numbered]:
+    number = 0
+    for batch in batches:
+        for row in batch.to_pylist():
+            number += 1
+            yield path, number, row

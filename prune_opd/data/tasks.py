@@ -1,0 +1,122 @@
+"""Procedural tasks as sources of prompts: the ledger, and those of reasoning-gym by name."""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import re
+from typing import Any
+
+import yaml
+
+from prune_opd.config import DataConfig
+from prune_opd.data.ledger import TOKEN_ID, VOCABULARY, Ledger, encode
+from prune_opd.data.prompt import Prompt, Tokenizer
+from prune_opd.data.render import Format, encode_text
+from prune_opd.errors import ConfigError
+from prune_opd.eval.answers import last_boxed
+
+GYM = "reasoning_gym/"
+TRIES = 100  # to draw a problem that is short enough
+
+
+class LedgerSource:
+    """Endless ledger problems. `stream` is "train" or, for evaluation, "held_out": streams never share their numbers.
+
+    Raises:
+        ConfigError: the tokenizer is not the ledger's.
+    """
+
+    name = Ledger.name
+    size = None
+
+    def __init__(self, tokenizer: Tokenizer, data: DataConfig, seed: int, *, stream: str = "train") -> None:
+        if list(tokenizer.convert_tokens_to_ids(list(VOCABULARY))) != list(TOKEN_ID.values()):
+            raise ConfigError(
+                f"data.source = 'ledger' needs the ledger's tokenizer ({len(VOCABULARY)} words), the model has another "
+                "one: take a model made by the sft recipes, or a .jsonl file of prompts"
+            )
+        self.task = Ledger(data.min_steps, data.max_steps)
+        self.seed = seed
+        self.stream = stream
+
+    def get(self, index: int) -> Prompt:
+        problem = self.task.problem(self.seed, index, self.stream)
+        return Prompt(index, tuple(encode(problem.prompt_words)), problem.answer, self.name)
+
+    def score(self, response_text: str, prompt: Prompt) -> bool:
+        assert prompt.answer is not None
+        return self.task.score(response_text, prompt.answer)
+
+
+class ReasoningGymSource:
+    r"""Endless problems of a reasoning-gym task: `reasoning_gym/countdown`, `reasoning_gym/countdown?max_numbers=4`.
+
+    What stands after the question mark are settings of the task. A response is scored by the task's own scorer, on its
+    last <answer>…</answer> or, without one, its last `\boxed{...}`; right is a score of 1. `stream`: as LedgerSource.
+
+    Raises:
+        ConfigError: no such task, or not such settings of it; a prompt that the tokenizer cannot encode.
+    """
+
+    size = None
+
+    def __init__(
+        self,
+        source: str,
+        tokenizer: Tokenizer,
+        seed: int,
+        max_prompt_len: int | None = None,
+        *,
+        stream: str = "train",
+        format: Format | None = None,
+    ) -> None:
+        self.name = source
+        self._task, _, settings = source.removeprefix(GYM).partition("?")
+        self._settings = _settings(source, settings)
+        self._tokenizer, self._format = tokenizer, format or Format()
+        self._seed, self._stream, self._max_prompt_len = seed, stream, max_prompt_len
+        self._problem(0)
+
+    def get(self, index: int) -> Prompt:
+        """The first of the index's problems that is short enough. ConfigError if none of `TRIES` is."""
+        for attempt in range(TRIES):
+            problem = self._problem(index, attempt)
+            ids = encode_text(self._format.text({"question": problem[1]["question"]}, self._tokenizer), self._tokenizer)
+            if self._max_prompt_len is None or len(ids) <= self._max_prompt_len:
+                return Prompt(index * TRIES + attempt, ids, str(problem[1]["answer"]), self.name)
+        raise ConfigError(
+            f"data.source = {self.name!r}: {TRIES} problems in a row have more than rollout.max_prompt_len = "
+            f"{self._max_prompt_len} tokens: raise it, or set an easier task"
+        )
+
+    def score(self, response_text: str, prompt: Prompt) -> bool:
+        dataset, entry = self._problem(*divmod(prompt.index, TRIES))
+        tagged = re.findall(r"<answer>(.*?)</answer>", response_text, flags=re.S)
+        answer = tagged[-1].strip() if tagged else last_boxed(response_text)
+        return answer is not None and dataset.score_answer(answer, entry) >= 1
+
+    def _problem(self, index: int, attempt: int = 0) -> tuple[Any, dict[str, Any]]:
+        """A problem with the dataset it is the only one of: reasoning-gym's seeds of neighbours would overlap."""
+        import reasoning_gym
+
+        key = f"{self._stream}/{self._seed}/{index}/{attempt}".encode()
+        seed = int.from_bytes(hashlib.blake2b(key, digest_size=4).digest(), "little")  # some tasks take 32 bits
+        try:
+            dataset = reasoning_gym.create_dataset(self._task, seed=seed, size=1, **self._settings)
+        except ValueError as error:
+            known = list(reasoning_gym.factory.DATASETS)
+            if self._task in known:
+                raise ConfigError(f"data.source = {self.name!r}: reasoning-gym says {error}") from error
+            near = difflib.get_close_matches(self._task, known, n=1, cutoff=0.0)
+            raise ConfigError(f"data.source = {self.name!r} is no task: did you mean {GYM + near[0]!r}?") from error
+        except (TypeError, AssertionError) as error:
+            raise ConfigError(f"data.source = {self.name!r}: {self._task} does not take that ({error})") from error
+        return dataset, dataset[0]
+
+
+def _settings(source: str, text: str) -> dict[str, Any]:
+    parts = [part.partition("=") for part in text.split("&") if part]
+    if any(not separator for _, separator, _ in parts):
+        raise ConfigError(f"data.source = {source!r}: write settings as TASK?name=value&name=value")
+    return {name: yaml.safe_load(value) for name, _, value in parts}

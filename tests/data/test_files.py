@@ -1,0 +1,190 @@
+"""Prompt files: formats, splits, column names, and what the model gets to read."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from prune_opd.config import DataConfig
+from prune_opd.data.files import FileSource
+from prune_opd.data.prompts import held_out, make_source
+from prune_opd.data.render import Format
+from prune_opd.errors import ConfigError
+
+ROWS = [{"question": "1 + 1?", "answer": "2"}, {"question": "2 + 2?", "answer": "4"}]
+
+
+def texts(source: Any, tokenizer: Any) -> list[str]:
+    return [tokenizer.decode(list(prompt.ids)) for prompt in source.prompts]
+
+
+def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def write_parquet(path: Path, rows: list[dict[str, Any]]) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pq.write_table(pa.Table.from_pylist(rows), path)
+    return path
+
+
+def write_saved(path: Path, rows: list[dict[str, Any]]) -> Path:
+    """As `datasets.Dataset.save_to_disk` writes: two Arrow stream files and the state that names them."""
+    path.mkdir(parents=True)
+    names = []
+    for number, row in enumerate(rows):
+        names.append(f"data-{number:05d}-of-{len(rows):05d}.arrow")
+        table = pa.Table.from_pylist([row])
+        with pa.OSFile(str(path / names[-1]), "wb") as file, pa.ipc.new_stream(file, table.schema) as stream:
+            stream.write_table(table)
+    (path / "state.json").write_text(json.dumps({"_data_files": [{"filename": name} for name in names]}))
+    return path
+
+
+# ---------------------------------------------------------------------------------------------------- formats
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda root: write_jsonl(root / "a.jsonl", ROWS),
+        lambda root: write_parquet(root / "a.parquet", ROWS),
+        lambda root: write_saved(root / "saved", ROWS),
+        lambda root: write_parquet(root / "repository" / "data" / "train-00000-of-00001.parquet", ROWS).parents[1],
+        lambda root: write_jsonl(root / "repository" / "test.jsonl", ROWS).parent,
+    ],
+    ids=["jsonl", "parquet", "saved by datasets", "repository of parquet", "repository of jsonl"],
+)
+def test_every_format_gives_the_same_prompts(write: Any, byte_tokenizer: Any, tmp_path: Path) -> None:
+    path = write(tmp_path)
+    source = make_source(DataConfig(source=str(path)), byte_tokenizer, 0)
+    assert isinstance(source, FileSource)
+    assert texts(source, byte_tokenizer) == ["<user>1 + 1?</><assistant>", "<user>2 + 2?</><assistant>"]
+    assert [prompt.answer for prompt in held_out(DataConfig(source=str(path)), byte_tokenizer, 0, 9)] == ["2", "4"]
+
+
+def test_a_split_is_chosen_by_name_and_train_if_there_is_one(byte_tokenizer: Any, tmp_path: Path) -> None:
+    write_parquet(tmp_path / "data" / "train-00000-of-00002.parquet", ROWS[:1])
+    write_parquet(tmp_path / "data" / "train-00001-of-00002.parquet", ROWS[1:])
+    write_parquet(tmp_path / "data" / "test-00000-of-00001.parquet", [{"question": "3?", "answer": "3"}])
+    sizes = {split: FileSource(tmp_path, byte_tokenizer, split=split).size for split in (None, "train", "test")}
+    assert sizes == {None: 2, "train": 2, "test": 1}
+    with pytest.raises(ConfigError, match=r"data.split = 'dev': .* has 'test', 'train'"):
+        FileSource(tmp_path, byte_tokenizer, split="dev")
+
+
+def test_a_dictionary_of_saved_datasets_has_its_splits(byte_tokenizer: Any, tmp_path: Path) -> None:
+    for split, rows in (("train", ROWS), ("test", ROWS[:1])):
+        write_saved(tmp_path / "both" / split, rows)
+    (tmp_path / "both" / "dataset_dict.json").write_text(json.dumps({"splits": ["train", "test"]}))
+    assert FileSource(tmp_path / "both", byte_tokenizer).size == 2
+    assert FileSource(tmp_path / "both", byte_tokenizer, split="test").size == 1
+
+
+def test_a_bad_row_of_a_parquet_file_is_named_by_file_and_row(byte_tokenizer: Any, tmp_path: Path) -> None:
+    path = write_parquet(tmp_path / "a.parquet", [*ROWS, {"question": " ", "answer": "1"}])
+    with pytest.raises(ConfigError, match=r"a.parquet:3: \"question\" = ' ': give text that is not empty"):
+        FileSource(path, byte_tokenizer)
+
+
+@pytest.mark.parametrize("name", ["a.parquet", "saved/data.arrow"])
+def test_a_file_that_is_not_what_its_name_says_is_refused(name: str, byte_tokenizer: Any, tmp_path: Path) -> None:
+    path = tmp_path / name
+    path.parent.mkdir(exist_ok=True)
+    path.write_text("not so")
+    if path.suffix == ".arrow":
+        (path.parent / "state.json").write_text(json.dumps({"_data_files": [{"filename": path.name}]}))
+        path = path.parent
+    with pytest.raises(ConfigError, match=r"is not (a Parquet|an Arrow) file"):
+        FileSource(path, byte_tokenizer)
+
+
+def test_a_directory_without_prompts_is_refused(byte_tokenizer: Any, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"has no .jsonl or .parquet files"):
+        FileSource(tmp_path, byte_tokenizer)
+
+
+# ---------------------------------------------------------------------------------------------------- columns
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"question": "Q", "answer": 27.0, "url": "https://…"},  # math-ai/amc23
+        {"id": 60, "problem": "Q", "solution": "…", "answer": "27", "url": "…", "year": "2024"},  # H4's aime_2024
+        {"ID": "2024-I-1", "Problem": "Q", "Solution": "…", "Answer": 27},  # Maxwell-Jia/AIME_2024
+        {"question": "Q", "answer": "27"},  # opencompass/AIME2025
+        {"problem_idx": 1, "problem": "Q", "answer": "27", "problem_type": ["Algebra"]},  # MathArena's hmmt_feb_2025
+    ],
+)
+def test_the_columns_of_published_benchmarks_are_understood(
+    row: dict[str, Any], byte_tokenizer: Any, tmp_path: Path
+) -> None:
+    source = FileSource(write_jsonl(tmp_path / "bench.jsonl", [row]), byte_tokenizer)
+    (prompt,) = source.prompts
+    assert byte_tokenizer.decode(list(prompt.ids)) == "<user>Q</><assistant>"
+    assert source.score("so it is \\boxed{27}", prompt) and not source.score("so it is \\boxed{28}", prompt)
+
+
+# ---------------------------------------------------------------------------------------------------- rendering
+
+
+@pytest.mark.parametrize(
+    ("row", "format", "text"),
+    [
+        ({"prompt": "as it is"}, Format(), "as it is"),
+        ({"prompt": "P"}, Format(suffix=" Box it."), "P Box it."),
+        ({"prompt": "P"}, Format(chat=True), "<user>P</><assistant>"),
+        ({"question": "Q"}, Format(chat=False, suffix="!"), "Q!"),
+        ({"question": "Q"}, Format(suffix=" Box it."), "<user>Q Box it.</><assistant>"),
+        ({"question": "Q"}, Format(system_prompt="S"), "<system>S</><user>Q</><assistant>"),
+        ({"question": "Q"}, Format(thinking=True), "<user>Q</><assistant>"),
+        ({"question": "Q"}, Format(thinking=False), "<user>Q</><assistant><think></think>"),
+        (
+            {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}] * 1
+             + [{"role": "user", "content": "c"}]},
+            Format(suffix="!"),
+            "<user>a</><assistant>b</><user>c!</><assistant>",
+        ),
+    ],
+)  # fmt: skip
+def test_a_row_is_rendered_as_set(row: dict[str, Any], format: Format, text: str, byte_tokenizer: Any) -> None:
+    assert format.text(row, byte_tokenizer) == text
+
+
+@pytest.mark.parametrize(
+    ("row", "format", "message"),
+    [
+        ({"prompt": "P"}, Format(system_prompt="S"), "data.system_prompt = 'S' has no place"),
+        ({"prompt": "P"}, Format(thinking=False), "data.thinking = False has no place"),
+        ({"messages": [{"role": "user", "content": "a"}]}, Format(chat=False), '"messages" need the chat template'),
+        (
+            {"messages": [{"role": "system", "content": "a"}, {"role": "user", "content": "b"}]},
+            Format(system_prompt="S"),
+            "a system turn of its own",
+        ),
+    ],
+)
+def test_settings_that_a_row_has_no_place_for_are_refused(
+    row: dict[str, Any], format: Format, message: str, byte_tokenizer: Any
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        format.text(row, byte_tokenizer)
+
+
+def test_a_template_without_the_switch_is_not_silently_left_thinking(byte_tokenizer: Any) -> None:
+    byte_tokenizer.chat_template = "{% for turn in messages %}{{ turn.content }}{% endfor %}"
+    with pytest.raises(ConfigError, match=r"data.thinking = False: .* has no such switch"):
+        Format(thinking=False).text({"question": "Q"}, byte_tokenizer)
+
+
+def test_a_chat_without_a_template_is_refused_and_a_question_goes_as_it_is(byte_tokenizer: Any) -> None:
+    byte_tokenizer.chat_template = None
+    assert Format().text({"question": "Q"}, byte_tokenizer) == "Q"
+    with pytest.raises(ConfigError, match=r"data.chat = true needs a chat template"):
+        Format(chat=True).text({"question": "Q"}, byte_tokenizer)
