@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import typer
 
 from launch.cluster import Cluster, load_cluster
-from launch.jobs import Request, plan_jobs
+from launch.jobs import Request, plan_jobs, sweep_lines
 from prune_opd.errors import UserError
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -46,7 +46,7 @@ def submit(
     samples: Annotated[int, typer.Option("-k", min=1, help="Samples per problem.")] = 16,
     problems: Annotated[int, typer.Option(min=1, help="Problems of the evaluation.")] = 256,
     export: Annotated[str | None, typer.Option(metavar="DIR", help="Export the last checkpoint afterwards.")] = None,
-    sweep: Annotated[list[str] | None, typer.Option(help="dotted.key=a,b: a run for each; several multiply.")] = None,
+    sweep: Annotated[list[str] | None, typer.Option(help="dotted.key=a,b or recipe=a,b; several multiply.")] = None,
     detach: Annotated[bool, typer.Option("--detach", help="Do not wait for the end.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the scripts; change nothing.")] = False,
 ) -> int:
@@ -68,7 +68,7 @@ def submit(
 
     check_secrets(where)
     experiment = experiments.submit(request.title, jobs, where)
-    print(f"experiment {experiment._id}", flush=True)
+    print("\n".join([f"experiment {experiment._id}", *sweep_lines(request)]), flush=True)
     if detach:
         return 0
     return int(experiments.first_failure(experiments.wait(experiment, lambda line: print(line, flush=True))))

@@ -11,6 +11,7 @@ from launch.cluster import FROM_ENVIRONMENT, Cluster
 from prune_opd.errors import ConfigError
 
 EXIT_CODE = "the job exited with code"
+RECIPES = "recipe="  # how the axis of a sweep begins that is one of recipes, not of a setting
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,7 @@ class Request:
     samples: int = 16
     problems: int = 256
     export: str | None = None  # a folder: the last checkpoint goes there when training has succeeded
-    sweep: tuple[str, ...] = ()  # dotted.key=a,b,c; several give the product
+    sweep: tuple[str, ...] = ()  # dotted.key=a,b,c or recipe=a,b,c; several give the product
 
     @property
     def title(self) -> str:
@@ -78,13 +79,18 @@ class Request:
 def plan_jobs(request: Request, cluster: Cluster) -> list[Job]:
     """The jobs of a request, each after those that it waits for."""
     points = sweep_points(request.sweep)
+    if sum(axis.startswith(RECIPES) for axis in request.sweep) > 1:
+        raise ConfigError("--sweep recipe=… stands there twice: a run has one recipe, so name all of them in one")
     if len(points) > 1 and (request.run_dir or request.export):
         raise ConfigError("a sweep has a run directory for each of its runs: leave out --run-dir and --export")
     return [job for i, point in enumerate(points) for job in _run_jobs(request, cluster, point, i, len(points))]
 
 
 def sweep_points(sweep: tuple[str, ...]) -> list[tuple[str, ...]]:
-    """`("a=1,2", "b=x,y")` → the four tuples of overrides; no sweep is one point without overrides."""
+    """`("a=1,2", "b=x,y")` → the four tuples of overrides; no sweep is one point without overrides.
+
+    An axis `recipe=a,b` is one of recipes, by name or path: its value takes the request's recipe's place.
+    """
     axes = []
     for axis in sweep:
         key, separator, values = axis.partition("=")
@@ -94,21 +100,34 @@ def sweep_points(sweep: tuple[str, ...]) -> list[tuple[str, ...]]:
     return list(itertools.product(*axes))
 
 
+def sweep_lines(request: Request) -> list[str]:
+    """Which run of a sweep is which: a line each, empty where there is one run only."""
+    points = [_recipe_of(point, request.recipe) for point in sweep_points(request.sweep)]
+    return [f"train-{i}: {' '.join([recipe, *rest])}" for i, (recipe, rest) in enumerate(points) if len(points) > 1]
+
+
+def _recipe_of(point: tuple[str, ...], recipe: str) -> tuple[str, tuple[str, ...]]:
+    """The recipe of a sweep's point, and the overrides that are left."""
+    named = [value.removeprefix(RECIPES) for value in point if value.startswith(RECIPES)]
+    return (named or [recipe])[0], tuple(value for value in point if not value.startswith(RECIPES))
+
+
 def _run_jobs(request: Request, cluster: Cluster, point: tuple[str, ...], i: int, count: int) -> list[Job]:
     suffix = f"-{i}" if count > 1 else ""
     run_dir = request.run_dir or f"{cluster.run_root}/{request.title}{suffix}"
+    recipe, overrides = _recipe_of(point, request.recipe)
     train = Job(
         name=f"train{suffix}",
         command=(
             *("-m", "prune_opd.node", "--ranks", str(cluster.ranks_per_node), "--run-dir", run_dir),
-            *(request.recipe, *request.overrides, *point),
+            *(recipe, *request.overrides, *overrides),
         ),
         nodes=cluster.nodes,
     )
     jobs = [train]
     then = Job(name="", command=(), nodes=1, after=train.name)
     if request.export:
-        command = ("-m", "prune_opd.node", "--export-to", request.export, "--run-dir", run_dir, request.recipe)
+        command = ("-m", "prune_opd.node", "--export-to", request.export, "--run-dir", run_dir, recipe)
         jobs.append(replace(then, name=f"export{suffix}", command=command))
     if request.evaluate:
         # fmt: off

@@ -8,7 +8,7 @@ LAUNCH = .venv-launch/bin/python -m launch
 ENGINE ?= docker
 IMAGE ?= prune-opd
 
-.PHONY: setup-launch setup-slurm-test launch dryrun status logs cancel image image-cpu squashfs
+.PHONY: setup-launch setup-slurm-test launch dryrun status logs cancel image image-cpu rootfs-cpu squashfs
 
 setup-slurm-test: ## Install Debian's Slurm for tests/cluster, where that is possible
 	@bash scripts/setup_slurm_test.sh
@@ -39,6 +39,9 @@ image: ## Build the H100 image (ENGINE=docker, BASE=, IMAGE=)
 
 image-cpu: ## Build the CPU image, IMAGE:cpu, on Debian 12 or BASE
 	$(ENGINE) build -f docker/Dockerfile -t $(IMAGE):cpu --build-arg ACCEL=cpu --build-arg BASE=$(or $(BASE),debian:12) --build-arg REVISION=$$(git rev-parse HEAD) $(BUILD_ARGS) .
+
+rootfs-cpu: ## Build build/rootfs-cpu from docker/Dockerfile, for tests/cluster (root, buildah, mmdebstrap; BASE=)
+	@bash scripts/build_rootfs.sh
 
 squashfs: ## Turn IMAGE into IMAGE.sqsh for pyxis (needs enroot)
 	enroot import -o $(IMAGE).sqsh dockerd://$(IMAGE)

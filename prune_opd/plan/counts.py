@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from prune_opd.model_spec import ModelSpec
@@ -74,9 +75,14 @@ def largest_rank(spec: ModelSpec, layout: Layout, head: bool = True) -> Count:
 
 def forward_flops(spec: ModelSpec, length: float, head: bool = True) -> float:
     """Of one sequence of `length` tokens: 2 a parameter and token, and causal attention's two products."""
+    return flops_by_length(spec, head)(length)
+
+
+def flops_by_length(spec: ModelSpec, head: bool = True) -> Callable[[float], float]:
+    """`forward_flops` for many sequences: what depends on the model only is counted once."""
     active = active_parameters(spec) - (0 if head else spec.vocab_size * spec.hidden)
-    attention = 2 * spec.layers * spec.heads * spec.head_dim * length**2
-    return 2 * active * length + attention
+    attention = 2 * spec.layers * spec.heads * spec.head_dim
+    return lambda length: 2 * active * length + attention * length**2
 
 
 def cache_bytes(spec: ModelSpec, bytes_each: int, tensor: int = 1) -> int:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections import Counter
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from functools import lru_cache
 from statistics import NormalDist
 
 from prune_opd.config import HorizonConfig, TrainConfig
@@ -14,6 +17,8 @@ SPREAD = (
     0.6  # standard deviation of the logarithm of a response's length: a few times as long as the median now and then
 )
 DEFAULT_SHARE = 0.6  # of max_len, where the recipe does not say what a response takes
+ADAPTIVE = ("prune", "marginal")
+COMPARED = ("prune", "popd", "topd", "full")  # strategies whose times stand beside each other in a plan
 CURVE = 64  # quantiles that a mean is taken over
 
 
@@ -39,11 +44,17 @@ class Lengths:
 
     def quantiles(self, count: int, horizon: float) -> list[float]:
         """The lengths of `count` responses cut at the horizon, ascending: the middles of as many equal shares."""
-        normal = NormalDist()
-        return [min(horizon, self.median * math.exp(SPREAD * normal.inv_cdf((i + 0.5) / count))) for i in range(count)]
+        return [min(horizon, self.median * factor) for factor in _factors(count)]
 
     def mean(self, horizon: float) -> float:
         return sum(self.quantiles(CURVE, horizon)) / CURVE
+
+
+@lru_cache(maxsize=256)
+def _factors(count: int) -> tuple[float, ...]:
+    """Of the median, at the middles of as many equal shares."""
+    normal = NormalDist()
+    return tuple(math.exp(SPREAD * normal.inv_cdf((i + 0.5) / count)) for i in range(count))
 
 
 def lengths_of(config: TrainConfig) -> Lengths:
@@ -54,13 +65,31 @@ def lengths_of(config: TrainConfig) -> Lengths:
 
 
 def mean_horizon(config: TrainConfig) -> float:
-    """Of the run [tokens]. Exact but for prune, whose window nobody knows before: planning.mean_horizon, or a guess."""
+    """Of the run [tokens]: of `windows`."""
+    found = windows(config)
+    return sum(horizon * count for horizon, count in found.items()) / sum(found.values())
+
+
+def windows(config: TrainConfig) -> dict[float, int]:
+    """Horizon → steps of the run that have it. Exact where the schedule does not look at the responses.
+
+    Of the adaptive strategies nobody knows the window before: all steps get planning.mean_horizon, or a guess.
+    """
     horizon = config.horizon
-    if horizon.strategy == "prune":
-        if config.planning.mean_horizon is not None:
-            return min(config.planning.mean_horizon, horizon.max_len)
-        return (max(horizon.init_len or 0, horizon.min_len) + horizon.max_len) / 2
-    return _scheduled(horizon, config.steps)
+    if horizon.strategy not in ADAPTIVE:
+        return _schedule(horizon, config.steps)
+    if config.planning.mean_horizon is not None:
+        return {min(config.planning.mean_horizon, horizon.max_len): config.steps}
+    return {(max(horizon.init_len or 0, horizon.min_len) + horizon.max_len) / 2: config.steps}
+
+
+def strategies(config: TrainConfig) -> dict[str, TrainConfig]:
+    """The recipe's own strategy, then the others that it has all settings for, full rollouts last."""
+    found = {config.horizon.strategy: config}
+    for name in COMPARED:
+        with suppress(ConfigError):  # a setting is missing
+            found.setdefault(name, replace(config, horizon=replace(config.horizon, strategy=name)))
+    return found
 
 
 def assumptions(config: TrainConfig) -> list[str]:
@@ -74,16 +103,17 @@ def assumptions(config: TrainConfig) -> list[str]:
         lines.append(
             f"responses: {planning.response_length} tokens on average at the full horizon (planning.response_length)"
         )
-    if config.horizon.strategy == "prune":
+    if "prune" in strategies(config):
         source = "planning.mean_horizon" if planning.mean_horizon else "between horizon.init_len and max_len"
-        lines.append(f"window: {mean_horizon(config):.0f} tokens on average ({source})")
+        window = mean_horizon(strategies(config)["prune"])
+        lines.append(f"window of prune: {window:.0f} tokens on average ({source})")
     return lines
 
 
-def _scheduled(horizon: HorizonConfig, steps: int) -> float:
-    """The mean of a controller that does not look at the responses: full, topd, popd."""
-    controller, total = make_controller(horizon), 0
+def _schedule(horizon: HorizonConfig, steps: int) -> dict[float, int]:
+    """Of a controller that does not look at the responses: full, topd, popd, replay."""
+    controller, found = make_controller(horizon), Counter[float]()
     for _ in range(steps):
-        total += controller.horizon
+        found[controller.horizon] += 1
         controller.update([], [], [])
-    return total / steps
+    return dict(found)

@@ -125,7 +125,7 @@ def working_bytes(setting: Setting) -> dict[str, float]:
     longest = setting.config.rollout.max_prompt_len + setting.config.horizon.max_len
     tokens = max(parallel.microbatch_tokens, longest)  # a row is never cut, even where it is longer than the budget
     hidden = _teacher_hidden(setting, longest)
-    forward = tokens * (_layer_bytes(setting.teacher, teacher.tensor, False) + 4 * setting.teacher.hidden)
+    forward = tokens * (layer_bytes(setting.teacher, teacher.tensor, False) + 4 * setting.teacher.hidden)
     per_rank = tokens / student.context
     return {
         "sync": 2 * setting.config.rollout.bucket_mb * 2**20,
@@ -192,32 +192,41 @@ def _teacher_hidden(setting: Setting, longest: int) -> float:
 def _activation_bytes(setting: Setting) -> float:
     """Of one token, over the layers of the student's first stage and the micro-batches that are under way there."""
     parallel, layout, spec = setting.config.parallel, setting.student_layout, setting.student
-    one = _layer_bytes(spec, layout.tensor, parallel.sequence_parallel)
-    shared = layout.tensor if parallel.sequence_parallel else 1
     layers = spec.layers / layout.pipeline
-    if parallel.recompute == "full":
-        kept, again = 2 * spec.hidden / shared * layers, one
-    else:
-        kept, again = one * layers, 0.0
+    kept = layers * kept_bytes(spec, layout.tensor, parallel.sequence_parallel, parallel.recompute)
+    again = layer_bytes(spec, layout.tensor, parallel.sequence_parallel) if parallel.recompute == "full" else 0.0
     under_way = layout.pipeline * (1 + (layout.pipeline - 1) / (layout.pipeline * parallel.virtual_pipeline))
     return kept * (under_way if layout.pipeline > 1 else 1) + again + 4 * spec.hidden
 
 
-def _layer_bytes(spec: ModelSpec, tensor: int, sequence_parallel: bool) -> float:
-    """What a layer keeps of a token for its backward pass, in bf16, with flash attention.
+def kept_bytes(spec: ModelSpec, tensor: int, sequence_parallel: bool, recompute: str) -> float:
+    """What a layer keeps of a token from its forward to its backward pass, by `parallel.recompute`.
 
-    As in "Reducing Activation Recomputation in Large Transformer Models" (arXiv 2205.05198, section 4), for SwiGLU and
-    grouped queries: inputs and outputs of both norms; q, k, v before and after the rotation, attention's output; gate,
-    up and their product. An expert layer keeps the latter, and the token on its way there and back, for each expert.
+    full: its input. selective: all that `none` keeps. It makes attention's scores again, and flash attention has none;
+    its output stays in any case, as the input of the projection.
+    """
+    if recompute == "full":
+        return 2 * spec.hidden / (tensor if sequence_parallel else 1)
+    return layer_bytes(spec, tensor, sequence_parallel)
+
+
+def layer_bytes(spec: ModelSpec, tensor: int, sequence_parallel: bool) -> float:
+    """What the backward pass of a layer needs of a token, in bf16, with flash attention and without fused activations.
+
+    Counted tensor by tensor as in "Reducing Activation Recomputation in Large Transformer Models" (arXiv 2205.05198,
+    section 4), and checked against what autograd saves of megatron-core's layers (test_plan_memory.py): inputs and
+    outputs of both norms; q, k and v in one piece, rotated q and k, attention's output, cos and sin for q and for k;
+    gate and up in one piece, SiLU of gate, a copy of up (megatron-core adds its offset, 0), their product. An expert
+    also keeps the product before it is weighted, and its copy of the token.
     """
     shared = tensor if sequence_parallel else 1
     width = spec.heads * spec.head_dim
     groups = spec.kv_heads * spec.head_dim
-    attention = (4 * (width + 2 * groups) + 2 * width) / tensor
+    attention = (2 * (width + 2 * groups) + 2 * (width + groups) + 2 * width) / tensor + 8 * spec.head_dim
     if spec.moe is not None:
-        feed_forward = spec.moe.per_token * (6 * spec.moe.ffn + 4 * spec.hidden) / shared
+        feed_forward = spec.moe.per_token * (12 * spec.moe.ffn + 2 * spec.hidden) / shared
     else:
-        feed_forward = 6 * spec.ffn / tensor
+        feed_forward = 10 * spec.ffn / tensor
     return 8 * spec.hidden / shared + attention + feed_forward
 
 

@@ -7,10 +7,10 @@ from typing import Any
 
 from prune_opd.check_layout import layout_problems
 from prune_opd.config import TrainConfig
-from prune_opd.plan.lengths import assumptions, mean_horizon
+from prune_opd.plan.lengths import assumptions, mean_horizon, strategies, windows
 from prune_opd.plan.memory import MemoryPlan, largest_fit, plan_memory, problems
 from prune_opd.plan.setting import Setting, setting_of
-from prune_opd.plan.time import StepTime, evaluation_seconds, step_time
+from prune_opd.plan.time import StepTime, evaluation_seconds, mean_step, step_time
 from prune_opd.shapes import model_config
 
 MODELS = ("student", "teacher")
@@ -19,15 +19,24 @@ CURVE_GPUS = (8, 16, 32, 64, 128, 256, 512, 1024)
 
 @dataclass(frozen=True)
 class Plan:
-    """planned: a step of the recipe's strategy at its mean horizon; full: at horizon.max_len. evaluation: one, in s."""
+    """steps: the mean step of the recipe's strategy, then of those it could have instead. evaluation: one, in s."""
 
     setting: Setting
     problems: tuple[str, ...]  # empty: it fits
     memory: MemoryPlan
-    planned: StepTime
-    full: StepTime
+    steps: dict[str, StepTime]  # by strategy
     evaluation: float
     assumptions: tuple[str, ...]
+
+    @property
+    def planned(self) -> StepTime:
+        """Of the recipe's strategy."""
+        return self.steps[self.setting.config.horizon.strategy]
+
+    @property
+    def full(self) -> StepTime:
+        """With the whole horizon.max_len."""
+        return self.steps["full"]
 
     @property
     def evaluations(self) -> int:
@@ -67,7 +76,7 @@ class Plan:
                     "hours": self.hours(step),
                     "gpu_hours": self.gpu_hours(step),
                 }
-                for name, step in (("planned", self.planned), ("full", self.full))
+                for name, step in {"planned": self.planned, **self.steps}.items()
             },
         }
 
@@ -80,8 +89,10 @@ def plan_run(config: TrainConfig, gpu: str, nodes: int) -> Plan:
         setting=setting,
         problems=(*structure(config, setting.world), *problems(setting, memory)),
         memory=memory,
-        planned=step_time(setting, mean_horizon(config), memory.cache_tokens),
-        full=step_time(setting, config.horizon.max_len, memory.cache_tokens),
+        steps={
+            name: mean_step(setting, windows(config), memory.cache_tokens)
+            for name, config in strategies(config).items()
+        },
         evaluation=evaluation_seconds(setting, memory.cache_tokens),
         assumptions=tuple(assumptions(config)),
     )

@@ -79,6 +79,20 @@ def pair_rows() -> list[Row]:
 
 
 def topd_rows(prompts: int = 256) -> list[Row]:
+    return [
+        Row(f"JustRL pair, TOPD {rho}", hours, _truncated_hours(prompts, strategy="topd", rho=rho), "h",
+            "batch, steps, response length")
+        for rho, hours in TOPD.items()
+    ]  # fmt: skip
+
+
+def popd_hours(increment: int, interval: int) -> float:
+    """The JustRL pair with a horizon that grows by `increment` tokens every `interval` steps."""
+    return _truncated_hours(256, strategy="popd", increment=increment, interval=interval)
+
+
+def _truncated_hours(prompts: int, **horizon: object) -> float:
+    """In the set-up of arXiv 2605.31490, as far as it is assumed above."""
     config = _recipe(JUSTRL)
     config = replace(
         config,
@@ -86,12 +100,7 @@ def topd_rows(prompts: int = 256) -> list[Row]:
         planning=replace(config.planning, response_length=9500),
         horizon=replace(config.horizon, max_len=15360),
     )
-    scale = TOPD_OPD / _hours(_with(config, strategy="full"))
-    return [
-        Row(f"JustRL pair, TOPD {rho}", hours, scale * _hours(_with(config, strategy="topd", rho=rho)), "h",
-            "batch, steps, response length")
-        for rho, hours in TOPD.items()
-    ]  # fmt: skip
+    return TOPD_OPD / _hours(_with(config, strategy="full")) * _hours(_with(config, **horizon))
 
 
 def nemo_rows() -> list[Row]:
@@ -128,6 +137,17 @@ def table() -> str:
         lines.append(
             f"| {row.what} | {sign}{row.published:g} {row.unit} | {row.ours:.1f} {row.unit} | {error} | {row.assumed} |"
         )
+    return "\n".join(lines)
+
+
+def strategies_table() -> str:
+    """Hours of each pair by strategy, as docs/planner.md has them: all with the constants of the recipes."""
+    names = {"full": "OPD", "popd": "POPD", "topd": "TOPD .25", "prune": "Prune"}
+    lines = ["| | " + " | ".join(names.values()) + " |", "|---|" + "--:|" * len(names)]
+    for pair in PAIRS:
+        config = _recipe(pair)
+        hours = " | ".join(f"{_hours(_with(config, strategy=strategy)):.1f}" for strategy in names)
+        lines.append(f"| {pair} | {hours} |")
     return "\n".join(lines)
 
 

@@ -13,24 +13,28 @@ from typing import Any, NamedTuple
 
 from prune_opd.config import TrainConfig
 from prune_opd.memory import ENGINE, GRADIENTS, STUDENT, TEACHER
-from prune_opd.plan.lengths import mean_horizon
+from prune_opd.plan.lengths import mean_horizon, windows
 from prune_opd.plan.memory import plan_memory, problems
 from prune_opd.plan.planner import structure
 from prune_opd.plan.setting import Setting, setting_of
-from prune_opd.plan.time import step_time
+from prune_opd.plan.time import mean_step, step_time
 
 SIZES = (1, 2, 4, 8)
 EXPERTS = (1, 2, 4, 8, 16, 32)
+CHUNKS = (1, 2, 4)  # parallel.virtual_pipeline
+CONTEXTS = SIZES
 SHARE = "rollout.gpu_memory_utilization"
 SHARES = (0.3, 0.4, 0.5, 0.6, 0.7)
 TRIED = 20_000  # combinations whose memory is looked at
 
 
 class Part(NamedTuple):
-    """One of the three: seconds of its phases, the least it has on the GPU when all are built, and its settings."""
+    """One of the three: seconds of its phases, the least it has on the GPU when all are built, how much it is cut up,
+    and its settings."""
 
     seconds: float
     start: float
+    cuts: float
     changes: dict[str, Any]
 
 
@@ -50,9 +54,9 @@ def best_layouts(config: TrainConfig, gpu: str, nodes: int, count: int = 5) -> l
     engine = _smallest(_timed(setting, _engines(setting), ("rollout",), ENGINE))
     room = plan_memory(setting).limit
     combined = sorted(
-        (sum(part.seconds for part in parts), sum(_cuts(part.changes) for part in parts), i, parts)
-        for i, parts in enumerate(itertools.product(student, teacher, engine))
-        if sum(part.start for part in parts) <= room
+        (a.seconds + b.seconds + c.seconds, a.cuts + b.cuts + c.cuts, i, (a, b, c))
+        for i, (a, b, c) in enumerate(itertools.product(student, teacher, engine))
+        if a.start + b.start + c.start <= room
     )
     found: list[Found] = []
     seen = set()  # layouts that stand already, with a smaller share of memory for the engine
@@ -64,7 +68,7 @@ def best_layouts(config: TrainConfig, gpu: str, nodes: int, count: int = 5) -> l
             continue
         memory = plan_memory(candidate)
         if not problems(candidate, memory):
-            total = step_time(candidate, mean_horizon(candidate.config), memory.cache_tokens).total
+            total = mean_step(candidate, windows(candidate.config), memory.cache_tokens).total
             found.append(Found(total, tuple(f"{key}={_plain(value)}" for key, value in changes.items())))
             seen.add(layout)
             if len(found) == count:
@@ -74,10 +78,15 @@ def best_layouts(config: TrainConfig, gpu: str, nodes: int, count: int = 5) -> l
 
 def _students(setting: Setting) -> Iterator[dict[str, Any]]:
     experts = EXPERTS if setting.student.moe else (1,)
-    for tensor, pipeline, expert, recompute in itertools.product(SIZES, SIZES, experts, ("none", "full")):
+    sizes = itertools.product(SIZES, SIZES, CHUNKS, CONTEXTS, experts, ("none", "full"))
+    for tensor, pipeline, chunks, context, expert, recompute in sizes:
+        if (chunks > 1 and pipeline == 1) or tensor * pipeline * context > setting.world:
+            continue
         yield {
             "parallel.tensor": tensor,
             "parallel.pipeline": pipeline,
+            "parallel.virtual_pipeline": chunks,
+            "parallel.context": context,
             "parallel.expert": expert,
             "parallel.sequence_parallel": tensor > 1,
             "parallel.recompute": recompute,
@@ -114,9 +123,9 @@ def _timed(
         memory = plan_memory(alone)
         if "rollout" in phases and memory.cache_tokens < longest:
             continue
-        seconds = step_time(alone, horizon, memory.cache_tokens).seconds
+        seconds = step_time(alone, horizon, memory.cache_tokens, phases).seconds
         start = sum(memory.parts[part] for part in parts)
-        found.append(Part(round(sum(seconds[phase] for phase in phases), 3), start, changes))
+        found.append(Part(round(sum(seconds.values()), 3), start, _cuts(changes), changes))
     return found
 
 
@@ -137,11 +146,13 @@ def _whole(changes: dict[str, Any]) -> dict[str, Any]:
 
 
 def _changed(setting: Setting, changes: dict[str, Any]) -> Setting:
-    config = setting.config
-    for key, value in {**changes, "parallel.virtual_pipeline": 1}.items():
+    parts: dict[str, dict[str, Any]] = {}
+    for key, value in changes.items():
         part, name = key.split(".")
-        config = replace(config, **{part: replace(getattr(config, part), **{name: value})})
-    return replace(setting, config=config)
+        parts.setdefault(part, {})[name] = value
+    config = setting.config
+    made = {part: replace(getattr(config, part), **values) for part, values in parts.items()}
+    return replace(setting, config=replace(config, **made))
 
 
 def _cuts(changes: dict[str, Any]) -> float:

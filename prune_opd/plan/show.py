@@ -83,8 +83,8 @@ def _memory_table(plan: Plan) -> Table:
 
 
 def _time_table(plan: Plan) -> Table:
-    steps = {plan.setting.config.horizon.strategy: plan.planned, "full": plan.full}
-    table = Table("", *steps, title="Time of a step, and of the run")
+    steps = plan.steps
+    table = Table("", *steps, title="Time of a step, and of the run, by strategy (the recipe's first)")
     for phase in PHASES:
         table.add_row(f"{phase} s", *(f"{step.seconds[phase]:.1f}" for step in steps.values()))
     rows: dict[str, list[str]] = {
@@ -116,7 +116,7 @@ def _draw(plan: Plan, curves: dict[str, dict[int, StepTime]], path: Path) -> Non
     axes[0, 0].axhline(memory.limit / 1e9, color="black", linestyle="--", label="limit")
     axes[0, 0].set(title="memory of a GPU [GB]")
     axes[0, 0].legend()
-    steps = {plan.setting.config.horizon.strategy: plan.planned, "full": plan.full}
+    steps = plan.steps
     bottom = dict.fromkeys(steps, 0.0)
     for phase in PHASES:
         axes[0, 1].bar(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from prune_opd.model_spec import ModelSpec
@@ -10,6 +10,7 @@ from prune_opd.plan.counts import (
     Layout,
     active_parameters,
     cache_bytes,
+    flops_by_length,
     forward_flops,
     largest_rank,
     parameters,
@@ -44,21 +45,36 @@ class StepTime:
         return sum(self.seconds.values())
 
 
-def step_time(setting: Setting, horizon: float, cache_tokens: float) -> StepTime:
-    """cache_tokens: that an engine's KV cache holds (memory.py)."""
+def step_time(setting: Setting, horizon: float, cache_tokens: float, phases: Sequence[str] = PHASES) -> StepTime:
+    """cache_tokens: that an engine's KV cache holds (memory.py). phases: those that shall be computed."""
     prompt = PROMPT_SHARE * setting.config.rollout.max_prompt_len
     lengths = setting.lengths.quantiles(min(setting.responses, 512), horizon)
     tokens = sum(lengths) / len(lengths) * setting.responses
     rows = [prompt + length for length in lengths]
-    seconds = {
-        "sync": sync_seconds(setting),
-        "rollout": rollout_seconds(setting, horizon, prompt, cache_tokens),
-        "teacher": teacher_seconds(setting, rows),
-        "train": train_seconds(setting, rows),
-        "all-reduce": all_reduce_seconds(setting),
-        "overhead": STEP_OVERHEAD,
+    of_phase: dict[str, Callable[[], float]] = {
+        "sync": lambda: sync_seconds(setting),
+        "rollout": lambda: rollout_seconds(setting, horizon, prompt, cache_tokens),
+        "teacher": lambda: teacher_seconds(setting, rows),
+        "train": lambda: train_seconds(setting, rows),
+        "all-reduce": lambda: all_reduce_seconds(setting),
+        "overhead": lambda: STEP_OVERHEAD,
     }
-    return StepTime(horizon, seconds, tokens)
+    return StepTime(horizon, {phase: of_phase[phase]() for phase in phases}, tokens)
+
+
+def mean_step(setting: Setting, windows: Mapping[float, int], cache_tokens: float) -> StepTime:
+    """The mean of a run's steps. windows: horizon → how many steps have it.
+
+    The last response to end sets a step's time, so a step at the mean horizon takes another time than the mean step.
+    """
+    total, steps = sum(windows.values()), {}
+    for horizon, count in windows.items():
+        steps[horizon] = step_time(setting, horizon, cache_tokens), count / total
+    return StepTime(
+        horizon=sum(share * horizon for horizon, (_, share) in steps.items()),
+        seconds={phase: sum(share * step.seconds[phase] for step, share in steps.values()) for phase in PHASES},
+        tokens=sum(share * step.tokens for step, share in steps.values()),
+    )
 
 
 def sync_seconds(setting: Setting) -> float:
@@ -97,12 +113,13 @@ def rollout_seconds(setting: Setting, horizon: float, prompt: float, cache_token
 def teacher_seconds(setting: Setting, rows: list[float]) -> float:
     """One forward pass without the head, and the way of the hidden states to the student's last stage."""
     spec, layout = setting.teacher, setting.teacher_layout
-    work = _share(setting, rows, layout.replicas, lambda row: forward_flops(spec, row, head=False))
+    work = _share(setting, rows, layout.replicas, flops_by_length(spec, head=False))
     ranks = layout.tensor * layout.pipeline
     compute = work / ranks / _flops(setting, setting.config.precision.teacher_fp8.on)
     tokens = _share(setting, rows, layout.replicas, float)
     moved = tokens * spec.hidden * setting.weight_bytes / (setting.link * COLLECTIVE_EFFICIENCY)
-    return compute * _bubble(setting, layout, tokens, 1) + _layer_traffic(setting, spec, layout, tokens, 1) + moved
+    traffic = _layer_traffic(setting, spec, layout, tokens, 1) + _stage_traffic(setting, spec, layout, tokens, 1)
+    return compute * _bubble(setting, layout, tokens, 1) + traffic + moved
 
 
 def train_seconds(setting: Setting, rows: list[float]) -> float:
@@ -110,13 +127,14 @@ def train_seconds(setting: Setting, rows: list[float]) -> float:
     spec, layout, parallel = setting.student, setting.student_layout, setting.config.parallel
     passes = 1 + BACKWARD + (parallel.recompute == "full")
     ranks = layout.tensor * layout.pipeline * layout.context
-    body = _share(setting, rows, layout.replicas, lambda row: forward_flops(spec, row, head=False)) / ranks
+    body = _share(setting, rows, layout.replicas, flops_by_length(spec, head=False)) / ranks
     compute = passes * body / _flops(setting, setting.config.precision.student_fp8.on)
     tokens = _share(setting, rows, layout.replicas, float)
     heads = (1 + BACKWARD) * spec.vocab_size * spec.hidden + setting.teacher.vocab_size * setting.teacher.hidden
     loss = 2 * heads * tokens / (layout.tensor * layout.context) / _flops(setting, False)
     state = largest_rank(spec, layout).all * (4 + 2 * 12 / (layout.replicas if parallel.distributed_optimizer else 1))
     traffic = _layer_traffic(setting, spec, layout, tokens, passes)
+    traffic += _stage_traffic(setting, spec, layout, tokens, 2 * parallel.virtual_pipeline)
     bubble = _bubble(setting, layout, tokens, parallel.virtual_pipeline)
     return compute * bubble + loss + traffic + state / (setting.gpu.bandwidth * DECODE_EFFICIENCY)
 
@@ -180,8 +198,9 @@ def _bubble(setting: Setting, layout: Layout, tokens: float, virtual: int) -> fl
 
 
 def _layer_traffic(setting: Setting, spec: ModelSpec, layout: Layout, tokens: float, passes: int) -> float:
-    """Tensor and expert parallel collectives: two all-reduces (or their halves) of the residual a layer and pass, and
-    an all-to-all there and back for each expert of a token."""
+    """Tensor, expert and context parallel collectives, none of them overlapped: two all-reduces (or their halves) of
+    the residual a layer and pass, an all-to-all there and back for each expert of a token, and the keys and values of
+    all other context parallel ranks (in the backward pass their gradients too)."""
     layers, each = spec.layers / layout.pipeline, tokens / layout.context * spec.hidden * setting.weight_bytes
     total = 0.0
     if layout.tensor > 1:
@@ -190,4 +209,16 @@ def _layer_traffic(setting: Setting, spec: ModelSpec, layout: Layout, tokens: fl
     if spec.moe is not None and layout.expert > 1:
         bytes_sent = 2 * layers * spec.moe.per_token * (layout.expert - 1) / layout.expert * each / layout.tensor
         total += passes * bytes_sent / (setting.group_link(layout.expert) * COLLECTIVE_EFFICIENCY)
+    if layout.context > 1:
+        cache = cache_bytes(spec, setting.weight_bytes, layout.tensor) / layout.pipeline
+        bytes_sent = (layout.context - 1) * tokens / layout.context * cache
+        total += passes * bytes_sent / (setting.group_link(layout.tensor * layout.context) * COLLECTIVE_EFFICIENCY)
     return total
+
+
+def _stage_traffic(setting: Setting, spec: ModelSpec, layout: Layout, tokens: float, crossings: int) -> float:
+    """A stage's hidden states, and their gradients, on their way to the next stage; stages lie farthest apart."""
+    if layout.pipeline == 1:
+        return 0.0
+    bytes_sent = crossings * tokens / layout.context * spec.hidden * setting.weight_bytes
+    return bytes_sent / (setting.link * COLLECTIVE_EFFICIENCY)

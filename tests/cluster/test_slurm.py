@@ -11,11 +11,13 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 
 from prune_opd.errors import REQUEUE_EXIT_CODE
+from prune_opd.paths import cache_dir
 from tests.cluster.throwaway import Slurm, Sshd, wait_for, why_not
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -24,9 +26,25 @@ PLANTED = "planted-5f1d7c"
 ODD = "a 'b' $HOME `id` \"c\"; d"
 TINY = ("rollout.prompts=4", "horizon.max_len=64", "horizon.init_len=64", "evaluation.problems=0", "name=tiny")
 
+ROOTFS = REPOSITORY / "build" / "rootfs-cpu"
+NOBODY = 65534
+
+
+def why_no_rootfs() -> str | None:
+    """The reason why there is no file system of our image as it is now; None if there is one."""
+    fresh = subprocess.run(["bash", str(REPOSITORY / "scripts" / "build_rootfs.sh"), "--is-fresh"], check=False)
+    if fresh.returncode == 0:
+        return None
+    state = "was built from other files than these" if ROOTFS.is_dir() else "is not there"
+    return f"{ROOTFS.relative_to(REPOSITORY)} {state} (make rootfs-cpu builds it in some minutes, as root)"
+
+
 reason = why_not() or (None if LAUNCH_PYTHON.is_file() else "make setup-launch has not run")
 if reason:
     print(f"\ntests/cluster is skipped: {reason}", file=sys.__stderr__)
+no_rootfs = None if reason else why_no_rootfs()
+if no_rootfs:
+    print(f"\ntests/cluster: training in our own image is skipped: {no_rootfs}", file=sys.__stderr__)
 pytestmark = [pytest.mark.skipif(reason is not None, reason=str(reason)), pytest.mark.timeout(300)]
 
 
@@ -75,11 +93,22 @@ class Site:
         kept = {name: value for name, value in os.environ.items() if name not in ("RANK", "PYTHONPATH")}
         return kept | self.slurm.environment | {"NEMORUN_HOME": str(self.home)} | more
 
-    def launch(self, *words: str, timeout: float = 200, **env: str) -> subprocess.CompletedProcess[str]:
+    def submitting_as(self, user: int) -> Path:
+        """A folder for the front of PATH, whose sbatch has root's jobs run as another user."""
+        programs = self.slurm.folder / f"as-{user}"
+        programs.mkdir()
+        sbatch = programs / "sbatch"
+        sbatch.write_text(f'#!/bin/sh\nexec {shutil.which("sbatch")} --uid={user} --gid={user} "$@"\n')
+        sbatch.chmod(0o755)
+        return programs
+
+    def launch(
+        self, *words: str, timeout: float = 200, umask: int = -1, **env: str
+    ) -> subprocess.CompletedProcess[str]:
         command = [str(LAUNCH_PYTHON), "-m", "launch", *words]
         return subprocess.run(
             command, cwd=REPOSITORY, env=self.environment(**env), capture_output=True, text=True, timeout=timeout,
-            check=False, stdin=subprocess.DEVNULL,
+            check=False, stdin=subprocess.DEVNULL, umask=umask,
         )  # fmt: skip
 
     def recipe(self, name: str, text: str) -> str:
@@ -87,9 +116,13 @@ class Site:
         path.write_text(text, encoding="utf-8")
         return str(path)
 
-    def steps(self, run: str) -> list[int]:
+    def records(self, run: str) -> list[dict[str, Any]]:
+        """Of the training steps in a run's metrics."""
         lines = (self.runs / run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-        return [record["step"] for record in map(json.loads, lines) if "loss" in record]
+        return [record for record in map(json.loads, lines) if "loss" in record]
+
+    def steps(self, run: str) -> list[int]:
+        return [record["step"] for record in self.records(run)]
 
 
 @pytest.fixture(scope="module")
@@ -99,10 +132,10 @@ def site(slurm: Slurm) -> Site:
 
 @pytest.fixture(scope="module")
 def trained(site: Site) -> subprocess.CompletedProcess[str]:
-    """Two steps on two nodes, then the evaluation that depends on them."""
+    """Two steps on two nodes, then the evaluation and the export that depend on them."""
     return site.launch(
         "submit", "tiny_compatible", *TINY, "steps=2", "--cluster", site.cluster("plain"),
-        "--evaluate", "ledger", "-k", "1", "--problems", "4",
+        "--evaluate", "ledger", "-k", "1", "--problems", "4", "--export", str(site.slurm.folder / "exported"),
     )  # fmt: skip
 
 
@@ -117,14 +150,61 @@ def test_tiny_recipe_trains_on_two_nodes_and_is_evaluated_afterwards(
     assert logs.index("\nok\n", first) < logs.index("2 ranks" if "2 ranks" in logs else "step", first)
     assert re.search(r"accuracy|avg@1", logs)
     found = site.launch("status", "tiny_compatible")
-    assert found.returncode == 0 and found.stdout.count("COMPLETED") == 2
+    assert found.returncode == 0 and found.stdout.count("COMPLETED") == 3
 
 
-def test_evaluation_waited_for_the_training(site: Site, trained: subprocess.CompletedProcess[str]) -> None:
-    train, evaluate = (re.search(rf"{name}: job (\d+)", trained.stdout)[1] for name in ("train", "evaluate"))  # type: ignore[index]
+@pytest.mark.parametrize("name", ["evaluate", "export"])
+def test_what_follows_waited_for_the_training(site: Site, trained: subprocess.CompletedProcess[str], name: str) -> None:
+    train, then = (re.search(rf"{job}: job (\d+)", trained.stdout)[1] for job in ("train", name))  # type: ignore[index]
     end = site.slurm.output("sacct", "-X", "-n", "-P", "-j", train, "-o", "End")
-    start = site.slurm.output("sacct", "-X", "-n", "-P", "-j", evaluate, "-o", "Start")
+    start = site.slurm.output("sacct", "-X", "-n", "-P", "-j", then, "-o", "Start")
     assert end <= start
+
+
+def test_the_export_is_the_trained_student_as_transformers_loads_it(
+    site: Site, trained: subprocess.CompletedProcess[str]
+) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    exported, of_the_run = site.slurm.folder / "exported", site.runs / "tiny_compatible" / "hf"
+    model, same = (AutoModelForCausalLM.from_pretrained(folder) for folder in (exported, of_the_run))
+    assert AutoTokenizer.from_pretrained(exported).vocab_size == model.config.vocab_size
+    weights, expected = model.state_dict(), same.state_dict()
+    assert weights.keys() == expected.keys()
+    assert all(weights[name].equal(expected[name]) for name in expected)  # the one that training left in its own folder
+
+
+def test_a_sweep_runs_every_value_and_fails_with_the_one_that_failed(site: Site) -> None:
+    recipe = site.recipe("values", "from recipes.tiny_compatible import tiny_compatible as values\n")
+    cluster = site.cluster("values", nodes=1)
+    sweep = ("--sweep", "horizon.strategy=topd,popd", "--sweep", "optimizer.lr=1e-4,-1")
+    done = site.launch("submit", recipe, *TINY, "steps=1", *sweep, "--cluster", cluster)
+    states = {name: re.findall(rf"{name}: job \d+ (\w+)", done.stdout)[-1] for name in map("train-{}".format, range(4))}
+    logs = site.launch("logs", "values").stdout
+    assert list(states.values()) == ["COMPLETED", "FAILED"] * 2, done.stdout + done.stderr + logs
+    assert done.returncode == 2 and logs.count("optimizer.lr = -1") == 2  # the preflight's
+    assert f"train-2: {recipe} horizon.strategy=popd optimizer.lr=1e-4" in done.stdout
+    windows = [record["horizon"] for run in ("values-0", "values-2") for record in site.records(run)]
+    assert windows == [16, 64]  # a quarter of 64 tokens; the first window
+
+
+def test_a_sweep_over_recipes(site: Site) -> None:
+    other = site.recipe(
+        "other",
+        """import dataclasses
+from recipes.tiny_compatible import tiny_compatible
+def other():
+    return dataclasses.replace(tiny_compatible(), optimizer=dataclasses.replace(tiny_compatible().optimizer, lr=2e-4))
+""",
+    )
+    cluster = site.cluster("recipes", nodes=1)
+    sweep = ("--sweep", f"recipe=tiny_compatible,{other}")
+    done = site.launch(
+        "submit", site.recipe("several", ""), *TINY, "optimizer.warmup_steps=0", "steps=1", *sweep, "--cluster", cluster
+    )
+    assert done.returncode == 0, done.stdout + done.stderr + site.launch("logs", "several").stdout
+    assert f"train-1: {other}" in done.stdout
+    assert [record["lr"] for run in ("several-0", "several-1") for record in site.records(run)] == [3e-4, 2e-4]
 
 
 def test_a_failed_rank_fails_the_job_and_make(site: Site) -> None:
@@ -228,6 +308,50 @@ def test_container_flags_through_pyxis_options(site: Site, trained: subprocess.C
     logs = site.launch("logs", "tiny_compatible").stdout
     assert done.returncode == 0, done.stdout + done.stderr + logs
     assert "is finished" in logs
+
+
+@pytest.mark.skipif(no_rootfs is not None, reason=str(no_rootfs))
+def test_training_in_a_root_file_system_from_our_own_dockerfile(site: Site) -> None:
+    """Two nodes, each task in the image's file system as a user without rights; the image's Python and prune_opd."""
+    shared = site.runs / "boxed"
+    shared.mkdir()
+    (shared / "boxed.py").write_text(
+        """import json, os, sys
+from recipes.tiny_compatible import tiny_compatible as boxed
+import prune_opd, recipes
+mounts = [line.split()[4] for line in open("/proc/self/mountinfo")]
+own = [place for place in mounts if place.split("/")[1] not in ("", "proc", "sys", "dev", "nemo_run")]
+print("INSIDE", json.dumps([sys.prefix, prune_opd.__file__, recipes.__file__, os.getuid(), own]))
+"""
+    )
+    os.chown(shared, NOBODY, NOBODY)
+    cluster = site.cluster(
+        "boxed",
+        workdir=None,
+        python="/opt/prune-opd/venv/bin/python",
+        container_image=str(ROOTFS),
+        container_mounts=[f"{shared}:/workspace/runs", f"{cache_dir()}:/workspace/cache:ro"],
+        run_root="/workspace/runs",
+        environment={
+            "MASTER_ADDR": "127.0.0.1", "GLOO_SOCKET_IFNAME": "lo", "CUDA_VISIBLE_DEVICES": "",
+            "HOME": "/workspace/runs", "PRUNE_OPD_CACHE": "/workspace/cache",
+        },
+    )  # fmt: skip
+    programs = site.submitting_as(NOBODY)
+    recipe = "/workspace/runs/boxed.py"
+    done = site.launch(
+        "submit", recipe, *TINY, "steps=2", "--cluster", cluster, umask=0, PATH=f"{programs}:{os.environ['PATH']}"
+    )
+    logs = site.launch("logs", "boxed").stdout
+    assert done.returncode == 0, done.stdout + done.stderr + logs
+    assert site.steps("boxed/boxed") == [1, 2]
+    assert {path.stat().st_uid for path in shared.rglob("*") if path.name != "boxed.py"} == {NOBODY}
+    said = [json.loads(line) for line in re.findall(r"INSIDE (.*)", logs)]
+    library = "/opt/prune-opd/venv/lib/python3.11/site-packages"
+    expected = ["/opt/prune-opd/venv", f"{library}/prune_opd/__init__.py", f"{library}/recipes/__init__.py", NOBODY]
+    assert said and all(one[:4] == expected for one in said)
+    mounted = {tuple(sorted(one[4])) for one in said}
+    assert mounted == {("/workspace/cache", "/workspace/runs")}  # nothing else of this machine
 
 
 def test_through_ssh(site: Site, trained: subprocess.CompletedProcess[str]) -> None:

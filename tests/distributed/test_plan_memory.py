@@ -1,4 +1,4 @@
-"""The planner's bytes beside those of real megatron-core models, gradients, optimizers and teachers."""
+"""The planner's bytes beside those of real megatron-core models, gradients, optimizers, teachers and activations."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, list[
     models, out = tmp_path_factory.mktemp("models"), tmp_path_factory.mktemp("out")
     for family in ("qwen2", "qwen3_moe"):
         write_model(models / family, family, tied=False, num_hidden_layers=4)
-    run_ranks(WORKER, 2, [models, out], timeout=180)
+    run_ranks(WORKER, 2, [models, out], timeout=280)
     return json.loads((out / "bytes.json").read_text())
 
 
@@ -37,3 +37,10 @@ def test_gradients_and_optimizer_are_planned_up_to_padding(found: dict[str, dict
     for part in ("gradients", "optimizer"):
         real, planned = found[case][part]
         assert planned == pytest.approx(real, rel=PADDED if "dist-opt" in case else 1e-3), part
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if "PP2" not in case])
+def test_activations_are_planned_as_autograd_saves_them(found: dict[str, dict[str, list[float]]], case: str) -> None:
+    """By layout, experts and recompute; without the norms' inputs, which a GPU has from Transformer Engine."""
+    real, planned = found[case]["activations"]
+    assert planned == pytest.approx(real, rel=0.01)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 
 from prune_opd.model_spec import ModelSpec
@@ -70,6 +72,24 @@ def test_a_token_of_qwen3_8b_takes_144_kib_of_cache() -> None:
     assert cache_bytes(spec("Qwen/Qwen3-8B"), 2) == 144 * 1024
     assert cache_bytes(spec("Qwen/Qwen3-8B"), 2, tensor=8) == 18 * 1024
     assert cache_bytes(spec("Qwen/Qwen3-8B"), 1, tensor=16) == 9 * 1024  # heads are repeated, not cut
+
+
+@pytest.mark.parametrize("name", published())
+def test_a_token_takes_as_much_cache_as_vllm_says(name: str) -> None:
+    """Beside vLLM's own heads per rank and page size, in bf16 and FP8, at every size that it shares the heads over."""
+    import torch
+    from vllm.config import ModelConfig
+    from vllm.v1.kv_cache_interface import FullAttentionSpec
+
+    model = spec(name)
+    heads_of = SimpleNamespace(use_mla=False, model_arch_config=SimpleNamespace(total_num_kv_heads=model.kv_heads))
+    for ranks in (1, 2, 4, 8, 16):
+        if model.kv_heads % ranks and ranks % model.kv_heads:
+            continue  # the preflight refuses it
+        heads = ModelConfig.get_num_kv_heads(heads_of, SimpleNamespace(tensor_parallel_size=ranks))
+        for dtype, size in ((torch.bfloat16, 2), (torch.float8_e4m3fn, 1)):
+            page = FullAttentionSpec(block_size=16, num_kv_heads=heads, head_size=model.head_dim, dtype=dtype)
+            assert cache_bytes(model, size, ranks) == model.layers * page.page_size_bytes / 16
 
 
 def test_a_large_batch_touches_all_experts_and_one_token_only_its_own() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from pathlib import Path
 
@@ -10,11 +11,12 @@ import pytest
 from prune_opd import memory as phases
 from prune_opd.config import TrainConfig
 from prune_opd.errors import ConfigError
-from prune_opd.plan import published
+from prune_opd.plan import published, search
 from prune_opd.plan.memory import plan_memory, problems
 from prune_opd.plan.planner import Plan, curve, dominant, largest, plan_run
 from prune_opd.plan.search import best_layouts
 from prune_opd.plan.setting import setting_of
+from prune_opd.plan.time import step_time, train_seconds
 from prune_opd.recipe import apply_overrides, list_recipes, load_recipe
 
 SMALL, SEVEN = "r1_1_5b_from_justrl_8xh100", "r1_7b_from_skywork_8xh100"
@@ -56,9 +58,18 @@ def test_savings_come_out_in_the_published_order() -> None:
         assert saved[name] == pytest.approx(told[name], abs=0.15)
 
 
-def test_the_table_of_the_docs_is_the_planners() -> None:
+def test_the_tables_of_the_docs_are_the_planners() -> None:
     docs = Path(__file__).parents[2] / "docs" / "planner.md"
     assert published.table() in docs.read_text(encoding="utf-8")
+    assert published.strategies_table() in docs.read_text(encoding="utf-8")
+
+
+def test_popd_lies_where_its_constants_put_it() -> None:
+    """Its own are not published, so the two planned hours of the docs are no check of anything but the docs."""
+    docs = (Path(__file__).parents[2] / "docs" / "planner.md").read_text(encoding="utf-8")
+    ours, slower = published.popd_hours(512, 8), published.popd_hours(256, 8)
+    assert f"are {ours:.1f}, with 256 tokens every 8 steps {slower:.1f}" in docs
+    assert slower < ours < published.TOPD_OPD
 
 
 # ---------------------------------------------------------------------------------------------------- memory
@@ -194,6 +205,17 @@ def test_the_search_names_layouts_that_fit_and_are_no_slower() -> None:
         assert math.isclose(again.planned.total, layout.seconds)
 
 
+def test_the_search_looks_at_virtual_pipelines_and_context_parallelism(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Experts in a pipeline, whose idle ends a virtual pipeline shortens; long rows, which fit only with recompute."""
+    searches = ((EXPERTS, 16, "virtual_pipeline"), (SEVEN, 1, "context"))
+    best = [best_layouts(recipe(name), "h100", nodes, count=1)[0] for name, nodes, _ in searches]
+    monkeypatch.setattr(search, "CHUNKS", (1,))
+    monkeypatch.setattr(search, "CONTEXTS", (1,))
+    for (name, nodes, size), found in zip(searches, best, strict=True):
+        assert f"parallel.{size}=1" not in found.overrides
+        assert found.seconds < best_layouts(recipe(name), "h100", nodes, count=1)[0].seconds
+
+
 def test_the_search_finds_a_layout_where_the_recipes_own_does_not_fit() -> None:
     overrides = ("parallel.tensor=1", "parallel.sequence_parallel=false", "rollout.gpu_memory_utilization=0.7")
     config = recipe(SEVEN, *overrides)
@@ -203,6 +225,43 @@ def test_the_search_finds_a_layout_where_the_recipes_own_does_not_fit() -> None:
 
 def test_the_search_comes_back_empty_where_nothing_fits() -> None:
     assert best_layouts(recipe(EXPERTS), "a100", 1, count=1) == []
+
+
+# ---------------------------------------------------------------------------------------------------- strategies
+
+
+def test_a_plan_has_the_strategies_side_by_side_with_the_recipes_own_first() -> None:
+    steps = plan(SMALL).steps
+    assert list(steps) == ["prune", "popd", "topd", "full"]
+    assert steps["topd"].total < steps["popd"].total < steps["full"].total
+    own = plan(SMALL, "horizon.strategy=popd", "horizon.rho=null")
+    assert list(own.steps) == ["popd", "prune", "full"]  # nothing is known of topd
+    assert own.planned == steps["popd"]
+
+
+def test_a_growing_horizon_takes_the_mean_of_its_own_steps() -> None:
+    """Eight steps at 1024 tokens, eight at 1536: not what one step at the mean horizon takes."""
+    planned = plan(SMALL, "horizon.strategy=popd", "steps=16")
+    step, cache = planned.planned, planned.memory.cache_tokens
+    short, long = (step_time(planned.setting, tokens, cache) for tokens in (1024, 1536))
+    assert step.horizon == 1280
+    assert step.total == pytest.approx((short.total + long.total) / 2)
+    assert step.tokens == pytest.approx((short.tokens + long.tokens) / 2)
+    assert abs(step.tokens / step_time(planned.setting, 1280, cache).tokens - 1) > 1e-4
+
+
+def test_stages_and_context_ranks_cost_their_messages() -> None:
+    """With one link ten times as slow, only layouts that send something over it take longer."""
+    alone = ("parallel.tensor=1", "parallel.sequence_parallel=false", "parallel.teacher_tensor=1")
+    for size in ("parallel.pipeline=2", "parallel.context=2"):
+        own = (*alone, size, "parallel.teacher_pipeline=1", "steps=1")
+        fast = setting_of(recipe(SMALL, *own), "h100", 1)
+        slow = dataclasses.replace(fast, gpu=dataclasses.replace(fast.gpu, nvlink=fast.gpu.nvlink / 10))
+        seconds = [train_seconds(setting, [4000.0] * 64) for setting in (fast, slow)]
+        assert seconds[1] > seconds[0]
+    fast = setting_of(recipe(SMALL, *alone), "h100", 1)
+    slow = dataclasses.replace(fast, gpu=dataclasses.replace(fast.gpu, nvlink=fast.gpu.nvlink / 10))
+    assert train_seconds(fast, [4000.0] * 64) == train_seconds(slow, [4000.0] * 64)
 
 
 # ---------------------------------------------------------------------------------------------------- recipes, refusals
