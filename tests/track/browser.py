@@ -21,7 +21,7 @@ FLAGS = (
     *("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--hide-scrollbars"),
     *("--no-first-run", "--disable-extensions", "--disable-background-networking", "--disable-component-update"),
 )
-PATIENCE = 60.0  # seconds for an answer: a busy machine takes long to start a browser
+PATIENCE = 180.0  # seconds for an answer: a busy machine takes long to start a browser, or to draw a long page
 
 
 def why_not() -> str | None:
