@@ -12,7 +12,7 @@ class TrackConfig:
     """metrics.jsonl is always there; this is what else a run leaves of its progress."""
 
     wandb: str = "offline"  # offline | online | disabled
-    project: str = "prune-opd"
+    project: str = "prune-opd"  # wandb's
     tensorboard: bool = False  # event files in tensorboard/ of the run directory, too
     position_bins: int = 16  # resolution of the overlap-by-position curves
     samples: int = 4  # responses of a sampled step that are kept token by token in samples.jsonl; 0: none
