@@ -16,7 +16,7 @@ from prune_opd.data.inspect import DAPO_AFTER, DAPO_BEFORE, convert, inspect, le
 from prune_opd.data.prompts import held_out, make_sampler, make_source
 from prune_opd.data.sampler import MixtureSampler, PromptSampler
 from prune_opd.errors import ConfigError, UserError
-from tests.data.test_files import write_jsonl, write_parquet
+from tests.data.test_prompt_files import write_jsonl, write_parquet
 from tests.data.test_prompts import Numbers
 
 SUM = "reasoning_gym/chain_sum?min_terms=2&max_terms=2"
