@@ -29,7 +29,7 @@ tiny-models: tiny-pair ## Train both tiny pairs, the compatible one and the drif
 quickstart: setup tiny-pair ## Set up, train the tiny pair in runs/quickstart, evaluate, write the report
 	$(BIN)/prune-opd train tiny_compatible --run-dir runs/quickstart
 
-test: setup setup-te-test setup-launch setup-slurm-test setup-browser-test lint tiny-pair ## Set up, lint, run all tests
+test: setup setup-te-test setup-launch setup-slurm-test setup-browser-test setup-docs lint tiny-pair ## Set up, lint, run all tests
 	$(BIN)/pytest
 
 setup-te-test: setup ## Put Transformer Engine's Python half into .venv-te, for the tests of its layer spec
