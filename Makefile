@@ -36,7 +36,7 @@ setup-te-test: setup ## Put Transformer Engine's Python half into .venv-te, for 
 	@PYTHON=$(BIN)/python bash scripts/setup_te_test.sh
 
 setup-docs: ## Make .venv-docs, the small environment that builds the docs (no torch)
-	@bash scripts/setup_docs.sh
+	@bash scripts/setup_small.sh docs
 
 docs: setup-docs ## Build the docs' site: build/site/index.html
 	@NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build --strict

@@ -14,7 +14,7 @@ setup-slurm-test: ## Install Debian's Slurm for tests/cluster, where that is pos
 	@bash scripts/setup_slurm_test.sh
 
 setup-launch: ## Make .venv-launch, the small environment that submits jobs (no torch)
-	@bash scripts/setup_launch.sh
+	@bash scripts/setup_small.sh launch
 
 # SET="key=value …" overrides settings, ARGS="--evaluate TASK --detach …" is for `python -m launch submit --help`.
 SUBMIT = $(LAUNCH) submit $(RECIPE) $(SET) --cluster $(CLUSTER) $(if $(NODES),--nodes $(NODES)) $(ARGS)
