@@ -22,7 +22,7 @@ from prune_opd.config_precision import KV_CACHE_DTYPES, QUANTIZATIONS
 from prune_opd.config_precision import Fp8Config as Fp8Config
 from prune_opd.config_precision import PrecisionConfig as PrecisionConfig
 from prune_opd.config_rollout import InflightConfig as InflightConfig
-from prune_opd.config_rollout import check_inflight
+from prune_opd.config_rollout import check_inflight, check_long_tail
 from prune_opd.config_sft import CorpusConfig as CorpusConfig
 from prune_opd.config_sft import ModelShape as ModelShape
 from prune_opd.config_sft import SftStage as SftStage
@@ -203,8 +203,11 @@ class RolloutConfig:
     quantization: str | None = None  # to FP8 at every load: fp8 | fp8_per_tensor | fp8_per_channel | fp8_per_block
     kv_cache_dtype: str = "auto"  # auto: that of the parameters | fp8 (e4m3) | fp8_e4m3 | fp8_e5m2
     inflight: InflightConfig = field(default_factory=InflightConfig)
+    oversample: float = 1.0  # prompts that a step starts, of `prompts`: the first complete ones are kept
+    partial: bool = False  # oversample > 1: what is left goes on in the next step, and is not started again
 
     def __post_init__(self) -> None:
+        _between("rollout.oversample", self.oversample, 1, 16)
         for name in ("prompts", "responses", "max_prompt_len", "tensor_parallel", "max_num_seqs"):
             _between(f"rollout.{name}", getattr(self, name), 1)
         _between("rollout.bucket_mb", self.bucket_mb, 0, open_low=True)
@@ -355,6 +358,7 @@ class TrainConfig:
                 "set a gate or another strategy"
             )
         check_inflight(self)
+        check_long_tail(self)
 
 
 # -------------------------------------------------------------------------------------------- supervised training

@@ -1,4 +1,4 @@
-"""Settings of the in-flight gate, and what it does not go with (`TrainConfig` asks, before anything is built)."""
+"""Settings of the in-flight gate, and what it and partial rollouts do not go with (`TrainConfig` asks first of all)."""
 
 from __future__ import annotations
 
@@ -101,4 +101,23 @@ def check_inflight(config: TrainConfig) -> None:
         raise ConfigError(
             f"rollout.inflight.mode = gate with {field}: weights depend on the whole response there, so a cut would "
             f"change the tokens before it; choose another, {off}"
+        )
+
+
+def check_long_tail(config: TrainConfig) -> None:
+    """ConfigError where partial rollouts would have nothing to go on with, or no ratio to correct it by."""
+    rollout = config.rollout
+    if not rollout.partial:
+        return
+    if rollout.oversample == 1:
+        raise ConfigError(
+            "rollout.partial = true with rollout.oversample = 1: every prompt that is started is waited for, so "
+            "nothing is left to go on with; raise rollout.oversample (1.25 starts a quarter more), or "
+            "set rollout.partial=false"
+        )
+    if config.objective.temperature != 1:
+        raise ConfigError(
+            f"rollout.partial = true with objective.temperature = {config.objective.temperature:g}: stale tokens are "
+            "corrected by the ratio of both students' probabilities at temperature 1, which the loss does not have "
+            "there; set objective.temperature=1, or rollout.partial=false"
         )

@@ -46,7 +46,7 @@ from prune_opd.chunk import Gradients, Look, OldPolicy, WithGradients, chunk_los
 from prune_opd.config import GateConfig, ObjectiveConfig, WeightingConfig
 from prune_opd.context import ContextShard
 from prune_opd.gate import PackedGate, apply_gate_packed
-from prune_opd.loss_input import check_buffer, checked_offsets, raise_if_broken
+from prune_opd.loss_input import check_buffer, check_stale, checked_offsets, raise_if_broken
 from prune_opd.objective import on_vocabulary
 from prune_opd.vocab_parallel import OutputHead
 from prune_opd.weighting import (
@@ -56,6 +56,7 @@ from prune_opd.weighting import (
     needs_vocabulary,
     needs_whole_response,
     response_weights,
+    stale_correction,
 )
 
 NO_WEIGHTING = WeightingConfig()
@@ -79,6 +80,8 @@ class GateStats:
     ratio_N: Tensor | None = None  # p / p_old, mean of a token's candidates; None without an old policy or rewards
     clipped_N: Tensor | None = None  # share of a token's candidates that the clip has taken the gradient from
     policy: OldPolicy | None = None  # if asked for with keep_policy
+    stale_ratio_N: Tensor | None = None  # p / p_sampled of stale tokens, NaN at the others; None where all are fresh
+    stale_clipped_N: Tensor | None = None  # bool: whether the clip has changed that ratio
 
 
 def distill_loss(
@@ -98,6 +101,7 @@ def distill_loss(
     keep_policy: bool = False,
     old: OldPolicy | None = None,
     context: ContextShard | None = None,
+    stale_logp_N: Tensor | None = None,
     weight_grad: Tensor | None = None,
 ) -> tuple[Tensor, int, GateStats]:
     """Σ_t ℓ_t over N packed response tokens, how many they are, and what the gate saw.
@@ -117,6 +121,9 @@ def distill_loss(
     old: that, when updates have been made since; the statistics are then the moved student's, but for weight_N.
     context: when the tokens are shared among context-parallel ranks: which of them these N are. cu_seqlens is then of
         all of them, and loss_sum, token_count and the weight's gradient are this rank's: add them up over the group.
+    stale_logp_N: of tokens that an older student has sampled, log p with which it did, NaN at the others. Their weight
+        is multiplied by the ratio of the student's p(y_t) to that, clipped to 1 ± objective.clip, as a constant. With
+        `old` it is in the old weights already.
     weight_grad: buffer [V/tp, H], fp32 or of the weight's dtype, that the weight's gradient of loss_sum is added to
         while it is formed; student_weight_VH then gets none through autograd. It is there when this returns, so
         loss_sum must be back-propagated once, as it is: a backward that brings another upstream gradient than 1, or
@@ -133,10 +140,11 @@ def distill_loss(
     student = OutputHead("student", student_hidden_NH, student_weight_VH, objective.temperature, vocab_size, tp_group)
     teacher = OutputHead("teacher", teacher_hidden_NH, teacher_weight_VH, objective.temperature, vocab_size, tp_group)
     offsets = checked_offsets(student, teacher, sampled_ids_N, cu_seqlens, gate, objective, weighting, chunk, context)
+    check_stale(stale_logp_N, sampled_ids_N)
     if weight_grad is not None:
         check_buffer(weight_grad, student_weight_VH)
     with torch.no_grad():
-        loop = _Pass(student, teacher, sampled_ids_N, offsets, gate, objective, weighting, chunk, context)
+        loop = _Pass(student, teacher, sampled_ids_N, offsets, gate, objective, weighting, chunk, context, stale_logp_N)
         gradients = Gradients(
             student,
             want_hidden=want_gradients and student_hidden_NH.requires_grad,
@@ -167,9 +175,10 @@ class _Pass:
         weighting: WeightingConfig,
         chunk: int,
         context: ContextShard | None,
+        stale_logp_N: Tensor | None,
     ) -> None:
         self.student, self.teacher, self.sampled_ids_N, self.offsets = student, teacher, sampled_ids_N, offsets
-        self.gate, self.weighting, self.context = gate, weighting, context
+        self.gate, self.weighting, self.context, self.stale_logp_N = gate, weighting, context, stale_logp_N
         added = added_objective(weighting)
         self.objectives = [objective] if added is None else [objective, added]
         tokens = len(sampled_ids_N)
@@ -209,6 +218,11 @@ class _Pass:
                 assert gate_N is not None
                 weights = [gate_N if whole_weighting_N is None else gate_N * whole_weighting_N[part]]
                 weights += [gate_N * added_on(self.weighting, seen.signals) for _ in self.objectives[1:]]
+                if self.stale_logp_N is not None:
+                    correction_N = stale_correction(
+                        seen.sampled_logp_N, self.stale_logp_N[part], self.objectives[0].clip
+                    )
+                    weights = [of_objective_N * correction_N for of_objective_N in weights]
             weight_N[part] = weights[0]
             loss = chunk_loss(seen, self.objectives, weights, old_part, self.student.shard)
             loss_sum += loss.loss_N.sum()
@@ -224,10 +238,13 @@ class _Pass:
         outside = ((self.sampled_ids_N < 0) | (self.sampled_ids_N >= vocab_size)).any()
         broken_3 = torch.cat([~finite_2, outside[None]]).int()
         moved = list(torch.cat(ratios, dim=1).unbind()) if ratios else []
+        stale = [] if self.stale_logp_N is None else [(sampled_logp_N - self.stale_logp_N).exp()]
         if self.context is not None:
             dist.all_reduce(broken_3, op=dist.ReduceOp.MAX, group=self.context.group)
-            seen_N = [overlap_N, event_N, weight_N, sampled_logp_N, divergence_N, *moved]
-            overlap_N, event_N, weight_N, sampled_logp_N, divergence_N, *moved = self.context.whole(seen_N, self.dtype)
+            seen_N = [overlap_N, event_N, weight_N, sampled_logp_N, divergence_N, *stale, *moved]
+            whole = self.context.whole(seen_N, self.dtype)
+            overlap_N, event_N, weight_N, sampled_logp_N, divergence_N, *others = whole
+            stale, moved = list(others[: len(stale)]), list(others[len(stale) :])
             reliability_N, _ = running.advance(event_N)
         raise_if_broken(broken_3, vocab_size)
         ratio_N, clipped_N = moved or (None, None)
@@ -243,6 +260,8 @@ class _Pass:
             ratio_N=ratio_N,
             clipped_N=clipped_N,
             policy=OldPolicy.joined(kept) if keep_policy else None,
+            stale_ratio_N=stale[0] if stale else None,
+            stale_clipped_N=(stale[0] - 1).abs() > self.objectives[0].clip if stale else None,
         )
 
     def _whole_response_weights(self) -> tuple[Tensor | None, Tensor | None]:

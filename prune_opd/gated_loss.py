@@ -53,6 +53,7 @@ def gated_loss(run: Run, teacher_hidden: TeacherHidden, stats: BatchStats, updat
                 keep_policy=updates > 1 and old is None,
                 old=old,
                 context=context,
+                stale_logp_N=batch.stale_logp_M,
                 # The head's gradient goes straight into megatron's buffer: the trainer back-propagates loss_sum as it
                 # is and divides by the global token count at the end. A tied embedding's own gradient arrives through
                 # param.grad, which megatron's hook adds to the same buffer. overlap_grad_reduce would need a param.grad

@@ -47,21 +47,39 @@ class InflightGate:
         self.top = self.candidates if self.gate.metric == "overlap" else None
         margin = self.settings.margin
         self.margin = MARGIN[rollout_format(config.precision.params, config.rollout)] if margin is None else margin
-        self.begin([], [])
+        self.begin([], [], [])
 
     def checkpoints(self, max_tokens: int) -> tuple[int, ...]:
         return self.settings.checkpoints(max_tokens)
 
-    def begin(self, prompt_of_row: Sequence[Prompt], max_tokens_of_row: Sequence[int]) -> None:
-        """Forget the last batch: row i of the next one answers prompt_of_row[i], in at most max_tokens_of_row[i]."""
+    def begin(
+        self, prompt_of_row: Sequence[Prompt], max_tokens_of_row: Sequence[int], begun_of_row: Sequence[Response]
+    ) -> None:
+        """Forget the last batch: row i of the next one answers prompt_of_row[i], in at most max_tokens_of_row[i].
+
+        begun_of_row: what earlier steps have left of them. Stale tokens count as none of the events: what the student
+        thinks of them now is not known here, and no reliable token is cut either way.
+        """
         from prune_opd.megatron.teacher import KeptHidden
 
-        self.prompts, self.limits = prompt_of_row, max_tokens_of_row
-        self.ids: list[list[int]] = [[] for _ in prompt_of_row]
-        self.events: list[list[bool]] = [[] for _ in prompt_of_row]  # on rank 0
+        self.prompts, self.limits = list(prompt_of_row), list(max_tokens_of_row)
+        self.ids = [list(begun.ids) for begun in begun_of_row]
+        self.events = [[False] * len(begun.ids) for begun in begun_of_row]  # on rank 0
         self.kept: KeptHidden = KeptHidden()
         self.teacher_tokens = self.checks = 0
         self.seconds = 0.0
+
+    def keep(self, rows: Sequence[int]) -> None:
+        """The others have no part in the batch any more: row rows[i] is number i of what is left."""
+        from prune_opd.megatron.teacher import KeptHidden
+
+        number = {row: i for i, row in enumerate(rows)}
+        self.limits = [self.limits[row] for row in rows]
+        kept = self.kept
+        self.kept = KeptHidden(
+            {number[row]: where for row, where in kept.replica_of.items() if row in number},
+            {number[row]: hidden for row, hidden in kept.of_row.items() if row in number},
+        )
 
     def stop(self, prefixes: Sequence[Prefix]) -> set[int]:
         """The rows whose reliability is gone at the checkpoint that they have passed. Collective over the job."""
@@ -90,14 +108,14 @@ class InflightGate:
 
     def record(self, rollouts: Rollouts, reliable_length_B: Tensor) -> dict[str, Any]:
         """What the gate did to the batch, for metrics.jsonl (track/metrics.py has the meanings)."""
-        stopped = rollouts.stopped_rows
+        stopped = [row for row in rollouts.stopped_rows if rollouts.responses[row].fresh]  # in this step
         length_B, limits = rollouts.length_B, self.limits
         return {
             "pruned_inflight": len(stopped),
             "tokens_avoided": sum(_expected(rollouts, length_B[row], limits[row]) - length_B[row] for row in stopped),
             "tokens_dropped": sum(response.dropped for response in rollouts.responses),
             "teacher_tokens_inflight": self.teacher_tokens,
-            "teacher_tokens_reused": sum(rollouts.row_length_B[row] for row in stopped),
+            "teacher_tokens_reused": sum(rollouts.row_length_B[row] for row in self.kept.replica_of),
             "inflight_checks": self.checks,
             "inflight_too_early": sum(bool(reliable_length_B[row] >= length_B[row]) for row in stopped),
             "time_inflight": self.seconds,

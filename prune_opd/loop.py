@@ -49,13 +49,12 @@ def train(
 
 def step(run: Run) -> None:
     """One step of the method: sync → rollout → teacher → train → controller → log."""
-    config, clock, number = run.config, PhaseClock(run), run.finished_steps + 1
+    clock, number = PhaseClock(run), run.finished_steps + 1
     horizon = run.controller.horizon
     with clock("sync"):
         run.sync_weights()
     with clock("rollout"):
-        prompts = run.sampler.next(config.rollout.prompts)
-        rollouts = run.generate(prompts, horizon, number)  # the in-flight gate stops drifting responses
+        rollouts = run.generate(horizon, number)  # the in-flight gate stops drifting responses
     minibatches = run.minibatches(rollouts)
     batches = [batch for minibatch in minibatches for batch in minibatch]
     with clock("teacher"):
@@ -80,9 +79,10 @@ def step(run: Run) -> None:
             "response_length": rollouts.tokens / len(rollouts.responses),
             "finished_rate": sum(rollouts.finished_B) / len(rollouts.responses),
             **run.inflight_record(rollouts, stats.reliable_length_B),
+            **run.long_tail.record(rollouts),
             "lengths_by_position": stats.lengths(rollouts.length_B),
             "rollout_digest": rollouts.digest,
-            "tokens_generated": rollouts.tokens,
+            "tokens_generated": rollouts.generated,
             "tokens_full": run.tokens_at_full_horizon(len(rollouts.responses)),
             "tokens_trained": result.tokens,
             "loss": result.loss,

@@ -70,6 +70,14 @@ def checked_offsets(
     return offsets
 
 
+def check_stale(stale_logp_N: Tensor | None, sampled_ids_N: Tensor) -> None:
+    if stale_logp_N is not None and stale_logp_N.shape != sampled_ids_N.shape:
+        raise ValueError(
+            f"stale_logp is {list(stale_logp_N.shape)} and sampled_ids {list(sampled_ids_N.shape)}: give one number "
+            "for each sampled token, NaN for those of this step"
+        )
+
+
 def check_buffer(weight_grad: Tensor, weight_VH: Tensor) -> None:
     fits = (
         weight_grad.shape == weight_VH.shape

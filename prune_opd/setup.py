@@ -14,7 +14,6 @@ from torch import Tensor
 
 from prune_opd import platform
 from prune_opd.config import MemoryConfig, TrainConfig, to_dict
-from prune_opd.data.prompt import Prompt
 from prune_opd.data.prompts import file_sources, make_sampler
 from prune_opd.data.sampler import Sampler
 from prune_opd.dealing import Deal, deal, packing_record, padded_size
@@ -27,6 +26,7 @@ from prune_opd.precision import rollout_format
 from prune_opd.recipe import save_config
 from prune_opd.rollout.batch import Rollouts
 from prune_opd.rollout.engine import RolloutEngine
+from prune_opd.rollout.long_tail import LongTail, begun_rows
 from prune_opd.stats import BatchStats
 from prune_opd.survival import Watchdog
 from prune_opd.track.samples import sampled_rows
@@ -64,6 +64,7 @@ class Run:
     checkpoints: Checkpoints
     evaluators: list[Evaluator]  # one a task; none: no evaluation
     tracker: NullTracker
+    long_tail: LongTail
     inflight: InflightGate | None = None
     finished_steps: int = 0
     skipped_in_a_row: int = 0  # updates
@@ -104,21 +105,33 @@ class Run:
         if result.updates:
             self.skipped_in_a_row = 0
 
-    def generate(self, prompts: Sequence[Prompt], horizon: int, step: int) -> Rollouts:
-        """The step's rollouts. The in-flight gate, if there is one, stops drifting responses on the way."""
-        rollout, rows = self.config.rollout, len(prompts) * self.config.rollout.responses
+    def generate(self, horizon: int, step: int) -> Rollouts:
+        """The step's rollouts, of the groups that wait from the step before and of new prompts.
+
+        The in-flight gate, if there is one, stops drifting responses on the way.
+        """
+        rollout = self.config.rollout
+        groups = self.long_tail.next(self.sampler)
+        rows = len(groups) * rollout.responses
+        limits = response_limits(self.config.horizon, horizon, rows, self.config.seed, step)
         if self.inflight is not None:
             self.enter("inflight")
-        return self.engine.generate(
-            prompts,
+        rollouts = self.engine.generate(
+            [group.prompt for group in groups],
             rollout.responses,
-            max_tokens=response_limits(self.config.horizon, horizon, rows, self.config.seed, step),
+            max_tokens=limits,
             seed=self.config.seed,
             step=step,
             temperature=rollout.temperature,
             top_p=rollout.top_p,
+            logprobs=rollout.partial,
             watch=self.inflight,
+            expected=self.long_tail.expected(groups, limits),
+            begun=begun_rows(groups, rollout.responses) if any(group.begun for group in groups) else None,
+            keep=rollout.prompts,
         )
+        self.long_tail.take(rollouts)
+        return rollouts
 
     def teacher_hidden(self, rollouts: Rollouts) -> TeacherHidden:
         """The teacher's hidden states of the batch; rows that it saw to their end in flight are not computed again."""
@@ -154,7 +167,8 @@ class Run:
 
         prompts, responses = rollouts.prompt_ids, rollouts.response_ids
         shape = (self.machine.device, self.trainer.chunks[0].token_multiple, self.layout.student.cp_group)
-        return [pack_rows(prompts, responses, rows, *shape) for rows in deal[self.layout.dp_rank]]
+        stale = rollouts.stale_logprobs_B if any(rollouts.stale_logprobs_B) else None
+        return [pack_rows(prompts, responses, rows, *shape, stale) for rows in deal[self.layout.dp_rank]]
 
     def minibatches(self, rollouts: Rollouts) -> list[list[PackedBatch]]:
         """This data-parallel rank's part of each update's share of the batch, as packed micro-batches."""
@@ -203,6 +217,7 @@ class Run:
             "schedule": self.trainer.schedule.state_dict(),
             "controller": self.controller.state_dict(),
             "sampler": self.sampler.state_dict(),
+            "long_tail": self.long_tail.state_dict(),
             "full_response_length": self.full_response_length,
             "rng": rng,
         }
@@ -220,6 +235,8 @@ class Run:
                 if not allow_config_change:
                     raise
                 anew.append(f"the {name} starts anew: {error}")
+        if "long_tail" in state and not any("sampler" in note for note in anew):  # an older version's has none
+            self.long_tail.load_state_dict(state["long_tail"])
         self.full_response_length = state["full_response_length"]
         if len(state["rng"]) == self.layout.world:  # another world size has no generator of ours to continue
             platform.load_rng_state(state["rng"][self.layout.rank])
@@ -312,6 +329,7 @@ def prepare(config: TrainConfig, run_dir: Path, resume: str, allow_config_change
         checkpoints=Checkpoints(run_dir / "checkpoints", config.checkpoint, layout),
         evaluators=_evaluators(config, tokenizer),
         tracker=NullTracker(),
+        long_tail=LongTail(config.rollout, sampler.endless),
         inflight=inflight,
         memory=MemoryPhases(
             memory,

@@ -30,6 +30,7 @@ class BatchStats:
         self.sums = torch.zeros(len(PER_TOKEN), bins, dtype=torch.float64, device=device)
         self.count = torch.zeros(bins, dtype=torch.float64, device=device)
         self.ratio_3 = torch.zeros(3, dtype=torch.float64, device=device)  # sums of ratio and clipped, tokens
+        self.stale_3 = torch.zeros(3, dtype=torch.float64, device=device)  # the same of an older student's tokens
 
     def add(self, rows: Sequence[int], stats: GateStats) -> None:
         """Take in one micro-batch: `rows` of the global batch, in the order in which they are packed."""
@@ -43,6 +44,10 @@ class BatchStats:
         for i, value_N in enumerate(value_4N):
             self.sums[i].index_add_(0, bin_N, value_N)
         self.count.index_add_(0, bin_N, torch.ones_like(bin_N, dtype=torch.float64))
+        if stats.stale_ratio_N is not None and stats.stale_clipped_N is not None:
+            stale_N = ~stats.stale_ratio_N.isnan()
+            sums = (stats.stale_ratio_N[stale_N], stats.stale_clipped_N[stale_N], stale_N)
+            self.stale_3 += torch.stack([part.double().sum() for part in sums])
         for i, row in enumerate(self.watched):
             if row in rows:
                 place = list(rows).index(row)
@@ -64,20 +69,22 @@ class BatchStats:
 
         counts: whether this rank's sums are taken; each token must be in those of one rank (`Layout.reports`).
         """
-        parts = [self.reliable_length_B, self.sums, self.count, self.ratio_3, self.tokens_W4T]
+        parts = [self.reliable_length_B, self.sums, self.count, self.ratio_3, self.stale_3, self.tokens_W4T]
         flat = torch.cat([part.flatten() for part in parts])
         if not counts:
             flat.zero_()
         dist.all_reduce(flat)
         whole = flat.split([part.numel() for part in parts])
         views = [values.view_as(part) for values, part in zip(whole, parts, strict=True)]
-        self.reliable_length_B, self.sums, self.count, self.ratio_3, self.tokens_W4T = views
+        self.reliable_length_B, self.sums, self.count, self.ratio_3, self.stale_3, self.tokens_W4T = views
 
     def record(self) -> dict[str, Any]:
         """The gate's part of a step record in metrics.jsonl."""
         overlap, event, weight, divergence = (self.sums.sum(1) / self.count.sum().clamp_min(1)).tolist()
         ratio, clipped, updated = self.ratio_3.tolist()
         moved = {"ratio_mean": ratio / updated, "clip_fraction": clipped / updated} if updated else {}
+        ratio, clipped, stale = self.stale_3.tolist()
+        corrected = {"stale_ratio_mean": ratio / stale, "stale_clip_fraction": clipped / stale} if stale else {}
         return {
             "overlap": overlap,
             "event_rate": event,
@@ -87,6 +94,7 @@ class BatchStats:
             "overlap_by_position": self._curve(self.sums[PER_TOKEN.index("overlap")]),
             "weight_by_position": self._curve(self.sums[PER_TOKEN.index("weight")]),
             **moved,
+            **corrected,
         }
 
     def lengths(self, length_B: Sequence[int]) -> list[int]:

@@ -40,6 +40,12 @@ from prune_opd.config import ObjectiveConfig, WeightingConfig
 ENTROPY_CUT = 0.98  # quantile of tip's student entropy above which all entropies count the same
 
 
+def stale_correction(logp_N: Tensor, sampled_logp_N: Tensor, clip: float) -> Tensor:
+    """p / p_sampled of stale tokens, clipped to 1 ± clip; 1 at the others, whose `sampled_logp_N` is NaN."""
+    ratio_N = (logp_N - sampled_logp_N).clamp(-20, 20).exp()
+    return ratio_N.clamp(1 - clip, 1 + clip).nan_to_num(nan=1.0)
+
+
 class Signals(NamedTuple):
     """What the weightings are made of, per token. The last three only where `needs_vocabulary` [nats]."""
 

@@ -180,6 +180,7 @@ def reference_loss(
     objective: ObjectiveConfig,
     vocab_size: int,
     weighting: WeightingConfig = NO_WEIGHTING,
+    stale_logp_N: Tensor | None = None,
 ) -> Reference:
     """What distill_loss must return, from whole (not sharded) weights."""
 
@@ -219,6 +220,12 @@ def reference_loss(
 
     gate_weights = weights
     weights = weighted(weighting, gate_weights, cu_seqlens, sampled_ids_N, logp_NV.detach(), logq_NV)
+    if stale_logp_N is not None:
+        for t, y in enumerate(sampled_ids_N.tolist()):
+            if not math.isnan(stale_logp_N[t]):
+                ratio = math.exp(float(logp_NV[t, y]) - float(stale_logp_N[t]))
+                factor = min(max(ratio, 1 - objective.clip), 1 + objective.clip)
+                weights[t], gate_weights[t] = weights[t] * factor, gate_weights[t] * factor
     loss_sum, divergences = student_NV.sum() * 0, []
     for t, y in enumerate(sampled_ids_N.tolist()):
         surrogate, divergence = token_loss(objective, y, student_NV[t], teacher_NV[t], weights[t])
@@ -292,6 +299,7 @@ class Case:
     sampled: Tensor
     offsets: list[int]
     vocab_size: int = VOCAB
+    stale_logp: Tensor | None = None
 
     def leaves(self, dtype: torch.dtype) -> Case:
         """A copy in `dtype` whose student tensors want a gradient."""
@@ -315,7 +323,7 @@ class Case:
             torch.tensor(self.offsets, dtype=torch.int32),
             gate,
             objective,
-            **{"vocab_size": self.vocab_size, **more},
+            **{"vocab_size": self.vocab_size, "stale_logp_N": self.stale_logp, **more},
         )
 
     def reference(
@@ -335,6 +343,7 @@ class Case:
             objective,
             self.vocab_size,
             weighting,
+            self.stale_logp,
         )
 
     def moved(self, distance: float = 0.2) -> Case:
@@ -348,6 +357,16 @@ class Case:
         return dataclasses.replace(
             self, student_hidden=move(self.student_hidden), student_weight=move(self.student_weight)
         )
+
+    def stale(self, distance: float = 0.4) -> Case:
+        """The same tokens, of which the first third of each response is from a student of before."""
+        draw = torch.Generator().manual_seed(9)
+        logits_NV = self.student_hidden.detach().double() @ self.student_weight.detach()[: self.vocab_size].double().T
+        now_N = logits_NV.log_softmax(-1).gather(1, self.sampled[:, None])[:, 0]
+        then_N = now_N + distance * torch.randn(len(now_N), generator=draw, dtype=torch.float64)
+        for begin, end in pairwise(self.offsets):
+            then_N[begin + (end - begin + 2) // 3 : end] = math.nan
+        return dataclasses.replace(self, stale_logp=then_N)
 
     def gradients(self) -> tuple[Tensor, Tensor]:
         """Of the student's hidden states and output weight, after a backward."""

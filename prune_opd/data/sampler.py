@@ -16,6 +16,10 @@ class Sampler(Protocol):
     @property
     def source(self) -> PromptSource: ...
 
+    @property
+    def endless(self) -> bool:
+        """Whether no prompt ever comes again."""
+
     def next(self, n: int) -> list[Prompt]: ...
 
     def state_dict(self) -> dict[str, Any]: ...
@@ -36,6 +40,10 @@ class PromptSampler:
         self.shuffle = shuffle
         self.consumed = 0
         self._order: tuple[int, Sequence[int]] = (-1, ())  # (epoch, its order): the last one used
+
+    @property
+    def endless(self) -> bool:
+        return self.source.size is None
 
     def next(self, n: int) -> list[Prompt]:
         """The next `n` prompts."""
@@ -96,6 +104,10 @@ class MixtureSampler:
     def source(self) -> PromptSource:
         """One of them, for whoever needs any prompt."""
         return self.samplers[0].source
+
+    @property
+    def endless(self) -> bool:
+        return all(sampler.endless for sampler in self.samplers)
 
     def next(self, n: int) -> list[Prompt]:
         """The next `n` prompts."""

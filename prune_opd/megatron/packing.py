@@ -29,6 +29,9 @@ class PackedBatch:
 
     Context-parallel ranks have a part of every segment: N and M are then a rank's own tokens, the bounds still those of
     all, and `context` says which of the response tokens M are.
+
+    stale_logp_M: log-probability that a token was sampled with by an older student, NaN at the others; None if all are
+    of this step.
     """
 
     rows: tuple[int, ...]
@@ -39,6 +42,7 @@ class PackedBatch:
     sampled_ids_M: Tensor
     cu_responses: Tensor
     longest: int
+    stale_logp_M: Tensor | None = None
     context: ContextShard | None = None
 
     def attention_segments(self) -> PackedSeqParams:
@@ -93,12 +97,14 @@ def pack_rows(
     device: torch.device,
     multiple: int = 1,
     context_group: dist.ProcessGroup | None = None,
+    stale_logprobs: Sequence[Sequence[float]] | None = None,
 ) -> PackedBatch:
     """These rows as one micro-batch, filled up with dummies to a multiple of `multiple` tokens on each rank.
 
     Sequence parallelism splits the tokens over the TP ranks, and FP8 matrix products want multiples of 16 on each. No
     rows at all give a micro-batch of dummies, from which nothing is learnt.
 
+    stale_logprobs: of each row's first response tokens, as many as are an older student's.
     context_group: ranks that share the tokens. Every row then ends in dummies that make it a multiple of twice their
     number (its last tokens, so that no real one attends to them), and a rank gets its two pieces of it: `zigzag`.
     """
@@ -108,6 +114,7 @@ def pack_rows(
     positions: list[int] = []
     predicting: list[int] = []
     sampled: list[int] = []
+    stale: list[float] = []
     segments: list[int] = []
     for row in rows:
         prompt, response = list(prompts[row]), list(responses[row])
@@ -115,6 +122,9 @@ def pack_rows(
         padded = padded_size(length, pieces)
         predicting += range(len(ids) + len(prompt) - 1, len(ids) + length)
         sampled += response
+        if stale_logprobs is not None:
+            known = list(stale_logprobs[row])
+            stale += known + [math.nan] * (len(response) - len(known))
         ids += (prompt + response)[:length] + [DUMMY_ID] * (padded - length)
         positions += range(padded)
         segments.append(padded)
@@ -138,6 +148,7 @@ def pack_rows(
         context = ContextShard(int64(index), len(predicting), context_group)
         ids, positions = [ids[token] for token in mine], [positions[token] for token in mine]
         predicting, sampled = [place[predicting[i]] for i in index], [sampled[i] for i in index]
+        stale = [stale[i] for i in index] if stale else []
     return PackedBatch(
         rows=tuple(rows),
         ids_N=int64(ids),
@@ -147,6 +158,7 @@ def pack_rows(
         sampled_ids_M=int64(sampled),
         cu_responses=bounds([len(responses[row]) for row in rows]),
         longest=max(segments),
+        stale_logp_M=None if stale_logprobs is None else torch.tensor(stale, dtype=torch.float32, device=device),
         context=context,
     )
 

@@ -10,7 +10,7 @@ import logging
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -22,7 +22,8 @@ from prune_opd.errors import UserError
 from prune_opd.platform import Platform, untouched_rng
 from prune_opd.precision import rollout_arguments
 from prune_opd.rollout.batch import Response, Rollouts
-from prune_opd.rollout.stepwise import StepLoop, Watch, run_watched
+from prune_opd.rollout.long_tail import Race, share
+from prune_opd.rollout.stepwise import StepLoop, Watch, run_together
 
 # Read when vllm is imported. One process a rank (no engine subprocess), no telemetry, no hub; the V1 model runner on
 # every platform, because the CPU has no other and both must behave alike.
@@ -40,6 +41,16 @@ def request_seed(run_seed: int, step: int, prompt: int, sample: int) -> int:
     """The sampler's seed of one response: the same whatever the batch, the order or the number of engines."""
     key = f"{run_seed}/{step}/{prompt}/{sample}".encode()
     return int.from_bytes(hashlib.blake2b(key, digest_size=4).digest(), "little")
+
+
+class Request(NamedTuple):
+    """A row of the batch on its way to an engine. limit: tokens, `begun` included; sampling: vLLM's settings."""
+
+    row: int
+    prompt: Prompt
+    limit: int
+    begun: Response
+    sampling: dict[str, Any]
 
 
 class RolloutEngine:
@@ -144,79 +155,100 @@ class RolloutEngine:
         top_p: float = 1.0,
         logprobs: bool = False,
         watch: Watch | None = None,
+        expected: Sequence[float] | None = None,
+        begun: Sequence[Response] | None = None,
+        keep: int | None = None,
     ) -> Rollouts:
         """`responses` continuations of each prompt, at most `max_tokens` long; the whole batch on every rank.
 
         max_tokens: of all responses, or of each, in the order of the rows that come back.
+        logprobs: with those of the sampled tokens.
         watch: who may stop a response at a checkpoint. The others have exactly the tokens that they have without it.
+        expected: tokens that each row will need, for who starts first and where; `max_tokens` if nothing is known.
+        begun: what there is of each row already; it goes on after that.
+        keep: prompts whose responses come back, the first complete ones; the others are in `left`. None: all.
         """
         rows = [(prompt, sample) for prompt in prompts for sample in range(responses)]
-        limits = [max_tokens] * len(rows) if isinstance(max_tokens, int) else max_tokens
-        part = slice(self.engine_index, None, self.engines)
-        mine = rows[part]
-        settings = [
+        limits = [max_tokens] * len(rows) if isinstance(max_tokens, int) else list(max_tokens)
+        starts = list(begun or [Response((), finished=False, logprobs=())] * len(rows))
+        sampling = [
             {
                 "seed": request_seed(seed, step, prompt.index, sample),
                 "temperature": temperature,
                 "top_p": top_p,
-                "max_tokens": limit,
+                "max_tokens": max(limit - len(start.ids), 1),
                 "detokenize": False,
             }
-            for (prompt, sample), limit in zip(mine, limits[part], strict=True)
+            for (prompt, sample), limit, start in zip(rows, limits, starts, strict=True)
         ]
+        requests = [
+            Request(row, prompt, limit, start, settings)
+            for row, ((prompt, _), limit, start, settings) in enumerate(
+                zip(rows, limits, starts, sampling, strict=True)
+            )
+        ]
+        shared = share(limits if expected is None else expected, self.engines)
+        mine = [requests[row] for row in shared[self.engine_index]]
         checkpoints = () if watch is None else watch.checkpoints(max(limits, default=0))
+        race = None if keep is None or keep >= len(prompts) else Race(len(prompts), responses, keep)
         if watch is not None:
-            watch.begin([prompt for prompt, _ in rows], limits)
-        if watch is not None and checkpoints:
-            outputs = self._sample_watched(mine, settings, checkpoints, watch)
+            watch.begin([prompt for prompt, _ in rows], limits, starts)
+        if checkpoints or race or begun:
+            outputs = self._sample_together(mine, checkpoints, watch, race, logprobs)
         else:
             with untouched_rng():
-                outputs = self._sample(mine, settings, logprobs)
+                outputs = self._sample(mine, logprobs)
         everyone: list[Any] = [None] * self.world
         dist.all_gather_object(everyone, outputs)
         ranks_per_engine = self.world // self.engines
         merged: list[Response] = [None] * len(rows)  # type: ignore[list-item]
-        for engine in range(self.engines):
-            merged[engine :: self.engines] = everyone[engine * ranks_per_engine]
-        return Rollouts(tuple(prompt for prompt, _ in rows), tuple(merged))
+        for engine, numbers in enumerate(shared):
+            for row, response in zip(numbers, everyone[engine * ranks_per_engine], strict=True):
+                merged[row] = response
+        whole = Rollouts(tuple(prompt for prompt, _ in rows), tuple(merged))
+        if race is None:
+            return whole
+        winners = race.winners()
+        if watch is not None:
+            watch.keep([row for group in winners for row in range(group * responses, (group + 1) * responses)])
+        return whole.split(winners, responses)
 
-    def _sample(
-        self, rows: Sequence[tuple[Prompt, int]], settings: Sequence[dict[str, Any]], logprobs: bool
-    ) -> list[Response]:
+    def _sample(self, requests: Sequence[Request], logprobs: bool) -> list[Response]:
         from vllm import SamplingParams
 
-        if not rows:
+        if not requests:
             return []
-        params = [SamplingParams(logprobs=0 if logprobs else None, **of_row) for of_row in settings]
         outputs = self.llm.generate(
-            [{"prompt_token_ids": list(prompt.ids)} for prompt, _ in rows], params, use_tqdm=False
+            [{"prompt_token_ids": list(request.prompt.ids)} for request in requests],
+            [SamplingParams(logprobs=0 if logprobs else None, **request.sampling) for request in requests],
+            use_tqdm=False,
         )
         return [_response(output.outputs[0], logprobs) for output in outputs]
 
-    def _sample_watched(
+    def _sample_together(
         self,
-        rows: Sequence[tuple[Prompt, int]],
-        settings: Sequence[dict[str, Any]],
+        requests: Sequence[Request],
         checkpoints: Sequence[int],
-        watch: Watch,
+        watch: Watch | None,
+        race: Race | None,
+        logprobs: bool,
     ) -> list[Response]:
         """Collective over the job, for engines without rows too."""
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
-        loop = StepLoop(self.llm.llm_engine, checkpoints)
+        loop = StepLoop(self.llm.llm_engine, checkpoints, racing=race is not None, logprobs=logprobs)
+        top = watch.top if watch is not None and checkpoints else None
+        top = 0 if top is None and logprobs else top
 
         def start() -> None:
-            for i, ((prompt, _), of_row) in enumerate(zip(rows, settings, strict=True)):
+            for request in requests:
                 params = SamplingParams(
-                    logprobs=watch.top,
-                    flat_logprobs=watch.top is not None,
-                    output_kind=RequestOutputKind.DELTA,
-                    **of_row,
+                    logprobs=top, flat_logprobs=top is not None, output_kind=RequestOutputKind.DELTA, **request.sampling
                 )
-                loop.add(self.engine_index + i * self.engines, prompt.ids, params)
+                loop.add(request.row, request.prompt.ids, params, request.limit, request.begun)
 
-        run_watched(loop, start, watch, self.engine_index)
+        run_together(loop, start, watch, race, self.engine_index)
         return loop.responses()
 
     def close(self) -> None:

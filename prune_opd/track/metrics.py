@@ -63,6 +63,15 @@ METRICS: dict[str, str] = {
     " optimizer.updates_per_batch > 1 and an objective with rewards [1]",
     "clip_fraction": "share of the candidates whose gradient the ratio's clip has taken away; only where there is a"
     " ratio [0..1]",
+    "prompts_left": "prompts that were started and not complete when enough others were; only with rollout.oversample"
+    " > 1 [count]",
+    "tokens_left": "of tokens_generated, those of such prompts: lost, or gone on with if rollout.partial [tokens]",
+    "stale_tokens": "response tokens of this batch that an older student has sampled in an earlier step; only with"
+    " rollout.oversample > 1 [tokens]",
+    "stale_ratio_mean": "mean ratio of a stale token's probability to that with which it was sampled, before the clip;"
+    " only where there are stale tokens [1]",
+    "stale_clip_fraction": "share of the stale tokens whose ratio the clip has changed; only where there are"
+    " any [0..1]",
     "grad_norm": "norm of the gradient before clipping [1]",
     "weight_norm": "norm of all of the student's parameters, whatever ranks they lie on, after the step [1]",
     "lr": "learning rate of the step [1]",

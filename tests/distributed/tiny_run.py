@@ -68,6 +68,7 @@ def build_run(config: TrainConfig, layout: Any, run_dir: Path) -> Any:
     from prune_opd.megatron.model import dtype_of
     from prune_opd.megatron.teacher import Teacher
     from prune_opd.megatron.trainer import Trainer
+    from prune_opd.rollout.long_tail import LongTail
     from prune_opd.setup import Run
     from prune_opd.track.tracker import NullTracker
 
@@ -86,6 +87,7 @@ def build_run(config: TrainConfig, layout: Any, run_dir: Path) -> Any:
         checkpoints=Checkpoints(run_dir / "checkpoints", config.checkpoint, layout),
         evaluators=[],
         tracker=NullTracker(),
+        long_tail=LongTail(config.rollout, sampler.endless),
     )
 
 

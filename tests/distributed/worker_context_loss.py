@@ -56,6 +56,7 @@ class Ranks:
             student_hidden=case.student_hidden[index_N],
             teacher_hidden=case.teacher_hidden[index_N],
             sampled=case.sampled[index_N],
+            stale_logp=None if case.stale_logp is None else case.stale_logp[index_N],
         )
         return mine.leaves(dtype), ContextShard(index_N, len(case.sampled), self.cp_group)
 
@@ -98,6 +99,11 @@ def compare(
         and stats.reliable_length_B.tolist() == reference.reliable_length
         and stats.length_B.tolist() == reference.length
     )
+    if case.stale_logp is not None:  # the statistics are those of all ranks' tokens
+        alone = rounded.fused(gate, objective, weighting=weighting)[2]
+        assert stats.stale_ratio_N is not None and alone.stale_ratio_N is not None
+        same &= bool(torch.isclose(stats.stale_ratio_N, alone.stale_ratio_N, rtol=1e-9, equal_nan=True).all())
+        same &= torch.equal(stats.stale_clipped_N, alone.stale_clipped_N)
     errors = ranks.errors(loss, mine, context, reference.loss_sum, expected)
     return {**errors, "statistics": statistics_error(stats, reference) if same else math.inf}
 
@@ -131,6 +137,8 @@ CASES: dict[str, Callable[[Ranks], dict[str, float]]] = {
     "mean weight": lambda ranks: compare(ranks, dataclasses.replace(GATE, weight_normalisation="mean")),
     "teacher top-p": lambda ranks: compare(ranks, GateConfig("teacher_top_p", k=9, w_drop=0.15, top_p=0.6)),
     "full vocabulary": lambda ranks: compare(ranks, objective=ObjectiveConfig("full_vocab_jsd", k=6)),
+    "stale tokens": lambda ranks: compare(ranks, case=LONG.stale()),
+    "stale tokens, ranks without a token": lambda ranks: compare(ranks, case=SHORT.stale()),
     "ranks without a token": lambda ranks: compare(ranks, case=SHORT),
     **{
         f"{weighting.name}, {'gate' if gate else 'no gate'}": lambda ranks, w=weighting, g=gate: compare(

@@ -130,6 +130,21 @@ def compare(
     return {**errors, "statistics": statistics_error(stats, reference) if same else math.inf}
 
 
+def compare_stale(case: Case, group: dist.ProcessGroup) -> dict[str, float]:
+    """As `compare`; and what the statistics say of the ratio, which the reference has in its weights only."""
+    assert case.stale_logp is not None
+    result = compare(case, group)
+    stats = sharded(case, group).fused(tp_group=group, chunk=7)[2]
+    expected_N = (stats.sampled_logp_N - case.stale_logp).exp()
+    known_N = ~case.stale_logp.isnan()
+    assert stats.stale_ratio_N is not None and stats.stale_clipped_N is not None
+    assert torch.equal(stats.stale_ratio_N.isnan(), ~known_N) and 0 < known_N.sum() < len(known_N)
+    beyond_N = (expected_N > 1 + OBJECTIVE.clip) | (expected_N < 1 - OBJECTIVE.clip)
+    assert torch.equal(stats.stale_clipped_N, beyond_N) and 0 < beyond_N.sum() < known_N.sum()
+    wrong = error(stats.stale_ratio_N[known_N], expected_N[known_N])
+    return {**result, "statistics": max(result["statistics"], wrong)}
+
+
 def compare_buffer(case: Case, group: dist.ProcessGroup, dtype: torch.dtype, chunk: int) -> dict[str, float]:
     """The weight's gradient added to a buffer on each rank's shard, in two micro-batches, against the reference."""
     expected = case.leaves(dtype).leaves(torch.float64)
@@ -234,6 +249,8 @@ CASES: dict[str, Callable[[dist.ProcessGroup], dict[str, float]]] = {
     "mean weight": lambda group: compare(PLAIN, group, dataclasses.replace(GATE, weight_normalisation="mean")),
     "teacher top-p": lambda group: compare(PLAIN, group, GateConfig("teacher_top_p", k=9, w_drop=0.15, top_p=0.6)),
     "k wider than a shard": lambda group: compare(PLAIN, group, dataclasses.replace(GATE, k=40), ObjectiveConfig(k=50)),
+    "stale tokens": lambda group: compare_stale(PLAIN.stale(), group),
+    "stale tokens, entropy_aware": lambda group: compare(PLAIN.stale(), group, weighting=WEIGHTINGS[0]),
     "ties across shards": lambda group: compare(tied_case(), group),
     "student is teacher": lambda group: compare(twin_case(), group),
     "a shard of padding": lambda group: compare(empty_shard_case(), group),

@@ -57,3 +57,19 @@ def test_a_checkpoint_resumes_in_another_layout(unbroken: Path, tmp_path: Path) 
     assert here[0]["loss"] == pytest.approx(there[0]["loss"], rel=1e-4)
     state = json.loads((checkpoint / "state.json").read_text())
     assert state["step"] == 4 and state["sampler"] and state["controller"]
+
+
+def test_partial_rollouts_go_on_after_a_resume_as_if_nothing_had_been(tmp_path: Path) -> None:
+    """The groups that wait are in the checkpoint, with their tokens and the probabilities that these were drawn with."""
+    settings = ("steps=4", "rollout.prompts=8", "rollout.oversample=1.5", "rollout.partial=true", *BARE)
+    whole = train(tmp_path / "whole", *settings, "checkpoint.every=0", "checkpoint.last=false")
+    train(tmp_path / "stopped", *settings, "checkpoint.every=0", "stop_after=2")
+    assert without_times(train(tmp_path / "stopped", *settings, "checkpoint.every=0")) == without_times(whole)
+    assert [step["prompts_left"] for step in whole] == [4] * 4
+    assert whole[0]["stale_tokens"] == 0 and "stale_ratio_mean" not in whole[0]
+    later = whole[1:]
+    assert all(step["stale_tokens"] > 0 and step["tokens_left"] > 0 for step in later)
+    assert all(0.8 < step["stale_ratio_mean"] < 1.25 and step["stale_clip_fraction"] < 0.5 for step in later)
+    for step in later:
+        kept = step["tokens_trained"] - step["stale_tokens"]
+        assert step["tokens_generated"] == kept + step["tokens_left"]

@@ -1,0 +1,169 @@
+"""The long tail of a rollout: what is expected of every response, who works on it, and what a step leaves behind.
+
+A batch takes as long as its longest response. So the longest expected ones start first and the engines share them by
+expected length; with `rollout.oversample` more prompts are started than the step needs and the first complete ones are
+kept. The others come first in the next step: from their start, or, with `rollout.partial`, from where they are. No
+prompt is lost, but a step still sees more of the short answers than of the long ones.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import heapq
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
+from statistics import fmean
+from typing import Any
+
+from prune_opd.config import RolloutConfig
+from prune_opd.data.prompt import Prompt
+from prune_opd.data.sampler import Sampler
+from prune_opd.rollout.batch import Group, Response, Rollouts
+
+REMEMBERED = 200_000  # prompts, the latest: a few megabytes of a checkpoint
+
+
+class LongTail:
+    """The groups that wait for the next step, and how long the responses of every prompt were when it last came.
+
+    Both are part of the checkpoint. Prompts of a source without an end never come again and are not remembered.
+    """
+
+    def __init__(self, settings: RolloutConfig, endless: bool = False) -> None:
+        self.settings, self.endless = settings, endless
+        self.waiting: list[Group] = []
+        self.history: dict[str, float] = {}  # mean length [tokens] by prompt
+
+    def next(self, sampler: Sampler) -> list[Group]:
+        """What a step starts: the groups that wait, then new prompts, `prompts` · `oversample` in all, rounded up."""
+        wanted = started_prompts(self.settings)
+        groups, self.waiting = self.waiting[:wanted], self.waiting[wanted:]
+        return groups + [Group(prompt) for prompt in sampler.next(wanted - len(groups))]
+
+    def expected(self, groups: Sequence[Group], limits: Sequence[int]) -> list[float]:
+        """Tokens that each response is still expected to have, row by row: up to its limit, 0 where nothing is to come.
+
+        A prompt that has not come yet is taken for the mean of those that have.
+        """
+        responses = self.settings.responses
+        unknown = fmean(self.history.values()) if self.history else math.inf
+        lengths = [self.history.get(_key(group.prompt), unknown) for group in groups]
+        rows = begun_rows(groups, responses)
+        return [
+            0.0 if begun.ended(limit) else max(min(lengths[row // responses], limit) - len(begun.ids), 1.0)
+            for row, (begun, limit) in enumerate(zip(rows, limits, strict=True))
+        ]
+
+    def take(self, rollouts: Rollouts) -> None:
+        """Remember the lengths of a step, and what it has left behind."""
+        responses = self.settings.responses
+        if not self.endless:
+            for first in range(0, len(rollouts.responses), responses):
+                lengths = rollouts.length_B[first : first + responses]
+                key = _key(rollouts.prompts[first])
+                self.history.pop(key, None)  # the latest are at the end
+                self.history[key] = fmean(lengths)
+            while len(self.history) > REMEMBERED:
+                del self.history[next(iter(self.history))]
+        left = rollouts.left if self.settings.partial else [Group(group.prompt) for group in rollouts.left]
+        self.waiting += [replace(group, begun=tuple(map(_stale, group.begun))) for group in left]
+
+    def record(self, rollouts: Rollouts) -> dict[str, int]:
+        """The long tail's part of a step record; nothing where every prompt that is started is kept."""
+        if self.settings.oversample <= 1:
+            return {}
+        return {
+            "prompts_left": len(rollouts.left),
+            "tokens_left": rollouts.left_tokens,
+            "stale_tokens": sum(response.stale for response in rollouts.responses),
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint needs: plain JSON values."""
+        return {"history": self.history, "waiting": [asdict(group) for group in self.waiting]}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue as the one that `state` is from would have. With other settings, begun responses start anew."""
+        self.history = dict(state["history"])
+        groups = [_group(entry) for entry in state["waiting"]]
+        fits = self.settings.partial and all(len(group.begun) in (0, self.settings.responses) for group in groups)
+        self.waiting = groups if fits else [Group(group.prompt) for group in groups]
+
+
+def started_prompts(settings: RolloutConfig) -> int:
+    """Prompt groups that a step starts."""
+    return math.ceil(settings.prompts * settings.oversample - 1e-9)
+
+
+def begun_rows(groups: Sequence[Group], responses: int) -> list[Response]:
+    """What there is of every row before a step: of a new one an empty response."""
+    nothing = [Response((), finished=False, logprobs=())] * responses
+    return [row for group in groups for row in group.begun or nothing]
+
+
+def share(expected: Sequence[float], engines: int) -> list[list[int]]:
+    """The rows of each engine in the order in which they start: the longest first, each to the engine with least work.
+
+    Where all are alike, the rows go round the engines in their order.
+    """
+    parts: list[list[int]] = [[] for _ in range(engines)]
+    loads = [(0.0, 0, engine) for engine in range(engines)]
+    for row in sorted(range(len(expected)), key=lambda row: -expected[row]):  # stable
+        load, rows, engine = heapq.heappop(loads)
+        parts[engine].append(row)
+        heapq.heappush(loads, (load + expected[row], rows + 1, engine))
+    return parts
+
+
+class Race:
+    """Which prompt groups are complete first: `keep` of them, by the engine step at which their last response ended.
+
+    Steps, not seconds, decide, so that the same run has the same winners again. Groups of one step: the lower ones.
+    """
+
+    def __init__(self, groups: int, responses: int, keep: int) -> None:
+        self.responses, self.keep = responses, min(keep, groups)
+        self.done_at: dict[int, int] = {}  # by row
+        self._open = [responses] * groups
+
+    def arrive(self, done: Mapping[int, int]) -> None:
+        """Rows that have ended, each with its engine's step."""
+        for row in done.keys() - self.done_at.keys():
+            self._open[row // self.responses] -= 1
+        self.done_at.update(done)
+
+    @property
+    def over(self) -> bool:
+        return self._open.count(0) >= self.keep
+
+    def winners(self) -> list[int]:
+        """The groups that are kept, ascending. ValueError before it is over."""
+        if not self.over:
+            raise ValueError(f"{self._open.count(0)} groups are complete, {self.keep} are wanted")
+        complete = [group for group, rows in enumerate(self._open) if rows == 0]
+        complete.sort(key=lambda group: max(self.done_at[row] for row in self._rows(group)))
+        return sorted(complete[: self.keep])
+
+    def _rows(self, group: int) -> range:
+        return range(group * self.responses, (group + 1) * self.responses)
+
+
+def _stale(response: Response) -> Response:
+    """What the next step gets of it: the tokens are then an older student's. A cut one stays as it was kept."""
+    return replace(response, stale=len(response.ids), dropped=0)
+
+
+def _group(entry: Mapping[str, Any]) -> Group:
+    """A group out of a checkpoint's JSON, where tuples have become lists."""
+    prompt = Prompt(**{**entry["prompt"], "ids": tuple(entry["prompt"]["ids"])})
+    begun = [
+        Response(**{**row, "ids": tuple(row["ids"]), "logprobs": tuple(row["logprobs"] or ())})
+        for row in entry["begun"]
+    ]
+    return Group(prompt, tuple(begun))
+
+
+def _key(prompt: Prompt) -> str:
+    """Its text, not its index: two files of a mixture count both from 0."""
+    return hashlib.blake2b(repr(prompt.ids).encode(), digest_size=8).hexdigest()
