@@ -32,6 +32,9 @@ class InflightConfig:
     chunk: int = 256  # fixed: tokens between two checkpoints
     stop_events: int | None = None  # None: R has reached 0; else this many events, which may cut tokens that R > 0 has
     min_keep: int = 1  # a response that is stopped keeps at least so many: no checkpoint lies before
+    # Look only where, by the last batches, this many response tokens are avoided for each token that the teacher reads;
+    # 0: at every checkpoint. Below 1, since a response token costs its generation and training too.
+    price: float = 0.0
     margin: float | None = None  # nats; None: by the format of the rollouts (MARGIN). 0: exact ties alone are undecided
 
     def __post_init__(self) -> None:
@@ -41,6 +44,7 @@ class InflightConfig:
             between(f"rollout.inflight.{name}", getattr(self, name), 1)
         if self.stop_events is not None:
             between("rollout.inflight.stop_events", self.stop_events, 1)
+        between("rollout.inflight.price", self.price, 0)
         if self.margin is not None:
             between("rollout.inflight.margin", self.margin, 0)
 

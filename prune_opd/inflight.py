@@ -11,6 +11,7 @@ loss's: what is cut is what the loss would have given R = 0. Whether that held i
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -26,6 +27,7 @@ from prune_opd.dealing import deal_any, padded_size
 from prune_opd.errors import UserError
 from prune_opd.gate import RELIABLE_ABOVE, apply_gate
 from prune_opd.inflight_events import certain_overlap_events, certain_rejects
+from prune_opd.inflight_plan import CheckpointPlan, Course
 from prune_opd.precision import rollout_format
 from prune_opd.rollout.batch import Response, Rollouts
 from prune_opd.rollout.stepwise import Prefix
@@ -47,10 +49,11 @@ class InflightGate:
         self.top = self.candidates if self.gate.metric == "overlap" else None
         margin = self.settings.margin
         self.margin = MARGIN[rollout_format(config.precision.params, config.rollout)] if margin is None else margin
+        self.plan = CheckpointPlan(self.settings.price)
         self.begin([], [], [])
 
     def checkpoints(self, max_tokens: int) -> tuple[int, ...]:
-        return self.settings.checkpoints(max_tokens)
+        return self.plan.choose(self.settings.checkpoints(max_tokens))
 
     def begin(
         self, prompt_of_row: Sequence[Prompt], max_tokens_of_row: Sequence[int], begun_of_row: Sequence[Response]
@@ -105,6 +108,19 @@ class InflightGate:
         self.checks += 1
         self.seconds += time.perf_counter() - started
         return stopped
+
+    def learn(self, rollouts: Rollouts, reliable_length_B: Tensor) -> None:
+        """Take in how a batch went by the loss's gate; the next one's checkpoints are chosen by it."""
+        courses = []
+        rows = zip(rollouts.prompt_ids, rollouts.responses, reliable_length_B.tolist(), strict=True)
+        for row, (prompt, response, reliable) in enumerate(rows):
+            if math.isnan(reliable):  # its micro-batch could not be judged
+                continue
+            length = len(response.ids)
+            spent = int(reliable) + 1 if reliable < length else length if response.stopped else None
+            going_on = _expected(rollouts, length, self.limits[row]) if response.stopped else length
+            courses.append(Course(len(prompt), going_on, spent))
+        self.plan.learn(courses)
 
     def record(self, rollouts: Rollouts, reliable_length_B: Tensor) -> dict[str, Any]:
         """What the gate did to the batch, for metrics.jsonl (track/metrics.py has the meanings)."""

@@ -138,8 +138,11 @@ class Run:
         return self.teacher.hidden(rollouts, self.deals(rollouts), self.inflight.kept if self.inflight else None)
 
     def inflight_record(self, rollouts: Rollouts, reliable_length_B: Tensor) -> dict[str, Any]:
-        """The in-flight gate's part of a step record."""
-        return self.inflight.record(rollouts, reliable_length_B) if self.inflight else {"pruned_inflight": 0}
+        """The in-flight gate's part of a step record; it learns from the step for the next one."""
+        if self.inflight is None:
+            return {"pruned_inflight": 0}
+        self.inflight.learn(rollouts, reliable_length_B)
+        return self.inflight.record(rollouts, reliable_length_B)
 
     def sync_weights(self) -> None:
         """Reshard the student's weights into the engine, unless it has them already.
@@ -218,6 +221,7 @@ class Run:
             "controller": self.controller.state_dict(),
             "sampler": self.sampler.state_dict(),
             "long_tail": self.long_tail.state_dict(),
+            "inflight": self.inflight.plan.state_dict() if self.inflight else None,
             "full_response_length": self.full_response_length,
             "rng": rng,
         }
@@ -237,6 +241,8 @@ class Run:
                 anew.append(f"the {name} starts anew: {error}")
         if "long_tail" in state and not any("sampler" in note for note in anew):  # an older version's has none
             self.long_tail.load_state_dict(state["long_tail"])
+        if self.inflight and state.get("inflight"):
+            self.inflight.plan.load_state_dict(state["inflight"])
         self.full_response_length = state["full_response_length"]
         if len(state["rng"]) == self.layout.world:  # another world size has no generator of ours to continue
             platform.load_rng_state(state["rng"][self.layout.rank])

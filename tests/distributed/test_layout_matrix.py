@@ -70,7 +70,7 @@ def test_three_steps_equal_those_of_one_process(
     assert len(results[case]) == ranks
     for rank in results[case]:
         for got, expected in zip(rank["steps"], reference["steps"], strict=True):
-            for name in ("loss", "grad_norm"):
+            for name in ("loss", "grad_norm", *(key for key in expected if key.startswith("stale"))):
                 assert got[name] == pytest.approx(expected[name], rel=1e-5), name
             assert got["weight_norm"] == pytest.approx(expected["weight_norm"], rel=1e-6)
             assert got["sampled_tokens"] == pytest.approx(expected["sampled_tokens"], rel=1e-5, abs=1e-5)
@@ -116,3 +116,5 @@ def test_the_comparison_has_something_to_compare(results: dict[str, list[dict[st
     assert steps[0]["microbatches"] > 1
     assert sum(value > 0 for value in steps[0]["sampled_tokens"]) > 30  # of the first step, which is a sampled one
     assert len({step["weight_norm"] for step in steps}) == STEPS
+    assert all(("stale_ratio_mean" in step) == (reference == "stale") for step in steps)
+    assert all(0 < step.get("stale_clip_fraction", 0.5) < 1 for step in steps)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import gc
 import json
+import math
 import sys
 import time
 from pathlib import Path
@@ -24,6 +25,7 @@ from prune_opd.config import ParallelConfig
 from prune_opd.rollout.batch import Response, Rollouts
 from tests.distributed.tiny_run import OPTIMIZER, build_run, made_up_rollouts, train_config, train_step
 
+CPU = torch.device("cpu")
 STEPS = 3
 UPDATES = 3
 BUDGET = 48  # tokens: several micro-batches on every rank
@@ -57,6 +59,10 @@ MORE: dict[int, dict[str, dict[str, Any]]] = {
         "CP2 | TP2": {"tensor": 1, "context": 2, "teacher_tensor": 2},
         "CP2+dist-opt | TP1": {"tensor": 1, "context": 2, "distributed_optimizer": True},
         "3 updates CP2 | TP1": {"tensor": 1, "context": 2},
+        # Some of the tokens are an older student's, as with rollout.partial.
+        "stale TP2+SP | TP2": {"tensor": 2, "sequence_parallel": True},
+        "stale DP2 | TP1": {"tensor": 1},
+        "stale CP2 | TP1": {"tensor": 1, "context": 2},
         "moe CP2xEP2 | TP1": {"tensor": 1, "context": 2, "expert": 2},
         "moe EP2 | TP1": {"tensor": 1, "expert": 2},
         "moe EP2+dist-opt | EP2": {"tensor": 1, "expert": 2, "distributed_optimizer": True, "teacher_expert": 2},
@@ -115,7 +121,7 @@ def cases(ranks: int) -> dict[str, dict[str, Any]]:
 
 
 # What the cases are compared with: which models, and updates per batch of rollouts.
-REFERENCES = {"dense": ("dense", 1), "3 updates": ("dense", UPDATES), "moe": ("moe", 1)}
+REFERENCES = {"dense": ("dense", 1), "3 updates": ("dense", UPDATES), "moe": ("moe", 1), "stale": ("dense", UPDATES)}
 
 
 def reference_of(case: str) -> str:
@@ -123,11 +129,19 @@ def reference_of(case: str) -> str:
     return next((name for name in REFERENCES if case.startswith(name)), "dense")
 
 
-def step(run: Any, number: int) -> dict[str, Any]:
+def step(run: Any, number: int, stale: bool) -> dict[str, Any]:
     """One step on responses that end where the horizon is: what the controller decides shows in the next loss."""
     drawn, horizon = made_up_rollouts(number), run.controller.horizon
-    cut = tuple(Response(response.ids[:horizon], response.finished) for response in drawn.responses)
-    return train_step(run, Rollouts(drawn.prompts, cut))
+    cut = [Response(response.ids[:horizon], response.finished) for response in drawn.responses]
+    if stale:  # every other response's first half, by a student not far from this one
+        from prune_opd.megatron.logprobs import sampled_logprobs
+
+        known = iter(sampled_logprobs(run.trainer.chunks, Rollouts(drawn.prompts, tuple(cut)), run.layout, CPU))
+        for row, response in enumerate(cut):
+            then = tuple(next(known) + 0.4 * math.sin(7 * row + t) for t in range(len(response.ids)))
+            stale_tokens = (len(response.ids) + 1) // 2 if row % 2 == 0 else 0
+            cut[row] = dataclasses.replace(response, logprobs=then, stale=stale_tokens)
+    return train_step(run, Rollouts(drawn.prompts, tuple(cut)))
 
 
 def farthest_from_reference(run: Any, reference: Path) -> float:
@@ -167,7 +181,7 @@ def train(models: Path, out: Path, reference: str, layout: Any, parallel: Parall
     pair, updates = REFERENCES[reference]
     optimizer = dataclasses.replace(OPTIMIZER, updates_per_batch=updates)
     run = build_run(train_config(models / pair, 1, parallel=parallel, optimizer=optimizer), layout, out)
-    steps = [step(run, number) for number in range(1, STEPS + 1)]
+    steps = [step(run, number, reference == "stale") for number in range(1, STEPS + 1)]
     return run, {
         "steps": steps,
         "logprobs": sampled_logprobs(run.trainer.chunks, made_up_rollouts(0), layout, run.machine.device),

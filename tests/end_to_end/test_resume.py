@@ -60,7 +60,7 @@ def test_a_checkpoint_resumes_in_another_layout(unbroken: Path, tmp_path: Path) 
 
 
 def test_partial_rollouts_go_on_after_a_resume_as_if_nothing_had_been(tmp_path: Path) -> None:
-    """The groups that wait are in the checkpoint, with their tokens and the probabilities that these were drawn with."""
+    """The groups that wait are in the checkpoint, with their tokens and these tokens' probabilities."""
     settings = ("steps=4", "rollout.prompts=8", "rollout.oversample=1.5", "rollout.partial=true", *BARE)
     whole = train(tmp_path / "whole", *settings, "checkpoint.every=0", "checkpoint.last=false")
     train(tmp_path / "stopped", *settings, "checkpoint.every=0", "stop_after=2")

@@ -1,0 +1,92 @@
+"""Which of the in-flight gate's checkpoints pay, from the batches before."""
+
+from __future__ import annotations
+
+import json
+from itertools import combinations
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from prune_opd.config import InflightConfig
+from prune_opd.errors import ConfigError
+from prune_opd.inflight_plan import BATCHES, CheckpointPlan, Course
+
+PLACES = (10, 20, 40, 80)
+
+
+def value(plan: CheckpointPlan, courses: list[Course], chosen: tuple[int, ...]) -> float:
+    """V(C) from the definition."""
+    total = 0.0
+    for course in courses:
+        running = True
+        for checkpoint in chosen:
+            if running and course.length > checkpoint:
+                total -= plan.price * (course.prompt + checkpoint)
+                if course.spent is not None and course.spent <= checkpoint:
+                    total += course.length - checkpoint
+                    running = False
+    return total
+
+
+def plan_of(courses: list[Course], price: float = 0.25) -> CheckpointPlan:
+    plan = CheckpointPlan(price)
+    plan.learn(courses)
+    return plan
+
+
+def test_every_checkpoint_is_looked_at_while_nothing_is_known_or_charged() -> None:
+    assert CheckpointPlan(0.25).choose(PLACES) == PLACES
+    assert plan_of([Course(5, 50, None)] * 8, price=0).choose(PLACES) == PLACES
+
+
+def test_nobody_looks_where_nothing_drifts() -> None:
+    assert plan_of([Course(5, 100, None)] * 8).choose(PLACES) == ()
+    assert plan_of([]).choose(PLACES) == ()
+
+
+def test_the_first_checkpoint_after_the_drift_is_enough() -> None:
+    """All of them are spent at 15: 80 tokens each for 25 · 0.25; a look at 10 would find nothing."""
+    assert plan_of([Course(5, 100, 15)] * 8).choose(PLACES) == (20,)
+
+
+def test_two_kinds_of_drift_have_two_checkpoints() -> None:
+    assert plan_of([Course(5, 400, 8)] * 4 + [Course(5, 400, 70)] * 4).choose(PLACES) == (10, 80)
+
+
+def test_a_checkpoint_that_costs_more_than_it_avoids_is_left_out() -> None:
+    """One of twenty is spent: 90 tokens are avoided at 10, the teacher reads 20 · (90 + 10)."""
+    courses = [Course(90, 100, 8)] + [Course(90, 100, None)] * 19
+    assert plan_of(courses, price=0.25).choose(PLACES) == ()
+    assert plan_of(courses, price=0.01).choose(PLACES) == (10,)
+
+
+COURSES = st.lists(
+    st.builds(Course, st.integers(1, 40), st.integers(1, 150).map(float), st.none() | st.integers(1, 120)), max_size=12
+)
+
+
+@settings(max_examples=200, deadline=None)
+@given(COURSES, st.floats(0.01, 2))
+def test_no_other_choice_is_worth_more(courses: list[Course], price: float) -> None:
+    plan = plan_of(courses, price)
+    subsets = [chosen for size in range(len(PLACES) + 1) for chosen in combinations(PLACES, size)]
+    best = max(value(plan, courses, chosen) for chosen in subsets)
+    assert value(plan, courses, plan.choose(PLACES)) == pytest.approx(best, abs=1e-6)
+
+
+def test_old_batches_are_forgotten_and_a_checkpoint_holds_the_others() -> None:
+    plan = plan_of([Course(5, 100, 15)] * 8)
+    for _ in range(BATCHES):
+        plan.learn([Course(5, 100, None)])
+    assert plan.choose(PLACES) == ()
+    plan.learn([Course(5, 100, 15)] * 8)
+    again = CheckpointPlan(0.25)
+    again.load_state_dict(json.loads(json.dumps(plan.state_dict())))
+    assert again.batches == plan.batches and again.choose(PLACES) == plan.choose(PLACES) == (20,)
+
+
+def test_a_negative_price_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"rollout\.inflight\.price = -1"):
+        InflightConfig(price=-1)
