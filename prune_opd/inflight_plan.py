@@ -4,10 +4,12 @@ The loss knows of every response, stopped or not, after how many tokens its reli
 would have cost and saved in the last batches is known afterwards, also of one that nobody looked at. With C ⊆ the
 schedule's checkpoints,
 
-    V(C) = Σ_i (L_i − c_i) − price · Σ_{c ∈ C} Σ_{i runs at c} (prompt_i + c)     tokens avoided, less teacher tokens
+    V(C) = (1 + price) · Σ_i (L_i − c_i) − price · Σ_{c ∈ C} Σ_{i goes on after c} (prompt_i + c)
 
 c_i: the first checkpoint in C at or after the token with which R_i reached 0, L_i if there is none. L_i: the length, of
-a stopped response an estimate. The next batch is looked at where V is greatest; nowhere, if no checkpoint pays.
+a stopped response an estimate. The first sum is of the response tokens that are avoided; the teacher does not read them
+either, and its pass over a stopped response is the one that the loss needs. The second is what it reads in vain. The
+next batch is looked at where V is greatest; nowhere, if no checkpoint pays.
 """
 
 from __future__ import annotations
@@ -58,9 +60,8 @@ class CheckpointPlan:
         gain = 0.0
         for prompt, length, spent in courses:
             if length > at and (spent is None or spent > before):
-                gain -= self.price * (prompt + at)
-                if spent is not None and spent <= at:
-                    gain += length - at
+                stops = spent is not None and spent <= at
+                gain += (1 + self.price) * (length - at) if stops else -self.price * (prompt + at)
         return gain
 
     def state_dict(self) -> dict[str, Any]:

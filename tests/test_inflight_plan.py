@@ -23,10 +23,11 @@ def value(plan: CheckpointPlan, courses: list[Course], chosen: tuple[int, ...]) 
         running = True
         for checkpoint in chosen:
             if running and course.length > checkpoint:
-                total -= plan.price * (course.prompt + checkpoint)
                 if course.spent is not None and course.spent <= checkpoint:
-                    total += course.length - checkpoint
+                    total += (1 + plan.price) * (course.length - checkpoint)
                     running = False
+                else:
+                    total -= plan.price * (course.prompt + checkpoint)
     return total
 
 
@@ -47,7 +48,7 @@ def test_nobody_looks_where_nothing_drifts() -> None:
 
 
 def test_the_first_checkpoint_after_the_drift_is_enough() -> None:
-    """All of them are spent at 15: 80 tokens each for 25 · 0.25; a look at 10 would find nothing."""
+    """All of them are spent at 15: a look at 20 avoids 80 tokens of each; one at 10 would find nothing."""
     assert plan_of([Course(5, 100, 15)] * 8).choose(PLACES) == (20,)
 
 
@@ -56,7 +57,7 @@ def test_two_kinds_of_drift_have_two_checkpoints() -> None:
 
 
 def test_a_checkpoint_that_costs_more_than_it_avoids_is_left_out() -> None:
-    """One of twenty is spent: 90 tokens are avoided at 10, the teacher reads 20 · (90 + 10)."""
+    """One of twenty is spent: 90 tokens are avoided at 10, the teacher reads 19 · (90 + 10) in vain."""
     courses = [Course(90, 100, 8)] + [Course(90, 100, None)] * 19
     assert plan_of(courses, price=0.25).choose(PLACES) == ()
     assert plan_of(courses, price=0.01).choose(PLACES) == (10,)

@@ -96,7 +96,11 @@ def _time_table(plan: Plan) -> Table:
     }
     for name, row in rows.items():
         table.add_row(name, *row)
-    table.caption = f"with {plan.evaluations} evaluations of {plan.evaluation:.0f} s"
+    rollout = plan.setting.config.rollout
+    unplanned = {"the in-flight gate": rollout.inflight.on, "over-sampling": rollout.oversample > 1}
+    table.caption = f"with {plan.evaluations} evaluations of {plan.evaluation:.0f} s" + "".join(
+        f"; without {what}, its costs and savings" for what, used in unplanned.items() if used
+    )
     return table
 
 
@@ -129,6 +133,9 @@ def _draw(plan: Plan, curves: dict[str, dict[int, StepTime]], path: Path) -> Non
         for phase in PHASES:
             axis.plot(list(found), [step.seconds[phase] for step in found.values()], marker="o", label=phase)
         axis.set(xscale="log", yscale="log", xlabel="GPUs", title=f"a step [s], {name}")
+        for scale in (axis.xaxis, axis.yaxis):  # numbers as they are, where the default would write powers of ten
+            scale.set_major_formatter("{x:g}")
+            scale.set_minor_formatter("")
         axis.legend()
     figure.suptitle(f"{plan.setting.config.name} on {plan.setting.world} × {plan.setting.gpu.name}")
     figure.savefig(path, dpi=110)

@@ -65,6 +65,7 @@ class HfDirectoryWriter:
     def _flush(self) -> None:
         path = self.partial / f"part-{len(self._written):05d}.safetensors"
         save_file(self._file, path, metadata={"format": "pt"})
+        path.chmod(self.partial.stat().st_mode & 0o666)  # safetensors gives it to its owner alone: as the umask has it
         self._written.append((path, list(self._file), self._file_bytes))
         self._file, self._file_bytes = {}, 0
 

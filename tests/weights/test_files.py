@@ -38,6 +38,12 @@ def write(out: Path, source: Path, tensors: dict[str, Tensor], max_file_bytes: i
     return out
 
 
+def test_others_may_read_what_the_umask_lets_them(model: Path, tmp_path: Path) -> None:
+    out = write(tmp_path / "out", model, {"weight": torch.zeros(3)}, 1000)
+    modes = {path.name: path.stat().st_mode & 0o777 for path in out.iterdir()}
+    assert modes[WEIGHTS] == modes["config.json"] == out.stat().st_mode & 0o666
+
+
 def test_a_sharded_directory_is_read_back_bit_for_bit(model: Path, tmp_path: Path) -> None:
     tensors = load_file(model / WEIGHTS)
     limit = 40_000
