@@ -37,7 +37,7 @@ SIDES = {
         "rollout.inflight.schedule=fixed",
         "rollout.inflight.first_check={eighth}",
         "rollout.inflight.chunk={sixteenth}",
-        "rollout.inflight.price=0.25",
+        "rollout.inflight.price=0.05",
     ),
 }
 TIMEOUT = 1800  # seconds a training may take

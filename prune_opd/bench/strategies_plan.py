@@ -26,7 +26,7 @@ OURS = (*PAPER, "horizon.finished_rows=hit_if_reliable")
 
 @dataclass(frozen=True)
 class Method:
-    """A row of the table. `changes`: overrides of the base, with {w_drop} and {eighth} (of max_len) filled in."""
+    """A row of the table. `changes`: overrides of the base, with {w_drop}, {eighth}, {sixteenth} (of max_len) filled in."""
 
     name: str
     title: str
@@ -66,7 +66,14 @@ METHODS = (
     Method(
         "inflight",
         "Prune-OPD + in-flight stop (ours)",
-        (*OURS, "rollout.inflight.mode=gate", "rollout.inflight.first_check={eighth}"),
+        (
+            *OURS,
+            "rollout.inflight.mode=gate",
+            "rollout.inflight.schedule=fixed",
+            "rollout.inflight.first_check={eighth}",
+            "rollout.inflight.chunk={sixteenth}",
+            "rollout.inflight.price=0.05",
+        ),
     ),
     Method("iw_opd", "IW-OPD", ("weighting.name=iw_opd",)),
     Method("replay", "control: POPD that replays Prune's windows", ("horizon.strategy=replay",), windows_of="prune"),
@@ -145,7 +152,8 @@ def pair_recipe(pair: str) -> TrainConfig:
 def method_config(recipe: TrainConfig, method: Method, common: Sequence[str] = ()) -> TrainConfig:
     """A method on a pair, with what is the same for all runs. A replay has placeholder windows."""
     assert recipe.gate is not None  # pair_recipe has seen to it
-    values = {"w_drop": recipe.gate.w_drop, "eighth": max(1, recipe.horizon.max_len // 8)}
+    longest = recipe.horizon.max_len
+    values = {"w_drop": recipe.gate.w_drop, "eighth": max(1, longest // 8), "sixteenth": max(1, longest // 16)}
     if method.windows_of:
         recipe = replace(recipe, horizon=replace(recipe.horizon, windows=(recipe.horizon.max_len,)))
     return apply_overrides(recipe, [*(text.format(**values) for text in (*BASE, *method.changes)), *common])
