@@ -26,7 +26,7 @@ OURS = (*PAPER, "horizon.finished_rows=hit_if_reliable")
 
 @dataclass(frozen=True)
 class Method:
-    """A row of the table. `changes`: overrides of the base, {w_drop}, {eighth} and {sixteenth} (of max_len) filled in."""
+    """A row of the table. `changes`: overrides of the base, with {w_drop} and parts of max_len filled in."""
 
     name: str
     title: str
