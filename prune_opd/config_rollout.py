@@ -32,8 +32,8 @@ class InflightConfig:
     chunk: int = 256  # fixed: tokens between two checkpoints
     stop_events: int | None = None  # None: R has reached 0; else this many events, which may cut tokens that R > 0 has
     min_keep: int = 1  # a response that is stopped keeps at least so many: no checkpoint lies before
-    # Look only where, by the last batches, this many response tokens are avoided for each token that the teacher reads;
-    # 0: at every checkpoint. Below 1, since a response token costs its generation and training too.
+    # What a token of the teacher costs, in response tokens with their generation and training. Above 0 it looks only at
+    # checkpoints that, by the last batches, avoid more than it reads in vain (inflight_plan.py); 0: at all of them.
     price: float = 0.0
     margin: float | None = None  # nats; None: by the format of the rollouts (MARGIN). 0: exact ties alone are undecided
 
@@ -73,6 +73,11 @@ def check_inflight(config: TrainConfig) -> None:
     off = "or set rollout.inflight.mode=off"
     if gate is None:
         raise ConfigError(f"rollout.inflight.mode = gate with gate = null: there is no gate to stop at; set one, {off}")
+    if inflight.stop_events is not None and inflight.price > 0:
+        raise ConfigError(
+            f"rollout.inflight.price = {inflight.price:g} with rollout.inflight.stop_events = {inflight.stop_events}: "
+            "what a checkpoint is worth is known of the end of reliability alone; set price=0, or leave stop_events out"
+        )
     if inflight.stop_events is None and gate.w_drop == 0:
         raise ConfigError(
             "rollout.inflight.mode = gate with gate.w_drop = 0: reliability never falls to 0; give w_drop a value, set "
@@ -111,6 +116,11 @@ def check_inflight(config: TrainConfig) -> None:
 def check_long_tail(config: TrainConfig) -> None:
     """ConfigError where partial rollouts would have nothing to go on with, or no ratio to correct it by."""
     rollout = config.rollout
+    if rollout.oversample > 1 and config.horizon.scatter:
+        raise ConfigError(
+            f"rollout.oversample = {rollout.oversample:g} with horizon.scatter = true: the responses with the shortest "
+            "limits would be kept, and the cuts' mean would not be the horizon; set rollout.oversample=1"
+        )
     if not rollout.partial:
         return
     if rollout.oversample == 1:
@@ -119,9 +129,12 @@ def check_long_tail(config: TrainConfig) -> None:
             "nothing is left to go on with; raise rollout.oversample (1.25 starts a quarter more), or "
             "set rollout.partial=false"
         )
-    if config.objective.temperature != 1:
-        raise ConfigError(
-            f"rollout.partial = true with objective.temperature = {config.objective.temperature:g}: stale tokens are "
-            "corrected by the ratio of both students' probabilities at temperature 1, which the loss does not have "
-            "there; set objective.temperature=1, or rollout.partial=false"
-        )
+    for name, value in (
+        ("objective.temperature", config.objective.temperature),
+        ("rollout.temperature", rollout.temperature),
+    ):
+        if value != 1:
+            raise ConfigError(
+                f"rollout.partial = true with {name} = {value:g}: stale tokens are corrected by the ratio of both "
+                f"students' probabilities at temperature 1; set {name}=1, or rollout.partial=false"
+            )

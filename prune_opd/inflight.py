@@ -50,10 +50,12 @@ class InflightGate:
         margin = self.settings.margin
         self.margin = MARGIN[rollout_format(config.precision.params, config.rollout)] if margin is None else margin
         self.plan = CheckpointPlan(self.settings.price)
+        self.looked_at: tuple[int, ...] = ()
         self.begin([], [], [])
 
     def checkpoints(self, max_tokens: int) -> tuple[int, ...]:
-        return self.plan.choose(self.settings.checkpoints(max_tokens))
+        self.looked_at = self.plan.choose(self.settings.checkpoints(max_tokens))
+        return self.looked_at
 
     def begin(
         self, prompt_of_row: Sequence[Prompt], max_tokens_of_row: Sequence[int], begun_of_row: Sequence[Response]
@@ -118,6 +120,9 @@ class InflightGate:
                 continue
             length = len(response.ids)
             spent = int(reliable) + 1 if reliable < length else length if response.stopped else None
+            passed = max((at for at in self.looked_at if at < length), default=0)
+            if spent is not None and spent <= passed:  # but here it was let through: not every event is certain
+                spent = passed + 1
             going_on = _expected(rollouts, length, self.limits[row]) if response.stopped else length
             courses.append(Course(len(prompt), going_on, spent))
         self.plan.learn(courses)
@@ -125,11 +130,12 @@ class InflightGate:
     def record(self, rollouts: Rollouts, reliable_length_B: Tensor) -> dict[str, Any]:
         """What the gate did to the batch, for metrics.jsonl (track/metrics.py has the meanings)."""
         stopped = [row for row in rollouts.stopped_rows if rollouts.responses[row].fresh]  # in this step
+        left = [response for group in rollouts.left for response in group.begun]
         length_B, limits = rollouts.length_B, self.limits
         return {
-            "pruned_inflight": len(stopped),
+            "pruned_inflight": len(stopped) + sum(response.stopped and response.fresh > 0 for response in left),
             "tokens_avoided": sum(_expected(rollouts, length_B[row], limits[row]) - length_B[row] for row in stopped),
-            "tokens_dropped": sum(response.dropped for response in rollouts.responses),
+            "tokens_dropped": sum(response.dropped for response in (*rollouts.responses, *left)),
             "teacher_tokens_inflight": self.teacher_tokens,
             "teacher_tokens_reused": sum(rollouts.row_length_B[row] for row in self.kept.replica_of),
             "inflight_checks": self.checks,

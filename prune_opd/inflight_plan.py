@@ -18,6 +18,8 @@ from collections import deque
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
+
 BATCHES = 4  # that are remembered
 
 
@@ -44,7 +46,7 @@ class CheckpointPlan:
         """Those of the schedule's checkpoints, ascending, that pay; all while nothing is known or charged."""
         if not self.batches:
             return tuple(checkpoints)
-        courses = [course for batch in self.batches for course in batch]
+        courses = np.array([course for batch in self.batches for course in batch], dtype=float).reshape(-1, 3)
         # Best value and best choice of those that end with checkpoint j; what came before the first one is 0.
         best: list[tuple[float, tuple[int, ...]]] = [(0.0, ())]
         for j, checkpoint in enumerate(checkpoints):
@@ -55,14 +57,13 @@ class CheckpointPlan:
             best.append(max(options, key=lambda option: option[0]))
         return max(best, key=lambda option: option[0])[1]
 
-    def _gain(self, courses: Sequence[Course], before: int, at: int) -> float:
-        """Of looking at `at` where the last look was at `before`."""
-        gain = 0.0
-        for prompt, length, spent in courses:
-            if length > at and (spent is None or spent > before):
-                stops = spent is not None and spent <= at
-                gain += (1 + self.price) * (length - at) if stops else -self.price * (prompt + at)
-        return gain
+    def _gain(self, courses: np.ndarray, before: int, at: int) -> float:
+        """Of looking at `at` where the last look was at `before`. courses: rows of `Course`, None as NaN."""
+        prompt, length, spent = courses.T
+        running = (length > at) & ~(spent <= before)
+        stops = running & (spent <= at)
+        avoided, in_vain = (length - at)[stops].sum(), (prompt + at)[running & ~stops].sum()
+        return float((1 + self.price) * avoided - self.price * in_vain)
 
     def state_dict(self) -> dict[str, Any]:
         """Plain JSON values."""

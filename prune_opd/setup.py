@@ -231,15 +231,15 @@ class Run:
         """Continue where a checkpoint stands. Returns what starts anew, because its settings were allowed to change."""
         state = self.checkpoints.load(checkpoint, self.trainer)
         self.trainer.schedule.load_state_dict(state["schedule"])
-        anew = []
+        anew: dict[str, str] = {}
         for name in ("controller", "sampler"):
             try:
                 getattr(self, name).load_state_dict(state[name])
             except ConfigError as error:
                 if not allow_config_change:
                     raise
-                anew.append(f"the {name} starts anew: {error}")
-        if "long_tail" in state and not any("sampler" in note for note in anew):  # an older version's has none
+                anew[name] = f"the {name} starts anew: {error}"
+        if "long_tail" in state and "sampler" not in anew:  # an older version's checkpoint has none
             self.long_tail.load_state_dict(state["long_tail"])
         if self.inflight and state.get("inflight"):
             self.inflight.plan.load_state_dict(state["inflight"])
@@ -247,7 +247,7 @@ class Run:
         if len(state["rng"]) == self.layout.world:  # another world size has no generator of ours to continue
             platform.load_rng_state(state["rng"][self.layout.rank])
         self.finished_steps = state["step"]
-        return anew
+        return list(anew.values())
 
     def export(self) -> None:
         """Leave the student as a Hugging Face directory in `hf/`."""

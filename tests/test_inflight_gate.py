@@ -42,6 +42,7 @@ def test_geometric_checkpoints_add_up_to_less_than_two_passes(length: int) -> No
         ({}, replace(ON, first_check=256), "rollout.inflight.first_check = 256"),
         ({"gate": replace(GATE, w_drop=0.001)}, ON, "needs 1000 events"),
         ({}, replace(ON, stop_events=500), "needs 500 events"),
+        ({}, replace(ON, stop_events=3, price=0.1), "rollout.inflight.price = 0.1 with"),
         ({"gate": replace(GATE, weight_normalisation="mean")}, ON, "gate.weight_normalisation = mean"),
         ({"weighting": WeightingConfig(name="tip")}, ON, "weighting.name = tip"),
     ],

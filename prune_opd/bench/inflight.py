@@ -179,7 +179,7 @@ def compare(runs: list[dict[str, Any]], settings: Settings) -> dict[str, Any]:
 def _side(runs: list[dict[str, Any]], settings: Settings) -> dict[str, Any]:
     steps = [step for run in runs for step in run["steps"]]
     timed = [step for step in steps if step["step"] > settings.warmup]
-    responses = [step["tokens_generated"] / step["response_length"] for step in steps]
+    responses = [step["tokens_trained"] / step["response_length"] for step in steps]
     beyond = [
         (step["response_length"] - step["reliable_length"]) * count
         for step, count in zip(steps, responses, strict=True)

@@ -166,7 +166,8 @@ class RolloutEngine:
         watch: who may stop a response at a checkpoint. The others have exactly the tokens that they have without it.
         expected: tokens that each row will need, for who starts first and where; `max_tokens` if nothing is known.
         begun: what there is of each row already; it goes on after that.
-        keep: prompts whose responses come back, the first complete ones; the others are in `left`. None: all.
+        keep: prompts whose responses come back, the first complete ones; the others are in `left`. None: all. Those at
+            the front that have begun are waited for.
         """
         rows = [(prompt, sample) for prompt in prompts for sample in range(responses)]
         limits = [max_tokens] * len(rows) if isinstance(max_tokens, int) else list(max_tokens)
@@ -190,7 +191,11 @@ class RolloutEngine:
         shared = share(limits if expected is None else expected, self.engines)
         mine = [requests[row] for row in shared[self.engine_index]]
         checkpoints = () if watch is None else watch.checkpoints(max(limits, default=0))
-        race = None if keep is None or keep >= len(prompts) else Race(len(prompts), responses, keep)
+        race = None
+        if keep is not None and keep < len(prompts):
+            started = [any(start.ids for start in starts[i : i + responses]) for i in range(0, len(rows), responses)]
+            race = Race(len(prompts), responses, keep, must=[*started, False].index(False))
+            self.llm.reset_prefix_cache()  # who is first must not depend on what was generated before
         if watch is not None:
             watch.begin([prompt for prompt, _ in rows], limits, starts)
         if checkpoints or race or begun:

@@ -2,8 +2,8 @@
 
 A batch takes as long as its longest response. So the longest expected ones start first and the engines share them by
 expected length; with `rollout.oversample` more prompts are started than the step needs and the first complete ones are
-kept. The others come first in the next step: from their start, or, with `rollout.partial`, from where they are. No
-prompt is lost, but a step still sees more of the short answers than of the long ones.
+kept. With `rollout.partial` the others go on in the next step, which waits for them: nothing is lost, and no token is
+older than a step. Without, they are given up until the source brings them again, so long answers are seen less often.
 """
 
 from __future__ import annotations
@@ -44,14 +44,15 @@ class LongTail:
     def expected(self, groups: Sequence[Group], limits: Sequence[int]) -> list[float]:
         """Tokens that each response is still expected to have, row by row: up to its limit, 0 where nothing is to come.
 
-        A prompt that has not come yet is taken for the mean of those that have.
+        A prompt that has not come yet is taken for the mean of those that have, a response that is longer than
+        expected already for one that goes on to its limit.
         """
         responses = self.settings.responses
         unknown = fmean(self.history.values()) if self.history else math.inf
         lengths = [self.history.get(_key(group.prompt), unknown) for group in groups]
         rows = begun_rows(groups, responses)
         return [
-            0.0 if begun.ended(limit) else max(min(lengths[row // responses], limit) - len(begun.ids), 1.0)
+            0.0 if begun.ended(limit) else _rest(min(lengths[row // responses], limit), len(begun.ids), limit)
             for row, (begun, limit) in enumerate(zip(rows, limits, strict=True))
         ]
 
@@ -60,14 +61,18 @@ class LongTail:
         responses = self.settings.responses
         if not self.endless:
             for first in range(0, len(rollouts.responses), responses):
-                lengths = rollouts.length_B[first : first + responses]
-                key = _key(rollouts.prompts[first])
-                self.history.pop(key, None)  # the latest are at the end
-                self.history[key] = fmean(lengths)
-            while len(self.history) > REMEMBERED:
-                del self.history[next(iter(self.history))]
-        left = rollouts.left if self.settings.partial else [Group(group.prompt) for group in rollouts.left]
-        self.waiting += [replace(group, begun=tuple(map(_stale, group.begun))) for group in left]
+                self._remember(rollouts.prompts[first], fmean(rollouts.length_B[first : first + responses]))
+            for group in rollouts.left:  # at least so long
+                length = fmean(len(response.ids) for response in group.begun)
+                self._remember(group.prompt, max(length, self.history.get(_key(group.prompt), 0.0)))
+        if self.settings.partial:
+            self.waiting += [replace(group, begun=tuple(map(_stale, group.begun))) for group in rollouts.left]
+
+    def _remember(self, prompt: Prompt, length: float) -> None:
+        self.history.pop(_key(prompt), None)  # the latest are at the end
+        self.history[_key(prompt)] = length
+        if len(self.history) > REMEMBERED:
+            del self.history[next(iter(self.history))]
 
     def record(self, rollouts: Rollouts) -> dict[str, int]:
         """The long tail's part of a step record; nothing where every prompt that is started is kept."""
@@ -88,7 +93,7 @@ class LongTail:
         self.history = dict(state["history"])
         groups = [_group(entry) for entry in state["waiting"]]
         fits = self.settings.partial and all(len(group.begun) in (0, self.settings.responses) for group in groups)
-        self.waiting = groups if fits else [Group(group.prompt) for group in groups]
+        self.waiting = groups if fits else [Group(group.prompt) for group in groups]  # they start anew
 
 
 def started_prompts(settings: RolloutConfig) -> int:
@@ -120,10 +125,12 @@ class Race:
     """Which prompt groups are complete first: `keep` of them, by the engine step at which their last response ended.
 
     Steps, not seconds, decide, so that the same run has the same winners again. Groups of one step: the lower ones.
+    The first `must` groups win in any case, and are waited for.
     """
 
-    def __init__(self, groups: int, responses: int, keep: int) -> None:
+    def __init__(self, groups: int, responses: int, keep: int, must: int = 0) -> None:
         self.responses, self.keep = responses, min(keep, groups)
+        self.must = min(must, self.keep)
         self.done_at: dict[int, int] = {}  # by row
         self._open = [responses] * groups
 
@@ -135,18 +142,24 @@ class Race:
 
     @property
     def over(self) -> bool:
-        return self._open.count(0) >= self.keep
+        return self._open.count(0) >= self.keep and not any(self._open[: self.must])
 
     def winners(self) -> list[int]:
         """The groups that are kept, ascending. ValueError before it is over."""
         if not self.over:
-            raise ValueError(f"{self._open.count(0)} groups are complete, {self.keep} are wanted")
+            raise ValueError(
+                f"{self._open.count(0)} groups are complete, {self.keep} are wanted, the first {self.must} among them"
+            )
         complete = [group for group, rows in enumerate(self._open) if rows == 0]
-        complete.sort(key=lambda group: max(self.done_at[row] for row in self._rows(group)))
+        complete.sort(key=lambda g: (g >= self.must, max(self.done_at[row] for row in self._rows(g))))
         return sorted(complete[: self.keep])
 
     def _rows(self, group: int) -> range:
         return range(group * self.responses, (group + 1) * self.responses)
+
+
+def _rest(expected: float, begun: int, limit: int) -> float:
+    return expected - begun if begun < expected else float(limit - begun)
 
 
 def _stale(response: Response) -> Response:

@@ -94,7 +94,7 @@ class StepLoop:
     def __init__(self, engine: Any, checkpoints: Sequence[int], racing: bool = False, logprobs: bool = False) -> None:
         """racing: meet every `RACE_GAP` steps. logprobs: keep those of the sampled tokens."""
         self.engine, self.checkpoints, self.racing, self.logprobs = engine, checkpoints, racing, logprobs
-        self.gap = min((after - before for before, after in pairwise((0, *checkpoints[:2]))), default=1)
+        self.gap = min((after - before for before, after in pairwise((0, *checkpoints))), default=1)
         self.requests: dict[str, _Request] = {}  # by the name that we gave
         self.steps = 0
         self._seen = hashlib.blake2b(digest_size=8)

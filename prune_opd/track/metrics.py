@@ -30,8 +30,8 @@ METRICS: dict[str, str] = {
     "reliable_length": "mean number of response tokens whose reliability R is above zero (E) [tokens]",
     "response_length": "mean length of the generated responses [tokens]",
     "finished_rate": "share of responses that ended by themselves, not by the horizon or the gate [0..1]",
-    "weight_mean": "mean training weight of the response tokens: W, times that of a weighting if there is one"
-    " [0..1 + w_base]",
+    "weight_mean": "mean training weight of the response tokens: W [0..1 + w_base], times that of a weighting and, for"
+    " stale tokens, the clipped ratio, where there are such [1]",
     "pruned_inflight": "responses that the in-flight gate stopped while they were generated [count]",
     "tokens_avoided": "estimate of the response tokens that those would have had: up to the mean length of the batch's"
     " other responses that went past the cut, or to the horizon where none did [tokens]",
@@ -63,8 +63,8 @@ METRICS: dict[str, str] = {
     " optimizer.updates_per_batch > 1 and an objective with rewards [1]",
     "clip_fraction": "share of the candidates whose gradient the ratio's clip has taken away; only where there is a"
     " ratio [0..1]",
-    "prompts_left": "prompts that were started and not complete when enough others were; only with rollout.oversample"
-    " > 1 [count]",
+    "prompts_left": "prompts that were started and not kept, since enough others were complete first; only with"
+    " rollout.oversample > 1 [count]",
     "tokens_left": "of tokens_generated, those of such prompts: lost, or gone on with if rollout.partial [tokens]",
     "stale_tokens": "response tokens of this batch that an older student has sampled in an earlier step; only with"
     " rollout.oversample > 1 [tokens]",

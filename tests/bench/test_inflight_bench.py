@@ -22,6 +22,7 @@ def training(side: str, seed: int, tokens: int, reliable: float, seconds: float,
         {
             "step": number,
             "tokens_generated": tokens,
+            "tokens_trained": tokens,
             "response_length": tokens / 10,
             "reliable_length": reliable,
             "pruned_inflight": 4 if side == "on" else 0,

@@ -87,6 +87,12 @@ def test_expectations_come_from_the_prompts_last_lengths_then_from_the_mean() ->
     assert tail.expected(groups, [50] * 6) == [15.0, 15.0, 50.0, 50.0, 32.5, 32.5]
     tail.take(rollouts([3], [30, 30]))  # the same text as prompt 0: the last time counts
     assert tail.expected(groups[:1], [50, 20]) == [30.0, 20.0]
+    tail.take(
+        rollouts([1], [30, 30], [Group(prompt(0), (response(44), response(48)))])
+    )  # it was left: at least so long
+    assert tail.expected(groups[:1], [50, 20]) == [46.0, 20.0]
+    tail.take(rollouts([1], [30, 30], [Group(prompt(0), (response(4), response(8)))]))
+    assert tail.expected(groups[:1], [50, 20]) == [46.0, 20.0]
 
 
 def test_what_is_expected_of_a_begun_response_is_the_rest() -> None:
@@ -94,7 +100,7 @@ def test_what_is_expected_of_a_begun_response_is_the_rest() -> None:
     tail.take(rollouts([0], [20, 20]))
     begun = Group(prompt(0), (response(12, finished=False), response(5)))
     late = Group(prompt(0), (response(40, finished=False), response(30, finished=False, stopped=True)))
-    assert tail.expected([begun, late], [50] * 4) == [8.0, 0.0, 1.0, 0.0]
+    assert tail.expected([begun, late], [50] * 4) == [8.0, 0.0, 10.0, 0.0]  # longer than expected: up to the limit
     assert tail.expected([begun], [12, 50]) == [0.0, 0.0]  # it is at the limit
 
 
@@ -134,6 +140,17 @@ def test_any_order_of_arrival_has_the_same_winners(order: list[int], keep: int) 
     assert whole.winners() == piecewise.winners() and len(whole.winners()) == keep
 
 
+def test_those_that_were_left_before_are_waited_for() -> None:
+    race = Race(groups=4, responses=1, keep=2, must=1)
+    race.arrive({1: 3, 2: 4, 3: 5})
+    assert not race.over
+    with pytest.raises(ValueError, match="3 groups are complete, 2 are wanted, the first 1 among them"):
+        race.winners()
+    race.arrive({0: 90})
+    assert race.over and race.winners() == [0, 1]
+    assert Race(4, 1, keep=2, must=3).must == 2
+
+
 def test_more_than_there_are_is_all() -> None:
     race = Race(2, 1, keep=5)
     race.arrive({0: 1, 1: 1})
@@ -158,10 +175,10 @@ def test_what_was_left_comes_first_and_no_prompt_is_lost() -> None:
     assert tail.waiting == []
 
 
-def test_without_partial_rollouts_they_start_anew() -> None:
+def test_without_partial_rollouts_they_are_given_up() -> None:
     tail = LongTail(dataclasses.replace(SETTINGS, partial=False))
     tail.take(rollouts([0], [5, 5], [Group(prompt(1), (response(7), response(4)))]))
-    assert tail.waiting == [Group(prompt(1))]
+    assert tail.waiting == []
 
 
 def test_a_checkpoint_holds_it_all() -> None:
@@ -185,10 +202,14 @@ def test_partial_rollouts_need_something_to_be_left_and_a_ratio() -> None:
         train_config(here, here, rollout=RolloutConfig(partial=True))
     with pytest.raises(ConfigError, match=r"rollout\.partial = true with objective\.temperature = 0\.7"):
         train_config(here, here, rollout=SETTINGS, objective=ObjectiveConfig(temperature=0.7))
+    with pytest.raises(ConfigError, match=r"rollout\.partial = true with rollout\.temperature = 0\.7"):
+        train_config(here, here, rollout=dataclasses.replace(SETTINGS, temperature=0.7))
+    scattered = HorizonConfig(strategy="full", max_len=64, min_len=1, scatter=True)
+    with pytest.raises(ConfigError, match=r"rollout\.oversample = 1\.5 with horizon\.scatter = true"):
+        train_config(here, here, rollout=SETTINGS, horizon=scattered)
     for value in (0.9, 17, float("nan")):
         with pytest.raises(ConfigError, match=r"rollout\.oversample"):
             RolloutConfig(oversample=value)
-    assert HorizonConfig(init_len=1024)  # the other defaults of a recipe stay what they are
 
 
 # ---------------------------------------------------------------------------------------------------- real engines
@@ -267,6 +288,11 @@ def test_a_begun_response_that_has_ended_or_is_beyond_its_limit_is_not_generated
     assert (stopped["ids"], stopped["finished"], stopped["stopped"]) == ([3, 4, 5, 6], False, True)
     assert (beyond["ids"], beyond["finished"], beyond["stale"]) == ([3, 4, 5, 6, 7], False, 5)
     assert beyond["logprobs"] == [-1.0] * 5 and len(new["ids"]) == 5 and new["stale"] == 0
+
+
+def test_a_prompt_that_was_left_before_is_waited_for(results: Results) -> None:
+    """Prompts 0 and 2 have begun; but only those at the front are the ones that wait. Then 1 and 5 are the shortest."""
+    assert results[0]["waited for"] == [0, 1, 5]
 
 
 def test_stale_tokens_are_no_events_in_flight(results: Results) -> None:
