@@ -113,19 +113,7 @@ class InflightGate:
 
     def learn(self, rollouts: Rollouts, reliable_length_B: Tensor) -> None:
         """Take in how a batch went by the loss's gate; the next one's checkpoints are chosen by it."""
-        courses = []
-        rows = zip(rollouts.prompt_ids, rollouts.responses, reliable_length_B.tolist(), strict=True)
-        for row, (prompt, response, reliable) in enumerate(rows):
-            if math.isnan(reliable):  # its micro-batch could not be judged
-                continue
-            length = len(response.ids)
-            spent = int(reliable) + 1 if reliable < length else length if response.stopped else None
-            passed = max((at for at in self.looked_at if at < length), default=0)
-            if spent is not None and spent <= passed:  # but here it was let through: not every event is certain
-                spent = passed + 1
-            going_on = _expected(rollouts, length, self.limits[row]) if response.stopped else length
-            courses.append(Course(len(prompt), going_on, spent))
-        self.plan.learn(courses)
+        self.plan.learn(courses(rollouts, reliable_length_B.tolist(), self.limits, self.looked_at))
 
     def record(self, rollouts: Rollouts, reliable_length_B: Tensor) -> dict[str, Any]:
         """What the gate did to the batch, for metrics.jsonl (track/metrics.py has the meanings)."""
@@ -243,6 +231,25 @@ def is_spent(events: Sequence[bool], gate: GateConfig, settings: InflightConfig)
     event_1T = torch.tensor([events])
     last = apply_gate(event_1T, torch.ones_like(event_1T), gate).reliability_BT[0, -1].item()
     return last <= RELIABLE_ABOVE
+
+
+def courses(
+    rollouts: Rollouts, reliable_length_B: Sequence[float], limits: Sequence[int], looked_at: Sequence[int]
+) -> list[Course]:
+    """How the responses went that the loss's gate has judged (NaN: it has not)."""
+    found = []
+    rows = zip(rollouts.prompt_ids, rollouts.responses, reliable_length_B, limits, strict=True)
+    for prompt, response, reliable, limit in rows:
+        if math.isnan(reliable):
+            continue
+        length = len(response.ids)
+        spent = int(reliable) + 1 if reliable < length else length if response.stopped else None
+        passed = max((at for at in looked_at if at < length), default=0)
+        if spent is not None and spent <= passed:  # but in flight it was let through: not every event is certain
+            spent = passed + 1
+        whole = _expected(rollouts, length, limit) if response.stopped else length
+        found.append(Course(len(prompt), whole, spent))
+    return found
 
 
 def _expected(rollouts: Rollouts, length: int, limit: int) -> float:
