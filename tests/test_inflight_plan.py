@@ -96,17 +96,9 @@ def test_a_batch_teaches_where_responses_were_spent_and_where_the_gate_in_flight
     def response(length: int, stopped: bool = False) -> Response:
         return Response(tuple(range(length)), finished=not stopped, stopped=stopped)
 
-    batch = Rollouts(
-        tuple(Prompt(i, (1, 2, 3), None, "test") for i in range(6)),
-        (
-            response(50),
-            response(30),
-            response(20, stopped=True),
-            response(40),
-            response(15),
-            response(40, stopped=True),
-        ),
-    )
+    stopped = (response(20, stopped=True), response(40, stopped=True))
+    responses = (response(50), response(30), stopped[0], response(40), response(15), stopped[1])
+    batch = Rollouts(tuple(Prompt(i, (1, 2, 3), None, "test") for i in range(6)), responses)
     found = courses(batch, [50, 12, 11, math.nan, 4, 22], [60] * 6, looked_at=(20, 40))
     assert found == [
         Course(3, 50, None),  # reliable to its end

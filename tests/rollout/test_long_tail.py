@@ -87,12 +87,9 @@ def test_expectations_come_from_the_prompts_last_lengths_then_from_the_mean() ->
     assert tail.expected(groups, [50] * 6) == [15.0, 15.0, 50.0, 50.0, 32.5, 32.5]
     tail.take(rollouts([3], [30, 30]))  # the same text as prompt 0: the last time counts
     assert tail.expected(groups[:1], [50, 20]) == [30.0, 20.0]
-    tail.take(
-        rollouts([1], [30, 30], [Group(prompt(0), (response(44), response(48)))])
-    )  # it was left: at least so long
-    assert tail.expected(groups[:1], [50, 20]) == [46.0, 20.0]
-    tail.take(rollouts([1], [30, 30], [Group(prompt(0), (response(4), response(8)))]))
-    assert tail.expected(groups[:1], [50, 20]) == [46.0, 20.0]
+    for lengths in ((44, 48), (4, 8)):  # left at 46 on average, then at 6: at least so long
+        tail.take(rollouts([1], [30, 30], [Group(prompt(0), tuple(map(response, lengths)))]))
+        assert tail.expected(groups[:1], [50, 20]) == [46.0, 20.0]
 
 
 def test_what_is_expected_of_a_begun_response_is_the_rest() -> None:
