@@ -113,6 +113,7 @@ class Run:
         rollout = self.config.rollout
         groups = self.long_tail.next(self.sampler)
         rows = len(groups) * rollout.responses
+        begun = [group for group in groups if group.begun]  # they come first
         limits = response_limits(self.config.horizon, horizon, rows, self.config.seed, step)
         if self.inflight is not None:
             self.enter("inflight")
@@ -127,8 +128,9 @@ class Run:
             logprobs=rollout.partial,
             watch=self.inflight,
             expected=self.long_tail.expected(groups, limits),
-            begun=begun_rows(groups, rollout.responses) if any(group.begun for group in groups) else None,
+            begun=begun_rows(groups, rollout.responses) if begun else None,
             keep=rollout.prompts,
+            wait_for=len(begun),
         )
         self.long_tail.take(rollouts)
         return rollouts

@@ -41,6 +41,7 @@ from prune_opd.config import (
 from prune_opd.horizon import make_controller
 from prune_opd.memory import MemoryPhases
 from prune_opd.rollout.engine import ENVIRONMENT
+from prune_opd.rollout.long_tail import LongTail
 from prune_opd.setup import Run, prepare
 from prune_opd.track.tracker import NullTracker
 
@@ -132,6 +133,7 @@ def measure(run: Run, points: list[tuple[int, int]], rounds: int, imported: int)
             horizon=replace(config.horizon, max_len=length),
         )
         run.controller = make_controller(run.config.horizon)
+        run.long_tail = LongTail(run.config.rollout, run.sampler.endless)
         return one_step(run, watch, records, imported)
 
     go(*min(points))

@@ -158,6 +158,7 @@ class RolloutEngine:
         expected: Sequence[float] | None = None,
         begun: Sequence[Response] | None = None,
         keep: int | None = None,
+        wait_for: int = 0,
     ) -> Rollouts:
         """`responses` continuations of each prompt, at most `max_tokens` long; the whole batch on every rank.
 
@@ -166,8 +167,8 @@ class RolloutEngine:
         watch: who may stop a response at a checkpoint. The others have exactly the tokens that they have without it.
         expected: tokens that each row will need, for who starts first and where; `max_tokens` if nothing is known.
         begun: what there is of each row already; it goes on after that.
-        keep: prompts whose responses come back, the first complete ones; the others are in `left`. None: all. Those at
-            the front that have begun are waited for.
+        keep: prompts whose responses come back, the first complete ones; the others are in `left`. None: all.
+        wait_for: prompts at the front that are among them in any case.
         """
         rows = [(prompt, sample) for prompt in prompts for sample in range(responses)]
         limits = [max_tokens] * len(rows) if isinstance(max_tokens, int) else list(max_tokens)
@@ -193,8 +194,7 @@ class RolloutEngine:
         checkpoints = () if watch is None else watch.checkpoints(max(limits, default=0))
         race = None
         if keep is not None and keep < len(prompts):
-            started = [any(start.ids for start in starts[i : i + responses]) for i in range(0, len(rows), responses)]
-            race = Race(len(prompts), responses, keep, must=[*started, False].index(False))
+            race = Race(len(prompts), responses, keep, must=wait_for)
             self.llm.reset_prefix_cache()  # who is first must not depend on what was generated before
         if watch is not None:
             watch.begin([prompt for prompt, _ in rows], limits, starts)

@@ -129,7 +129,7 @@ def reference_of(case: str) -> str:
     return next((name for name in REFERENCES if case.startswith(name)), "dense")
 
 
-def step(run: Any, number: int, stale: bool) -> dict[str, Any]:
+def step(run: Any, number: int, stale: bool = False) -> dict[str, Any]:
     """One step on responses that end where the horizon is: what the controller decides shows in the next loss."""
     drawn, horizon = made_up_rollouts(number), run.controller.horizon
     cut = [Response(response.ids[:horizon], response.finished) for response in drawn.responses]

@@ -288,7 +288,7 @@ def test_a_begun_response_that_has_ended_or_is_beyond_its_limit_is_not_generated
 
 
 def test_a_prompt_that_was_left_before_is_waited_for(results: Results) -> None:
-    """Prompts 0 and 2 have begun; but only those at the front are the ones that wait. Then 1 and 5 are the shortest."""
+    """The first is not among the three shortest, which are 1, 5 and 3."""
     assert results[0]["waited for"] == [0, 1, 5]
 
 

@@ -171,19 +171,7 @@ def main(models: Path, out: Path, rollout_tp: int) -> None:
     ]
     results["ended"] = rows(engine.generate(make_prompts()[:2], 2, 5, 11, 3, logprobs=True, begun=ended))
     run.teacher = Teacher(config.student, layout, torch.float32, machine.device, parallel.microbatch_tokens)
-    waited = engine.generate(
-        make_prompts(),
-        RESPONSES,
-        limits,
-        11,
-        3,
-        logprobs=True,
-        keep=KEEP,
-        begun=[
-            Response((3, 4), False, (-1.0, -1.0), stale=2) if row in (0, 1, 4, 5) else Response((), False, ())
-            for row in range(len(limits))
-        ],
-    )
+    waited = generate(keep=KEEP, wait_for=1)
     results["waited for"] = [prompt.index // 7 for prompt in waited.prompts[::RESPONSES]]
     results["scripted, begun"] = scripted(run, engine)
     (out / f"rank{layout.rank}.json").write_text(json.dumps(results))
