@@ -17,7 +17,7 @@ from typing import Any
 
 from prune_opd.changes import changes, is_harmless
 from prune_opd.check_layout import layout_problems
-from prune_opd.check_machine import machine_problems
+from prune_opd.check_machine import compiler_problems, machine_problems
 from prune_opd.check_tokenizer import tokenizer_problems, vocabulary_problems
 from prune_opd.config import Fp8Config, SftConfig, TrainConfig
 from prune_opd.data.prompts import source_problem
@@ -62,6 +62,7 @@ def check_train(
     problems += _precision(config, nproc, models)
     problems += _sources(config)
     problems += _apex()
+    problems += compiler_problems(config.rollout, has_gpu())
     problems += tensorboard_problems(config.track)
     if run_dir is not None:
         problems += _run_dir(config, run_dir, resume, allow_config_change)

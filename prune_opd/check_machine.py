@@ -7,11 +7,13 @@ from what pip has written down.
 from __future__ import annotations
 
 import importlib.metadata
+import os
 import re
 import shutil
+import sysconfig
 from pathlib import Path
 
-from prune_opd.config import TrainConfig
+from prune_opd.config import RolloutConfig, TrainConfig
 from prune_opd.data.render import answer_of, excerpt, prompt_of
 from prune_opd.data.rows import Row, read_rows
 from prune_opd.errors import ConfigError
@@ -56,6 +58,21 @@ def version_problems(required: dict[str, str], optional: dict[str, str]) -> list
         if found != pin:
             problems.append(f"{package} is {found} and was tested with {pin} only: install {package}=={pin}")
     return problems
+
+
+def compiler_problems(rollout: RolloutConfig, gpu: bool) -> list[str]:
+    """What torch.compile lacks on the CPU, when the rollout engine is to be compiled there."""
+    if gpu or rollout.enforce_eager is not False:
+        return []
+    compiler, headers = os.environ.get("CXX", "g++"), Path(sysconfig.get_paths()["include"], "Python.h")
+    lacking = [f"a C++ compiler ({compiler})"] if shutil.which(compiler) is None else []
+    lacking += [] if headers.is_file() else [f"Python's headers ({headers})"]
+    if not lacking:
+        return []
+    return [
+        f"rollout.enforce_eager = false compiles the engine, which on the CPU needs {' and '.join(lacking)}: "
+        "install it (Debian: g++, python3-dev), or set rollout.enforce_eager=null"
+    ]
 
 
 def driver_problems(cuda: tuple[int, ...], version_file: Path = DRIVER_VERSION) -> list[str]:

@@ -113,6 +113,20 @@ def prepare_experts() -> None:
 
 
 @contextmanager
+def compiling() -> Iterator[None]:
+    """Let torch.compile do its work in here. `prepare` has switched it off on the CPU, for megatron-core's fusions."""
+    import torch._dynamo.config as dynamo
+
+    switched_off = os.environ.pop("TORCHDYNAMO_DISABLE", None)
+    try:
+        with dynamo.patch(disable=False):
+            yield
+    finally:
+        if switched_off is not None:
+            os.environ["TORCHDYNAMO_DISABLE"] = switched_off
+
+
+@contextmanager
 def untouched_rng() -> Iterator[None]:
     """Restore the Python, numpy and torch generators afterwards: vLLM reseeds and draws from the global ones."""
     state = rng_state()

@@ -5,6 +5,9 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import shutil
+import sys
+import sysconfig
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,12 +20,13 @@ from prune_opd.check_machine import (
     GPU_OPTIONAL_PINS,
     GPU_PINS,
     checkpoint_bytes,
+    compiler_problems,
     driver_problems,
     prompt_problems,
     space_problems,
     version_problems,
 )
-from prune_opd.config import TrainConfig
+from prune_opd.config import RolloutConfig, TrainConfig
 
 REQUIREMENTS = Path(__file__).parents[1] / "requirements"
 DOCKER = REQUIREMENTS.parent / "docker"
@@ -115,6 +119,25 @@ def test_an_old_driver_is_named(tmp_path: Path, driver: str, old: bool) -> None:
     if old:
         assert "driver is 570 and torch was built for CUDA 13, which needs 580" in found[0]
     assert driver_problems((13, 0), tmp_path / "none") == []
+
+
+def test_an_engine_to_be_compiled_needs_a_compiler_and_headers_on_the_cpu(
+    pair: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiled = RolloutConfig(enforce_eager=False)
+    monkeypatch.setenv("CXX", str(tmp_path / "no-such-compiler"))
+    monkeypatch.setattr(sysconfig, "get_paths", lambda: {"include": str(tmp_path)})
+    (line,) = compiler_problems(compiled, gpu=False)
+    assert "rollout.enforce_eager = false" in line and "no-such-compiler" in line and "Python.h" in line
+    assert line in check_train(replace(pair, rollout=compiled), 2, None, "auto")
+    for other in (RolloutConfig(), RolloutConfig(enforce_eager=True)):
+        assert compiler_problems(other, gpu=False) == []
+    assert compiler_problems(compiled, gpu=True) == [], "the GPU's compiler is Triton"
+    (tmp_path / "Python.h").touch()
+    (line,) = compiler_problems(compiled, gpu=False)
+    assert "Python.h" not in line
+    monkeypatch.setenv("CXX", sys.executable)
+    assert compiler_problems(compiled, gpu=False) == []
 
 
 # ---------------------------------------------------------------------------------------------------- files

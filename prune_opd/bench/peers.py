@@ -3,7 +3,8 @@
 The contenders start once and then take turns of a few steps, so that what else the machine does falls on all of them:
 
     ours_opd          the recipe with plain OPD at the full horizon: what TRL does, too
-    ours_prune        the recipe as it is
+    ours_prune        the recipe's own strategy
+    ours_eager        ours_opd without vLLM's compiled graphs, which is the recipe as it is, for a few steps
     trl               TRL's DistillationTrainer as two data-parallel ranks of one thread: its better layout here
     trl_one_process   the same as one process of two threads, for a few steps: what `python train.py` gives
 
@@ -58,10 +59,12 @@ class Contender:
 
 
 FULL = ("horizon.strategy=full", "gate=null")
+COMPILED = ("rollout.enforce_eager=false",)  # before the first step, as every start-up here: it is in no rate
 CONTENDERS = (
-    Contender("ours_opd", OURS, overrides=FULL),
+    Contender("ours_opd", OURS, overrides=(*FULL, *COMPILED)),
     Contender("trl", TRL, overrides=FULL),
-    Contender("ours_prune", OURS),
+    Contender("ours_prune", OURS, overrides=COMPILED),
+    Contender("ours_eager", OURS, overrides=FULL, steps=6),
     Contender("trl_one_process", TRL, ranks=1, threads=2, overrides=FULL, steps=6),
 )
 

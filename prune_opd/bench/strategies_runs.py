@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import socket
 import subprocess
 import sys
 import time
@@ -134,11 +133,8 @@ def start_run(spec: RunSpec, config: TrainConfig, where: Path, core: int) -> sub
     shutil.rmtree(where, ignore_errors=True)  # of a run that was cut off, or of other settings
     where.mkdir(parents=True)
     save_config(config, where / "wanted.yaml")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     rank = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
-    meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}  # alone: no port that another run could take meanwhile
     env = rank_environment({**os.environ, "OMP_NUM_THREADS": "1"}) | rank | meeting
     options = [str(where / "wanted.yaml"), "--run-dir", str(where), "--resume", "never"]
     command = [sys.executable, "-m", "prune_opd.worker", "train", *options]

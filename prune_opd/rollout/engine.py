@@ -9,6 +9,7 @@ import hashlib
 import logging
 import os
 from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,7 +20,7 @@ from torch import Tensor
 from prune_opd.config import RolloutConfig
 from prune_opd.data.prompt import Prompt
 from prune_opd.errors import UserError
-from prune_opd.platform import Platform, untouched_rng
+from prune_opd.platform import Platform, compiling, untouched_rng
 from prune_opd.precision import rollout_arguments
 from prune_opd.rollout.batch import Response, Rollouts
 from prune_opd.rollout.long_tail import Race, share
@@ -90,35 +91,37 @@ class RolloutEngine:
 
             if machine.is_cpu:
                 _own_shared_memory()
-            self.llm: Any = LLM(
-                model=model_dir,
-                load_format="safetensors",  # a pickle is a program
-                trust_remote_code=False,
-                dtype=str(dtype).removeprefix("torch."),
-                max_model_len=max_model_len,
-                max_num_seqs=rollout.max_num_seqs,
-                tensor_parallel_size=rollout.tensor_parallel,
-                distributed_executor_backend="external_launcher",
-                seed=0,
-                disable_log_stats=True,
-                use_tqdm_on_load=False,
-                max_logprobs=max(max_logprobs, 1),
-                **_timeouts(timeout_minutes),
-                **rollout_arguments(rollout, self.sleep_level),
-                **self._platform_settings(rollout, max_model_len),
-            )
+            with nullcontext() if rollout.enforce_eager is not False else compiling():
+                self.llm: Any = LLM(
+                    model=model_dir,
+                    load_format="safetensors",  # a pickle is a program
+                    trust_remote_code=False,
+                    dtype=str(dtype).removeprefix("torch."),
+                    max_model_len=max_model_len,
+                    max_num_seqs=rollout.max_num_seqs,
+                    tensor_parallel_size=rollout.tensor_parallel,
+                    distributed_executor_backend="external_launcher",
+                    seed=0,
+                    disable_log_stats=True,
+                    use_tqdm_on_load=False,
+                    max_logprobs=max(max_logprobs, 1),
+                    **_timeouts(timeout_minutes),
+                    **rollout_arguments(rollout, self.sleep_level),
+                    **self._platform_settings(rollout, max_model_len),
+                )
         torch.set_num_threads = set_num_threads  # vLLM replaces it with one that refuses
 
     def _platform_settings(self, rollout: RolloutConfig, max_model_len: int) -> dict[str, Any]:
         if self.machine.is_cpu:
             return {
                 "kv_cache_memory_bytes": int(rollout.kv_cache_gb * 2**30),
-                "enforce_eager": True,
+                "enforce_eager": rollout.enforce_eager is not False,
                 # After part of a prefill vLLM rewinds the request's generator, which a CPU generator cannot do.
                 "enable_chunked_prefill": False,
                 "max_num_batched_tokens": max(8192, max_model_len),
             }
-        return {"gpu_memory_utilization": rollout.gpu_memory_utilization}
+        eager = {} if rollout.enforce_eager is None else {"enforce_eager": rollout.enforce_eager}
+        return {"gpu_memory_utilization": rollout.gpu_memory_utilization, **eager}
 
     def load(self, weights: Iterable[tuple[str, Tensor]]) -> None:
         """Replace the engine's weights. Collective: every rank draws the stream to its end."""

@@ -19,6 +19,7 @@ from prune_opd.config import OptimizerConfig
 from prune_opd.data.ledger import save_tokenizer
 from prune_opd.data.prompts import make_sampler
 from prune_opd.errors import UserError
+from prune_opd.recipe import config_differences
 
 
 def step(number: int, wall: float, tokens: int) -> dict[str, Any]:
@@ -153,8 +154,9 @@ def test_trl_gets_the_prompts_of_our_sampler_in_its_order(tmp_path: Path) -> Non
 
 def test_contenders_differ_only_in_what_the_table_compares() -> None:
     configs = {contender.name: peers.make_config(contender, peers.Settings()) for contender in peers.CONTENDERS}
-    full, prune = configs["ours_opd"], configs["ours_prune"]
-    assert configs["trl"] == configs["trl_one_process"] == full
+    full, prune, eager = configs["ours_opd"], configs["ours_prune"], configs["ours_eager"]
+    assert configs["trl"] == configs["trl_one_process"] == eager, "TRL does not look at how our engine runs"
+    assert config_differences(eager, full) == ["rollout.enforce_eager: null → false"]
     assert (full.horizon.strategy, full.gate) == ("full", None)
     assert prune.horizon.strategy == "prune"
     assert (prune.rollout, prune.optimizer, prune.data, prune.seed) == (

@@ -9,19 +9,25 @@ from typing import Any
 
 import pytest
 
+from prune_opd.check_machine import compiler_problems
+from prune_opd.config import RolloutConfig
 from tests.distributed.ranks import run_ranks
 from tests.distributed.tiny_run import write_pair
 from tests.rollout.worker_engine import EOS, LENGTHS, MANY, MAX_TOKENS, RESPONSES
 
 WORKER = Path(__file__).with_name("worker_engine.py")
-# Ranks, pipeline stages of the trainer, tensor parallelism of an engine, sequences that run at once, GB of cache. With
+# Ranks, pipeline stages of the trainer, tensor parallelism of an engine, sequences that run at once, GB of cache, and
+# whether vLLM compiles the model: its tokens are the same, and what it has compiled must see weights loaded later. With
 # three sequences the others wait; 1 MB is 2000 tokens, too few for the long prompts: sequences are put out and started
 # again.
 LAUNCHES = {
-    "one engine": (1, 1, 1, 64, 0.25),
-    "two engines": (2, 2, 1, 3, 0.25),
-    "one engine of two ranks": (2, 1, 2, 64, 0.001),
+    "one engine": (1, 1, 1, 64, 0.25, "eager"),
+    "two engines": (2, 2, 1, 3, 0.25, "eager"),
+    "one engine of two ranks": (2, 1, 2, 64, 0.001, "eager"),
+    "two compiled engines": (2, 2, 1, 3, 0.25, "compiled"),
+    "a compiled engine of two ranks": (2, 1, 2, 64, 0.001, "compiled"),
 }
+NO_COMPILER = compiler_problems(RolloutConfig(enforce_eager=False), gpu=False)
 SPREAD = 2e-4  # nats between engine and trainer; the first sync allows 1e-3
 
 Results = list[dict[str, Any]]  # of every rank
@@ -33,13 +39,20 @@ def launches(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Results]:
     write_pair(models)
     results: dict[str, Results] = {}
     for name, (ranks, *settings) in LAUNCHES.items():
+        if NO_COMPILER and settings[-1] == "compiled":
+            continue
         out = tmp_path_factory.mktemp(name.replace(" ", "_"))
         run_ranks(WORKER, ranks, [models, out, *map(str, settings)], timeout=180)
         results[name] = [json.loads((out / f"rank{rank}.json").read_text()) for rank in range(ranks)]
     return results
 
 
-@pytest.fixture(params=LAUNCHES)
+@pytest.fixture(
+    params=[
+        pytest.param(name, marks=pytest.mark.skipif(bool(NO_COMPILER) and mode == "compiled", reason=str(NO_COMPILER)))
+        for name, (*_, mode) in LAUNCHES.items()
+    ]
+)
 def results(request: pytest.FixtureRequest, launches: dict[str, Results]) -> Results:
     return launches[request.param]
 
@@ -158,6 +171,11 @@ def test_prefixes_cached_under_other_weights_would_be_wrong_and_are_dropped(resu
 
 
 # ---------------------------------------------------------------------------------------------------- the process
+
+
+def test_vllm_compiles_the_model_when_it_is_asked_to(launches: dict[str, Results]) -> None:
+    for name, ranks in launches.items():
+        assert all((rank["compiled graphs"] > 0) == (LAUNCHES[name][-1] == "compiled") for rank in ranks), name
 
 
 def test_construction_load_and_generate_leave_the_global_generators_alone(results: Results) -> None:

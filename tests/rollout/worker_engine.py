@@ -1,6 +1,6 @@
 """Ranks of test_engine.py: one engine configuration, as one process can have only one.
 
-    torchrun … worker_engine.py MODELS OUT PIPELINE ROLLOUT_TP MAX_NUM_SEQS KV_CACHE_GB
+    torchrun … worker_engine.py MODELS OUT PIPELINE ROLLOUT_TP MAX_NUM_SEQS KV_CACHE_GB COMPILED
 
 The trainer has PIPELINE stages, and all the tensor parallelism that is left of the ranks. Every rank writes
 OUT/rank<r>.json.
@@ -147,14 +147,20 @@ class SharedMemory:
         return [dict(zip(("path", "in use", "others"), each, strict=True)) for each in everyone]
 
 
-def main(models: Path, out: Path, pipeline: int, rollout_tp: int, max_num_seqs: int, kv_cache_gb: float) -> None:
+def main(
+    models: Path, out: Path, pipeline: int, rollout_tp: int, max_num_seqs: int, kv_cache_gb: float, compiled: bool
+) -> None:
     machine = platform.prepare()
     from prune_opd.megatron import layout as layouts
     from prune_opd.megatron.model import build
 
     layout = layouts.initialize(ParallelConfig(pipeline=pipeline), machine, seed=0)
     rollout = RolloutConfig(
-        tensor_parallel=rollout_tp, max_prompt_len=256, max_num_seqs=max_num_seqs, kv_cache_gb=kv_cache_gb
+        tensor_parallel=rollout_tp,
+        max_prompt_len=256,
+        max_num_seqs=max_num_seqs,
+        kv_cache_gb=kv_cache_gb,
+        enforce_eager=False if compiled else None,
     )
     run = build_run(train_config(models, layout.student.tp, rollout=rollout), layout, out)
     # Other weights for the engine, in the student's layout: the teacher of the run has its own, and no head of a stage.
@@ -197,6 +203,7 @@ def main(models: Path, out: Path, pipeline: int, rollout_tp: int, max_num_seqs: 
     checks.watched("first sync", run.sync_weights)
     results["synced"] = checks.tokens(prompts)
 
+    results["compiled graphs"] = torch._dynamo.utils.counters["stats"]["unique_graphs"]
     results["rng changed"] = checks.rng_changed
     results["threads"] = [checks.threads, torch.get_num_threads()]
     torch.set_num_threads(2)  # vLLM leaves one in its place that does nothing
@@ -206,4 +213,4 @@ def main(models: Path, out: Path, pipeline: int, rollout_tp: int, max_num_seqs: 
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]), *map(int, sys.argv[3:6]), float(sys.argv[6]))
+    main(Path(sys.argv[1]), Path(sys.argv[2]), *map(int, sys.argv[3:6]), float(sys.argv[6]), sys.argv[7] == "compiled")
