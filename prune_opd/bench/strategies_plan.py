@@ -64,6 +64,9 @@ METHODS = (
     Method("prune_top_p", "Prune-OPD top-p, w_base 0, hit_if_reliable", (*OURS, "gate.metric=teacher_top_p")),
     Method("marginal", "ours: marginal window, w_base 0", ("horizon.strategy=marginal", W_DROP)),
     Method(
+        "marginal_paper", "ours: marginal window, w_base .5", ("horizon.strategy=marginal", W_DROP, "gate.w_base=0.5")
+    ),
+    Method(
         "inflight",
         "Prune-OPD + in-flight stop (ours)",
         (

@@ -19,7 +19,7 @@ from prune_opd.track.metrics import Record, task_names, total
 Result = tuple[RunSpec, list[Record], list[Record]]
 PHASES = ("sync", "rollout", "teacher", "train")
 COST = ("rollout", "teacher", "train")  # what training costs: the target's definition
-PRUNING = ("prune", "prune_w0", "prune_paper", "prune_top_p", "marginal", "inflight")
+PRUNING = ("prune", "prune_w0", "prune_paper", "prune_top_p", "marginal", "marginal_paper", "inflight")
 TRUNCATED = ("topd_10", "topd_25", "fixed", "full")  # fixed windows, from the shortest to all
 SAVED, MOST_COST = 0.376, 1.05  # the targets
 
