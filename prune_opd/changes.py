@@ -21,6 +21,7 @@ HARMLESS = (
     "memory",
     "planning",
     "rollout.bucket_mb",
+    "rollout.enforce_eager",
     "rollout.kv_cache_gb",
     "rollout.gpu_memory_utilization",
 )

@@ -273,6 +273,7 @@ HARMLESS_CHANGES = {
     "memory": "memory.offload_optimizer=true",
     "planning": "planning.nodes=2",
     "rollout.bucket_mb": "rollout.bucket_mb=64",
+    "rollout.enforce_eager": "rollout.enforce_eager=true",
     "rollout.kv_cache_gb": "rollout.kv_cache_gb=9",
     "rollout.gpu_memory_utilization": "rollout.gpu_memory_utilization=0.4",
 }

@@ -7,12 +7,14 @@ its exit code (an assertion that fails) or through files whose paths it gets as 
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -59,6 +61,11 @@ def run_ranks(
     if process.returncode != 0:
         raise AssertionError(f"{Path(script).name} on {nproc} ranks: exit code {process.returncode}\n{output}")
     return output
+
+
+def read_ranks(folder: Path, ranks: int) -> list[Any]:
+    """What each rank has left in rank<r>.json."""
+    return [json.loads((folder / f"rank{rank}.json").read_text(encoding="utf-8")) for rank in range(ranks)]
 
 
 def _stop(process: subprocess.Popen[str]) -> str:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.distributed.ranks import run_ranks
+from tests.distributed.ranks import read_ranks, run_ranks
 from tests.distributed.worker_context_loss import CASES
 
 WORKER = Path(__file__).with_name("worker_context_loss.py")
@@ -21,7 +20,7 @@ def results(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     tp, cp = request.param
     folder = tmp_path_factory.mktemp("context_loss")
     run_ranks(WORKER, tp * cp, [folder, str(tp), str(cp)], timeout=120)
-    return [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(tp * cp)]
+    return read_ranks(folder, tp * cp)
 
 
 @pytest.mark.parametrize("case", CASES)

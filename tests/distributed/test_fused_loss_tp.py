@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.distributed.ranks import run_ranks
+from tests.distributed.ranks import read_ranks, run_ranks
 from tests.distributed.worker_fused_loss import CASES
 
 WORKER = Path(__file__).with_name("worker_fused_loss.py")
@@ -19,7 +18,7 @@ Results = list[dict[str, Any]]  # of every rank
 
 def launch(folder: Path, ranks: int, tensor_parallel: int) -> Results:
     run_ranks(WORKER, ranks, [folder, str(tensor_parallel)], timeout=120)
-    return [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(ranks)]
+    return read_ranks(folder, ranks)
 
 
 # One rank; two in one group; two groups of two side by side (a group's ranks are not the world's); one group of four.

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 from safetensors.torch import load_file
 
-from tests.distributed.ranks import run_ranks
+from tests.distributed.ranks import read_ranks, run_ranks
 from tests.distributed.tiny_run import write_pair
 
 WORKER = Path(__file__).with_name("worker_head_gradient.py")
@@ -32,7 +31,7 @@ def output(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def records(output: Path, case: str) -> list[dict[str, Any]]:
-    return [json.loads((output / f"rank{rank}.json").read_text())[case] for rank in range(RANKS)]
+    return [rank[case] for rank in read_ranks(output, RANKS)]
 
 
 @pytest.mark.parametrize("kind", ["tied", "untied"])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 
-from tests.distributed.ranks import run_ranks
+from tests.distributed.ranks import read_ranks, run_ranks
 from tests.distributed.tiny_run import LENGTHS, write_pair
 from tests.distributed.worker_trainer_layouts import BUDGETS, LR, MIN_LR, STEPS, WARMUP
 
@@ -38,7 +37,7 @@ def outputs(models: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
 
 
 def records(outputs: dict[str, Path], layout: str, budget: str) -> list[dict[str, Any]]:
-    return [json.loads((outputs[layout] / f"rank{r}.json").read_text())[budget] for r in range(LAYOUTS[layout][0])]
+    return [rank[budget] for rank in read_ranks(outputs[layout], LAYOUTS[layout][0])]
 
 
 @pytest.mark.parametrize(("layout", "budget"), VARIANTS)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.distributed.ranks import run_ranks
+from tests.distributed.ranks import read_ranks, run_ranks
 from tests.distributed.tiny_run import LENGTHS, OPTIMIZER, write_pair
 from tests.distributed.worker_updates import CASES
 
@@ -30,7 +29,7 @@ def outputs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 def records(outputs: dict[str, Path], layout: str, case: str) -> list[list[dict[str, Any]]]:
-    return [json.loads((outputs[layout] / f"rank{r}.json").read_text())[case] for r in range(LAYOUTS[layout][0])]
+    return [rank[case] for rank in read_ranks(outputs[layout], LAYOUTS[layout][0])]
 
 
 @pytest.mark.parametrize("layout", ["tp2", "dp2"])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ import pytest
 
 from prune_opd.check_machine import compiler_problems
 from prune_opd.config import RolloutConfig
-from tests.distributed.ranks import run_ranks
+from tests.distributed.ranks import read_ranks, run_ranks
 from tests.distributed.tiny_run import write_pair
 from tests.rollout.worker_engine import EOS, LENGTHS, MANY, MAX_TOKENS, RESPONSES
 
@@ -43,7 +42,7 @@ def launches(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Results]:
             continue
         out = tmp_path_factory.mktemp(name.replace(" ", "_"))
         run_ranks(WORKER, ranks, [models, out, *map(str, settings)], timeout=180)
-        results[name] = [json.loads((out / f"rank{rank}.json").read_text()) for rank in range(ranks)]
+        results[name] = read_ranks(out, ranks)
     return results
 
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.distributed.ranks import run_ranks
+from tests.distributed.ranks import read_ranks, run_ranks
 from tests.distributed.tiny_run import write_pair
 from tests.rollout.worker_inflight import MAX_TOKENS, ROWS, SCRIPT, SPENT
 
@@ -38,7 +37,7 @@ def launches(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Results]:
             with pytest.raises(AssertionError, match="rank 1: RuntimeError: the device fell off") as failure:
                 run_ranks(WORKER, 2, [models, out, *map(str, settings)], timeout=180)
             assert "exit code 1\n" in str(failure.value), "the launcher ends the job by itself"
-        results[name] = [json.loads((out / f"rank{rank}.json").read_text()) for rank in range(2)]
+        results[name] = read_ranks(out, 2)
     return results
 
 

@@ -18,7 +18,7 @@ from prune_opd.errors import ConfigError
 from prune_opd.rollout.batch import Group, Response, Rollouts
 from prune_opd.rollout.long_tail import LongTail, Race, begun_rows, share, started_prompts
 from prune_opd.rollout.stepwise import RACE_GAP
-from tests.distributed.ranks import run_ranks
+from tests.distributed.ranks import read_ranks, run_ranks
 from tests.distributed.tiny_run import write_pair
 from tests.fake_models import train_config
 from tests.rollout.worker_long_tail import KEEP, LIMITS, RESPONSES, STALE
@@ -225,7 +225,7 @@ def launches(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Results]:
     for name, tensor_parallel in LAUNCHES.items():
         out = tmp_path_factory.mktemp(name.replace(" ", "_"))
         run_ranks(WORKER, 2, [models, out, str(tensor_parallel)], timeout=180)
-        results[name] = [json.loads((out / f"rank{rank}.json").read_text()) for rank in range(2)]
+        results[name] = read_ranks(out, 2)
     return results
 
 
