@@ -28,7 +28,7 @@ from prune_opd.bench.strategies_plan import (
     plan,
     sweep_plan,
 )
-from prune_opd.bench.strategies_results import markdown, pair_rows, sweep_rows, verdicts
+from prune_opd.bench.strategies_results import markdown, pair_rows, points, sweep_rows, verdicts
 from prune_opd.bench.strategies_runs import collect, run_all, write_json
 from prune_opd.check import check_train
 from prune_opd.errors import ConfigError, UserError
@@ -125,6 +125,12 @@ def notes(pair: dict[str, Any], seeds: list[int], settings: Settings) -> list[st
             f"Before: {row['accuracy_before']:.1%} on the first {settings.problems_between}."
             for row in pair["rows"][:1]
         ),
+    ]
+    lines += [
+        f"{row['title']}: {points(row['gaps'][other])} points to the method whose windows it replays (same seeds)."
+        for row in pair["rows"]
+        for other in row["gaps"]
+        if other != "full"
     ]
     partial = [row["title"] for row in pair["rows"] if len(row["seeds"]) < len(seeds)]
     lines += [f"Not all seeds: {', '.join(partial)}."] if partial else []

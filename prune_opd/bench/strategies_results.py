@@ -1,6 +1,7 @@
 """What the runs of the comparison say: one row a method and pair, against full OPD, and the verdicts on the targets.
 
-Means are over seeds, with the standard error of the mean; savings are against full OPD of the same seed.
+Means are over seeds, with the standard error of the mean; savings are against full OPD of the same seed. So are gaps in
+accuracy: runs of one seed share data and problems, so their difference is known better than either accuracy.
 """
 
 from __future__ import annotations
@@ -104,9 +105,19 @@ def pair_rows(pair: str, methods: Iterable[Method], results: Sequence[Result]) -
                 1 - runs[method.name, seed][name] / runs["full", seed][name] for seed in seeds if ("full", seed) in runs
             ]
             row[f"saved_{name}"] = fmean(saved) if saved else None
+        others = [other for other in ("full", method.windows_of) if other is not None and other != method.name]
+        row["gaps"] = {other: gap for other in others if (gap := _gap(runs, method.name, other, seeds)) is not None}
         row["final_horizons"] = [run["final_horizon"] for run in mine]
         rows.append(row)
     return rows
+
+
+def _gap(
+    runs: dict[tuple[str, int], dict[str, Any]], name: str, other: str, seeds: Iterable[int]
+) -> tuple[float, float | None] | None:
+    """Accuracy above that of another method, over the seeds that both have; None without one."""
+    gaps = [runs[name, seed]["accuracy"] - runs[other, seed]["accuracy"] for seed in seeds if (other, seed) in runs]
+    return mean_and_error(gaps) if gaps else None
 
 
 def sweep_rows(
@@ -207,6 +218,7 @@ Cell = Callable[[dict[str, Any]], str]
 COLUMNS: dict[str, Cell] = {
     "method": lambda row: row["title"],
     "accuracy": lambda row: with_error(row["accuracy"], row["accuracy_stderr"]),
+    "points to full OPD": lambda row: points(row["gaps"].get("full")),
     "generated": lambda row: f"{row['tokens_generated'] / 1e3:,.0f} k",
     "trained": lambda row: f"{row['tokens_trained'] / 1e3:,.0f} k",
     "rollout s": lambda row: _seconds(row, "rollout"),
@@ -217,11 +229,20 @@ COLUMNS: dict[str, Cell] = {
     "wall s saved": lambda row: share(row["saved_wall_s"]),
     "last window": lambda row: f"{fmean(row['final_horizons']):.0f}",
 }
-"""Of a table: accuracy is the mean over seeds ± its standard error; seconds are CPU (wall clock)."""
+"""Of a table: accuracy, and its gap to full OPD's of the same seed, as mean ± standard error; seconds: CPU (wall)."""
 
 
 def with_error(value: float, error: float | None) -> str:
     return f"{value:.1%}" + ("" if error is None else f" ± {100 * error:.1f}")
+
+
+def points(gap: Sequence[float | None] | None) -> str:
+    """A gap in accuracy as percentage points."""
+    if gap is None:
+        return "–"
+    value, error = gap
+    assert value is not None
+    return f"{100 * value:+.1f}" + ("" if error is None else f" ± {100 * error:.1f}")
 
 
 def share(value: float | None) -> str:

@@ -245,6 +245,20 @@ def test_a_row_has_means_standard_errors_over_seeds_and_savings_against_full() -
     assert prune["runs"][0]["curve"][-1] == {"step": 2, "accuracy": 0.5, "tokens": 120, "cpu_s": 3.0}
 
 
+def test_gaps_are_taken_seed_by_seed_against_full_opd_and_against_what_a_control_replays() -> None:
+    runs = results("p", full=([0.5, 0.6, 0.7], 100, 1.0, 216), prune=([0.52, 0.64, 0.72], 60, 0.5, 100))
+    runs += [run for run in results("p", replay=([0.5, 0.6, 0.0], 60, 0.5, 100)) if run[0].seed != 1003]
+    full, prune, replay = pair_rows("p", METHODS, runs)
+    assert full["gaps"] == {}
+    # 2, 4 and 2 points: known to 0.7 of a point, though the accuracies spread by ten.
+    assert prune["gaps"] == {"full": (pytest.approx(0.08 / 3), pytest.approx(0.02 / 3))}
+    assert replay["gaps"] == {"full": (0, 0), "prune": (pytest.approx(-0.03), pytest.approx(0.01))}
+    alone = pair_rows("p", METHODS, [run for run in runs if run[0].method.name == "prune"])
+    assert alone[0]["gaps"] == {}
+    text = markdown("p", [full, prune, replay], [], [])
+    assert "| +2.7 ± 0.7 |" in text and "| 60.0% ± 5.8 | – |" in text
+
+
 def test_tokens_that_an_in_flight_stop_threw_away_were_generated_too() -> None:
     steps = [step(1, 216) | {"tokens_dropped": 7}, step(2, 216)]
     numbers = run_numbers(steps, [evaluation(0, 0.1), evaluation(2, 0.5)])
@@ -301,7 +315,7 @@ def test_table_and_page_come_from_the_numbers(tmp_path: Path) -> None:
     found = rows("x", full=([0.5, 0.6, 0.7], 100, 1.0, 216), marginal=([0.5] * 3, 100, 1.0, 216))
     judged = verdicts("x", 216, found)
     text = markdown("x", found, judged, ["a note"])
-    assert "| full OPD | 60.0% ± 5.8 | 0 k | 0 k | 2.0 (2.0) |" in text
+    assert "| full OPD | 60.0% ± 5.8 | – | 0 k | 0 k | 2.0 (2.0) |" in text
     assert "a note" in text and str(judged[0]) in text
     sweeps = {"pair": "x", "seeds": [1001], "rows": {"k": [{**found[1], "value": k} for k in (2, 4)]}}
     pair = {"rows": found, "verdicts": [{"text": str(verdict)} for verdict in judged]}
