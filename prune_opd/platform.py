@@ -114,13 +114,13 @@ def prepare_experts() -> None:
 
 @contextmanager
 def compiling() -> Iterator[None]:
-    """Let torch.compile do its work in here. `prepare` has switched it off on the CPU, for megatron-core's fusions."""
-    import torch._dynamo.config as dynamo
+    """What calls torch.compile in here gets a compiled function, whenever that first runs.
 
+    `prepare` switches it off on the CPU, for megatron-core's fusions; torch looks at the switch in that call only.
+    """
     switched_off = os.environ.pop("TORCHDYNAMO_DISABLE", None)
     try:
-        with dynamo.patch(disable=False):
-            yield
+        yield
     finally:
         if switched_off is not None:
             os.environ["TORCHDYNAMO_DISABLE"] = switched_off

@@ -72,6 +72,7 @@ class Run:
     memory: MemoryPhases = field(default_factory=lambda: MemoryPhases(MemoryConfig()))
     watchdog: Watchdog | None = None
     _engine_has: int | None = field(default=None, repr=False)  # finished_steps of the weights that the engine holds
+    _look_again: bool = field(default=False, repr=False)  # after the next sync
 
     @property
     def vocab_size(self) -> int:
@@ -149,7 +150,9 @@ class Run:
     def sync_weights(self) -> None:
         """Reshard the student's weights into the engine, unless it has them already.
 
-        The first time the log-probabilities are compared; every time the stream compares checksums of what it moves.
+        The first time the log-probabilities are compared; every time the stream compares checksums of what it moves. A
+        new run's engine has read the first weights itself, so it is looked at again after the second time when its
+        model is compiled: a graph could have kept them.
         """
         self.enter("sync")
         if self._engine_has == self.finished_steps and self.engine.holds_weights:
@@ -157,7 +160,8 @@ class Run:
         first = self._engine_has is None
         self.engine.load(self._resharder.stream())
         self._engine_has = self.finished_steps
-        if first:
+        if first or self._look_again:
+            self._look_again = first and self.engine.compiled
             self.enter("parity")
             self._assert_logprob_parity()
 
@@ -280,7 +284,7 @@ class Run:
         found = max(differences) if precision == "fp32" else sum(differences) / len(differences)
         if not found <= PARITY_LIMIT[precision]:
             raise UserError(
-                f"after the first weight sync the rollout engine and the trainer differ by {found:.2e} nats in the "
+                f"after a weight sync the rollout engine and the trainer differ by {found:.2e} nats in the "
                 f"log-probability of a token (limit in {precision}: {PARITY_LIMIT[precision]:g}): "
                 "the weights in the engine are not the student's"
             )

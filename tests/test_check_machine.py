@@ -14,6 +14,7 @@ from types import SimpleNamespace
 import pytest
 from fake_models import tokenizer, train_config, write_model
 
+from prune_opd import check
 from prune_opd.check import check_everything, check_train
 from prune_opd.check_machine import (
     CPU_PINS,
@@ -121,23 +122,30 @@ def test_an_old_driver_is_named(tmp_path: Path, driver: str, old: bool) -> None:
     assert driver_problems((13, 0), tmp_path / "none") == []
 
 
-def test_an_engine_to_be_compiled_needs_a_compiler_and_headers_on_the_cpu(
+def test_an_engine_to_be_compiled_needs_a_compiler_headers_and_a_cache_on_the_cpu(
     pair: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     compiled = RolloutConfig(enforce_eager=False)
     monkeypatch.setenv("CXX", str(tmp_path / "no-such-compiler"))
     monkeypatch.setattr(sysconfig, "get_paths", lambda: {"include": str(tmp_path)})
+    monkeypatch.setenv("VLLM_CACHE_ROOT", str(tmp_path / "new" / "cache"))
     (line,) = compiler_problems(compiled, gpu=False)
     assert "rollout.enforce_eager = false" in line and "no-such-compiler" in line and "Python.h" in line
+    monkeypatch.setattr(check, "has_gpu", lambda: False)
     assert line in check_train(replace(pair, rollout=compiled), 2, None, "auto")
     for other in (RolloutConfig(), RolloutConfig(enforce_eager=True)):
         assert compiler_problems(other, gpu=False) == []
-    assert compiler_problems(compiled, gpu=True) == [], "the GPU's compiler is Triton"
+    assert compiler_problems(compiled, gpu=True) == [], "what a GPU needs is in its image"
     (tmp_path / "Python.h").touch()
     (line,) = compiler_problems(compiled, gpu=False)
     assert "Python.h" not in line
     monkeypatch.setenv("CXX", sys.executable)
     assert compiler_problems(compiled, gpu=False) == []
+    monkeypatch.setenv("TORCH_COMPILE_DISABLE", "1")
+    monkeypatch.setenv("VLLM_CACHE_ROOT", str(tmp_path / "Python.h" / "cache"))
+    forbidden, read_only = compiler_problems(compiled, gpu=False)
+    assert "TORCH_COMPILE_DISABLE=1" in forbidden
+    assert "set VLLM_CACHE_ROOT" in read_only
 
 
 # ---------------------------------------------------------------------------------------------------- files

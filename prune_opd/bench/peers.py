@@ -4,12 +4,13 @@ The contenders start once and then take turns of a few steps, so that what else 
 
     ours_opd          the recipe with plain OPD at the full horizon: what TRL does, too
     ours_prune        the recipe's own strategy
-    ours_eager        ours_opd without vLLM's compiled graphs, which is the recipe as it is, for a few steps
+    ours_eager        ours_opd with the recipe's own engine, which is not compiled, for a few steps
     trl               TRL's DistillationTrainer as two data-parallel ranks of one thread: its better layout here
     trl_one_process   the same as one process of two threads, for a few steps: what `python train.py` gives
 
-Ours runs two data-parallel ranks of one thread as well. Whatever a contender has trained is evaluated by one process,
-on problems that no recipe was chosen on. No torch on this side.
+Ours runs two data-parallel ranks of one thread as well, and vLLM compiles the model when it starts. TRL may, too: its
+`torch_compile` makes no difference here. What a start costs is in no rate. Whatever a contender has trained is
+evaluated by one process, on problems that no recipe was chosen on. No torch on this side.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ from prune_opd.bench.peers_turns import POLL_SECONDS, Job, allow, read_steps
 from prune_opd.check import check_train
 from prune_opd.config import TrainConfig
 from prune_opd.errors import UserError
-from prune_opd.launcher import end_with_parent
+from prune_opd.launcher import end_with_parent, rank_environment
 from prune_opd.recipe import apply_overrides, load_recipe, save_config
 from prune_opd.track.metrics import read_metrics
 
@@ -59,7 +60,7 @@ class Contender:
 
 
 FULL = ("horizon.strategy=full", "gate=null")
-COMPILED = ("rollout.enforce_eager=false",)  # before the first step, as every start-up here: it is in no rate
+COMPILED = ("rollout.enforce_eager=false",)
 CONTENDERS = (
     Contender("ours_opd", OURS, overrides=(*FULL, *COMPILED)),
     Contender("trl", TRL, overrides=FULL),
@@ -208,12 +209,13 @@ def start(arguments: list[str], ranks: int, threads: int, log: Path) -> subproce
     env = {
         **os.environ,
         "OMP_NUM_THREADS": str(threads),
-        "TORCHDYNAMO_DISABLE": "1",
         "TORCH_CPP_LOG_LEVEL": "ERROR",
         "HF_HUB_OFFLINE": "1",
         "COLUMNS": "160",
     }
-    if TRL in arguments:
+    if TRL not in arguments:
+        env = rank_environment(env)
+    else:
         env["PYTHONPATH"] = os.pathsep.join(filter(None, [os.environ.get("PYTHONPATH"), str(BENCH_PACKAGES)]))
     launcher = ["-m", "prune_opd.launcher", "--standalone", "--local-addr", "127.0.0.1", "--nproc-per-node", str(ranks)]
     command = [sys.executable, *(launcher if ranks > 1 or TRL not in arguments else []), *arguments]

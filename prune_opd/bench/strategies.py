@@ -28,7 +28,7 @@ from prune_opd.bench.strategies_plan import (
     plan,
     sweep_plan,
 )
-from prune_opd.bench.strategies_results import markdown, pair_rows, points, sweep_rows, verdicts
+from prune_opd.bench.strategies_results import in_points, markdown, pair_rows, sweep_rows, verdicts
 from prune_opd.bench.strategies_runs import collect, run_all, write_json
 from prune_opd.check import check_train
 from prune_opd.errors import ConfigError, UserError
@@ -127,7 +127,7 @@ def notes(pair: dict[str, Any], seeds: list[int], settings: Settings) -> list[st
         ),
     ]
     lines += [
-        f"{row['title']}: {points(row['gaps'][other])} points to the method whose windows it replays (same seeds)."
+        f"{row['title']}: {in_points(row['gaps'][other])} points to the method whose windows it replays (same seeds)."
         for row in pair["rows"]
         for other in row["gaps"]
         if other != "full"

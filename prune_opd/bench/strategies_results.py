@@ -218,7 +218,7 @@ Cell = Callable[[dict[str, Any]], str]
 COLUMNS: dict[str, Cell] = {
     "method": lambda row: row["title"],
     "accuracy": lambda row: with_error(row["accuracy"], row["accuracy_stderr"]),
-    "points to full OPD": lambda row: points(row["gaps"].get("full")),
+    "points to full OPD": lambda row: in_points(row["gaps"].get("full")),
     "generated": lambda row: f"{row['tokens_generated'] / 1e3:,.0f} k",
     "trained": lambda row: f"{row['tokens_trained'] / 1e3:,.0f} k",
     "rollout s": lambda row: _seconds(row, "rollout"),
@@ -236,7 +236,7 @@ def with_error(value: float, error: float | None) -> str:
     return f"{value:.1%}" + ("" if error is None else f" ± {100 * error:.1f}")
 
 
-def points(gap: Sequence[float | None] | None) -> str:
+def in_points(gap: Sequence[float | None] | None) -> str:
     """A gap in accuracy as percentage points."""
     if gap is None:
         return "–"

@@ -77,6 +77,7 @@ class RolloutEngine:
         for name, value in ENVIRONMENT.items():
             os.environ.setdefault(name, value)
         self.machine = machine
+        self.compiled = rollout.enforce_eager is False or (rollout.enforce_eager is None and not machine.is_cpu)
         self.holds_weights = True  # it starts with those of `model_dir`
         self.sleep_level = 0 if machine.is_cpu else sleep_level  # vLLM's CPU build has no sleep
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
@@ -90,8 +91,10 @@ class RolloutEngine:
             from vllm import LLM
 
             if machine.is_cpu:
+                import vllm.v1.sample.sampler  # noqa: F401  before `compiling`, which is for the model alone
+
                 _own_shared_memory()
-            with nullcontext() if rollout.enforce_eager is not False else compiling():
+            with compiling() if self.compiled else nullcontext():
                 self.llm: Any = LLM(
                     model=model_dir,
                     load_format="safetensors",  # a pickle is a program
@@ -103,6 +106,7 @@ class RolloutEngine:
                     distributed_executor_backend="external_launcher",
                     seed=0,
                     disable_log_stats=True,
+                    enforce_eager=not self.compiled,
                     use_tqdm_on_load=False,
                     max_logprobs=max(max_logprobs, 1),
                     **_timeouts(timeout_minutes),
@@ -115,13 +119,11 @@ class RolloutEngine:
         if self.machine.is_cpu:
             return {
                 "kv_cache_memory_bytes": int(rollout.kv_cache_gb * 2**30),
-                "enforce_eager": rollout.enforce_eager is not False,
                 # After part of a prefill vLLM rewinds the request's generator, which a CPU generator cannot do.
                 "enable_chunked_prefill": False,
                 "max_num_batched_tokens": max(8192, max_model_len),
             }
-        eager = {} if rollout.enforce_eager is None else {"enforce_eager": rollout.enforce_eager}
-        return {"gpu_memory_utilization": rollout.gpu_memory_utilization, **eager}
+        return {"gpu_memory_utilization": rollout.gpu_memory_utilization}
 
     def load(self, weights: Iterable[tuple[str, Tensor]]) -> None:
         """Replace the engine's weights. Collective: every rank draws the stream to its end."""
@@ -278,7 +280,7 @@ def _own_shared_memory() -> None:
     class OfThisRun(theirs):  # type: ignore[misc, valid-type]
         @staticmethod
         def make_group_name(communicator: Any) -> str:
-            run = f"prune-opd-{os.environ['MASTER_PORT']}"  # no two runs of a machine listen on one port
+            run = f"prune-opd-{os.environ['MASTER_PORT']}"  # one run a port; a rank that is alone (0) shares no memory
             return run + theirs.make_group_name(communicator).replace("/", "")
 
         def _init_cpu_shm(self) -> int:

@@ -7,14 +7,29 @@ from pathlib import Path
 
 import pytest
 
+from prune_opd.check_machine import compiler_problems
+from prune_opd.config import RolloutConfig
 from tests.distributed.ranks import run_ranks
 
+NO_COMPILER = compiler_problems(RolloutConfig(enforce_eager=False), gpu=False)
 WORKER = Path(__file__).with_name("worker_moe.py")
 
 
-@pytest.mark.parametrize("width", [128, 96], ids=["experts as wide as the kernel wants", "experts that vLLM pads"])
-def test_greedy_tokens_and_logprobs_are_those_of_transformers_after_every_reload(tmp_path: Path, width: int) -> None:
-    run_ranks(WORKER, 2, [tmp_path, str(width)], timeout=180)
+@pytest.mark.parametrize(
+    ("width", "mode"),
+    [
+        pytest.param(128, "eager", id="experts as wide as the kernel wants"),
+        pytest.param(96, "eager", id="experts that vLLM pads"),
+        pytest.param(
+            96, "compiled", id="compiled", marks=pytest.mark.skipif(bool(NO_COMPILER), reason=str(NO_COMPILER))
+        ),
+    ],
+)
+def test_greedy_tokens_and_logprobs_are_those_of_transformers_after_every_reload(
+    tmp_path: Path, width: int, mode: str
+) -> None:
+    cache = {"VLLM_CACHE_ROOT": str(tmp_path / "vllm")}
+    run_ranks(WORKER, 2, [tmp_path, str(width), mode], timeout=180, env=cache)
     loads = json.loads((tmp_path / "result.json").read_text())
     assert [load["weights"] for load in loads] == ["from disk", "b", "a", "b"]
     for load in loads:

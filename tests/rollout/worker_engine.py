@@ -35,6 +35,11 @@ LENGTHS = (5, 40, 1, 170, 12)  # the long one fills blocks of the prefix cache
 MANY = (250,) * 36  # prompt tokens, more together than vLLM takes into one prefill (8192)
 
 
+def compiled_graphs() -> int:
+    """How many torch.compile has made in this process."""
+    return int(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+
+
 def make_prompts(lengths: Sequence[int] = LENGTHS) -> list[Prompt]:
     draw = torch.Generator().manual_seed(2)
     return [
@@ -119,6 +124,20 @@ class Checks:
         self.load(model)
         return stale, self.parity(model)
 
+    def second_load_that_does_nothing(self) -> str:
+        """What the sync after the first says when the engine keeps the weights that it has. Nothing may come after."""
+        self.run.finished_steps += 1
+        self.engine.load = lambda weights: [None for _ in weights]
+        with torch.no_grad():
+            for chunk in self.run.trainer.chunks:
+                for parameter in chunk.parameters():
+                    parameter.mul_(1.5)
+        try:
+            self.run.sync_weights()
+        except UserError as reason:
+            return str(reason)
+        return ""
+
     def parity_error(self) -> str:
         """What the check after the first sync says of the weights that the engine holds now."""
         try:
@@ -160,7 +179,7 @@ def main(
         max_prompt_len=256,
         max_num_seqs=max_num_seqs,
         kv_cache_gb=kv_cache_gb,
-        enforce_eager=False if compiled else None,
+        enforce_eager=not compiled,
     )
     run = build_run(train_config(models, layout.student.tp, rollout=rollout), layout, out)
     # Other weights for the engine, in the student's layout: the teacher of the run has its own, and no head of a stage.
@@ -168,6 +187,7 @@ def main(
     student, prompts = run.trainer.chunks, make_prompts()
     segments = SharedMemory(layout.rank, layout.world) if rollout_tp > 1 else None
     checks = Checks(run, rollout)
+    graphs = compiled_graphs()
     results: dict[str, Any] = {"tokens": checks.tokens(prompts)}
 
     results["shared memory"] = segments.found() if segments else None
@@ -203,7 +223,8 @@ def main(
     checks.watched("first sync", run.sync_weights)
     results["synced"] = checks.tokens(prompts)
 
-    results["compiled graphs"] = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    results["error of a second load that does nothing"] = checks.second_load_that_does_nothing()
+    results["compiled graphs"] = {"at first": graphs, "in the end": compiled_graphs()}
     results["rng changed"] = checks.rng_changed
     results["threads"] = [checks.threads, torch.get_num_threads()]
     torch.set_num_threads(2)  # vLLM leaves one in its place that does nothing

@@ -1,6 +1,6 @@
 """Ranks of test_moe.py: one engine over both ranks, loaded with two sets of weights in turn.
 
-torchrun … worker_moe.py FOLDER WIDTH_OF_AN_EXPERT
+torchrun … worker_moe.py FOLDER WIDTH_OF_AN_EXPERT eager|compiled
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def compare(engine: Any, directory: Path) -> dict[str, Any]:
     }
 
 
-def main(folder: Path, width: int) -> None:
+def main(folder: Path, width: int, compiled: bool) -> None:
     machine = platform.prepare()
     dist.init_process_group(machine.backend)
     torch.set_num_threads(1)
@@ -56,7 +56,9 @@ def main(folder: Path, width: int) -> None:
         for seed, directory in enumerate(directories.values()):
             write_model(directory, "qwen3_moe", tied=False, seed=seed, moe_intermediate_size=width)
     dist.barrier()
-    rollout = RolloutConfig(tensor_parallel=2, max_prompt_len=256, max_num_seqs=8, kv_cache_gb=0.01)
+    rollout = RolloutConfig(
+        tensor_parallel=2, max_prompt_len=256, max_num_seqs=8, kv_cache_gb=0.01, enforce_eager=not compiled
+    )
     engine = RolloutEngine(str(directories["a"]), rollout, 32, torch.float32, machine)
     results = [{"weights": "from disk", **compare(engine, directories["a"])}]
     for name in "bab":
@@ -68,4 +70,4 @@ def main(folder: Path, width: int) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]))
+    main(Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3] == "compiled")
