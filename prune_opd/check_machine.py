@@ -67,20 +67,25 @@ def compiler_problems(rollout: RolloutConfig, gpu: bool) -> list[str]:
     compiler, headers = os.environ.get("CXX", "g++"), Path(sysconfig.get_paths()["include"], "Python.h")
     lacking = [f"a C++ compiler ({compiler})"] if shutil.which(compiler) is None else []
     lacking += [] if headers.is_file() else [f"Python's headers ({headers})"]
-    field = "rollout.enforce_eager = false compiles the engine"
     problems = []
     if lacking:
         problems.append(
-            f"{field}, which on the CPU needs {' and '.join(lacking)}: "
+            f"rollout.enforce_eager = false compiles the engine, which on the CPU needs {' and '.join(lacking)}: "
             "install it (Debian: g++, python3-dev), or set rollout.enforce_eager=null"
         )
     if os.environ.get("TORCH_COMPILE_DISABLE") == "1":
-        problems.append(f"{field}, and TORCH_COMPILE_DISABLE=1 forbids it: unset that, or rollout.enforce_eager=null")
+        problems.append(
+            "rollout.enforce_eager = false compiles the engine, and TORCH_COMPILE_DISABLE=1 forbids it: unset that, or "
+            "set rollout.enforce_eager=null"
+        )
     home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     cache = Path(os.environ.get("VLLM_CACHE_ROOT") or home / "vllm").expanduser()
     there = next(path for path in (cache, *cache.parents) if path.exists())
     if not (there.is_dir() and os.access(there, os.W_OK | os.X_OK)):
-        problems.append(f"{field}, and vLLM cannot write to {cache}: set VLLM_CACHE_ROOT to a folder of yours")
+        problems.append(
+            f"rollout.enforce_eager = false compiles the engine, and vLLM cannot write to {cache}: "
+            "set VLLM_CACHE_ROOT to a folder of yours, or rollout.enforce_eager=null"
+        )
     return problems
 
 
