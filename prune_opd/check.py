@@ -17,7 +17,7 @@ from typing import Any
 
 from prune_opd.changes import changes, is_harmless
 from prune_opd.check_layout import layout_problems
-from prune_opd.check_machine import compiler_problems, machine_problems
+from prune_opd.check_machine import compiler_problems, machine_problems, writable_problems
 from prune_opd.check_tokenizer import tokenizer_problems, vocabulary_problems
 from prune_opd.config import Fp8Config, SftConfig, TrainConfig
 from prune_opd.data.prompts import source_problem
@@ -117,7 +117,7 @@ def check_sft(config: SftConfig, nproc: int) -> list[str]:
     if not config.output:
         problems.append("output = '' is no directory: set output=DIR")
     else:
-        problems += _writable("output", Path(config.output))
+        problems += writable_problems("output", Path(config.output))
     return problems + _apex()
 
 
@@ -130,7 +130,7 @@ def check_eval(model_dir: Path, tasks: Sequence[str], top_p: float, out: Path | 
     if top_p == 0:
         problems.append("--top-p = 0.0 leaves no token to sample: give more than 0, or --temperature 0 for greedy")
     problems += [problem for task in tasks if (problem := source_problem("--task", task))]
-    return problems + ([] if out is None else _writable("--out", out))
+    return problems + ([] if out is None else writable_problems("--out", out))
 
 
 def has_gpu() -> bool:
@@ -326,15 +326,4 @@ def _run_dir(config: TrainConfig, run_dir: Path, resume: str, allow_config_chang
             f"--resume never: --run-dir {run_dir} already holds checkpoints; take --resume auto to go on,"
             " or another --run-dir to start anew"
         ]
-    return _writable("--run-dir", run_dir)
-
-
-def _writable(field: str, directory: Path) -> list[str]:
-    """Whether `directory` is, or could be made, a directory to write into."""
-    directory = directory.absolute()
-    there = next(path for path in (directory, *directory.parents) if path.exists() or path.is_symlink())
-    if not there.is_dir():
-        return [f"{field} {directory} cannot be a directory: {there} is a file; choose another path"]
-    if not os.access(there, os.W_OK | os.X_OK):
-        return [f"{field} {directory} cannot be written: no permission in {there}; choose another path"]
-    return []
+    return writable_problems("--run-dir", run_dir)

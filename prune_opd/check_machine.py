@@ -80,13 +80,19 @@ def compiler_problems(rollout: RolloutConfig, gpu: bool) -> list[str]:
         )
     home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     cache = Path(os.environ.get("VLLM_CACHE_ROOT") or home / "vllm").expanduser()
-    there = next(path for path in (cache, *cache.parents) if path.exists())
-    if not (there.is_dir() and os.access(there, os.W_OK | os.X_OK)):
-        problems.append(
-            f"rollout.enforce_eager = false compiles the engine, and vLLM cannot write to {cache}: "
-            "set VLLM_CACHE_ROOT to a folder of yours, or rollout.enforce_eager=null"
-        )
+    problems += writable_problems("rollout.enforce_eager = false compiles the engine, and VLLM_CACHE_ROOT", cache)
     return problems
+
+
+def writable_problems(field: str, directory: Path) -> list[str]:
+    """Whether `directory` is, or could be made, a directory to write into."""
+    directory = directory.absolute()
+    there = next(path for path in (directory, *directory.parents) if path.exists() or path.is_symlink())
+    if not there.is_dir():
+        return [f"{field} {directory} cannot be a directory: {there} is a file; choose another path"]
+    if not os.access(there, os.W_OK | os.X_OK):
+        return [f"{field} {directory} cannot be written: no permission in {there}; choose another path"]
+    return []
 
 
 def driver_problems(cuda: tuple[int, ...], version_file: Path = DRIVER_VERSION) -> list[str]:

@@ -145,7 +145,7 @@ def test_an_engine_to_be_compiled_needs_a_compiler_headers_and_a_cache_on_the_cp
     monkeypatch.setenv("VLLM_CACHE_ROOT", str(tmp_path / "Python.h" / "cache"))
     forbidden, read_only = compiler_problems(compiled, gpu=False)
     assert "TORCH_COMPILE_DISABLE=1" in forbidden
-    assert "set VLLM_CACHE_ROOT" in read_only
+    assert "VLLM_CACHE_ROOT" in read_only and "is a file; choose another path" in read_only
 
 
 # ---------------------------------------------------------------------------------------------------- files

@@ -206,16 +206,11 @@ def _started(contenders: Sequence[Contender], jobs: dict[str, Job]) -> Iterator[
 
 def start(arguments: list[str], ranks: int, threads: int, log: Path) -> subprocess.Popen[bytes]:
     """A Python program, alone or once per rank under torchrun, with TRL's packages in sight; output goes to `log`."""
-    env = {
-        **os.environ,
-        "OMP_NUM_THREADS": str(threads),
-        "TORCH_CPP_LOG_LEVEL": "ERROR",
-        "HF_HUB_OFFLINE": "1",
-        "COLUMNS": "160",
-    }
+    env = {**os.environ, "OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1", "COLUMNS": "160"}
     if TRL not in arguments:
         env = rank_environment(env)
     else:
+        env["TORCH_CPP_LOG_LEVEL"] = "ERROR"
         env["PYTHONPATH"] = os.pathsep.join(filter(None, [os.environ.get("PYTHONPATH"), str(BENCH_PACKAGES)]))
     launcher = ["-m", "prune_opd.launcher", "--standalone", "--local-addr", "127.0.0.1", "--nproc-per-node", str(ranks)]
     command = [sys.executable, *(launcher if ranks > 1 or TRL not in arguments else []), *arguments]

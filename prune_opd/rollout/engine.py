@@ -94,7 +94,7 @@ class RolloutEngine:
                 import vllm.v1.sample.sampler  # noqa: F401  before `compiling`, which is for the model alone
 
                 _own_shared_memory()
-            with compiling() if self.compiled else nullcontext():
+            with compiling() if self.compiled and machine.is_cpu else nullcontext():
                 self.llm: Any = LLM(
                     model=model_dir,
                     load_format="safetensors",  # a pickle is a program

@@ -1,6 +1,6 @@
 """Ranks of test_engine.py: one engine configuration, as one process can have only one.
 
-    torchrun … worker_engine.py MODELS OUT PIPELINE ROLLOUT_TP MAX_NUM_SEQS KV_CACHE_GB COMPILED
+    torchrun … worker_engine.py MODELS OUT PIPELINE ROLLOUT_TP MAX_NUM_SEQS KV_CACHE_GB eager|compiled
 
 The trainer has PIPELINE stages, and all the tensor parallelism that is left of the ranks. Every rank writes
 OUT/rank<r>.json.
@@ -179,7 +179,7 @@ def main(
         max_prompt_len=256,
         max_num_seqs=max_num_seqs,
         kv_cache_gb=kv_cache_gb,
-        enforce_eager=not compiled,
+        enforce_eager=False if compiled else None,
     )
     run = build_run(train_config(models, layout.student.tp, rollout=rollout), layout, out)
     # Other weights for the engine, in the student's layout: the teacher of the run has its own, and no head of a stage.
