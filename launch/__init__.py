@@ -2,7 +2,7 @@
 
     clusters/*.yaml ─ cluster.py ─▶ Cluster ─ executors.py ─▶ NeMo-Run executor ─┐
     recipe, overrides, sweep ─ jobs.py ─▶ Jobs ─ experiment.py ─▶ Experiment ◀───┘
-    on each node: python -m prune_opd.node (check, torchrun, signals)
+    on each node: python -m prune_opd.ranks.node (check, torchrun, signals)
 
 It runs in an environment of its own (`make setup-launch`), without torch: a login node needs no more.
 """

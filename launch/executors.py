@@ -43,7 +43,7 @@ def make_executor(cluster: Cluster, job: Job) -> Any:
         mem=cluster.mem,
         time=cluster.time,
         nodes=job.nodes,
-        ntasks_per_node=1,  # one task a node: prune_opd.node watches over its ranks
+        ntasks_per_node=1,  # one task a node: prune_opd.ranks.node watches over its ranks
         gpus_per_node=cluster.gpus_per_node,
         # To the steps, not to the batch shell: from there it goes on to the ranks.
         signal=f"USR1@{cluster.signal_before_end}" if cluster.signal_before_end else None,

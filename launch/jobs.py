@@ -119,7 +119,7 @@ def _run_jobs(request: Request, cluster: Cluster, point: tuple[str, ...], i: int
     train = Job(
         name=f"train{suffix}",
         command=(
-            *("-m", "prune_opd.node", "--ranks", str(cluster.ranks_per_node), "--run-dir", run_dir),
+            *("-m", "prune_opd.ranks.node", "--ranks", str(cluster.ranks_per_node), "--run-dir", run_dir),
             *(recipe, *request.overrides, *overrides),
         ),
         nodes=cluster.nodes,
@@ -127,7 +127,7 @@ def _run_jobs(request: Request, cluster: Cluster, point: tuple[str, ...], i: int
     jobs = [train]
     then = Job(name="", command=(), nodes=1, after=train.name)
     if request.export:
-        command = ("-m", "prune_opd.node", "--export-to", request.export, "--run-dir", run_dir, recipe)
+        command = ("-m", "prune_opd.ranks.node", "--export-to", request.export, "--run-dir", run_dir, recipe)
         jobs.append(replace(then, name=f"export{suffix}", command=command))
     if request.evaluate:
         # fmt: off

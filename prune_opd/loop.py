@@ -1,4 +1,4 @@
-"""The training loop: Prune-OPD as every rank runs it, all ranks in step (`setup.py` builds the parts).
+"""The training loop: Prune-OPD as every rank runs it, all ranks in step (`run.py` builds the parts).
 
 prompts ─ sampler ─▶ rollout (vLLM, at most `horizon` tokens) ─▶ teacher pass (hidden states only)
     ─▶ student forward + gated loss + backward + Adam ─▶ controller: the next horizon ─▶ metrics
@@ -8,13 +8,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from prune_opd.clock import PhaseClock
 from prune_opd.config import TrainConfig
 from prune_opd.errors import REQUEUE_EXIT_CODE
 from prune_opd.eval.evaluate import evaluation_record
-from prune_opd.gated_loss import gated_loss
-from prune_opd.setup import Run, prepare
-from prune_opd.survival import Interruption
+from prune_opd.loss.training_loss import gated_loss
+from prune_opd.ranks.signals import Interruption
+from prune_opd.run import Run, prepare
+from prune_opd.track.clock import PhaseClock
 
 
 def train(

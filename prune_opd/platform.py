@@ -5,7 +5,7 @@ On CUDA nothing is changed. Without CUDA the same, unmodified megatron-core runs
 `"torch.cuda.FloatTensor"`; those names answer for the CPU once `prepare()` has run. It must run before any `megatron`
 import, because megatron-core binds `torch.compile` when it is imported.
 
-What the CPU cannot do is refused (`check.py`, `megatron/model.py`), never ignored.
+What the CPU cannot do is refused (`check/run.py`, `megatron/model.py`), never ignored.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ in the last batches.
 from dataclasses import replace
 
 from prune_opd.config import Fp8Config, InflightConfig, PrecisionConfig, TrainConfig
-from recipes._paper import paper_base
+from prune_opd.recipes._paper import paper_base
 
 INFLIGHT = InflightConfig(mode="gate", first_check=1024, price=0.25)
 FP8 = Fp8Config(format="hybrid", recipe="blockwise", first_layers_bf16=1, last_layers_bf16=1)

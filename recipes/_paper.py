@@ -24,7 +24,7 @@ from prune_opd.config import (
     RolloutConfig,
     TrainConfig,
 )
-from prune_opd.paths import data_dir, models_dir
+from prune_opd.config.paths import data_dir, models_dir
 
 INSTRUCTION = " Please reason step by step, and put your final answer within \\boxed{}."
 

@@ -4,7 +4,7 @@ Published: 16.5 h for OPD, 10.3 h pruned. A base model seldom stops by itself, s
 """
 
 from prune_opd.config import TrainConfig
-from recipes._paper import paper_base
+from prune_opd.recipes._paper import paper_base
 
 
 def qwen3_1_7b_base_from_4b_8xh100() -> TrainConfig:

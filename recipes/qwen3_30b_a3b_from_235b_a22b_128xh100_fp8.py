@@ -6,7 +6,7 @@ Experts are shared out whole: the student's over 8 ranks, the teacher's over 32;
 from dataclasses import replace
 
 from prune_opd.config import TrainConfig
-from recipes._large import large_base
+from prune_opd.recipes._large import large_base
 
 
 def qwen3_30b_a3b_from_235b_a22b_128xh100_fp8() -> TrainConfig:

@@ -7,7 +7,7 @@ FP8's own noise makes next to no events there on the tiny pair (docs/megatron.md
 from dataclasses import replace
 
 from prune_opd.config import TrainConfig
-from recipes._large import large_base
+from prune_opd.recipes._large import large_base
 
 
 def qwen3_8b_from_32b_32xh100_fp8() -> TrainConfig:

@@ -4,7 +4,7 @@ Published: 6.9 h for OPD, 4.1 h pruned; the window stays near 1K tokens for 50 s
 """
 
 from prune_opd.config import TrainConfig
-from recipes._paper import paper_base
+from prune_opd.recipes._paper import paper_base
 
 
 def r1_1_5b_from_justrl_8xh100() -> TrainConfig:

@@ -4,7 +4,7 @@ Published: 12.5 h for OPD, 4.0 h pruned, the most that any pair saves.
 """
 
 from prune_opd.config import TrainConfig
-from recipes._paper import paper_base
+from prune_opd.recipes._paper import paper_base
 
 
 def r1_1_5b_from_r1_7b_8xh100() -> TrainConfig:

@@ -6,7 +6,7 @@ Published: 17.5 h for OPD, 17.0 h pruned; the window goes from 6K to its maximum
 from dataclasses import replace
 
 from prune_opd.config import ParallelConfig, TrainConfig
-from recipes._paper import paper_base
+from prune_opd.recipes._paper import paper_base
 
 
 def r1_7b_from_skywork_8xh100() -> TrainConfig:

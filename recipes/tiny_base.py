@@ -7,7 +7,7 @@ digest of these settings: change a number, and the model, the teacher and the st
 from dataclasses import replace
 
 from prune_opd.config import CorpusConfig, ModelShape, ParallelConfig, SftConfig, SftStage
-from prune_opd.paths import config_digest, tiny_model_dir
+from prune_opd.config.paths import config_digest, tiny_model_dir
 
 
 def tiny_base() -> SftConfig:

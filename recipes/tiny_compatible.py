@@ -21,8 +21,8 @@ from prune_opd.config import (
     RolloutConfig,
     TrainConfig,
 )
-from recipes.tiny_student import tiny_student
-from recipes.tiny_teacher import tiny_teacher
+from prune_opd.recipes.tiny_student import tiny_student
+from prune_opd.recipes.tiny_teacher import tiny_teacher
 
 
 def tiny_compatible() -> TrainConfig:

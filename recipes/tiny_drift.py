@@ -8,9 +8,9 @@ nothing to say about a lost text. `docs/drift-pair.md` says what the pair shows 
 from dataclasses import replace
 
 from prune_opd.config import GateConfig, OptimizerConfig, ParallelConfig, RolloutConfig, TrainConfig
-from recipes.tiny_compatible import tiny_compatible
-from recipes.tiny_drift_student import tiny_drift_student
-from recipes.tiny_drift_teacher import tiny_drift_teacher
+from prune_opd.recipes.tiny_compatible import tiny_compatible
+from prune_opd.recipes.tiny_drift_student import tiny_drift_student
+from prune_opd.recipes.tiny_drift_teacher import tiny_drift_teacher
 
 
 def tiny_drift() -> TrainConfig:

@@ -7,8 +7,8 @@ the teacher. Made by `prune-opd sft tiny_drift_student`; `tiny_drift` distils it
 from dataclasses import replace
 
 from prune_opd.config import CorpusConfig, ParallelConfig, SftConfig, SftStage
-from prune_opd.paths import config_digest, tiny_model_dir
-from recipes.tiny_drift_teacher import tiny_drift_teacher
+from prune_opd.config.paths import config_digest, tiny_model_dir
+from prune_opd.recipes.tiny_drift_teacher import tiny_drift_teacher
 
 
 def tiny_drift_student() -> SftConfig:

@@ -8,8 +8,8 @@ taken back before the new style and put up again after it: a sharp model that me
 from dataclasses import replace
 
 from prune_opd.config import CorpusConfig, ParallelConfig, SftConfig, SftStage
-from prune_opd.paths import config_digest, tiny_model_dir
-from recipes.tiny_teacher import tiny_teacher
+from prune_opd.config.paths import config_digest, tiny_model_dir
+from prune_opd.recipes.tiny_teacher import tiny_teacher
 
 
 def tiny_drift_teacher() -> SftConfig:

@@ -7,8 +7,8 @@ It is the student of the *compatible* pair, which `tiny_compatible` distils. Mad
 from dataclasses import replace
 
 from prune_opd.config import CorpusConfig, ParallelConfig, SftConfig, SftStage
-from prune_opd.paths import config_digest, tiny_model_dir
-from recipes.tiny_teacher import tiny_teacher
+from prune_opd.config.paths import config_digest, tiny_model_dir
+from prune_opd.recipes.tiny_teacher import tiny_teacher
 
 
 def tiny_student() -> SftConfig:

@@ -8,8 +8,8 @@ spread back. Made by `prune-opd sft tiny_teacher` after `tiny_base`.
 from dataclasses import replace
 
 from prune_opd.config import CorpusConfig, ParallelConfig, SftConfig, SftStage
-from prune_opd.paths import config_digest, tiny_model_dir
-from recipes.tiny_base import tiny_base
+from prune_opd.config.paths import config_digest, tiny_model_dir
+from prune_opd.recipes.tiny_base import tiny_base
 
 
 def tiny_teacher() -> SftConfig:

@@ -144,7 +144,7 @@ def metrics_table() -> str:
 def commands_tables() -> str:
     import typer
 
-    from prune_opd.cli import app
+    from prune_opd.cli.main import app
 
     return "\n\n".join(_command(typer.main.get_command(app), "prune-opd"))
 
@@ -169,7 +169,7 @@ def _placeholder(argument: Any) -> str:
 
 
 def recipes_table() -> str:
-    from prune_opd.recipe import list_recipes
+    from prune_opd.config.recipe import list_recipes
 
     return _table(("recipe", "what it is"), [(f"`{name}`", about) for name, about in list_recipes().items()])
 

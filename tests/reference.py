@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from prune_opd.config import GateConfig, ObjectiveConfig, WeightingConfig
-from prune_opd.fused_loss import GateStats, distill_loss
+from prune_opd.loss.distill import GateStats, distill_loss
 
 VOCAB = 61
 GATE = GateConfig(k=6, threshold=0.5, w_drop=0.15)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from prune_opd.data.answers import math_equal
 from prune_opd.data.prompt import Prompt, Tokenizer
 from prune_opd.data.render import Format, answer_of, encode_text, excerpt
 from prune_opd.data.rows import Row, read_rows
 from prune_opd.errors import ConfigError
-from prune_opd.eval.answers import math_equal
 
 SHOWN_ROWS = 10  # bad rows of a file that are named one by one
 

@@ -10,11 +10,11 @@ from typing import Any
 import yaml
 
 from prune_opd.config import DataConfig
+from prune_opd.data.answers import last_boxed
 from prune_opd.data.ledger import TOKEN_ID, VOCABULARY, Ledger, encode
 from prune_opd.data.prompt import Prompt, Tokenizer
 from prune_opd.data.render import Format, encode_text
 from prune_opd.errors import ConfigError
-from prune_opd.eval.answers import last_boxed
 
 GYM = "reasoning_gym/"
 TRIES = 100  # to draw a problem that is short enough

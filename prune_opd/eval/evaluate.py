@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from prune_opd.config import DataConfig
+from prune_opd.data.answers import Accuracy, avg_at_k, score_responses
 from prune_opd.data.prompt import Prompt, PromptSource
 from prune_opd.data.prompts import held_out, make_source
 from prune_opd.data.rows import FORMATS
-from prune_opd.eval.answers import Accuracy, avg_at_k, score_responses
 from prune_opd.rollout.batch import Rollouts
 from prune_opd.track.metrics import Record
 

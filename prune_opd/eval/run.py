@@ -14,9 +14,9 @@ from rich.table import Table
 from rich.text import Text
 
 from prune_opd.config import DataConfig, ParallelConfig, RolloutConfig
+from prune_opd.data.answers import pass_at
 from prune_opd.data.render import Format
 from prune_opd.errors import ConfigError
-from prune_opd.eval.answers import pass_at
 from prune_opd.eval.evaluate import Sampling, Scored, generation_rows, make_evaluator, write_rows
 from prune_opd.track.metrics import Record
 

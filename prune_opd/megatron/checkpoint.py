@@ -36,8 +36,8 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from prune_opd.config import CheckpointConfig
 from prune_opd.errors import UserError
-from prune_opd.launcher import end_with_parent
-from prune_opd.manifest import (
+from prune_opd.megatron.layout import Layout
+from prune_opd.megatron.manifest import (
     MANIFEST,
     FileRecord,
     damage,
@@ -47,7 +47,7 @@ from prune_opd.manifest import (
     sync_folder,
     write_durably,
 )
-from prune_opd.megatron.layout import Layout
+from prune_opd.process import end_with_parent
 
 if TYPE_CHECKING:
     from prune_opd.megatron.trainer import Trainer

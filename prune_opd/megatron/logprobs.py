@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from prune_opd.config import ObjectiveConfig
-from prune_opd.fused_loss import distill_loss
+from prune_opd.loss.distill import distill_loss
 from prune_opd.megatron.layout import Layout
 from prune_opd.megatron.model import HiddenStatesGPT
 from prune_opd.megatron.packing import PackedBatch, pack, pack_rows

@@ -31,9 +31,9 @@ from prune_opd.megatron.attention import PackedSdpaAttention
 from prune_opd.megatron.layout import ModelLayout
 from prune_opd.megatron.norm import RMSNorm, use_rms_norm
 from prune_opd.megatron.packing import PackedBatch
+from prune_opd.megatron.precision import token_multiple
 from prune_opd.megatron.rope import attention_scale, set_frequencies
 from prune_opd.model_spec import ModelSpec, MoeSpec
-from prune_opd.precision import token_multiple
 
 
 def dtype_of(params: str) -> torch.dtype:

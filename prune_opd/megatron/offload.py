@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from prune_opd.memory import (
+from prune_opd.config.memory_phases import (
     GRADIENTS,
     KV_CACHE,
     OPTIMIZER,
@@ -31,7 +31,7 @@ ENGINE_TAGS = {ROLLOUT_WEIGHTS: "weights", KV_CACHE: "kv_cache"}  # vLLM's names
 
 
 class StorageMover:
-    """Takes the storages under some tensors to the host and back; a `Handler` of memory.py.
+    """Takes the storages under some tensors to the host and back; a `Handler` of config/memory_phases.py.
 
     tensors: asked each time they leave, since an optimizer makes its state at its first step. except_of: tensors whose
     storages stay, also where the former are views of them. The host buffers are kept, so that they are pinned once.
@@ -103,7 +103,7 @@ def optimizer_tensors(optimizer: Any) -> Iterator[Tensor]:
 
 
 def handlers(trainer: Any, teacher: Any, engine: Any, machine: Platform) -> dict[str, Handler]:
-    """What carries out the transitions of memory.py in a run on a GPU."""
+    """What carries out the transitions of config/memory_phases.py in a run on a GPU."""
 
     def student() -> list[Tensor]:
         return [parameter for chunk in trainer.chunks for parameter in chunk.parameters()]

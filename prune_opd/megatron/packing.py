@@ -12,8 +12,8 @@ import torch.distributed as dist
 from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 
-from prune_opd.context import ContextShard
-from prune_opd.dealing import padded_size
+from prune_opd.loss.context import ContextShard
+from prune_opd.rollout.balance import padded_size
 
 DUMMY_ID = 0  # any id of any vocabulary will do
 

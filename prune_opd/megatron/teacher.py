@@ -11,14 +11,14 @@ import torch
 from torch import Tensor
 
 from prune_opd.config import Fp8Config
-from prune_opd.dealing import Deal, deal_any
-from prune_opd.megatron.handover import TeacherHidden, find_routes, hand_over, replica_of_row
 from prune_opd.megatron.layout import Layout
 from prune_opd.megatron.model import build
 from prune_opd.megatron.packing import PackedBatch, pack_rows
+from prune_opd.megatron.precision import NO_FP8, transformer_arguments
+from prune_opd.megatron.redistribute import TeacherHidden, find_routes, hand_over, replica_of_row
 from prune_opd.megatron.schedule import forward
 from prune_opd.model_spec import ModelSpec
-from prune_opd.precision import NO_FP8, transformer_arguments
+from prune_opd.rollout.balance import Deal, deal_any
 from prune_opd.rollout.batch import Rollouts
 from prune_opd.weights.load import read_head
 

@@ -24,9 +24,9 @@ from prune_opd.megatron.layout import Layout
 from prune_opd.megatron.model import HiddenStatesGPT, build
 from prune_opd.megatron.packing import PackedBatch
 from prune_opd.megatron.parameter_norm import parameter_norm
+from prune_opd.megatron.precision import NO_FP8, ddp_arguments, optimizer_arguments, transformer_arguments
 from prune_opd.megatron.schedule import forward, forward_backward
 from prune_opd.model_spec import ModelSpec
-from prune_opd.precision import NO_FP8, ddp_arguments, optimizer_arguments, transformer_arguments
 from prune_opd.rollout.batch import Rollouts
 
 # (model, batch, hidden_NH of all its tokens) -> (loss summed over its tokens, number of tokens)

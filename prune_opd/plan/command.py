@@ -7,10 +7,10 @@ from pathlib import Path
 from rich.console import Console
 
 from prune_opd.config import TrainConfig
+from prune_opd.config.recipe import list_recipes, load_recipe
 from prune_opd.plan.planner import plan_run
 from prune_opd.plan.search import best_layouts
 from prune_opd.plan.show import print_curve, print_found, print_plan, write_plan
-from prune_opd.recipe import list_recipes, load_recipe
 
 WIDTH = 160  # of tables that go to a file or a pipe
 

@@ -11,7 +11,7 @@ from statistics import NormalDist
 
 from prune_opd.config import HorizonConfig, TrainConfig
 from prune_opd.errors import ConfigError
-from prune_opd.horizon import make_controller
+from prune_opd.method.horizon import make_controller
 
 SPREAD = (
     0.6  # standard deviation of the logarithm of a response's length: a few times as long as the median now and then

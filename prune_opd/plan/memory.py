@@ -1,11 +1,11 @@
-"""Bytes on the fullest GPU: what lies there (`prune_opd.memory`'s parts), what a phase works with, and what fits."""
+"""Bytes on the fullest GPU: what lies there (the parts of `memory_phases`), what a phase works with, and what fits."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from prune_opd import memory as phases
+from prune_opd.config import memory_phases as phases
 from prune_opd.model_spec import ModelSpec
 from prune_opd.plan.counts import Count, Layout, cache_bytes, largest_rank, parameters
 from prune_opd.plan.hardware import ENGINE_WORKSPACE, RESERVED
@@ -82,7 +82,7 @@ def problems(setting: Setting, plan: MemoryPlan) -> list[str]:
 
 
 def part_bytes(setting: Setting) -> dict[str, float]:
-    """Each of `prune_opd.memory`'s parts on the fullest rank."""
+    """Each of `prune_opd.config.memory_phases`'s parts on the fullest rank."""
     student, teacher = setting.student_layout, setting.teacher_layout
     ours, theirs = largest_rank(setting.student, student), largest_rank(setting.teacher, teacher, head=False)
     rollout = setting.config.rollout
@@ -108,7 +108,7 @@ def optimizer_bytes(setting: Setting, count: Count, layout: Layout) -> float:
 
 
 def resident_parts(setting: Setting) -> dict[str, frozenset[str]]:
-    """What lies on the device in each phase of a step that follows another: the schedule of `prune_opd.memory`."""
+    """What lies on the device in each phase of a step that follows another: the schedule of `memory_phases`."""
     memory, there = setting.config.memory, frozenset(phases.PARTS)
     found = {}
     for phase in (*STEP, *STEP):

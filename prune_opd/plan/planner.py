@@ -5,13 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
-from prune_opd.check_layout import layout_problems
 from prune_opd.config import TrainConfig
+from prune_opd.model_spec import model_config
+from prune_opd.plan.layout import layout_problems
 from prune_opd.plan.lengths import assumptions, mean_horizon, strategies, windows
 from prune_opd.plan.memory import MemoryPlan, largest_fit, plan_memory, problems
 from prune_opd.plan.setting import Setting, setting_of
 from prune_opd.plan.time import StepTime, evaluation_seconds, mean_step, step_time
-from prune_opd.shapes import model_config
 
 MODELS = ("student", "teacher")
 CURVE_GPUS = (8, 16, 32, 64, 128, 256, 512, 1024)
@@ -99,7 +99,7 @@ def plan_run(config: TrainConfig, gpu: str, nodes: int) -> Plan:
 
 
 def structure(config: TrainConfig, world: int) -> list[str]:
-    """Why the layout cannot be, a line each (check_layout.py)."""
+    """Why the layout cannot be, a line each (plan/layout.py)."""
     return layout_problems(config, world, {role: model_config(role, getattr(config, role)) for role in MODELS})
 
 

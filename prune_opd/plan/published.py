@@ -14,10 +14,10 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from prune_opd.config import HorizonConfig, MemoryConfig, ParallelConfig, PlanningConfig, RolloutConfig, TrainConfig
-from prune_opd.paths import models_dir
+from prune_opd.config.paths import models_dir
+from prune_opd.config.recipe import load_recipe
 from prune_opd.plan.memory import STEP
 from prune_opd.plan.planner import plan_run
-from prune_opd.recipe import load_recipe
 
 TOLERANCE = 0.35
 GPU = "a100"

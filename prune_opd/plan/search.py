@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 from prune_opd.config import TrainConfig
-from prune_opd.memory import ENGINE, GRADIENTS, STUDENT, TEACHER
+from prune_opd.config.memory_phases import ENGINE, GRADIENTS, STUDENT, TEACHER
 from prune_opd.plan.lengths import mean_horizon, windows
 from prune_opd.plan.memory import plan_memory, problems
 from prune_opd.plan.planner import structure

@@ -5,11 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from prune_opd.config import TrainConfig
-from prune_opd.model_spec import ModelSpec
+from prune_opd.model_spec import ModelSpec, model_config
 from prune_opd.plan.counts import Layout
 from prune_opd.plan.hardware import GPUS_PER_NODE, Gpu, gpu_named
 from prune_opd.plan.lengths import Lengths, lengths_of
-from prune_opd.shapes import model_config
 
 WEIGHT_BYTES = {"bf16": 2, "fp32": 4}
 

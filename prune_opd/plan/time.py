@@ -46,7 +46,7 @@ class StepTime:
 
 
 def step_time(setting: Setting, horizon: float, cache_tokens: float, phases: Sequence[str] = PHASES) -> StepTime:
-    """cache_tokens: that an engine's KV cache holds (memory.py). phases: those that shall be computed."""
+    """cache_tokens: that an engine's KV cache holds (config/memory_phases.py). phases: those that shall be computed."""
     prompt = PROMPT_SHARE * setting.config.rollout.max_prompt_len
     lengths = setting.lengths.quantiles(min(setting.responses, 512), horizon)
     tokens = sum(lengths) / len(lengths) * setting.responses

@@ -21,9 +21,9 @@ from prune_opd.config import RolloutConfig
 from prune_opd.data.prompt import Prompt
 from prune_opd.errors import UserError
 from prune_opd.platform import Platform, compiling, untouched_rng
-from prune_opd.precision import rollout_arguments
 from prune_opd.rollout.batch import Response, Rollouts
 from prune_opd.rollout.long_tail import Race, share
+from prune_opd.rollout.precision import rollout_arguments
 from prune_opd.rollout.stepwise import StepLoop, Watch, run_together
 
 # Read when vllm is imported. One process a rank (no engine subprocess), no telemetry, no hub; the V1 model runner on

@@ -26,13 +26,13 @@ from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from prune_opd.config_track import TrackConfig
+from prune_opd.config import TrackConfig
 from prune_opd.track.metrics import Record, read_records
 from prune_opd.track.redact import redact, redact_tokens
 
 if TYPE_CHECKING:  # the command line draws reports, and torch takes seconds
+    from prune_opd.loss.stats import BatchStats
     from prune_opd.rollout.batch import Rollouts
-    from prune_opd.stats import BatchStats
 
 Item = TypeVar("Item")
 

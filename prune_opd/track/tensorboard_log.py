@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from prune_opd.config_track import TrackConfig
+from prune_opd.config import TrackConfig
 from prune_opd.track.metrics import Record
 from prune_opd.track.wandb_log import flatten
 

@@ -16,8 +16,8 @@ from prune_opd.track.metrics import FILE_NAME, MetricsLog, Record, read_metrics
 from prune_opd.track.tensorboard_log import TensorBoardLog
 
 if TYPE_CHECKING:
+    from prune_opd.loss.stats import BatchStats
     from prune_opd.rollout.batch import Rollouts
-    from prune_opd.stats import BatchStats
 
 
 class NullTracker:

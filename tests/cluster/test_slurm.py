@@ -16,8 +16,8 @@ from typing import Any
 import pytest
 import yaml
 
+from prune_opd.config.paths import cache_dir
 from prune_opd.errors import REQUEUE_EXIT_CODE
-from prune_opd.paths import cache_dir
 from tests.cluster.throwaway import Slurm, Sshd, wait_for, why_not
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -192,7 +192,7 @@ def test_a_sweep_over_recipes(site: Site) -> None:
     other = site.recipe(
         "other",
         """import dataclasses
-from recipes.tiny_compatible import tiny_compatible
+from prune_opd.recipes.tiny_compatible import tiny_compatible
 def other():
     return dataclasses.replace(tiny_compatible(), optimizer=dataclasses.replace(tiny_compatible().optimizer, lr=2e-4))
 """,
@@ -221,7 +221,7 @@ def test_a_failed_rank_fails_the_job_and_make(site: Site) -> None:
     recipe = site.recipe(
         "failing",
         f"""import os
-from recipes.tiny_compatible import tiny_compatible as failing
+from prune_opd.recipes.tiny_compatible import tiny_compatible as failing
 if os.environ.get("RANK") == "1":
     right = (os.environ["ODD"], os.environ["odd_case"], os.environ["ENV_KEY"], os.environ["FILE_KEY"]) == (
         {ODD!r}, "x y", {PLANTED!r}, {PLANTED + "-file"!r})
@@ -325,7 +325,7 @@ def test_training_in_a_root_file_system_from_our_own_dockerfile(site: Site) -> N
     shared.mkdir()
     (shared / "boxed.py").write_text(
         """import json, os, sys
-from recipes.tiny_compatible import tiny_compatible as boxed
+from prune_opd.recipes.tiny_compatible import tiny_compatible as boxed
 import prune_opd, recipes
 mounts = [line.split()[4] for line in open("/proc/self/mountinfo")]
 own = [place for place in mounts if place.split("/")[1] not in ("", "proc", "sys", "dev", "nemo_run")]

@@ -59,17 +59,17 @@ def train_config(folder: Path, tensor: int, **changes: Any) -> TrainConfig:
 
 
 def build_run(config: TrainConfig, layout: Any, run_dir: Path) -> Any:
-    """`setup.prepare` without an engine, an evaluator and a tracker."""
+    """`run.prepare` without an engine, an evaluator and a tracker."""
     from transformers import AutoTokenizer
 
     from prune_opd.data.prompts import make_sampler
-    from prune_opd.horizon import make_controller
     from prune_opd.megatron.checkpoint import Checkpoints
     from prune_opd.megatron.model import dtype_of
     from prune_opd.megatron.teacher import Teacher
     from prune_opd.megatron.trainer import Trainer
+    from prune_opd.method.horizon import make_controller
     from prune_opd.rollout.long_tail import LongTail
-    from prune_opd.setup import Run
+    from prune_opd.run import Run
     from prune_opd.track.tracker import NullTracker
 
     machine, parallel, dtype = platform.prepare(), config.parallel, dtype_of(config.precision.params)

@@ -21,8 +21,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from prune_opd.config import GateConfig, ObjectiveConfig, WeightingConfig
-from prune_opd.context import ContextShard
-from tests.distributed.worker_fused_loss import error, sharded, statistics_error, whole
+from prune_opd.loss.context import ContextShard
+from tests.distributed.worker_distill import error, sharded, statistics_error, whole
 from tests.reference import GATE, NO_WEIGHTING, OBJECTIVE, WEIGHTINGS, Case, make_case, reference_update
 
 LONG = make_case(lengths=(9, 0, 1, 14, 0, 30))

@@ -17,8 +17,9 @@ import torch.distributed as dist
 from safetensors.torch import save_file
 from torch import Tensor
 
-from prune_opd import gated_loss, platform
+from prune_opd import platform
 from prune_opd.config import ParallelConfig
+from prune_opd.loss import training_loss as gated_loss
 from tests.distributed.tiny_run import build_run, made_up_rollouts, train_config, train_step, whole_parameters
 
 

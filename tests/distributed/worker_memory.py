@@ -35,9 +35,9 @@ def make_run(models: Path, layout: Any, out: Path, params: str, distributed: boo
 
 def train(run: Any, memory: MemoryConfig) -> dict[str, Any]:
     """Three steps with what a step does, and what was on the device when the rollout would have begun."""
+    from prune_opd.config.memory_phases import MemoryPhases
     from prune_opd.loop import gated_loss
     from prune_opd.megatron.offload import handlers, optimizer_tensors
-    from prune_opd.memory import MemoryPhases
 
     run.memory = MemoryPhases(memory, handlers(run.trainer, run.teacher, None, run.machine))
     results, left = [], {}

@@ -20,7 +20,7 @@ import torch.distributed as dist
 
 from prune_opd import platform
 from prune_opd.config import OptimizerConfig, ParallelConfig, PrecisionConfig, TrainConfig
-from prune_opd.recipe import load_recipe
+from prune_opd.config.recipe import load_recipe
 
 CASES: dict[str, dict[str, Any]] = {
     "qwen2 TP2+SP": {"tensor": 2, "sequence_parallel": True},

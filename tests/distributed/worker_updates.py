@@ -27,7 +27,7 @@ STEPS = 2
 
 def several_updates(run: Any) -> dict[str, Any]:
     """`loop.step` from the teacher pass to the log, with what each update saw of the ratio."""
-    from prune_opd.gated_loss import gated_loss
+    from prune_opd.loss.training_loss import gated_loss
 
     rollouts = made_up_rollouts()
     minibatches = run.minibatches(rollouts)

@@ -12,11 +12,12 @@ import click
 import pytest
 import typer
 
-from prune_opd.bench import BENCHMARKS
-from prune_opd.cli import app
+from benchmarks import BENCHMARKS
+from prune_opd.cli.main import app
 from prune_opd.config import DataConfig, SftConfig, TrainConfig
+from prune_opd.config.overrides import _dotted_keys, apply_overrides
+from prune_opd.config.recipe import list_recipes, load_recipe
 from prune_opd.errors import ConfigError
-from prune_opd.recipe import _dotted_keys, apply_overrides, list_recipes, load_recipe
 from tests.docs.pages import PAGES, ROOT, SPAN, commands, prose, python_blocks
 
 COMMAND: Any = typer.main.get_command(app)

@@ -53,5 +53,5 @@ def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     reference = (tmp_path / "site" / "api.html").read_text(encoding="utf-8")
-    assert "prune_opd.gate.apply_gate" in reference and "prune_opd.horizon.make_controller" in reference
+    assert "prune_opd.method.gate.apply_gate" in reference and "prune_opd.method.horizon.make_controller" in reference
     assert not [page for page in (tmp_path / "site").rglob("*.html") if "fonts.googleapis" in page.read_text()]

@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 import torch
 
-from prune_opd import config, horizon, model_spec, objective
-from prune_opd.config import GateConfig, HorizonConfig, ObjectiveConfig
-from prune_opd.fused_loss import distill_loss
+from prune_opd import model_spec
+from prune_opd.config import GateConfig, HorizonConfig, ObjectiveConfig, method
+from prune_opd.loss.distill import distill_loss
+from prune_opd.method import horizon, objective
 from tests.docs.pages import ROOT, python_blocks
 
 
@@ -25,7 +26,7 @@ def run(page: str) -> dict[str, Any]:
 def test_the_objective_of_the_page_goes_through_the_fused_loss(monkeypatch: pytest.MonkeyPatch) -> None:
     name = "topk_symmetric_chi2"
     function = run("add-objective.md")[name]
-    monkeypatch.setattr(config, "OBJECTIVES", (*config.OBJECTIVES, name))
+    monkeypatch.setattr(method, "OBJECTIVES", (*method.OBJECTIVES, name))
     monkeypatch.setitem(objective._DIVERGENCES, name, function)
     monkeypatch.setitem(objective._OWN_SUPPORT, name, "teacher")
 
@@ -60,7 +61,7 @@ def test_the_objective_of_the_page_goes_through_the_fused_loss(monkeypatch: pyte
 
 def test_the_horizon_strategy_of_the_page_can_be_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
     controller = run("add-horizon.md")["MedianHorizon"]
-    monkeypatch.setattr(config, "STRATEGIES", (*config.STRATEGIES, "median"))
+    monkeypatch.setattr(method, "STRATEGIES", (*method.STRATEGIES, "median"))
     monkeypatch.setitem(horizon.CONTROLLERS, "median", controller)
     chosen = horizon.make_controller(HorizonConfig(strategy="median", max_len=200, min_len=20, init_len=100))
     assert type(chosen) is controller and chosen.horizon == 100

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from prune_opd.recipe import load_recipe
+from prune_opd.config.recipe import load_recipe
 from prune_opd.track.metrics import read_metrics
 
 COMMAND = Path(sys.executable).with_name("prune-opd")

@@ -13,14 +13,14 @@ from typing import Any
 import psutil
 
 from prune_opd.config import CheckpointConfig, DataConfig, EvalConfig, RolloutConfig, TrackConfig, TrainConfig
+from prune_opd.config.yaml import save_config
 from prune_opd.data.ledger import Ledger
-from prune_opd.recipe import save_config
 from tests.distributed import tiny_run
 
 WORKER = Path(__file__).with_name("worker_run.py")
 LAUNCH = """
 import os, sys
-from prune_opd.launcher import start_ranks
+from prune_opd.ranks.launcher import start_ranks
 sys.exit(start_ranks(sys.argv[1:], 2, os.environ))
 """
 STEPS = 10

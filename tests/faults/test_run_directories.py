@@ -12,16 +12,17 @@ from pathlib import Path
 
 import pytest
 
-from prune_opd.changes import changes, is_harmless
-from prune_opd.check import check_train
+from prune_opd.check.run import check_train
 from prune_opd.config import TrainConfig, to_dict
-from prune_opd.recipe import apply_overrides, save_config
+from prune_opd.config.changes import changes, is_harmless
+from prune_opd.config.overrides import apply_overrides
+from prune_opd.config.yaml import save_config
 from tests import fake_models
 from tests.distributed.ranks import REPOSITORY
 
 RECIPE = """
 from pathlib import Path
-from prune_opd.recipe import load_config
+from prune_opd.config.yaml import load_config
 
 def faulty():
     return load_config(Path(__file__).with_name("faulty.yaml"))

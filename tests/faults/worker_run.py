@@ -15,7 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from prune_opd import worker
+from prune_opd.cli import worker
 
 NOW: dict[str, Any] = {"step": None, "train": False}
 

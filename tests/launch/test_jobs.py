@@ -11,7 +11,7 @@ import pytest
 from launch.cluster import Cluster
 from launch.jobs import Job, Request, plan_jobs, sweep_lines, sweep_points
 from prune_opd.errors import REQUEUE_EXIT_CODE, ConfigError
-from prune_opd.node import ENDED_BY_ANOTHER, PORTS, torchrun_arguments
+from prune_opd.ranks.node import ENDED_BY_ANOTHER, PORTS, torchrun_arguments
 
 CLUSTER = Cluster(kind="slurm", account="a", nodes=2, ranks_per_node=4, run_root="/r")
 
@@ -87,7 +87,7 @@ def test_torchrun_finds_the_other_nodes_from_slurm() -> None:
 
 NODE_WITH_A_FAKE_CHILD = """
 import sys
-from prune_opd.node import Supervisor
+from prune_opd.ranks.node import Supervisor
 supervisor = Supervisor()
 print("ready", flush=True)
 code = supervisor.run([sys.executable, "-c", sys.argv[1]], {})
@@ -121,7 +121,7 @@ def test_a_killed_child_gives_a_shells_code() -> None:
 LEAVING_NODE = """
 import sys
 from pathlib import Path
-from prune_opd.node import Supervisor
+from prune_opd.ranks.node import Supervisor
 supervisor = Supervisor()
 env = {"SLURM_NNODES": "2", "SLURM_NODEID": sys.argv[2], "SLURM_JOB_ID": "7"}
 print("up", flush=True)

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from prune_opd.config.memory_phases import Transition
 from prune_opd.megatron.offload import StorageMover
-from prune_opd.memory import Transition
 from prune_opd.platform import CPU, Platform
 
 MACHINE = Platform("cpu", CPU, "gloo")

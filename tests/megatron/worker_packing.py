@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from prune_opd import platform
 from prune_opd.config import Fp8Config, GateConfig, ObjectiveConfig, ParallelConfig, PrecisionConfig
-from prune_opd.setup import Run
+from prune_opd.run import Run
 from tests.distributed.tiny_run import made_up_rollouts, train_config
 
 LENGTHS = ((5, 9), (2, 1), (11, 32), (1, 17), (3, 2))  # of each row's prompt and response
@@ -64,7 +64,7 @@ def gradients(model: nn.Module, loss: Tensor) -> dict[str, Tensor]:
 
 def compare(student: Any, teacher: Any, batch: Any, rows: list[list[int]]) -> dict[str, Any]:
     """Hidden states, and the loss, gate and gradients of a whole distillation step, packed and padded."""
-    from prune_opd.fused_loss import distill_loss
+    from prune_opd.loss.distill import distill_loss
 
     real = sum(map(len, rows))
 
@@ -116,7 +116,7 @@ def fp8_step(layout: Any, machine: Any, models: Path, student: Any) -> dict[str,
     config = train_config(models, 1, precision=precision, parallel=ParallelConfig(tensor=1, microbatch_tokens=64))
     trainer = SimpleNamespace(chunks=[student])
     run = Run(**{**parts, "config": config, "layout": layout, "machine": machine, "trainer": trainer})
-    # As precision.py sets them; without Transformer Engine no such model can be built.
+    # As check/precision.py sets them; without Transformer Engine no such model can be built.
     student.config.fp8, student.config.fp8_recipe = "hybrid", "delayed"
     (batches,) = run.minibatches(made_up_rollouts())
     record = run.packing_record(made_up_rollouts())

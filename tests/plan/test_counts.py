@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from prune_opd.model_spec import ModelSpec
+from prune_opd.model_spec import ModelSpec, published
 from prune_opd.plan.counts import (
     Layout,
     active_parameters,
@@ -16,7 +16,6 @@ from prune_opd.plan.counts import (
     parameters,
     touched_parameters,
 )
-from prune_opd.shapes import published
 
 # Parameters in billions (model cards; arXiv 2505.09388). The cards of the R1-Distill models say 1.5B and 7B; these are
 # the numbers of their files, whose heads are not tied.

@@ -7,9 +7,10 @@ from dataclasses import replace
 import pytest
 
 from prune_opd.config import TrainConfig
+from prune_opd.config.overrides import apply_overrides
+from prune_opd.config.recipe import load_recipe
 from prune_opd.errors import ConfigError
 from prune_opd.plan.lengths import Lengths, assumptions, mean_horizon
-from prune_opd.recipe import apply_overrides, load_recipe
 
 
 def recipe(*overrides: str) -> TrainConfig:

@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from prune_opd.cli import app
+from prune_opd.cli.main import app
 from prune_opd.config import TrainConfig
-from prune_opd.recipe import list_recipes, load_recipe, save_config
+from prune_opd.config.recipe import list_recipes, load_recipe
+from prune_opd.config.yaml import save_config
 from tests.fake_models import train_config, write_model
 
 SMALL = "r1_1_5b_from_justrl_8xh100"
@@ -71,7 +72,7 @@ def test_recipes_are_listed_with_models_gpus_and_hours() -> None:
 def test_a_recipe_outside_the_repository_is_checked_and_planned_by_its_path(tmp_path: Path) -> None:
     config = train_config(write_model(tmp_path / "student"), write_model(tmp_path / "teacher"))
     save_config(config, tmp_path / "mine.yaml")
-    source = "from pathlib import Path\nfrom prune_opd.recipe import load_config\n"
+    source = "from pathlib import Path\nfrom prune_opd.config.yaml import load_config\n"
     source += f"def mine():\n    return load_config(Path({str(tmp_path / 'mine.yaml')!r}))\n"
     (tmp_path / "mine.py").write_text(source)
     path = tmp_path / "mine.py"

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from prune_opd.check_machine import compiler_problems
+from prune_opd.check.machine import compiler_problems
 from prune_opd.config import RolloutConfig
 from tests.distributed.ranks import read_ranks, run_ranks
 from tests.distributed.tiny_run import write_pair

@@ -1,4 +1,4 @@
-"""The settings of precision.py in the real config objects, and FP8 rollouts as far as a CPU has them."""
+"""The settings of check/precision.py in the real config objects, and FP8 rollouts as far as a CPU has them."""
 
 from __future__ import annotations
 

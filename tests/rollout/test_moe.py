@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from prune_opd.check_machine import compiler_problems
+from prune_opd.check.machine import compiler_problems
 from prune_opd.config import RolloutConfig
 from tests.distributed.ranks import run_ranks
 

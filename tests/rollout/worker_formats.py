@@ -17,9 +17,10 @@ import torch
 
 from prune_opd import platform
 from prune_opd.config import Fp8Config, ParallelConfig, RolloutConfig
-from prune_opd.config_precision import KV_CACHE_DTYPES, QUANTIZATIONS
+from prune_opd.config.rollout import KV_CACHE_DTYPES, QUANTIZATIONS
 from prune_opd.errors import UserError
-from prune_opd.precision import ddp_arguments, optimizer_arguments, rollout_arguments, transformer_arguments
+from prune_opd.megatron.precision import ddp_arguments, optimizer_arguments, transformer_arguments
+from prune_opd.rollout.precision import rollout_arguments
 from tests.rollout.worker_engine import make_prompts
 
 FP8S = {

@@ -18,7 +18,7 @@ import torch
 from prune_opd import platform
 from prune_opd.config import GateConfig, InflightConfig, ParallelConfig, RolloutConfig
 from prune_opd.data.prompt import Prompt
-from prune_opd.gated_loss import gated_loss
+from prune_opd.loss.training_loss import gated_loss
 from prune_opd.rollout.batch import Response, Rollouts
 from tests.distributed.tiny_run import build_run, train_config
 from tests.models import VOCAB
@@ -98,7 +98,7 @@ class Drifting:
 
 def scripted(run: Any, engine: Any) -> dict[str, Any]:
     """Both rows have begun with eight tokens: the script of the first is in them, most of the second's after them."""
-    from prune_opd.inflight import InflightGate
+    from prune_opd.inflight.gate import InflightGate
 
     inflight = InflightConfig(mode="gate", first_check=8)
     run.config = replace(run.config, gate=GATE, rollout=replace(run.config.rollout, inflight=inflight))

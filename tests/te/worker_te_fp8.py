@@ -20,7 +20,7 @@ stub.install()
 
 from prune_opd import platform  # noqa: E402
 from prune_opd.config import Fp8Config, ParallelConfig  # noqa: E402
-from prune_opd.precision import transformer_arguments  # noqa: E402
+from prune_opd.megatron.precision import transformer_arguments  # noqa: E402
 
 FP8S = {
     "delayed": Fp8Config("hybrid", "delayed", amax_history=7),

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from synthetic import evaluation_record, step_record
 
-from prune_opd.check import check_train
+from prune_opd.check.run import check_train
 from prune_opd.config import HorizonConfig, TrackConfig, TrainConfig
 from prune_opd.track.tensorboard_log import PIN, TensorBoardLog, tensorboard_problems
 from prune_opd.track.tracker import Tracker

@@ -15,8 +15,8 @@ import torch
 from synthetic import evaluation_record, sample_record, step_record, write_run
 
 from prune_opd.config import HorizonConfig, TrackConfig, TrainConfig, to_dict
+from prune_opd.loss.stats import BatchStats
 from prune_opd.rollout.batch import Rollouts
-from prune_opd.stats import BatchStats
 from prune_opd.track import wandb_log
 from prune_opd.track.metrics import FILE_NAME, read_metrics
 from prune_opd.track.tracker import NullTracker, Tracker

@@ -1,0 +1,250 @@
+"""One measurement of the loss: one contender, forward and backward, in a process of its own.
+
+    python -m benchmarks.loss.measure CONTENDER --tokens N --vocab V … --json FILE
+
+    ours            distill_loss with its default gate and objective
+    ours_no_buffer  the same, where the weight has no gradient buffer yet: it allocates and returns its own gradient
+    naive           the same loss written plainly: fp32 logits of all tokens × vocabulary of both models, autograd
+    trl             TRL's GKD loss at beta = 1 (reverse KL over the whole vocabulary: another loss), on the same logits
+    floor           the matrix products of `ours` alone, in the same chunks: no loss can do without them
+
+As in training, the weight's gradient buffer is there before the loss (but for `ours_no_buffer`), and every contender
+adds its gradient to it: autograd to `.grad`, ours through `weight_grad`. Likewise the loss that is back-propagated is
+the sum over the tokens.
+
+How memory is measured. The inputs are made, and the contender runs once on a toy input, so that libraries, threads
+and their buffers are there. Then the kernel's peak of this process's resident memory (VmHWM) is reset; a whole call
+follows, and `extra` is the peak less what was resident before it: everything beyond the inputs and that buffer. The
+allocator has kept nothing that could hide memory: blocks of this size are mapped when they are asked for and unmapped
+when they are freed.
+
+How time is measured. That first call pays for cold caches; the calls after it are timed, wall clock and CPU time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from prune_opd.config import GateConfig, ObjectiveConfig
+from prune_opd.loss.distill import distill_loss
+from prune_opd.method.gate import apply_gate_packed, overlap_events, overlap_ratio
+
+RESPONSES = 4  # that the tokens are split into
+
+
+class Inputs(NamedTuple):
+    """What the loss takes. The student's two tensors want gradients; the weight's `.grad` is its buffer, if any."""
+
+    student_hidden_NH: Tensor
+    student_weight_VH: Tensor
+    teacher_hidden_NH: Tensor
+    teacher_weight_VH: Tensor
+    sampled_ids_N: Tensor
+    cu_seqlens: list[int]
+    chunk: int
+
+
+# ---------------------------------------------------------------------------------------------------- contenders
+
+
+def ours(x: Inputs) -> Tensor | None:
+    """distill_loss as a training step calls it, but for the chunk size."""
+    vocab_size = len(x.student_weight_VH)
+    # fmt: off
+    loss_sum, tokens, _ = distill_loss(
+        x.student_hidden_NH, x.student_weight_VH, x.teacher_hidden_NH, x.teacher_weight_VH, x.sampled_ids_N,
+        x.cu_seqlens, gate=GateConfig(), objective=ObjectiveConfig(), vocab_size=vocab_size, chunk=x.chunk,
+        weight_grad=x.student_weight_VH.grad,
+    )
+    # fmt: on
+    loss_sum.backward()
+    return loss_sum.detach() / tokens
+
+
+def naive(x: Inputs) -> Tensor | None:
+    """The same loss from method.md, line by line. Nothing is held longer than autograd or the next line needs it."""
+    gate, k = GateConfig(), ObjectiveConfig().k
+    student_logp_NV = (x.student_hidden_NH @ x.student_weight_VH.t()).float().log_softmax(dim=-1)
+    with torch.no_grad():
+        teacher_logp_NV = (x.teacher_hidden_NH @ x.teacher_weight_VH.t()).float().log_softmax(dim=-1)
+        student_ids_NK = student_logp_NV.topk(k, dim=-1).indices
+        teacher_ids_NK = teacher_logp_NV.topk(k, dim=-1).indices
+        event_N = overlap_events(overlap_ratio(student_ids_NK, teacher_ids_NK), gate.k, gate.threshold)
+        weight_N = apply_gate_packed(event_N, x.cu_seqlens, gate).weight_BT
+        teacher_at_NK = teacher_logp_NV.gather(1, student_ids_NK)
+        del teacher_logp_NV
+    student_at_NK = student_logp_NV.gather(1, student_ids_NK)
+    del student_logp_NV  # autograd has it
+    fixed_NK = student_at_NK.detach()
+    reward_NK = -weight_N[:, None] * fixed_NK.softmax(dim=-1) * (fixed_NK - teacher_at_NK)
+    loss_sum = -(reward_NK * student_at_NK).sum()
+    loss_sum.backward()
+    return loss_sum.detach() / len(x.sampled_ids_N)
+
+
+def trl(x: Inputs) -> Tensor | None:
+    """TRL's GKD loss, called as its trainer does: on both models' logits, [1, N, V]."""
+    from trl.experimental.gkd import GKDTrainer  # type: ignore[import-not-found]  # in .venv-bench
+
+    student_logits_1NV = (x.student_hidden_NH @ x.student_weight_VH.t()).unsqueeze(0)
+    with torch.no_grad():
+        teacher_logits_1NV = (x.teacher_hidden_NH @ x.teacher_weight_VH.t()).unsqueeze(0)
+    tokens = len(x.sampled_ids_N)
+    loss = GKDTrainer.generalized_jsd_loss(student_logits_1NV, teacher_logits_1NV, beta=1.0, num_items_in_batch=tokens)
+    del student_logits_1NV, teacher_logits_1NV
+    loss.backward()
+    return loss
+
+
+@torch.no_grad()
+def floor(x: Inputs) -> Tensor | None:
+    """Both models' logits and the student's two gradients, of logits that stand for their own gradient."""
+    student_logits_CV = x.student_weight_VH.new_empty(x.chunk, len(x.student_weight_VH))
+    teacher_logits_CV = x.teacher_weight_VH.new_empty(x.chunk, len(x.teacher_weight_VH))
+    grad_hidden_NH, grad_weight_VH = torch.empty_like(x.student_hidden_NH), x.student_weight_VH.grad
+    assert grad_weight_VH is not None
+    for begin in range(0, len(x.sampled_ids_N), x.chunk):
+        part = slice(begin, begin + x.chunk)
+        student_hidden_CH, teacher_hidden_CH = x.student_hidden_NH[part], x.teacher_hidden_NH[part]
+        logits_CV = student_logits_CV[: len(student_hidden_CH)]
+        torch.mm(student_hidden_CH, x.student_weight_VH.t(), out=logits_CV)
+        torch.mm(teacher_hidden_CH, x.teacher_weight_VH.t(), out=teacher_logits_CV[: len(teacher_hidden_CH)])
+        torch.mm(logits_CV, x.student_weight_VH, out=grad_hidden_NH[part])
+        grad_weight_VH.addmm_(logits_CV.t(), student_hidden_CH)
+    x.student_hidden_NH.grad = grad_hidden_NH
+    return None
+
+
+CONTENDERS: dict[str, Callable[[Inputs], Tensor | None]] = {
+    "ours": ours,
+    "ours_no_buffer": ours,
+    "naive": naive,
+    "trl": trl,
+    "floor": floor,
+}
+
+
+# ---------------------------------------------------------------------------------------------------- measuring
+
+
+def make_inputs(tokens: int, vocab: int, student_size: int, teacher_size: int, chunk: int, seed: int = 0) -> Inputs:
+    """A student that sees a part of what its teacher sees: both models' top-k share some ids, as in training."""
+    random = torch.Generator().manual_seed(seed)
+    teacher_hidden_NH = torch.randn(tokens, teacher_size, generator=random)
+    teacher_weight_VH = torch.randn(vocab, teacher_size, generator=random).mul_(2 * teacher_size**-0.5)
+    teacher_hidden_NH[:, student_size:] /= 4
+    student_hidden_NH = teacher_hidden_NH[:, :student_size].clone()
+    student_weight_VH = teacher_weight_VH[:, :student_size].clone()
+    sampled_ids_N = torch.randint(vocab, (tokens,), generator=random)
+    cu_seqlens = [tokens * response // RESPONSES for response in range(RESPONSES + 1)]
+    # fmt: off
+    return Inputs(
+        student_hidden_NH.requires_grad_(), student_weight_VH.requires_grad_(), teacher_hidden_NH, teacher_weight_VH,
+        sampled_ids_N, cu_seqlens, chunk,
+    )
+    # fmt: on
+
+
+def measure(contender: str, inputs: Inputs, repeats: int) -> dict[str, object]:
+    """Memory of one call, time of `repeats` more, and what they computed."""
+    run, buffered = CONTENDERS[contender], contender != "ours_no_buffer"
+    student_size, teacher_size = inputs.student_hidden_NH.shape[1], inputs.teacher_hidden_NH.shape[1]
+    toy = make_inputs(2 * RESPONSES, 64, student_size, teacher_size, RESPONSES)
+    _forget_gradients(toy, buffered)
+    run(toy)
+
+    _forget_gradients(inputs, buffered)
+    before = reset_peak()
+    loss = run(inputs)
+    extra = peak_memory() - before
+    gradients = [inputs.student_hidden_NH.grad, inputs.student_weight_VH.grad]
+    norms = [gradient.norm().item() for gradient in gradients if gradient is not None]
+
+    wall, cpu = [], []
+    for _ in range(repeats):
+        _forget_gradients(inputs, buffered)
+        wall_start, cpu_start = time.perf_counter(), cpu_time()
+        run(inputs)
+        wall.append(time.perf_counter() - wall_start)
+        cpu.append(cpu_time() - cpu_start)
+    return {
+        "extra_bytes": extra,
+        "wall_s": wall,
+        "cpu_s": cpu,
+        "loss": None if loss is None else loss.item(),
+        "grad_norms": None if loss is None else norms,
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+    }
+
+
+def _forget_gradients(inputs: Inputs, buffered: bool) -> None:
+    """No gradient of the hidden states; the weight's buffer, if it has one, in memory and at zero."""
+    inputs.student_hidden_NH.grad = None
+    weight_VH = inputs.student_weight_VH
+    if not buffered:
+        weight_VH.grad = None
+    elif weight_VH.grad is None:
+        weight_VH.grad = torch.empty_like(weight_VH).zero_()  # torch.zeros would leave its pages to the first write
+    else:
+        weight_VH.grad.zero_()
+
+
+def _resident(field: str) -> int:
+    """A line of /proc/self/status in bytes."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(field + ":"):
+            return int(line.split()[1]) * 1024
+    raise OSError(f"/proc/self/status has no {field}")
+
+
+def reset_peak() -> int:
+    """Start the kernel's peak anew, and return the resident memory it starts from."""
+    Path("/proc/self/clear_refs").write_text("5")
+    return _resident("VmRSS")
+
+
+def peak_memory() -> int:
+    return _resident("VmHWM")
+
+
+def cpu_time() -> float:
+    usage = resource.getrusage(resource.RUSAGE_SELF)
+    return usage.ru_utime + usage.ru_stime
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Measure one contender of `prune-opd bench loss`.")
+    parser.add_argument("contender", choices=CONTENDERS)
+    parser.add_argument("--tokens", type=int, default=2048)
+    parser.add_argument("--vocab", type=int, default=32000)
+    parser.add_argument("--student-size", type=int, default=256)
+    parser.add_argument("--teacher-size", type=int, default=512)
+    parser.add_argument("--chunk", type=int, default=64)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--repeats", type=int, default=1)
+    parser.add_argument("--json", type=Path, help="where the result goes (default: stdout)")
+    args = parser.parse_args()
+
+    # Should memory run out, this process is to be the one that goes.
+    Path("/proc/self/oom_score_adj").write_text("1000")
+    torch.set_num_threads(args.threads)
+    inputs = make_inputs(args.tokens, args.vocab, args.student_size, args.teacher_size, args.chunk)
+    text = json.dumps(measure(args.contender, inputs, args.repeats))
+    if args.json is None:
+        print(text)
+    else:
+        args.json.write_text(text)
+
+
+if __name__ == "__main__":
+    main()

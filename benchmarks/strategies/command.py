@@ -1,0 +1,137 @@
+"""`prune-opd bench strategies`: the papers' comparison on the tiny pairs, every method from the same start.
+
+strategies_plan.py      the methods, as changes of full OPD, and the order of the runs
+strategies_runs.py      one process a run, resumable
+strategies_results.py   the rows of the tables, and whether the targets were reached
+strategies_charts.py    accuracy against cost, dynamics, sweeps
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from benchmarks.loss.command import environment
+from benchmarks.strategies.plan import (
+    FIRST_SEED,
+    METHODS,
+    Settings,
+    choose,
+    missing,
+    pair_recipe,
+    plan,
+    sweep_plan,
+)
+from benchmarks.strategies.results import in_points, markdown, pair_rows, sweep_rows, verdicts
+from benchmarks.strategies.runs import collect, run_all, write_json
+from prune_opd.check.run import check_train
+from prune_opd.errors import ConfigError, UserError
+
+PAIRS = ("tiny_compatible", "tiny_drift")
+QUICK = Settings(problems=8, problems_between=4, evaluations=1, steps=2, prompts=4)
+QUICK_METHODS = ["full", "prune", "random"]
+
+Pairs = Annotated[list[str] | None, typer.Argument(metavar="[PAIR …]", help=f"Recipes; {' and '.join(PAIRS)} if none.")]
+Seeds = Annotated[int, typer.Option(min=1, help="Runs of every method on every pair.")]
+Methods = Annotated[list[str] | None, typer.Option(help="One of the methods, more often for more; all if none.")]
+Jobs = Annotated[int, typer.Option(min=1, help="Runs side by side, one core each.")]
+Steps = Annotated[int | None, typer.Option(min=1, help="Of every run.", show_default="the recipe's")]
+OnlyFinished = Annotated[bool, typer.Option("--only-finished", help="Run nothing: draw what is finished.")]
+SweepSeeds = Annotated[int, typer.Option(min=0, help="Runs of every point of the γ and k sweeps, on the last pair.")]
+
+
+def run(
+    path: Path,
+    quick: bool,
+    pairs: Pairs = None,
+    seeds: Seeds = 3,
+    methods: Methods = None,
+    jobs: Jobs = 2,
+    steps: Steps = None,
+    sweep_seeds: SweepSeeds = 1,
+    only_finished: OnlyFinished = False,
+) -> int:
+    """Run what is not there yet in the folder beside `path`; write JSON, HTML, PNGs and markdown. Returns 0.
+
+    Raises ConfigError or UserError before the first run for a pair or a method that cannot run.
+    """
+    console, began, load = Console(), time.time(), os.getloadavg()
+    settings = QUICK if quick else Settings(steps=steps)
+    if jobs > len(os.sched_getaffinity(0)):
+        raise ConfigError(f"--jobs {jobs} is more than this process has cores ({len(os.sched_getaffinity(0))})")
+    recipes = {pair: pair_recipe(pair) for pair in dict.fromkeys(pairs or PAIRS)}
+    chosen = choose(QUICK_METHODS if quick and not methods else methods)
+    numbers = [FIRST_SEED + i for i in range(1 if quick else seeds)]
+    specs = plan(recipes, chosen, numbers, settings)
+    swept_pair = list(recipes)[-1]
+    swept_seeds = [] if quick or "prune" not in {method.name for method in chosen} else numbers[:sweep_seeds]
+    specs += sweep_plan(swept_pair, recipes[swept_pair], swept_seeds, settings)
+    folder = path.with_suffix("")
+    problems = {line for spec in specs for line in check_train(spec.config, 1, None, "never")}
+    if problems:
+        raise UserError("\n".join(sorted(problems)))
+
+    results = collect(specs, folder) if only_finished else run_all(specs, folder, jobs, console)
+    if not results:
+        raise UserError(f"{folder} has no finished run of these settings: leave out --only-finished")
+    found: dict[str, Any] = {}
+    for pair, recipe in recipes.items():
+        rows = pair_rows(pair, chosen, results)
+        judged = [] if quick else verdicts(pair, recipe.horizon.max_len, rows)
+        found[pair] = {
+            "max_len": recipe.horizon.max_len,
+            "steps": settings.steps or recipe.steps,
+            "rows": rows,
+            "verdicts": [{**asdict(verdict), "text": str(verdict)} for verdict in judged],
+            "skipped": {method.title: missing(method) for method in METHODS if missing(method)},
+        }
+        text = markdown(pair, rows, judged, notes(found[pair], numbers, settings))
+        (folder / f"{pair}.md").write_text(text, encoding="utf-8")
+        console.print(text, markup=False, highlight=False, soft_wrap=True)
+    swept = sweep_rows(swept_pair, recipes[swept_pair], swept_seeds, results)
+    write_json(
+        path,
+        {
+            "benchmark": "strategies",
+            "quick": quick,
+            "settings": asdict(settings),
+            "seeds": numbers,
+            "jobs": jobs,
+            "environment": {**environment(), "load_average_before": load, "load_average_after": os.getloadavg()},
+            "seconds": time.time() - began,
+            "pairs": found,
+            "sweeps": {"pair": swept_pair, "seeds": swept_seeds, "rows": swept},
+        },
+    )
+    from benchmarks.strategies.charts import write_charts  # matplotlib: only now
+
+    console.print(f"{path}, {write_charts(path)}", soft_wrap=True)
+    return 0
+
+
+def notes(pair: dict[str, Any], seeds: list[int], settings: Settings) -> list[str]:
+    """What a reader of a table must know."""
+    lines = [
+        f"{len(seeds)} seeds, {pair['steps']} steps, one rank on one core a run; accuracy on {settings.problems} fresh "
+        "problems a seed at T = 1, mean ± standard error over the seeds; tokens are response tokens, seconds CPU (wall "
+        "clock) of the whole training; saved: against full OPD of the same seed, seconds = rollout + teacher + train.",
+        *(
+            f"Before: {row['accuracy_before']:.1%} on the first {settings.problems_between}."
+            for row in pair["rows"][:1]
+        ),
+    ]
+    lines += [
+        f"{row['title']}: {in_points(row['gaps'][other])} points to the method whose windows it replays (same seeds)."
+        for row in pair["rows"]
+        for other in row["gaps"]
+        if other != "full"
+    ]
+    partial = [row["title"] for row in pair["rows"] if len(row["seeds"]) < len(seeds)]
+    lines += [f"Not all seeds: {', '.join(partial)}."] if partial else []
+    return lines + [f"Not run: {title} ({why})." for title, why in pair["skipped"].items()]

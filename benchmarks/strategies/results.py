@@ -1,0 +1,265 @@
+"""What the runs of the comparison say: one row a method and pair, against full OPD, and the verdicts on the targets.
+
+Means are over seeds, with the standard error of the mean; savings are against full OPD of the same seed. So are gaps in
+accuracy: runs of one seed share data and problems, so their difference is known better than either accuracy.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from statistics import fmean, stdev
+from typing import Any
+
+from benchmarks.strategies.plan import SWEEPS, Method, RunSpec, swept_method
+from prune_opd.config import TrainConfig
+from prune_opd.track.metrics import Record, task_names, total
+
+Result = tuple[RunSpec, list[Record], list[Record]]
+PHASES = ("sync", "rollout", "teacher", "train")
+COST = ("rollout", "teacher", "train")  # what training costs: the target's definition
+PRUNING = ("prune", "prune_w0", "prune_paper", "prune_top_p", "marginal", "marginal_paper", "inflight")
+TRUNCATED = ("topd_10", "topd_25", "fixed", "full")  # fixed windows, from the shortest to all
+SAVED, MOST_COST = 0.376, 1.05  # the targets
+
+
+@dataclass(frozen=True)
+class Verdict:
+    pair: str
+    method: str
+    target: str
+    reached: bool
+    numbers: str
+
+    def __str__(self) -> str:
+        return f"{'reached' if self.reached else 'missed'}: {self.pair}, {self.method}: {self.target}: {self.numbers}"
+
+
+def mean_and_error(values: Sequence[float]) -> tuple[float, float | None]:
+    """Mean and its standard error; None for one value."""
+    return fmean(values), stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
+
+
+def generated(steps: list[Record]) -> float:
+    """Response tokens that were generated, those included that an in-flight stop threw away."""
+    return total(steps, "tokens_generated") + total(steps, "tokens_dropped")
+
+
+def run_numbers(steps: list[Record], evaluations: list[Record]) -> dict[str, Any]:
+    """One run: accuracy before and after, costs, and the curves over its steps and evaluations."""
+    (task,) = task_names(evaluations[-1])
+    key = f"eval_{task}"
+    curve = []
+    for line in evaluations:
+        before = [record for record in steps if record["step"] <= line["step"]]
+        curve.append(
+            {
+                "step": line["step"],
+                "accuracy": line[key],
+                "tokens": generated(before),
+                "cpu_s": sum(total(before, f"cpu_{phase}") for phase in COST),
+            }
+        )
+    return {
+        "accuracy_before": evaluations[0][key],
+        "accuracy": evaluations[-1][key],
+        "accuracy_stderr_of_problems": evaluations[-1][f"{key}_stderr"],
+        "response_length": evaluations[-1]["eval_response_length"],
+        "tokens_generated": generated(steps),
+        "tokens_trained": total(steps, "tokens_trained"),
+        "wall_s": sum(total(steps, f"time_{phase}") for phase in COST),
+        "cpu_s": sum(total(steps, f"cpu_{phase}") for phase in COST),
+        "phases_wall_s": {phase: total(steps, f"time_{phase}") for phase in PHASES},
+        "phases_cpu_s": {phase: total(steps, f"cpu_{phase}") for phase in PHASES},
+        "final_horizon": steps[-1]["horizon"],
+        "curve": curve,
+        "horizon": [record["horizon"] for record in steps],
+        "overlap": [record["overlap"] for record in steps],
+        "event_rate": [record["event_rate"] for record in steps],
+        "overlap_by_position": [steps[0]["overlap_by_position"], steps[-1]["overlap_by_position"]],
+    }
+
+
+def pair_rows(pair: str, methods: Iterable[Method], results: Sequence[Result]) -> list[dict[str, Any]]:
+    """A row for every method that ran on the pair, with its seeds' numbers."""
+    runs = {
+        (spec.method.name, spec.seed): run_numbers(steps, evaluations)
+        for spec, steps, evaluations in results
+        if spec.pair == pair
+    }
+    rows = []
+    for method in methods:
+        seeds = sorted(seed for name, seed in runs if name == method.name)
+        if not seeds:
+            continue
+        mine = [runs[method.name, seed] for seed in seeds]
+        row: dict[str, Any] = {"method": method.name, "title": method.title, "seeds": seeds, "runs": mine}
+        for name in ("accuracy", "accuracy_before", "tokens_generated", "tokens_trained", "wall_s", "cpu_s"):
+            row[name], row[f"{name}_stderr"] = mean_and_error([run[name] for run in mine])
+        for kind in ("phases_wall_s", "phases_cpu_s"):
+            row[kind] = {phase: fmean(run[kind][phase] for run in mine) for phase in PHASES}
+        for name in ("tokens_generated", "wall_s", "cpu_s"):
+            saved = [
+                1 - runs[method.name, seed][name] / runs["full", seed][name] for seed in seeds if ("full", seed) in runs
+            ]
+            row[f"saved_{name}"] = fmean(saved) if saved else None
+        others = [other for other in ("full", method.windows_of) if other is not None and other != method.name]
+        row["gaps"] = {other: gap for other in others if (gap := _gap(runs, method.name, other, seeds)) is not None}
+        row["final_horizons"] = [run["final_horizon"] for run in mine]
+        rows.append(row)
+    return rows
+
+
+def _gap(
+    runs: dict[tuple[str, int], dict[str, Any]], name: str, other: str, seeds: Iterable[int]
+) -> tuple[float, float | None] | None:
+    """Accuracy above that of another method, over the seeds that both have; None without one."""
+    gaps = [runs[name, seed]["accuracy"] - runs[other, seed]["accuracy"] for seed in seeds if (other, seed) in runs]
+    return mean_and_error(gaps) if gaps else None
+
+
+def sweep_rows(
+    pair: str, recipe: TrainConfig, seeds: Sequence[int], results: Sequence[Result]
+) -> dict[str, list[dict[str, Any]]]:
+    """The rows of every sweep in the order of its values, over `seeds`."""
+    of_seeds = [result for result in results if result[0].seed in seeds]
+    swept = {spec.method.name: spec.method for spec, _, _ in of_seeds if spec.pair == pair}
+    by_name = {row["method"]: row for row in pair_rows(pair, swept.values(), of_seeds)}
+    sweeps: dict[str, list[dict[str, Any]]] = {}
+    for name, points in SWEEPS.items() if seeds else ():
+        for point in points:
+            value = point.k if point.threshold is None else point.threshold
+            row = by_name.get(swept_method(recipe, point).name)
+            if row is not None:
+                sweeps.setdefault(name, []).append({**row, "value": value})
+    return sweeps
+
+
+# ---------------------------------------------------------------------------------------------------- verdicts
+
+
+def verdicts(pair: str, max_len: int, rows: Sequence[dict[str, Any]]) -> list[Verdict]:
+    """The targets of a drift pair (it has "drift" in its name) or of a compatible one, for every pruning method."""
+    by_name = {row["method"]: row for row in rows if row["saved_cpu_s"] is not None}  # some seed has full OPD too
+    judge = _drift_verdicts if "drift" in pair else _compatible_verdicts
+    return [verdict for name in PRUNING if name in by_name for verdict in judge(pair, max_len, by_name, by_name[name])]
+
+
+def _drift_verdicts(pair: str, max_len: int, by_name: dict[str, Any], row: dict[str, Any]) -> list[Verdict]:
+    full, name = by_name["full"], row["method"]
+    error = full["accuracy_stderr"] or 0.0
+    found = [
+        Verdict(pair, name, f"saves ≥ {SAVED:.1%} of {what}", row[key] >= SAVED, f"{row[key]:.1%}{beside}")
+        for what, key, beside in (
+            ("training CPU seconds", "saved_cpu_s", f" (wall clock {row['saved_wall_s']:.1%})"),
+            ("generated tokens", "saved_tokens_generated", ""),
+        )
+    ]
+    found.append(
+        Verdict(
+            pair,
+            name,
+            "accuracy not below full OPD's by more than its standard error",
+            row["accuracy"] >= full["accuracy"] - error,
+            f"{row['accuracy']:.1%} against {full['accuracy']:.1%} ± {error:.1%}",
+        )
+    )
+    truncated = truncation_at(row["tokens_generated"], by_name)
+    if truncated is not None:
+        numbers = f"{row['accuracy']:.1%} against {truncated:.1%} at {row['tokens_generated']:,.0f} tokens"
+        target = "at least as accurate as a fixed window (TOPD, between the windows that ran) at equal tokens"
+        found.append(Verdict(pair, name, target, row["accuracy"] >= truncated, numbers))
+    return found
+
+
+def _compatible_verdicts(pair: str, max_len: int, by_name: dict[str, Any], row: dict[str, Any]) -> list[Verdict]:
+    full, name = by_name["full"], row["method"]
+    opened = all(horizon == max_len for horizon in row["final_horizons"])
+    cpu, tokens = 1 - row["saved_cpu_s"], 1 - row["saved_tokens_generated"]
+    error = math.hypot(row["accuracy_stderr"] or 0.0, full["accuracy_stderr"] or 0.0)
+    gap = row["accuracy"] - full["accuracy"]
+    return [
+        Verdict(pair, name, f"the window opens to {max_len}", opened, f"last windows {row['final_horizons']}"),
+        Verdict(
+            pair,
+            name,
+            "cost at most 5 % above full OPD's",
+            max(cpu, tokens) <= MOST_COST,
+            f"{cpu:.2f} of its CPU seconds, {tokens:.2f} of its tokens",
+        ),
+        Verdict(
+            pair,
+            name,
+            "accuracy equal to full OPD's within the standard error of the difference, or above",
+            gap >= -error,
+            f"{row['accuracy']:.1%} against {full['accuracy']:.1%} (± {error:.1%})",
+        ),
+    ]
+
+
+def truncation_at(tokens: float, by_name: dict[str, Any]) -> float | None:
+    """Accuracy of a fixed window that costs so many generated tokens: linear between the two that enclose it."""
+    points = sorted((by_name[n]["tokens_generated"], by_name[n]["accuracy"]) for n in TRUNCATED if n in by_name)
+    if not points:
+        return None
+    if tokens <= points[0][0]:
+        return float(points[0][1])
+    for (x0, y0), (x1, y1) in pairwise(points):
+        if tokens <= x1:
+            return float(y0 + (y1 - y0) * (tokens - x0) / (x1 - x0)) if x1 > x0 else float(max(y0, y1))
+    return float(points[-1][1])
+
+
+# ---------------------------------------------------------------------------------------------------- tables
+
+Cell = Callable[[dict[str, Any]], str]
+COLUMNS: dict[str, Cell] = {
+    "method": lambda row: row["title"],
+    "accuracy": lambda row: with_error(row["accuracy"], row["accuracy_stderr"]),
+    "points to full OPD": lambda row: in_points(row["gaps"].get("full")),
+    "generated": lambda row: f"{row['tokens_generated'] / 1e3:,.0f} k",
+    "trained": lambda row: f"{row['tokens_trained'] / 1e3:,.0f} k",
+    "rollout s": lambda row: _seconds(row, "rollout"),
+    "teacher s": lambda row: _seconds(row, "teacher"),
+    "train s": lambda row: _seconds(row, "train"),
+    "tokens saved": lambda row: share(row["saved_tokens_generated"]),
+    "CPU s saved": lambda row: share(row["saved_cpu_s"]),
+    "wall s saved": lambda row: share(row["saved_wall_s"]),
+    "last window": lambda row: f"{fmean(row['final_horizons']):.0f}",
+}
+"""Of a table: accuracy, and its gap to full OPD's of the same seed, as mean ± standard error; seconds: CPU (wall)."""
+
+
+def with_error(value: float, error: float | None) -> str:
+    return f"{value:.1%}" + ("" if error is None else f" ± {100 * error:.1f}")
+
+
+def in_points(gap: Sequence[float | None] | None) -> str:
+    """A gap in accuracy as percentage points."""
+    if gap is None:
+        return "–"
+    value, error = gap
+    assert value is not None
+    return f"{100 * value:+.1f}" + ("" if error is None else f" ± {100 * error:.1f}")
+
+
+def share(value: float | None) -> str:
+    return "–" if value is None else f"{value:.1%}"
+
+
+def _seconds(row: dict[str, Any], phase: str) -> str:
+    return f"{row['phases_cpu_s'][phase]:.1f} ({row['phases_wall_s'][phase]:.1f})"
+
+
+def cells(rows: Sequence[dict[str, Any]]) -> list[list[str]]:
+    return [[cell(row) for cell in COLUMNS.values()] for row in rows]
+
+
+def markdown(title: str, rows: Sequence[dict[str, Any]], judged: Sequence[Verdict], notes: Sequence[str]) -> str:
+    """A table for a README with what it shows."""
+    lines = [f"### {title}", "", "| " + " | ".join(COLUMNS) + " |", "|---|" + "--:|" * (len(COLUMNS) - 1)]
+    lines += ["| " + " | ".join(row) + " |" for row in cells(rows)]
+    lines += ["", *(f"{note}  " for note in notes), "", *(f"- {verdict}" for verdict in judged), ""]
+    return "\n".join(lines)

@@ -1,0 +1,207 @@
+"""One measurement of `prune-opd bench fp8-noise`: one model against itself in other number formats.
+
+    python -m benchmarks.studies.fp8_noise.measure --model DIR --problems N --json FILE   its own rollouts (T = 1)
+    python -m benchmarks.studies.fp8_noise.measure --random HIDDEN,LAYERS,VOCAB --tokens N --json FILE
+
+Every variant of the model reads the same tokens. The top-k ids of each, overlap and events are the product's own
+(loss/vocab_parallel.py, method/gate.py), at the positions that predict a response token.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import tempfile
+from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.studies.fp8_noise.emulation import Recipe, emulated
+from prune_opd import platform
+from prune_opd.config import DataConfig, GateConfig, ModelShape, ParallelConfig, RolloutConfig
+from prune_opd.loss.vocab_parallel import OutputHead, topk
+from prune_opd.method.gate import overlap_events, overlap_ratio
+
+KS = (1, 2, 4, 8, 16)
+THRESHOLDS = (0.5, 0.6, 0.7, 0.8, 0.9)
+W_DROP = GateConfig.w_drop
+MICROBATCH = 2048  # tokens; one is the call of which delayed scaling keeps the largest values
+SEED = 20_000
+HEAD_CHUNK = 1024
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A number format of the model. The head is bf16 unless it says otherwise, as megatron-core's is."""
+
+    name: str
+    params: str = "bf16"
+    recipe: str | None = None
+    bf16_ends: int = 0
+    head: bool = False
+
+
+VARIANTS = (
+    Variant("fp32", params="fp32"),
+    Variant("bf16"),
+    Variant("tensorwise", recipe="tensorwise"),
+    Variant("delayed", recipe="delayed"),
+    Variant("blockwise", recipe="blockwise"),
+    Variant("tensorwise, ends bf16", recipe="tensorwise", bf16_ends=1),
+    Variant("blockwise, ends bf16", recipe="blockwise", bf16_ends=1),
+    Variant("tensorwise and head", recipe="tensorwise", head=True),
+    Variant("blockwise and head", recipe="blockwise", head=True),
+)
+# Who is compared with whom: the control, one side in FP8, both sides in FP8 but not the same.
+PAIRS = (
+    ("bf16", "fp32"),
+    *((variant.name, "bf16") for variant in VARIANTS[2:]),
+    ("tensorwise", "blockwise"),
+    ("delayed", "blockwise"),
+    ("tensorwise", "delayed"),
+)
+
+
+# ---------------------------------------------------------------------------------------------------- one variant
+
+
+class Measured:
+    """What one variant makes of the tokens: hidden_MH of the predicting positions, and its top-k ids."""
+
+    def __init__(self, variant: Variant, chunks: dict[str, Any], batches: Sequence[Any]) -> None:
+        model = chunks[variant.params]
+        recipe = Recipe(variant.recipe) if variant.recipe else None
+        with torch.no_grad():
+            with emulated(model, recipe, variant.bf16_ends) if recipe else nullcontext():
+                hiddens = [model(batch)[batch.predicting_M] for batch in batches]
+            self.hidden_MH = torch.cat(hiddens[1:])  # the first only warms up the delayed scales
+            hidden_MH, weight_VH = self.hidden_MH, model.head_weight()
+            if variant.head and recipe:
+                hidden_MH, weight_VH = recipe.input(hidden_MH, "head"), recipe.weight(weight_VH)
+            self.top_MK = top_ids(hidden_MH, weight_VH, model.spec.vocab_size)
+
+
+def top_ids(hidden_MH: Tensor, weight_VH: Tensor, vocab_size: int) -> Tensor:
+    """Ids of the largest max(KS) logits, best first, formed as the loss forms them."""
+    head = OutputHead("student", hidden_MH, weight_VH, 1.0, vocab_size, None)
+    head.allocate(min(HEAD_CHUNK, len(hidden_MH)), torch.float32)
+    parts = [slice(begin, begin + HEAD_CHUNK) for begin in range(0, len(hidden_MH), HEAD_CHUNK)]
+    return torch.cat([topk(head.logits(part), max(KS), head.shard).ids_NK for part in parts])
+
+
+# ---------------------------------------------------------------------------------------------------- comparing
+
+
+def compare(student: Measured, teacher: Measured) -> list[dict[str, Any]]:
+    """Overlap and events by k. `tokens_to_zero`: until a reliability that loses W_DROP an event is 0, at that rate."""
+    rows = []
+    for k in KS:
+        overlap_M = overlap_ratio(student.top_MK[:, :k], teacher.top_MK[:, :k])
+        rates = {g: overlap_events(overlap_M, k, g).double().mean().item() for g in THRESHOLDS}
+        low = torch.quantile(overlap_M.double(), torch.tensor([0.01, 0.05], dtype=torch.float64), interpolation="lower")
+        rows.append(
+            {
+                "k": k,
+                "overlap": overlap_M.double().mean().item(),
+                "overlap_q01": low[0].item(),
+                "overlap_q05": low[1].item(),
+                "event_rate": rates,
+                "tokens_to_zero": {g: math.ceil(1 / W_DROP) / rate if rate else None for g, rate in rates.items()},
+            }
+        )
+    return rows
+
+
+def measure(model_dir: Path, batches: Sequence[Any], layout: Any) -> dict[str, Any]:
+    from prune_opd.megatron.model import build, dtype_of
+
+    chunks = {
+        params: build(model_dir, layout.student, dtype_of(params), trainable=False)[0] for params in ("fp32", "bf16")
+    }
+    measured = {variant.name: Measured(variant, chunks, batches) for variant in VARIANTS}
+    reference_MH = measured["bf16"].hidden_MH.float()
+    spec = chunks["bf16"].spec
+    return {
+        "shape": {"layers": spec.layers, "hidden": spec.hidden, "ffn": spec.ffn, "vocabulary": spec.vocab_size},
+        "tokens": len(reference_MH),
+        "hidden_error": {  # relative to bf16
+            name: ((other.hidden_MH.float() - reference_MH).norm() / reference_MH.norm()).item()
+            for name, other in measured.items()
+        },
+        "pairs": [
+            {"student": student, "teacher": teacher, "by_k": compare(measured[student], measured[teacher])}
+            for student, teacher in PAIRS
+        ],
+    }
+
+
+# ---------------------------------------------------------------------------------------------------- tokens
+
+
+def own_rollouts(model_dir: Path, problems: int, max_len: int, machine: platform.Platform) -> tuple[Any, Any]:
+    """Prompts and the model's own responses on the ledger task, T = 1, as a training step would sample them."""
+    from transformers import AutoTokenizer
+
+    from prune_opd.data.prompts import held_out
+    from prune_opd.rollout.engine import RolloutEngine
+
+    tokenizer = AutoTokenizer.from_pretrained(model_dir)
+    data = DataConfig(source="ledger")
+    prompts = held_out(data, tokenizer, SEED, problems)
+    longest = max(len(prompt.ids) for prompt in prompts)
+    engine = RolloutEngine(str(model_dir), RolloutConfig(max_prompt_len=longest), max_len, torch.float32, machine)
+    rollouts = engine.generate(prompts, 1, max_len, SEED, 0)
+    return rollouts.prompt_ids, rollouts.response_ids
+
+
+def random_tokens(vocab: int, tokens: int, length: int = 128) -> tuple[Any, Any]:
+    draw = torch.Generator().manual_seed(SEED)
+    rows = [torch.randint(vocab, (length,), generator=draw).tolist() for _ in range(math.ceil(tokens / length))]
+    return [row[:8] for row in rows], [row[8:] for row in rows]
+
+
+def write_random(directory: Path, hidden: int, layers: int, vocab: int) -> None:
+    from prune_opd.testbed.sft import create_model
+
+    heads = max(hidden // 64, 2)
+    shape = ModelShape(layers, hidden, heads, heads // 2, 64, 3 * hidden)
+    create_model(directory, shape, seed=0, vocab=vocab)
+
+
+def main(arguments: Iterable[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description="Measure one model of `prune-opd bench fp8-noise`.")
+    parser.add_argument("--model", type=Path)
+    parser.add_argument("--random", help="HIDDEN,LAYERS,VOCAB of a model with random weights, on random tokens")
+    parser.add_argument("--problems", type=int, default=128)
+    parser.add_argument("--max-len", type=int, default=216)
+    parser.add_argument("--tokens", type=int, default=2048)
+    parser.add_argument("--microbatch", type=int, default=MICROBATCH)
+    parser.add_argument("--json", type=Path, required=True)
+    args = parser.parse_args(arguments)
+    machine = platform.prepare()
+    from prune_opd.megatron import layout as layouts
+    from prune_opd.megatron.packing import pack
+
+    layout = layouts.initialize(ParallelConfig(tensor=1), machine, seed=0)
+    with tempfile.TemporaryDirectory(prefix="prune-opd-") as folder:
+        model_dir = args.model
+        if model_dir is None:
+            hidden, layers, vocab = map(int, args.random.split(","))
+            model_dir = Path(folder)
+            write_random(model_dir, hidden, layers, vocab)
+            prompts, responses = random_tokens(vocab, args.tokens + args.microbatch)
+        else:
+            prompts, responses = own_rollouts(model_dir, args.problems, args.max_len, machine)
+        batches = pack(prompts, responses, range(len(prompts)), args.microbatch, machine.device)
+        result = {"torch": torch.__version__, **measure(model_dir, batches, layout)}
+    args.json.write_text(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,267 @@
+"""`prune-opd bench pair-check PAIR`: whether a tiny pair is an honest drift pair, in four tests.
+
+PAIR is a recipe that distils a ledger pair (tiny_compatible, tiny_drift). The recipe runs once with full rollouts and
+no gate; four models are measured on problems that no recipe was chosen on (pair_measure.py): the teacher, and the
+student before, after half of, and after that run.
+
+    1  the teacher beats the student before the run, on the whole task at T = 1
+    2  overlap on gold text is high at every position, for the student before the run
+    3  overlap on the student's own rollouts decays with position, and to below that on gold text
+    4  full OPD improves the student, and after half of it test 3 still holds: the later tokens were a waste
+
+A compatible pair is expected to fail the third. Exit code 1 if a test fails. Writes the JSON file and a PNG of curves.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from prune_opd.config import EvalConfig, TrainConfig
+from prune_opd.config.recipe import load_recipe
+from prune_opd.config.yaml import save_config
+from prune_opd.errors import ConfigError, UserError
+from prune_opd.ranks.launcher import start_ranks
+from prune_opd.track.metrics import FILE_NAME, read_metrics
+
+# Set before any pair was measured with this command.
+ERRORS_APART = 2.0  # accuracies differ if they are this many standard errors of their difference apart
+GOLD_OVERLAP = 0.65  # least overlap on gold text, at every position
+GOLD_EVENTS = 0.05  # and most events per token there
+DECAY = 0.10  # least fall of the overlap on own rollouts, first to last part; and its distance from gold text there
+LEAST_TOKENS = 200  # fewer in a part of the response, and its mean says nothing
+
+SEED = 30_000  # of the problems: neither a training run's nor an evaluation's
+Result = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What is measured. The defaults are the benchmark; QUICK only shows that it works."""
+
+    problems: int = 256
+    bins: int = 8
+    steps: int | None = None  # None: the recipe's
+
+
+QUICK = Settings(problems=8, steps=2)
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """One of the four tests: its numbers and whether they pass."""
+
+    test: str
+    passed: bool
+    numbers: str
+
+
+# ---------------------------------------------------------------------------------------------------- the tests
+
+
+def verdicts(models: Mapping[str, Result]) -> list[Verdict]:
+    """The four tests on the measurements of teacher, before, half and after (pair_measure.measure)."""
+    teacher, before, half, after = (models[name] for name in ("teacher", "before", "half", "after"))
+    gold, events = _filled(before["gold"], "overlap"), _filled(before["gold"], "events")
+    decays, how = decay(before)
+    still, how_half = decay(half)
+    learnt = _above(after, before)
+    return [
+        Verdict("1 teacher beats student", _above(teacher, before), f"{_percent(teacher)} against {_percent(before)}"),
+        Verdict(
+            "2 overlap high on gold text",
+            bool(gold) and min(gold) >= GOLD_OVERLAP and max(events) <= GOLD_EVENTS,
+            f"least {min(gold, default=math.nan):.2f}, most events {max(events, default=math.nan):.3f} a token",
+        ),
+        Verdict("3 overlap decays on own rollouts", decays, how),
+        Verdict(
+            "4 full OPD improves, drift at half time",
+            learnt and still,
+            f"{_percent(before)} to {_percent(after)}; at half time {how_half}",
+        ),
+    ]
+
+
+def decay(model: Result) -> tuple[bool, str]:
+    """Whether overlap on own rollouts falls by DECAY from first to last part and ends DECAY below gold text there."""
+    own, gold = model["own"], model["gold"]
+    parts = [i for i in _parts(own) if gold["tokens"][i] >= LEAST_TOKENS]
+    if len(parts) < 2:
+        return False, "too few tokens"
+    first, last = own["overlap"][parts[0]], own["overlap"][parts[-1]]
+    beside = gold["overlap"][parts[-1]]
+    text = f"{first:.2f} to {last:.2f}, on gold text {beside:.2f} there"
+    return min(first, beside) - last >= DECAY, text
+
+
+def _parts(curves: Result) -> list[int]:
+    return [i for i, tokens in enumerate(curves["tokens"]) if tokens >= LEAST_TOKENS]
+
+
+def _filled(curves: Result, name: str) -> list[float]:
+    return [curves[name][i] for i in _parts(curves)]
+
+
+def _above(better: Result, worse: Result) -> bool:
+    apart = better["accuracy"] - worse["accuracy"]
+    return bool(apart > ERRORS_APART * math.hypot(better["stderr"], worse["stderr"]))
+
+
+def _percent(model: Result) -> str:
+    return f"{model['accuracy']:.1%} ± {model['stderr']:.1%}"
+
+
+# ---------------------------------------------------------------------------------------------------- running
+
+
+def run(path: Path, quick: bool, pair: Annotated[str, typer.Argument(metavar="PAIR")]) -> int:
+    """Run the pair's full OPD, measure, write `path` and a PNG beside it. 1 if a test fails."""
+    settings = QUICK if quick else Settings()
+    config = full_opd(pair, settings)
+    path = path.with_name(f"{path.stem}-{config.name}.json")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    console = Console()
+    with tempfile.TemporaryDirectory(prefix="prune-opd-") as name:
+        folder = Path(name)
+        save_config(config, folder / "recipe.yaml")
+        save_config(replace(config, gate=None), folder / "full.yaml")
+        _ranks("train", folder / "full.yaml", "--run-dir", folder / "run")
+        half = folder / "run" / "checkpoints" / f"step_{config.checkpoint.every:06d}"
+        _ranks("export", half, folder / "half")
+        directories: dict[str, str | Path] = {
+            "teacher": config.teacher,
+            "before": config.student,
+            "half": folder / "half",
+            "after": folder / "run" / "hf",
+        }
+        models = {}
+        for model, directory in directories.items():
+            with console.status(f"measuring: {model}"):
+                models[model] = _measure(folder, directory, settings)
+        steps, _ = read_metrics(folder / "run" / FILE_NAME)
+    tests = verdicts(models)
+    totals = {
+        "steps": len(steps),
+        "tokens_generated": sum(step["tokens_generated"] for step in steps),
+        "time_step": sum(step["time_step"] for step in steps),
+    }
+    thresholds = {
+        "errors_apart": ERRORS_APART,
+        "gold_overlap": GOLD_OVERLAP,
+        "gold_events": GOLD_EVENTS,
+        "decay": DECAY,
+        "least_tokens": LEAST_TOKENS,
+    }
+    answer = {
+        "benchmark": "pair-check",
+        "pair": config.name,
+        "quick": quick,
+        "settings": asdict(settings),
+        "gate": asdict(config.gate) if config.gate else None,
+        "max_len": config.horizon.max_len,
+        "thresholds": thresholds,
+        "tests": [asdict(test) for test in tests],
+        "full_opd": totals,
+        "models": models,
+    }
+    path.write_text(json.dumps(answer, indent=1) + "\n", encoding="utf-8")
+    path.with_suffix(".png").write_bytes(_chart(config, models))
+    _print(config.name, tests, totals, console)
+    console.print(f"[bold]{path}[/]", soft_wrap=True)
+    return 0 if all(test.passed for test in tests) else 1
+
+
+def full_opd(pair: str, settings: Settings) -> TrainConfig:
+    """The pair's recipe with full rollouts on one rank, without evaluations and with a checkpoint at half time.
+
+    Its gate is for measuring; the run leaves it out. ConfigError for a recipe that distils no ledger pair.
+    """
+    config = load_recipe(pair)
+    if not isinstance(config, TrainConfig) or config.data.source != "ledger" or config.gate is None:
+        raise ConfigError(
+            f"PAIR = {pair!r} is no recipe that distils a ledger pair: take tiny_compatible or tiny_drift"
+        )
+    steps = settings.steps or config.steps
+    half = max(1, steps // 2)
+    return replace(
+        config,
+        steps=steps,
+        horizon=replace(config.horizon, strategy="full"),
+        evaluation=EvalConfig(problems=0),
+        parallel=replace(config.parallel, nproc=1, tensor=1),
+        checkpoint=replace(config.checkpoint, every=half, keep=4, export_hf=True),
+        track=replace(config.track, wandb="disabled"),
+    )
+
+
+def _ranks(*arguments: Any) -> None:
+    """Run a worker command as one rank on one core. UserError if it fails; what it said is on the console."""
+    command = ["-m", "prune_opd.cli.worker", *map(str, arguments)]
+    if start_ranks(command, 1, {**os.environ, "OMP_NUM_THREADS": "1"}):
+        raise UserError(f"{arguments[0]} of the pair's full OPD failed: its error is above")
+
+
+def _measure(folder: Path, model: str | Path, settings: Settings) -> Result:
+    answer = folder / "answer.json"
+    numbers = ["--problems", settings.problems, "--seed", SEED, "--bins", settings.bins]
+    _call("--recipe", folder / "recipe.yaml", "--model", model, *numbers, "--json", answer)
+    result: Result = json.loads(answer.read_text())
+    return result
+
+
+def _call(*arguments: Any) -> None:
+    """pair_measure.py in a process of its own, on one core. UserError with its last line if it fails."""
+    command = [sys.executable, "-m", "benchmarks.studies.pair_check.measure", *map(str, arguments)]
+    process = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+    if process.returncode != 0:
+        last = (process.stderr.strip().splitlines() or [f"exit code {process.returncode}"])[-1]
+        raise UserError(f"a measurement failed: {last}")
+
+
+# ---------------------------------------------------------------------------------------------------- showing
+
+
+def _chart(config: TrainConfig, models: Mapping[str, Result]) -> bytes:
+    from prune_opd.track.plotting import BLUE, GREEN, GREY, ORANGE, Chart, axes, legend, overview_png
+
+    def draw(figure: Any, name: str) -> None:
+        ax = axes(figure, "response tokens", name)
+        lines = [("before", "gold", GREY), ("before", "own", BLUE), ("half", "own", ORANGE), ("after", "own", GREEN)]
+        for model, text, colour in lines:
+            curve = models[model][text]
+            width = config.horizon.max_len / len(curve["tokens"])
+            points = [((i + 0.5) * width, curve[name][i]) for i in range(len(curve["tokens"])) if curve["tokens"][i]]
+            label = "gold text" if text == "gold" else f"own rollouts, {model}"
+            ax.plot(*zip(*points, strict=True), color=colour, marker="o", label=label)
+        ax.set_ylim(bottom=0)
+        legend(ax, ncols=2)
+
+    assert config.gate is not None
+    charts = [
+        Chart("Overlap by position", "", lambda figure: draw(figure, "overlap")),
+        Chart("Drift events a token, by position", "", lambda figure: draw(figure, "events")),
+    ]
+    return overview_png(
+        f"{config.name}: full OPD", f"top-{config.gate.k} of student and teacher; γ = {config.gate.threshold}", charts
+    )
+
+
+def _print(name: str, tests: Sequence[Verdict], totals: Result, console: Console) -> None:
+    table = Table(title=f"{name}: full OPD, {totals['steps']} steps, {totals['tokens_generated']} tokens")
+    for column in ("test", "", "numbers"):
+        table.add_column(column)
+    for test in tests:
+        table.add_row(test.test, "pass" if test.passed else "FAIL", test.numbers)
+    console.print(table)

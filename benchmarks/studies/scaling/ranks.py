@@ -1,0 +1,186 @@
+"""The ranks of `prune-opd bench scaling`: steps of the training loop on one model, at several lengths and batches.
+
+    … -m benchmarks.studies.scaling.ranks --folder DIR --json FILE --layers 3 --hidden 256 … --points 32x64,32x128
+
+`loop.step` runs as it does in training, on a run that `run.prepare` built; between the points only the batch size and
+the horizon change. Student and teacher have random weights: they take one of the vocabulary's tokens about as likely as
+another, so that a response seldom ends by itself. CPU seconds are this process's, all threads, by phase; memory is the
+kernel's peak of resident memory (VmHWM) in a step, over what was resident before it and over that of the imports alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import gc
+import json
+import os
+from dataclasses import replace
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+import torch.distributed as dist
+
+from benchmarks.loss.measure import cpu_time, peak_memory, reset_peak
+from benchmarks.reshard.ranks import model_config, write_student
+from prune_opd import loop, platform
+from prune_opd.config import (
+    CheckpointConfig,
+    DataConfig,
+    EvalConfig,
+    HorizonConfig,
+    MemoryConfig,
+    ParallelConfig,
+    PrecisionConfig,
+    RolloutConfig,
+    TrackConfig,
+    TrainConfig,
+    to_dict,
+)
+from prune_opd.config.memory_phases import MemoryPhases
+from prune_opd.method.horizon import make_controller
+from prune_opd.rollout.engine import ENVIRONMENT
+from prune_opd.rollout.long_tail import LongTail
+from prune_opd.run import Run, prepare
+from prune_opd.track.tracker import NullTracker
+
+PROMPT = 32  # tokens at most: short ones, so that the responses are what grows
+DATA = DataConfig(source="ledger", min_steps=5, max_steps=5)
+
+
+class PhaseWatch(MemoryPhases):
+    """CPU seconds by phase: a phase lasts until the next one is entered. What ends a step counts as training."""
+
+    def __init__(self) -> None:
+        super().__init__(MemoryConfig())
+        self.seconds: dict[str, float] = {}
+        self._now, self._since = "", 0.0
+
+    def enter(self, phase: str) -> None:
+        super().enter(phase)
+        self._charge(phase)
+
+    def take(self) -> dict[str, float]:
+        """What the phases took since the last time."""
+        self._charge("")
+        taken, self.seconds = self.seconds, {}
+        return taken
+
+    def _charge(self, phase: str) -> None:
+        now = cpu_time()
+        if self._now:
+            self.seconds[self._now] = self.seconds.get(self._now, 0.0) + now - self._since
+        self._now, self._since = phase, now
+
+
+class LastRecord(NullTracker):
+    """Keeps the record of the last step, on every rank."""
+
+    record: dict[str, Any]
+
+    def step(self, record: dict[str, Any]) -> None:
+        self.record = record
+
+
+def config_of(folder: Path, points: list[tuple[int, int]], steps: int) -> TrainConfig:
+    """Data parallel over all ranks, one engine each, no gate's horizon: every response may have the whole length."""
+    batch, length = (max(point[i] for point in points) for i in (0, 1))
+    return TrainConfig(
+        name="scaling",
+        student=str(folder / "student"),
+        teacher=str(folder / "teacher"),
+        steps=steps,
+        horizon=HorizonConfig(strategy="full", max_len=length, min_len=1),
+        rollout=RolloutConfig(prompts=batch, responses=1, max_prompt_len=PROMPT, max_num_seqs=batch, kv_cache_gb=0.75),
+        data=DATA,
+        parallel=ParallelConfig(tensor=1),
+        precision=PrecisionConfig(params="fp32"),
+        evaluation=EvalConfig(problems=0),
+        checkpoint=CheckpointConfig(export_hf=False),
+        track=TrackConfig(wandb="disabled"),
+    )
+
+
+def one_step(run: Run, watch: PhaseWatch, records: LastRecord, imported: int) -> dict[str, Any]:
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)  # what the step before freed would hide what this one takes
+    dist.barrier()
+    watch.take()
+    before = reset_peak()
+    loop.step(run)
+    highest = peak_memory()
+    return {
+        "wall_s": {key.removeprefix("time_"): v for key, v in records.record.items() if key.startswith("time_")},
+        "cpu_s": watch.take(),
+        "step_bytes": highest - before,
+        "held_bytes": highest - imported,
+        "tokens": records.record["tokens_generated"],
+        "response_length": records.record["response_length"],
+    }
+
+
+def measure(run: Run, points: list[tuple[int, int]], rounds: int, imported: int) -> dict[str, Any]:
+    """The points take turns, round after round, after one small step that pays for the parity check and cold caches."""
+    config = run.config
+    run.tracker = records = LastRecord()
+    run.memory = watch = PhaseWatch()
+
+    def go(batch: int, length: int) -> dict[str, Any]:
+        run.config = replace(
+            config,
+            rollout=replace(config.rollout, prompts=batch),
+            horizon=replace(config.horizon, max_len=length),
+        )
+        run.controller = make_controller(run.config.horizon)
+        run.long_tail = LongTail(run.config.rollout, run.sampler.endless)
+        return one_step(run, watch, records, imported)
+
+    go(*min(points))
+    steps: list[list[dict[str, Any]]] = [[] for _ in points]
+    for _ in range(rounds):
+        for at, (batch, length) in enumerate(points):
+            steps[at].append(go(batch, length))
+    prompt = mean(len(run.sampler.source.get(index).ids) for index in range(16))
+    return {
+        "prompt_length": prompt,
+        "points": [
+            {"batch": batch, "length": length, "steps": taken}
+            for (batch, length), taken in zip(points, steps, strict=True)
+        ],
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Measure one model of `prune-opd bench scaling`.")
+    parser.add_argument("--folder", type=Path, required=True, help="where the models are written")
+    parser.add_argument("--json", type=Path, required=True)
+    parser.add_argument("--layers", type=int, required=True)
+    parser.add_argument("--hidden", type=int, required=True)
+    parser.add_argument("--vocab", type=int, required=True)
+    parser.add_argument("--points", required=True, help="BATCHxLENGTH,…")
+    parser.add_argument("--rounds", type=int, required=True)
+    args = parser.parse_args()
+    points = [(int(batch), int(length)) for batch, length in (point.split("x") for point in args.points.split(","))]
+
+    platform.prepare()
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    import vllm  # noqa: F401  (its memory is not the run's)
+
+    imported = reset_peak()
+    folder = args.folder / os.environ["RANK"]  # each rank writes the same models for itself
+    shape = model_config(args.layers, args.hidden, args.vocab) | {"max_position_embeddings": 2048}
+    for seed, name in enumerate(("student", "teacher")):
+        write_student(folder / name, shape, seed)
+    config = config_of(folder, points, steps=1 + args.rounds * len(points))
+    run = prepare(config, folder / "run", "never")
+    everyone: list[Any] = [None] * run.layout.world
+    dist.all_gather_object(everyone, measure(run, points, args.rounds, imported))
+    if run.layout.is_main:
+        args.json.write_text(json.dumps({"config": to_dict(config), "model": shape, "ranks": everyone}))
+    run.close()
+
+
+if __name__ == "__main__":
+    main()

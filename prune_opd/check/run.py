@@ -1,0 +1,317 @@
+"""Everything that can be refused before a model is built: files, tokenizers, layouts, lengths, the run directory.
+
+Each check adds one line that names the field, its value and the remedy. Nothing heavy is imported (no torch, megatron,
+vLLM or transformers), so `prune-opd check` answers at once, on a login node too. Nothing is written.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from prune_opd.check.machine import compiler_problems, machine_problems, writable_problems
+from prune_opd.check.precision import (
+    context_problems,
+    cuda_of_torch,
+    fp8_problems,
+    fp8_size_problems,
+    memory_problems,
+    parameter_problems,
+    rollout_problems,
+    token_problems,
+)
+from prune_opd.check.tokenizer import tokenizer_problems, vocabulary_problems
+from prune_opd.config import Fp8Config, SftConfig, TrainConfig
+from prune_opd.config.changes import changes, is_harmless
+from prune_opd.data.prompts import source_problem
+from prune_opd.errors import ConfigError
+from prune_opd.megatron.precision import token_multiple
+from prune_opd.model_spec import ModelSpec, model_config, not_built
+from prune_opd.plan.layout import layout_problems
+from prune_opd.process import has_gpu
+from prune_opd.track.tensorboard_log import tensorboard_problems
+
+SHOWN_DIFFERENCES = 6
+
+
+def check_train(
+    config: TrainConfig, nproc: int, run_dir: Path | None, resume: str, allow_config_change: bool = False
+) -> list[str]:
+    """What stands in the way of this run on `nproc` ranks, one line per problem; empty if nothing does.
+
+    `resume` is auto, never or the path of a checkpoint. `run_dir` None leaves the run directory out.
+    `allow_config_change` lets the continuation of a run have settings that make another run of it.
+    """
+    student = _read_model("student", config.student)
+    teacher = _read_model("teacher", config.teacher)
+    models = [model for model in (student, teacher) if isinstance(model, _Model)]
+    problems = [model for model in (student, teacher) if isinstance(model, str)]
+    problems += [problem for model in models if (problem := _not_built(model))]
+    if len(models) == 2:
+        # Of tokenizers that differ, one has words that the other model has no rows for: no second problem.
+        problems += tokenizer_problems(models[0].path, models[1].path) or _vocabulary(config, nproc, *models)
+    problems += layout_problems(config, nproc, {model.role: model.config for model in models})
+    problems += _lengths(config, models)
+    problems += _candidates(config, models)
+    problems += _precision(config, nproc, models)
+    problems += _sources(config)
+    problems += _apex()
+    problems += compiler_problems(config.rollout, has_gpu())
+    problems += tensorboard_problems(config.track)
+    if run_dir is not None:
+        problems += _run_dir(config, run_dir, resume, allow_config_change)
+    if resume not in ("auto", "never") and not Path(resume).is_dir():
+        problems.append(f"--resume {resume}: there is no such checkpoint; give its directory, or auto, or never")
+    return problems
+
+
+def check_everything(config: TrainConfig, nproc: int, run_dir: Path) -> list[str]:
+    """`check_train`, and what a job looks at once before it takes GPUs: versions, driver, space, every prompt."""
+    problems = check_train(config, nproc, run_dir, "auto")
+    return problems + machine_problems(config, run_dir, has_gpu(), cuda_of_torch())
+
+
+def check_structure(config: TrainConfig, nproc: int) -> list[str]:
+    """Those checks that need neither the weights nor the GPUs, on `nproc` ranks in all: layout, lengths, sizes.
+
+    A model that is not there is known by the shape that was published (model_spec.py).
+    """
+    problems, models = [], []
+    for role in ("student", "teacher"):
+        try:
+            models.append(_Model(role, Path(getattr(config, role)), model_config(role, getattr(config, role))))
+        except ConfigError as error:
+            problems.append(str(error))
+    problems += [problem for model in models if (problem := _not_built(model))]
+    by_role = {model.role: model.config for model in models}
+    problems += layout_problems(config, nproc, by_role)
+    problems += _lengths(config, models)
+    problems += _candidates(config, models)
+    problems += _precision_sizes(config, nproc, by_role)
+    if len(models) == 2:
+        problems += _vocabulary(config, nproc, *models)
+    return problems
+
+
+def check_sft(config: SftConfig, nproc: int) -> list[str]:
+    """What stands in the way of this supervised training; see `check_train`."""
+    problems = []
+    if config.init is not None:
+        model = _read_model("init", config.init)
+        problems += [model] if isinstance(model, str) else [problem for problem in [_not_built(model)] if problem]
+    parallel = config.parallel
+    found = {"tensor": parallel.tensor_size(nproc)}
+    found |= {name: getattr(parallel, name) for name in ("pipeline", "expert", "context", "sequence_parallel")}
+    for name, value in found.items():
+        alone = "false" if name == "sequence_parallel" else "1"
+        if str(value).lower() != alone:
+            problems.append(
+                f"parallel.{name} = {value}: supervised training is data parallel only; set parallel.{name}={alone}"
+            )
+    if not config.output:
+        problems.append("output = '' is no directory: set output=DIR")
+    else:
+        problems += writable_problems("output", Path(config.output))
+    return problems + _apex()
+
+
+def check_eval(model_dir: Path, tasks: Sequence[str], top_p: float, out: Path | None) -> list[str]:
+    """What stands in the way of evaluating a Hugging Face directory, or a checkpoint, on tasks; see `check_train`."""
+    problems: list[str] = []
+    if not (model_dir / "state.json").is_file():
+        model = _read_model("MODEL_DIR", str(model_dir))
+        problems += [model] if isinstance(model, str) else [problem for problem in [_not_built(model)] if problem]
+    if top_p == 0:
+        problems.append("--top-p = 0.0 leaves no token to sample: give more than 0, or --temperature 0 for greedy")
+    problems += [problem for task in tasks if (problem := source_problem("--task", task))]
+    return problems + ([] if out is None else writable_problems("--out", out))
+
+
+# ---------------------------------------------------------------------------------------------------- models
+
+
+@dataclass(frozen=True)
+class _Model:
+    role: str
+    path: Path
+    config: dict[str, Any]  # of config.json
+
+    @property
+    def heads(self) -> int:
+        return int(self.config["num_attention_heads"])
+
+    @property
+    def kv_heads(self) -> int:
+        return int(self.config.get("num_key_value_heads") or self.heads)
+
+    @property
+    def positions(self) -> int:
+        return int(self.config["max_position_embeddings"])
+
+    @property
+    def vocab_size(self) -> int:
+        return int(self.config["vocab_size"])
+
+
+def _read_model(role: str, directory: str) -> _Model | str:
+    """The model's config.json, or the problem with it."""
+    path = Path(directory)
+    for name in ("config.json", "tokenizer.json"):
+        if not (path / name).is_file():
+            what = f"there is no {name} in it" if path.is_dir() else "there is no such directory"
+            return (
+                f"{role} = {directory!r}: {what}; give a Hugging Face model directory"
+                " (`make tiny-models` makes those of the tiny recipes)"
+            )
+    try:
+        model = _Model(role, path, json.loads((path / "config.json").read_text(encoding="utf-8")))
+        _ = (model.heads, model.kv_heads, model.positions, model.vocab_size)
+        _ = [int(model.config[name]) for name in ("hidden_size", "intermediate_size", "num_hidden_layers")]
+    except (OSError, UnicodeDecodeError, AttributeError, KeyError, TypeError, ValueError) as error:
+        return f"{role} = {directory!r}: its config.json is not that of a causal language model ({error!r})"
+    return model
+
+
+def _not_built(model: _Model) -> str | None:
+    problem = not_built(model.config)
+    return f"{model.role} = {str(model.path)!r} has {problem}" if problem else None
+
+
+# ---------------------------------------------------------------------------------------------------- sizes
+
+
+def _lengths(config: TrainConfig, models: list[_Model]) -> list[str]:
+    lengths = {"horizon.max_len": config.horizon.max_len}
+    if config.evaluation.max_len is not None:
+        lengths["evaluation.max_len"] = config.evaluation.max_len
+    prompt = config.rollout.max_prompt_len
+    problems = []
+    for field, length in lengths.items():
+        for model in models:
+            if prompt + length > model.positions and (model.role == "student" or field == "horizon.max_len"):
+                room = model.positions - prompt
+                remedy = f"set {field} to at most {room}" if room > 0 else "set a shorter rollout.max_prompt_len"
+                problems.append(
+                    f"rollout.max_prompt_len + {field} = {prompt} + {length} is above the {model.positions} positions"
+                    f" of the {model.role}: {remedy}"
+                )
+    return problems
+
+
+def _candidates(config: TrainConfig, models: list[_Model]) -> list[str]:
+    sizes = {"objective.k": config.objective.k}
+    if config.gate is not None:
+        sizes["gate.k"] = config.gate.k
+    if config.weighting.name == "entropy_aware":
+        sizes["weighting.forward_k"] = config.weighting.forward_k
+    return [
+        f"{field} = {k} is above the {model.vocab_size} words of the {model.role}: set at most {model.vocab_size}"
+        for field, k in sizes.items()
+        for model in models
+        if k > model.vocab_size
+    ]
+
+
+def _vocabulary(config: TrainConfig, nproc: int, student: _Model, teacher: _Model) -> list[str]:
+    """Rows for all words, with the padding that the student's TP ranks bring."""
+    if _not_built(student) or _not_built(teacher):
+        return []
+    tensor = config.parallel.tensor_size(nproc)
+    problems = []
+    for model in (student, teacher):
+        padded = ModelSpec.of(model.config, str(model.path)).padded_vocab(tensor)
+        problems += vocabulary_problems(model.role, model.path, model.vocab_size, padded, student.vocab_size)
+    return problems
+
+
+def _precision(config: TrainConfig, nproc: int, models: list[_Model]) -> list[str]:
+    """FP8 of both models and of the rollouts (check/precision.py has the rules)."""
+    by_role = {model.role: model.config for model in models}
+    gpu, problems = has_gpu(), []
+    for role, fp8 in _fp8s(config).items():
+        problems += fp8_problems(role, fp8, gpu)
+    problems += _precision_sizes(config, nproc, by_role)
+    problems += context_problems(config.parallel.context, gpu)
+    return problems + rollout_problems(config.rollout, config.precision.params, by_role.get("student"), gpu)
+
+
+def _precision_sizes(config: TrainConfig, nproc: int, models: dict[str, dict[str, Any]]) -> list[str]:
+    """What FP8 asks of sizes and of other settings, on whatever machine."""
+    parallel, problems = config.parallel, []
+    student = parallel.tensor_size(nproc)
+    layouts = {"student": (student, parallel.sequence_parallel), "teacher": (parallel.teacher_tensor or student, False)}
+    for role, fp8 in _fp8s(config).items():
+        problems += fp8_size_problems(role, fp8, models.get(role), *layouts[role])
+        if fp8.on:
+            problems += token_problems(parallel.microbatch_tokens, token_multiple(fp8.recipe, *layouts[role]))
+    problems += parameter_problems(config.precision.student_fp8, parallel.distributed_optimizer)
+    return problems + memory_problems(config.memory, _fp8s(config))
+
+
+def _fp8s(config: TrainConfig) -> dict[str, Fp8Config]:
+    return {"student": config.precision.student_fp8, "teacher": config.precision.teacher_fp8}
+
+
+# ---------------------------------------------------------------------------------------------------- data and packages
+
+
+def _sources(config: TrainConfig) -> list[str]:
+    named = [("data.mixture" if config.data.mixture else "data.source", source) for source in config.data.sources]
+    named += [("evaluation.sources", source) for source in config.evaluation.sources]
+    problems = [problem for field, source in named if (problem := source_problem(field, source))]
+    names = [Path(source).name for source in config.evaluation.sources]
+    problems += [
+        f"evaluation.sources has two tasks named {name!r}: rename one of the files, their results would be one"
+        for name in sorted({name for name in names if names.count(name) > 1})
+    ]
+    files = [(field, source) for field, source in named if field.startswith("data") and Path(source).exists()]
+    if files and not config.evaluation.sources and config.evaluation.problems:
+        field, source = files[0]
+        problems.append(
+            f"evaluation.sources is not set and {field} = {source!r} has no held-out problems:"
+            " name another file with answers, or set evaluation.problems=0"
+        )
+    return problems
+
+
+def _apex() -> list[str]:
+    """The package index's `apex` is a web toolkit; megatron-core takes any `apex` it can import for NVIDIA's."""
+    spec = importlib.util.find_spec("apex")
+    if spec is None:
+        return []
+    folders = [Path(folder) for folder in spec.submodule_search_locations or []]
+    if any((folder / part).is_dir() for folder in folders for part in ("normalization", "multi_tensor_apply")):
+        return []
+    return ["the installed package apex is not NVIDIA's: remove it (pip uninstall apex); nothing here needs it"]
+
+
+# ---------------------------------------------------------------------------------------------------- the run directory
+
+
+def _run_dir(config: TrainConfig, run_dir: Path, resume: str, allow_config_change: bool) -> list[str]:
+    new = not run_dir.is_dir() or not any(run_dir.iterdir())
+    if not new and not (run_dir / "config.yaml").is_file():
+        return [f"--run-dir {run_dir} holds other files and no config.yaml, so it is no run: choose an empty directory"]
+    try:
+        differences = [line for line in changes(config, run_dir, resume) if not is_harmless(line)]
+    except ConfigError as error:
+        return [f"--run-dir {run_dir}: {error}; choose another directory"]
+    if differences and not allow_config_change:
+        more = len(differences) - SHOWN_DIFFERENCES
+        shown = "; ".join(differences[:SHOWN_DIFFERENCES]) + (f"; and {more} more" if more > 0 else "")
+        return [
+            f"--run-dir {run_dir} is a run with other settings ({shown}): choose another directory, or those settings,"
+            " or go on with the new ones (--allow-config-change)"
+        ]
+    checkpoints = run_dir / "checkpoints"
+    if resume == "never" and checkpoints.is_dir() and any(checkpoints.iterdir()):
+        return [
+            f"--resume never: --run-dir {run_dir} already holds checkpoints; take --resume auto to go on,"
+            " or another --run-dir to start anew"
+        ]
+    return writable_problems("--run-dir", run_dir)

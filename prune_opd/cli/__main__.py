@@ -1,0 +1,3 @@
+from prune_opd.cli.main import main
+
+main()

@@ -1,0 +1,150 @@
+"""What each rank runs: `python -m prune_opd.cli.worker COMMAND …` from `launcher.start_ranks`, or under torchrun.
+
+The recipe was loaded, overridden and checked before; a rank only reads the resolved config. The heavy parts are
+imported by the command that needs them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import TypeVar
+
+from prune_opd.config import RunConfig, SftConfig, TrainConfig
+from prune_opd.config.yaml import load_config
+from prune_opd.errors import ConfigError, UserError
+from prune_opd.eval.run import EvalJob, evaluate_model
+from prune_opd.process import end_with_parent
+from prune_opd.ranks.signals import Interruption
+
+C = TypeVar("C", bound=RunConfig)
+MAIN_RANK_SPEAKS_FIRST = 3.0  # seconds
+
+
+def train(config: TrainConfig, run_dir: Path, resume: str, allow_config_change: bool = False) -> int:
+    """This rank's part of a distillation run."""
+    interruption = Interruption()  # before the heavy imports: a job may be stopped while it starts
+    from prune_opd.loop import train as run
+
+    return run(config, run_dir, resume, interruption, allow_config_change)
+
+
+def sft(config: SftConfig) -> int:
+    """This rank's part of supervised training."""
+    from prune_opd.testbed.sft import run
+
+    run(config)
+    return 0
+
+
+def evaluate(job: EvalJob) -> int:
+    """This rank's part of an evaluation."""
+    evaluate_model(job)
+    return 0
+
+
+def export(checkpoint: Path, out_dir: Path) -> int:
+    """Write a checkpoint as a Hugging Face directory."""
+    from prune_opd.megatron.export import export_checkpoint
+
+    export_checkpoint(checkpoint, out_dir)
+    return 0
+
+
+def is_main_rank() -> bool:
+    return os.environ.get("RANK", "0") == "0"
+
+
+def report(error: UserError) -> None:
+    """Print one `error:` line per problem, once for all ranks.
+
+    Bad input fails on every rank alike, and rank 0 says so; the launcher then ends the others. A rank that failed alone
+    is still there after a moment and speaks for itself.
+    """
+    if not is_main_rank():
+        time.sleep(MAIN_RANK_SPEAKS_FIRST)
+    for line in str(error).splitlines():
+        print(f"error: {line}", file=sys.stderr, flush=True)
+
+
+def run_reported(command: Callable[[], int]) -> int:
+    """The exit code of a rank's command; a UserError is printed and becomes its exit code."""
+    try:
+        return command()
+    except UserError as error:
+        report(error)
+        return error.exit_code
+    except KeyboardInterrupt:
+        return 130
+    except Exception as error:  # a library's, or ours: say whose rank it was, in the midst of what the others say
+        traceback.print_exc()
+        brief = str(error).partition("\n")[0]
+        print(f"error: rank {os.environ.get('RANK', '0')} failed: {type(error).__name__}: {brief}", file=sys.stderr)
+        return 1
+
+
+def protect_files() -> None:
+    """Nothing that this process writes can be changed by everybody, whatever umask it was started with."""
+    os.umask(os.umask(0o077) | 0o002)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Parse a command of `prune_opd.cli.main` and run it. Returns the exit code."""
+    arguments = _parser().parse_args(argv)
+    protect_files()
+    end_with_parent(signal.SIGKILL)  # the agent ends its ranks in order; one that died cannot
+    return run_reported(lambda: _run(arguments))
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    match arguments.command:
+        case "train":
+            config = _config(arguments.config, TrainConfig)
+            return train(config, arguments.run_dir, arguments.resume, arguments.allow_config_change)
+        case "sft":
+            return sft(_config(arguments.config, SftConfig))
+        case "eval":
+            return evaluate(EvalJob.from_json(arguments.job))
+        case _:
+            return export(arguments.checkpoint, arguments.out_dir)
+
+
+def _config(path: Path, kind: type[C]) -> C:
+    config = load_config(path)
+    if not isinstance(config, kind):
+        raise ConfigError(f"{path} holds a {type(config).__name__}; this command takes a {kind.__name__}")
+    return config
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m prune_opd.cli.worker", description="One rank; see `prune-opd --help`."
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+
+    command = commands.add_parser("train")
+    command.add_argument("config", type=Path)
+    command.add_argument("--run-dir", type=Path, required=True)
+    command.add_argument("--resume", default="auto")
+    command.add_argument("--allow-config-change", action="store_true")
+
+    command = commands.add_parser("sft")
+    command.add_argument("config", type=Path)
+
+    command = commands.add_parser("eval")
+    command.add_argument("job", help="an EvalJob as JSON")
+
+    command = commands.add_parser("export")
+    command.add_argument("checkpoint", type=Path)
+    command.add_argument("out_dir", type=Path)
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,53 @@
+"""What has changed between a run and its continuation, field by field, and which changes are refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from prune_opd.config import TrainConfig
+from prune_opd.config.yaml import config_differences, config_from_dict, load_config
+from prune_opd.errors import ConfigError
+
+# What may differ: it changes neither the updates nor the problems of an evaluation.
+HARMLESS = (
+    "parallel",
+    "track",
+    "stop_after",
+    "checkpoint",
+    "survival",
+    "evaluation.every",
+    "evaluation.generations",
+    "memory",
+    "planning",
+    "rollout.bucket_mb",
+    "rollout.enforce_eager",
+    "rollout.kv_cache_gb",
+    "rollout.gpu_memory_utilization",
+)
+NOT_HARMLESS = ("parallel.distributed_optimizer",)  # its checkpoints are made of other parts
+
+
+def changes(config: TrainConfig, run_dir: Path | None, resume: str) -> list[str]:
+    """One `field: old → new` for each setting that differs from the run that is gone on with; none for a new run.
+
+    That run is the one in `run_dir` and, with `resume` a path, the one that wrote the checkpoint. Raises `ConfigError`
+    if its settings cannot be read.
+    """
+    found: list[str] = []
+    if run_dir is not None and (run_dir / "config.yaml").is_file():
+        found += config_differences(load_config(run_dir / "config.yaml"), config)
+    state = Path(resume) / "state.json"
+    if resume not in ("auto", "never") and state.is_file():
+        try:
+            saved = json.loads(state.read_text(encoding="utf-8"))["config"]
+        except (OSError, ValueError, KeyError) as error:
+            raise ConfigError(f"{state} cannot be read ({error!r}); resume from another checkpoint") from error
+        found += config_differences(config_from_dict(saved, state), config)
+    return list(dict.fromkeys(found))
+
+
+def is_harmless(change: str) -> bool:
+    """Whether a line of `changes` leaves the run what it is."""
+    key = change.partition(":")[0]
+    return key not in NOT_HARMLESS and any(key == name or key.startswith(f"{name}.") for name in HARMLESS)

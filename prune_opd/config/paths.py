@@ -1,0 +1,60 @@
+"""Where things lie outside a run: the per-user cache with the tiny models, and the recipes of the repository."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from pathlib import Path
+
+import platformdirs
+
+from prune_opd.config import SftConfig, to_dict
+
+SFT_LAYOUT = ("nproc", "tensor", "microbatch_tokens", "timeout_minutes")
+# Came later than the first models: off, they are left out.
+DRIFT_CORPUS = ("register", "wrong_entries", "wrong", "ramble", "given", "given_wrong")
+
+
+def cache_dir() -> Path:
+    """The per-user cache of this project; the environment variable PRUNE_OPD_CACHE moves it. Not created here."""
+    moved = os.environ.get("PRUNE_OPD_CACHE")
+    return Path(moved).expanduser().absolute() if moved else Path(platformdirs.user_cache_dir("prune-opd"))
+
+
+def recipes_dir() -> Path:
+    """The folder of the recipes: `recipes/` of the checkout, which an installed copy has inside the package."""
+    return Path(__file__).resolve().parent.parent / "recipes"
+
+
+def models_dir() -> Path:
+    """Where published models lie, as OWNER/NAME: the environment variable PRUNE_OPD_MODELS, or `models` here."""
+    return Path(os.environ.get("PRUNE_OPD_MODELS", "models")).expanduser()
+
+
+def data_dir() -> Path:
+    """Where prompt files lie: the environment variable PRUNE_OPD_DATA, or `data` here."""
+    return Path(os.environ.get("PRUNE_OPD_DATA", "data")).expanduser()
+
+
+def tiny_model_dir(name: str, config_digest: str) -> Path:
+    """The cached Hugging Face directory of a tiny model, for example `tiny_model_dir("base", digest)`."""
+    return cache_dir() / "tiny" / config_digest / name
+
+
+def config_digest(config: SftConfig) -> str:
+    """Twelve hex digits that change with anything that shapes the trained model, wherever the cache lies.
+
+    `output` is left out, so the digest can name it. Of `init` the last two parts count: for a model of the cache that
+    is `<digest>/<name>`, so the digest covers the whole lineage and a changed ancestor rebuilds its descendants. Of the
+    layout only what supervised training takes counts, so that a new kind of parallelism leaves the models as they are;
+    of a corpus the drift pair's settings count only where they are on.
+    """
+    settings = to_dict(config)
+    del settings["output"]
+    for stage in settings["stages"]:
+        stage["corpus"] = {name: value for name, value in stage["corpus"].items() if value or name not in DRIFT_CORPUS}
+    settings["parallel"] = {name: settings["parallel"][name] for name in SFT_LAYOUT}
+    if config.init is not None:
+        settings["init"] = Path(config.init).parts[-2:]
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]

@@ -1,0 +1,85 @@
+"""Recipes: Python files with one function, named like the file, that returns a `TrainConfig` or an `SftConfig`."""
+
+from __future__ import annotations
+
+import ast
+import difflib
+import importlib.util
+import os
+import traceback
+import types
+from pathlib import Path
+
+from prune_opd.config import RunConfig, SftConfig, TrainConfig
+from prune_opd.config.paths import recipes_dir
+from prune_opd.errors import ConfigError
+
+
+def list_recipes() -> dict[str, str]:
+    """Name → first line of the docstring, for every recipe of the repository. Runs none of them."""
+    recipes = {}
+    for path in sorted(recipes_dir().glob("[!_]*.py")):
+        docstring = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
+        recipes[path.stem] = docstring.partition("\n")[0]
+    return recipes
+
+
+def load_recipe(name_or_path: str) -> RunConfig:
+    """The config that a recipe returns: a name in `recipes/`, or the path of a .py file.
+
+    Raises ConfigError if there is no such recipe (with the nearest names), if it cannot be run, or if it does not hold
+    a function of its own name that returns a TrainConfig or an SftConfig.
+    """
+    path = _recipe_path(name_or_path)
+    module = _run_file(path)
+    function = getattr(module, path.stem, None)
+    if not callable(function):
+        raise ConfigError(f"recipe {path}: it has no function {path.stem}(); name the function like the file")
+    try:
+        config = function()
+    except ConfigError as error:
+        raise ConfigError(f"recipe {path}: {error}") from error
+    except Exception as error:
+        raise ConfigError(_failure(path, error)) from error
+    if not isinstance(config, TrainConfig | SftConfig):
+        raise ConfigError(
+            f"recipe {path}: {path.stem}() returned {type(config).__name__}; return a TrainConfig or an SftConfig"
+        )
+    return config
+
+
+def _recipe_path(name_or_path: str) -> Path:
+    if name_or_path.endswith(".py") or os.sep in name_or_path:
+        path = Path(name_or_path)
+        if path.suffix != ".py" or not path.is_file():
+            raise ConfigError(f"recipe {name_or_path}: there is no such .py file; give its path, or a name in recipes/")
+        return path.resolve()
+    known = list(list_recipes())
+    if name_or_path not in known:
+        near = difflib.get_close_matches(name_or_path, known, n=3, cutoff=0.4)
+        hint = f"did you mean {' or '.join(near)}?" if near else f"the recipes are {', '.join(known)}"
+        raise ConfigError(f"recipe {name_or_path!r} is not known: {hint}")
+    return recipes_dir() / f"{name_or_path}.py"
+
+
+def _run_file(path: Path) -> types.ModuleType:
+    spec = importlib.util.spec_from_file_location(f"_recipe_{path.stem}", path)
+    assert spec is not None and spec.loader is not None  # a .py file always has a loader
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except ConfigError as error:
+        raise ConfigError(f"recipe {path}: {error}") from error
+    except Exception as error:
+        raise ConfigError(_failure(path, error)) from error
+    return module
+
+
+def _failure(path: Path, error: Exception) -> str:
+    """One line for an exception that a recipe's own code raised, with the line of the recipe it came from."""
+    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
+    if isinstance(error, SyntaxError):
+        lines = [error.lineno]
+    where = f" line {lines[-1]}" if lines else ""
+    message = error.msg if isinstance(error, SyntaxError) else str(error)
+    return f"recipe {path}{where}: {type(error).__name__}: {' '.join(message.split())}"

@@ -1,0 +1,85 @@
+"""Drift events that are certain, whatever rounding did to the scores (pure torch, no gradient).
+
+In flight the student's top-k comes from the rollout engine, in the loss from the trainer, and their log-probabilities
+differ in the last digits: where two words are nearly equal at the k-th place they may change places, and a token be an
+event for one and none for the other. A response must never be cut where the loss would go on. So an event counts in
+flight only if it is one for *every* outcome of the close calls: if all scores are off by at most margin / 2 each, the
+events counted here are a subset of the loss's, and R in flight is never below the loss's.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from prune_opd.method.gate import overlap_events, top_p_reject
+
+
+def certain_overlap_events(
+    student_ids_NC: Tensor,
+    student_logp_NC: Tensor,
+    teacher_ids_NC: Tensor,
+    teacher_logp_NC: Tensor,
+    k: int,
+    threshold: float,
+    margin: float,
+    vocab_size: int,
+) -> Tensor:
+    """B_t = 1[O_t < γ] for every pair of top-k sets that the margin leaves open, bool [N].
+
+    ids [N, C]: each model's C ≥ k most probable words, C > k unless the vocabulary ends; logp [N, C]: their
+    log-probabilities (or logits), descending.
+    """
+    student = _Places(student_logp_NC, k, margin, vocab_size)
+    teacher = _Places(teacher_logp_NC, k, margin, vocab_size)
+    same_NCC = student_ids_NC.unsqueeze(-1) == teacher_ids_NC.unsqueeze(-2)
+    student_shared_NC = (same_NCC & teacher.possible_NC.unsqueeze(-2)).any(-1)
+    teacher_shared_NC = (same_NCC & student.possible_NC.unsqueeze(-1)).any(-2)
+    most_N = torch.minimum(student.most(student_shared_NC, k), teacher.most(teacher_shared_NC, k))
+    return overlap_events(most_N / k, k, threshold) & student.known_N & teacher.known_N
+
+
+def certain_rejects(
+    sampled_ids_N: Tensor, teacher_ids_NC: Tensor, teacher_logp_NC: Tensor, k: int, p: float, margin: float
+) -> Tensor:
+    """B_t = 1[y ∉ nucleus] of `teacher_top_p`, where no close call decides it, bool [N]; shapes as above.
+
+    Cumulative probability may be short by a share of `margin`, and a word may belong into the k that does not lead.
+    """
+    rejected_N = top_p_reject(sampled_ids_N, teacher_ids_NC[:, :k], teacher_logp_NC[:, :k], min(p * (1 + margin), 1.0))
+    beyond_NC = (teacher_ids_NC[:, k:] == sampled_ids_N[:, None]) & (
+        teacher_logp_NC[:, k:] >= teacher_logp_NC[:, k - 1 : k] - margin
+    )
+    # Within the k, neighbours within the margin may change places, and one of them take the last place of the nucleus.
+    at_N1 = (teacher_ids_NC == sampled_ids_N[:, None]).float().argmax(-1, keepdim=True)
+    lifted_NC = teacher_logp_NC[:, :k] + margin
+    lifted_NC = torch.where(torch.arange(k, device=at_N1.device) == at_N1, lifted_NC, teacher_logp_NC[:, :k])
+    order_NC = lifted_NC.argsort(dim=-1, descending=True, stable=True)
+    again_N = top_p_reject(
+        sampled_ids_N,
+        teacher_ids_NC[:, :k].gather(1, order_NC),
+        teacher_logp_NC[:, :k].gather(1, order_NC),
+        min(p * (1 + margin), 1.0),
+    )
+    return rejected_N & again_N & ~beyond_NC.any(-1)
+
+
+class _Places:
+    """Which of the C candidates are in the top-k in every outcome, and which in some."""
+
+    def __init__(self, logp_NC: Tensor, k: int, margin: float, vocab_size: int) -> None:
+        width = logp_NC.shape[1]
+        self.possible_NC = logp_NC >= logp_NC[:, k - 1 : k] - margin
+        if width > k:
+            self.certain_NC = logp_NC > logp_NC[:, k : k + 1] + margin
+        else:
+            self.certain_NC = torch.ones_like(self.possible_NC)
+        # Where even the last candidate may belong to the k, so may words that are not among the candidates.
+        all_known = width >= vocab_size
+        self.known_N = torch.ones_like(self.possible_NC[:, 0]) if all_known else ~self.possible_NC[:, -1]
+
+    def most(self, shared_NC: Tensor, k: int) -> Tensor:
+        """Most of the k that can be among the `shared` ones."""
+        forced_N = (self.certain_NC & shared_NC).sum(-1)
+        open_N = k - self.certain_NC.sum(-1)
+        return forced_N + torch.minimum(open_N, (self.possible_NC & ~self.certain_NC & shared_NC).sum(-1))

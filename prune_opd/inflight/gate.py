@@ -1,0 +1,261 @@
+"""The in-flight gate: a drifting response is stopped while it is generated (this project's extension of Prune-OPD).
+
+    responses at a checkpoint ─▶ teacher, whole prefixes in one packed pass ─▶ its top-k at the new tokens
+        + the student's top-k from the rollout engine ─▶ certain events ─▶ rank 0: R (method/gate.py) ─▶ all: stop
+
+The verdict is final for the response but has no part in the loss, which works out its own gate from the trainer's
+forward pass. Only events that no rounding decides count here (certain_events.py), so R in flight is never below the
+loss's: what is cut is what the loss would have given R = 0. Whether that held is counted in every step
+(`inflight_too_early`).
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from prune_opd.config import GateConfig, InflightConfig, TrainConfig
+from prune_opd.config.rollout import MARGIN
+from prune_opd.data.prompt import Prompt
+from prune_opd.errors import UserError
+from prune_opd.inflight.certain_events import certain_overlap_events, certain_rejects
+from prune_opd.inflight.look_schedule import CheckpointPlan, Course
+from prune_opd.loss.vocab_parallel import OutputHead, log_normaliser, topk
+from prune_opd.method.gate import RELIABLE_ABOVE, apply_gate
+from prune_opd.rollout.balance import deal_any, padded_size
+from prune_opd.rollout.batch import Response, Rollouts
+from prune_opd.rollout.precision import rollout_format
+from prune_opd.rollout.stepwise import Prefix
+
+if TYPE_CHECKING:
+    from prune_opd.megatron.layout import Layout
+    from prune_opd.megatron.teacher import KeptHidden, Teacher
+
+
+class InflightGate:
+    """Watches the responses of one batch after the other (`rollout.stepwise.Watch`)."""
+
+    def __init__(self, config: TrainConfig, teacher: Teacher, layout: Layout, vocab_size: int):
+        assert config.gate is not None  # TrainConfig has seen to it
+        self.config, self.gate, self.settings = config, config.gate, config.rollout.inflight
+        self.teacher, self.layout, self.vocab_size = teacher, layout, vocab_size
+        self.candidates = min(2 * self.gate.k, vocab_size)  # words beyond k, to see how close a call is
+        self.top = self.candidates if self.gate.metric == "overlap" else None
+        margin = self.settings.margin
+        self.margin = MARGIN[rollout_format(config.precision.params, config.rollout)] if margin is None else margin
+        self.plan = CheckpointPlan(self.settings.price)
+        self.looked_at: tuple[int, ...] = ()
+        self.begin([], [], [])
+
+    def checkpoints(self, max_tokens: int) -> tuple[int, ...]:
+        self.looked_at = self.plan.choose(self.settings.checkpoints(max_tokens))
+        return self.looked_at
+
+    def begin(
+        self, prompt_of_row: Sequence[Prompt], max_tokens_of_row: Sequence[int], begun_of_row: Sequence[Response]
+    ) -> None:
+        """Forget the last batch: row i of the next one answers prompt_of_row[i], in at most max_tokens_of_row[i].
+
+        begun_of_row: what earlier steps have left of them. Stale tokens count as none of the events: what the student
+        thinks of them now is not known here, and no reliable token is cut either way.
+        """
+        from prune_opd.megatron.teacher import KeptHidden
+
+        self.prompts, self.limits = list(prompt_of_row), list(max_tokens_of_row)
+        self.ids = [list(begun.ids) for begun in begun_of_row]
+        self.events = [[False] * len(begun.ids) for begun in begun_of_row]  # on rank 0
+        self.kept: KeptHidden = KeptHidden()
+        self.teacher_tokens = self.checks = 0
+        self.seconds = 0.0
+
+    def keep(self, rows: Sequence[int]) -> None:
+        """The others have no part in the batch any more: row rows[i] is number i of what is left."""
+        from prune_opd.megatron.teacher import KeptHidden
+
+        number = {row: i for i, row in enumerate(rows)}
+        self.limits = [self.limits[row] for row in rows]
+        kept = self.kept
+        self.kept = KeptHidden(
+            {number[row]: where for row, where in kept.replica_of.items() if row in number},
+            {number[row]: hidden for row, hidden in kept.of_row.items() if row in number},
+        )
+
+    def stop(self, prefixes: Sequence[Prefix]) -> set[int]:
+        """The rows whose reliability is gone at the checkpoint that they have passed. Collective over the job."""
+        started = time.perf_counter()
+        for prefix in prefixes:
+            self.ids[prefix.row] += prefix.new_ids
+        # The rows that are due, as a batch of their own: number i of it is prefixes[i].
+        due = Rollouts(
+            tuple(self.prompts[prefix.row] for prefix in prefixes),
+            tuple(Response(tuple(self.ids[prefix.row]), finished=False) for prefix in prefixes),
+        )
+        student, budget = self.layout.student, self.config.parallel.microbatch_tokens
+        lengths = [padded_size(length, student.row_multiple) for length in due.row_length_B]
+        dealt = deal_any(lengths, range(len(prefixes)), student.dp, budget * student.cp)
+        hidden, computed = self.teacher.look(due, [dealt])
+        events: dict[int, list[bool]] = {}
+        if student.is_last_stage:
+            mine = [row for rows in dealt[student.dp_rank] for row in rows]
+            events = self._events({row: prefixes[row] for row in mine}, hidden.of_row)
+        stopped = self._decide(prefixes, events if self.layout.reports else {})
+        self._keep([i for i, prefix in enumerate(prefixes) if prefix.row in stopped], prefixes, computed)
+        self.teacher_tokens += sum(due.row_length_B)
+        self.checks += 1
+        self.seconds += time.perf_counter() - started
+        return stopped
+
+    def learn(self, rollouts: Rollouts, reliable_length_B: Tensor) -> None:
+        """Take in how a batch went by the loss's gate; the next one's checkpoints are chosen by it."""
+        self.plan.learn(courses(rollouts, reliable_length_B.tolist(), self.limits, self.looked_at))
+
+    def record(self, rollouts: Rollouts, reliable_length_B: Tensor) -> dict[str, Any]:
+        """What the gate did to the batch, for metrics.jsonl (track/metrics.py has the meanings)."""
+        stopped = [row for row in rollouts.stopped_rows if rollouts.responses[row].fresh]  # in this step
+        left = [response for group in rollouts.left for response in group.begun]
+        length_B, limits = rollouts.length_B, self.limits
+        return {
+            "pruned_inflight": len(stopped) + sum(response.stopped and response.fresh > 0 for response in left),
+            "tokens_avoided": sum(_expected(rollouts, length_B[row], limits[row]) - length_B[row] for row in stopped),
+            "tokens_dropped": sum(response.dropped for response in (*rollouts.responses, *left)),
+            "teacher_tokens_inflight": self.teacher_tokens,
+            "teacher_tokens_reused": sum(rollouts.row_length_B[row] for row in self.kept.replica_of),
+            "inflight_checks": self.checks,
+            "inflight_too_early": sum(bool(reliable_length_B[row] >= length_B[row]) for row in stopped),
+            "time_inflight": self.seconds,
+        }
+
+    @torch.no_grad()
+    def _events(self, prefixes: Mapping[int, Prefix], hidden_of: Mapping[int, Tensor]) -> dict[int, list[bool]]:
+        """Events at the new tokens of some rows, by their number among the due. Collective over student TP ranks."""
+        if not prefixes:
+            return {}
+        new = {row: len(prefix.new_ids) for row, prefix in prefixes.items()}
+        hidden_NH = torch.cat([hidden_of[row][-count:] for row, count in new.items()])
+        head = OutputHead(
+            "teacher",
+            hidden_NH,
+            self.teacher.head_weight,
+            self.config.objective.temperature,
+            self.vocab_size,
+            self.layout.tp_group,
+        )
+        chunk = min(self.config.parallel.loss_chunk_tokens, len(hidden_NH))
+        head.allocate(chunk, torch.float32)
+        parts = [slice(first, first + chunk) for first in range(0, len(hidden_NH), chunk)]
+        seen = _Seen(list(prefixes.values()), hidden_NH.device, self.vocab_size)
+        event_N = torch.cat([self._chunk_events(head, seen, part) for part in parts])
+        return {row: part.tolist() for row, part in zip(new, event_N.split(list(new.values())), strict=True)}
+
+    def _chunk_events(self, head: OutputHead, seen: _Seen, part: slice) -> Tensor:
+        gate, logits_NV = self.gate, head.logits(part)
+        teacher = topk(logits_NV, self.candidates, head.shard)
+        if gate.metric == "overlap":
+            student_ids_NC, student_logp_NC = seen.top(part)
+            return certain_overlap_events(
+                student_ids_NC,
+                student_logp_NC,
+                teacher.ids_NK,
+                teacher.values_NK * head.temperature,  # the margin is one of the models' own scores
+                gate.k,
+                gate.threshold,
+                self.margin,
+                self.vocab_size,
+            )
+        logp_NC = teacher.values_NK - log_normaliser(logits_NV, head.shard)[:, None]
+        return certain_rejects(seen.sampled_N[part], teacher.ids_NK, logp_NC, gate.k, gate.top_p, self.margin)
+
+    def _decide(self, prefixes: Sequence[Prefix], events: Mapping[int, list[bool]]) -> set[int]:
+        """Rank 0 hears of all events, decides, and tells everybody."""
+        is_main = dist.get_rank() == 0
+        gathered: list[Any] | None = [None] * dist.get_world_size() if is_main else None
+        dist.gather_object(dict(events), gathered)
+        verdict: list[Any] = [None]
+        if gathered is not None:
+            verdict[0] = self._verdict(prefixes, {i: row for part in gathered for i, row in part.items()})
+        dist.broadcast_object_list(verdict)
+        if isinstance(verdict[0], str):
+            raise UserError(verdict[0])
+        return verdict[0]
+
+    def _verdict(self, prefixes: Sequence[Prefix], events: Mapping[int, list[bool]]) -> set[int] | str:
+        stopped = set()
+        for i, prefix in enumerate(prefixes):
+            if i not in events or len(events[i]) != len(prefix.new_ids):
+                return (
+                    f"the in-flight gate has {len(events.get(i, []))} events for the {len(prefix.new_ids)} new tokens "
+                    f"of row {prefix.row}: the ranks disagree about who scores it; start again from the last checkpoint"
+                )
+            self.events[prefix.row] += events[i]
+            if is_spent(self.events[prefix.row], self.gate, self.settings):
+                stopped.add(prefix.row)
+        return stopped
+
+    def _keep(self, stopped: Sequence[int], prefixes: Sequence[Prefix], computed: KeptHidden) -> None:
+        """Hold on to what the teacher knows of rows that end here: they are whole."""
+        for i in stopped:
+            self.kept.replica_of[prefixes[i].row] = computed.replica_of[i]
+            if i in computed.of_row:  # a copy: a view would hold the whole micro-batch
+                self.kept.of_row[prefixes[i].row] = computed.of_row[i].clone()
+
+
+class _Seen:
+    """What the rollout engine says about the new tokens of some rows, end to end."""
+
+    def __init__(self, prefixes: Sequence[Prefix], device: torch.device, vocab_size: int) -> None:
+        self.sampled_N = torch.tensor([token for prefix in prefixes for token in prefix.new_ids], device=device)
+        self.vocab_size = vocab_size
+        self._ids = [torch.from_numpy(p.top_ids_TK) for p in prefixes if p.top_ids_TK is not None]
+        self._logp = [torch.from_numpy(p.top_logp_TK) for p in prefixes if p.top_logp_TK is not None]
+        if self._ids:
+            self._ids_NC, self._logp_NC = (torch.cat(part).to(device) for part in (self._ids, self._logp))
+
+    def top(self, part: slice) -> tuple[Tensor, Tensor]:
+        """The student's candidates [N, C], int64, and their log-probabilities, descending; padding words are last."""
+        ids_NC, logp_NC = self._ids_NC[part].long(), self._logp_NC[part]
+        logp_NC = logp_NC.masked_fill(ids_NC >= self.vocab_size, float("-inf"))
+        logp_NC, order_NC = logp_NC.sort(dim=-1, descending=True, stable=True)
+        return ids_NC.gather(1, order_NC), logp_NC
+
+
+def is_spent(events: Sequence[bool], gate: GateConfig, settings: InflightConfig) -> bool:
+    """Whether a response with these events is stopped: R has reached 0, or its `stop_events` are spent."""
+    if settings.stop_events is not None:
+        return sum(events) >= settings.stop_events
+    event_1T = torch.tensor([events])
+    last = apply_gate(event_1T, torch.ones_like(event_1T), gate).reliability_BT[0, -1].item()
+    return last <= RELIABLE_ABOVE
+
+
+def courses(
+    rollouts: Rollouts, reliable_length_B: Sequence[float], limits: Sequence[int], looked_at: Sequence[int]
+) -> list[Course]:
+    """How the responses went that the loss's gate has judged (NaN: it has not)."""
+    found = []
+    rows = zip(rollouts.prompt_ids, rollouts.responses, reliable_length_B, limits, strict=True)
+    for prompt, response, reliable, limit in rows:
+        if math.isnan(reliable):
+            continue
+        length = len(response.ids)
+        spent = int(reliable) + 1 if reliable < length else length if response.stopped else None
+        passed = max((at for at in looked_at if at < length), default=0)
+        if spent is not None and spent <= passed:  # but in flight it was let through: not every event is certain
+            spent = passed + 1
+        whole = _expected(rollouts, length, limit) if response.stopped else length
+        found.append(Course(len(prompt), whole, spent))
+    return found
+
+
+def _expected(rollouts: Rollouts, length: int, limit: int) -> float:
+    """An estimate of how long a response would have become that was cut at `length` tokens.
+
+    The mean length of the batch's other responses that went past `length`; without any, the most it could be.
+    """
+    others = [len(r.ids) for r in rollouts.responses if not r.stopped and len(r.ids) > length]
+    return sum(others) / len(others) if others else limit

@@ -1,0 +1,364 @@
+"""One chunk of the fused loss: what both models say about its tokens, and the student's gradient from it.
+
+`look` goes from hidden states to log-probabilities at a few candidates (and over this rank's columns of the vocabulary
+where something asks for them), `chunk_loss` to the loss and its derivative in them, and `Gradients` goes back. See
+loss/distill.py for the whole picture.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from prune_opd.config import GateConfig, ObjectiveConfig
+from prune_opd.loss.vocab_parallel import (
+    OutputHead,
+    VocabShard,
+    exp_sum_,
+    group_size,
+    local_columns,
+    local_gather,
+    sum_together,
+    topk_together,
+)
+from prune_opd.method.gate import overlap_events, overlap_ratio, top_p_reject
+from prune_opd.method.objective import Candidates, candidates, clipped_policy_loss, on_vocabulary, token_loss, top_k
+from prune_opd.method.weighting import Signals, vocabulary_sums
+
+
+class Place(NamedTuple):
+    """Where one objective looks, and both models' log-probabilities there, the same on every rank."""
+
+    ids_NK: Tensor
+    valid_NK: Tensor | None
+    student_logp_NK: Tensor
+    teacher_logp_NK: Tensor
+
+
+class Look(NamedTuple):
+    """One chunk as both models see it. Log-probabilities are over the full vocabulary."""
+
+    overlap_N: Tensor
+    event_N: Tensor
+    sampled_logp_N: Tensor
+    signals: Signals
+    places: list[Place]  # one an objective
+    student_NV: Tensor  # this rank's columns, in the student's buffer: log p if `in_logs`, else p · student_total
+    student_total_N1: Tensor
+    teacher_NV: Tensor  # log q if `in_logs`
+    in_logs: bool
+    finite_2: Tensor  # whether the student's and the teacher's normalisers are numbers
+
+    def vocabulary(self, valid: int) -> tuple[Tensor, Tensor]:
+        """log p and log q on the columns that are token ids."""
+        return self.student_NV[:, :valid], self.teacher_NV[:, :valid]
+
+
+def look(
+    student: OutputHead,
+    teacher: OutputHead,
+    sampled_ids_N: Tensor,
+    part: slice,
+    gate: GateConfig | None,
+    objectives: Sequence[ObjectiveConfig],
+    *,
+    given: Candidates | None = None,
+    in_logs: bool = False,
+    sums: bool = False,
+) -> Look:
+    """The tokens of `part` through both output heads.
+
+    objectives: what to look for; `given` replaces the first one's candidates. in_logs: leave log p and log q of this
+    rank's columns behind. sums: the weightings' sums over the vocabulary too (needs in_logs).
+    """
+    sampled_N = sampled_ids_N[part]
+    gate_k = objectives[0].k if gate is None else gate.k
+    student_logits_NV, teacher_logits_NV = student.logits(part), teacher.logits(part)
+    student_top, teacher_top = topk_together(
+        (student_logits_NV, teacher_logits_NV), max(gate_k, *map(top_k, objectives)), (student.shard, teacher.shard)
+    )
+    places = [candidates(objective, sampled_N, student_top.ids_NK, teacher_top.ids_NK) for objective in objectives]
+    if given is not None:
+        places[0] = given
+    ids_NK = torch.cat([sampled_N[:, None], *(place.ids_NK for place in places)], dim=1)
+
+    # All is read off the logits before they turn, in place, into something else. A top-k's first is the maximum.
+    student_at_NK = local_gather(student_logits_NV, ids_NK, student.shard)
+    teacher_at_NK = local_gather(teacher_logits_NV, ids_NK, teacher.shard)
+    student_max_N1, teacher_max_N1 = student_top.values_NK[:, :1], teacher_top.values_NK[:, :1]
+    student_at_NK, teacher_at_NK, student_total_N1, teacher_total_N1 = sum_together(
+        (
+            student_at_NK,
+            teacher_at_NK,
+            exp_sum_(student_logits_NV.clone() if in_logs else student_logits_NV, student_max_N1),
+            exp_sum_(teacher_logits_NV.clone() if in_logs else teacher_logits_NV, teacher_max_N1),
+        ),
+        student.shard.group,
+    )
+    # logit − max − log Σ: with max + log Σ as one number, large logits would cost digits of small log-probabilities.
+    student_log_N1, teacher_log_N1 = student_total_N1.log(), teacher_total_N1.log()
+    student_logp_NK = student_at_NK - student_max_N1 - student_log_N1
+    teacher_logp_NK = teacher_at_NK - teacher_max_N1 - teacher_log_N1
+    if in_logs:
+        student_logits_NV.sub_(student_max_N1).sub_(student_log_N1)
+        teacher_logits_NV.sub_(teacher_max_N1).sub_(teacher_log_N1)
+
+    overlap_N = overlap_ratio(student_top.ids_NK[:, :gate_k], teacher_top.ids_NK[:, :gate_k])
+    if gate is None:
+        event_N = torch.zeros_like(sampled_N, dtype=torch.bool)
+    elif gate.metric == "overlap":
+        event_N = overlap_events(overlap_N, gate.k, gate.threshold)
+    else:
+        teacher_top_logp_NK = teacher_top.values_NK[:, :gate_k] - teacher_max_N1 - teacher_log_N1
+        event_N = top_p_reject(sampled_N, teacher_top.ids_NK[:, :gate_k], teacher_top_logp_NK, gate.top_p)
+
+    signals = Signals(teacher_logp_NK[:, 0] - student_logp_NK[:, 0])
+    if sums:
+        valid = student.shard.valid
+        mine_N3 = vocabulary_sums(student_logits_NV[:, :valid], teacher_logits_NV[:, :valid])
+        signals = Signals(signals.advantage_N, *sum_together([mine_N3], student.shard.group)[0].unbind(1))
+    widths = [1, *(place.ids_NK.shape[1] for place in places)]
+    student_at, teacher_at = student_logp_NK.split(widths, dim=1)[1:], teacher_logp_NK.split(widths, dim=1)[1:]
+    return Look(
+        overlap_N=overlap_N,
+        event_N=event_N,
+        sampled_logp_N=student_logp_NK[:, 0],
+        signals=signals,
+        places=[Place(*where, logp, logq) for where, logp, logq in zip(places, student_at, teacher_at, strict=True)],
+        student_NV=student_logits_NV,
+        student_total_N1=student_total_N1,
+        teacher_NV=teacher_logits_NV,
+        in_logs=in_logs,
+        finite_2=torch.cat([student_log_N1, teacher_log_N1], dim=1).isfinite().all(dim=0),
+    )
+
+
+# ---------------------------------------------------------------------------------------------------- loss
+
+
+@dataclass(frozen=True)
+class OldPolicy:
+    """What stays fixed of N tokens while several updates are made with them (method.md §1), from before the first.
+
+    Always the weights of the objectives: gate and weighting. Of a policy gradient also its candidates, log p_old of
+    each and the weighted reward r_tj (with log p_old and the renormalised share w_tj in it): PPO's fixed advantages. A
+    divergence has no rewards (None): it is taken anew of the moved student, with the fixed weight.
+    """
+
+    weights: list[Tensor]  # [N] of each objective
+    candidates: Candidates
+    logp_NK: Tensor
+    reward_NK: Tensor | None
+
+    @staticmethod
+    def of(place: Place, weights: list[Tensor], reward_NK: Tensor | None) -> OldPolicy:
+        return OldPolicy(weights, Candidates(place.ids_NK, place.valid_NK), place.student_logp_NK, reward_NK)
+
+    @staticmethod
+    def joined(parts: Sequence[OldPolicy]) -> OldPolicy:
+        """One of all tokens out of those of their chunks."""
+
+        def cat(tensors: Sequence[Tensor | None]) -> Any:
+            return None if tensors[0] is None else torch.cat(tensors)  # type: ignore[arg-type]
+
+        return OldPolicy(
+            weights=[cat(weights) for weights in zip(*(part.weights for part in parts), strict=True)],
+            candidates=Candidates(*(cat(field) for field in zip(*(part.candidates for part in parts), strict=True))),
+            logp_NK=cat([part.logp_NK for part in parts]),
+            reward_NK=cat([part.reward_NK for part in parts]),
+        )
+
+    def part(self, part: slice) -> OldPolicy:
+        """That of some of the tokens."""
+        ids_NK, valid_NK = self.candidates
+        return OldPolicy(
+            [weight_N[part] for weight_N in self.weights],
+            Candidates(ids_NK[part], None if valid_NK is None else valid_NK[part]),
+            self.logp_NK[part],
+            None if self.reward_NK is None else self.reward_NK[part],
+        )
+
+
+class ChunkLoss(NamedTuple):
+    """Of all objectives together; divergence, reward and ratio are the first one's. Slopes: see Gradients."""
+
+    loss_N: Tensor
+    divergence_N: Tensor
+    slope_NK: Tensor
+    column_slope_NV: Tensor | None = None
+    column_total_N: Tensor | None = None
+    reward_NK: Tensor | None = None
+    ratio_2N: Tensor | None = None  # mean p / p_old of a token's candidates; share of them that is clipped
+
+
+def chunk_loss(
+    seen: Look,
+    objectives: Sequence[ObjectiveConfig],
+    weights: Sequence[Tensor],
+    old: OldPolicy | None,
+    shard: VocabShard,
+) -> ChunkLoss:
+    """The objectives at what was seen, each with its weight [N]; the first against the old policy if there is one."""
+    first = _first_loss(seen, objectives[0], weights[0], old, shard)
+    if len(objectives) == 1:
+        return first
+    place = seen.places[1]
+    added = token_loss(objectives[1], place.student_logp_NK, place.teacher_logp_NK, weights[1], place.valid_NK)
+    slope_NK = torch.cat([first.slope_NK, added.grad_logp_NK], dim=1)
+    return first._replace(loss_N=first.loss_N + added.loss_N, slope_NK=slope_NK)
+
+
+def _first_loss(
+    seen: Look, objective: ObjectiveConfig, weight_N: Tensor, old: OldPolicy | None, shard: VocabShard
+) -> ChunkLoss:
+    place = seen.places[0]
+    if on_vocabulary(objective):
+        columns = token_loss(objective, *seen.vocabulary(shard.valid), weight_N)
+        mine_N3 = torch.stack([columns.loss_N, columns.divergence_N, columns.grad_logp_NK.sum(dim=1)], dim=1)
+        loss_N, divergence_N, total_N = sum_together([mine_N3], shard.group)[0].unbind(1)
+        none_N0 = place.student_logp_NK  # no candidates, so no slope in any
+        return ChunkLoss(loss_N, divergence_N, none_N0, columns.grad_logp_NK, total_N)
+    loss = token_loss(objective, place.student_logp_NK, place.teacher_logp_NK, weight_N, place.valid_NK)
+    if old is None or old.reward_NK is None:
+        return ChunkLoss(loss.loss_N, loss.divergence_N, loss.grad_logp_NK, reward_NK=loss.reward_NK)
+    clipped = clipped_policy_loss(objective, place.student_logp_NK, old.logp_NK, old.reward_NK)
+    valid_NK = torch.ones_like(clipped.clipped_NK) if place.valid_NK is None else place.valid_NK
+    count_N = valid_NK.sum(dim=1)
+    # A token without a candidate has none that moved.
+    ratio_N = torch.where(count_N > 0, (clipped.ratio_NK * valid_NK).sum(dim=1) / count_N, 1.0)
+    clipped_N = (clipped.clipped_NK & valid_NK).sum(dim=1) / count_N.clamp(min=1)
+    moved_2N = torch.stack([ratio_N, clipped_N.to(ratio_N.dtype)])
+    return ChunkLoss(clipped.loss_N, loss.divergence_N, clipped.grad_logp_NK, ratio_2N=moved_2N)
+
+
+# ---------------------------------------------------------------------------------------------------- gradients
+
+
+WEIGHT_ROWS = 8192  # of the weight gradient that are multiplied at a time where its dtype is not the inputs'
+
+
+class Gradients:
+    """The student's two gradients, added up chunk by chunk; the weight's in the caller's buffer if there is one."""
+
+    def __init__(
+        self, student: OutputHead, want_hidden: bool, want_weight: bool, weight_grad_VH: Tensor | None = None
+    ) -> None:
+        self._student = student
+        self._hidden_NH = torch.empty_like(student.hidden_NH) if want_hidden else None
+        self._in_buffer = weight_grad_VH is not None
+        self._weight_VH = weight_grad_VH if want_weight else None
+        if want_weight and weight_grad_VH is None:
+            # At least fp32: in bf16 the sum over many chunks would lose the small ones.
+            dtype = torch.promote_types(student.dtype, torch.float32)
+            self._weight_VH = torch.zeros_like(student.weight_VH, dtype=dtype)
+
+    def add(
+        self,
+        part: slice,
+        seen: Look,
+        slope_NK: Tensor,
+        column_slope_NV: Tensor | None = None,
+        column_total_N: Tensor | None = None,
+    ) -> None:
+        """From c_j = ∂ℓ/∂log p_j to ∂ℓ/∂logit_v = (c_v − p_v Σ_j c_j) / temperature, and on to hidden and weight.
+
+        slope_NK: c at the places' ids, one after the other; an id may stand there twice. column_slope_NV: c of this
+        rank's token ids, for an objective on the whole vocabulary, with its sum over all ranks. Uses up `seen`.
+        """
+        if self._hidden_NH is None and self._weight_VH is None:
+            return
+        student = self._student
+        coefficient_NK = slope_NK / student.temperature
+        ids_NK = torch.cat([place.ids_NK for place in seen.places], dim=1)
+        column_NK, mine_NK = local_columns(ids_NK, student.shard)
+        total_N1 = coefficient_NK.sum(dim=1, keepdim=True)
+        if column_total_N is not None:
+            total_N1 = total_N1 + column_total_N.unsqueeze(1) / student.temperature
+        if seen.in_logs:
+            grad_logits_NV = seen.student_NV.exp_().mul_(-total_N1)
+        else:
+            grad_logits_NV = seen.student_NV.mul_(-total_N1 / seen.student_total_N1)
+        if column_slope_NV is not None:
+            grad_logits_NV[:, : student.shard.valid] += column_slope_NV / student.temperature
+        grad_logits_NV.scatter_add_(1, column_NK, coefficient_NK.masked_fill(~mine_NK, 0))
+        grad_logits_NV = grad_logits_NV.to(student.dtype)
+        if self._hidden_NH is not None:
+            torch.mm(grad_logits_NV, student.weight_VH, out=self._hidden_NH[part])
+        if self._weight_VH is not None:
+            if self._weight_VH.dtype == student.dtype:
+                self._weight_VH.addmm_(grad_logits_NV.t(), student.hidden_NH[part])
+            else:
+                # A product of another dtype cannot be added while it is formed: a few rows, not a second [V, H].
+                blocks = zip(self._weight_VH.split(WEIGHT_ROWS), grad_logits_NV.split(WEIGHT_ROWS, dim=1), strict=True)
+                for weight_RH, grad_logits_NR in blocks:
+                    weight_RH += grad_logits_NR.t() @ student.hidden_NH[part]
+
+    def finish(self) -> tuple[Tensor | None, Tensor | None]:
+        """Hidden gradient, complete on every rank, and this rank's weight gradient, in the inputs' dtype.
+
+        None for what was not wanted, and for a weight gradient that is in the caller's buffer.
+        """
+        student = self._student
+        if self._hidden_NH is not None and group_size(student.shard.group) > 1:
+            # Each rank has gone through its own columns of the vocabulary only.
+            dist.all_reduce(self._hidden_NH, group=student.shard.group)
+        if self._weight_VH is None or self._in_buffer:
+            return self._hidden_NH, None
+        return self._hidden_NH, self._weight_VH.to(student.dtype)
+
+
+class WithGradients(torch.autograd.Function):
+    """Gives a loss the gradients that were formed with it.
+
+    in_buffer: the weight's is in the caller's buffer already, as it is for an upstream gradient of 1. The weight stays
+    an input, so that a backward always comes through here, and gets no gradient: its hooks run, with nothing to add.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden_NH: Tensor,
+        weight_VH: Tensor,
+        loss_sum: Tensor,
+        grad_hidden_NH: Tensor | None,
+        grad_weight_VH: Tensor | None,
+        in_buffer: bool,
+    ) -> Tensor:
+        ctx.save_for_backward(grad_hidden_NH, grad_weight_VH)
+        ctx.in_buffer, ctx.spent = in_buffer, False
+        return loss_sum.clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
+        grad_hidden_NH, grad_weight_VH = ctx.saved_tensors
+        if ctx.in_buffer:
+            if ctx.spent:
+                raise RuntimeError(
+                    "a second backward through a loss with weight_grad: the buffer has the weight's gradient once; "
+                    "call distill_loss again"
+                )
+            ctx.spent = True
+            upstream = grad_loss.item()
+            if upstream != 1:
+                raise ValueError(
+                    f"the gradient that reaches loss_sum is {upstream:g}, but weight_grad already holds the weight's "
+                    "gradient for 1: back-propagate loss_sum itself and scale the gradients afterwards, or leave "
+                    "weight_grad out"
+                )
+        # In place, unless the graph is kept for another backward: a second weight gradient would outweigh the logits.
+        scale = torch.mul if torch._C._autograd._get_current_graph_task_keep_graph() else Tensor.mul_
+        return (
+            scale(grad_hidden_NH, grad_loss) if ctx.needs_input_grad[0] else None,
+            scale(grad_weight_VH, grad_loss) if grad_weight_VH is not None and ctx.needs_input_grad[1] else None,
+            None,
+            None,
+            None,
+            None,
+        )

@@ -1,0 +1,247 @@
+"""Per-token objectives: the mathematics of one token's loss, with no model, vocabulary shard or group in it.
+
+    topk_reverse_kl          −Σ_j r_j log p_j,  r_j = −W w_j sg(log p_j − log q_j)     on a support of top-k ids
+    sampled_token            −r log p(y),       r = −W sg(log p(y) − log q(y))         on the sampled token alone
+    local_support_matching   W Σ_j p̄_j (log p̄_j − log q̄_j)                            on the teacher's top-k
+    topk_forward_kl          W Σ_j q̄_j (log q̄_j − log p_j)                            on the teacher's top-k
+    full_vocab_reverse_kl    W Σ_v p_v (log p_v − log q_v)                             on the whole vocabulary
+    full_vocab_jsd           W [β Σ_v q_v log(q_v / m_v) + (1 − β) Σ_v p_v log(p_v / m_v)],  m = β q + (1 − β) p
+
+p student, q teacher, both over the full vocabulary; p̄, q̄ renormalised on the candidates; W the training weight, a
+constant; sg stop-gradient. The first two are policy gradients: a reward a candidate, and a ratio to the policy that
+sampled the batch when it has moved since (`clipped_policy_loss`). The others are divergences that are differentiated.
+
+An objective sees log-probabilities at K candidates a token and returns the loss and its derivative in the student's
+log p_j. The fused loss (loss/distill.py) does the rest and knows no objective by name: `candidates` says where to look,
+`token_loss` what that costs. An objective on the whole vocabulary sees the columns of one rank as its candidates
+and so may use nothing but sums over them. A new objective is one more function and one more entry in a table.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from prune_opd.config import ObjectiveConfig
+
+# ---------------------------------------------------------------------------------------------------- candidates
+
+
+class Candidates(NamedTuple):
+    """Where an objective looks: ids_NK, and which of them count. An id counts once; None: all do."""
+
+    ids_NK: Tensor
+    valid_NK: Tensor | None = None
+
+
+def _union(student_NK: Tensor, teacher_NK: Tensor) -> Candidates:
+    """2k wide: the student's, then the teacher's where the student has not got them already."""
+    new_NK = ~(teacher_NK.unsqueeze(2) == student_NK.unsqueeze(1)).any(dim=2)
+    return Candidates(torch.cat([student_NK, teacher_NK], dim=1), torch.cat([torch.ones_like(new_NK), new_NK], dim=1))
+
+
+def _intersection(student_NK: Tensor, teacher_NK: Tensor) -> Candidates:
+    """k wide: the student's where the teacher has them too. There may be none: such a token has no loss."""
+    return Candidates(student_NK, (student_NK.unsqueeze(2) == teacher_NK.unsqueeze(1)).any(dim=2))
+
+
+_SUPPORTS: dict[str, Callable[[Tensor, Tensor], Candidates]] = {
+    "student": lambda student_NK, teacher_NK: Candidates(student_NK),
+    "teacher": lambda student_NK, teacher_NK: Candidates(teacher_NK),
+    "union": _union,
+    "intersection": _intersection,
+}
+_OWN_SUPPORT = {"local_support_matching": "teacher", "topk_forward_kl": "teacher"}
+
+
+def on_vocabulary(config: ObjectiveConfig) -> bool:
+    """Whether the objective is a sum over the whole vocabulary, and not over a few candidates."""
+    return config.name in ("full_vocab_reverse_kl", "full_vocab_jsd")
+
+
+def top_k(config: ObjectiveConfig) -> int:
+    """How many of each model's best ids `candidates` needs."""
+    return 0 if on_vocabulary(config) or config.name == "sampled_token" else config.k
+
+
+def candidates(
+    config: ObjectiveConfig, sampled_ids_N: Tensor, student_ids_NK: Tensor, teacher_ids_NK: Tensor
+) -> Candidates:
+    """The candidates [N, K] of each token, out of what was sampled and both models' top-k ids.
+
+    student_ids_NK, teacher_ids_NK: most probable first, at least `top_k` wide. K = 0 for one on the whole vocabulary.
+    """
+    if on_vocabulary(config):
+        return Candidates(sampled_ids_N.new_empty(len(sampled_ids_N), 0))
+    if config.name == "sampled_token":
+        return Candidates(sampled_ids_N.unsqueeze(1))
+    support = _OWN_SUPPORT.get(config.name, config.support)
+    return _SUPPORTS[support](student_ids_NK[:, : config.k], teacher_ids_NK[:, : config.k])
+
+
+# ---------------------------------------------------------------------------------------------------- policy gradients
+
+
+def topk_reverse_kl(
+    student_logp_NK: Tensor, teacher_logp_NK: Tensor, config: ObjectiveConfig, valid_NK: Tensor | None = None
+) -> Tensor:
+    """Terms w_j (log p_j − log q_j) of the reverse KL on a support (Prune-OPD §2, method.md §1).
+
+    w_j = p_j / Σ_i p_i over the support (student_p), q_j / Σ_i q_i (teacher_p), or 1 (none).
+    """
+    gap_NK = student_logp_NK - teacher_logp_NK
+    if config.weight == "none":
+        return _only(gap_NK, valid_NK)
+    logp_NK = student_logp_NK if config.weight == "student_p" else teacher_logp_NK
+    if valid_NK is not None:
+        logp_NK = logp_NK.masked_fill(~valid_NK, -math.inf)
+    # A softmax over the support is p renormalised on it. Of an empty one it is not a number, and `_only` drops it.
+    return _only(logp_NK.softmax(dim=-1) * gap_NK, valid_NK)
+
+
+def sampled_token(
+    student_logp_NK: Tensor, teacher_logp_NK: Tensor, config: ObjectiveConfig, valid_NK: Tensor | None = None
+) -> Tensor:
+    """log p(y) − log q(y): a one-sample estimate of the reverse KL, of either sign (POPD/TOPD)."""
+    return student_logp_NK - teacher_logp_NK
+
+
+def _only(terms_NK: Tensor, valid_NK: Tensor | None) -> Tensor:
+    return terms_NK if valid_NK is None else terms_NK.masked_fill(~valid_NK, 0)
+
+
+_Terms = Callable[[Tensor, Tensor, ObjectiveConfig, Tensor | None], Tensor]
+_POLICY_GRADIENTS: dict[str, _Terms] = {"topk_reverse_kl": topk_reverse_kl, "sampled_token": sampled_token}
+
+
+def has_rewards(config: ObjectiveConfig) -> bool:
+    """Whether the objective is a policy gradient, to which the ratio of new to old policy applies."""
+    return config.name in _POLICY_GRADIENTS
+
+
+# ---------------------------------------------------------------------------------------------------- divergences
+
+
+class Divergence(NamedTuple):
+    """value_N: the sum over the candidates at hand. slope_NK: its derivative in log p_j."""
+
+    value_N: Tensor
+    slope_NK: Tensor
+
+
+def local_support_matching(student_logp_NK: Tensor, teacher_logp_NK: Tensor, config: ObjectiveConfig) -> Divergence:
+    """Σ_j p̄_j log(p̄_j / q̄_j), the gradient going through p̄ and its renormaliser."""
+    local_logp_NK = student_logp_NK.log_softmax(dim=-1)
+    gap_NK = local_logp_NK - teacher_logp_NK.log_softmax(dim=-1)
+    share_NK = local_logp_NK.exp()
+    value_N = (share_NK * gap_NK).sum(dim=-1)
+    return Divergence(value_N, share_NK * (gap_NK - value_N.unsqueeze(-1)))
+
+
+def topk_forward_kl(student_logp_NK: Tensor, teacher_logp_NK: Tensor, config: ObjectiveConfig) -> Divergence:
+    """Σ_j q̄_j (log q̄_j − log p_j). Zero only where p has all its mass on the candidates: it draws it there."""
+    local_logq_NK = teacher_logp_NK.log_softmax(dim=-1)
+    share_NK = local_logq_NK.exp()
+    return Divergence((share_NK * (local_logq_NK - student_logp_NK)).sum(dim=-1), -share_NK)
+
+
+def full_vocab_reverse_kl(student_logp_NV: Tensor, teacher_logp_NV: Tensor, config: ObjectiveConfig) -> Divergence:
+    """Σ_v p_v (log p_v − log q_v).
+
+    The derivative in log p_v is p_v (log p_v − log q_v + 1). The + 1 is left out: over the whole vocabulary it gives
+    p_v − p_v Σ_u p_u = 0 to every logit, and without it a student that equals its teacher has a gradient of exactly 0.
+    """
+    term_NV = student_logp_NV.exp() * (student_logp_NV - teacher_logp_NV)
+    return Divergence(term_NV.sum(dim=-1), term_NV)
+
+
+def full_vocab_jsd(student_logp_NV: Tensor, teacher_logp_NV: Tensor, config: ObjectiveConfig) -> Divergence:
+    """Generalised Jensen-Shannon divergence (GKD, arXiv 2306.13649): β KL(q ‖ m) + (1 − β) KL(p ‖ m).
+
+    Its derivative in log p_v is (1 − β) p_v log(p_v / m_v). Toward β = 0 and 1, where it vanishes, JSD / β and
+    JSD / (1 − β) become the forward and the reverse KL.
+    """
+    beta, gap_NV = config.beta, teacher_logp_NV - student_logp_NV
+    # log(m / p), from the larger of both so that nothing overflows; exactly 0 where p = q.
+    below_NV = torch.log1p(beta * torch.expm1(gap_NV.clamp(max=0)))
+    above_NV = gap_NV + torch.log1p((1 - beta) * torch.expm1(-gap_NV.clamp(min=0)))
+    log_ratio_NV = torch.where(gap_NV <= 0, below_NV, above_NV)
+    slope_NV = -(1 - beta) * student_logp_NV.exp() * log_ratio_NV
+    teacher_NV = beta * teacher_logp_NV.exp() * (gap_NV - log_ratio_NV)
+    return Divergence((teacher_NV + slope_NV).sum(dim=-1), slope_NV)
+
+
+_Divergence = Callable[[Tensor, Tensor, ObjectiveConfig], Divergence]
+_DIVERGENCES: dict[str, _Divergence] = {
+    "local_support_matching": local_support_matching,
+    "topk_forward_kl": topk_forward_kl,
+    "full_vocab_reverse_kl": full_vocab_reverse_kl,
+    "full_vocab_jsd": full_vocab_jsd,
+}
+
+
+# ---------------------------------------------------------------------------------------------------- one token's loss
+
+
+class TokenLoss(NamedTuple):
+    """loss_N: ℓ_t. grad_logp_NK: ∂ℓ_t/∂log p_j, the coefficients of the gradient.
+
+    divergence_N: how far the student is from the teacher by this objective, unweighted [nats]. A policy gradient's ℓ_t
+    has the gradient that is wanted but its value says little (it may be negative); this is the number to watch.
+    reward_NK: r_tj, weighted; None for an objective without.
+    """
+
+    loss_N: Tensor
+    grad_logp_NK: Tensor
+    divergence_N: Tensor
+    reward_NK: Tensor | None
+
+
+def token_loss(
+    config: ObjectiveConfig,
+    student_logp_NK: Tensor,
+    teacher_logp_NK: Tensor,
+    weight_N: Tensor,
+    valid_NK: Tensor | None = None,
+) -> TokenLoss:
+    """The configured objective at its candidates' log-probabilities over the full vocabulary. weight_N: W_t."""
+    weight_N1 = weight_N.unsqueeze(-1)
+    if has_rewards(config):
+        term_NK = _POLICY_GRADIENTS[config.name](student_logp_NK, teacher_logp_NK, config, valid_NK)
+        reward_NK = -weight_N1 * term_NK
+        # ∂ℓ/∂log p_j = −r_j: no "+ 1" term, nothing through the renormaliser.
+        return TokenLoss(-(reward_NK * student_logp_NK).sum(dim=-1), -reward_NK, term_NK.sum(dim=-1), reward_NK)
+    value_N, slope_NK = _DIVERGENCES[config.name](student_logp_NK, teacher_logp_NK, config)
+    return TokenLoss(weight_N * value_N, weight_N1 * slope_NK, value_N, None)
+
+
+class ClippedLoss(NamedTuple):
+    """As TokenLoss; ratio_NK: p_j / p_j^old. clipped_NK: where the clip has taken the gradient away."""
+
+    loss_N: Tensor
+    grad_logp_NK: Tensor
+    ratio_NK: Tensor
+    clipped_NK: Tensor
+
+
+def clipped_policy_loss(
+    config: ObjectiveConfig, student_logp_NK: Tensor, old_logp_NK: Tensor, reward_NK: Tensor
+) -> ClippedLoss:
+    """The PPO surrogate of a policy gradient whose candidates and rewards are those of the old policy (method.md §1).
+
+        ρ_j = p_j / p_j^old,   ℓ = −Σ_j min(ρ_j r_j, clip(ρ_j, 1 ± clip) r_j),   but never more than −dual_clip · r_j
+                                                                                 for a negative r_j (dual clip)
+
+    At ρ = 1 its gradient is that of the unclipped loss, −Σ_j r_j ∇log p_j; its value is −Σ_j r_j.
+    """
+    # ± 20 nats change nothing that is not clipped, and keep the ratio a number.
+    ratio_NK = (student_logp_NK - old_logp_NK).clamp(-20, 20).exp()
+    plain_NK = ratio_NK * reward_NK
+    surrogate_NK = torch.minimum(plain_NK, ratio_NK.clamp(1 - config.clip, 1 + config.clip) * reward_NK)
+    surrogate_NK = torch.where(reward_NK < 0, torch.maximum(surrogate_NK, config.dual_clip * reward_NK), surrogate_NK)
+    clipped_NK = surrogate_NK != plain_NK
+    return ClippedLoss(-surrogate_NK.sum(dim=-1), -plain_NK.masked_fill(clipped_NK, 0), ratio_NK, clipped_NK)

@@ -1,0 +1,40 @@
+"""What a process of this project needs to know of its machine before anything heavy is imported."""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.metadata
+import os
+import signal
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+PR_SET_PDEATHSIG = 1
+
+
+def has_gpu() -> bool:
+    """Whether torch would find a CUDA device: a CUDA build, a device node, and not hidden. Does not import torch."""
+    if os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1"):
+        return False
+    try:
+        cpu_build = importlib.metadata.version("torch").endswith("+cpu")
+    except importlib.metadata.PackageNotFoundError:
+        cpu_build = True
+    return not cpu_build and Path("/dev/nvidiactl").exists()
+
+
+def rank_environment(env: Mapping[str, str]) -> dict[str, str]:
+    """The environment of a rank, but for what torchrun adds."""
+    settings = dict(env)
+    settings.setdefault("OMP_NUM_THREADS", "1")
+    if not has_gpu():
+        settings.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # vLLM's note on NUMA binding
+        settings.setdefault("TORCHDYNAMO_DISABLE", "1")  # bound when megatron is imported; on a GPU vLLM compiles
+    return settings
+
+
+def end_with_parent(number: signal.Signals) -> None:
+    """Ask the kernel for a signal when the process that started this one is gone (Linux; elsewhere nothing)."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, number)

@@ -1,0 +1,136 @@
+"""Start N ranks on this node with torchrun, hand signals on to them, and leave none behind.
+
+    prune-opd ── start_ranks() ──▶ agent (torchrun in a session of its own: `python -m prune_opd.ranks.launcher`)
+                                     └─ N × python -m prune_opd.cli.worker …
+
+SIGTERM and SIGUSR1 go through the agent to the ranks, which take the time they need (a training run saves and ends with
+`REQUEUE_EXIT_CODE`); SIGINT ends the ranks, with half a minute for it. A second signal kills at once. Should a process
+be killed outright, the kernel ends those below it (PR_SET_PDEATHSIG). No torch is imported on the side of `prune-opd`.
+
+On several nodes start `python -m prune_opd.ranks.launcher` with torchrun's arguments in torchrun's place.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from types import FrameType
+
+from prune_opd.errors import REQUEUE_EXIT_CODE
+from prune_opd.process import end_with_parent, rank_environment
+
+ASKING = (signal.SIGTERM, signal.SIGUSR1)  # to come to an end in order
+SIGNALS = (signal.SIGINT, *ASKING)
+# Seconds: one wish comes in several ways at once, from here, from torchrun and from a cluster's scheduler.
+ONE_WISH = 1.0
+
+
+def start_ranks(args: list[str], nproc: int, env: Mapping[str, str]) -> int:
+    """Run a Python program once per rank and return its exit code.
+
+    Args:
+        args: what torchrun takes: a script, or `-m` and a module, followed by the program's arguments.
+        nproc: ranks on this node.
+        env: the environment of the ranks, usually `os.environ`.
+
+    Returns:
+        0; or the exit code of the rank that failed first; or 128 + the number of the signal that ended the run; or
+        `REQUEUE_EXIT_CODE` if it made the ranks save and stop.
+        Output goes to this process's stdout and stderr. Call it from the main thread: it takes `SIGNALS`.
+    """
+    settings = rank_environment(env)
+    # fmt: off
+    command = [
+        sys.executable, "-m", "prune_opd.ranks.launcher",
+        "--standalone", "--local-addr", "127.0.0.1", "--nproc-per-node", str(nproc), *args,
+    ]
+    # fmt: on
+    received: list[int] = []
+    first = 0.0
+
+    def hand_on(number: int, frame: FrameType | None) -> None:
+        nonlocal first
+        if received and time.monotonic() - first < ONE_WISH:
+            return
+        received.append(number)
+        first = first or time.monotonic()
+        if agent is None or agent.poll() is not None:
+            return
+        # torchrun's clean-up does not survive a second signal: from then on, end it and let the kernel end the ranks
+        os.killpg(agent.pid, number if len(received) == 1 else signal.SIGKILL)
+
+    agent: subprocess.Popen[bytes] | None = None
+    previous = {number: signal.signal(number, hand_on) for number in SIGNALS}
+    try:
+        agent = subprocess.Popen(command, env=settings, start_new_session=True, preexec_fn=_ends_with(os.getpid()))
+        if received:
+            os.killpg(agent.pid, received[0])
+        code = agent.wait()
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+    if received and code not in (0, REQUEUE_EXIT_CODE):
+        return 128 + received[0]
+    if code < 0:
+        print(f"error: torchrun was ended by {signal.Signals(-code).name}, and the ranks with it", file=sys.stderr)
+    return _shell_code(code)
+
+
+def _ends_with(parent: int) -> Callable[[], None]:
+    """For the moment between fork and exec: the agent is told when `parent` dies, even if it already has."""
+
+    def prepare() -> None:
+        end_with_parent(signal.SIGTERM)  # it ends its ranks in order
+        if os.getppid() != parent:
+            os._exit(128 + signal.SIGTERM)
+
+    return prepare
+
+
+def _shell_code(code: int) -> int:
+    """A process ended by signal n has the return code -n in Python and 128 + n in a shell."""
+    return 128 - code if code < 0 else code
+
+
+def _agent(argv: list[str]) -> int:
+    """torchrun without its own words: a rank that failed has spoken already, one that was killed gets a line here.
+
+    It also leaves `ASKING` to us: it would give the ranks half a minute to save.
+    """
+    import psutil
+    from torch.distributed import run
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+    def hand_on(number: int, frame: FrameType | None) -> None:
+        if not (ranks := psutil.Process().children()):
+            sys.exit(128 + number)  # none has started
+        for rank in ranks:
+            with suppress(psutil.NoSuchProcess):
+                rank.send_signal(number)
+
+    logging.disable(logging.ERROR)  # of this process; what ends it comes as an exception
+    for number in ASKING:
+        signal.signal(number, hand_on)
+    try:
+        run.run(run.parse_args(["--signals-to-handle", "SIGINT,SIGHUP,SIGQUIT", *argv]))
+    except ChildFailedError as error:
+        rank, failure = error.get_first_failure()
+        if failure.exitcode < 0:
+            name = signal.Signals(-failure.exitcode).name
+            hint = ", perhaps for want of memory" if name == "SIGKILL" else ""
+            print(f"error: rank {rank} was ended by {name}{hint}", file=sys.stderr)
+        return _shell_code(failure.exitcode)
+    except SignalException as error:
+        return 128 + error.sigval
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(_agent(sys.argv[1:]))

@@ -1,0 +1,138 @@
+"""`prune-opd bench scaling`: the count of the work, the slopes, and `--quick` through the real command. No times."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks.reshard.ranks import model_config
+from benchmarks.studies.scaling.command import QUICK, Settings, _axes, _launches
+from benchmarks.studies.scaling.work import PHASES, SLACK, Growth, growth, shape_of, slope, work
+
+COMMAND = Path(sys.executable).with_name("prune-opd")
+X = (64.0, 128.0, 256.0, 512.0, 1024.0)
+
+
+@pytest.mark.parametrize("power", [0.0, 1.0, 2.0])
+def test_the_slope_is_the_power(power: float) -> None:
+    assert slope(X, [3 * x**power for x in X]) == pytest.approx(power)
+
+
+def test_a_quadratic_behind_a_constant_cost_is_found_by_the_last_two_points() -> None:
+    """A constant that is nine tenths of the first points hides it from the fit over all of them."""
+    found = growth("length", "train", X, [1000 + 0.01 * x**2 for x in X], X)
+    assert found.slope < 1 + SLACK < found.last
+    assert found.too_fast
+
+
+def test_what_grows_with_its_work_or_slower_is_not_reported() -> None:
+    assert not growth("length", "train", X, [5 + x for x in X], X).too_fast
+    assert not growth("ranks", "memory", X, [1 / x for x in X], [1 / x for x in X]).too_fast
+    assert Growth("length", "train", slope=1.5, last=1.0, work_slope=1.0, work_last=1.0).too_fast
+
+
+def test_the_count_has_the_parameters_of_the_model() -> None:
+    config = model_config(3, 256, 4096)
+    shape = shape_of(config)
+    per_layer = 256 * 256 + 2 * 128 * 256 + 256 * 256 + 3 * 256 * 768
+    assert shape.parameters == 3 * per_layer + 4096 * 256
+
+
+def test_work_is_linear_in_rows_and_between_linear_and_quadratic_in_length() -> None:
+    shape = shape_of(model_config(3, 256, 4096))
+    for phase in ("rollout", "teacher", "train"):
+        once, twice = (work(shape, rows, 20, 128, 2)[phase] for rows in (8, 16))
+        assert twice == 2 * once
+        assert 1 < slope(X, [work(shape, 8, 0, x, 2)[phase] for x in X]) < 2
+    assert work(shape, 8, 20, 128, 2)["sync"] == work(shape, 16, 20, 1024, 2)["sync"] == 2 * shape.parameters
+
+
+def test_the_launches_hold_every_point_of_every_axis() -> None:
+    settings = Settings()
+    points = [
+        {
+            "parameters": hidden,
+            "model": [layers, hidden],
+            "ranks": ranks,
+            "batch": batch,
+            "limit": limit,
+            "length": limit,
+        }
+        for (layers, hidden), ranks, measured in _launches(settings)
+        for batch, limit in measured
+    ]
+    axes = _axes(settings, points)
+    assert tuple(point["limit"] for point in axes["length"]) == settings.lengths
+    assert tuple(point["batch"] for point in axes["batch"]) == settings.batches
+    assert tuple(tuple(point["model"]) for point in axes["parameters"]) == settings.models
+    assert tuple(point["ranks"] for point in axes["ranks"]) == settings.ranks
+    assert [point["batch"] for point in axes["ranks"]] == [
+        settings.batch,
+        2 * settings.batch,
+    ]  # rows of each rank: same
+    varied = {"length": {"limit"}, "batch": {"batch"}, "parameters": {"model"}, "ranks": {"ranks", "batch"}}
+    for axis, found in axes.items():
+        for key in {"model", "ranks", "batch", "limit"} - varied[axis]:
+            assert len({str(point[key]) for point in found}) == 1
+
+
+# ---------------------------------------------------------------------------------------------------- the command
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("bench")
+    done = subprocess.run(
+        [COMMAND, "bench", "scaling", "--quick"], cwd=folder, capture_output=True, text=True, timeout=200
+    )
+    assert done.returncode == 0, done.stderr
+    assert "against response length" in done.stdout
+    return folder / "bench"
+
+
+@pytest.fixture
+def result(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "scaling.json").read_text())
+
+
+def test_every_axis_has_its_points_and_a_picture_is_drawn(folder: Path, result: dict[str, Any]) -> None:
+    axes = result["axes"]
+    assert [point["limit"] for point in axes["length"]] == list(QUICK.lengths)
+    assert [point["batch"] for point in axes["batch"]] == list(QUICK.batches)
+    assert axes.keys() == {"length", "batch"}  # a single model and number of ranks in the quick size
+    assert (folder / "scaling.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_step_generates_what_was_asked_for(result: dict[str, Any]) -> None:
+    """Responses reach the length but for the few that end by themselves; the batch is the batch."""
+    for launch in result["raw"]:
+        for point in launch["ranks"][0]["points"]:
+            for step in point["steps"]:
+                assert 0.7 * point["length"] < step["response_length"] <= point["length"]
+                assert step["tokens"] == pytest.approx(point["batch"] * step["response_length"])
+
+
+def test_every_phase_is_measured_on_every_rank(result: dict[str, Any]) -> None:
+    for launch in result["raw"]:
+        assert len(launch["ranks"]) == launch["world"]
+        for rank in launch["ranks"]:
+            for step in (step for point in rank["points"] for step in point["steps"]):
+                assert set(step["cpu_s"]) == set(PHASES)
+                assert all(step["wall_s"][phase] > 0 for phase in PHASES)
+                assert step["held_bytes"] > 0
+
+
+def test_growth_is_that_of_the_points(result: dict[str, Any]) -> None:
+    assert {(one["axis"], one["what"]) for one in result["growth"]} == {
+        (axis, what) for axis in result["axes"] for what in (*PHASES, "memory")
+    }
+    for one in result["growth"]:
+        points = result["axes"][one["axis"]]
+        if one["what"] in PHASES:
+            measured = [point["cpu_s"][one["what"]] for point in points]
+            assert one["slope"] == pytest.approx(slope([point[one["axis"]] for point in points], measured))

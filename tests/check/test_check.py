@@ -1,0 +1,385 @@
+"""Each check on a pair of fake model directories: a good run has no problem, each bad input has exactly one line."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from prune_opd.check import machine
+from prune_opd.check import run as check
+from prune_opd.check.run import check_eval, check_sft, check_train
+from prune_opd.config import CorpusConfig, ParallelConfig, SftConfig, SftStage, TrainConfig
+from prune_opd.config.changes import HARMLESS
+from prune_opd.config.overrides import apply_overrides
+from prune_opd.config.recipe import load_recipe
+from prune_opd.config.yaml import save_config
+from prune_opd.data.ledger import VOCABULARY
+from prune_opd.process import has_gpu
+from tests.fake_models import WORDS, tokenizer, train_config, write_model
+
+
+@pytest.fixture
+def pair(tmp_path: Path) -> TrainConfig:
+    return train_config(write_model(tmp_path / "student"), write_model(tmp_path / "teacher"))
+
+
+def problems(config: TrainConfig, *overrides: str, nproc: int = 2) -> list[str]:
+    return check_train(apply_overrides(config, list(overrides)), nproc, None, "auto")
+
+
+def only(found: list[str]) -> str:
+    assert len(found) == 1, found
+    assert "\n" not in found[0]
+    return found[0]
+
+
+@pytest.mark.parametrize("nproc", [1, 2])
+def test_a_good_run_has_no_problem(pair: TrainConfig, nproc: int) -> None:
+    assert problems(pair, nproc=nproc) == []
+    assert problems(pair, "precision.params=bf16", "horizon.strategy=full", "gate=null", nproc=nproc) == []
+
+
+# ---------------------------------------------------------------------------------------------------- models
+
+
+def test_a_missing_model_says_how_the_tiny_ones_are_made(pair: TrainConfig, tmp_path: Path) -> None:
+    line = only(problems(dataclasses.replace(pair, teacher=str(tmp_path / "nowhere"))))
+    assert line.startswith("teacher = ") and "there is no such directory" in line and "`make tiny-models`" in line
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json"])
+def test_an_incomplete_model_directory_is_named_with_what_it_lacks(pair: TrainConfig, name: str) -> None:
+    (Path(pair.student) / name).unlink()
+    assert f"there is no {name} in it" in only(problems(pair))
+
+
+def test_a_damaged_config_json_is_refused(pair: TrainConfig) -> None:
+    (Path(pair.student) / "config.json").write_text('{"model_type": "qwen3"}', encoding="utf-8")
+    assert "not that of a causal language model" in only(problems(pair))
+
+
+def test_an_unknown_family_is_refused_with_those_that_work(pair: TrainConfig, tmp_path: Path) -> None:
+    other = write_model(tmp_path / "other", model_type="gpt2")
+    line = only(problems(dataclasses.replace(pair, student=str(other))))
+    assert "model_type = 'gpt2' is not supported: use a model of llama, qwen2, qwen3" in line
+
+
+def test_a_setting_that_is_not_built_is_refused_before_a_model_is(pair: TrainConfig, tmp_path: Path) -> None:
+    path = Path(pair.teacher) / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "rope_scaling": {"rope_type": "dynamic"}}))
+    assert "teacher" in (line := only(problems(pair))) and "rope_type = 'dynamic' is not supported" in line
+
+
+@pytest.mark.parametrize(
+    ("words", "difference"),
+    [
+        (tokenizer(vocab={word: i for i, word in enumerate((*WORDS[:-1], "other"))}), "id 31 is 'w29' for the student"),
+        (tokenizer(vocab={word: i for i, word in enumerate(WORDS[:-1])}), "'w29' for the student and unused for the"),
+        (tokenizer(merges=["w 1", "w 3"]), "merge 1 is w + 2 for the student and w + 3 for the teacher"),
+        (tokenizer(merges=["w 1"]), "merge 1 is w + 2 for the student and missing for the teacher"),
+        (tokenizer() | {"added_tokens": []}, "id 0 ('<bos>') is a special token for the student only"),
+        (
+            tokenizer()
+            | {"added_tokens": [*tokenizer()["added_tokens"], {"id": 32, "content": "<x>", "special": False}]},
+            "id 32 is unused for the student and '<x>' for the teacher",
+        ),
+        ({"model": {}}, "cannot be read"),
+    ],
+)
+def test_another_tokenizer_is_refused_with_the_first_difference(
+    pair: TrainConfig, tmp_path: Path, words: dict[str, Any], difference: str
+) -> None:
+    teacher = write_model(tmp_path / "other", words)
+    assert difference in only(problems(dataclasses.replace(pair, teacher=str(teacher))))
+
+
+def test_the_same_tokenizer_written_in_another_way_is_no_difference(pair: TrainConfig, tmp_path: Path) -> None:
+    teacher = write_model(tmp_path / "other", tokenizer(merges=["w 1", "w 2"]) | {"version": "1.0"})
+    assert problems(dataclasses.replace(pair, teacher=str(teacher))) == []
+
+
+def test_unigram_vocabularies_are_compared_in_the_order_of_their_ids(tmp_path: Path) -> None:
+    scores = [[word, -1.0 * i] for i, word in enumerate(WORDS)]
+    student = write_model(tmp_path / "student", tokenizer(vocab=scores, merges=None))
+    teacher = write_model(tmp_path / "teacher", tokenizer(vocab=[*scores[:30], ["other", -3.0]], merges=None))
+    assert "id 30 is 'w28' for the student and 'other' for the teacher" in only(
+        problems(train_config(student, teacher))
+    )
+
+
+# ---------------------------------------------------------------------------------------------------- layout and sizes
+
+
+def test_tensor_parallel_must_divide_the_heads_of_both_models(pair: TrainConfig) -> None:
+    found = problems(pair, nproc=3)
+    assert len(found) == 4  # attention and key-value heads of two models
+    field = "parallel.tensor = 3 (null: all ranks)"
+    assert found[0] == f"{field} does not divide the 4 attention heads of the student: choose one of 1, 2, 4"
+
+
+def test_tensor_parallel_must_divide_the_key_value_heads(pair: TrainConfig) -> None:
+    found = problems(pair, "parallel.tensor=4", nproc=4)
+    assert [line.split(" does not divide the ")[1][:17] for line in found] == ["2 key-value heads"] * 2
+
+
+def test_tensor_parallel_must_divide_the_ranks(pair: TrainConfig) -> None:
+    line = only(problems(pair, "parallel.tensor=2", nproc=1))
+    assert line.startswith("parallel.tensor = 2 does not divide the 1 ranks: choose one of 1")
+
+
+def test_rollout_tensor_parallel_must_divide_ranks_and_heads(pair: TrainConfig) -> None:
+    assert "rollout.tensor_parallel = 2 does not divide the 1 ranks" in only(
+        problems(pair, "rollout.tensor_parallel=2", nproc=1)
+    )
+    wide = problems(pair, "parallel.tensor=1", "rollout.tensor_parallel=3", nproc=3)
+    assert "rollout.tensor_parallel = 3 does not divide the 4 attention heads" in only(wide)
+
+
+def test_each_replica_needs_a_response(pair: TrainConfig) -> None:
+    few = ("parallel.tensor=1", "rollout.prompts=1", "rollout.responses=3")
+    assert "= 3 is fewer than the 4 data-parallel replicas" in only(problems(pair, *few, nproc=4))
+    assert problems(pair, *few, nproc=3) == []
+
+
+def test_a_horizon_above_the_positions_is_refused_with_the_room_there_is(pair: TrainConfig) -> None:
+    found = problems(pair, "horizon.max_len=500")
+    assert [line.split()[-4:-1] for line in found] == [["to", "at", "most"]] * 2
+    assert found[0].startswith(
+        "rollout.max_prompt_len + horizon.max_len = 64 + 500 is above the 512 positions of the student"
+    )
+    assert found[0].endswith("set horizon.max_len to at most 448")
+    assert problems(pair, "horizon.max_len=448") == []
+    assert "evaluation.max_len" in only(problems(pair, "evaluation.max_len=449"))
+
+
+@pytest.mark.parametrize("field", ["gate.k", "objective.k"])
+def test_more_candidates_than_words_are_refused(pair: TrainConfig, field: str) -> None:
+    found = problems(pair, f"{field}={len(WORDS) + 1}")
+    assert found[0] == f"{field} = 33 is above the 32 words of the student: set at most 32"
+    assert problems(pair, f"{field}={len(WORDS)}") == []
+
+
+# ---------------------------------------------------------------------------------------------------- machine
+
+
+@pytest.mark.parametrize("hidden", ["", "-1"])
+def test_hidden_gpus_do_not_count(monkeypatch: pytest.MonkeyPatch, hidden: str) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", hidden)
+    assert not has_gpu()
+
+
+def test_a_cpu_build_of_torch_has_no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setattr(check.Path, "exists", lambda self: True)
+    monkeypatch.setattr(check.importlib.metadata, "version", lambda name: "2.13.0+cpu")
+    assert not has_gpu()
+    monkeypatch.setattr(check.importlib.metadata, "version", lambda name: "2.13.0")
+    assert has_gpu()
+
+
+@pytest.mark.parametrize(("part", "accepted"), [("normalization", True), ("multi_tensor_apply", True), ("web", False)])
+def test_only_nvidias_apex_is_accepted(
+    pair: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, part: str, accepted: bool
+) -> None:
+    (tmp_path / "site" / "apex" / part).mkdir(parents=True)
+    (tmp_path / "site" / "apex" / "__init__.py").write_text("raise AssertionError('imported')", encoding="utf-8")
+    monkeypatch.syspath_prepend(str(tmp_path / "site"))
+    found = problems(pair)
+    assert found == [] if accepted else "apex is not NVIDIA's" in only(found)
+
+
+# ---------------------------------------------------------------------------------------------------- data
+
+
+@pytest.mark.parametrize("field", ["data.source", "evaluation.sources"])
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("ledgr", "is no task: did you mean 'ledger'?"),
+        ("prompts.jsonl", "there is no such file"),
+        ("some/where", "there is no such file"),
+    ],
+)
+def test_an_unknown_source_is_refused(pair: TrainConfig, field: str, source: str, message: str) -> None:
+    line = only(problems(pair, f"{field}={source}"))
+    assert line.startswith(f"{field} = {source!r}") and message in line
+
+
+def test_a_prompt_file_is_a_jsonl_file(pair: TrainConfig, tmp_path: Path) -> None:
+    for name, accepted in (("prompts.jsonl", True), ("prompts.csv", False)):
+        (tmp_path / name).write_text('{"prompt": "w1"}\n', encoding="utf-8")
+        found = problems(pair, f"data.source={tmp_path / name}", "evaluation.sources=ledger")
+        assert found == [] if accepted else "is not a .jsonl or .parquet file" in only(found)
+
+
+def test_two_evaluation_files_of_one_name_are_refused(pair: TrainConfig, tmp_path: Path) -> None:
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "aime.jsonl").write_text('{"prompt": "w1", "answer": "1"}\n', encoding="utf-8")
+    line = only(problems(pair, f"evaluation.sources=[{tmp_path}/a/aime.jsonl,{tmp_path}/b/aime.jsonl]"))
+    assert line.startswith("evaluation.sources has two tasks named 'aime.jsonl'")
+
+
+def test_training_rows_are_not_evaluation_problems(pair: TrainConfig, tmp_path: Path) -> None:
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "w1", "answer": "1"}\n', encoding="utf-8")
+    source = f"data.source={tmp_path / 'prompts.jsonl'}"
+    assert only(problems(pair, source)).startswith("evaluation.sources is not set")
+    assert problems(pair, source, "evaluation.problems=0") == []
+
+
+# ---------------------------------------------------------------------------------------------------- run directory
+
+
+def in_run_dir(config: TrainConfig, run_dir: Path, resume: str = "auto") -> list[str]:
+    return check_train(config, 2, run_dir, resume)
+
+
+@pytest.fixture
+def run_dir(pair: TrainConfig, tmp_path: Path) -> Path:
+    save_config(pair, tmp_path / "run" / "config.yaml")
+    return tmp_path / "run"
+
+
+def test_a_new_or_an_empty_run_directory_is_fine(pair: TrainConfig, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    assert in_run_dir(pair, tmp_path / "empty") == []
+    assert in_run_dir(pair, tmp_path / "new" / "deeper") == []
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_directory_of_other_files_is_refused(pair: TrainConfig, tmp_path: Path) -> None:
+    assert "holds other files and no config.yaml" in only(in_run_dir(pair, tmp_path))
+
+
+def test_the_run_of_another_config_is_refused_by_the_fields_that_differ(pair: TrainConfig, run_dir: Path) -> None:
+    line = only(in_run_dir(apply_overrides(pair, ["seed=7", "optimizer.lr=0.5"]), run_dir))
+    assert "optimizer.lr: 1.0e-06 → 0.5; seed: 0 → 7" in line and "choose another directory" in line
+
+
+def test_many_differences_are_cut_short(pair: TrainConfig, run_dir: Path) -> None:
+    many = [f"rollout.{name}=9" for name in ("prompts", "responses", "max_prompt_len", "max_num_seqs", "temperature")]
+    line = only(in_run_dir(apply_overrides(pair, [*many, "seed=1", "data.min_steps=5", "gate.k=3"]), run_dir))
+    assert "and 2 more" in line
+
+
+HARMLESS_CHANGES = {
+    "parallel": "parallel.tensor=1",
+    "track": "track.project=other",
+    "stop_after": "stop_after=2",
+    "checkpoint": "checkpoint.every=7",
+    "survival": "survival.max_skipped=5",
+    "evaluation.every": "evaluation.every=3",
+    "evaluation.generations": "evaluation.generations=0",
+    "memory": "memory.offload_optimizer=true",
+    "planning": "planning.nodes=2",
+    "rollout.bucket_mb": "rollout.bucket_mb=64",
+    "rollout.enforce_eager": "rollout.enforce_eager=true",
+    "rollout.kv_cache_gb": "rollout.kv_cache_gb=9",
+    "rollout.gpu_memory_utilization": "rollout.gpu_memory_utilization=0.4",
+}
+
+
+@pytest.mark.parametrize("part", HARMLESS)
+def test_a_run_goes_on_with_harmless_changes(pair: TrainConfig, run_dir: Path, part: str) -> None:
+    assert in_run_dir(apply_overrides(pair, [HARMLESS_CHANGES[part]]), run_dir) == []
+
+
+def test_the_other_optimizer_is_not_harmless(pair: TrainConfig, run_dir: Path) -> None:
+    """Its checkpoints are made of other parts, whatever the layout."""
+    changed = apply_overrides(pair, ["parallel.distributed_optimizer=true"])
+    assert "parallel.distributed_optimizer: false → true" in only(in_run_dir(changed, run_dir))
+
+
+def test_other_evaluation_settings_are_not_harmless(pair: TrainConfig, run_dir: Path) -> None:
+    assert "evaluation.problems" in only(in_run_dir(apply_overrides(pair, ["evaluation.problems=3"]), run_dir))
+
+
+def test_a_damaged_config_yaml_is_refused(pair: TrainConfig, run_dir: Path) -> None:
+    (run_dir / "config.yaml").write_text("name: [", encoding="utf-8")
+    assert "cannot be read as YAML" in only(in_run_dir(pair, run_dir))
+
+
+def test_checkpoints_are_never_overwritten(pair: TrainConfig, run_dir: Path) -> None:
+    (run_dir / "checkpoints").mkdir()
+    assert in_run_dir(pair, run_dir, "never") == []
+    (run_dir / "checkpoints" / "step_2").mkdir()
+    line = only(in_run_dir(pair, run_dir, "never"))
+    assert "already holds checkpoints; take --resume auto" in line
+    assert in_run_dir(pair, run_dir, "auto") == []
+
+
+def test_a_missing_checkpoint_is_refused(pair: TrainConfig, run_dir: Path) -> None:
+    assert "there is no such checkpoint" in only(in_run_dir(pair, run_dir, str(run_dir / "step_9")))
+
+
+def test_a_file_in_the_way_is_refused(pair: TrainConfig, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("", encoding="utf-8")
+    for path in (tmp_path / "file", tmp_path / "file" / "below"):
+        assert f"{tmp_path / 'file'} is a file" in only(in_run_dir(pair, path))
+
+
+def test_a_directory_without_permission_is_refused(
+    pair: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(machine.os, "access", lambda path, mode: False)  # root may write anywhere
+    assert f"no permission in {tmp_path}" in only(in_run_dir(pair, tmp_path / "new"))
+
+
+# ---------------------------------------------------------------------------------------------------- sft and eval
+
+
+def supervised(tmp_path: Path, **changes: Any) -> SftConfig:
+    stages = (SftStage(steps=1, batch=2, lr=1e-3, corpus=CorpusConfig()),)
+    return SftConfig(**({"name": "x", "output": str(tmp_path / "out"), "stages": stages} | changes))
+
+
+def test_supervised_training_starts_from_nothing_or_from_a_model(tmp_path: Path) -> None:
+    assert check_sft(supervised(tmp_path), 2) == []
+    assert check_sft(supervised(tmp_path, init=str(write_model(tmp_path / "base"))), 2) == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"init": "nowhere"}, "init = 'nowhere': there is no such directory"),
+        ({"parallel": ParallelConfig(tensor=2)}, "parallel.tensor = 2: supervised training is data parallel only"),
+        ({"parallel": ParallelConfig(tensor=1, expert=2)}, "parallel.expert = 2: supervised training is data parallel"),
+        ({"parallel": ParallelConfig(tensor=1, context=2)}, "parallel.context = 2: supervised training is data"),
+        ({"parallel": ParallelConfig(tensor=1, sequence_parallel=True)}, "set parallel.sequence_parallel=false"),
+        ({"output": ""}, "output = '' is no directory"),
+    ],
+)
+def test_bad_supervised_training_is_refused(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+    assert message in only(check_sft(supervised(tmp_path, **changes), 2))
+
+
+def test_an_evaluation_needs_a_model_and_a_task(tmp_path: Path) -> None:
+    model = write_model(tmp_path / "model")
+    assert check_eval(model, ["ledger"], 1.0, None) == []
+    assert "--task = 'ledgre' is no task: did you mean 'ledger'?" in only(check_eval(model, ["ledgre"], 1.0, None))
+    assert "MODEL_DIR = 'nowhere': there is no such directory" in only(
+        check_eval(Path("nowhere"), ["ledger"], 1.0, None)
+    )
+
+
+# ---------------------------------------------------------------------------------------------------- the recipes
+
+
+def test_the_tiny_recipe_passes_on_a_model_of_its_shape(tmp_path: Path) -> None:
+    base, recipe = load_recipe("tiny_base"), load_recipe("tiny_compatible")
+    assert isinstance(base, SftConfig) and isinstance(recipe, TrainConfig)
+    shape = base.shape
+    settings: dict[str, Any] = {
+        "num_attention_heads": shape.heads,
+        "num_key_value_heads": shape.kv_heads,
+        "max_position_embeddings": shape.max_positions,
+        "vocab_size": len(VOCABULARY),
+    }
+    student, teacher = (str(write_model(tmp_path / name, **settings)) for name in ("student", "teacher"))
+    recipe = dataclasses.replace(recipe, student=student, teacher=teacher)
+    for nproc in (1, 2):
+        assert problems(recipe, nproc=nproc) == []

@@ -1,0 +1,360 @@
+"""Ranks of test_fused_loss_tp.py: run the cases on vocabulary shards and write how far each is from the reference.
+
+    torchrun … worker_fused_loss.py OUT_FOLDER TP
+
+Every rank makes the same whole inputs from the same seed, keeps its shard of both weights and writes rank<r>.json:
+{case: {"loss": …, "hidden_gradient": …, "weight_gradient": …, "statistics": …}}, largest errors relative to the largest
+entry of the float64 reference. Groups of TP neighbouring ranks work side by side.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from prune_opd.config import GateConfig, ObjectiveConfig, WeightingConfig
+from prune_opd.loss.distill import GateStats
+from prune_opd.loss.vocab_parallel import VocabShard, gather, local_gather, log_normaliser, topk
+from tests.reference import (
+    GATE,
+    NO_WEIGHTING,
+    OBJECTIVE,
+    OBJECTIVES,
+    VOCAB,
+    WEIGHTINGS,
+    Case,
+    Reference,
+    describe,
+    make_case,
+    reference_update,
+    top_ids,
+)
+
+PLAIN = make_case()
+
+
+def shard_of(weight_VH: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """This rank's rows. A height that the group does not divide is padded, with rows that would win every top-k."""
+    ranks, rank = dist.get_world_size(group), dist.get_rank(group)
+    missing = -len(weight_VH) % ranks
+    weight_VH = torch.cat([weight_VH, torch.full((missing, weight_VH.shape[1]), 50.0, dtype=weight_VH.dtype)])
+    return weight_VH.chunk(ranks)[rank].clone()
+
+
+def sharded(case: Case, group: dist.ProcessGroup) -> Case:
+    return dataclasses.replace(
+        case,
+        student_weight=shard_of(case.student_weight, group),
+        teacher_weight=shard_of(case.teacher_weight, group),
+    )
+
+
+def whole(shard_VH: Tensor, rows: int, group: dist.ProcessGroup) -> Tensor:
+    """The group's shards one under the other, without the rows that `shard_of` has added."""
+    parts = [torch.empty_like(shard_VH) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(parts, shard_VH.contiguous(), group=group)
+    return torch.cat(parts)[:rows]
+
+
+def error(got: Tensor, expected: Tensor) -> float:
+    if expected.numel() == 0:
+        return 0.0 if got.shape == expected.shape else math.inf
+    scale = max(expected.abs().max().item(), 1e-3)
+    return ((got.double() - expected.double()).abs().max() / scale).item()
+
+
+def gradient_errors(loss: Tensor, shard: Case, expected_loss: Tensor, expected: Case, group: dist.ProcessGroup) -> dict:
+    """The comparison itself: value and both gradients, from two losses that have had their backward."""
+    hidden, weight = shard.gradients()
+    expected_hidden, expected_weight = expected.gradients()
+    return {
+        "loss": error(loss.detach(), expected_loss.detach()),
+        "hidden_gradient": error(hidden, expected_hidden),
+        "weight_gradient": error(whole(weight, len(expected_weight), group), expected_weight),
+    }
+
+
+def statistics_error(stats: GateStats, reference: Reference) -> float:
+    """The largest of the per-token statistics."""
+    expected = {
+        "overlap_N": reference.overlap,
+        "reliability_N": reference.reliability,
+        "weight_N": reference.weight,
+        "sampled_logp_N": reference.sampled_logp,
+        "divergence_N": reference.divergence,
+    }
+    return max(
+        error(getattr(stats, name), torch.tensor(values, dtype=torch.float64)) for name, values in expected.items()
+    )
+
+
+def compare(
+    case: Case,
+    group: dist.ProcessGroup,
+    gate: GateConfig | None = GATE,
+    objective: ObjectiveConfig = OBJECTIVE,
+    dtype: torch.dtype = torch.float64,
+    chunk: int = 7,
+    weighting: WeightingConfig = NO_WEIGHTING,
+) -> dict[str, float]:
+    """The fused loss on this rank's shard against the reference on the whole vocabulary, and against a single rank."""
+    rounded = case.leaves(dtype)
+    expected = rounded.leaves(torch.float64)
+    reference = expected.reference(gate, objective, weighting)
+    shard = sharded(rounded, group).leaves(dtype)
+    loss, _, stats = shard.fused(gate, objective, chunk=chunk, tp_group=group, weighting=weighting)
+    alone = rounded.fused(gate, objective, chunk=chunk, weighting=weighting)[2]
+    if case.sampled.numel():
+        (3 * loss).backward()
+        (3 * reference.loss_sum).backward()
+    else:
+        loss.backward()
+        expected.student_hidden.grad, expected.student_weight.grad = (
+            torch.zeros_like(expected.student_hidden),
+            torch.zeros_like(expected.student_weight),
+        )
+    same = (
+        stats.event_N.tolist() == reference.event == alone.event_N.tolist()
+        and stats.reliable_length_B.tolist() == reference.reliable_length == alone.reliable_length_B.tolist()
+        and torch.equal(stats.overlap_N, alone.overlap_N)
+    )
+    errors = gradient_errors(loss, shard, reference.loss_sum, expected, group)
+    return {**errors, "statistics": statistics_error(stats, reference) if same else math.inf}
+
+
+def compare_stale(case: Case, group: dist.ProcessGroup) -> dict[str, float]:
+    """As `compare`; and what the statistics say of the ratio, which the reference has in its weights only."""
+    assert case.stale_logp is not None
+    result = compare(case, group)
+    stats = sharded(case, group).fused(tp_group=group, chunk=7)[2]
+    expected_N = (stats.sampled_logp_N - case.stale_logp).exp()
+    known_N = ~case.stale_logp.isnan()
+    assert stats.stale_ratio_N is not None and stats.stale_clipped_N is not None
+    assert torch.equal(stats.stale_ratio_N.isnan(), ~known_N) and 0 < known_N.sum() < len(known_N)
+    beyond_N = (expected_N > 1 + OBJECTIVE.clip) | (expected_N < 1 - OBJECTIVE.clip)
+    assert torch.equal(stats.stale_clipped_N, beyond_N) and 0 < beyond_N.sum() < known_N.sum()
+    wrong = error(stats.stale_ratio_N[known_N], expected_N[known_N])
+    return {**result, "statistics": max(result["statistics"], wrong)}
+
+
+def compare_buffer(case: Case, group: dist.ProcessGroup, dtype: torch.dtype, chunk: int) -> dict[str, float]:
+    """The weight's gradient added to a buffer on each rank's shard, in two micro-batches, against the reference."""
+    expected = case.leaves(dtype).leaves(torch.float64)
+    reference = expected.reference()
+    reference.loss_sum.backward()
+    shard = sharded(case.leaves(dtype), group).leaves(dtype)
+    buffer = torch.zeros_like(shard.student_weight, requires_grad=False)
+    total = torch.zeros((), dtype=dtype)
+    cut = len(case.offsets) // 2
+    for first, last in ((0, cut), (cut, len(case.offsets) - 1)):
+        begin, end = case.offsets[first], case.offsets[last]
+        part = dataclasses.replace(
+            shard,
+            student_hidden=shard.student_hidden[begin:end],
+            teacher_hidden=shard.teacher_hidden[begin:end],
+            sampled=shard.sampled[begin:end],
+            offsets=[offset - begin for offset in case.offsets[first : last + 1]],
+        )
+        loss = part.fused(chunk=chunk, tp_group=group, weight_grad=buffer)[0]
+        loss.backward()
+        total += loss.detach()
+    assert shard.student_weight.grad is None
+    shard.student_weight.grad = buffer
+    return {**gradient_errors(total, shard, reference.loss_sum, expected, group), "statistics": 0.0}
+
+
+def compare_update(group: dist.ProcessGroup, objective: ObjectiveConfig) -> dict[str, float]:
+    """A student that has moved since its batch was sampled, on shards, against the reference on the whole."""
+    before = sharded(PLAIN, group).fused(objective=objective, keep_policy=True, chunk=7, tp_group=group)[2]
+    expected = PLAIN.moved().leaves(torch.float64)
+    reference = reference_update(PLAIN, expected, GATE, objective, NO_WEIGHTING)
+    shard = sharded(expected, group).leaves(torch.float64)
+    loss, _, stats = shard.fused(objective=objective, old=before.policy, chunk=5, tp_group=group)
+    loss.backward()
+    reference.backward()
+    errors = gradient_errors(loss, shard, reference, expected, group)
+    return {**errors, "statistics": error(stats.weight_N, before.weight_N)}
+
+
+# ---------------------------------------------------------------------------------------------------- the cases
+
+
+def tied_case() -> Case:
+    """Small whole numbers: logits tie within a shard and across shards; one token's are all equal."""
+    case = make_case(seed=3)
+    signs = {name: getattr(case, name).sign() for name in ("student_hidden", "student_weight", "teacher_hidden")}
+    signs["student_hidden"][3] = 0
+    return dataclasses.replace(case, **signs, teacher_weight=case.teacher_weight.sign())
+
+
+def twin_case() -> Case:
+    return dataclasses.replace(PLAIN, teacher_hidden=PLAIN.student_hidden, teacher_weight=PLAIN.student_weight)
+
+
+def empty_shard_case() -> Case:
+    """A vocabulary that ends within the first shard, so that the others are all padding."""
+    small = 15
+    return dataclasses.replace(PLAIN, vocab_size=small, sampled=PLAIN.sampled % small)
+
+
+def large_vocabulary_case() -> Case:
+    """Qwen's 151936 words, of which the teacher's weight has 152064 rows: the shards of one model start elsewhere."""
+    generator = torch.Generator().manual_seed(0)
+    student, teacher = torch.randn(151936, 4, generator=generator), torch.randn(152064, 5, generator=generator)
+    teacher[:151936, :4] = student
+    hidden = torch.randn(4, 4, generator=generator) * 2
+    return Case(
+        student_hidden=hidden.double(),
+        student_weight=student.double(),
+        teacher_hidden=torch.cat([hidden, torch.ones(4, 1)], 1).double(),
+        teacher_weight=teacher.double(),
+        sampled=torch.tensor([0, 151935, 37984, 75968]),
+        offsets=[0, 1, 4],
+        vocab_size=151936,
+    )
+
+
+def of_every_kind() -> dict[str, Callable[[dist.ProcessGroup], dict[str, float]]]:
+    """Every objective × support × weight in both dtypes and chunks that do and do not divide; every weighting."""
+    cases: dict[str, Callable[[dist.ProcessGroup], dict[str, float]]] = {}
+    for objective in OBJECTIVES:
+        name = describe(objective)
+        cases[name] = lambda group, o=objective: compare(PLAIN, group, objective=o)
+        cases[f"{name} float32"] = lambda group, o=objective: compare(
+            PLAIN, group, objective=o, dtype=torch.float32, chunk=8
+        )
+    for weighting in WEIGHTINGS:
+        for objective in (OBJECTIVE, ObjectiveConfig("full_vocab_reverse_kl", k=6)):
+            cases[f"{objective.name} {weighting.name}"] = lambda group, w=weighting, o=objective: compare(
+                PLAIN, group, objective=o, weighting=w
+            )
+    return cases
+
+
+CASES: dict[str, Callable[[dist.ProcessGroup], dict[str, float]]] = {
+    "float64": lambda group: compare(PLAIN, group),
+    "float64 in one chunk": lambda group: compare(PLAIN, group, chunk=1000),
+    "float32": lambda group: compare(PLAIN, group, dtype=torch.float32),
+    "bfloat16": lambda group: compare(PLAIN, group, gate=None, dtype=torch.bfloat16),
+    "no gate": lambda group: compare(PLAIN, group, gate=None),
+    "temperature": lambda group: compare(PLAIN, group, objective=ObjectiveConfig(k=6, temperature=0.6)),
+    "mean weight": lambda group: compare(PLAIN, group, dataclasses.replace(GATE, weight_normalisation="mean")),
+    "teacher top-p": lambda group: compare(PLAIN, group, GateConfig("teacher_top_p", k=9, w_drop=0.15, top_p=0.6)),
+    "k wider than a shard": lambda group: compare(PLAIN, group, dataclasses.replace(GATE, k=40), ObjectiveConfig(k=50)),
+    "stale tokens": lambda group: compare_stale(PLAIN.stale(), group),
+    "stale tokens, entropy_aware": lambda group: compare(PLAIN.stale(), group, weighting=WEIGHTINGS[0]),
+    "ties across shards": lambda group: compare(tied_case(), group),
+    "student is teacher": lambda group: compare(twin_case(), group),
+    "a shard of padding": lambda group: compare(empty_shard_case(), group),
+    "full vocabulary, bfloat16": lambda group: compare(
+        PLAIN, group, gate=None, objective=ObjectiveConfig("full_vocab_jsd", k=6), dtype=torch.bfloat16
+    ),
+    "full vocabulary, a shard of padding": lambda group: compare(
+        empty_shard_case(), group, objective=ObjectiveConfig("full_vocab_jsd", k=6)
+    ),
+    "151936 words and 152064 rows": lambda group: compare(
+        large_vocabulary_case(), group, objective=ObjectiveConfig("full_vocab_jsd"), chunk=3
+    ),
+    **of_every_kind(),
+    "moved student": lambda group: compare_update(group, OBJECTIVE),
+    "moved student, union": lambda group: compare_update(group, dataclasses.replace(OBJECTIVE, support="union")),
+    "moved student, full vocabulary": lambda group: compare_update(group, ObjectiveConfig("full_vocab_jsd", k=6)),
+    "weight gradient in a buffer": lambda group: compare_buffer(PLAIN, group, torch.float64, chunk=4),
+    "weight gradient in a buffer, float32": lambda group: compare_buffer(PLAIN, group, torch.float32, chunk=7),
+    "no tokens": lambda group: compare(make_case(lengths=(0, 0)), group),
+}
+
+
+def raw_all_reduce_loss(case: Case, group: dist.ProcessGroup) -> Tensor:
+    """The usual mistake: autograd through each rank's own columns, with the sums over ranks taken by dist.all_reduce.
+
+    The value is right on every rank. But no rank hears of the others' columns in its hidden states' gradient.
+    """
+    shard = VocabShard(len(case.student_weight), case.vocab_size, group)
+    logits_NV = case.student_hidden @ case.student_weight.T
+    logits_NV = logits_NV.masked_fill(torch.arange(shard.rows) >= shard.valid, -math.inf)
+    teacher_NV = case.teacher_hidden @ case.teacher_weight.T
+    teacher_shard = VocabShard(len(case.teacher_weight), case.vocab_size, group)
+    teacher_NV[:, teacher_shard.valid :] = -math.inf
+    top = topk(logits_NV.detach(), OBJECTIVE.k, shard)
+    maximum_N1 = top.values_NK[:, :1]
+    total_N1 = (logits_NV - maximum_N1).exp().sum(-1, keepdim=True)
+    dist.all_reduce(total_N1, group=group)
+    at_NK = local_gather(logits_NV, top.ids_NK, shard)
+    dist.all_reduce(at_NK, group=group)
+    logp_NK = at_NK - maximum_N1 - total_N1.log()
+    logq_NK = gather(teacher_NV, top.ids_NK, teacher_shard) - log_normaliser(teacher_NV, teacher_shard)[:, None]
+    reward_NK = -(logp_NK.softmax(-1) * (logp_NK - logq_NK)).detach()
+    return -(reward_NK * logp_NK).sum()
+
+
+def raw_all_reduce(group: dist.ProcessGroup) -> dict[str, float]:
+    """The same comparison, of the wrong implementation."""
+    expected = PLAIN.leaves(torch.float64)
+    reference = expected.reference(None)
+    shard = sharded(PLAIN, group).leaves(torch.float64)
+    loss = raw_all_reduce_loss(shard, group)
+    loss.backward()
+    reference.loss_sum.backward()
+    return gradient_errors(loss, shard, reference.loss_sum, expected, group)
+
+
+def top_k_of_ties(group: dist.ProcessGroup) -> dict[str, float]:
+    """Entries of a top-k over shards that are not what a plain sort by (value, id) gives."""
+    generator = torch.Generator().manual_seed(0)
+    rows = 50
+    whole_NV = torch.cat(
+        [torch.randint(high, (6, rows * dist.get_world_size(group)), generator=generator) for high in (1, 3, 40)]
+    ).float()
+    shard = VocabShard(rows, whole_NV.shape[1], group)
+    local_NV = whole_NV[:, shard.first : shard.first + rows].contiguous()
+    wrong = 0
+    for k in (1, 16, 60):
+        ids_NK = topk(local_NV, k, shard).ids_NK
+        wrong += sum(ids.tolist() != top_ids(row, k) for row, ids in zip(whole_NV, ids_NK, strict=True))
+    return {"wrong": float(wrong)}
+
+
+def broken_hidden(group: dist.ProcessGroup) -> dict[str, str]:
+    """Every rank must raise: one that goes on alone would wait in its next collective for ever."""
+    hidden = PLAIN.student_hidden.clone()
+    hidden[20, 0] = math.nan
+    try:
+        sharded(dataclasses.replace(PLAIN, student_hidden=hidden), group).fused(chunk=7, tp_group=group)
+    except ValueError as reason:
+        return {"raised": str(reason)}
+    return {"raised": ""}
+
+
+def too_few_rows(group: dist.ProcessGroup) -> dict[str, str]:
+    case = sharded(PLAIN, group)
+    try:
+        dataclasses.replace(case, student_weight=case.student_weight[: VOCAB // 4 - 1]).fused(tp_group=group)
+    except Exception as reason:
+        return {"raised": f"{type(reason).__name__}: {reason}"}
+    return {"raised": ""}
+
+
+def main(folder: Path, tensor_parallel: int) -> None:
+    dist.init_process_group("gloo")
+    rank, world = dist.get_rank(), dist.get_world_size()
+    groups = [dist.new_group(list(range(first, first + tensor_parallel))) for first in range(0, world, tensor_parallel)]
+    group = groups[rank // tensor_parallel]
+    results: dict[str, dict] = {name: run(group) for name, run in CASES.items()}
+    for other in (raw_all_reduce, top_k_of_ties, broken_hidden, too_few_rows):
+        results[other.__name__] = other(group)
+    (folder / f"rank{rank}.json").write_text(json.dumps(results))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), int(sys.argv[2]))

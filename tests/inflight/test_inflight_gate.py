@@ -1,0 +1,141 @@
+"""The in-flight gate's settings and its arithmetic: checkpoints, refusals, and events that no rounding decides."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from prune_opd.config import GateConfig, HorizonConfig, InflightConfig, RolloutConfig, WeightingConfig
+from prune_opd.errors import ConfigError
+from prune_opd.inflight.certain_events import certain_overlap_events, certain_rejects
+from prune_opd.inflight.gate import is_spent
+from prune_opd.method.gate import overlap_events, overlap_ratio, top_p_reject
+from tests.fake_models import train_config
+
+GATE = GateConfig(k=4, threshold=0.5, w_drop=0.2, w_base=0.0)
+ON = InflightConfig(mode="gate", first_check=16)
+
+
+def test_checkpoints_are_geometric_or_regular_and_never_the_last_token() -> None:
+    assert ON.checkpoints(128) == (16, 32, 64)
+    assert ON.checkpoints(129) == (16, 32, 64, 128)
+    assert ON.checkpoints(16) == ()
+    assert replace(ON, schedule="fixed", chunk=10).checkpoints(50) == (16, 26, 36, 46)
+    assert replace(ON, min_keep=20).checkpoints(128) == (32, 64)
+
+
+@pytest.mark.parametrize("length", (17, 100, 1000, 12288))
+def test_geometric_checkpoints_add_up_to_less_than_two_passes(length: int) -> None:
+    assert sum(ON.checkpoints(length)) < 2 * length
+
+
+@pytest.mark.parametrize(
+    ("changes", "inflight", "named"),
+    [
+        ({"gate": None, "horizon": HorizonConfig(strategy="full", max_len=256, min_len=32)}, ON, "gate = null"),
+        ({"gate": replace(GATE, w_drop=0.0)}, ON, "gate.w_drop = 0"),
+        ({"gate": replace(GATE, threshold=0.0)}, ON, "gate.threshold = 0"),
+        ({}, replace(ON, first_check=256), "rollout.inflight.first_check = 256"),
+        ({"gate": replace(GATE, w_drop=0.001)}, ON, "needs 1000 events"),
+        ({}, replace(ON, stop_events=500), "needs 500 events"),
+        ({}, replace(ON, stop_events=3, price=0.1), "rollout.inflight.price = 0.1 with"),
+        ({"gate": replace(GATE, weight_normalisation="mean")}, ON, "gate.weight_normalisation = mean"),
+        ({"weighting": WeightingConfig(name="tip")}, ON, "weighting.name = tip"),
+    ],
+)
+def test_settings_that_could_never_stop_anything_are_refused(
+    changes: dict[str, Any], inflight: InflightConfig, named: str
+) -> None:
+    here = Path(".")
+    settings: dict[str, Any] = {"gate": GATE, **changes}
+    train_config(here, here, **settings)  # without the in-flight gate it is fine
+    with pytest.raises(ConfigError, match=r"rollout\.inflight") as error:
+        train_config(here, here, **settings, rollout=RolloutConfig(prompts=4, max_prompt_len=64, inflight=inflight))
+    assert named in str(error.value)
+
+
+@pytest.mark.parametrize(("field", "value"), [("mode", "on"), ("schedule", "log"), ("first_check", 0), ("margin", -1)])
+def test_values_that_do_not_exist_are_refused(field: str, value: Any) -> None:
+    with pytest.raises(ConfigError, match=f"rollout.inflight.{field}"):
+        InflightConfig(**{field: value})
+
+
+def test_a_response_is_spent_when_its_reliability_is_0_or_its_budget_is() -> None:
+    four, five = [True] * 4 + [False] * 9, [True, False] * 5
+    assert not is_spent(four, GATE, ON) and is_spent(five, GATE, ON)
+    assert is_spent(four, GATE, replace(ON, stop_events=4)) and not is_spent(four, GATE, replace(ON, stop_events=5))
+
+
+# ---------------------------------------------------------------------------------------------------- certain events
+
+
+def scores(seed: int, n: int = 400, vocab: int = 40) -> torch.Tensor:
+    return torch.randn(n, vocab, generator=torch.Generator().manual_seed(seed)).log_softmax(-1)
+
+
+def top(logp_NV: torch.Tensor, width: int) -> tuple[torch.Tensor, torch.Tensor]:
+    values, ids = logp_NV.topk(width, dim=-1)
+    return ids, values
+
+
+def overlap_pair(seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    student = scores(seed)
+    return student, (student + 0.6 * scores(seed + 100)).log_softmax(-1)
+
+
+def plain_events(student: torch.Tensor, teacher: torch.Tensor, k: int = 4) -> torch.Tensor:
+    return overlap_events(overlap_ratio(top(student, k)[0], top(teacher, k)[0]), k, 0.75)
+
+
+def certain(student: torch.Tensor, teacher: torch.Tensor, margin: float, k: int = 4) -> torch.Tensor:
+    return certain_overlap_events(*top(student, 2 * k), *top(teacher, 2 * k), k, 0.75, margin, student.shape[1])
+
+
+def test_without_close_calls_the_events_are_those_of_the_gate() -> None:
+    student, teacher = overlap_pair(1)
+    events = plain_events(student, teacher)
+    assert events.any() and not events.all()
+    assert torch.equal(certain(student, teacher, 1e-6), events)
+
+
+def test_no_error_within_the_margin_makes_a_certain_event_none() -> None:
+    student, teacher = overlap_pair(2)
+    margin, lost = 0.2, 0
+    events = certain(student, teacher, margin)
+    for seed in range(50):
+        draw = torch.Generator().manual_seed(seed)
+        off = [margin / 2 * (2 * torch.rand(student.shape, generator=draw) - 1) for _ in range(2)]
+        other = plain_events(student + off[0], teacher + off[1])
+        assert not (events & ~other).any()
+        lost += int((plain_events(student, teacher) & ~other).sum())
+    assert lost > 0  # the plain gate's events do change under such errors
+    assert 0 < events.sum() < plain_events(student, teacher).sum()
+
+
+def test_ties_at_the_last_place_are_undecided() -> None:
+    student = torch.tensor([[5.0, 4.0, 3.0, 3.0, 1.0, 0.0]])
+    teacher = torch.tensor([[5.0, 4.0, 0.0, 3.0, 1.0, -1.0]])
+    k, width = 3, 6
+    ids, values = top(student, width)
+    event = certain_overlap_events(ids, values, *top(teacher, width), k, 0.9, 0.0, 6)
+    assert not event.any()  # id 3 may be the student's third, as it is the teacher's
+    event = certain_overlap_events(ids, values, *top(teacher.flip(-1), width), k, 0.9, 0.0, 6)
+    assert event.all()
+
+
+def test_a_rejection_stands_if_no_error_within_the_margin_lets_the_token_in() -> None:
+    teacher = (2 * scores(3)).log_softmax(-1)
+    sampled = torch.randint(0, 12, (len(teacher),), generator=torch.Generator().manual_seed(5))
+    sampled = top(teacher, 12)[0].gather(1, sampled[:, None]).squeeze(1)
+    k, p, margin = 8, 0.7, 0.1
+    events = certain_rejects(sampled, *top(teacher, 16), k, p, margin)
+    plain = top_p_reject(sampled, *top(teacher, k), p)
+    assert 0 < events.sum() < plain.sum() and not (events & ~plain).any()
+    for seed in range(50):
+        draw = torch.Generator().manual_seed(seed)
+        other = teacher + margin / 4 * (2 * torch.rand(teacher.shape, generator=draw) - 1)
+        assert not (events & ~top_p_reject(sampled, *top(other, k), p)).any()

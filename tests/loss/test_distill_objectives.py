@@ -1,0 +1,133 @@
+"""Every objective and weighting of the fused loss, on one rank, against the plain float64 reference."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from prune_opd.config import ObjectiveConfig, WeightingConfig
+from prune_opd.method.objective import token_loss
+from tests.loss.checks import assert_agrees
+from tests.reference import GATE, NO_WEIGHTING, OBJECTIVE, OBJECTIVES, VOCAB, WEIGHTINGS, describe, make_case
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-9), (torch.float32, 2e-5)])
+@pytest.mark.parametrize("chunk", [7, 8])  # does not divide the 24 tokens, and does
+@pytest.mark.parametrize("objective", OBJECTIVES, ids=describe)
+def test_every_objective_support_and_weight_equals_the_reference(
+    objective: ObjectiveConfig, chunk: int, dtype: torch.dtype, tolerance: float
+) -> None:
+    assert_agrees(make_case(), GATE, objective, dtype, tolerance, chunk=chunk)
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES, ids=describe)
+def test_every_objective_equals_the_reference_at_a_temperature_without_a_gate(objective: ObjectiveConfig) -> None:
+    assert_agrees(make_case(seed=1), None, dataclasses.replace(objective, temperature=0.7), chunk=7)
+
+
+@given(
+    st.lists(st.integers(0, 9), min_size=1, max_size=5).filter(sum),
+    st.integers(1, 20),
+    st.integers(1, 12),
+    st.integers(1, 12),
+    st.integers(0, 1000),
+    st.sampled_from(OBJECTIVES),
+    st.sampled_from([NO_WEIGHTING, *WEIGHTINGS]),
+)
+@settings(max_examples=40, deadline=None)
+def test_ragged_and_empty_responses_equal_the_reference(
+    lengths: list[int],
+    chunk: int,
+    gate_k: int,
+    objective_k: int,
+    seed: int,
+    objective: ObjectiveConfig,
+    weighting: WeightingConfig,
+) -> None:
+    gate, objective = dataclasses.replace(GATE, k=gate_k), dataclasses.replace(objective, k=objective_k)
+    assert_agrees(make_case(tuple(lengths), seed), gate, objective, weighting=weighting, chunk=chunk)
+
+
+@pytest.mark.parametrize("weighting", [NO_WEIGHTING, *WEIGHTINGS], ids=lambda weighting: weighting.name)
+@pytest.mark.parametrize("objective", OBJECTIVES, ids=describe)
+def test_a_student_that_equals_its_teacher_has_nothing_to_learn(
+    objective: ObjectiveConfig, weighting: WeightingConfig
+) -> None:
+    """Except of a forward KL on the top-k alone, which wants the whole mass there: see the next test."""
+    case = make_case().leaves(torch.float32)
+    case.teacher_hidden, case.teacher_weight = case.student_hidden.detach(), case.student_weight.detach()
+    loss, _, stats = case.fused(objective=objective, weighting=weighting, chunk=7)
+    loss.backward()
+    pulled = objective.name == "topk_forward_kl" or weighting.name == "entropy_aware"
+    assert any(gradient.any() for gradient in case.gradients()) == pulled
+    assert (loss.item() != 0) == pulled
+    if objective.name != "topk_forward_kl":
+        assert not stats.divergence_N.any()
+
+
+def test_a_forward_kl_on_every_word_is_that_of_the_vocabulary_and_leaves_a_twin_alone() -> None:
+    objective = ObjectiveConfig("topk_forward_kl", k=VOCAB)
+    assert_agrees(make_case(), GATE, objective, chunk=7)
+    case = make_case().leaves(torch.float64)
+    case.teacher_hidden, case.teacher_weight = case.student_hidden.detach(), case.student_weight.detach()
+    loss = case.fused(objective=objective)[0]
+    loss.backward()
+    assert abs(loss.item()) < 1e-12
+    assert all(gradient.abs().max() < 1e-12 for gradient in case.gradients())
+
+
+def test_a_token_without_common_candidates_has_no_loss() -> None:
+    case = make_case(lengths=(5,))
+    case.teacher_hidden = torch.cat([-case.student_hidden, torch.zeros(5, 4).double()], 1)
+    objective = ObjectiveConfig(k=6, support="intersection")
+    leaves = case.leaves(torch.float64)
+    loss, _, stats = leaves.fused(objective=objective)
+    loss.backward()
+    assert (stats.overlap_N == 0).all() and not stats.divergence_N.any()
+    assert loss.item() == 0 and not any(gradient.any() for gradient in leaves.gradients())
+
+
+@pytest.mark.parametrize("weighting", WEIGHTINGS, ids=lambda weighting: weighting.name)
+@pytest.mark.parametrize("name", ["topk_reverse_kl", "sampled_token", "full_vocab_jsd"])
+@pytest.mark.parametrize("normalisation", ["none", "mean"])
+def test_every_weighting_beside_the_gate_equals_the_reference(
+    weighting: WeightingConfig, name: str, normalisation: str
+) -> None:
+    gate = dataclasses.replace(GATE, weight_normalisation=normalisation)
+    stats = assert_agrees(make_case(), gate, ObjectiveConfig(name, k=6), weighting=weighting, chunk=5)
+    assert_agrees(make_case(), None, ObjectiveConfig(name, k=6), torch.float32, 2e-5, weighting, chunk=8)
+    if weighting.name == "tip":
+        assert (stats.weight_N[10:24] == 0).sum() == 14 - math.floor(0.4 * 14)
+        assert stats.weight_N[9] > 0  # a response of one token keeps it
+
+
+def test_iw_opd_falls_from_one_and_a_half_to_one_along_a_response() -> None:
+    weight_N = make_case().fused(None, weighting=WeightingConfig("iw_opd"))[2].weight_N
+    for begin, end in ((0, 9), (10, 24)):
+        row = weight_N[begin:end]
+        assert row[0] == 1.5 and row[-1] > 1 and (row.diff() < 0).all()
+
+
+def test_entropy_aware_adds_nothing_where_the_teacher_is_sure_and_everywhere_where_it_never_is() -> None:
+    case, forward = make_case(), ObjectiveConfig("topk_forward_kl", k=9)
+    losses = {
+        threshold: case.fused(weighting=WeightingConfig("entropy_aware", threshold, forward_k=9))[0].item()
+        for threshold in (0.0, 100.0)
+    }
+    assert losses[100.0] == case.fused()[0].item()
+    assert losses[0.0] == pytest.approx(case.fused()[0].item() + case.fused(objective=forward)[0].item())
+
+
+def test_the_objective_is_the_policy_gradient_of_method_md() -> None:
+    """Worked by hand: p = (.6, .2), so w = (.75, .25); log p − log q = (log 2, 0); W = 2."""
+    student_logp, teacher_logp = torch.tensor([[0.6, 0.2]]).log(), torch.tensor([[0.3, 0.2]]).log()
+    loss, grad, divergence, reward = token_loss(OBJECTIVE, student_logp, teacher_logp, torch.tensor([2.0]))
+    assert reward[0].tolist() == pytest.approx([-1.5 * math.log(2), 0])
+    assert loss.tolist() == pytest.approx([1.5 * math.log(2) * math.log(0.6)])
+    assert torch.equal(grad, -reward)
+    assert divergence.tolist() == pytest.approx([0.75 * math.log(2)])

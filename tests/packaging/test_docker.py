@@ -1,0 +1,76 @@
+"""The image's files: hadolint, shellcheck, exact pins, and an apex that can only be NVIDIA's."""
+
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+DOCKER = REPOSITORY / "docker"
+PIN = re.compile(r"[A-Za-z0-9._-]+==[^=\s;]+")
+
+
+def pins(path: Path) -> dict[str, str]:
+    lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line and not line.startswith("#")]
+    assert all(PIN.fullmatch(line) for line in lines)
+    return dict(line.split("==") for line in lines)
+
+
+def test_the_h100_set_is_exact_and_the_one_that_was_resolved_together() -> None:
+    found = pins(DOCKER / "pins.h100.txt") | pins(DOCKER / "pins.h100-build.txt")
+    # fmt: off
+    wanted = {
+        "torch": "2.13.0", "torchvision": "0.28.0", "torchaudio": "2.11.0", "triton": "3.7.1", "psutil": "7.2.2",
+        "megatron-core": "0.16.1", "vllm": "0.32.0", "transformers": "5.19.0", "numpy": "2.3.5", "numba": "0.65.0",
+        "flashinfer-python": "0.7.0.post1", "flash-attn": "2.8.3", "transformer-engine": "2.11.0",
+        "transformer-engine-cu13": "2.11.0", "transformer-engine-torch": "2.11.0",
+    }
+    # fmt: on
+    assert wanted.items() <= found.items()
+    by_hand = [line for line in (DOCKER / "pins.h100.in").read_text().splitlines() if "==" in line and line[0] != "#"]
+    assert dict(line.split("==") for line in by_hand).items() <= found.items()
+
+
+def test_the_launch_set_is_exact_and_has_no_torch() -> None:
+    found = {name.lower(): version for name, version in pins(REPOSITORY / "requirements" / "launch.txt").items()}
+    assert found["nemo_run"] == "0.11.1"
+    assert tuple(map(int, found["leptonai"].split(".")[:2])) < (0, 47)  # from 0.47 on nemo_run does not import
+    assert "torch" not in found and "vllm" not in found
+
+
+def test_no_dependency_file_can_bring_the_package_indexs_apex() -> None:
+    files = [*REPOSITORY.glob("requirements/*"), *DOCKER.iterdir(), *REPOSITORY.glob("scripts/*.sh")]
+    files += [REPOSITORY / "pyproject.toml", REPOSITORY / "Makefile", *REPOSITORY.glob(".ci/*")]
+    asks = re.compile(r"^\s*[\"']?apex\b(?!\.commit)|install\b[^\n#]*\s[\"']?apex\b(?!\.commit)", re.IGNORECASE)
+    for path in files:
+        lines = [line for line in path.read_text(encoding="utf-8").splitlines() if not line.lstrip().startswith("#")]
+        assert not [line for line in lines if asks.search(line)], path
+    assert asks.search("apex==0.9.10") and asks.search("pip install -q apex")  # it would have seen one
+    assert re.fullmatch(r"[0-9a-f]{40}\n", (DOCKER / "apex.commit").read_text())
+    assert "git+https://github.com/NVIDIA/apex.git@" in (DOCKER / "install_python.sh").read_text()
+
+
+def test_the_image_runs_without_root_and_builds_for_h100() -> None:
+    text = (DOCKER / "Dockerfile").read_text(encoding="utf-8")
+    assert re.search(r"^USER 1000", text, re.MULTILINE)
+    assert "ARG NVTE_CUDA_ARCHS=90" in text
+    assert not re.search(r"(TOKEN|SECRET|PASSWORD|API_KEY)", text)
+
+
+def test_hadolint_finds_nothing() -> None:
+    installed = REPOSITORY / ".venv-launch" / "bin" / "hadolint"
+    hadolint = str(installed) if installed.is_file() else shutil.which("hadolint")
+    if hadolint is None:
+        pytest.skip("hadolint is not installed (make setup-launch brings it)")
+    done = subprocess.run([hadolint, str(DOCKER / "Dockerfile")], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout
+
+
+def test_shellcheck_finds_nothing_in_our_scripts() -> None:
+    if shutil.which("shellcheck") is None:
+        pytest.skip("shellcheck is not installed (scripts/setup_slurm_test.sh brings it)")
+    scripts = [*DOCKER.glob("*.sh"), *(REPOSITORY / "scripts").glob("*.sh")]
+    done = subprocess.run(["shellcheck", *map(str, scripts)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout

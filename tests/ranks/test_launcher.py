@@ -1,0 +1,159 @@
+"""`start_ranks` with small programs: exit codes, the environment, signals, and that nothing is left behind."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from prune_opd.errors import REQUEUE_EXIT_CODE
+from prune_opd.ranks.launcher import ONE_WISH, start_ranks
+
+LAUNCH = """
+import os, sys
+from prune_opd.ranks.launcher import start_ranks
+sys.exit(start_ranks(sys.argv[1:], 2, os.environ))
+"""
+# Leaves its process id where the test finds it, then waits. With "stubborn", SIGTERM and SIGINT do not end it.
+WAITS = """
+import os, signal, sys, time
+from pathlib import Path
+from prune_opd.errors import REQUEUE_EXIT_CODE
+from prune_opd.process import end_with_parent
+end_with_parent(signal.SIGKILL)
+if sys.argv[2] == "stubborn":
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda number, frame: Path(sys.argv[1], "told" + os.environ["RANK"]).touch())
+if sys.argv[2] == "saves":
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(REQUEUE_EXIT_CODE))
+part = Path(sys.argv[1], "part" + os.environ["RANK"])
+part.write_text(str(os.getpid()))
+part.rename(Path(sys.argv[1], "rank" + os.environ["RANK"]))
+end = time.monotonic() + 60
+while time.monotonic() < end:
+    time.sleep(0.1)
+"""
+
+
+def program(folder: Path, text: str) -> str:
+    path = folder / "program.py"
+    path.write_text(text, encoding="utf-8")
+    return str(path)
+
+
+def alive(pid: int) -> bool:
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[0]
+    except FileNotFoundError:
+        return False
+    return state != "Z"
+
+
+def wait_until(condition: object, seconds: float = 30.0) -> None:
+    assert callable(condition)
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it did not happen in time"
+        time.sleep(0.05)
+
+
+class Launched:
+    """A launcher in a process of its own with two ranks that wait."""
+
+    def __init__(self, folder: Path, manner: str) -> None:
+        args = [sys.executable, "-c", LAUNCH, program(folder, WAITS), str(folder), manner]
+        self.process = subprocess.Popen(args, stderr=subprocess.PIPE, text=True)
+        files = [folder / "rank0", folder / "rank1"]
+        wait_until(lambda: all(path.is_file() for path in files))
+        self.ranks = [int(path.read_text(encoding="utf-8")) for path in files]
+        self.agent = int(Path(f"/proc/{self.ranks[0]}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[1])
+
+    def all_gone(self) -> bool:
+        return not any(map(alive, [self.process.pid, self.agent, *self.ranks]))
+
+    def clean_up(self) -> None:
+        for pid in [self.process.pid, self.agent, *self.ranks]:
+            if alive(pid):
+                os.kill(pid, signal.SIGKILL)
+        self.process.wait()
+
+
+@pytest.fixture
+def launched(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Launched]:
+    launched = Launched(tmp_path, getattr(request, "param", "gentle"))
+    yield launched
+    launched.clean_up()
+
+
+def test_ranks_see_their_rank_and_a_quiet_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    names = ("RANK", "WORLD_SIZE", "OMP_NUM_THREADS", "TORCHDYNAMO_DISABLE", "MINE")
+    text = "import os, sys\nfrom pathlib import Path\n"
+    text += f"Path(sys.argv[1], os.environ['RANK']).write_text(' '.join(os.environ[n] for n in {names!r}))"
+    env = {name: value for name, value in os.environ.items() if name not in names}
+    assert start_ranks([program(tmp_path, text), str(tmp_path)], 2, env | {"MINE": "yes"}) == 0
+    assert [(tmp_path / rank).read_text(encoding="utf-8") for rank in "01"] == ["0 2 1 1 yes", "1 2 1 1 yes"]
+
+
+def test_settings_of_the_user_win(tmp_path: Path) -> None:
+    text = "import os, sys; sys.exit(int(os.environ['OMP_NUM_THREADS']))"
+    assert start_ranks([program(tmp_path, text)], 1, os.environ | {"OMP_NUM_THREADS": "5"}) == 5
+
+
+def test_the_exit_code_of_the_failing_rank_passes_through_without_noise(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    text = "import os, sys, time\nif os.environ['RANK'] == '1': sys.exit(7)\ntime.sleep(60)"
+    began = time.monotonic()
+    assert start_ranks([program(tmp_path, text)], 2, os.environ) == 7
+    assert time.monotonic() - began < 40  # the other rank was not waited for
+    assert capfd.readouterr() == ("", "")
+
+
+def test_a_killed_rank_is_reported_in_one_line(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    text = "import os, signal, time\nif os.environ['RANK'] == '1': os.kill(os.getpid(), signal.SIGKILL)\ntime.sleep(60)"
+    assert start_ranks([program(tmp_path, text)], 2, os.environ) == 128 + signal.SIGKILL
+    assert capfd.readouterr().err == "error: rank 1 was ended by SIGKILL, perhaps for want of memory\n"
+
+
+def test_the_handlers_of_the_caller_come_back(tmp_path: Path) -> None:
+    before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
+    start_ranks([program(tmp_path, "")], 1, os.environ)
+    assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+def test_a_signal_ends_every_rank(launched: Launched, number: signal.Signals) -> None:
+    launched.process.send_signal(number)
+    assert launched.process.wait(timeout=40) == 128 + number
+    wait_until(launched.all_gone)
+
+
+@pytest.mark.parametrize("launched", ["saves"], indirect=True)
+def test_ranks_that_saved_on_a_signal_say_that_the_run_goes_on(launched: Launched) -> None:
+    launched.process.send_signal(signal.SIGTERM)
+    assert launched.process.wait(timeout=40) == REQUEUE_EXIT_CODE
+    wait_until(launched.all_gone)
+
+
+@pytest.mark.parametrize("launched", ["stubborn"], indirect=True)
+def test_a_second_signal_does_not_wait_for_a_rank_that_takes_its_time(launched: Launched, tmp_path: Path) -> None:
+    launched.process.send_signal(signal.SIGTERM)
+    wait_until(lambda: (tmp_path / "told0").exists() and (tmp_path / "told1").exists())
+    assert launched.process.poll() is None  # the ranks have time to save
+    time.sleep(ONE_WISH)
+    launched.process.send_signal(signal.SIGTERM)
+    assert launched.process.wait(timeout=10) == 128 + signal.SIGTERM
+    wait_until(launched.all_gone)
+
+
+@pytest.mark.parametrize("victim", ["launcher", "agent"])
+def test_a_killed_process_takes_those_below_it_along(launched: Launched, victim: str) -> None:
+    os.kill(launched.process.pid if victim == "launcher" else launched.agent, signal.SIGKILL)
+    launched.process.wait(timeout=40)
+    wait_until(launched.all_gone)
