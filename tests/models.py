@@ -6,12 +6,16 @@ this is cheap; writing a model imports transformers (seconds).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from prune_opd.data import ledger
+
+if TYPE_CHECKING:
+    from prune_opd.weights.mapping import Entry
 
 FAMILIES = ("llama", "qwen2", "qwen3", "qwen3_moe")
 VOCAB = len(ledger.VOCABULARY)
@@ -70,6 +74,17 @@ def tensors_of(directory: Path) -> dict[str, torch.Tensor]:
     from safetensors.torch import load_file
 
     return {name: tensor for path in directory.glob("*.safetensors") for name, tensor in load_file(path).items()}
+
+
+def merged(entry: Entry, shards: Sequence[torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The Hugging Face tensors of a megatron parameter, whole and contiguous, from every rank's shard in order."""
+    wholes = [shards[0].new_empty(shape) for shape in entry.shapes]
+    count = 1 if entry.cut.dim is None else len(shards)
+    for index, shard in enumerate(shards[:count]):
+        parts = entry.cut.parts(shard, entry.shapes, index, count)
+        for part, place in zip(parts, entry.cut.slices(wholes, index, count), strict=True):
+            place.copy_(part)
+    return dict(zip(entry.hf, wholes, strict=True))
 
 
 def _distribution(name: str, parameter: torch.Tensor) -> tuple[float, float]:

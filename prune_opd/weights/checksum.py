@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from prune_opd.errors import UserError
-from prune_opd.weights.plan import Bucket, Item
+from prune_opd.weights.buckets import Bucket, Item
 
 _Sums = dict[int, Tensor]  # by the place of a part in `Checksums.parts`
 INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32}
@@ -44,7 +44,7 @@ def copy_and_sum(place: Tensor, source: Tensor) -> Tensor:
 
 
 class Checksums:
-    """Of one pass of a plan's stream: fill in what was sent and handed on, then `compare`."""
+    """Of one pass of the stream: fill in what was sent and handed on, then `compare`."""
 
     def __init__(self, buckets: Sequence[Bucket], group: Any, device: torch.device):
         self.group, self.device = group, device
@@ -52,7 +52,7 @@ class Checksums:
             (item, which, index)
             for bucket in buckets
             for item in bucket.items
-            for which in range(len(item.shapes))
+            for which in range(len(item.entry.hf))
             for index in range(item.count)
         ]
         self._at = {(item.entry.megatron, which, index): at for at, (item, which, index) in enumerate(self.parts)}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -13,11 +13,9 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from prune_opd.errors import ConfigError
-from prune_opd.weights.mapping import Entry, entries, local_parameters, merge_shards, read_shard
-
-if TYPE_CHECKING:
-    from prune_opd.megatron.model import HiddenStatesGPT
-    from prune_opd.model_spec import ModelSpec
+from prune_opd.model_spec import ModelSpec
+from prune_opd.weights.cut import WHOLE
+from prune_opd.weights.mapping import Chunk, Entry, entries, local_parameters
 
 
 class SafetensorsDirectory:
@@ -51,18 +49,17 @@ class SafetensorsDirectory:
             raise ConfigError(f"{self.directory}: no tensor {name!r}; is config.json from another model?")
         return self._file(self.file_of[name]).get_slice(name)
 
-    def shape(self, name: str) -> list[int]:
-        return self._slice(name).get_shape()  # type: ignore[attr-defined]
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self._slice(name).get_shape())  # type: ignore[attr-defined]
 
-    def rows(self, name: str, first: int, end: int) -> Tensor:
-        return self._slice(name)[first:end]  # type: ignore[index]
-
-    def columns(self, name: str, first: int, end: int) -> Tensor:
-        return self._slice(name)[:, first:end]  # type: ignore[index]
+    def read(self, name: str, dim: int, begin: int, end: int) -> Tensor:
+        """Rows (dim 0) or columns (dim 1) of a tensor, and nothing else of it."""
+        tensor: Any = self._slice(name)
+        return tensor[:, begin:end] if dim else tensor[begin:end]
 
 
 @torch.no_grad()
-def load_hf_weights(chunks: Sequence[HiddenStatesGPT], directory: str | Path) -> None:
+def load_hf_weights(chunks: Sequence[Chunk], directory: str | Path) -> None:
     """Fill every parameter of this rank. Raises `ConfigError` for a missing tensor or a shape that does not fit."""
     files = SafetensorsDirectory(directory)
     spec, groups = chunks[0].spec, chunks[0].pg_collection
@@ -71,9 +68,10 @@ def load_hf_weights(chunks: Sequence[HiddenStatesGPT], directory: str | Path) ->
         parameter = parameters.pop(entry.megatron, None)
         if parameter is None:
             continue  # of another stage, or an expert of another rank
-        over = groups.tp if entry.expert is None else groups.expt_tp
-        _check_shapes(entry, spec, [parameter.to("meta")] * over.size(), files)
-        parameter.copy_(_read(entry, spec, files, over.rank(), over.size()))
+        _check_shapes(entry, files)
+        shard = read_shard(entry, files, *entry.shard_of(groups))
+        assert shard.shape == parameter.shape, entry.megatron
+        parameter.copy_(shard)
         _mark_cut(parameter, entry)
     if parameters:
         raise ConfigError(f"{files.directory}: no weight is mapped to {', '.join(parameters)}")
@@ -83,21 +81,27 @@ def read_head(directory: str | Path, spec: ModelSpec, tp_rank: int, tp_size: int
     """One TP rank's rows of a model's output matrix [padded vocabulary / tp_size, H], in the dtype of the files."""
     name = "embedding.word_embeddings.weight" if spec.tied else "output_layer.weight"
     (entry,) = (entry for entry in entries(spec) if entry.megatron == name)
-    return _read(entry, spec, SafetensorsDirectory(directory), tp_rank, tp_size)
+    return read_shard(entry, SafetensorsDirectory(directory), tp_rank, tp_size)
 
 
-def _read(entry: Entry, spec: ModelSpec, files: SafetensorsDirectory, rank: int, size: int) -> Tensor:
-    cut_length = files.shape(entry.hf[0])[1 if entry.cut == "columns" else 0]
-    return read_shard(entry, spec, rank, size, files.rows, files.columns, cut_length)
+def read_shard(entry: Entry, files: SafetensorsDirectory, index: int, count: int) -> Tensor:
+    """A shard of a megatron parameter in the dtype of the files, reading only its part of each tensor."""
+    cut, shapes = entry.cut, entry.shapes
+    spans = zip(entry.hf, cut.spans(shapes, index, count), strict=True)
+    read = [files.read(name, cut.dim or 0, begin, end) for name, (begin, end) in spans]
+    shard = read[0].new_zeros(cut.shape(shapes, count))
+    for part, piece in zip(cut.parts(shard, shapes, index, count), read, strict=True):
+        part.copy_(piece.view(part.shape))
+    return shard
 
 
-def _check_shapes(entry: Entry, spec: ModelSpec, shards: list[Tensor], files: SafetensorsDirectory) -> None:
+def _check_shapes(entry: Entry, files: SafetensorsDirectory) -> None:
     """Before a slice is taken: one of a tensor that is larger than config.json says would be silently wrong."""
-    for name, whole in merge_shards(entry, spec, shards):
-        if files.shape(name) != list(whole.shape):
+    for name, shape in zip(entry.hf, entry.shapes, strict=True):
+        if files.shape(name) != shape:
             raise ConfigError(
-                f"{files.directory}: tensor {name!r} has shape {files.shape(name)}, "
-                f"but config.json asks for {list(whole.shape)}"
+                f"{files.directory}: tensor {name!r} has shape {list(files.shape(name))}, "
+                f"but config.json asks for {list(shape)}"
             )
 
 
@@ -107,8 +111,8 @@ def _mark_cut(parameter: Parameter, entry: Entry) -> None:
     Without it megatron takes the shards of all ranks but the first for duplicates: the gradient norm leaves them out,
     and so every clipped step at TP > 1 would be too long.
     """
-    if entry.cut != "whole":
+    if entry.cut != WHOLE:
         attributes: Any = parameter
         attributes.tensor_model_parallel = True
-        attributes.partition_dim = 1 if entry.cut == "columns" else 0
+        attributes.partition_dim = entry.cut.dim
         attributes.partition_stride = 1

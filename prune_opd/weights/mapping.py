@@ -1,6 +1,6 @@
-"""Hugging Face ↔ megatron-core: names, and how each weight is cut over ranks. Llama, Qwen2, Qwen3, Qwen3-MoE.
+"""Hugging Face ↔ megatron-core: names, shapes and cuts of every weight. Llama, Qwen2, Qwen3, Qwen3-MoE.
 
-One `Entry` per megatron parameter. Three layouts are more than a slice: megatron keeps q, k and v of one KV group
+One `Entry` per megatron parameter. Three are more than a slice of one tensor: megatron keeps q, k and v of one KV group
 next to each other in one matrix, keeps gate and up of a rank's columns in one matrix, and pads the vocabulary.
 Transformer Engine's modules hold the same numbers in the same shapes under other names.
 """
@@ -8,17 +8,14 @@ Transformer Engine's modules hold the same numbers in the same shapes under othe
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import Any, Protocol
 
-import torch
-from torch import Tensor
 from torch.nn import Parameter
 
-if TYPE_CHECKING:
-    from prune_opd.megatron.model import HiddenStatesGPT
-    from prune_opd.model_spec import ModelSpec
+from prune_opd.model_spec import ModelSpec
+from prune_opd.weights.cut import COLUMNS, ROWS, VOCABULARY, WHOLE, Cut, Shape
 
 LAYERS, EXPERTS = "decoder.layers.", "mlp.experts.local_experts."
 # What Transformer Engine's modules call otherwise than megatron-core's own, whose names are the ones used here.
@@ -27,56 +24,81 @@ FUSED_NORMS = {
     "mlp.linear_fc1.layer_norm_weight": "pre_mlp_layernorm.weight",
 }
 GROUPED = re.compile(r"mlp\.experts\.(?P<linear>linear_fc[12])\.weight(?P<expert>\d+)")
-ReadRows = Callable[[str, int, int], Tensor]  # (Hugging Face name, first row, end row) -> those rows
-ReadColumns = Callable[[str, int, int], Tensor]
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One megatron parameter and the Hugging Face tensors it is made of.
-
-    An expert's weights lie whole on the ranks that have the expert.
-    """
+    """One megatron parameter and the Hugging Face tensors it is made of: their names and whole shapes."""
 
     megatron: str
     hf: tuple[str, ...]
-    cut: str  # whole | vocab | columns | qkv | gate_up
+    shapes: tuple[Shape, ...]
+    cut: Cut
     expert: int | None = None
+
+    def shard_of(self, groups: Any) -> tuple[int, int]:
+        """(index, count): which shard a rank of megatron's ProcessGroupCollection `groups` has, if it has one.
+
+        Experts are divided over ranks by number: their weights lie whole on the ranks that have the expert.
+        """
+        if self.cut == WHOLE:
+            return 0, 1
+        over = groups.tp if self.expert is None else groups.expt_tp
+        return over.rank(), over.size()
 
 
 def entries(spec: ModelSpec) -> Iterator[Entry]:
     """Every parameter of the whole model, in the order in which the layers come; the same on every rank."""
-    yield Entry("embedding.word_embeddings.weight", ("model.embed_tokens.weight",), "vocab")
+    hidden, qkv_rows = spec.hidden, [heads * spec.head_dim for heads in (spec.heads, spec.kv_heads, spec.kv_heads)]
+    kv_groups, vocabulary = Cut(0, groups=spec.kv_heads), ((spec.vocab_size, hidden),)
+    norm, head_norm = ((hidden,),), ((spec.head_dim,),)
+    yield Entry("embedding.word_embeddings.weight", ("model.embed_tokens.weight",), vocabulary, VOCABULARY)
     for i in range(spec.layers):
         ours, theirs = f"{LAYERS}{i}.", f"model.layers.{i}."
         attention = theirs + "self_attn."
-        yield Entry(ours + "input_layernorm.weight", (theirs + "input_layernorm.weight",), "whole")
+        yield Entry(ours + "input_layernorm.weight", (theirs + "input_layernorm.weight",), norm, WHOLE)
         for what in ("weight", "bias") if spec.qkv_bias else ("weight",):
             qkv = tuple(f"{attention}{x}_proj.{what}" for x in "qkv")
-            yield Entry(f"{ours}self_attention.linear_qkv.{what}", qkv, "qkv")
-        if spec.qk_norm:
-            for x in "qk":
-                yield Entry(f"{ours}self_attention.{x}_layernorm.weight", (f"{attention}{x}_norm.weight",), "whole")
-        yield Entry(ours + "self_attention.linear_proj.weight", (attention + "o_proj.weight",), "columns")
-        yield Entry(ours + "pre_mlp_layernorm.weight", (theirs + "post_attention_layernorm.weight",), "whole")
+            shapes = tuple((rows, hidden) if what == "weight" else (rows,) for rows in qkv_rows)
+            yield Entry(f"{ours}self_attention.linear_qkv.{what}", qkv, shapes, kv_groups)
+        for x in "qk" if spec.qk_norm else "":
+            yield Entry(
+                f"{ours}self_attention.{x}_layernorm.weight", (f"{attention}{x}_norm.weight",), head_norm, WHOLE
+            )
+        o_proj = ((hidden, qkv_rows[0]),)
+        yield Entry(ours + "self_attention.linear_proj.weight", (attention + "o_proj.weight",), o_proj, COLUMNS)
+        yield Entry(ours + "pre_mlp_layernorm.weight", (theirs + "post_attention_layernorm.weight",), norm, WHOLE)
         if spec.moe and spec.is_sparse(i):
-            yield Entry(ours + "mlp.router.weight", (theirs + "mlp.gate.weight",), "whole")
+            router = ((spec.moe.experts, hidden),)
+            yield Entry(ours + "mlp.router.weight", (theirs + "mlp.gate.weight",), router, WHOLE)
             for e in range(spec.moe.experts):
-                yield from _feed_forward(f"{ours}{EXPERTS}{e}.", f"{theirs}mlp.experts.{e}.", e)
+                one = (f"{ours}{EXPERTS}{e}.", f"{theirs}mlp.experts.{e}.")
+                yield from _feed_forward(*one, hidden, spec.moe.ffn, e)
         else:
-            yield from _feed_forward(ours + "mlp.", theirs + "mlp.")
-    yield Entry("decoder.final_layernorm.weight", ("model.norm.weight",), "whole")
+            yield from _feed_forward(ours + "mlp.", theirs + "mlp.", hidden, spec.ffn)
+    yield Entry("decoder.final_layernorm.weight", ("model.norm.weight",), norm, WHOLE)
     if not spec.tied:
-        yield Entry("output_layer.weight", ("lm_head.weight",), "vocab")
+        yield Entry("output_layer.weight", ("lm_head.weight",), vocabulary, VOCABULARY)
 
 
-def _feed_forward(ours: str, theirs: str, expert: int | None = None) -> Iterator[Entry]:
+def _feed_forward(ours: str, theirs: str, hidden: int, ffn: int, expert: int | None = None) -> Iterator[Entry]:
     gate_up = (theirs + "gate_proj.weight", theirs + "up_proj.weight")
-    yield Entry(ours + "linear_fc1.weight", gate_up, "gate_up", expert)
-    yield Entry(ours + "linear_fc2.weight", (theirs + "down_proj.weight",), "columns", expert)
+    yield Entry(ours + "linear_fc1.weight", gate_up, ((ffn, hidden), (ffn, hidden)), ROWS, expert)
+    yield Entry(ours + "linear_fc2.weight", (theirs + "down_proj.weight",), ((hidden, ffn),), COLUMNS, expert)
 
 
-def local_parameters(chunks: Sequence[HiddenStatesGPT]) -> dict[str, Parameter]:
+class Chunk(Protocol):
+    """A megatron-core GPT model, or a pipeline stage's chunk of one, as far as its weights go."""
+
+    spec: ModelSpec
+    pg_collection: Any  # megatron's ProcessGroupCollection
+    decoder: Any  # its TransformerBlock
+    share_embeddings_and_output_weights: bool
+
+    def named_parameters(self) -> Iterator[tuple[str, Parameter]]: ...
+
+
+def local_parameters(chunks: Sequence[Chunk]) -> dict[str, Parameter]:
     """This rank's parameters by the names of `entries`: layers and experts are numbered as in the whole model.
 
     The last stage's copy of a tied embedding goes by the embedding's name: it is that weight, held twice.
@@ -88,7 +110,7 @@ def local_parameters(chunks: Sequence[HiddenStatesGPT]) -> dict[str, Parameter]:
     return named
 
 
-def _global_name(chunk: HiddenStatesGPT, name: str) -> str:
+def _global_name(chunk: Chunk, name: str) -> str:
     if name == "output_layer.weight" and chunk.share_embeddings_and_output_weights:
         return "embedding.word_embeddings.weight"
     if not name.startswith(LAYERS):
@@ -103,52 +125,3 @@ def _global_name(chunk: HiddenStatesGPT, name: str) -> str:
         first = chunk.pg_collection.ep.rank() * layer.mlp.num_local_experts
         rest = f"{EXPERTS}{first + int(expert)}.{rest}"
     return f"{LAYERS}{layer.layer_number - 1}.{rest}"
-
-
-def read_shard(
-    entry: Entry, spec: ModelSpec, rank: int, size: int, read_rows: ReadRows, read_columns: ReadColumns, end: int
-) -> Tensor:
-    """This rank's shard of a megatron parameter, reading only its part of each Hugging Face tensor.
-
-    `end` is the length of the dimension that is cut (rows of the Hugging Face tensor, or its columns for "columns").
-    """
-    if entry.cut == "whole":
-        return read_rows(entry.hf[0], 0, end)
-    if entry.cut == "columns":
-        part = end // size
-        return read_columns(entry.hf[0], rank * part, (rank + 1) * part)
-    if entry.cut == "vocab":
-        part = spec.padded_vocab(size) // size
-        first, last = min(rank * part, spec.vocab_size), min((rank + 1) * part, spec.vocab_size)
-        rows = read_rows(entry.hf[0], first, last)
-        return torch.cat([rows, rows.new_zeros(part - rows.shape[0], *rows.shape[1:])])
-    if entry.cut == "gate_up":
-        part = end // size
-        return torch.cat([read_rows(name, rank * part, (rank + 1) * part) for name in entry.hf])
-    groups = spec.kv_heads // size  # qkv
-    sizes = [n * spec.head_dim for n in (spec.heads // spec.kv_heads, 1, 1)]
-    parts = []
-    for name, per_group in zip(entry.hf, sizes, strict=True):
-        rows = read_rows(name, rank * groups * per_group, (rank + 1) * groups * per_group)
-        parts.append(rows.unflatten(0, (groups, per_group)))
-    return torch.cat(parts, dim=1).flatten(0, 1)
-
-
-def merge_shards(entry: Entry, spec: ModelSpec, shards: Sequence[Tensor]) -> Iterator[tuple[str, Tensor]]:
-    """The Hugging Face tensors, whole and contiguous, from every rank's shard (rank order)."""
-    if entry.cut == "whole":
-        yield entry.hf[0], shards[0]
-    elif entry.cut == "columns":
-        yield entry.hf[0], torch.cat(list(shards), dim=1)
-    elif entry.cut == "vocab":
-        yield entry.hf[0], torch.cat(list(shards))[: spec.vocab_size].contiguous()
-    elif entry.cut == "gate_up":
-        halves = [shard.chunk(2) for shard in shards]
-        for name, half in zip(entry.hf, zip(*halves, strict=True), strict=True):
-            yield name, torch.cat(half)
-    else:
-        per_group = (spec.heads // spec.kv_heads + 2) * spec.head_dim
-        grouped = torch.cat(list(shards)).unflatten(0, (spec.kv_heads, per_group))
-        sizes = [n * spec.head_dim for n in (spec.heads // spec.kv_heads, 1, 1)]
-        for name, part in zip(entry.hf, grouped.split(sizes, dim=1), strict=True):
-            yield name, part.flatten(0, 1).contiguous()

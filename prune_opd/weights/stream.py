@@ -1,12 +1,13 @@
 """The resharding stream: a megatron-core model's shards as whole Hugging Face tensors, on every rank, in buckets.
 
-    plan      who sends which shard, which tensors share a bucket     plan.py     the same on all ranks, made once
-    transport bring a bucket's shards together                        transport.py
+    mapping   which parameter holds which tensors, and how it is cut   mapping.py, cut.py
+    buckets   who sends which shard, which tensors share a bucket      buckets.py    the same on all ranks, made once
+    transport bring a bucket's shards together                         transport.py
     stream    send bucket i + 1, then hand on the tensors of bucket i, so that both go on at the same time
-    checksum  of every shard as it was sent and as it was handed on   checksum.py
+    checksum  of every shard as it was sent and as it was handed on    checksum.py
 
 Every rank of the model-parallel group must draw its stream to the end. What it does with the tensors in between is its
-own affair: the order of the collectives is the plan's. Beyond what the consumer keeps, two buckets exist at a time.
+own affair: the order of the collectives is the buckets'. Beyond what the consumer keeps, two buckets exist at a time.
 """
 
 from __future__ import annotations
@@ -16,20 +17,17 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from prune_opd.weights.buckets import Bucket, Holding, Item, make_buckets, make_items
 from prune_opd.weights.checksum import Checksums
-from prune_opd.weights.mapping import Entry, entries, local_parameters
-from prune_opd.weights.pieces import place_views, shard_views
-from prune_opd.weights.plan import Bucket, Holding, Item, make_buckets, make_items
+from prune_opd.weights.files import HfDirectoryWriter
+from prune_opd.weights.mapping import Chunk, entries, local_parameters
 from prune_opd.weights.transport import Buffer, Collectives, Flight, Held, SharedMemory, Transport, on_one_machine
-
-if TYPE_CHECKING:
-    from prune_opd.megatron.model import HiddenStatesGPT
 
 MAX_FILE_BYTES = 5 * 2**30
 MIB = 2**20
@@ -41,24 +39,23 @@ LAG = 4
 
 
 class Resharder:
-    """The stream of one model, to be started as often as its weights change; its plan and buffers are kept.
+    """The stream of one model, to be started as often as its weights change; buckets and buffers are kept.
 
     transport: "collective", "shared" (memory; on one machine without accelerators), or None for the best there is.
-    in_order: the order of `entries`, for files; else the order in which the ranks are busiest (plan.py).
+    in_order: the order of `entries`, for files; else the order in which the ranks are busiest (buckets.py).
     """
 
     def __init__(
         self,
-        chunks: Sequence[HiddenStatesGPT],
+        chunks: Sequence[Chunk],
         bucket_mb: float = BUCKET_MB,
         transport: str | None = None,
         *,
         in_order: bool = False,
     ):
         self.chunks, self.bucket_bytes, self.in_order = chunks, int(bucket_mb * MIB), in_order
-        self.spec = chunks[0].spec
         self.groups: Any = chunks[0].pg_collection
-        self.device = next(chunks[0].parameters()).device
+        self.device = next(parameter.device for _, parameter in chunks[0].named_parameters())
         # The ranks that hold one whole model between them: what the experts are divided over may be more than the rest.
         self.group = max(self.groups.mp, self.groups.tp_ep_pp, key=lambda group: group.size())
         self.transport = self._transport(transport)
@@ -93,40 +90,30 @@ class Resharder:
 
     @cached_property
     def buckets(self) -> list[Bucket]:
-        """The plan. Collective, the first time."""
-        parameters = local_parameters(self.chunks)
+        """What travels together, in order. Collective, the first time."""
+        parameters, table = local_parameters(self.chunks), list(entries(self.chunks[0].spec))
         here = {
-            entry.megatron: self._holding(entry, parameters[entry.megatron])
-            for entry in entries(self.spec)
+            entry.megatron: Holding(*entry.shard_of(self.groups), parameters[entry.megatron].dtype)
+            for entry in table
             if entry.megatron in parameters
         }
         holdings: list[Any] = [None] * self.group.size()
         dist.all_gather_object(holdings, here, group=self.group)
-        items = make_items(entries(self.spec), self.spec, holdings)
-        return make_buckets(items, self.bucket_bytes, staging=self.transport.staging, in_order=self.in_order)
-
-    def _holding(self, entry: Entry, parameter: Tensor) -> Holding:
-        tp = self.groups.tp if entry.expert is None else self.groups.expt_tp
-        index, count = (0, 1) if entry.cut == "whole" else (tp.rank(), tp.size())
-        return Holding(index, count, tuple(parameter.shape), parameter.dtype)
+        return make_buckets(
+            make_items(table, holdings), self.bucket_bytes, staging=self.transport.staging, in_order=self.in_order
+        )
 
     def _transport(self, name: str | None) -> Transport:
         if name is None:
             shared = self.device.type == "cpu" and self.group.size() > 1 and on_one_machine(self.group)
             name = "shared" if shared else "collective"
-        places = self._places
-        return SharedMemory(self.group, places) if name == "shared" else Collectives(self.group, self.device, places)
-
-    def _places(self, item: Item, wholes: Sequence[Tensor], index: int) -> tuple[Tensor, ...]:
-        return place_views(item.entry, self.spec, wholes, index, item.count)
+        return SharedMemory(self.group) if name == "shared" else Collectives(self.group, self.device)
 
     def _held(self, item: Item, parameters: Mapping[str, Tensor]) -> Held:
         parameter = parameters.get(item.entry.megatron)
-        mine = None if parameter is None else self._holding(item.entry, parameter).index
+        mine, _ = item.entry.shard_of(self.groups)
         return [
-            shard_views(item.entry, self.spec, parameter.detach(), index, item.count)
-            if parameter is not None and index == mine
-            else None
+            item.parts(parameter.detach(), index) if parameter is not None and index == mine else None
             for index in range(item.count)
         ]
 
@@ -153,7 +140,7 @@ class Resharder:
             yield from zip(item.entry.hf, wholes, strict=True)
             for index, owner in enumerate(item.owners):
                 if sums and owner != self.group.rank():
-                    sums.handed_on(item, index, self._places(item, wholes, index))
+                    sums.handed_on(item, index, item.slices(wholes, index))
 
     def _buffer(self, nbytes: int, in_use: Buffer | None) -> Buffer | None:
         """One that nobody reads any more, or a new one. None if none is needed."""
@@ -176,18 +163,16 @@ class _Sent:
     flight: Flight
 
 
-def hf_stream(chunks: Sequence[HiddenStatesGPT], bucket_mb: float = BUCKET_MB) -> Iterator[tuple[str, Tensor]]:
+def hf_stream(chunks: Sequence[Chunk], bucket_mb: float = BUCKET_MB) -> Iterator[tuple[str, Tensor]]:
     """One pass of a `Resharder`'s stream, in the order of `entries`."""
     return Resharder(chunks, bucket_mb, in_order=True).stream()
 
 
-def export_hf(chunks: Sequence[HiddenStatesGPT], source_dir: str | Path, out_dir: str | Path, *, write: bool) -> None:
+def export_hf(chunks: Sequence[Chunk], source_dir: str | Path, out_dir: str | Path, *, write: bool) -> None:
     """Write a Hugging Face directory that transformers and vLLM load: weights of `chunks`, the rest from `source_dir`.
 
     Collective; only the rank with `write` touches the disk. Bit-equal to the model's parameters.
     """
-    from prune_opd.weights.files import HfDirectoryWriter
-
     writer = HfDirectoryWriter(Path(out_dir), Path(source_dir), MAX_FILE_BYTES) if write else None
     for name, tensor in hf_stream(chunks):
         if writer:

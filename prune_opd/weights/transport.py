@@ -1,13 +1,14 @@
 """How a bucket's shards come together on every rank of a group: through collectives, or through shared memory.
 
-Both fill the same places of the same plan (plan.py). `send` starts a bucket, `arrive` returns when it is complete on
-this rank; between the two the rank consumes the bucket before. All ranks must call them in the same order.
+Both put the same shards where they belong in the same buckets (buckets.py). `send` starts a bucket, `arrive` returns
+when it is complete on this rank; between the two the rank consumes the bucket before. All ranks must call them in the
+same order.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -16,13 +17,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from prune_opd.weights.buckets import Item, view
 from prune_opd.weights.checksum import copy_and_sum
-from prune_opd.weights.plan import Item, view
 
 # For each shard of an item what this rank has of it, one tensor for each Hugging Face tensor; None if it has nothing.
 Held = Sequence[tuple[Tensor, ...] | None]
-# (item, its whole tensors, shard index) -> the shard's part of each
-Places = Callable[[Item, tuple[Tensor, ...], int], tuple[Tensor, ...]]
 
 
 @dataclass
@@ -74,15 +73,15 @@ class Collectives:
 
     A broadcast moves each byte once to each rank, as an all-gather does, but leaves no second copy to be put in order:
     gloo's all-gather also fills a buffer of its own first, and takes four times as long. The broadcasts are
-    asynchronous and start in the plan's order on every rank, so neither gloo's threads nor NCCL's stream can meet them
-    in different orders. With NCCL `wait` makes the current stream wait, and a broadcast starts behind what the current
+    asynchronous and start in the same order on every rank, so neither gloo's threads nor NCCL's stream can meet them in
+    different orders. With NCCL `wait` makes the current stream wait, and a broadcast starts behind what the current
     stream has been given so far: a buffer is not overwritten before the copies out of it are done.
     """
 
     staging = True
 
-    def __init__(self, group: Any, device: torch.device, places: Places):
-        self.group, self.device, self.places = group, device, places
+    def __init__(self, group: Any, device: torch.device):
+        self.group, self.device = group, device
         self.rank = group.rank()
         self.ranks = dist.get_process_group_ranks(group)
 
@@ -103,7 +102,7 @@ class Collectives:
             flight.wholes.append(item.wholes(buffer.lent))
         for index, owner in enumerate(item.owners):
             mine = held[index] if owner == self.rank or item.everywhere else None
-            for which, part in enumerate(self.places(item, wholes, index)):
+            for which, part in enumerate(item.slices(wholes, index)):
                 if mine is not None and part.data_ptr() != mine[which].data_ptr():
                     part.copy_(mine[which])
                 if not item.everywhere:
@@ -138,8 +137,8 @@ class SharedMemory:
 
     staging = False
 
-    def __init__(self, group: Any, places: Places):
-        self.group, self.rank, self.places = group, group.rank(), places
+    def __init__(self, group: Any):
+        self.group, self.rank = group, group.rank()
 
     def allocate(self, nbytes: int) -> Tensor:
         """Anonymous memory: it goes when the last rank lets go of it, however the others end."""
@@ -171,8 +170,7 @@ class SharedMemory:
         for index, owner in enumerate(item.owners):
             mine = held[index] if owner == self.rank else None
             if mine is not None:
-                places = self.places(item, wholes, index)
-                flight.sums[item.entry.megatron, index] = list(map(copy_and_sum, places, mine))
+                flight.sums[item.entry.megatron, index] = list(map(copy_and_sum, item.slices(wholes, index), mine))
 
     def arrive(self, flight: Flight) -> None:
         dist.barrier(self.group)
@@ -180,7 +178,7 @@ class SharedMemory:
 
 def _undivided(item: Item, held: Held) -> tuple[Tensor, ...] | None:
     """The whole tensors where this rank's parameter already is them, without a copy; else None."""
-    mine = held[0] if item.count == 1 and item.entry.cut != "qkv" else None
+    mine = held[0] if item.count == 1 and not item.entry.cut.groups else None
     return mine if mine is not None and all(part.is_contiguous() for part in mine) else None
 
 

@@ -29,6 +29,7 @@ from prune_opd.config import CheckpointConfig, OptimizerConfig, ParallelConfig
 from prune_opd.errors import UserError
 from prune_opd.rollout.batch import Response, Rollouts
 from tests.distributed.tiny_run import build_run, made_up_rollouts, train_config, train_step
+from tests.models import merged
 
 BEFORE, AFTER, KEEP = 2, 3, 2
 COPY = "copied_checkpoint"
@@ -45,7 +46,8 @@ def made_up_step(run: Any) -> dict[str, Any]:
 
 def whole_state(trainer: Any) -> dict[str, Tensor]:
     """Parameters and Adam's moments under Hugging Face names, whole, whatever the layout."""
-    from prune_opd.weights.mapping import entries, merge_shards
+    from prune_opd.weights.cut import WHOLE
+    from prune_opd.weights.mapping import entries
 
     (model,), group = trainer.chunks, trainer.layout.tp_group
     name_of = {id(parameter): name for name, parameter in model.named_parameters()}
@@ -60,10 +62,10 @@ def whole_state(trainer: Any) -> dict[str, Tensor]:
         for entry in entries(model.spec):
             local = tensors[entry.megatron].contiguous()
             shards = [local]
-            if group is not None and entry.cut != "whole":
+            if group is not None and entry.cut != WHOLE:
                 shards = [torch.empty_like(local) for _ in range(trainer.layout.student.tp)]
                 dist.all_gather(shards, local, group=group)
-            whole |= {f"{kind} {name}": t.clone() for name, t in merge_shards(entry, model.spec, shards)}
+            whole |= {f"{kind} {name}": tensor for name, tensor in merged(entry, shards).items()}
     steps = {float(state["step"]) for state in adam.state.values()}
     assert len(steps) == 1
     return {**whole, "step": torch.tensor(steps.pop())}

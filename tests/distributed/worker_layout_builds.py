@@ -31,8 +31,8 @@ MODELS = ("tied", "untied")
 def check(directory: Path, layout: Any) -> dict[str, Any]:
     """The names of this rank's parameters, and of those that are not the right part of the directory's tensors."""
     from prune_opd.megatron.model import build
-    from prune_opd.weights.load import SafetensorsDirectory
-    from prune_opd.weights.mapping import entries, local_parameters, read_shard
+    from prune_opd.weights.load import SafetensorsDirectory, read_shard
+    from prune_opd.weights.mapping import entries, local_parameters
 
     chunks = build(directory, layout, torch.float32, trainable=True)
     files, spec = SafetensorsDirectory(directory), chunks[0].spec
@@ -41,9 +41,7 @@ def check(directory: Path, layout: Any) -> dict[str, Any]:
     wrong = []
     for entry in entries(spec):
         if entry.megatron in local:
-            end = files.shape(entry.hf[0])[1 if entry.cut == "columns" else 0]
-            tp_rank = layout.groups.tp.rank()
-            expected = read_shard(entry, spec, tp_rank, layout.tp, files.rows, files.columns, end)
+            expected = read_shard(entry, files, *entry.shard_of(layout.groups))
             if not torch.equal(local[entry.megatron], expected):
                 wrong.append(entry.megatron)
     return {

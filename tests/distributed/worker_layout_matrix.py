@@ -146,7 +146,7 @@ def step(run: Any, number: int, stale: bool = False) -> dict[str, Any]:
 
 def farthest_from_reference(run: Any, reference: Path) -> float:
     """Largest difference of this rank's parameters from the reference's, which are a Hugging Face directory."""
-    from prune_opd.weights.load import SafetensorsDirectory, _read
+    from prune_opd.weights.load import SafetensorsDirectory, read_shard
     from prune_opd.weights.mapping import entries, local_parameters
 
     local, files = local_parameters(run.trainer.chunks), SafetensorsDirectory(reference)
@@ -154,8 +154,7 @@ def farthest_from_reference(run: Any, reference: Path) -> float:
     farthest = 0.0
     for entry in entries(run.trainer.spec):
         if entry.megatron in local:
-            over = groups.tp if entry.expert is None else groups.expt_tp
-            expected = _read(entry, run.trainer.spec, files, over.rank(), over.size())
+            expected = read_shard(entry, files, *entry.shard_of(groups))
             farthest = max(farthest, (local[entry.megatron].detach() - expected).abs().max().item())
     return farthest
 

@@ -21,9 +21,10 @@ from torch import Tensor
 from prune_opd import platform
 from prune_opd.config import ParallelConfig
 from prune_opd.weights import load, mapping
+from prune_opd.weights.cut import VOCABULARY
 from prune_opd.weights.stream import export_hf
 from tests.distributed.parity_cases import BF16, CASES, LAYOUTS, belongs
-from tests.models import tensors_of
+from tests.models import merged, tensors_of
 
 
 class CountingDirectory(load.SafetensorsDirectory):
@@ -31,16 +32,11 @@ class CountingDirectory(load.SafetensorsDirectory):
 
     total = largest = 0  # bytes
 
-    def _count(self, tensor: Tensor) -> Tensor:
+    def read(self, name: str, dim: int, begin: int, end: int) -> Tensor:
+        tensor = super().read(name, dim, begin, end)
         CountingDirectory.total += tensor.nbytes
         CountingDirectory.largest = max(self.largest, tensor.nbytes)
         return tensor
-
-    def rows(self, name: str, first: int, end: int) -> Tensor:
-        return self._count(super().rows(name, first, end))
-
-    def columns(self, name: str, first: int, end: int) -> Tensor:
-        return self._count(super().columns(name, first, end))
 
 
 def compare(
@@ -74,7 +70,7 @@ def compare(
     }
 
 
-def merged(chunks: list[Any], layout: Any) -> dict[str, Tensor]:
+def all_tensors(chunks: list[Any], layout: Any) -> dict[str, Tensor]:
     """The Hugging Face tensors made of all ranks' shards, on rank 0."""
     spec, groups = chunks[0].spec, layout.groups
     places = {False: groups.tp.rank(), True: groups.expt_tp.rank()}  # of an expert's weight?
@@ -87,7 +83,7 @@ def merged(chunks: list[Any], layout: Any) -> dict[str, Tensor]:
     for entry in mapping.entries(spec):
         is_expert = entry.expert is not None
         shards = {places[is_expert]: held[entry.megatron] for places, held in everyone if entry.megatron in held}
-        tensors.update(mapping.merge_shards(entry, spec, [shards[i] for i in sorted(shards)]))
+        tensors |= merged(entry, [shards[i] for i in sorted(shards)])
     return tensors
 
 
@@ -100,7 +96,7 @@ def own_bytes(chunks: list[Any]) -> tuple[int, int]:
         if entry.megatron in local:
             parameter = local[entry.megatron]
             rows = len(parameter)
-            if entry.cut == "vocab":
+            if entry.cut == VOCABULARY:
                 rows = max(0, min(rows, spec.vocab_size - chunks[0].pg_collection.tp.rank() * rows))
             sizes.append(parameter[:rows].nbytes)
     return sum(sizes), max(sizes)
@@ -114,7 +110,7 @@ def check(
     CountingDirectory.total = CountingDirectory.largest = 0
     chunks = build(directory, layout, dtype, trainable=False)
     on_disk = tensors_of(directory)
-    tensors = merged(chunks, layout)
+    tensors = all_tensors(chunks, layout)
     export_hf(chunks, directory, directory.parent / layout_name / directory.name, write=job.is_main)
     own, largest = own_bytes(chunks)
     return chunks, {

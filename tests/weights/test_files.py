@@ -61,9 +61,9 @@ def test_a_sharded_directory_is_read_back_bit_for_bit(model: Path, tmp_path: Pat
     assert back.file_of.keys() == tensors.keys()
     for name, tensor in tensors.items():
         assert back.shape(name) == list(tensor.shape)
-        assert torch.equal(back.rows(name, 0, len(tensor)), tensor)
+        assert torch.equal(back.read(name, 0, 0, len(tensor)), tensor)
         if tensor.ndim == 2:
-            assert torch.equal(back.columns(name, 3, 20), tensor[:, 3:20])
+            assert torch.equal(back.read(name, 1, 3, 20), tensor[:, 3:20])
 
 
 def test_transformers_loads_a_sharded_directory_with_config_and_tokenizer(model: Path, tmp_path: Path) -> None:
@@ -107,7 +107,7 @@ def test_the_directory_appears_only_when_complete_and_the_old_one_stays_until_th
     killed = HfDirectoryWriter(out, model, 10)
     killed.add("a", torch.zeros(4))
     killed.add("b", torch.zeros(4))  # "a" is on disk now, and nobody finishes
-    assert SafetensorsDirectory(out).rows("a", 0, 4).all()
+    assert SafetensorsDirectory(out).read("a", 0, 0, 4).all()
 
     write(out, model, {"c": torch.ones(4)}, 10)  # the leftover does not get in the way, nor do files of the old one
     assert sorted(path.name for path in out.glob("model*")) == [WEIGHTS]
@@ -204,4 +204,4 @@ def test_a_broken_directory_gets_one_error_that_names_what_is_wrong(raised: dict
 
 def test_a_name_that_is_not_there_is_refused(model: Path) -> None:
     with pytest.raises(ConfigError, match=r"good: no tensor 'model\.nothing'; is config\.json from another model\?"):
-        SafetensorsDirectory(model).rows("model.nothing", 0, 1)
+        SafetensorsDirectory(model).read("model.nothing", 0, 0, 1)

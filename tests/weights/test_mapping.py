@@ -8,16 +8,16 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
 from prune_opd import platform
 from prune_opd.model_spec import MoeSpec
-from prune_opd.weights.mapping import Entry, entries, merge_shards, read_shard
-from tests.models import FAMILIES, write_model
+from prune_opd.weights.cut import COLUMNS, ROWS, VOCABULARY, WHOLE, Cut
+from prune_opd.weights.load import SafetensorsDirectory, read_shard
+from prune_opd.weights.mapping import Entry, entries
+from tests.models import FAMILIES, merged, tensors_of, write_model
 
 TP_SIZES = (1, 2, 4)
-CUTS = {"whole", "vocab", "columns", "qkv", "gate_up"}
 
 
 def model_spec(**changes: Any) -> Any:
@@ -46,40 +46,45 @@ def model_spec(**changes: Any) -> Any:
 
 def hf_tensors(spec: Any) -> dict[str, Tensor]:
     """Every Hugging Face tensor of `spec`, no two numbers alike."""
-    q, kv = spec.heads * spec.head_dim, spec.kv_heads * spec.head_dim
     tensors: dict[str, Tensor] = {}
-    first = 0
-    for name in (name for entry in entries(spec) for name in entry.hf):
-        module, what = name.split(".")[-2:]
-        ffn = spec.moe.ffn if ".experts." in name else spec.ffn
-        rows_of = {"q_proj": q, "k_proj": kv, "v_proj": kv, "gate_proj": ffn, "up_proj": ffn}
-        if spec.moe:
-            rows_of["gate"] = spec.moe.experts
-        if module in rows_of:
-            shape = [rows_of[module], spec.hidden] if what == "weight" else [rows_of[module]]
-        elif module == "o_proj":
-            shape = [spec.hidden, q]
-        elif module == "down_proj":
-            shape = [spec.hidden, ffn]
-        elif module in ("embed_tokens", "lm_head"):
-            shape = [spec.vocab_size, spec.hidden]
-        else:
-            shape = [spec.head_dim if module in ("q_norm", "k_norm") else spec.hidden]
+    first = 1
+    for name, shape in (named for entry in entries(spec) for named in zip(entry.hf, entry.shapes, strict=True)):
         count = torch.Size(shape).numel()
-        tensors[name] = torch.arange(first, first + count, dtype=torch.float64).view(shape) + 1
+        tensors[name] = torch.arange(first, first + count, dtype=torch.float64).view(shape)
         first += count
     return tensors
 
 
-def shards_of(entry: Entry, spec: Any, tensors: dict[str, Tensor], size: int) -> list[Tensor]:
-    def rows(name: str, first: int, end: int) -> Tensor:
-        return tensors[name][first:end]
+class InMemory(SafetensorsDirectory):
+    def __init__(self, tensors: dict[str, Tensor]):
+        self.tensors = tensors
 
-    def columns(name: str, first: int, end: int) -> Tensor:
-        return tensors[name][:, first:end]
+    def read(self, name: str, dim: int, begin: int, end: int) -> Tensor:
+        return self.tensors[name].narrow(dim, begin, end - begin)
 
-    end = tensors[entry.hf[0]].shape[1 if entry.cut == "columns" else 0]
-    return [read_shard(entry, spec, rank, size, rows, columns, end) for rank in range(size)]
+
+def shards_of(entry: Entry, tensors: dict[str, Tensor], size: int) -> list[Tensor]:
+    """Of each of `size` ranks. What is not cut, every rank has."""
+    if entry.cut == WHOLE:
+        return [read_shard(entry, InMemory(tensors), 0, 1)] * size
+    return [read_shard(entry, InMemory(tensors), rank, size) for rank in range(size)]
+
+
+def reference_shards(entry: Entry, spec: Any, tensors: dict[str, Tensor], size: int) -> list[Tensor]:
+    """megatron's matrix in one piece, then cut: by the parameter's name, without a `Cut`."""
+    first, *others = (tensors[name] for name in entry.hf)
+    if "linear_qkv" in entry.megatron:
+        of_groups = [tensor.unflatten(0, (spec.kv_heads, -1)) for tensor in (first, *others)]
+        return list(torch.cat(of_groups, dim=1).flatten(0, 1).chunk(size))
+    if "linear_fc1" in entry.megatron:
+        (up,) = others
+        return [torch.cat(halves) for halves in zip(first.chunk(size), up.chunk(size), strict=True)]
+    if "linear" in entry.megatron:
+        return list(first.chunk(size, dim=1))
+    if entry.megatron in ("embedding.word_embeddings.weight", "output_layer.weight"):
+        padding = first.new_zeros(spec.padded_vocab(size) - spec.vocab_size, spec.hidden)
+        return list(torch.cat([first, padding]).chunk(size))
+    return [first] * size
 
 
 SPECS = {
@@ -94,17 +99,30 @@ SPECS = {
 
 @pytest.mark.parametrize("size", TP_SIZES)
 @pytest.mark.parametrize("changes", SPECS.values(), ids=SPECS)
-def test_merging_the_shards_gives_the_tensors_that_were_read(changes: dict[str, Any], size: int) -> None:
+def test_a_rank_reads_its_part_of_megatrons_matrix(changes: dict[str, Any], size: int) -> None:
+    spec = model_spec(**changes)
+    tensors = hf_tensors(spec)
+    for entry in entries(spec):
+        found, expected = shards_of(entry, tensors, size), reference_shards(entry, spec, tensors, size)
+        assert all(torch.equal(*pair) for pair in zip(found, expected, strict=True)), entry
+        assert {tuple(shard.shape) for shard in found} == {entry.cut.shape(entry.shapes, size)}
+    assert {entry.cut for entry in entries(spec)} == {WHOLE, ROWS, COLUMNS, VOCABULARY, Cut(0, groups=spec.kv_heads)}
+
+
+@pytest.mark.parametrize("size", TP_SIZES)
+@pytest.mark.parametrize("changes", SPECS.values(), ids=SPECS)
+def test_the_shards_parts_copied_to_their_places_make_the_whole_tensors(changes: dict[str, Any], size: int) -> None:
+    """And they are views: of the shard's memory and of the whole tensors'."""
     spec = model_spec(**changes)
     tensors = hf_tensors(spec)
     back: dict[str, Tensor] = {}
     for entry in entries(spec):
-        for name, tensor in merge_shards(entry, spec, shards_of(entry, spec, tensors, size)):
-            assert tensor.is_contiguous(), name
-            back[name] = tensor
+        shards = reference_shards(entry, spec, tensors, size)
+        back |= merged(entry, shards)
+        for part in entry.cut.parts(shards[0], entry.shapes, 0, 1 if entry.cut == WHOLE else size):
+            assert part.untyped_storage().data_ptr() == shards[0].untyped_storage().data_ptr()
     assert back.keys() == tensors.keys()
     assert all(torch.equal(back[name], tensor) for name, tensor in tensors.items())
-    assert {entry.cut for entry in entries(spec)} == CUTS
 
 
 @pytest.mark.parametrize("size", TP_SIZES)
@@ -113,9 +131,9 @@ def test_the_ranks_get_equal_shapes_and_together_every_number_once(changes: dict
     spec = model_spec(**changes)
     tensors = hf_tensors(spec)
     for entry in entries(spec):
-        shards = shards_of(entry, spec, tensors, size)
+        shards = shards_of(entry, tensors, size)
         assert len({shard.shape for shard in shards}) == 1
-        if entry.cut == "whole":
+        if entry.cut == WHOLE:
             assert all(torch.equal(shard, shards[0]) for shard in shards)
             continue
         numbers = torch.cat([shard.flatten() for shard in shards])
@@ -128,7 +146,7 @@ def test_padding_rows_of_the_vocabulary_are_zero_and_come_last(size: int) -> Non
     spec = model_spec(vocab_size=100)  # with TP = 2 and 4 the last ranks have nothing but padding
     tensors = hf_tensors(spec)
     entry = next(entries(spec))
-    whole = torch.cat(shards_of(entry, spec, tensors, size))
+    whole = torch.cat(shards_of(entry, tensors, size))
     assert len(whole) == spec.padded_vocab(size) == 128 * size
     assert torch.equal(whole[:100], tensors["model.embed_tokens.weight"])
     assert not whole[100:].any()
@@ -143,28 +161,29 @@ def test_a_kv_group_keeps_its_queries_key_and_value_next_to_each_other() -> None
         name: torch.arange(heads[x]).repeat_interleave(spec.head_dim) + 100 * i
         for i, (x, name) in enumerate(zip("qkv", entry.hf, strict=True))
     }
-    second_of_two = shards_of(entry, spec, tensors, 2)[1].view(-1, spec.head_dim)[:, 0].tolist()
+    second_of_two = shards_of(entry, tensors, 2)[1].view(-1, spec.head_dim)[:, 0].tolist()
     assert second_of_two == [4, 5, 102, 202, 6, 7, 103, 203]
 
 
 def test_a_rank_keeps_the_gate_above_the_up_projection_of_the_same_columns() -> None:
     spec = model_spec()
-    entry = next(e for e in entries(spec) if e.cut == "gate_up")
+    entry = next(e for e in entries(spec) if e.cut == ROWS)
     tensors = hf_tensors(spec)
     gate, up = (tensors[name] for name in entry.hf)
-    assert torch.equal(shards_of(entry, spec, tensors, 2)[1], torch.cat([gate[10:], up[10:]]))
+    assert torch.equal(shards_of(entry, tensors, 2)[1], torch.cat([gate[10:], up[10:]]))
 
 
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_entries_name_exactly_the_tensors_that_transformers_saves(tmp_path: Path, family: str, tied: bool) -> None:
+def test_the_entries_are_exactly_the_tensors_that_transformers_saves(tmp_path: Path, family: str, tied: bool) -> None:
     platform.prepare()
     from prune_opd.model_spec import ModelSpec
 
     directory = write_model(tmp_path / "model", family, tied=tied)
-    named = [name for entry in entries(ModelSpec.read(directory)) for name in entry.hf]
-    with safe_open(directory / "model.safetensors", "pt") as file:
-        assert sorted(named) == sorted(file.keys())
+    named = [
+        named for entry in entries(ModelSpec.read(directory)) for named in zip(entry.hf, entry.shapes, strict=True)
+    ]
+    assert sorted(named) == sorted((name, tuple(tensor.shape)) for name, tensor in tensors_of(directory).items())
 
 
 def test_every_megatron_parameter_is_named_once() -> None:

@@ -89,6 +89,7 @@ def case(chunks: list[Any], expected: dict[str, Tensor], transport: str, bucket_
 
 def corruption(chunks: list[Any], transport: str) -> str:
     """What is said on this rank when the last rank's memory changes under a tensor that the first has sent."""
+    from prune_opd.weights.cut import COLUMNS
     from prune_opd.weights.stream import Resharder
 
     resharder = Resharder(chunks, 512, transport)
@@ -96,7 +97,7 @@ def corruption(chunks: list[Any], transport: str) -> str:
         item
         for bucket in resharder.buckets
         for item in bucket.items
-        if not item.everywhere and item.owners[0] == 0 and item.entry.cut == "columns"
+        if not item.everywhere and item.owners[0] == 0 and item.entry.cut == COLUMNS
     )
     try:
         for name, tensor in resharder.stream():

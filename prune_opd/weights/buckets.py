@@ -1,4 +1,4 @@
-"""The plan of a resharding: which rank sends which shard, and which tensors share a bucket. The same on every rank."""
+"""Which rank sends which shard, and which tensors share a bucket: worked out once, the same on every rank."""
 
 from __future__ import annotations
 
@@ -6,15 +6,12 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate, groupby, zip_longest
 from math import prod
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from prune_opd.weights.mapping import Entry, merge_shards
-
-if TYPE_CHECKING:
-    from prune_opd.model_spec import ModelSpec
+from prune_opd.weights.cut import COLUMNS, VOCABULARY, Shape
+from prune_opd.weights.mapping import Entry
 
 ALIGNMENT = 256  # bytes: every tensor begins where any dtype and any copy kernel may begin
 
@@ -25,7 +22,6 @@ class Holding:
 
     index: int
     count: int
-    shape: tuple[int, ...]
     dtype: torch.dtype
 
 
@@ -39,7 +35,6 @@ class Item:
     """
 
     entry: Entry
-    shapes: tuple[tuple[int, ...], ...]
     dtype: torch.dtype
     owners: tuple[int, ...]
     everywhere: bool
@@ -52,12 +47,20 @@ class Item:
 
     @property
     def at_home(self) -> bool:
-        return self.everywhere and self.entry.cut != "qkv"
+        return self.everywhere and not self.entry.cut.groups
 
     def wholes(self, buffer: Tensor) -> tuple[Tensor, ...]:
         """The whole tensors as views of the bucket's buffer [bytes]."""
-        places = zip(self.offsets, self.shapes, strict=True)
-        return tuple(view(buffer, offset, shape, self.dtype) for offset, shape in places)
+        tensors = zip(self.offsets, self.entry.shapes, strict=True)
+        return tuple(view(buffer, offset, shape, self.dtype) for offset, shape in tensors)
+
+    def parts(self, shard: Tensor, index: int) -> tuple[Tensor, ...]:
+        """Views of shard `index`: what it has of each whole tensor."""
+        return self.entry.cut.parts(shard, self.entry.shapes, index, self.count)
+
+    def slices(self, wholes: Sequence[Tensor], index: int) -> tuple[Tensor, ...]:
+        """Views of the whole tensors, where those parts belong."""
+        return self.entry.cut.slices(wholes, index, self.count)
 
 
 @dataclass(frozen=True)
@@ -68,11 +71,11 @@ class Bucket:
     nbytes: int
 
 
-def view(buffer: Tensor, offset: int, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+def view(buffer: Tensor, offset: int, shape: Shape, dtype: torch.dtype) -> Tensor:
     return buffer[offset : offset + prod(shape) * dtype.itemsize].view(dtype).view(*shape)
 
 
-def make_items(entries: Iterable[Entry], spec: ModelSpec, holdings: Sequence[Mapping[str, Holding]]) -> Iterator[Item]:
+def make_items(entries: Iterable[Entry], holdings: Sequence[Mapping[str, Holding]]) -> Iterator[Item]:
     """holdings: of every rank of the group, by megatron name. Of several ranks that have a shard the least busy sends.
 
     Raises `ValueError` for a shard that no rank of the group has.
@@ -86,15 +89,13 @@ def make_items(entries: Iterable[Entry], spec: ModelSpec, holdings: Sequence[Map
         one = next((held[entry.megatron] for held in holdings if entry.megatron in held), None)
         if one is None or sorted(holders) != list(range(one.count)):
             raise ValueError(f"no rank of the group has all of {entry.megatron}")
-        owners = []
+        owners, numbers = [], prod(entry.cut.shape(entry.shapes, one.count))
         for index in range(one.count):
             owner = min(holders[index], key=lambda rank: sends[rank])
-            sends[owner] += prod(one.shape)
+            sends[owner] += numbers
             owners.append(owner)
-        shard = torch.empty(one.shape, dtype=one.dtype, device="meta")
-        shapes = tuple(tuple(whole.shape) for _, whole in merge_shards(entry, spec, [shard] * one.count))
         everywhere = one.count == 1 and len(holders[0]) == len(holdings)
-        yield Item(entry, shapes, one.dtype, tuple(owners), everywhere)
+        yield Item(entry, one.dtype, tuple(owners), everywhere)
 
 
 def make_buckets(items: Iterable[Item], bucket_bytes: int, *, staging: bool, in_order: bool = False) -> list[Bucket]:
@@ -123,9 +124,9 @@ def make_buckets(items: Iterable[Item], bucket_bytes: int, *, staging: bool, in_
 def _in_turn(layers: Sequence[list[Item]]) -> Iterator[list[Item]]:
     """The first layer of each sender, the second of each, …; then the vocabulary."""
     of_sender: dict[int, list[list[Item]]] = {}
-    vocabulary = [layer for layer in layers if layer[0].entry.cut == "vocab"]
+    vocabulary = [layer for layer in layers if layer[0].entry.cut == VOCABULARY]
     for layer in layers:
-        if layer[0].entry.cut != "vocab":
+        if layer[0].entry.cut != VOCABULARY:
             # Every rank of a stage sends some of it: the least of them stands for the stage.
             of_sender.setdefault(min(min(item.owners) for item in layer), []).append(layer)
     for turn in zip_longest(*of_sender.values()):
@@ -138,25 +139,25 @@ def _layer(megatron: str) -> str:
     return ".".join(parts[:3]) if parts[:2] == ["decoder", "layers"] else megatron
 
 
-def _aligned(shape: Sequence[int], dtype: torch.dtype) -> int:
+def _aligned(shape: Shape, dtype: torch.dtype) -> int:
     return -(-prod(shape) * dtype.itemsize // ALIGNMENT) * ALIGNMENT
 
 
 def _staged(item: Item, staging: bool) -> bool:
-    return staging and item.entry.cut == "columns" and item.count > 1
+    return staging and item.entry.cut == COLUMNS and item.count > 1
 
 
 def _room(item: Item, staging: bool) -> int:
     if item.at_home:
         return 0
-    return sum(_aligned(shape, item.dtype) for shape in item.shapes) * (2 if _staged(item, staging) else 1)
+    return sum(_aligned(shape, item.dtype) for shape in item.entry.shapes) * (2 if _staged(item, staging) else 1)
 
 
 def _pack(items: Sequence[Item], staging: bool) -> Bucket:
     """Give every tensor its place."""
     end, packed = 0, []
     for item in items:
-        sizes = [] if item.at_home else [_aligned(shape, item.dtype) for shape in item.shapes]
+        sizes = [] if item.at_home else [_aligned(shape, item.dtype) for shape in item.entry.shapes]
         offsets = tuple(accumulate(sizes, initial=end))
         stage = offsets[-1] if _staged(item, staging) else None
         packed.append(replace(item, offsets=offsets[:-1], staging=stage))

@@ -1,4 +1,4 @@
-"""The resharding plan: shards fall into their places, layers share buckets, and the ranks share the work."""
+"""The buckets of the resharding stream: layers share them, and the ranks share the work."""
 
 from __future__ import annotations
 
@@ -9,41 +9,22 @@ import pytest
 import torch
 
 from prune_opd import platform
+from prune_opd.weights.buckets import ALIGNMENT, Bucket, Holding, Item, make_buckets, make_items
+from prune_opd.weights.cut import VOCABULARY, WHOLE
 from prune_opd.weights.mapping import entries
-from prune_opd.weights.pieces import place_views, shard_views
-from prune_opd.weights.plan import ALIGNMENT, Bucket, Holding, Item, make_buckets, make_items
-from tests.weights.test_mapping import SPECS, hf_tensors, model_spec, shards_of
+from tests.weights.test_mapping import model_spec
 
 FLOAT = torch.float32
 
 
-@pytest.mark.parametrize("size", (1, 2, 4))
-@pytest.mark.parametrize("changes", SPECS.values(), ids=SPECS)
-def test_the_shards_parts_copied_to_their_places_make_the_whole_tensors(changes: dict[str, Any], size: int) -> None:
-    spec = model_spec(**changes)
-    tensors = hf_tensors(spec)
-    for entry in entries(spec):
-        wholes = [torch.full_like(tensors[name], -1) for name in entry.hf]
-        count = 1 if entry.cut == "whole" else size
-        for index, shard in enumerate(shards_of(entry, spec, tensors, size)[:count]):
-            sources = shard_views(entry, spec, shard, index, count)
-            for source, place in zip(sources, place_views(entry, spec, wholes, index, count), strict=True):
-                assert source.numel() == 0 or source.untyped_storage().data_ptr() == shard.untyped_storage().data_ptr()
-                place.copy_(source)
-        for name, whole in zip(entry.hf, wholes, strict=True):
-            assert torch.equal(whole, tensors[name]), name
-
-
 def holdings(spec: Any, tp: int, stages: int) -> list[dict[str, Holding]]:
     """Of ranks numbered tp-first; the layers divided evenly, a tied embedding also on the last stage."""
-    tensors = hf_tensors(spec)
     ranks: list[dict[str, Holding]] = [{} for _ in range(tp * stages)]
     for entry in entries(spec):
-        count = 1 if entry.cut == "whole" else tp
-        for index, shard in enumerate(shards_of(entry, spec, tensors, tp)):
+        for index in range(tp):
             for stage in stages_of(entry.megatron, spec, stages):
-                holding = Holding(index if count > 1 else 0, count, tuple(shard.shape), FLOAT)
-                ranks[stage * tp + index][entry.megatron] = holding
+                shard = (0, 1) if entry.cut == WHOLE else (index, tp)
+                ranks[stage * tp + index][entry.megatron] = Holding(*shard, FLOAT)
     return ranks
 
 
@@ -55,13 +36,13 @@ def stages_of(megatron: str, spec: Any, stages: int) -> set[int]:
     return {stages - 1}
 
 
-def plan(spec: Any, tp: int, stages: int, bucket_bytes: int, staging: bool = False) -> list[Bucket]:
-    items = make_items(entries(spec), spec, holdings(spec, tp, stages))
+def buckets_of(spec: Any, tp: int, stages: int, bucket_bytes: int, staging: bool = False) -> list[Bucket]:
+    items = make_items(entries(spec), holdings(spec, tp, stages))
     return make_buckets(items, bucket_bytes, staging=staging)
 
 
 def ends(item: Item) -> list[tuple[int, int]]:
-    sizes = [torch.Size(shape).numel() * item.dtype.itemsize for shape in item.shapes]
+    sizes = [torch.Size(shape).numel() * item.dtype.itemsize for shape in item.entry.shapes]
     found = [(offset, offset + size) for offset, size in zip(item.offsets, sizes, strict=False)]
     return found if item.staging is None else [*found, (item.staging, item.staging + sizes[0])]
 
@@ -73,7 +54,7 @@ def test_buckets_hold_every_parameter_once_without_overlap_in_the_size_asked_for
     tp: int, stages: int, bucket_bytes: int, staging: bool
 ) -> None:
     spec = model_spec(layers=4, tied=False)
-    buckets = plan(spec, tp, stages, bucket_bytes, staging)
+    buckets = buckets_of(spec, tp, stages, bucket_bytes, staging)
     found = [item.entry.megatron for bucket in buckets for item in bucket.items]
     assert sorted(found) == sorted(entry.megatron for entry in entries(spec))
     for bucket in buckets:
@@ -86,9 +67,9 @@ def test_buckets_hold_every_parameter_once_without_overlap_in_the_size_asked_for
 
 def test_a_layer_that_fits_into_a_bucket_is_not_cut() -> None:
     spec = model_spec(layers=4)
-    layer_bytes = plan(spec, 2, 1, 10**9)[0].nbytes // 4  # the embedding is smaller than what is rounded off here
+    layer_bytes = buckets_of(spec, 2, 1, 10**9)[0].nbytes // 4  # the embedding is smaller than what is rounded off here
     for bucket_bytes in (layer_bytes + 20_000, 2 * layer_bytes + 20_000):
-        buckets = plan(spec, 2, 1, bucket_bytes)
+        buckets = buckets_of(spec, 2, 1, bucket_bytes)
         layers = [{i.entry.megatron.split(".")[2] for i in b.items if "layers" in i.entry.megatron} for b in buckets]
         assert len(buckets) > 1
         assert sum(len(found) for found in layers) == 4
@@ -96,31 +77,31 @@ def test_a_layer_that_fits_into_a_bucket_is_not_cut() -> None:
 
 def test_pipeline_stages_send_in_turn_and_the_vocabulary_comes_last() -> None:
     spec = model_spec(layers=4, tied=False)
-    (bucket,) = plan(spec, 1, 2, 10**9)
+    (bucket,) = buckets_of(spec, 1, 2, 10**9)
     layers = [item.entry.megatron.split(".")[2] for item in bucket.items if "layers" in item.entry.megatron]
     assert list(dict.fromkeys(layers)) == ["0", "2", "1", "3"]
-    assert [item.entry.cut for item in bucket.items[-2:]] == ["vocab", "vocab"]
+    assert [item.entry.cut for item in bucket.items[-2:]] == [VOCABULARY] * 2
 
 
 def test_the_order_of_the_parameters_is_kept_where_it_is_asked_for() -> None:
     spec = model_spec(layers=4, tied=False)
-    items = make_items(entries(spec), spec, holdings(spec, 1, 2))
+    items = make_items(entries(spec), holdings(spec, 1, 2))
     (bucket,) = make_buckets(items, 10**9, staging=False, in_order=True)
     assert [item.entry for item in bucket.items] == list(entries(spec))
 
 
 def test_what_every_rank_has_takes_no_room_and_is_not_sent() -> None:
     spec = model_spec(tied=True)
-    at_home = {item.entry.megatron for bucket in plan(spec, 1, 2, 10**9) for item in bucket.items if item.at_home}
+    at_home = {item.entry.megatron for bucket in buckets_of(spec, 1, 2, 10**9) for item in bucket.items if item.at_home}
     assert at_home == {"embedding.word_embeddings.weight"}  # on the first stage and, tied, on the last
-    norms = {item.entry.megatron for bucket in plan(spec, 2, 1, 10**9) for item in bucket.items if item.at_home}
-    assert norms == {entry.megatron for entry in entries(spec) if entry.cut == "whole"}
+    norms = {item.entry.megatron for bucket in buckets_of(spec, 2, 1, 10**9) for item in bucket.items if item.at_home}
+    assert norms == {entry.megatron for entry in entries(spec) if entry.cut == WHOLE}
 
 
 def test_of_ranks_with_the_same_shard_the_one_that_sends_less_sends_it() -> None:
     """Two stages of two ranks: a norm is on both ranks of its stage."""
     spec = model_spec(layers=4, tied=False)
-    owners = [item.owners for bucket in plan(spec, 2, 2, 10**9) for item in bucket.items if item.count == 1]
+    owners = [item.owners for bucket in buckets_of(spec, 2, 2, 10**9) for item in bucket.items if item.count == 1]
     assert {owner for (owner,) in owners} == {0, 1, 2, 3}
 
 
@@ -129,7 +110,7 @@ def test_a_shard_that_nobody_has_is_an_error() -> None:
     found = holdings(spec, 2, 1)
     del found[1]["decoder.layers.1.mlp.linear_fc2.weight"]
     with pytest.raises(ValueError, match=r"decoder\.layers\.1\.mlp\.linear_fc2\.weight"):
-        list(make_items(entries(spec), spec, found))
+        list(make_items(entries(spec), found))
 
 
 def setup_module() -> None:
