@@ -34,6 +34,7 @@ from prune_opd.megatron.packing import PackedBatch
 from prune_opd.megatron.precision import token_multiple
 from prune_opd.megatron.rope import attention_scale, set_frequencies
 from prune_opd.model_spec import ModelSpec, MoeSpec
+from prune_opd.weights.load import load_hf_weights
 
 
 def dtype_of(params: str) -> torch.dtype:
@@ -179,8 +180,6 @@ def build(
     head: with the output matrix, if it is not the embedding's. settings: of `TransformerConfig`, beside the layout's
     and the model's. A teacher is built without gradients. `UserError` for FP8 that the layers would ignore.
     """
-    from prune_opd.weights.load import load_hf_weights
-
     spec = ModelSpec.read(model_dir)
     if spec.moe:
         platform.prepare_experts()

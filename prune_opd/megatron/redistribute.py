@@ -59,7 +59,7 @@ def find_routes(
     return routes
 
 
-def hand_over(mine: Mapping[int, Tensor], lengths: Sequence[int], routes: Routes, nothing: Tensor) -> TeacherHidden:
+def redistribute(mine: Mapping[int, Tensor], lengths: Sequence[int], routes: Routes, nothing: Tensor) -> TeacherHidden:
     """Exchange rows along the routes. Collective over the whole job.
 
     mine: [lengths[row], H] of the rows that this rank has. nothing: an empty [0, H] of their dtype and device.

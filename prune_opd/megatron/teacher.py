@@ -15,7 +15,7 @@ from prune_opd.megatron.layout import Layout
 from prune_opd.megatron.model import build
 from prune_opd.megatron.packing import PackedBatch, pack_rows
 from prune_opd.megatron.precision import NO_FP8, transformer_arguments
-from prune_opd.megatron.redistribute import TeacherHidden, find_routes, hand_over, replica_of_row
+from prune_opd.megatron.redistribute import TeacherHidden, find_routes, redistribute, replica_of_row
 from prune_opd.megatron.schedule import forward
 from prune_opd.model_spec import ModelSpec
 from prune_opd.rollout.balance import Deal, deal_any
@@ -81,7 +81,7 @@ class Teacher:
         hidden_of = {**kept.of_row, **self._compute(rollouts, ours)}
         replica_of = {**kept.replica_of, **replica_of_row(ours)}
         routes = find_routes(replica_of, replica_of_row(deals), self.layout.teacher, self.layout.student)
-        return hand_over(hidden_of, rollouts.length_B, routes, self.nothing), KeptHidden(replica_of, hidden_of)
+        return redistribute(hidden_of, rollouts.length_B, routes, self.nothing), KeptHidden(replica_of, hidden_of)
 
     def _compute(self, rollouts: Rollouts, deals: Sequence[Deal]) -> dict[int, Tensor]:
         mine = [rows for part in deals for rows in part[self.layout.teacher.dp_rank]]

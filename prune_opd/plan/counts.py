@@ -21,7 +21,7 @@ class Count:
 
 
 @dataclass(frozen=True)
-class Layout:
+class ParallelSizes:
     """One model's: tensor, pipeline, expert and context parallel sizes, and the replicas of its dense weights."""
 
     tensor: int = 1
@@ -53,7 +53,7 @@ def active_parameters(spec: ModelSpec) -> int:
     return spec.vocab_size * spec.hidden + sum(_active_layer(spec, layer) for layer in range(spec.layers))
 
 
-def on_rank(spec: ModelSpec, layout: Layout, stage: int, head: bool = True) -> Count:
+def on_rank(spec: ModelSpec, layout: ParallelSizes, stage: int, head: bool = True) -> Count:
     """Parameters that a rank of a stage holds, with the padding of the vocabulary.
 
     head: whether the last stage has the output matrix (the teacher's does not; teacher.py).
@@ -68,7 +68,7 @@ def on_rank(spec: ModelSpec, layout: Layout, stage: int, head: bool = True) -> C
     return Count(dense, experts)
 
 
-def largest_rank(spec: ModelSpec, layout: Layout, head: bool = True) -> Count:
+def largest_rank(spec: ModelSpec, layout: ParallelSizes, head: bool = True) -> Count:
     """What the fullest stage holds: the first or the last one."""
     return max((on_rank(spec, layout, stage, head) for stage in {0, layout.pipeline - 1}), key=lambda count: count.all)
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from prune_opd.model_spec import ModelSpec
 from prune_opd.plan.counts import (
-    Layout,
+    ParallelSizes,
     active_parameters,
     cache_bytes,
     flops_by_length,
@@ -191,13 +191,13 @@ def _share(setting: Setting, rows: list[float], replicas: int, cost: Callable[[f
     return max(sum(costs) / len(costs) * setting.responses / replicas, max(costs))
 
 
-def _bubble(setting: Setting, layout: Layout, tokens: float, virtual: int) -> float:
+def _bubble(setting: Setting, layout: ParallelSizes, tokens: float, virtual: int) -> float:
     """How much longer a pipeline takes for standing idle at both ends (arXiv 2104.04473, section 2.2)."""
     batches = max(tokens / setting.config.parallel.microbatch_tokens, 1)
     return 1 + (layout.pipeline - 1) / (virtual * batches)
 
 
-def _layer_traffic(setting: Setting, spec: ModelSpec, layout: Layout, tokens: float, passes: int) -> float:
+def _layer_traffic(setting: Setting, spec: ModelSpec, layout: ParallelSizes, tokens: float, passes: int) -> float:
     """Tensor, expert and context parallel collectives, none of them overlapped: two all-reduces (or their halves) of
     the residual a layer and pass, an all-to-all there and back for each expert of a token, and the keys and values of
     all other context parallel ranks (in the backward pass their gradients too)."""
@@ -216,7 +216,7 @@ def _layer_traffic(setting: Setting, spec: ModelSpec, layout: Layout, tokens: fl
     return total
 
 
-def _stage_traffic(setting: Setting, spec: ModelSpec, layout: Layout, tokens: float, crossings: int) -> float:
+def _stage_traffic(setting: Setting, spec: ModelSpec, layout: ParallelSizes, tokens: float, crossings: int) -> float:
     """A stage's hidden states, and their gradients, on their way to the next stage; stages lie farthest apart."""
     if layout.pipeline == 1:
         return 0.0

@@ -15,7 +15,7 @@ from torch.nn import Parameter
 from prune_opd.errors import ConfigError
 from prune_opd.model_spec import ModelSpec
 from prune_opd.weights.cut import WHOLE
-from prune_opd.weights.mapping import Chunk, Entry, entries, local_parameters
+from prune_opd.weights.mapping import Entry, ModelChunk, entries, local_parameters
 
 
 class SafetensorsDirectory:
@@ -59,7 +59,7 @@ class SafetensorsDirectory:
 
 
 @torch.no_grad()
-def load_hf_weights(chunks: Sequence[Chunk], directory: str | Path) -> None:
+def load_hf_weights(chunks: Sequence[ModelChunk], directory: str | Path) -> None:
     """Fill every parameter of this rank. Raises `ConfigError` for a missing tensor or a shape that does not fit."""
     files = SafetensorsDirectory(directory)
     spec, groups = chunks[0].spec, chunks[0].pg_collection

@@ -87,7 +87,7 @@ def _feed_forward(ours: str, theirs: str, hidden: int, ffn: int, expert: int | N
     yield Entry(ours + "linear_fc2.weight", (theirs + "down_proj.weight",), ((hidden, ffn),), COLUMNS, expert)
 
 
-class Chunk(Protocol):
+class ModelChunk(Protocol):
     """A megatron-core GPT model, or a pipeline stage's chunk of one, as far as its weights go."""
 
     spec: ModelSpec
@@ -95,10 +95,12 @@ class Chunk(Protocol):
     decoder: Any  # its TransformerBlock
     share_embeddings_and_output_weights: bool
 
+    def parameters(self) -> Iterator[Parameter]: ...
+
     def named_parameters(self) -> Iterator[tuple[str, Parameter]]: ...
 
 
-def local_parameters(chunks: Sequence[Chunk]) -> dict[str, Parameter]:
+def local_parameters(chunks: Sequence[ModelChunk]) -> dict[str, Parameter]:
     """This rank's parameters by the names of `entries`: layers and experts are numbered as in the whole model.
 
     The last stage's copy of a tied embedding goes by the embedding's name: it is that weight, held twice.
@@ -110,7 +112,7 @@ def local_parameters(chunks: Sequence[Chunk]) -> dict[str, Parameter]:
     return named
 
 
-def _global_name(chunk: Chunk, name: str) -> str:
+def _global_name(chunk: ModelChunk, name: str) -> str:
     if name == "output_layer.weight" and chunk.share_embeddings_and_output_weights:
         return "embedding.word_embeddings.weight"
     if not name.startswith(LAYERS):

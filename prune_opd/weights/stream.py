@@ -26,7 +26,7 @@ from torch import Tensor
 from prune_opd.weights.buckets import Bucket, Holding, Item, make_buckets, make_items
 from prune_opd.weights.checksum import Checksums
 from prune_opd.weights.files import HfDirectoryWriter
-from prune_opd.weights.mapping import Chunk, entries, local_parameters
+from prune_opd.weights.mapping import ModelChunk, entries, local_parameters
 from prune_opd.weights.transport import Buffer, Collectives, Flight, Held, SharedMemory, Transport, on_one_machine
 
 MAX_FILE_BYTES = 5 * 2**30
@@ -47,7 +47,7 @@ class Resharder:
 
     def __init__(
         self,
-        chunks: Sequence[Chunk],
+        chunks: Sequence[ModelChunk],
         bucket_mb: float = BUCKET_MB,
         transport: str | None = None,
         *,
@@ -55,7 +55,7 @@ class Resharder:
     ):
         self.chunks, self.bucket_bytes, self.in_order = chunks, int(bucket_mb * MIB), in_order
         self.groups: Any = chunks[0].pg_collection
-        self.device = next(parameter.device for _, parameter in chunks[0].named_parameters())
+        self.device = next(chunks[0].parameters()).device
         # The ranks that hold one whole model between them: what the experts are divided over may be more than the rest.
         self.group = max(self.groups.mp, self.groups.tp_ep_pp, key=lambda group: group.size())
         self.transport = self._transport(transport)
@@ -163,12 +163,12 @@ class _Sent:
     flight: Flight
 
 
-def hf_stream(chunks: Sequence[Chunk], bucket_mb: float = BUCKET_MB) -> Iterator[tuple[str, Tensor]]:
+def hf_stream(chunks: Sequence[ModelChunk], bucket_mb: float = BUCKET_MB) -> Iterator[tuple[str, Tensor]]:
     """One pass of a `Resharder`'s stream, in the order of `entries`."""
     return Resharder(chunks, bucket_mb, in_order=True).stream()
 
 
-def export_hf(chunks: Sequence[Chunk], source_dir: str | Path, out_dir: str | Path, *, write: bool) -> None:
+def export_hf(chunks: Sequence[ModelChunk], source_dir: str | Path, out_dir: str | Path, *, write: bool) -> None:
     """Write a Hugging Face directory that transformers and vLLM load: weights of `chunks`, the rest from `source_dir`.
 
     Collective; only the rank with `write` touches the disk. Bit-equal to the model's parameters.
