@@ -79,7 +79,7 @@ def tensors_of(directory: Path) -> dict[str, torch.Tensor]:
 def merged(entry: Entry, shards: Sequence[torch.Tensor]) -> dict[str, torch.Tensor]:
     """The Hugging Face tensors of a megatron parameter, whole and contiguous, from every rank's shard in order."""
     wholes = [shards[0].new_empty(shape) for shape in entry.shapes]
-    count = 1 if entry.cut.dim is None else len(shards)
+    count = len(shards) if entry.cut.divided else 1
     for index, shard in enumerate(shards[:count]):
         parts = entry.cut.parts(shard, entry.shapes, index, count)
         for part, place in zip(parts, entry.cut.slices(wholes, index, count), strict=True):

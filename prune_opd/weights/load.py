@@ -14,7 +14,6 @@ from torch.nn import Parameter
 
 from prune_opd.errors import ConfigError
 from prune_opd.model_spec import ModelSpec
-from prune_opd.weights.cut import WHOLE
 from prune_opd.weights.mapping import Entry, ModelChunk, entries, local_parameters
 
 
@@ -88,7 +87,7 @@ def read_shard(entry: Entry, files: SafetensorsDirectory, index: int, count: int
     """A shard of a megatron parameter in the dtype of the files, reading only its part of each tensor."""
     cut, shapes = entry.cut, entry.shapes
     spans = zip(entry.hf, cut.spans(shapes, index, count), strict=True)
-    read = [files.read(name, cut.dim or 0, begin, end) for name, (begin, end) in spans]
+    read = [files.read(name, cut.dim, begin, end) for name, (begin, end) in spans]
     shard = read[0].new_zeros(cut.shape(shapes, count))
     for part, piece in zip(cut.parts(shard, shapes, index, count), read, strict=True):
         part.copy_(piece.view(part.shape))
@@ -111,7 +110,7 @@ def _mark_cut(parameter: Parameter, entry: Entry) -> None:
     Without it megatron takes the shards of all ranks but the first for duplicates: the gradient norm leaves them out,
     and so every clipped step at TP > 1 would be too long.
     """
-    if entry.cut != WHOLE:
+    if entry.cut.divided:
         attributes: Any = parameter
         attributes.tensor_model_parallel = True
         attributes.partition_dim = entry.cut.dim

@@ -41,7 +41,7 @@ class Entry:
 
         Experts are divided over ranks by number: their weights lie whole on the ranks that have the expert.
         """
-        if self.cut == WHOLE:
+        if not self.cut.divided:
             return 0, 1
         over = groups.tp if self.expert is None else groups.expt_tp
         return over.rank(), over.size()
@@ -50,7 +50,7 @@ class Entry:
 def entries(spec: ModelSpec) -> Iterator[Entry]:
     """Every parameter of the whole model, in the order in which the layers come; the same on every rank."""
     hidden, qkv_rows = spec.hidden, [heads * spec.head_dim for heads in (spec.heads, spec.kv_heads, spec.kv_heads)]
-    kv_groups, vocabulary = Cut(0, groups=spec.kv_heads), ((spec.vocab_size, hidden),)
+    kv_groups, vocabulary = Cut(groups=spec.kv_heads), ((spec.vocab_size, hidden),)
     norm, head_norm = ((hidden,),), ((spec.head_dim,),)
     yield Entry("embedding.word_embeddings.weight", ("model.embed_tokens.weight",), vocabulary, VOCABULARY)
     for i in range(spec.layers):

@@ -107,7 +107,7 @@ def test_a_rank_reads_its_part_of_megatrons_matrix(changes: dict[str, Any], size
         assert all(torch.equal(*pair) for pair in zip(found, expected, strict=True)), entry
         count = 1 if entry.cut == WHOLE else size
         assert {tuple(shard.shape) for shard in found} == {entry.cut.shape(entry.shapes, count)}
-    assert {entry.cut for entry in entries(spec)} == {WHOLE, ROWS, COLUMNS, VOCABULARY, Cut(0, groups=spec.kv_heads)}
+    assert {entry.cut for entry in entries(spec)} == {WHOLE, ROWS, COLUMNS, VOCABULARY, Cut(groups=spec.kv_heads)}
 
 
 @pytest.mark.parametrize("size", TP_SIZES)
