@@ -60,7 +60,7 @@ def test_a_sharded_directory_is_read_back_bit_for_bit(model: Path, tmp_path: Pat
     back = SafetensorsDirectory(out)
     assert back.file_of.keys() == tensors.keys()
     for name, tensor in tensors.items():
-        assert back.shape(name) == list(tensor.shape)
+        assert back.shape(name) == tuple(tensor.shape)
         assert torch.equal(back.read(name, 0, 0, len(tensor)), tensor)
         if tensor.ndim == 2:
             assert torch.equal(back.read(name, 1, 3, 20), tensor[:, 3:20])
