@@ -73,11 +73,24 @@ def write_student(folder: Path, config: dict[str, Any], seed: int = 0) -> None:
     (folder / "config.json").write_text(json.dumps(config))
     ledger.save_tokenizer(folder)
     spec = ModelSpec.read(folder)
+    q, kv = spec.heads * spec.head_dim, spec.kv_heads * spec.head_dim
+    shapes = {
+        "embed_tokens": (spec.vocab_size, spec.hidden),
+        "q_proj": (q, spec.hidden),
+        "k_proj": (kv, spec.hidden),
+        "v_proj": (kv, spec.hidden),
+        "o_proj": (spec.hidden, q),
+        "gate_proj": (spec.ffn, spec.hidden),
+        "up_proj": (spec.ffn, spec.hidden),
+        "down_proj": (spec.hidden, spec.ffn),
+        "q_norm": (spec.head_dim,),
+        "k_norm": (spec.head_dim,),
+    }
     draw = torch.Generator().manual_seed(seed)
+    names = (name for entry in entries(spec) for name in entry.hf)
     tensors = {
-        name: torch.randn(shape, generator=draw) * spec.hidden**-0.5
-        for entry in entries(spec)
-        for name, shape in zip(entry.hf, entry.shapes, strict=True)
+        name: torch.randn(shapes.get(name.split(".")[-2], (spec.hidden,)), generator=draw) * spec.hidden**-0.5
+        for name in names
     }
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
