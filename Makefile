@@ -42,10 +42,11 @@ docs-tables: setup ## Write the tables of docs/ that come from the code: setting
 setup-browser-test: ## Install Debian's chromium (root only), for the tests that look at the report in a browser
 	@bash scripts/setup_browser_test.sh
 
-lint: setup ## Lint, formatting, types
+lint: setup ## Lint, formatting, types, who imports whom
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports --no-cache
 
 format: setup ## Format the code and apply the safe fixes of the linter
 	$(BIN)/ruff check --fix .

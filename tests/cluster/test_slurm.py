@@ -282,7 +282,8 @@ def test_a_job_that_slurm_refuses_is_a_failure(site: Site) -> None:
 
 def test_cancel(site: Site) -> None:
     recipe = site.recipe(
-        "sleeping", "import time\nfrom prune_opd.recipes.tiny_compatible import tiny_compatible as sleeping\ntime.sleep(300)\n"
+        "sleeping",
+        "import time\nfrom prune_opd.recipes.tiny_compatible import tiny_compatible as sleeping\ntime.sleep(300)\n",
     )
     assert site.launch("submit", recipe, "--cluster", site.cluster("cancel"), "--detach").returncode == 0
     job = site.slurm.output("squeue", "-h", "-o", "%i")
@@ -355,7 +356,12 @@ print("INSIDE", json.dumps([sys.prefix, prune_opd.__file__, prune_opd.recipes.__
     assert {path.lstat().st_uid for path in shared.rglob("*") if path.name != "boxed.py"} == {NOBODY}
     said = [json.loads(line) for line in re.findall(r"INSIDE (.*)", logs)]
     library = "/opt/prune-opd/venv/lib/python3.11/site-packages"
-    expected = ["/opt/prune-opd/venv", f"{library}/prune_opd/__init__.py", f"{library}/prune_opd/recipes/__init__.py", NOBODY]
+    expected = [
+        "/opt/prune-opd/venv",
+        f"{library}/prune_opd/__init__.py",
+        f"{library}/prune_opd/recipes/__init__.py",
+        NOBODY,
+    ]
     assert said and all(one[:4] == expected for one in said)
     assert {tuple(one[4]) for one in said} == {("/workspace/runs",)}  # nothing else of this machine
 

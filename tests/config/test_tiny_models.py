@@ -1,4 +1,4 @@
-"""The tiny models that come with the package: of the recipes as they are, in bf16, small, and what takes their place."""
+"""The tiny models that come with the package: of today's recipes, in bf16, small; and what takes their place."""
 
 from __future__ import annotations
 
@@ -59,8 +59,8 @@ def test_a_shipped_model_is_of_its_recipe_as_it_is(name: str) -> None:
     shipped = json.loads((shipped_models_dir() / "index.json").read_text())[name]["digest"]
     now = config_digest(recipe(name))
     assert shipped == now, (
-        f"{shipped_models_dir() / name} was made by {RECIPES[name]} with the digest {shipped}, and the recipe (or one it"
-        f" descends from) has {now} now: {REMEDY}"
+        f"{shipped_models_dir() / name} was made by {RECIPES[name]} with the digest {shipped}, and the recipe, or one"
+        f" that it descends from, has changed since (digest {now}): {REMEDY}"
     )
     made = load_config(shipped_models_dir() / name / "sft_config.yaml")
     assert isinstance(made, SftConfig) and config_digest(made) == shipped, f"sft_config.yaml is another's: {REMEDY}"
