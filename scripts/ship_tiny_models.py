@@ -63,15 +63,17 @@ def _processor() -> str:
 
 def main() -> None:
     models = shipped_models_dir()
-    shutil.rmtree(models, ignore_errors=True)
-    models.mkdir()
+    new = models.with_name("models.new")
+    shutil.rmtree(new, ignore_errors=True)
     index = {}
     for name in RECIPES:
         recipe = load_recipe(name)
         assert isinstance(recipe, SftConfig)
         short = Path(recipe.output).name
-        index[short] = ship(recipe, models / short)
-    (models / "index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+        index[short] = ship(recipe, new / short)
+    (new / "index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    shutil.rmtree(models, ignore_errors=True)  # not before all of them are there
+    new.rename(models)
     print(f"{models}: {sum(path.stat().st_size for path in models.rglob('*') if path.is_file()) / 1e6:.1f} MB")
 
 
