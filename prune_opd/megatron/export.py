@@ -16,9 +16,8 @@ def export_checkpoint(checkpoint: Path, out_dir: Path) -> None:
     """
     machine = platform.prepare()
     from prune_opd.megatron import layout as layouts
-    from prune_opd.megatron.checkpoint import read_state
+    from prune_opd.megatron.checkpoint import load_model, load_shards, read_state
     from prune_opd.megatron.model import build, dtype_of
-    from prune_opd.megatron.shards import load_model, load_shards
     from prune_opd.weights.stream import export_hf
 
     config = read_state(checkpoint)["config"]

@@ -19,13 +19,13 @@ from torch import Tensor
 
 from prune_opd.config import Fp8Config, OptimizerConfig, ParallelConfig
 from prune_opd.megatron import optimizer_state
+from prune_opd.megatron.checkpoint import load_model
 from prune_opd.megatron.layout import Layout
 from prune_opd.megatron.model import HiddenStatesGPT, build
 from prune_opd.megatron.packing import PackedBatch
 from prune_opd.megatron.parameter_norm import parameter_norm
 from prune_opd.megatron.precision import NO_FP8, ddp_arguments, optimizer_arguments, transformer_arguments
 from prune_opd.megatron.schedule import forward, forward_backward
-from prune_opd.megatron.shards import load_model
 from prune_opd.model_spec import ModelSpec
 from prune_opd.rollout.batch import Rollouts
 

@@ -100,7 +100,7 @@ class Program:
 
 def test_an_index_that_is_a_program_is_not_run(tmp_path: Path) -> None:
     platform.prepare()
-    from prune_opd.megatron.shards import refuse_programs
+    from prune_opd.megatron.checkpoint import refuse_programs
 
     index = tmp_path / ".metadata"
     index.write_bytes(pickle.dumps(Program()))
@@ -123,7 +123,7 @@ def test_an_index_that_is_a_program_is_not_run(tmp_path: Path) -> None:
 )
 def test_of_getattr_an_index_may_have_enum_members_only(tmp_path: Path, owner: str, name: str, accepted: bool) -> None:
     """Python 3.11.2 writes an enum's member as a call of getattr, later ones by its value."""
-    from prune_opd.megatron.shards import refuse_programs
+    from prune_opd.megatron.checkpoint import refuse_programs
 
     index = tmp_path / ".metadata"
     index.write_bytes(f"cbuiltins\ngetattr\n(c{owner}\nV{name}\ntR.".encode())

@@ -81,8 +81,8 @@ def main(folder: Path, side: str, saved_by: str | None = None) -> None:
     from megatron.core import dist_checkpointing
 
     from prune_opd.megatron import layout as layouts
+    from prune_opd.megatron.checkpoint import load_shards
     from prune_opd.megatron.model import build
-    from prune_opd.megatron.shards import load_shards
     from prune_opd.weights.stream import export_hf
 
     job = layouts.initialize(ParallelConfig(), machine, seed=0)
