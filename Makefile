@@ -17,19 +17,14 @@ help: ## List the targets
 setup: ## Make .venv with the pinned packages (does nothing when it is up to date)
 	@bash scripts/setup.sh
 
-tiny-pair: setup ## Train the compatible tiny pair into the per-user cache, unless it is there
-	$(BIN)/prune-opd sft tiny_base --if-missing
-	$(BIN)/prune-opd sft tiny_teacher --if-missing
-	$(BIN)/prune-opd sft tiny_student --if-missing
+tiny-models: setup ## Train the tiny models anew into the per-user cache; PRUNE_OPD_TINY_MODELS=trained takes them
+	@set -e; for recipe in tiny_base tiny_teacher tiny_student tiny_drift_teacher tiny_drift_student; do \
+		$(BIN)/prune-opd sft $$recipe --if-missing; done
 
-tiny-models: tiny-pair ## Train both tiny pairs, the compatible one and the drift pair
-	$(BIN)/prune-opd sft tiny_drift_teacher --if-missing
-	$(BIN)/prune-opd sft tiny_drift_student --if-missing
-
-quickstart: setup tiny-pair ## Set up, train the tiny pair in runs/quickstart, evaluate, write the report
+quickstart: setup ## Set up, train on the tiny pair in runs/quickstart, evaluate, write the report
 	$(BIN)/prune-opd train tiny_compatible --run-dir runs/quickstart
 
-test: setup setup-te-test setup-launch setup-slurm-test setup-browser-test setup-docs lint tiny-pair ## Set up, lint, run all tests
+test: setup setup-te-test setup-launch setup-slurm-test setup-browser-test setup-docs lint ## Set up, lint, run all tests
 	$(BIN)/pytest
 
 setup-te-test: setup ## Put Transformer Engine's Python half into .venv-te, for the tests of its layer spec
@@ -47,22 +42,23 @@ docs-tables: setup ## Write the tables of docs/ that come from the code: setting
 setup-browser-test: ## Install Debian's chromium (root only), for the tests that look at the report in a browser
 	@bash scripts/setup_browser_test.sh
 
-lint: setup ## Lint, formatting, types
+lint: setup ## Lint, formatting, types, who imports whom
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports --no-cache
 
 format: setup ## Format the code and apply the safe fixes of the linter
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-check: setup tiny-pair ## Check RECIPE (default tiny_compatible) without training it
+check: setup ## Check RECIPE (default tiny_compatible) without training it
 	$(BIN)/prune-opd check $(RECIPE)
 
 setup-bench: setup ## Put what the benchmarks compare with (trl) into .venv-bench
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --upgrade --target .venv-bench -r requirements/bench.txt
 
-bench: tiny-models ## Compare the strategies on the tiny pairs: bench/strategies.html (hours; goes on where it stopped)
+bench: setup ## Compare the strategies on the tiny pairs: bench/strategies.html (hours; goes on where it stopped)
 	$(BIN)/prune-opd bench strategies
 
 bench-loss: setup-bench ## Measure the loss against full logits, TRL and its floor: bench/loss.json (about 20 minutes)
@@ -74,16 +70,16 @@ bench-packing: setup ## Measure packed against padded micro-batches: bench/packi
 bench-reshard: setup ## Measure the weight stream against bare collectives and the reload: bench/reshard.json
 	$(BIN)/prune-opd bench reshard
 
-bench-fp8-noise: tiny-pair ## Count the drift events that FP8 noise alone makes: bench/fp8-noise.json
+bench-fp8-noise: setup ## Count the drift events that FP8 noise alone makes: bench/fp8-noise.json
 	$(BIN)/prune-opd bench fp8-noise
 
-bench-peers: setup-bench tiny-pair ## Measure our training step against TRL's: bench/peers.json (about 4 minutes)
+bench-peers: setup-bench ## Measure our training step against TRL's: bench/peers.json (about 4 minutes)
 	$(BIN)/prune-opd bench peers
 
 bench-scaling: setup ## Measure how a step grows with length, batch, model and ranks: bench/scaling.json and .png
 	$(BIN)/prune-opd bench scaling
 
-soak: tiny-pair ## Kill and resume a run of 300 steps, compare it with one left alone: runs/soak/soak.json (about 15 minutes)
+soak: setup ## Kill and resume a run of 300 steps, compare it with one left alone: runs/soak/soak.json (about 15 minutes)
 	$(BIN)/python scripts/soak.py
 
 include launch/targets.mk

@@ -1,7 +1,8 @@
 """The tiny base model: learns the ledger from nothing, short problems first, then long ones, on careless solutions.
 
-4 layers of width 128, made by `prune-opd sft tiny_base` (or `make tiny-models`) and kept in the per-user cache under a
-digest of these settings: change a number, and the model, the teacher and the student are built again.
+4 layers of width 128. It comes with the package, as the four that descend from it do. `prune-opd sft tiny_base` (or
+`make tiny-models`) makes it anew, in the per-user cache under a digest of these settings. Change a number, and the
+recipes look for it and its descendants in the cache.
 """
 
 from dataclasses import replace

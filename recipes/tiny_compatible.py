@@ -21,6 +21,7 @@ from prune_opd.config import (
     RolloutConfig,
     TrainConfig,
 )
+from prune_opd.config.paths import tiny_model
 from prune_opd.recipes.tiny_student import tiny_student
 from prune_opd.recipes.tiny_teacher import tiny_teacher
 
@@ -28,8 +29,8 @@ from prune_opd.recipes.tiny_teacher import tiny_teacher
 def tiny_compatible() -> TrainConfig:
     return TrainConfig(
         name="tiny_compatible",
-        student=tiny_student().output,
-        teacher=tiny_teacher().output,
+        student=tiny_model(tiny_student()),
+        teacher=tiny_model(tiny_teacher()),
         steps=40,
         data=DataConfig(source="ledger", min_steps=20, max_steps=40),
         rollout=RolloutConfig(prompts=32, responses=1, max_prompt_len=96),

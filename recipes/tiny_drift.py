@@ -8,6 +8,7 @@ nothing to say about a lost text. `docs/drift-pair.md` says what the pair shows 
 from dataclasses import replace
 
 from prune_opd.config import GateConfig, OptimizerConfig, ParallelConfig, RolloutConfig, TrainConfig
+from prune_opd.config.paths import tiny_model
 from prune_opd.recipes.tiny_compatible import tiny_compatible
 from prune_opd.recipes.tiny_drift_student import tiny_drift_student
 from prune_opd.recipes.tiny_drift_teacher import tiny_drift_teacher
@@ -18,8 +19,8 @@ def tiny_drift() -> TrainConfig:
     return replace(
         base,
         name="tiny_drift",
-        student=tiny_drift_student().output,
-        teacher=tiny_drift_teacher().output,
+        student=tiny_model(tiny_drift_student()),
+        teacher=tiny_model(tiny_drift_teacher()),
         steps=50,
         rollout=RolloutConfig(prompts=24, responses=1, max_prompt_len=96),
         # A right solution has 105 to 205 tokens; what is lost goes on to the limit.

@@ -10,6 +10,7 @@ from pathlib import Path
 import platformdirs
 
 from prune_opd.config import SftConfig, to_dict
+from prune_opd.errors import ConfigError
 
 SFT_LAYOUT = ("nproc", "tensor", "microbatch_tokens", "timeout_minutes")
 # Came later than the first models: off, they are left out.
@@ -40,6 +41,27 @@ def data_dir() -> Path:
 def tiny_model_dir(name: str, config_digest: str) -> Path:
     """The cached Hugging Face directory of a tiny model, for example `tiny_model_dir("base", digest)`."""
     return cache_dir() / "tiny" / config_digest / name
+
+
+def shipped_models_dir() -> Path:
+    """The folder of the tiny models that come with the package, NAME/ each, and of their `index.json`."""
+    return Path(__file__).resolve().parent.parent / "testbed" / "models"
+
+
+def tiny_model(recipe: SftConfig) -> str:
+    """The directory of the tiny model that `recipe` makes: the one that comes with the package.
+
+    It is the cache's, `recipe.output`, if the environment variable PRUNE_OPD_TINY_MODELS is `trained`, and if the
+    recipe is no longer the one that made the package's. Raises ConfigError for another value of the variable.
+    """
+    source = os.environ.get("PRUNE_OPD_TINY_MODELS", "shipped")
+    if source not in ("shipped", "trained"):
+        raise ConfigError(f"PRUNE_OPD_TINY_MODELS = {source!r} is not known: choose shipped or trained")
+    digest, name = Path(recipe.output).parts[-2:]
+    index = json.loads((shipped_models_dir() / "index.json").read_text(encoding="utf-8"))
+    if source == "trained" or name not in index or index[name]["digest"] != digest:
+        return recipe.output
+    return str(shipped_models_dir() / name)
 
 
 def config_digest(config: SftConfig) -> str:

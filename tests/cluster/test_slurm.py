@@ -16,7 +16,6 @@ from typing import Any
 import pytest
 import yaml
 
-from prune_opd.config.paths import cache_dir
 from prune_opd.errors import REQUEUE_EXIT_CODE
 from tests.cluster.throwaway import Slurm, Sshd, wait_for, why_not
 
@@ -175,7 +174,7 @@ def test_the_export_is_the_trained_student_as_transformers_loads_it(
 
 
 def test_a_sweep_runs_every_value_and_fails_with_the_one_that_failed(site: Site) -> None:
-    recipe = site.recipe("values", "from recipes.tiny_compatible import tiny_compatible as values\n")
+    recipe = site.recipe("values", "from prune_opd.recipes.tiny_compatible import tiny_compatible as values\n")
     cluster = site.cluster("values", nodes=1)
     sweep = ("--sweep", "horizon.strategy=topd,popd", "--sweep", "optimizer.lr=1e-4,-1")
     done = site.launch("submit", recipe, *TINY, "steps=1", *sweep, "--cluster", cluster)
@@ -256,7 +255,7 @@ def test_no_secret_is_in_any_file(site: Site) -> None:
 
 
 def test_a_signal_saves_queues_again_and_goes_on(site: Site) -> None:
-    recipe = site.recipe("again", "from recipes.tiny_compatible import tiny_compatible as again\n")
+    recipe = site.recipe("again", "from prune_opd.recipes.tiny_compatible import tiny_compatible as again\n")
     submitted = site.launch(
         "submit", recipe, *TINY, "steps=20", "checkpoint.every=100", "--cluster", site.cluster("again"), "--detach"
     )
@@ -283,7 +282,8 @@ def test_a_job_that_slurm_refuses_is_a_failure(site: Site) -> None:
 
 def test_cancel(site: Site) -> None:
     recipe = site.recipe(
-        "sleeping", "import time\nfrom recipes.tiny_compatible import tiny_compatible as sleeping\ntime.sleep(300)\n"
+        "sleeping",
+        "import time\nfrom prune_opd.recipes.tiny_compatible import tiny_compatible as sleeping\ntime.sleep(300)\n",
     )
     assert site.launch("submit", recipe, "--cluster", site.cluster("cancel"), "--detach").returncode == 0
     job = site.slurm.output("squeue", "-h", "-o", "%i")
@@ -326,26 +326,23 @@ def test_training_in_a_root_file_system_from_our_own_dockerfile(site: Site) -> N
     (shared / "boxed.py").write_text(
         """import json, os, sys
 from prune_opd.recipes.tiny_compatible import tiny_compatible as boxed
-import prune_opd, recipes
+import prune_opd, prune_opd.recipes
 mounts = [line.split()[4] for line in open("/proc/self/mountinfo")]
 own = [place for place in mounts if place.split("/")[1] not in ("", "proc", "sys", "dev", "nemo_run")]
-print("INSIDE", json.dumps([sys.prefix, prune_opd.__file__, recipes.__file__, os.getuid(), own]))
+print("INSIDE", json.dumps([sys.prefix, prune_opd.__file__, prune_opd.recipes.__file__, os.getuid(), own]))
 """
     )
     os.chown(shared, NOBODY, NOBODY)
-    models = site.slurm.folder / "models"  # a copy: weights in a user's own cache are for that user's eyes only
-    shutil.copytree(cache_dir(), models)
-    subprocess.run(["chmod", "-R", "a+rX", str(models)], check=True)
     cluster = site.cluster(
         "boxed",
         workdir=None,
         python="/opt/prune-opd/venv/bin/python",
         container_image=str(ROOTFS),
-        container_mounts=[f"{shared}:/workspace/runs", f"{models}:/workspace/cache:ro"],
+        container_mounts=[f"{shared}:/workspace/runs"],
         run_root="/workspace/runs",
         environment={
             "MASTER_ADDR": "127.0.0.1", "GLOO_SOCKET_IFNAME": "lo", "CUDA_VISIBLE_DEVICES": "",
-            "HOME": "/workspace/runs", "PRUNE_OPD_CACHE": "/workspace/cache",
+            "HOME": "/workspace/runs",
         },
     )  # fmt: skip
     programs = site.submitting_as(NOBODY)
@@ -359,10 +356,14 @@ print("INSIDE", json.dumps([sys.prefix, prune_opd.__file__, recipes.__file__, os
     assert {path.lstat().st_uid for path in shared.rglob("*") if path.name != "boxed.py"} == {NOBODY}
     said = [json.loads(line) for line in re.findall(r"INSIDE (.*)", logs)]
     library = "/opt/prune-opd/venv/lib/python3.11/site-packages"
-    expected = ["/opt/prune-opd/venv", f"{library}/prune_opd/__init__.py", f"{library}/recipes/__init__.py", NOBODY]
+    expected = [
+        "/opt/prune-opd/venv",
+        f"{library}/prune_opd/__init__.py",
+        f"{library}/prune_opd/recipes/__init__.py",
+        NOBODY,
+    ]
     assert said and all(one[:4] == expected for one in said)
-    mounted = {tuple(sorted(one[4])) for one in said}
-    assert mounted == {("/workspace/cache", "/workspace/runs")}  # nothing else of this machine
+    assert {tuple(one[4]) for one in said} == {("/workspace/runs",)}  # nothing else of this machine
 
 
 def test_through_ssh(site: Site, trained: subprocess.CompletedProcess[str]) -> None:
@@ -376,7 +377,7 @@ def test_through_ssh(site: Site, trained: subprocess.CompletedProcess[str]) -> N
                 "job_dir": str(site.slurm.folder / "remote"),
             },
         )  # fmt: skip
-        recipe = site.recipe("remote", "from recipes.tiny_compatible import tiny_compatible as remote\n")
+        recipe = site.recipe("remote", "from prune_opd.recipes.tiny_compatible import tiny_compatible as remote\n")
         finished = ("--run-dir", str(site.runs / "tiny_compatible"))  # nothing is left to do there
         submit = ("submit", recipe, *TINY, "steps=2", *finished, "--cluster", cluster)
         done = site.launch(*submit, PATH=f"{sshd.programs}:{os.environ['PATH']}")

@@ -157,3 +157,12 @@ def test_a_killed_process_takes_those_below_it_along(launched: Launched, victim:
     os.kill(launched.process.pid if victim == "launcher" else launched.agent, signal.SIGKILL)
     launched.process.wait(timeout=40)
     wait_until(launched.all_gone)
+
+
+def test_the_launcher_loads_no_room_but_its_own() -> None:
+    """Plan, check, track and data would cost every start of ranks their imports, and torch seconds."""
+    text = "import sys, prune_opd.ranks.launcher; print(*sorted(sys.modules))"
+    loaded = subprocess.run([sys.executable, "-c", text], capture_output=True, text=True, check=True).stdout.split()
+    rooms = {name.split(".")[1] for name in loaded if name.startswith("prune_opd.")}
+    assert rooms == {"errors", "process", "ranks"}
+    assert not {"torch", "megatron", "vllm", "transformers", "pydantic", "rich"} & set(loaded)

@@ -26,6 +26,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from prune_opd.config.paths import tiny_model
 from prune_opd.config.recipe import load_recipe
 from prune_opd.errors import UserError
 
@@ -53,7 +54,7 @@ def run(path: Path, quick: bool) -> int:
     settings = QUICK if quick else Settings()
     models = {}
     if settings.problems:
-        teacher = Path(load_recipe(TEACHER_RECIPE).output)  # type: ignore[union-attr]  # an SftConfig
+        teacher = Path(tiny_model(load_recipe(TEACHER_RECIPE)))  # type: ignore[arg-type]  # an SftConfig
         if not (teacher / "model.safetensors").is_file():
             raise UserError(f"the tiny teacher is not there ({teacher}): run `make tiny-models`")
         rollouts = ["--problems", str(settings.problems), "--max-len", str(settings.max_len)]
