@@ -36,7 +36,7 @@ METRICS: dict[str, str] = {
     "tokens_avoided": "estimate of the response tokens that those would have had: up to the mean length of the batch's"
     " other responses that went past the cut, or to the horizon where none did [tokens]",
     "tokens_dropped": "tokens generated after a cut and before it was decided, and thrown away [tokens]",
-    "teacher_tokens_inflight": "tokens (prompts included) that the teacher went through at the checkpoints [tokens]",
+    "teacher_tokens_inflight": "tokens (prompts included) that the teacher read at the looks [tokens]",
     "teacher_tokens_reused": "of those, the tokens whose hidden states the loss took over: stopped responses [tokens]",
     "inflight_checks": "packed teacher passes in flight [count]",
     "inflight_too_early": "stopped responses whose last token the loss's own gate still has at R > 0, so that it would"

@@ -60,7 +60,7 @@ class Nobody:
     def __init__(self) -> None:
         self.kept: list[int] = []
 
-    def checkpoints(self, max_tokens: int) -> tuple[int, ...]:
+    def looks(self, max_tokens: int) -> tuple[int, ...]:
         return tuple(at for at in (8, 16, 32) if at < max_tokens)
 
     def begin(self, *batch: Any) -> None:
