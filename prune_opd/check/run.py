@@ -53,7 +53,7 @@ def check_train(
     problems = [model for model in (student, teacher) if isinstance(model, str)]
     problems += [problem for model in models if (problem := _not_built(model))]
     if len(models) == 2:
-        # Of tokenizers that differ, one has words that the other model has no rows for: no second problem.
+        # Different tokenizers often have different sizes too; that would be the same problem said twice.
         problems += tokenizer_problems(models[0].path, models[1].path) or _vocabulary(config, nproc, *models)
     problems += layout_problems(config, nproc, {model.role: model.config for model in models})
     problems += _lengths(config, models)
@@ -210,7 +210,8 @@ def _candidates(config: TrainConfig, models: list[_Model]) -> list[str]:
     if config.weighting.name == "entropy_aware":
         sizes["weighting.forward_k"] = config.weighting.forward_k
     return [
-        f"{field} = {k} is above the {model.vocab_size} words of the {model.role}: set at most {model.vocab_size}"
+        f"{field} = {k} is above the {model.vocab_size} vocabulary entries of the {model.role}: set at most "
+        f"{model.vocab_size}"
         for field, k in sizes.items()
         for model in models
         if k > model.vocab_size
@@ -218,7 +219,7 @@ def _candidates(config: TrainConfig, models: list[_Model]) -> list[str]:
 
 
 def _vocabulary(config: TrainConfig, nproc: int, student: _Model, teacher: _Model) -> list[str]:
-    """Rows for all words, with the padding that the student's TP ranks bring."""
+    """Problems where a vocabulary does not fit the rows, which are padded for the student's TP ranks."""
     if _not_built(student) or _not_built(teacher):
         return []
     tensor = config.parallel.tensor_size(nproc)

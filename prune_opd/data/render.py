@@ -88,7 +88,7 @@ def encode_text(text: str, tokenizer: Tokenizer) -> tuple[int, ...]:
     """The ids of a prompt's text. ConfigError if the tokenizer cannot encode it, or makes nothing of it."""
     try:
         ids = tuple(tokenizer(text, add_special_tokens=False)["input_ids"])
-    except Exception as error:  # `tokenizers` has no class of its own for a word that is not in the vocabulary
+    except Exception as error:  # `tokenizers` has no exception of its own for text outside the vocabulary
         raise ConfigError(f"the model's tokenizer cannot encode the prompt {excerpt(text)} ({error})") from error
     if not ids:
         raise ConfigError("the prompt is empty: the tokenizer makes no tokens of it")

@@ -33,8 +33,8 @@ class LedgerSource:
     def __init__(self, tokenizer: Tokenizer, data: DataConfig, seed: int, *, stream: str = "train") -> None:
         if list(tokenizer.convert_tokens_to_ids(list(VOCABULARY))) != list(TOKEN_ID.values()):
             raise ConfigError(
-                f"data.source = 'ledger' needs the ledger's tokenizer ({len(VOCABULARY)} words), the model has another "
-                "one: take a model made by the sft recipes, or a .jsonl file of prompts"
+                f"data.source = 'ledger' needs the ledger's tokenizer ({len(VOCABULARY)} tokens), the model has "
+                "another one: take a model made by the sft recipes, or a .jsonl file of prompts"
             )
         self.task = Ledger(data.min_steps, data.max_steps)
         self.seed = seed

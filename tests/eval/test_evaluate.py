@@ -17,8 +17,8 @@ from prune_opd.track.metrics import meaning, task_names
 SAMPLING = Sampling(samples=2, max_len=4, temperature=1.0, top_p=1.0, seed=7)
 
 
-class Words:
-    """A tokenizer whose token 12 is the word "12"."""
+class SpelledIds:
+    """A tokenizer whose token 12 is the text "12"."""
 
     def decode(self, ids: Sequence[int]) -> str:
         return " ".join(map(str, ids))
@@ -51,7 +51,7 @@ class Number:
 
 def evaluator(task: str, problems: Sequence[int]) -> Evaluator:
     source = Number()
-    return Evaluator(Words(), task, source, [source.get(i) for i in problems], SAMPLING)
+    return Evaluator(SpelledIds(), task, source, [source.get(i) for i in problems], SAMPLING)
 
 
 def test_a_line_has_every_task_and_only_documented_keys(tmp_path: Path) -> None:
