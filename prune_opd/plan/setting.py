@@ -1,4 +1,4 @@
-"""What a plan is made of: the recipe, both models, their layouts over the ranks, and the GPU."""
+"""What a plan starts from: the recipe, both models, their layouts over the ranks, and the GPU."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from prune_opd.config import TrainConfig
 from prune_opd.model_spec import ModelSpec, model_config
-from prune_opd.plan.counts import Layout
+from prune_opd.plan.counts import Sizes
 from prune_opd.plan.hardware import GPUS_PER_NODE, Gpu, gpu_named
 from prune_opd.plan.lengths import Lengths, lengths_of
 
@@ -27,18 +27,18 @@ class Setting:
         return WEIGHT_BYTES[self.config.precision.params]
 
     @property
-    def student_layout(self) -> Layout:
+    def student_layout(self) -> Sizes:
         parallel = self.config.parallel
         tensor = parallel.tensor_size(self.world)
         ranks = tensor * parallel.pipeline * parallel.context
-        return Layout(tensor, parallel.pipeline, parallel.expert, parallel.context, max(self.world // ranks, 1))
+        return Sizes(tensor, parallel.pipeline, parallel.expert, parallel.context, max(self.world // ranks, 1))
 
     @property
-    def teacher_layout(self) -> Layout:
+    def teacher_layout(self) -> Sizes:
         parallel = self.config.parallel
         tensor = parallel.teacher_tensor or parallel.tensor_size(self.world)
         pipeline = parallel.teacher_pipeline or parallel.pipeline
-        return Layout(tensor, pipeline, parallel.teacher_expert, 1, max(self.world // (tensor * pipeline), 1))
+        return Sizes(tensor, pipeline, parallel.teacher_expert, 1, max(self.world // (tensor * pipeline), 1))
 
     @property
     def responses(self) -> int:
@@ -50,7 +50,7 @@ class Setting:
 
     @property
     def link(self) -> float:
-        """Bytes/s of a collective over all ranks: the slowest link on its way."""
+        """Bytes/s of a collective over all ranks: the speed of the slowest link."""
         return self.gpu.nvlink if self.world <= GPUS_PER_NODE else self.gpu.network
 
     def group_link(self, ranks: int) -> float:
@@ -59,7 +59,7 @@ class Setting:
 
 
 def setting_of(config: TrainConfig, gpu: str, nodes: int) -> Setting:
-    """Raises `ConfigError` for a GPU or a model that nothing is known of."""
+    """The setting of a recipe on `nodes` nodes. Raises `ConfigError` for an unknown GPU or model."""
     chosen = gpu_named(gpu)
     models = {role: model_config(role, getattr(config, role)) for role in ("student", "teacher")}
     specs = {role: ModelSpec.of(model, f"{role} = {getattr(config, role)!r}") for role, model in models.items()}
