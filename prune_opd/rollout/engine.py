@@ -1,4 +1,4 @@
-"""vLLM inside the training ranks: every `tensor_parallel` ranks form one engine, and the engines share the prompts.
+"""vLLM inside the training ranks: every `tensor_parallel` ranks form one engine, and the rows are dealt to the engines.
 
 Nothing here knows megatron: weights come in as a stream of (Hugging Face name, whole tensor).
 """
@@ -22,7 +22,7 @@ from prune_opd.data.prompt import Prompt
 from prune_opd.errors import UserError
 from prune_opd.platform import Platform, compiling, untouched_rng
 from prune_opd.rollout.batch import Response, Rollouts
-from prune_opd.rollout.long_tail import Race, share
+from prune_opd.rollout.long_tail import Race, deal_to_engines
 from prune_opd.rollout.precision import rollout_arguments
 from prune_opd.rollout.stepwise import StepLoop, Watch, run_together
 
@@ -194,8 +194,8 @@ class RolloutEngine:
                 zip(rows, limits, starts, sampling, strict=True)
             )
         ]
-        shared = share(limits if expected is None else expected, self.engines)
-        mine = [requests[row] for row in shared[self.engine_index]]
+        dealt = deal_to_engines(limits if expected is None else expected, self.engines)
+        mine = [requests[row] for row in dealt[self.engine_index]]
         looks = () if watch is None else watch.looks(max(limits, default=0))
         race = None
         if keep is not None and keep < len(prompts):
@@ -212,7 +212,7 @@ class RolloutEngine:
         dist.all_gather_object(everyone, outputs)
         ranks_per_engine = self.world // self.engines
         merged: list[Response] = [None] * len(rows)  # type: ignore[list-item]
-        for engine, numbers in enumerate(shared):
+        for engine, numbers in enumerate(dealt):
             for row, response in zip(numbers, everyone[engine * ranks_per_engine], strict=True):
                 merged[row] = response
         whole = Rollouts(tuple(prompt for prompt, _ in rows), tuple(merged))

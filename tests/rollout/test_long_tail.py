@@ -16,7 +16,7 @@ from prune_opd.config import HorizonConfig, ObjectiveConfig, RolloutConfig
 from prune_opd.data.prompt import Prompt
 from prune_opd.errors import ConfigError
 from prune_opd.rollout.batch import Group, Response, Rollouts
-from prune_opd.rollout.long_tail import LongTail, Race, begun_rows, share, started_prompts
+from prune_opd.rollout.long_tail import LongTail, Race, begun_rows, deal_to_engines, started_prompts
 from prune_opd.rollout.stepwise import RACE_GAP
 from tests.distributed.ranks import read_ranks, run_ranks
 from tests.distributed.tiny_run import write_pair
@@ -56,20 +56,20 @@ def rollouts(kept: list[int], lengths: list[int], left: list[Group] | None = Non
 
 
 def test_the_longest_start_first_and_the_engines_share_them_by_length() -> None:
-    assert share([3.0, 9.0, 5.0, 1.0, 4.0], 1) == [[1, 2, 4, 0, 3]]
-    assert share([3.0, 9.0, 5.0, 1.0, 4.0], 2) == [[1, 0], [2, 4, 3]]  # 12 and 10
+    assert deal_to_engines([3.0, 9.0, 5.0, 1.0, 4.0], 1) == [[1, 2, 4, 0, 3]]
+    assert deal_to_engines([3.0, 9.0, 5.0, 1.0, 4.0], 2) == [[1, 0], [2, 4, 3]]  # 12 and 10
 
 
 def test_without_a_difference_the_rows_go_round() -> None:
-    assert share([5.0] * 7, 3) == [[0, 3, 6], [1, 4], [2, 5]]
-    assert share([], 2) == [[], []]
+    assert deal_to_engines([5.0] * 7, 3) == [[0, 3, 6], [1, 4], [2, 5]]
+    assert deal_to_engines([], 2) == [[], []]
 
 
 @given(st.lists(st.floats(0, 1e4), max_size=40), st.integers(1, 5))
 def test_every_row_is_on_one_engine_and_no_load_is_worse_than_the_known_bound(
     expected: list[float], engines: int
 ) -> None:
-    parts = share(expected, engines)
+    parts = deal_to_engines(expected, engines)
     assert sorted(row for part in parts for row in part) == list(range(len(expected)))
     loads = [sum(expected[row] for row in part) for part in parts]
     best = max([sum(expected) / engines, *expected])
