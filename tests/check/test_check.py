@@ -289,7 +289,7 @@ def test_a_run_goes_on_with_harmless_changes(pair: TrainConfig, run_dir: Path, p
 
 
 def test_the_other_optimizer_is_not_harmless(pair: TrainConfig, run_dir: Path) -> None:
-    """Its checkpoints are made of other parts, whatever the layout."""
+    """Its checkpoints consist of other parts in every layout."""
     changed = apply_overrides(pair, ["parallel.distributed_optimizer=true"])
     assert "parallel.distributed_optimizer: false → true" in only(in_run_dir(changed, run_dir))
 

@@ -1,4 +1,4 @@
-"""Preflight of machine and files: versions, driver, space, prompts; and what both models' files must have in common."""
+"""Checks of the machine and the files: versions, driver, space, prompts; and what both models must have in common."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Evaluations over several tasks: their line in the metrics, and the answers that they leave."""
+"""Evaluations over several tasks: their line in the metrics, and the answers that they write."""
 
 import json
 from collections.abc import Sequence
@@ -28,7 +28,7 @@ class SpelledIds:
 
 
 class Doubling:
-    """A stand-in for vLLM: the first sample is the prompt's number, the second its double and cut off."""
+    """A stand-in for vLLM: the first sample is the prompt's number, the second is twice that, and cut off."""
 
     def generate(self, prompts: Sequence[Prompt], samples: int, max_tokens: int, **_: Any) -> Rollouts:
         responses = [

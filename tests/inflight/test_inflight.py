@@ -99,7 +99,7 @@ def test_a_response_stops_at_the_first_look_after_its_events_are_spent(
 
 
 def test_the_losss_gate_agrees_with_the_gate_in_flight(results: Results) -> None:
-    """E_i is the same whether or not the response was cut, and no cut one had a reliable token to come."""
+    """E_i is the same whether the response was cut or not: no cut took a reliable token away."""
     for name in ("scripted, geometric", "scripted, fixed"):
         result = results[0][name]
         reliable = result["loss"]["reliable_length_B"]

@@ -70,7 +70,7 @@ class Scripted:
 
 
 def row_of(prompt: Prompt, rollouts: Rollouts, i: int) -> int:
-    """The row of the batch that a row of a part of it is: two samples of a prompt differ in their first tokens."""
+    """The batch's number of a row: two samples of a prompt differ in their first tokens."""
     return FIRST_TOKENS[prompt.index, rollouts.response_ids[i][:2]]
 
 
@@ -105,7 +105,7 @@ class Checks:
         return self.engine.generate(make_prompts(), RESPONSES, MAX_TOKENS, 11, 3, watch=watch)
 
     def losses_gate(self, rollouts: Rollouts, kept: Any = None) -> dict[str, Any]:
-        """E of every response by the loss, and its mean, without a step of the optimizer."""
+        """E of every response by the loss, and the mean weight, without a step of the optimizer."""
         run = self.run
         stats = run.new_stats(len(rollouts.responses))
         loss = gated_loss(run, run.teacher.hidden(rollouts, run.deals(rollouts), kept), stats)
@@ -132,7 +132,7 @@ class Checks:
         return result
 
     def error(self, what: str) -> str:
-        """What the ranks say when the last rank's engine fails or goes its own way."""
+        """The error of the ranks when the last rank's engine fails, or does something else than the others."""
         from prune_opd.rollout import stepwise
 
         engine, last = self.engine.llm.llm_engine, self.run.layout.rank == self.run.layout.world - 1

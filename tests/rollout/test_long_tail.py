@@ -1,4 +1,4 @@
-"""The long tail: who starts first and where, which groups are kept, and what goes on in the next step."""
+"""The long tail: which rows start first, on which engine; which groups are kept; what goes on in the next step."""
 
 from __future__ import annotations
 
@@ -268,7 +268,7 @@ def test_engines_are_free_for_the_next_batch_after_a_race(results: Results) -> N
 
 
 def test_a_begun_response_goes_on_after_its_tokens_and_keeps_their_probabilities(results: Results) -> None:
-    """Greedy sampling of the same weights goes the same way, whether or not it was interrupted."""
+    """Greedy sampling from the same weights gives the same tokens, interrupted or not."""
     whole, resumed = results[0]["greedy"], results[0]["greedy, begun"]
     for row, (expected, got) in enumerate(zip(whole, resumed, strict=True)):
         stale = min(STALE[row], len(expected["ids"]))
@@ -293,5 +293,5 @@ def test_a_prompt_that_was_left_before_is_waited_for(results: Results) -> None:
 
 
 def test_stale_tokens_are_no_events_in_flight(results: Results) -> None:
-    """A row whose scripted drift is all in its stale tokens goes on; one with enough of it after them is cut."""
+    """A row with all its scripted drift in stale tokens goes on; a row with enough drift after them is cut."""
     assert results[0]["scripted, begun"] == {"stopped": [[1, 16]], "too early": 0}

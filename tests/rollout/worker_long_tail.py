@@ -53,7 +53,7 @@ def rows(rollouts: Rollouts) -> list[dict[str, Any]]:
 
 
 class Nobody:
-    """A watch that looks and stops nobody."""
+    """A watch that looks at responses and stops none."""
 
     top = 3
 
