@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from prune_opd.config.checks import between, one_of
 
-# Of vLLM: weights quantised when they are loaded, and again at every reload; how the KV cache is stored.
+# vLLM's names. Quantised weights: they are quantised when they are loaded, and again at every reload.
 QUANTIZATIONS = ("fp8", "fp8_per_tensor", "fp8_per_channel", "fp8_per_block")
 KV_CACHE_DTYPES = ("auto", "fp8", "fp8_e4m3", "fp8_e5m2")
 # Two tokens whose scores are closer than this [nats] may be ordered differently by the engine and by the trainer. In
@@ -78,10 +78,10 @@ class RolloutConfig:
     enforce_eager: bool | None = None  # vLLM without compiled graphs; null: so on the CPU, compiled on a GPU
     bucket_mb: float = 512  # of weights on their way from the trainer; two buckets exist at a time
     quantization: str | None = None  # to FP8 at every load: fp8 | fp8_per_tensor | fp8_per_channel | fp8_per_block
-    kv_cache_dtype: str = "auto"  # auto: that of the parameters | fp8 (e4m3) | fp8_e4m3 | fp8_e5m2
+    kv_cache_dtype: str = "auto"  # auto: as the parameters | fp8 (e4m3) | fp8_e4m3 | fp8_e5m2
     inflight: InflightConfig = field(default_factory=InflightConfig)
-    oversample: float = 1.0  # prompts that a step starts, of `prompts`: the first complete ones are kept
-    partial: bool = False  # oversample > 1: what is left goes on in the next step, and is not started again
+    oversample: float = 1.0  # a step starts this times `prompts` and keeps the first complete ones
+    partial: bool = False  # oversample > 1: the other prompts go on in the next step, with the tokens that they have
 
     def __post_init__(self) -> None:
         between("rollout.oversample", self.oversample, 1, 16)

@@ -106,7 +106,7 @@ class Supervisor:
         return REQUEUE_EXIT_CODE
 
 
-def train(recipe: list[str], run_dir: Path, ranks: int) -> int:
+def run_node(recipe: list[str], run_dir: Path, ranks: int) -> int:
     """Check on the first node, then train on all of them."""
     supervisor = Supervisor()
     env = rank_environment({"HF_HUB_OFFLINE": "1"} | os.environ)
@@ -132,7 +132,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("recipe", nargs="+", metavar="RECIPE [key=value …]")
     arguments = parser.parse_args(argv)
     if arguments.export_to is None:
-        return train(arguments.recipe, arguments.run_dir.absolute(), arguments.ranks)
+        return run_node(arguments.recipe, arguments.run_dir.absolute(), arguments.ranks)
     export = [sys.executable, "-m", "prune_opd.cli", "export"]
     checkpoint = last_checkpoint(arguments.run_dir)
     return Supervisor().run(
