@@ -21,7 +21,7 @@ class Count:
 
 
 @dataclass(frozen=True)
-class Sizes:
+class ParallelSizes:
     """A model's parallel sizes, and the replicas of its dense weights."""
 
     tensor: int = 1
@@ -53,7 +53,7 @@ def active_parameters(spec: ModelSpec) -> int:
     return spec.vocab_size * spec.hidden + sum(_active_layer(spec, layer) for layer in range(spec.layers))
 
 
-def on_rank(spec: ModelSpec, layout: Sizes, stage: int, head: bool = True) -> Count:
+def on_rank(spec: ModelSpec, layout: ParallelSizes, stage: int, head: bool = True) -> Count:
     """Parameters that a rank of a stage holds, the vocabulary's padding included.
 
     head: whether the last stage has the output matrix (the teacher's has not: megatron/teacher.py).
@@ -68,7 +68,7 @@ def on_rank(spec: ModelSpec, layout: Sizes, stage: int, head: bool = True) -> Co
     return Count(dense, experts)
 
 
-def largest_rank(spec: ModelSpec, layout: Sizes, head: bool = True) -> Count:
+def largest_rank(spec: ModelSpec, layout: ParallelSizes, head: bool = True) -> Count:
     """Parameters on a rank of the fullest stage, which is the first or the last one."""
     return max((on_rank(spec, layout, stage, head) for stage in {0, layout.pipeline - 1}), key=lambda count: count.all)
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from prune_opd.config import memory_phases as phases
 from prune_opd.model_spec import ModelSpec
-from prune_opd.plan.counts import Count, Sizes, cache_bytes, largest_rank, parameters
+from prune_opd.plan.counts import Count, ParallelSizes, cache_bytes, largest_rank, parameters
 from prune_opd.plan.hardware import ENGINE_WORKSPACE, RESERVED
 from prune_opd.plan.setting import Setting
 
@@ -99,7 +99,7 @@ def part_bytes(setting: Setting) -> dict[str, float]:
     }
 
 
-def optimizer_bytes(setting: Setting, count: Count, layout: Sizes) -> float:
+def optimizer_bytes(setting: Setting, count: Count, layout: ParallelSizes) -> float:
     """Masters and moments. The distributed optimizer divides them over the replicas, experts over their own."""
     each = MASTERS_AND_MOMENTS if setting.config.precision.params == "bf16" else MASTERS_AND_MOMENTS - 4
     if not setting.config.parallel.distributed_optimizer:
@@ -175,7 +175,7 @@ def _at_start(setting: Setting, parts: dict[str, float]) -> float:
     return sum(parts.values()) - moments + ENGINE_WORKSPACE
 
 
-def _teacher_head(setting: Setting, student: Sizes) -> float:
+def _teacher_head(setting: Setting, student: ParallelSizes) -> float:
     """Parameters of the teacher's output matrix, cut as the student's; 0 where it is the teacher's embedding."""
     teacher = setting.teacher_layout
     if setting.teacher.tied and teacher.tensor == student.tensor and teacher.pipeline == student.pipeline == 1:

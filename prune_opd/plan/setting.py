@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from prune_opd.config import TrainConfig
 from prune_opd.model_spec import ModelSpec, model_config
-from prune_opd.plan.counts import Sizes
+from prune_opd.plan.counts import ParallelSizes
 from prune_opd.plan.hardware import GPUS_PER_NODE, Gpu, gpu_named
 from prune_opd.plan.lengths import Lengths, lengths_of
 
@@ -27,18 +27,18 @@ class Setting:
         return WEIGHT_BYTES[self.config.precision.params]
 
     @property
-    def student_layout(self) -> Sizes:
+    def student_layout(self) -> ParallelSizes:
         parallel = self.config.parallel
         tensor = parallel.tensor_size(self.world)
         ranks = tensor * parallel.pipeline * parallel.context
-        return Sizes(tensor, parallel.pipeline, parallel.expert, parallel.context, max(self.world // ranks, 1))
+        return ParallelSizes(tensor, parallel.pipeline, parallel.expert, parallel.context, max(self.world // ranks, 1))
 
     @property
-    def teacher_layout(self) -> Sizes:
+    def teacher_layout(self) -> ParallelSizes:
         parallel = self.config.parallel
         tensor = parallel.teacher_tensor or parallel.tensor_size(self.world)
         pipeline = parallel.teacher_pipeline or parallel.pipeline
-        return Sizes(tensor, pipeline, parallel.teacher_expert, 1, max(self.world // (tensor * pipeline), 1))
+        return ParallelSizes(tensor, pipeline, parallel.teacher_expert, 1, max(self.world // (tensor * pipeline), 1))
 
     @property
     def responses(self) -> int:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from prune_opd.model_spec import ModelSpec
 from prune_opd.plan.counts import (
-    Sizes,
+    ParallelSizes,
     active_parameters,
     cache_bytes,
     flops_by_length,
@@ -192,13 +192,13 @@ def _share(setting: Setting, rows: list[float], replicas: int, cost: Callable[[f
     return max(sum(costs) / len(costs) * setting.responses / replicas, max(costs))
 
 
-def _bubble(setting: Setting, layout: Sizes, tokens: float, virtual: int) -> float:
+def _bubble(setting: Setting, layout: ParallelSizes, tokens: float, virtual: int) -> float:
     """Factor by which idle stages at both ends prolong a pipeline's work (arXiv 2104.04473, section 2.2)."""
     batches = max(tokens / setting.config.parallel.microbatch_tokens, 1)
     return 1 + (layout.pipeline - 1) / (virtual * batches)
 
 
-def _layer_traffic(setting: Setting, spec: ModelSpec, layout: Sizes, tokens: float, passes: int) -> float:
+def _layer_traffic(setting: Setting, spec: ModelSpec, layout: ParallelSizes, tokens: float, passes: int) -> float:
     """Seconds of the tensor, expert and context parallel collectives, none of them overlapped.
 
     Tensor: two all-reduces (or their halves) of the residual in each layer and pass. Expert: an all-to-all there and
@@ -219,7 +219,7 @@ def _layer_traffic(setting: Setting, spec: ModelSpec, layout: Sizes, tokens: flo
     return total
 
 
-def _stage_traffic(setting: Setting, spec: ModelSpec, layout: Sizes, tokens: float, crossings: int) -> float:
+def _stage_traffic(setting: Setting, spec: ModelSpec, layout: ParallelSizes, tokens: float, crossings: int) -> float:
     """Seconds to send hidden states and gradients between stages, over the slowest link: stages lie farthest apart."""
     if layout.pipeline == 1:
         return 0.0

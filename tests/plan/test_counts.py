@@ -8,7 +8,7 @@ import pytest
 
 from prune_opd.model_spec import ModelSpec, published
 from prune_opd.plan.counts import (
-    Sizes,
+    ParallelSizes,
     active_parameters,
     cache_bytes,
     forward_flops,
@@ -49,7 +49,7 @@ def test_active_parameters_are_the_published_ones(name: str, billions: float) ->
 @pytest.mark.parametrize("name", published())
 def test_the_ranks_of_a_layout_hold_the_whole_model(name: str) -> None:
     model = spec(name)
-    layout = Sizes(tensor=2, pipeline=2, expert=2)
+    layout = ParallelSizes(tensor=2, pipeline=2, expert=2)
     held = [on_rank(model, layout, stage) for stage in range(2)]
     replicated = 2 * model.layers * model.hidden + model.hidden  # norms, on every TP rank
     replicated += model.layers * 2 * model.head_dim * model.qk_norm
