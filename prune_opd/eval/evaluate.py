@@ -76,7 +76,7 @@ class Evaluator:
         self.problems, self.sampling = problems, sampling
 
     def run(self, engine: RolloutEngine, problems: int | None = None) -> Scored:
-        """Sample from the engine's weights, and score. problems: how many, from the first; None: all.
+        """Sample from the engine's weights and score: all problems, or the first ones.
 
         Collective: every rank calls it and gets the same.
         """

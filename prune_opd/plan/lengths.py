@@ -76,7 +76,7 @@ def steps_by_horizon(config: TrainConfig) -> dict[float, int]:
     """
     horizon = config.horizon
     if horizon.strategy not in ADAPTIVE:
-        return _scheduled(horizon, config.steps)
+        return _schedule(horizon, config.steps)
     if config.planning.mean_horizon is not None:
         return {min(config.planning.mean_horizon, horizon.max_len): config.steps}
     return {(max(horizon.init_len or 0, horizon.min_len) + horizon.max_len) / 2: config.steps}
@@ -109,8 +109,8 @@ def assumptions(config: TrainConfig) -> list[str]:
     return lines
 
 
-def _scheduled(horizon: HorizonConfig, steps: int) -> dict[float, int]:
-    """`steps_by_horizon` of a controller that ignores the responses: full, topd, popd, replay."""
+def _schedule(horizon: HorizonConfig, steps: int) -> dict[float, int]:
+    """Of a controller that does not look at the responses: full, topd, popd, replay."""
     controller, found = make_controller(horizon), Counter[float]()
     for _ in range(steps):
         found[controller.horizon] += 1

@@ -64,7 +64,7 @@ class Ended:
 
 
 class Launch:
-    """A run in the background, with one fault. `ended` waits for its end and leaves no process behind."""
+    """A run in the background, with one fault. Give it time with `ended`, which leaves nothing behind."""
 
     def __init__(
         self, config: TrainConfig, run_dir: Path, fault: str = "none", step: int = 0, rank: int = 0, **env: str
