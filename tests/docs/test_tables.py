@@ -1,4 +1,4 @@
-"""The tables that the docs take from the code are up to date, and everything in them has a meaning."""
+"""The tables that the docs take from the code are up to date, and nothing in them is left without a meaning."""
 
 from __future__ import annotations
 
