@@ -4,5 +4,5 @@
     recipe, overrides, sweep ─ jobs.py ─▶ Jobs ─ experiment.py ─▶ Experiment ◀───┘
     on each node: python -m prune_opd.ranks.node (check, torchrun, signals)
 
-It runs in an environment of its own (`make setup-launch`), without torch: a login node needs no more.
+It runs in an environment of its own (`make setup-launch`) without torch, which is enough for a login node.
 """

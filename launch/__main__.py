@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import typer
 
 from launch.cluster import Cluster, load_cluster
-from launch.jobs import Request, plan_jobs, sweep_lines
+from launch.jobs import Submission, plan_jobs, sweep_lines
 from prune_opd.errors import UserError
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -55,20 +55,22 @@ def submit(
     for override in overrides or []:
         if "=" not in override:
             raise UserError(f"override {override!r} is not a setting: write it as dotted.key=value")
-    request = Request(recipe, tuple(overrides or ()), run_dir, evaluate, samples, problems, export, tuple(sweep or ()))
-    jobs = plan_jobs(request, where)
+    submission = Submission(
+        recipe, tuple(overrides or ()), run_dir, evaluate, samples, problems, export, tuple(sweep or ())
+    )
+    jobs = plan_jobs(submission, where)
     if dry_run:
         home = _home()
         with tempfile.TemporaryDirectory() as folder:
-            for name, text in _experiment(folder).dry_run(request.title, jobs, where).items():
+            for name, text in _experiment(folder).dry_run(submission.title, jobs, where).items():
                 print(f"# ---- {name}\n{text.replace(folder, home)}")
         return 0
     experiments = _experiment(_home())
     from launch.executors import check_secrets
 
     check_secrets(where)
-    experiment = experiments.submit(request.title, jobs, where)
-    print("\n".join([f"experiment {experiment._id}", *sweep_lines(request)]), flush=True)
+    experiment = experiments.submit(submission.title, jobs, where)
+    print("\n".join([f"experiment {experiment._id}", *sweep_lines(submission)]), flush=True)
     if detach:
         return 0
     return int(experiments.first_failure(experiments.wait(experiment, lambda line: print(line, flush=True))))

@@ -1,4 +1,4 @@
-"""What a cluster file says, checked before anything is submitted: names, types and what belongs together."""
+"""A cluster file, checked before anything is submitted: names, types, and which settings go together."""
 
 from __future__ import annotations
 
@@ -32,10 +32,10 @@ class Ssh:
 
 @dataclass(frozen=True)
 class Cluster:
-    """Where jobs run and with what. Times are Slurm's [days-]HH:MM:SS."""
+    """Where and how jobs run. Times are Slurm's [days-]HH:MM:SS."""
 
     kind: str  # slurm | local | docker
-    workdir: str | None = None  # what the job changes into: recipes and relative paths are found there
+    workdir: str | None = None  # the folder that the job changes to: recipes and relative paths are found there
     python: str = "python"  # the interpreter of the jobs, with prune_opd or a workdir that holds it
     run_root: str = "runs"  # run directories are made in it
     nodes: int = 1
@@ -145,8 +145,8 @@ def _value(name: str, hint: str, value: Any) -> Any:
         return [_text(name, text) for text in value]
     plain = {"str": str, "int": int, "bool": bool}.get(wanted)
     if plain is None or type(value) is not plain:
-        words = {"str": "a text (quote it)", "int": "an integer", "bool": "true or false", "list[str]": "a list"}
-        raise ConfigError(f"{name} = {value!r} has the wrong type: give {words.get(wanted, 'names with values')}")
+        right = {"str": "a text (quote it)", "int": "an integer", "bool": "true or false", "list[str]": "a list"}
+        raise ConfigError(f"{name} = {value!r} has the wrong type: give {right.get(wanted, 'names with values')}")
     return _text(name, value) if plain is str else value
 
 

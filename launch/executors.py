@@ -1,7 +1,7 @@
-"""A Cluster as NeMo-Run's executor, around what NeMo-Run's own generator leaves open.
+"""A Cluster as NeMo-Run's executor, with our own lines where NeMo-Run's generator is not safe.
 
-It writes `export NAME=value` unquoted and its names in capitals, traces every line (`set -x`), and queues a failed job
-again whatever the reason. So variables, secrets and the requeue rule are lines of ours (`setup_lines`).
+It writes `export NAME=value` without quotes and changes names to capitals, traces every line (`set -x`), and queues a
+failed job again whatever the reason. So variables, secrets and the requeue rule are our own lines (`setup_lines`).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ JOB_PREFIX = "prune-opd."
 
 
 def make_executor(cluster: Cluster, job: Job) -> Any:
-    """The executor of one job; the job's nodes count, not the cluster's."""
+    """The executor of one job, on the job's number of nodes (not the cluster's)."""
     if cluster.kind == "local":
         return run.LocalExecutor(env_vars=dict(cluster.environment), packager=run.Packager())
     if cluster.kind == "docker":
@@ -45,7 +45,7 @@ def make_executor(cluster: Cluster, job: Job) -> Any:
         nodes=job.nodes,
         ntasks_per_node=1,  # one task a node: prune_opd.ranks.node watches over its ranks
         gpus_per_node=cluster.gpus_per_node,
-        # To the steps, not to the batch shell: from there it goes on to the ranks.
+        # The signal goes to the job's steps, not to the batch shell, and from there to the ranks.
         signal=f"USR1@{cluster.signal_before_end}" if cluster.signal_before_end else None,
         container_image=cluster.container_image,
         container_mounts=list(cluster.container_mounts),
@@ -81,12 +81,12 @@ def setup_lines(cluster: Cluster) -> str:
 
 
 def _quoted(value: str) -> str:
-    """Quoted even where bash would not need it: `=eth0` after a `=` reads like a mistake."""
+    """The value in quotes, even where bash needs none: `NAME==eth0` would look like a mistake."""
     return "'" + value.replace("'", "'\\''") + "'"
 
 
 def check_secrets(cluster: Cluster) -> None:
-    """Raises UserError for a secret that should be in this environment and is not."""
+    """Raises UserError if a secret that comes from this environment is not set."""
     for name in _own_secrets(cluster):
         if not os.environ.get(name):
             raise UserError(f"secrets.{name} is to come from the environment, and it is not set: export {name}")

@@ -23,7 +23,7 @@ from launch.jobs import EXIT_CODE, Job
 from prune_opd.errors import UserError
 
 POLL = 2.0  # seconds between two looks at a job
-# Slurm's words for a job that will not go on; all others may still change, REQUEUED among them.
+# Slurm's states of a job that will not go on. All others may still change, also REQUEUED.
 ENDED = (
     "BOOT_FAIL",
     "CANCELLED",
@@ -44,7 +44,7 @@ class State:
 
     name: str
     job_id: str
-    state: str  # Slurm's word, or NeMo-Run's where there is no Slurm
+    state: str  # as Slurm names it, or NeMo-Run where there is no Slurm
     exit_code: int
     restarts: int = 0
 
@@ -61,7 +61,7 @@ class State:
 
 
 def build(title: str, jobs: list[Job], cluster: Cluster) -> Any:
-    """The experiment, with nothing submitted."""
+    """The experiment; nothing is submitted yet."""
     experiment = run.Experiment(title, executor=make_executor(cluster, jobs[0]))
     with experiment:
         for job in jobs:
@@ -96,13 +96,13 @@ def submit(title: str, jobs: list[Job], cluster: Cluster) -> Any:
 
 @contextmanager
 def _readable_errors(cluster: Cluster) -> Iterator[None]:
-    """A command of the login node, or the copy to it, that failed is a sentence with that command's own words."""
+    """A UserError with the failed command's own message, for commands on the login node and copies to it."""
     try:
         yield
     except UnexpectedExit as error:
-        words = " ".join((error.result.stderr or error.result.stdout).split())
+        message = " ".join((error.result.stderr or error.result.stdout).split())
         where = f"{cluster.ssh.user}@{cluster.ssh.host}" if cluster.ssh else "this machine"
-        raise UserError(f"{error.result.command.split()[0]} failed on or to {where}: {words}") from error
+        raise UserError(f"{error.result.command.split()[0]} failed on or to {where}: {message}") from error
 
 
 def find(name: str) -> Any:
@@ -120,7 +120,7 @@ def find(name: str) -> Any:
 
 
 def states(experiment: Any) -> list[State]:
-    """The state of every job. For Slurm from sacct, which keeps exit codes and restarts; NeMo-Run's words elsewhere."""
+    """The state of every job: under Slurm from sacct, which has exit codes and restarts, elsewhere from NeMo-Run."""
     known = experiment.status(return_dict=True)
     found = []
     for job in experiment.jobs:
@@ -140,8 +140,8 @@ def _accounted(job: Any, job_id: str) -> State:
     lines = [line.split("|") for line in answer.stdout.splitlines() if line.strip()]
     if not lines:  # accounting is a moment behind the controller
         return State(job.id, job_id, "UNKNOWN", 1)
-    word, exit_code = lines[-1]  # a line for each attempt
-    return State(job.id, job_id, word.split()[0], _shell_code(exit_code), len(lines) - 1)
+    state, exit_code = lines[-1]  # a line for each attempt
+    return State(job.id, job_id, state.split()[0], _shell_code(exit_code), len(lines) - 1)
 
 
 def _shell_code(text: str) -> int:
@@ -176,7 +176,7 @@ def first_failure(found: Iterable[State]) -> int:
 
 
 def logs(experiment: Any, name: str | None) -> str:
-    """What the ranks wrote, every attempt (NeMo-Run shows the first only), then the batch script's own words."""
+    """What the ranks wrote in every attempt (NeMo-Run shows the first only), then the batch script's output."""
     parts = []
     for job in experiment.jobs:
         if name not in (None, job.id):
@@ -201,6 +201,6 @@ def _local_logs(job: Any) -> str:
 
 
 def cancel(experiment: Any) -> None:
-    """Cancel every job, those that wait for others first."""
+    """Cancel every job, beginning with those that wait for others."""
     for job in reversed(experiment.jobs):
         experiment.cancel(job.id)

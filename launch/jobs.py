@@ -11,12 +11,12 @@ from launch.cluster import FROM_ENVIRONMENT, Cluster
 from prune_opd.errors import ConfigError
 
 EXIT_CODE = "the job exited with code"
-RECIPES = "recipe="  # how the axis of a sweep begins that is one of recipes, not of a setting
+RECIPES = "recipe="  # a sweep's axis that begins like this is one of recipes, not of a setting
 
 
 @dataclass(frozen=True)
 class Job:
-    """One job: the command that each of its nodes runs, as separate words."""
+    """One job: the command that each of its nodes runs, as separate arguments."""
 
     name: str
     command: tuple[str, ...]
@@ -24,10 +24,10 @@ class Job:
     after: str | None = None  # the job that must have succeeded
 
     def script(self, cluster: Cluster) -> str:
-        """The bash that a node's task runs, every word quoted.
+        """The bash that a node's task runs, with every argument quoted.
 
-        Under Slurm `exec` leaves no shell to swallow signals, and Slurm keeps the exit code; elsewhere the script says
-        it, for NeMo-Run keeps only whether it was 0.
+        Under Slurm `exec` leaves no shell that could swallow signals, and Slurm keeps the exit code. Elsewhere the
+        script prints the code, since NeMo-Run only keeps whether it was 0.
         """
         lines = ["set -euo pipefail"]
         if cluster.kind != "slurm":  # there the batch script reads them, outside the container
@@ -42,7 +42,7 @@ class Job:
 
 
 def secret_lines(cluster: Cluster) -> list[str]:
-    """Bash that takes secrets from where they are; only their names are in it."""
+    """Bash lines that read the secrets; only their names and places are in it."""
     lines = []
     for name, source in sorted(cluster.secrets.items()):
         if source == FROM_ENVIRONMENT:
@@ -55,8 +55,8 @@ def secret_lines(cluster: Cluster) -> list[str]:
 
 
 @dataclass(frozen=True)
-class Request:
-    """What a person asked for."""
+class Submission:
+    """What the user asked for."""
 
     recipe: str
     overrides: tuple[str, ...] = ()
@@ -76,20 +76,20 @@ class Request:
         return name
 
 
-def plan_jobs(request: Request, cluster: Cluster) -> list[Job]:
-    """The jobs of a request, each after those that it waits for."""
-    points = sweep_points(request.sweep)
-    if sum(axis.startswith(RECIPES) for axis in request.sweep) > 1:
+def plan_jobs(submission: Submission, cluster: Cluster) -> list[Job]:
+    """The jobs of a submission, each after those that it waits for."""
+    points = sweep_points(submission.sweep)
+    if sum(axis.startswith(RECIPES) for axis in submission.sweep) > 1:
         raise ConfigError("--sweep recipe=… stands there twice: a run has one recipe, so name all of them in one")
-    if len(points) > 1 and (request.run_dir or request.export):
+    if len(points) > 1 and (submission.run_dir or submission.export):
         raise ConfigError("a sweep has a run directory for each of its runs: leave out --run-dir and --export")
-    return [job for i, point in enumerate(points) for job in _run_jobs(request, cluster, point, i, len(points))]
+    return [job for i, point in enumerate(points) for job in _run_jobs(submission, cluster, point, i, len(points))]
 
 
 def sweep_points(sweep: tuple[str, ...]) -> list[tuple[str, ...]]:
-    """`("a=1,2", "b=x,y")` → the four tuples of overrides; no sweep is one point without overrides.
+    """`("a=1,2", "b=x,y")` → the four tuples of overrides; without a sweep, one point without overrides.
 
-    An axis `recipe=a,b` is one of recipes, by name or path: its value takes the request's recipe's place.
+    The values of an axis `recipe=a,b` are recipes, by name or path, instead of the submission's own.
     """
     axes = []
     for axis in sweep:
@@ -100,9 +100,9 @@ def sweep_points(sweep: tuple[str, ...]) -> list[tuple[str, ...]]:
     return list(itertools.product(*axes))
 
 
-def sweep_lines(request: Request) -> list[str]:
-    """Which run of a sweep is which: a line each, empty where there is one run only."""
-    points = [_recipe_of(point, request.recipe) for point in sweep_points(request.sweep)]
+def sweep_lines(submission: Submission) -> list[str]:
+    """A line for each run of a sweep that says what it runs; empty if there is only one run."""
+    points = [_recipe_of(point, submission.recipe) for point in sweep_points(submission.sweep)]
     return [f"train-{i}: {' '.join([recipe, *rest])}" for i, (recipe, rest) in enumerate(points) if len(points) > 1]
 
 
@@ -112,28 +112,29 @@ def _recipe_of(point: tuple[str, ...], recipe: str) -> tuple[str, tuple[str, ...
     return (named or [recipe])[0], tuple(value for value in point if not value.startswith(RECIPES))
 
 
-def _run_jobs(request: Request, cluster: Cluster, point: tuple[str, ...], i: int, count: int) -> list[Job]:
+def _run_jobs(submission: Submission, cluster: Cluster, point: tuple[str, ...], i: int, count: int) -> list[Job]:
     suffix = f"-{i}" if count > 1 else ""
-    run_dir = request.run_dir or f"{cluster.run_root}/{request.title}{suffix}"
-    recipe, overrides = _recipe_of(point, request.recipe)
+    run_dir = submission.run_dir or f"{cluster.run_root}/{submission.title}{suffix}"
+    recipe, overrides = _recipe_of(point, submission.recipe)
     train = Job(
         name=f"train{suffix}",
         command=(
             *("-m", "prune_opd.ranks.node", "--ranks", str(cluster.ranks_per_node), "--run-dir", run_dir),
-            *(recipe, *request.overrides, *overrides),
+            *(recipe, *submission.overrides, *overrides),
         ),
         nodes=cluster.nodes,
     )
     jobs = [train]
     then = Job(name="", command=(), nodes=1, after=train.name)
-    if request.export:
-        command = ("-m", "prune_opd.ranks.node", "--export-to", request.export, "--run-dir", run_dir, recipe)
+    if submission.export:
+        command = ("-m", "prune_opd.ranks.node", "--export-to", submission.export, "--run-dir", run_dir, recipe)
         jobs.append(replace(then, name=f"export{suffix}", command=command))
-    if request.evaluate:
+    if submission.evaluate:
         # fmt: off
         command = (
-            "-m", "prune_opd.cli", "eval", f"{run_dir}/hf", "--task", request.evaluate,
-            "-k", str(request.samples), "--problems", str(request.problems), "--nproc", str(cluster.ranks_per_node),
+            "-m", "prune_opd.cli", "eval", f"{run_dir}/hf", "--task", submission.evaluate,
+            "-k", str(submission.samples), "--problems", str(submission.problems),
+            "--nproc", str(cluster.ranks_per_node),
         )
         # fmt: on
         jobs.append(replace(then, name=f"evaluate{suffix}", command=command))

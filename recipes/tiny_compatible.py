@@ -48,7 +48,7 @@ def tiny_compatible() -> TrainConfig:
             increment=16,  # popd, with interval and init_len
             interval=3,
         ),
-        # With 199 words, k = 16 and γ = .7 lie in the noise of the tail; w_base = 0 really prunes it.
+        # In a vocabulary of 199, k = 16 and γ = .7 lie in the noise of the tail; w_base = 0 really prunes it.
         gate=GateConfig(k=4, threshold=0.5, w_drop=0.2, w_base=0.0),
         objective=ObjectiveConfig(k=16),
         optimizer=OptimizerConfig(

@@ -7,7 +7,7 @@
 #
 #   BASE=IMAGE                 a base that buildah can pull, instead of mmdebstrap's
 #   PYTHON=/path/to/python3    whose pip's settings (indexes, certificate) the pip of the build gets (default: python3)
-#   BUILD_ARGS='…'             more words for `buildah bud`
+#   BUILD_ARGS='…'             more arguments for `buildah bud`
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -20,7 +20,7 @@ fail() {
     exit 1
 }
 
-# Of all that goes into the image but README.md, which is only in the package's description.
+# Of all files that go into the image; README.md is left out, as it is only the package's description.
 fingerprint() {
     find docker/Dockerfile docker/*.sh requirements/cpu*.txt pyproject.toml prune_opd recipes scripts/build_rootfs.sh \
         -type f ! -path '*/__pycache__/*' -print0 | LC_ALL=C sort -z | xargs -0 sha256sum | sha256sum
@@ -90,7 +90,7 @@ echo "rootfs: the base" >&2
 from=$(base)
 echo "rootfs: docker/Dockerfile with ACCEL=cpu" >&2
 new=$work/rootfs
-# shellcheck disable=SC2086  # BUILD_ARGS is several words
+# shellcheck disable=SC2086  # BUILD_ARGS is several arguments
 buildah bud --quiet --isolation chroot --file docker/Dockerfile --build-arg ACCEL=cpu \
     --build-arg BASE="$from" --output type=local,dest="$new" "${mounts[@]}" ${BUILD_ARGS:-} . >"$work/log" 2>&1 ||
     { tail -n 30 "$work/log" >&2 && fail "buildah could not build docker/Dockerfile: see its last lines above"; }

@@ -1,7 +1,7 @@
-"""`make soak`: a long run of the tiny pair that is killed at random from outside, against one that is left alone.
+"""`make soak`: a long run of the tiny pair that is killed at random from outside, beside one that is left alone.
 
-Passes when both end with the same metrics, line by line but for the times, and when the ranks of the run that was left
-alone keep their resident memory (growth ≤ 2 % over the last two thirds of the steps), open files and threads.
+It passes if both end with the same metrics, line by line but for the times; and if, in the run that was left alone, the
+ranks' resident memory (growth ≤ 2 % over the last two thirds of the steps), open files and threads stay constant.
 
     python scripts/soak.py [--steps 300] [--kills 12] [--seed 0] [--out runs/soak]
 
@@ -27,7 +27,7 @@ import psutil
 
 from prune_opd.errors import REQUEUE_EXIT_CODE
 
-RSS_GROWTH = 0.02  # of the median of a window, from the first to the last
+RSS_GROWTH = 0.02  # at most, between the medians of the first and the last stretch of steps
 SETTINGS = (
     "rollout.prompts=8",
     "horizon.max_len=96",
@@ -85,7 +85,7 @@ def ranks_of(launcher: int) -> list[psutil.Process]:
 
 
 def left_alone(steps: int, run_dir: Path) -> dict[int, dict[int, Sample]]:
-    """Run to the end; rank → step → resident memory [bytes], open files and threads just after the step."""
+    """Run to the end. Returns rank → step → resident memory [bytes], open files and threads just after the step."""
     process, samples, last = start(steps, run_dir), {}, 0
     while process.poll() is None:
         step = step_of(run_dir)
@@ -104,12 +104,12 @@ def left_alone(steps: int, run_dir: Path) -> dict[int, dict[int, Sample]]:
 
 
 def steadiness(samples: dict[int, Sample], steps: int) -> dict[str, Any]:
-    """First and last window of the last two thirds of the steps: median memory, most common files and threads."""
+    """Median memory, and the most common numbers of files and threads, at the start and end of the last two thirds."""
     width = max(5, steps // 15)
-    windows = (range(steps // 3, steps // 3 + width), range(steps - width, steps))  # the last step closes things
-    first, last = ([samples[step] for step in window if step in samples] for window in windows)
-    rss = [median(sample["rss"] for sample in window) for window in (first, last)]
-    same = {key: [mode(sample[key] for sample in window) for window in (first, last)] for key in ("files", "threads")}
+    ends = (range(steps // 3, steps // 3 + width), range(steps - width, steps))  # the last step closes things
+    first, last = ([samples[step] for step in end if step in samples] for end in ends)
+    rss = [median(sample["rss"] for sample in end) for end in (first, last)]
+    same = {key: [mode(sample[key] for sample in end) for end in (first, last)] for key in ("files", "threads")}
     return {"rss_mib": [value / 2**20 for value in rss], "rss_growth": rss[1] / rss[0] - 1, **same}
 
 
@@ -117,7 +117,7 @@ def steadiness(samples: dict[int, Sample], steps: int) -> dict[str, Any]:
 
 
 def disturb(process: subprocess.Popen[bytes], draw: random.Random) -> str:
-    """End the run from outside in one of the ways in which clusters do."""
+    """End the run from outside, in one of the ways in which clusters end runs. Returns which."""
     ranks, agent = ranks_of(process.pid), agent_of(process.pid)
     how = draw.choice(("rank 0 killed", "rank 1 killed", "agent killed", "all killed", "SIGTERM", "SIGUSR1"))
     if how.startswith("rank") and len(ranks) == 2:
@@ -132,7 +132,7 @@ def disturb(process: subprocess.Popen[bytes], draw: random.Random) -> str:
 
 
 def disturbed(steps: int, run_dir: Path, kills: int, draw: random.Random) -> list[dict[str, Any]]:
-    """Run to the end through `kills` ends from outside, at moments spread over the run."""
+    """Run to the end, although it is ended from outside `kills` times, at random moments. Returns a log of them."""
     moments = sorted(draw.uniform(1, steps - 1) for _ in range(kills))
     log: list[dict[str, Any]] = []
     while True:

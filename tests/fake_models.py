@@ -16,18 +16,18 @@ from prune_opd.config import (
     TrainConfig,
 )
 
-WORDS = ("<bos>", "<eos>", *(f"w{i}" for i in range(30)))
+TOKENS = ("<bos>", "<eos>", *(f"w{i}" for i in range(30)))
 
 
 def tokenizer(**changes: Any) -> dict[str, Any]:
-    """A tokenizer.json with 32 words, two of them special; `changes` replace entries of its model."""
-    special = [{"id": i, "content": WORDS[i], "special": True} for i in range(2)]
-    model = {"type": "BPE", "vocab": {word: i for i, word in enumerate(WORDS)}, "merges": [["w", "1"], ["w", "2"]]}
+    """A tokenizer.json with 32 tokens, two of them special; `changes` replace entries of its model."""
+    special = [{"id": i, "content": TOKENS[i], "special": True} for i in range(2)]
+    model = {"type": "BPE", "vocab": {token: i for i, token in enumerate(TOKENS)}, "merges": [["w", "1"], ["w", "2"]]}
     return {"added_tokens": special, "model": model | changes}
 
 
-def write_model(directory: Path, words: dict[str, Any] | None = None, **changes: Any) -> Path:
-    """A model directory; `changes` replace settings of its config.json, `words` its tokenizer.json."""
+def write_model(directory: Path, its_tokenizer: dict[str, Any] | None = None, **changes: Any) -> Path:
+    """A model directory; `changes` replace settings of its config.json, `its_tokenizer` its tokenizer.json."""
     settings = {
         "model_type": "qwen3",
         "num_hidden_layers": 4,
@@ -36,11 +36,11 @@ def write_model(directory: Path, words: dict[str, Any] | None = None, **changes:
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
         "max_position_embeddings": 512,
-        "vocab_size": len(WORDS),
+        "vocab_size": len(TOKENS),
     }
     directory.mkdir(parents=True)
     (directory / "config.json").write_text(json.dumps(settings | changes), encoding="utf-8")
-    (directory / "tokenizer.json").write_text(json.dumps(words or tokenizer()), encoding="utf-8")
+    (directory / "tokenizer.json").write_text(json.dumps(its_tokenizer or tokenizer()), encoding="utf-8")
     return directory
 
 

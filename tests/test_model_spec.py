@@ -1,4 +1,4 @@
-"""What a Hugging Face config may say: read it right, or refuse it, but never build another model than it describes."""
+"""Hugging Face configs are read correctly or refused: the model that is built is always the one they describe."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def test_a_config_that_is_not_built_is_refused_by_name(tmp_path: Path, settings:
 
 
 def test_settings_that_change_nothing_are_read_over(tmp_path: Path) -> None:
-    """As real configs have them: no rope scaling spelt as null, a sliding window that is switched off."""
+    """As in real configs: rope scaling that is null, a sliding window that is switched off."""
     quiet = {"rope_scaling": None, "use_sliding_window": False, "sliding_window": 4096, "attention_bias": False}
     layers = {"layer_types": ["full_attention", "full_attention"], "head_dim": None}
     assert read(tmp_path, **quiet, **layers, mlp_bias=False, hidden_act="silu") == read(tmp_path)

@@ -1,4 +1,4 @@
-"""The CPU in a GPU's place: the names megatron-core asks for answer, and nothing else in the process notices."""
+"""The CPU instead of a GPU: the CUDA names that megatron-core uses work, and nothing else in the process changes."""
 
 from __future__ import annotations
 

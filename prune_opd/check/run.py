@@ -42,10 +42,10 @@ SHOWN_DIFFERENCES = 6
 def check_train(
     config: TrainConfig, nproc: int, run_dir: Path | None, resume: str, allow_config_change: bool = False
 ) -> list[str]:
-    """What stands in the way of this run on `nproc` ranks, one line per problem; empty if nothing does.
+    """The problems of this run on `nproc` ranks, a line each; empty if there are none.
 
-    `resume` is auto, never or the path of a checkpoint. `run_dir` None leaves the run directory out.
-    `allow_config_change` lets the continuation of a run have settings that make another run of it.
+    resume: auto, never or the path of a checkpoint. run_dir: None leaves the run directory unchecked.
+    allow_config_change: a run may go on with settings that would make it another run.
     """
     student = _read_model("student", config.student)
     teacher = _read_model("teacher", config.teacher)
@@ -53,7 +53,7 @@ def check_train(
     problems = [model for model in (student, teacher) if isinstance(model, str)]
     problems += [problem for model in models if (problem := _not_built(model))]
     if len(models) == 2:
-        # Of tokenizers that differ, one has words that the other model has no rows for: no second problem.
+        # Different tokenizers often have different sizes too; that would be the same problem said twice.
         problems += tokenizer_problems(models[0].path, models[1].path) or _vocabulary(config, nproc, *models)
     problems += layout_problems(config, nproc, {model.role: model.config for model in models})
     problems += _lengths(config, models)
@@ -71,15 +71,15 @@ def check_train(
 
 
 def check_everything(config: TrainConfig, nproc: int, run_dir: Path) -> list[str]:
-    """`check_train`, and what a job looks at once before it takes GPUs: versions, driver, space, every prompt."""
+    """`check_train`, and what a job checks once before it takes GPUs: versions, driver, space, every prompt."""
     problems = check_train(config, nproc, run_dir, "auto")
     return problems + machine_problems(config, run_dir, has_gpu(), cuda_of_torch())
 
 
 def check_structure(config: TrainConfig, nproc: int) -> list[str]:
-    """Those checks that need neither the weights nor the GPUs, on `nproc` ranks in all: layout, lengths, sizes.
+    """The checks that need neither weights nor GPUs, for `nproc` ranks in all: layout, lengths, sizes.
 
-    A model that is not there is known by the shape that was published (model_spec.py).
+    For a model that is not here its published shape is taken (model_spec.py).
     """
     problems, models = [], []
     for role in ("student", "teacher"):
@@ -99,7 +99,7 @@ def check_structure(config: TrainConfig, nproc: int) -> list[str]:
 
 
 def check_sft(config: SftConfig, nproc: int) -> list[str]:
-    """What stands in the way of this supervised training; see `check_train`."""
+    """The problems of this supervised training; see `check_train`."""
     problems = []
     if config.init is not None:
         model = _read_model("init", config.init)
@@ -121,7 +121,7 @@ def check_sft(config: SftConfig, nproc: int) -> list[str]:
 
 
 def check_eval(model_dir: Path, tasks: Sequence[str], top_p: float, out: Path | None) -> list[str]:
-    """What stands in the way of evaluating a Hugging Face directory, or a checkpoint, on tasks; see `check_train`."""
+    """The problems of evaluating a Hugging Face directory, or a checkpoint, on tasks; see `check_train`."""
     problems: list[str] = []
     if not (model_dir / "state.json").is_file():
         model = _read_model("MODEL_DIR", str(model_dir))
@@ -210,7 +210,8 @@ def _candidates(config: TrainConfig, models: list[_Model]) -> list[str]:
     if config.weighting.name == "entropy_aware":
         sizes["weighting.forward_k"] = config.weighting.forward_k
     return [
-        f"{field} = {k} is above the {model.vocab_size} words of the {model.role}: set at most {model.vocab_size}"
+        f"{field} = {k} is above the {model.vocab_size} vocabulary entries of the {model.role}: set at most "
+        f"{model.vocab_size}"
         for field, k in sizes.items()
         for model in models
         if k > model.vocab_size
@@ -218,7 +219,7 @@ def _candidates(config: TrainConfig, models: list[_Model]) -> list[str]:
 
 
 def _vocabulary(config: TrainConfig, nproc: int, student: _Model, teacher: _Model) -> list[str]:
-    """Rows for all words, with the padding that the student's TP ranks bring."""
+    """Problems where a vocabulary does not fit the rows, which are padded for the student's TP ranks."""
     if _not_built(student) or _not_built(teacher):
         return []
     tensor = config.parallel.tensor_size(nproc)
@@ -230,7 +231,7 @@ def _vocabulary(config: TrainConfig, nproc: int, student: _Model, teacher: _Mode
 
 
 def _precision(config: TrainConfig, nproc: int, models: list[_Model]) -> list[str]:
-    """FP8 of both models and of the rollouts (check/precision.py has the rules)."""
+    """Problems with FP8, in both models and in the rollouts (check/precision.py has the rules)."""
     by_role = {model.role: model.config for model in models}
     gpu, problems = has_gpu(), []
     for role, fp8 in _fp8s(config).items():
@@ -241,7 +242,7 @@ def _precision(config: TrainConfig, nproc: int, models: list[_Model]) -> list[st
 
 
 def _precision_sizes(config: TrainConfig, nproc: int, models: dict[str, dict[str, Any]]) -> list[str]:
-    """What FP8 asks of sizes and of other settings, on whatever machine."""
+    """Problems of FP8 with sizes and with other settings, which any machine would have."""
     parallel, problems = config.parallel, []
     student = parallel.tensor_size(nproc)
     layouts = {"student": (student, parallel.sequence_parallel), "teacher": (parallel.teacher_tensor or student, False)}
@@ -280,7 +281,7 @@ def _sources(config: TrainConfig) -> list[str]:
 
 
 def _apex() -> list[str]:
-    """The package index's `apex` is a web toolkit; megatron-core takes any `apex` it can import for NVIDIA's."""
+    """The package index's `apex` is a web toolkit, and megatron-core would use any `apex` as NVIDIA's."""
     spec = importlib.util.find_spec("apex")
     if spec is None:
         return []

@@ -1,4 +1,4 @@
-"""Whether two models share a tokenizer, and have a row for each of its words: the teacher scores the student's ids.
+"""Whether two models share a tokenizer, and have a row for each of its tokens: the teacher scores the student's ids.
 
 Reads tokenizer.json and the config files as they are: no tokenizer is built, nothing heavy imported.
 """
@@ -11,7 +11,7 @@ from typing import Any
 
 
 def tokenizer_problems(student: Path, teacher: Path) -> list[str]:
-    """What differs between the tokenizers of two model directories: words by id, merges, special tokens, ends."""
+    """How the tokenizers of two model directories differ: tokens by id, merges, special tokens, ends of a response."""
     ours, theirs = (path / "tokenizer.json" for path in (student, teacher))
     try:
         same = ours.read_bytes() == theirs.read_bytes()
@@ -27,13 +27,13 @@ def tokenizer_problems(student: Path, teacher: Path) -> list[str]:
 
 
 def vocabulary_problems(role: str, directory: Path, vocab_size: int, padded: int, other: int) -> list[str]:
-    """Whether the model has a row for every word, and for every word of the student.
+    """Problems where the model has too few rows for its own tokens, or for those of the student.
 
     padded: rows of its output matrix over the student's TP ranks, with their padding. other: the student's vocab_size.
     """
     problems = []
     try:
-        largest = max(_words(json.loads((directory / "tokenizer.json").read_bytes())), default=0)
+        largest = max(_tokens(json.loads((directory / "tokenizer.json").read_bytes())), default=0)
     except (OSError, AttributeError, KeyError, TypeError, ValueError):
         largest = 0  # `tokenizer_problems` names what cannot be read
     if largest >= vocab_size:
@@ -44,13 +44,13 @@ def vocabulary_problems(role: str, directory: Path, vocab_size: int, padded: int
     if padded < other:
         problems.append(
             f"{role} = {str(directory)!r}: its output matrix has {padded} rows with padding, fewer than the {other} "
-            "words of the student: choose a teacher of at least the student's vocab_size"
+            "vocabulary entries of the student: choose a teacher of at least the student's vocab_size"
         )
     return problems
 
 
 def _ends(student: Path, teacher: Path) -> list[str]:
-    """The tokens that end a response must overlap, or the teacher has never seen a response end where the student's do.
+    """A problem if no token ends a response for both models: the teacher would never expect the student to end.
 
     A base model and a chat model of one family may well differ in config.json; generation_config.json often has both.
     """
@@ -75,10 +75,10 @@ def _end_ids(directory: Path) -> set[int]:
 
 
 def _difference(student: dict[str, Any], teacher: dict[str, Any]) -> str | None:
-    """The first difference of vocabulary (by id), merges and special tokens, in words."""
-    words = [_words(tokenizer) for tokenizer in (student, teacher)]
-    for i in sorted(words[0].keys() | words[1].keys()):
-        ours, theirs = (f"{names[i]!r}" if i in names else "unused" for names in words)
+    """The first difference in vocabulary (by id), merges or special tokens, as a clause of a sentence."""
+    tokens = [_tokens(tokenizer) for tokenizer in (student, teacher)]
+    for i in sorted(tokens[0].keys() | tokens[1].keys()):
+        ours, theirs = (f"{names[i]!r}" if i in names else "unused" for names in tokens)
         if ours != theirs:
             return f"id {i} is {ours} for the student and {theirs} for the teacher"
     merges = [_merges(tokenizer) for tokenizer in (student, teacher)]
@@ -90,17 +90,18 @@ def _difference(student: dict[str, Any], teacher: dict[str, Any]) -> str | None:
     if special[0] != special[1]:
         i = min(special[0] ^ special[1])
         who = "student" if i in special[0] else "teacher"
-        return f"id {i} ({words[0][i]!r}) is a special token for the {who} only"
+        return f"id {i} ({tokens[0][i]!r}) is a special token for the {who} only"
     return None
 
 
-def _words(tokenizer: dict[str, Any]) -> dict[int, str]:
+def _tokens(tokenizer: dict[str, Any]) -> dict[int, str]:
+    """Id → token, of a tokenizer.json."""
     vocabulary = tokenizer["model"]["vocab"]
     if isinstance(vocabulary, dict):
-        words = {int(i): word for word, i in vocabulary.items()}
-    else:  # unigram: [word, score] in the order of ids
-        words = {i: str(entry[0]) for i, entry in enumerate(vocabulary)}
-    return words | {int(token["id"]): token["content"] for token in tokenizer.get("added_tokens") or []}
+        tokens = {int(i): token for token, i in vocabulary.items()}
+    else:  # unigram: [token, score] in the order of ids
+        tokens = {i: str(entry[0]) for i, entry in enumerate(vocabulary)}
+    return tokens | {int(token["id"]): token["content"] for token in tokenizer.get("added_tokens") or []}
 
 
 def _merges(tokenizer: dict[str, Any]) -> list[tuple[str, ...]]:

@@ -9,7 +9,7 @@ from prune_opd.config import TrainConfig
 from prune_opd.config.yaml import config_differences, config_from_dict, load_config
 from prune_opd.errors import ConfigError
 
-# What may differ: it changes neither the updates nor the problems of an evaluation.
+# Settings that may differ: they change neither the updates nor the problems of an evaluation.
 HARMLESS = (
     "parallel",
     "track",
@@ -25,14 +25,14 @@ HARMLESS = (
     "rollout.kv_cache_gb",
     "rollout.gpu_memory_utilization",
 )
-NOT_HARMLESS = ("parallel.distributed_optimizer",)  # its checkpoints are made of other parts
+NOT_HARMLESS = ("parallel.distributed_optimizer",)  # its checkpoints consist of other parts
 
 
 def changes(config: TrainConfig, run_dir: Path | None, resume: str) -> list[str]:
-    """One `field: old → new` for each setting that differs from the run that is gone on with; none for a new run.
+    """A line `field: old → new` for each setting that differs from the run that is resumed; none for a new run.
 
-    That run is the one in `run_dir` and, with `resume` a path, the one that wrote the checkpoint. Raises `ConfigError`
-    if its settings cannot be read.
+    The resumed run is the one in `run_dir` and, if `resume` is a path, the one that wrote that checkpoint. Raises
+    `ConfigError` if its settings cannot be read.
     """
     found: list[str] = []
     if run_dir is not None and (run_dir / "config.yaml").is_file():
@@ -48,6 +48,6 @@ def changes(config: TrainConfig, run_dir: Path | None, resume: str) -> list[str]
 
 
 def is_harmless(change: str) -> bool:
-    """Whether a line of `changes` leaves the run what it is."""
+    """Whether the run stays the same run with this change (a line of `changes`)."""
     key = change.partition(":")[0]
     return key not in NOT_HARMLESS and any(key == name or key.startswith(f"{name}.") for name in HARMLESS)

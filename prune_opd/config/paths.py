@@ -13,7 +13,7 @@ from prune_opd.config import SftConfig, to_dict
 from prune_opd.errors import ConfigError
 
 SFT_LAYOUT = ("nproc", "tensor", "microbatch_tokens", "timeout_minutes")
-# Came later than the first models: off, they are left out.
+# Settings that came after the first models. Where they are off they are left out, and the models keep their digests.
 DRIFT_CORPUS = ("register", "wrong_entries", "wrong", "ramble", "given", "given_wrong")
 
 
@@ -24,17 +24,17 @@ def cache_dir() -> Path:
 
 
 def recipes_dir() -> Path:
-    """The folder of the recipes: `recipes/` of the checkout, which an installed copy has inside the package."""
+    """The folder of the recipes: `recipes/` of the checkout, inside the package in an installed copy."""
     return Path(__file__).resolve().parent.parent / "recipes"
 
 
 def models_dir() -> Path:
-    """Where published models lie, as OWNER/NAME: the environment variable PRUNE_OPD_MODELS, or `models` here."""
+    """The folder of published models, as OWNER/NAME: the environment variable PRUNE_OPD_MODELS, else `models`."""
     return Path(os.environ.get("PRUNE_OPD_MODELS", "models")).expanduser()
 
 
 def data_dir() -> Path:
-    """Where prompt files lie: the environment variable PRUNE_OPD_DATA, or `data` here."""
+    """The folder of prompt files: the environment variable PRUNE_OPD_DATA, else `data`."""
     return Path(os.environ.get("PRUNE_OPD_DATA", "data")).expanduser()
 
 
@@ -65,12 +65,13 @@ def tiny_model(recipe: SftConfig) -> str:
 
 
 def config_digest(config: SftConfig) -> str:
-    """Twelve hex digits that change with anything that shapes the trained model, wherever the cache lies.
+    """Twelve hex digits that change with everything that shapes the trained model; the cache's path does not count.
 
-    `output` is left out, so the digest can name it. Of `init` the last two parts count: for a model of the cache that
-    is `<digest>/<name>`, so the digest covers the whole lineage and a changed ancestor rebuilds its descendants. Of the
-    layout only what supervised training takes counts, so that a new kind of parallelism leaves the models as they are;
-    of a corpus the drift pair's settings count only where they are on.
+    - `output` is left out, so that its path can contain the digest.
+    - Of `init` the last two parts count. For a model of the cache they are `<digest>/<name>`, so the digest covers the
+      whole lineage: a changed ancestor rebuilds its descendants.
+    - Of the layout only `SFT_LAYOUT` counts, so that a new kind of parallelism leaves the models as they are.
+    - Of a corpus the drift pair's settings count only where they are on.
     """
     settings = to_dict(config)
     del settings["output"]

@@ -6,12 +6,12 @@ from dataclasses import dataclass, field
 
 from prune_opd.config.checks import between, one_of
 
-# Of vLLM: weights quantised when they are loaded, and again at every reload; how the KV cache is stored.
+# vLLM's names. Quantised weights: they are quantised when they are loaded, and again at every reload.
 QUANTIZATIONS = ("fp8", "fp8_per_tensor", "fp8_per_channel", "fp8_per_block")
 KV_CACHE_DTYPES = ("auto", "fp8", "fp8_e4m3", "fp8_e5m2")
-# Two words closer than this [nats] may change places between the engine's scores and the trainer's: twice what the
-# check after the first weight sync allows any token in fp32. Coarser formats have no such bound: single tokens of a
-# sharp model are half a nat off, most of them far less.
+# Two tokens whose scores are closer than this [nats] may be ordered differently by the engine and by the trainer. In
+# fp32 it is twice what the check after the first weight sync allows any token. Coarser formats have no such bound:
+# single tokens of a sharp model are half a nat off, most of them far less.
 MARGIN = {"fp32": 2e-3, "bf16": 0.25, "fp8": 0.5}
 
 
@@ -19,18 +19,18 @@ MARGIN = {"fp32": 2e-3, "bf16": 0.25, "fp8": 0.5}
 class InflightConfig:
     """Stopping drifting responses while they are generated: this project's extension of Prune-OPD. Lengths in tokens.
 
-    At checkpoints along a response the teacher scores what is there, and a response whose reliability R has reached 0
-    is cut off at the checkpoint.
+    At certain lengths of a response, the looks, the teacher scores what is there. A response whose reliability R has
+    reached 0 is cut off at that length.
     """
 
     mode: str = "off"  # off | gate
-    schedule: str = "geometric"  # checkpoints at first_check · 1, 2, 4, 8 … | fixed: first_check, then every `chunk`
+    schedule: str = "geometric"  # looks at first_check · 1, 2, 4, 8 … | fixed: at first_check, then every `chunk`
     first_check: int = 256  # response length at which the teacher looks for the first time
-    chunk: int = 256  # fixed: tokens between two checkpoints
+    chunk: int = 256  # fixed: tokens between two looks
     stop_events: int | None = None  # None: R has reached 0; else this many events, which may cut tokens that R > 0 has
-    min_keep: int = 1  # a response that is stopped keeps at least so many: no checkpoint lies before
-    # What a token of the teacher costs, in response tokens with their generation and training. Above 0 it looks only at
-    # checkpoints that, by the last batches, avoid more than it reads in vain (inflight/look_schedule.py); 0: at all.
+    min_keep: int = 1  # a response that is stopped keeps at least so many tokens: there is no look before
+    # Cost of a token that the teacher reads, as a share of what generating and training a response token costs. Above
+    # 0 only the looks that paid in the last batches take place (inflight/look_schedule.py); 0: all do.
     price: float = 0.0
     margin: float | None = None  # nats; None: by the format of the rollouts (MARGIN). 0: exact ties alone are undecided
 
@@ -49,17 +49,17 @@ class InflightConfig:
     def on(self) -> bool:
         return self.mode == "gate"
 
-    def checkpoints(self, max_tokens: int) -> tuple[int, ...]:
-        """Response lengths, ascending, at which a response of at most `max_tokens` is looked at.
+    def looks(self, max_tokens: int) -> tuple[int, ...]:
+        """Lengths [tokens], ascending, at which a response of at most `max_tokens` is looked at.
 
-        The last token that may come is no checkpoint: nothing is left to stop there.
+        There is no look at `max_tokens` itself: nothing is left to stop there.
         """
-        places, at = [], self.first_check
+        lengths, at = [], self.first_check
         while at < max_tokens:
             if at >= self.min_keep:
-                places.append(at)
+                lengths.append(at)
             at = 2 * at if self.schedule == "geometric" else at + self.chunk
-        return tuple(places)
+        return tuple(lengths)
 
 
 @dataclass(frozen=True)
@@ -78,10 +78,10 @@ class RolloutConfig:
     enforce_eager: bool | None = None  # vLLM without compiled graphs; null: so on the CPU, compiled on a GPU
     bucket_mb: float = 512  # of weights on their way from the trainer; two buckets exist at a time
     quantization: str | None = None  # to FP8 at every load: fp8 | fp8_per_tensor | fp8_per_channel | fp8_per_block
-    kv_cache_dtype: str = "auto"  # auto: that of the parameters | fp8 (e4m3) | fp8_e4m3 | fp8_e5m2
+    kv_cache_dtype: str = "auto"  # auto: as the parameters | fp8 (e4m3) | fp8_e4m3 | fp8_e5m2
     inflight: InflightConfig = field(default_factory=InflightConfig)
-    oversample: float = 1.0  # prompts that a step starts, of `prompts`: the first complete ones are kept
-    partial: bool = False  # oversample > 1: what is left goes on in the next step, and is not started again
+    oversample: float = 1.0  # a step starts this times `prompts` and keeps the first complete ones
+    partial: bool = False  # oversample > 1: the other prompts go on in the next step, with the tokens that they have
 
     def __post_init__(self) -> None:
         between("rollout.oversample", self.oversample, 1, 16)

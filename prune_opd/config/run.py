@@ -203,7 +203,7 @@ def check_inflight(config: TrainConfig) -> None:
     if inflight.stop_events is not None and inflight.price > 0:
         raise ConfigError(
             f"rollout.inflight.price = {inflight.price:g} with rollout.inflight.stop_events = {inflight.stop_events}: "
-            "what a checkpoint is worth is known of the end of reliability alone; set price=0, or leave stop_events out"
+            "what a look is worth is only known for stops at R = 0; set price=0, or leave stop_events out"
         )
     if inflight.stop_events is None and gate.w_drop == 0:
         raise ConfigError(
@@ -216,17 +216,18 @@ def check_inflight(config: TrainConfig) -> None:
             f"raise it, {off}"
         )
     longest = config.horizon.max_len
-    if not inflight.checkpoints(longest):
+    looks = inflight.looks(longest)
+    if not looks:
         raise ConfigError(
-            f"rollout.inflight.first_check = {inflight.first_check} (min_keep = {inflight.min_keep}) leaves no "
-            f"checkpoint before horizon.max_len = {longest}: lower it, {off}"
+            f"rollout.inflight.first_check = {inflight.first_check} (min_keep = {inflight.min_keep}) leaves no look "
+            f"before horizon.max_len = {longest}: lower it, {off}"
         )
     needed = inflight.stop_events or (math.ceil(1 / gate.w_drop - 1e-9) if gate.w_drop else 1)
-    if needed > inflight.checkpoints(longest)[-1]:
+    if needed > looks[-1]:
         raise ConfigError(
             f"rollout.inflight.mode = gate needs {needed} events to stop a response (gate.w_drop or stop_events), and "
-            f"the last checkpoint is at token {inflight.checkpoints(longest)[-1]}: nothing is ever stopped; raise "
-            f"gate.w_drop, lower rollout.inflight.stop_events, {off}"
+            f"the last look is at token {looks[-1]}: nothing is ever stopped; raise gate.w_drop, lower "
+            f"rollout.inflight.stop_events, {off}"
         )
     if gate.weight_normalisation == "mean" or config.weighting.name in ("iw_opd", "tip"):
         field = (

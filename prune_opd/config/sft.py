@@ -9,7 +9,7 @@ from prune_opd.config.training import ParallelConfig
 
 @dataclass(frozen=True)
 class ModelShape:
-    """A Qwen3 model made from nothing. head_dim 32 is the least that vLLM's CPU attention takes."""
+    """A new Qwen3 model. head_dim 32 is the smallest that vLLM's CPU attention takes."""
 
     layers: int = 4  # decoder layers
     hidden: int = 128  # width of the residual stream
@@ -24,25 +24,25 @@ class ModelShape:
 
 @dataclass(frozen=True)
 class CorpusConfig:
-    """Worked ledger solutions: lengths, and what is wrong with them (all rates per booking, 0..1)."""
+    """Worked ledger solutions: their lengths and their errors (all rates per booking, 0..1)."""
 
-    min_steps: int = 12  # bookings of a problem
-    max_steps: int = 40  # likewise, the most
+    min_steps: int = 12  # fewest bookings of a problem
+    max_steps: int = 40  # most bookings of a problem
     reverse: float = 0.0  # share of solutions that go through the labels from last to first
     slip: float = 0.0  # wrong label or wrong delta, and the text goes on from there
     slip_result: float = 0.0  # wrong running total
     carry_bug: float = 0.0  # at a tens boundary the old tens digit stays: the student's systematic error
     register: bool = False  # the word after a total follows a fixed table of label and delta, instead of being drawn
-    wrong_entries: float = 0.0  # share of the table's entries that are known wrong, always the same ones
+    wrong_entries: float = 0.0  # share of the table's entries that are known wrongly, always the same ones
     wrong: float = 0.0  # chance to write the wrong word at such an entry; the text is lost from there
     ramble: int = 0  # most words of a lost text (at least a quarter of it): noise without an answer or an end
     given: float = 0.0  # share of solutions whose first bookings, up to a random one, are read and not learnt
-    given_wrong: float = 0.0  # further share, with the last given word wrong: only the lost text is learnt
+    given_wrong: float = 0.0  # a further share: as `given`, with the last word wrong; only the lost text is learnt
 
 
 @dataclass(frozen=True)
 class SftStage:
-    """One stage of supervised training, on a corpus of its own, with a schedule of its own."""
+    """One stage of supervised training, with its own corpus and schedule."""
 
     steps: int  # of the optimizer
     batch: int  # solutions a step
@@ -62,9 +62,9 @@ class SftConfig:
     name: str  # of the model
     output: str  # the Hugging Face directory that is written
     stages: tuple[SftStage, ...]
-    init: str | None = None  # a Hugging Face directory; None: `shape` from nothing
+    init: str | None = None  # the Hugging Face directory to start from; None: a new model of `shape`
     shape: ModelShape = field(default_factory=ModelShape)
     parallel: ParallelConfig = field(default_factory=lambda: ParallelConfig(tensor=1))
     beta2: float = 0.98  # of AdamW
     weight_decay: float = 0.01  # of AdamW
-    seed: int = 0  # of the weights, where they are made from nothing
+    seed: int = 0  # of the weights of a new model

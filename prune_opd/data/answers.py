@@ -2,9 +2,9 @@ r"""From response texts to accuracy: is an answer right, and avg@k over problems
 
     texts ── source.score ──▶ correct (problems × samples) ── avg_at_k ──▶ Accuracy
 
-Mathematical answers are compared by math-verify, in a child process. What a model wrote is evaluated there, and an
-answer such as \boxed{9^{9^{9^9}}} computes for ever or eats all memory. math-verify's own time limit needs SIGALRM and
-the main thread, both of which belong to others in a training process; a child can simply be ended.
+Mathematical answers are compared by math-verify, in a child process: it evaluates what a model wrote, and an answer
+such as \boxed{9^{9^{9^9}}} would compute for ever or take all memory. math-verify's own time limit needs SIGALRM and
+the main thread, which a training process uses for other things. A child can simply be ended.
 """
 
 from __future__ import annotations
@@ -50,9 +50,9 @@ class Accuracy:
     def interval(self) -> tuple[float, float]:
         """A 95 % confidence interval of the mean over problems like these: Wilson's, with an effective sample size.
 
-        As many independent answers as would have this standard error count as the sample, at least one per problem
-        (samples of one problem help, but never count as problems), so the interval stays inside [0, 1] and does not
-        shrink to nothing where every answer was right, or wrong.
+        The sample size is the number of independent answers that would have this standard error, at least the number of
+        problems: more samples of a problem help, but do not count as problems. So the interval stays inside [0, 1], and
+        does not shrink to nothing where all answers are right, or all wrong.
         """
         p, n = self.mean, float(self.n_problems)
         if p * (1 - p) > 0 and self.stderr > 0:  # NaN compares false
@@ -116,9 +116,9 @@ def score_responses(
 
 
 def last_boxed(text: str) -> str | None:
-    r"""What the last `\boxed` of a text holds: all between its braces, or the next word if it has no braces.
+    r"""The content of a text's last `\boxed`: what its braces hold, or the next word if it has no braces.
 
-    None if there is none, or if the text was cut off inside it.
+    None if there is no `\boxed`, or if the text was cut off inside it.
     """
     _, boxed, after = text.rpartition("\\boxed")
     after = after.lstrip()
@@ -155,7 +155,7 @@ def _bare(expression: str) -> str:
 
 
 class _Comparer:
-    """math-verify behind a pipe: one JSON line asks, one JSON line answers, a child that dies has answered no."""
+    """math-verify behind a pipe: one JSON line asks, one JSON line answers. A child that dies counts as a no."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -175,13 +175,13 @@ class _Comparer:
                 reply = child.stdout.readline()
             except BrokenPipeError:
                 pass
-            finally:  # also on Ctrl-C: a reply that was not read would be taken for the next answer's
+            finally:  # also on Ctrl-C: the next question must not get this one's unread reply
                 if not reply:
                     self.close()
             return reply.strip() == "true"
 
     def _start(self) -> subprocess.Popen[str]:
-        # -P: the folder of this file is no place to import from. stderr: math-verify logs a line for every odd answer.
+        # -P: no imports from this file's folder. stderr: math-verify logs a line for every answer that it cannot read.
         child = subprocess.Popen(
             [sys.executable, "-P", __file__, str(COMPARE_SECONDS)],
             stdin=subprocess.PIPE,
@@ -215,7 +215,7 @@ def _comparer() -> _Comparer:
 def _serve(seconds: int) -> None:
     """The child: compares until its input ends.
 
-    The alarm has no handler, so it ends the process in whatever it is doing, also if the parent is gone.
+    The alarm has no handler, so it ends the process whatever it is doing, also when the parent is gone.
     """
     import resource
     import signal

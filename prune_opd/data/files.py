@@ -14,7 +14,7 @@ SHOWN_ROWS = 10  # bad rows of a file that are named one by one
 
 
 class FileSource:
-    r"""The rows of a file (rows.py), read, checked and encoded at once, so that a bad row never meets a model.
+    r"""The rows of a file (rows.py), all read, checked and encoded at the start, so that no bad row reaches a model.
 
     A row has a prompt (render.py) and optionally "answer" (a string or a number) and "source" (a name for metrics;
     default: the file's). Other columns are ignored. No special tokens are added. Answers are scored by math-verify on
@@ -23,8 +23,8 @@ class FileSource:
     skip_bad_rows: leave out rows that are broken, empty, longer than `max_prompt_len` or not UTF-8; `skipped` has them.
 
     Raises:
-        ConfigError: naming file and line of each bad row (the first few, and how many there are), unless they are
-            skipped; or nothing is left.
+        ConfigError: there are bad rows that are not to be skipped (it names the first ones, and how many there are),
+            or no row is left.
     """
 
     def __init__(

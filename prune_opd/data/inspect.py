@@ -1,4 +1,4 @@
-"""`prune-opd data`: what prompts look like to a model, and published files as files of prompts."""
+"""`prune-opd data`: show prompts as a model gets them, and convert published files to files of prompts."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from prune_opd.data.render import excerpt
 from prune_opd.data.rows import Row, read_rows
 from prune_opd.errors import ConfigError, UserError
 
-BINS, BAR = 12, 40  # of the histogram: rows, and characters of the longest one
-ENDLESS = 256  # prompts of a task that are looked at
+BINS, BAR = 12, 40  # rows of the histogram, and characters of its longest bar
+ENDLESS = 256  # prompts of an endless task that are read
 
 
 def inspect(data: DataConfig, tokenizer: Tokenizer, shown: int, max_prompt_len: int | None, console: Console) -> None:
-    """Print `shown` prompts as the model gets them, answers and sources, the lengths in tokens, and bad rows.
+    """Print `shown` prompts as the model gets them, with answers and sources; then the lengths in tokens, and bad rows.
 
     Raises:
-        ConfigError: there is no such source, or (with `data.bad_rows` refuse) bad rows, each with its place.
+        ConfigError: there is no such source; or there are bad rows and data.bad_rows=refuse.
     """
     source = make_source(data, tokenizer, 0, max_prompt_len)
     prompts = [source.get(index) for index in range(source.size or ENDLESS)]
@@ -44,7 +44,7 @@ def inspect(data: DataConfig, tokenizer: Tokenizer, shown: int, max_prompt_len: 
 
 
 def length_table(lengths: list[int]) -> Table:
-    """A histogram of prompt lengths with the share of the prompts up to each bin's end."""
+    """A histogram of prompt lengths, with the share of the prompts up to each bin's end."""
     low, high = min(lengths), max(lengths)
     width = max(1, -(-(high - low + 1) // BINS))
     counts = [0] * ((high - low) // width + 1)
@@ -61,11 +61,11 @@ def length_table(lengths: list[int]) -> Table:
 
 
 def convert(layout: str, path: Path, out: Path) -> int:
-    """Write the rows of a published file as prompts (JSON lines), equal ones once. Returns how many there are.
+    """Write the rows of a published file as prompts (JSON lines), each only once. Returns how many there are.
 
     Raises:
-        ConfigError: no such layout, or a row without its columns, with its place.
-        UserError: `out` is there already.
+        ConfigError: there is no such layout, or a row lacks its columns.
+        UserError: `out` exists already.
     """
     if layout not in LAYOUTS:
         raise ConfigError(f"LAYOUT = {layout!r} is not known: choose one of {', '.join(LAYOUTS)}")
@@ -99,8 +99,8 @@ DAPO_AFTER = '\n\nRemember to put your answer on its own line after "Answer:".'
 def _dapo_math_17k(row: Row) -> Row:
     """Its columns: data_source, prompt (one user turn), reward_model.ground_truth, extra_info.
 
-    The instruction that DAPO puts round each problem asks for another form of answer; it goes, so that `data.suffix`
-    can ask for a box. (The published file has every problem about a hundred times.)
+    DAPO's instruction around each problem asks for another form of answer. It is removed, so that `data.suffix` can
+    ask for a box. (The published file has every problem about a hundred times.)
     """
     (turn,) = _listed(row["prompt"])
     problem = str(turn["content"]).removeprefix(DAPO_BEFORE).removesuffix(DAPO_AFTER)

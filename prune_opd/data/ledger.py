@@ -3,15 +3,15 @@ r"""The procedural task "ledger": keep a running total through 20 to 40 bookings
     prompt      <bos> 42 s1 +3 s2 -7 ... sN +1 <ask>
     response    HDR 42   s1 +3 EQ 45 SEP   s2 -7 EQ 38 SEP   ...   \boxed 17 <eos>
 
-The answer is (start + sum of the deltas) mod 100. A response has 2 words, 5 words a booking and 3 words at the end: 105
-to 205 tokens for 20 to 40 bookings. HDR, EQ and SEP stand for twelve synonyms each, drawn with Zipf(1) weights: natural
-entropy, so that the top-k sets of two models mean something. Every word is one token.
+The answer is (start + sum of the deltas) mod 100. A response has 2 words, 5 words for each booking and 3 words at the
+end: 105 to 205 for 20 to 40 bookings. Every word is one token. HDR, EQ and SEP stand for twelve synonyms each, drawn
+with Zipf(1) weights: natural entropy, so that the top-k sets of two models mean something.
 
 The drift pair writes the same solutions in another style, the register (`_Register`): SEP follows the label and the
 sign of the delta.
 
-A model is made weaker by what it was shown (`CorpusConfig`): slips after which the text goes on as if nothing had
-happened, and the carry bug, one systematic error that a student can unlearn.
+A model is made weaker by its training examples (`CorpusConfig`): they have slips, after which the text goes on as if
+nothing had happened, and the carry bug, one systematic error that a student can unlearn.
 
 Everything random has an address (stream, seed, index): any example can be made without making those before it, and the
 problems of an evaluation come from a stream that no training run draws from.
@@ -50,15 +50,15 @@ _DELTA_WORD: Final = {delta: f"{delta:+d}" for delta in DELTAS}
 VOCABULARY: Final = (*SPECIALS, *NUMBERS, *LABELS, *_DELTA_WORD.values(), *EQUALS, *SEPARATORS, *HEADERS)
 TOKEN_ID: Final = {word: token for token, word in enumerate(VOCABULARY)}
 
-# The synonyms' weights 1, 1/2, ... 1/12, summed up; without the last sum, so that a draw above the others is the last.
+# Running sums of the synonyms' weights 1, 1/2, ... 1/12, without the last sum: a draw above all sums is the last one.
 _zipf = 1 / np.arange(1, 13)
 _ZIPF_BOUNDS: Final[list[float]] = (np.cumsum(_zipf) / _zipf.sum())[:-1].tolist()
 
 # The first number of a random address. Never reuse or renumber one: all problems would change.
 STREAMS: Final = {"train": 1, "held_out": 2, "corpus": 3, "prompt_order": 4, "held_out_choice": 5}
 
-# The drift pair's table: a word for each label and sign of its delta, and another, wrong one. The order in which
-# entries go wrong spreads them over the labels, whatever the share: no stretch of a solution is free of them.
+# The drift pair's table: a right word for each label and sign of its delta, and a wrong one. The order in which entries
+# become wrong spreads them over the labels, whatever their share: no stretch of a solution is free of them.
 _ENTRIES: Final = 2 * MAX_STEPS
 _table_rng = np.random.Generator(np.random.PCG64(np.random.SeedSequence(6)))
 _TABLE: Final[list[int]] = _table_rng.integers(0, 12, _ENTRIES).tolist()
@@ -86,7 +86,7 @@ def random_stream(stream: str, seed: int, index: int) -> np.random.Generator:
     """
     if not 0 <= seed < 2**63:
         raise ConfigError(f"seed = {seed} is out of range: give a whole number from 0 to 2**63 - 1")
-    # Words of fixed width: SeedSequence splits large integers itself, and [2**32] would be the same as [0, 1].
+    # Integers of 32 bits: SeedSequence would split larger ones itself, and [2**32] would be the same as [0, 1].
     low = 0xFFFFFFFF
     entropy = (STREAMS[stream], seed & low, seed >> 32, index & low, index >> 32)
     return np.random.Generator(np.random.PCG64(np.random.SeedSequence(entropy)))
@@ -173,10 +173,10 @@ def _synonym(words: Sequence[str], rng: np.random.Generator) -> str:
 
 
 class _Register:
-    """SEP by the table: each word follows from the booking's label and sign, and is right or has been learnt wrong.
+    """SEP by the table: a booking's label and sign have one right word.
 
-    Of the table's entries a share of `corpus.wrong_entries`, always the same ones, is known with another word, which is
-    written with chance `corpus.wrong`. Whoever has written a wrong word is lost.
+    A share `corpus.wrong_entries` of the entries, always the same ones, is known wrongly: a wrong word is written there
+    with chance `corpus.wrong`. After a wrong word the text is lost.
     """
 
     def __init__(self, rng: np.random.Generator, corpus: CorpusConfig) -> None:
@@ -186,7 +186,7 @@ class _Register:
         return SEPARATORS[_TABLE[_entry(label, delta)]]
 
     def separator(self, label: int, delta: int) -> tuple[str, bool]:
-        """(SEP as it is known, whether it is wrong)."""
+        """(the word for SEP, whether it is wrong)."""
         entry = _entry(label, delta)
         known_wrong = _WRONG_RANK[entry] < self._corpus.wrong_entries * _ENTRIES
         if known_wrong and self._rng.random() < self._corpus.wrong:
@@ -198,12 +198,12 @@ class _Register:
 
 
 def _entry(label: int, delta: int) -> int:
-    """The table's place of a label and the sign of its delta."""
+    """The number of the table's entry for a label and the sign of its delta."""
     return 2 * (label - 1) + (delta < 0)
 
 
 def _near_miss(rng: np.random.Generator, value: int, low: int, high: int) -> int:
-    """A wrong value as people get it wrong: mostly one off, else a few or a ten; wraps within low..high-1."""
+    """A wrong value like people's: mostly off by one, else by a few or by ten; wraps around within low..high-1."""
     tens = rng.random() < 0.25
     sign = 1 if rng.random() < 0.5 else -1
     if tens:
@@ -222,20 +222,20 @@ def _wrong_delta(rng: np.random.Generator, delta: int) -> int:
 def worked_solution(problem: Problem, rng: np.random.Generator, corpus: CorpusConfig) -> list[str]:
     r"""The words of one worked solution, from the header to `<eos>`, with the errors that `corpus` asks for.
 
-    Per booking, each with its own chance: the label slips to another (the text goes on from there, so bookings are
-    skipped or repeated); the delta is misread; the carry bug, where a step across a tens boundary keeps the old tens
-    digit (39 +3 gives 32); the running total slips. Whatever total stands at the end is what the solution boxes: with
-    all rates at 0, the answer. `corpus.reverse` of the solutions go through the labels from last to first.
+    A booking can have four errors, each with its own chance: the label slips to another (the text goes on from there,
+    so bookings are skipped or repeated); the delta is misread; the carry bug keeps the old tens digit when a step
+    crosses a tens boundary (39 +3 gives 32); the running total slips. The solution boxes the last total, which is the
+    answer if all rates are 0. A share `corpus.reverse` of the solutions goes through the labels from last to first.
 
-    With `corpus.register` SEP follows the table, and after a wrong one the text is lost: up to `corpus.ramble` words
-    drawn evenly from all but the special ones, and no answer.
+    With `corpus.register` SEP follows the table. After a wrong SEP the text is lost: it ends with up to `corpus.ramble`
+    words, drawn evenly from all but the special ones, and without an answer.
     """
     words, _ = _solution(problem, rng, corpus)
     return words
 
 
 def _solution(problem: Problem, rng: np.random.Generator, corpus: CorpusConfig) -> tuple[list[str], int]:
-    """(the words of `worked_solution`, how many of them are given: the text that the example does not teach)."""
+    """(the words of `worked_solution`, how many of them are given, that is: read by the model and not learnt)."""
     steps = len(problem.deltas)
     reverse = rng.random() < corpus.reverse
     label, last, stride = (steps, 1, -1) if reverse else (1, steps, 1)
@@ -244,7 +244,7 @@ def _solution(problem: Problem, rng: np.random.Generator, corpus: CorpusConfig) 
     given_bookings, given_wrong = _given(steps, rng, corpus)
     given = 0
     words = [_synonym(HEADERS, rng), NUMBERS[total]]
-    for booking in range(steps + 4):  # a slip of the label may lead back: without a bound a text could be of any length
+    for booking in range(steps + 4):  # a slip of the label may lead back: the bound keeps texts from growing for ever
         if rng.random() < corpus.slip:
             label = _near_miss(rng, label, 1, steps + 1)
         delta = problem.deltas[label - 1]
@@ -278,7 +278,7 @@ def _solution(problem: Problem, rng: np.random.Generator, corpus: CorpusConfig) 
 
 
 def _given(steps: int, rng: np.random.Generator, corpus: CorpusConfig) -> tuple[int, bool]:
-    """(how many of a solution's bookings are given, whether the last of them has the wrong word)."""
+    """(how many of a solution's bookings are given, whether the last of those has a wrong word)."""
     if not corpus.given and not corpus.given_wrong:
         return 0, False
     draw = rng.random()
@@ -308,11 +308,11 @@ def _check(corpus: CorpusConfig) -> None:
 def example(corpus: CorpusConfig, seed: int, index: int) -> tuple[list[int], list[int]]:
     """(prompt ids, response ids) of the supervised example at (seed, index); about 0.1 ms.
 
-    What of the solution is given stands at the end of the prompt: it is read, not learnt.
+    The given part of the solution stands at the end of the prompt: it is read, not learnt.
 
     Raises:
-        ConfigError: a rate of `corpus` is not in 0..1, its lengths are not in 1..40, or what only the register has is
-            set without it.
+        ConfigError: a rate of `corpus` is not in 0..1, its lengths are not in 1..40, or a setting of the register is
+            used without the register.
     """
     _check(corpus)
     rng = random_stream("corpus", seed, index)
@@ -339,9 +339,10 @@ def sft_examples(
 def save_tokenizer(directory: str | Path) -> None:
     r"""Write the ledger's tokenizer as transformers and vLLM load it: tokenizer.json and tokenizer_config.json.
 
-    Words are what stands between white space, ids are those of `VOCABULARY`, decoding joins words with single spaces.
-    There is no unknown token: text with other words is an error, never a silent id. `<pad>`, `<bos>` and `<eos>` are
-    special; `<ask>` and `\boxed` are plain words, which decoding always shows. The same bytes at every call.
+    White space separates words, every word of `VOCABULARY` is a token with its number there as id, and decoding joins
+    them with single spaces. There is no unknown token: text with other words is an error, never a silent id. `<pad>`,
+    `<bos>` and `<eos>` are special; `<ask>` and `\boxed` are ordinary tokens, which decoding always shows. Every call
+    writes the same bytes.
     """
     from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 

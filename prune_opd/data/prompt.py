@@ -10,7 +10,7 @@ Tokenizer = Any  # a Hugging Face tokenizer: importing its class takes seconds
 
 @dataclass(frozen=True)
 class Prompt:
-    """One prompt: its place in the source, its token ids, the reference answer if any, and where it is from."""
+    """One prompt: its index in the source, its token ids, the reference answer if any, and the source's name."""
 
     index: int
     ids: tuple[int, ...]
@@ -19,7 +19,7 @@ class Prompt:
 
 
 class PromptSource(Protocol):
-    """Prompts by index. `size` is None where there is no end to them; then every index from 0 on is good."""
+    """Prompts by index. `size` is None for an endless source, where every index from 0 on is valid."""
 
     @property
     def name(self) -> str: ...

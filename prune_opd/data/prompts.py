@@ -55,7 +55,7 @@ def make_source(data: DataConfig, tokenizer: Tokenizer, seed: int, max_prompt_le
 
 
 def make_sampler(data: DataConfig, tokenizer: Tokenizer, seed: int, max_prompt_len: int | None = None) -> Sampler:
-    """What training draws from: `data.source`, or `data.mixture`. ConfigError: see `make_source`."""
+    """The sampler of training, over `data.source` or `data.mixture`. ConfigError: see `make_source`."""
     samplers = [
         PromptSampler(make_source(replace(data, source=source), tokenizer, seed, max_prompt_len), seed, data.shuffle)
         for source in data.sources
@@ -64,7 +64,7 @@ def make_sampler(data: DataConfig, tokenizer: Tokenizer, seed: int, max_prompt_l
 
 
 def file_sources(sampler: Sampler) -> list[FileSource]:
-    """The files among what a sampler draws from."""
+    """The prompt files among the sources of a sampler."""
     samplers = sampler.samplers if isinstance(sampler, MixtureSampler) else [sampler]
     return [one.source for one in samplers if isinstance(one.source, FileSource)]
 
@@ -95,9 +95,8 @@ def held_out(
 ) -> list[Prompt]:
     """`n` evaluation problems with answers, the same ones for the same `seed`.
 
-    Of a procedural task they come from a stream of their own, which no training run draws from, whatever its seed. A
-    file is an evaluation set as it stands, so it must be another file than the training one: `n` of its rows, in file
-    order, or all of them if there are fewer.
+    A procedural task has a stream of its own for them, from which no training run draws, whatever its seed. Of a file
+    they are `n` rows in file order, or all if there are fewer; so it must be another file than the training one.
 
     Raises:
         ConfigError: as `make_source`, or a row has no answer.

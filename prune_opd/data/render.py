@@ -1,8 +1,8 @@
 """From a row of a file to a prompt's text: column names, chat template, system prompt, suffix.
 
-A row has the prompt under one of `PROMPT_COLUMNS` and, to be scored, the answer under `answer`; case does not matter,
-which covers the published files of AMC23, AIME24/25 and HMMT24/25. What is under "prompt" is a text that is complete
-as it is; what is under "problem" or "question" is a user's turn, and goes through the chat template if there is one.
+A row has its prompt in one of `PROMPT_COLUMNS` and, if it is to be scored, its answer in `answer`; upper and lower case
+do not matter, which covers the published files of AMC23, AIME24/25 and HMMT24/25. The text in "prompt" is complete as
+it is. The text in "problem" or "question" is a user's turn, and goes through the chat template if there is one.
 """
 
 from __future__ import annotations
@@ -85,10 +85,10 @@ class Format:
 
 
 def encode_text(text: str, tokenizer: Tokenizer) -> tuple[int, ...]:
-    """The ids of a prompt's text. ConfigError if the tokenizer cannot encode it, or makes nothing of it."""
+    """The ids of a prompt's text. ConfigError if the tokenizer cannot encode it, or gives no tokens."""
     try:
         ids = tuple(tokenizer(text, add_special_tokens=False)["input_ids"])
-    except Exception as error:  # `tokenizers` has no class of its own for a word that is not in the vocabulary
+    except Exception as error:  # `tokenizers` has no exception of its own for text outside the vocabulary
         raise ConfigError(f"the model's tokenizer cannot encode the prompt {excerpt(text)} ({error})") from error
     if not ids:
         raise ConfigError("the prompt is empty: the tokenizer makes no tokens of it")
@@ -96,7 +96,7 @@ def encode_text(text: str, tokenizer: Tokenizer) -> tuple[int, ...]:
 
 
 def prompt_of(row: Row) -> tuple[str, Any]:
-    """The column that has a row's prompt, and what is in it. ConfigError if there is none, or more than one."""
+    """The column with a row's prompt, and its value. ConfigError if there is none, or more than one."""
     columns = {name.lower(): value for name, value in row.items()}
     found = [name for name in PROMPT_COLUMNS if columns.get(name) is not None]
     if len(found) != 1:
@@ -132,6 +132,6 @@ def _is_turn(turn: Any) -> bool:
 
 
 def excerpt(value: Any) -> str:
-    """A value in an error message: its beginning."""
+    """The beginning of a value, for an error message."""
     text = repr(value)
     return text if len(text) <= 60 else text[:57] + "..."

@@ -22,14 +22,14 @@ Numbered = tuple[Path, int, Row | ConfigError]
 
 
 def is_prompt_path(source: str) -> bool:
-    """Whether a source is meant as a path, be there something or not, and not as the name of a task."""
+    """Whether a source is meant as a path (existing or not) and not as the name of a task."""
     return Path(source).suffix in FORMATS or Path(source).exists()
 
 
 def read_rows(path: Path, split: str | None = None) -> Iterator[Numbered]:
-    """Every row with its file and number, from 1 (of a .jsonl file the line's number; blank lines are left out).
+    """Every row with its file and number, from 1 (in a .jsonl file the line's number; blank lines are left out).
 
-    A row that cannot be read stands there as the error that says why.
+    In place of a row that cannot be read comes the error that says why.
 
     Raises:
         ConfigError: the path cannot be read, has another format, or has several splits of which `split` names none.
@@ -80,7 +80,7 @@ def _directory_files(path: Path, split: str | None) -> list[Path]:
 
 
 def _split_of(file: Path) -> str:
-    """`train` of the usual names: train.jsonl, train-00000-of-00003.parquet."""
+    """The split in a usual file name: `train` in train.jsonl and train-00000-of-00003.parquet."""
     return file.stem.split("-")[0]
 
 

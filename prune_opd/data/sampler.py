@@ -11,7 +11,7 @@ from prune_opd.errors import ConfigError
 
 
 class Sampler(Protocol):
-    """What training draws its prompts from."""
+    """Where training gets its prompts."""
 
     @property
     def source(self) -> PromptSource: ...
@@ -57,10 +57,10 @@ class PromptSampler:
         return {"consumed": self.consumed} | self._identity()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue as the sampler that `state` is from would have.
+        """Continue from a `state_dict`.
 
         Raises:
-            ConfigError: the state belongs to another source, size, seed or order, so that no continuation is possible.
+            ConfigError: the state is of another source, size, seed or order, so that it cannot be continued.
         """
         for name, now in self._identity().items():
             if state.get(name) != now:
@@ -89,8 +89,8 @@ class PromptSampler:
 class MixtureSampler:
     """Draws from several sources in fixed proportions, each in an order of its own.
 
-    No dice: the next prompt is of the source that is farthest behind its share, the first of them in the given order,
-    so every batch is as near to the proportions as whole prompts allow.
+    Nothing is random: the next prompt comes from the source that is farthest behind its share (in a tie the first one).
+    So every batch is as near to the proportions as whole prompts allow.
 
     Args:
         weights: one for each source, above 0; they need not add up to 1.
@@ -102,7 +102,7 @@ class MixtureSampler:
 
     @property
     def source(self) -> PromptSource:
-        """One of them, for whoever needs any prompt."""
+        """The first source, for a caller who needs any prompt."""
         return self.samplers[0].source
 
     @property
@@ -118,7 +118,7 @@ class MixtureSampler:
         return {"weights": self.weights, "sources": [sampler.state_dict() for sampler in self.samplers]}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue as the sampler that `state` is from would have. ConfigError: see `PromptSampler`."""
+        """Continue from a `state_dict`. ConfigError: see `PromptSampler`."""
         if state.get("weights") != self.weights or len(state.get("sources", ())) != len(self.samplers):
             raise ConfigError(
                 f"the checkpoint's prompts had the weights {state.get('weights')}, this run has {self.weights}: "

@@ -17,7 +17,7 @@ from prune_opd.data.render import Format, encode_text
 from prune_opd.errors import ConfigError
 
 GYM = "reasoning_gym/"
-TRIES = 100  # to draw a problem that is short enough
+TRIES = 100  # problems that are drawn until one is short enough, at most
 
 
 class LedgerSource:
@@ -33,8 +33,8 @@ class LedgerSource:
     def __init__(self, tokenizer: Tokenizer, data: DataConfig, seed: int, *, stream: str = "train") -> None:
         if list(tokenizer.convert_tokens_to_ids(list(VOCABULARY))) != list(TOKEN_ID.values()):
             raise ConfigError(
-                f"data.source = 'ledger' needs the ledger's tokenizer ({len(VOCABULARY)} words), the model has another "
-                "one: take a model made by the sft recipes, or a .jsonl file of prompts"
+                f"data.source = 'ledger' needs the ledger's tokenizer ({len(VOCABULARY)} tokens), the model has "
+                "another one: take a model made by the sft recipes, or a .jsonl file of prompts"
             )
         self.task = Ledger(data.min_steps, data.max_steps)
         self.seed = seed
@@ -52,11 +52,11 @@ class LedgerSource:
 class ReasoningGymSource:
     r"""Endless problems of a reasoning-gym task: `reasoning_gym/countdown`, `reasoning_gym/countdown?max_numbers=4`.
 
-    What stands after the question mark are settings of the task. A response is scored by the task's own scorer, on its
-    last <answer>…</answer> or, without one, its last `\boxed{...}`; right is a score of 1. `stream`: as LedgerSource.
+    After the question mark come settings of the task. The task's own scorer gets the response's last <answer>…</answer>
+    or, without one, its last `\boxed{...}`; a score of 1 is right. `stream`: as in LedgerSource.
 
     Raises:
-        ConfigError: no such task, or not such settings of it; a prompt that the tokenizer cannot encode.
+        ConfigError: there is no such task, it has no such settings, or the tokenizer cannot encode a prompt.
     """
 
     size = None
@@ -79,7 +79,7 @@ class ReasoningGymSource:
         self._problem(0)
 
     def get(self, index: int) -> Prompt:
-        """The first of the index's problems that is short enough. ConfigError if none of `TRIES` is."""
+        """The first short enough problem of the `TRIES` that an index has. ConfigError if all are too long."""
         for attempt in range(TRIES):
             problem = self._problem(index, attempt)
             ids = encode_text(self._format.text({"question": problem[1]["question"]}, self._tokenizer), self._tokenizer)
@@ -97,7 +97,7 @@ class ReasoningGymSource:
         return answer is not None and dataset.score_answer(answer, entry) >= 1
 
     def _problem(self, index: int, attempt: int = 0) -> tuple[Any, dict[str, Any]]:
-        """A problem with the dataset it is the only one of: reasoning-gym's seeds of neighbours would overlap."""
+        """A problem, and a dataset of it alone: datasets of neighbouring seeds overlap in reasoning-gym."""
         import reasoning_gym
 
         key = f"{self._stream}/{self._seed}/{index}/{attempt}".encode()

@@ -24,7 +24,7 @@ if TYPE_CHECKING:  # the command line reads this module, and torch takes seconds
 
 @dataclass(frozen=True)
 class Sampling:
-    """How answers are sampled: `samples` per problem, of at most `max_len` response tokens, always the same seeds."""
+    """How answers are sampled: `samples` for each problem, of at most `max_len` tokens, always with the same seeds."""
 
     samples: int
     max_len: int
@@ -35,8 +35,10 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Scored:
-    """Sampled and scored answers to a task's problems, in order: `correct[problem][sample]`, row i of `rollouts` and
-    `texts` being sample i % k of problem i // k."""
+    """Sampled and scored answers to a task's problems, in order.
+
+    Row i of `rollouts` and `texts` is sample i % k of problem i // k; `correct` is indexed [problem][sample].
+    """
 
     task: str
     rollouts: Rollouts
@@ -49,7 +51,7 @@ class Scored:
 
     @property
     def mean_length(self) -> float:
-        """Of the responses, in tokens."""
+        """Mean length of the responses [tokens]."""
         return self.rollouts.tokens / len(self.texts)
 
     @property
@@ -59,7 +61,7 @@ class Scored:
 
 
 class Evaluator:
-    """A fixed set of problems, sampled with the same seeds at every call: two evaluations differ by weights only.
+    """A fixed set of problems, sampled with the same seeds at every call: only the weights change from call to call.
 
     Args:
         task: the name that the results carry.
@@ -111,7 +113,7 @@ def make_evaluator(
 
 
 def task_name(source: str) -> str:
-    """What the results of a source are called: a file's name without its ending, so that charts can say `aime24`."""
+    """The name of a source in results: of a file its name without the ending, so that charts can say `aime24`."""
     path = Path(source)
     return path.stem if path.suffix in FORMATS else source
 
@@ -126,8 +128,8 @@ def evaluation_record(
 ) -> Record:
     """The evaluation line of metrics.jsonl after `step` updates, over all tasks (their first `problems`). Collective.
 
-    `keep` answers of every task are written to `generations`/step-NNNNNN.jsonl on the rank that gives a folder.
-    `eval_response_length` is the mean over the tasks' means, in tokens.
+    A rank that gives the folder `generations` writes `keep` answers of every task to step-NNNNNN.jsonl in it.
+    `eval_response_length` is the mean of the tasks' means, in tokens.
     """
     started = time.perf_counter()
     record: Record = {"step": step}
@@ -150,7 +152,7 @@ def evaluation_record(
 
 
 def generation_rows(scored: Scored, tokenizer: Any, keep: int | None = None) -> list[Record]:
-    """One object an answer, the first `keep` (None: all): whole problems, in the order of the task."""
+    """One object for each answer, in the order of the task; only the first `keep` answers (None: all)."""
     k = len(scored.correct[0])
     rows = list(zip(scored.rollouts.prompts, scored.rollouts.responses, scored.texts, strict=True))
     return [

@@ -20,16 +20,16 @@ from prune_opd.errors import ConfigError
 from prune_opd.eval.evaluate import Sampling, Scored, generation_rows, make_evaluator, write_rows
 from prune_opd.track.metrics import Record
 
-SEED = 20_000  # not the training evaluation's: these are problems that no recipe was chosen on
+SEED = 20_000  # unlike the training evaluation's seed: no recipe was chosen by its results on these problems
 
 
 @dataclass(frozen=True)
 class EvalJob:
-    """One model on some tasks. Everything in it is plain, so that it goes to the ranks as JSON.
+    """One model on some tasks, in plain values, so that it can go to the ranks as JSON.
 
-    `sampling.max_len` 0 stands for all positions that the model has left after the longest prompt. `format` is how rows
-    of files and reasoning-gym's questions become prompts. `generations` (one JSON object an answer) and `results` (one
-    a task) are JSONL files that rank 0 writes, if given.
+    sampling: its `max_len` 0 means all positions that the model has left after the longest prompt.
+    format: how the rows of files, and reasoning-gym's questions, become prompts.
+    generations, results: JSONL files that rank 0 writes if they are given, with a line for each answer and each task.
     """
 
     model_dir: str
@@ -97,7 +97,7 @@ def evaluate_model(job: EvalJob) -> None:
 
 
 def result(scored: Scored) -> Record:
-    """What is printed of a task: avg@k, its standard error and 95 % interval, pass@1, 2, 4 … k, lengths in tokens."""
+    """A task's printed results: avg@k, its standard error and 95 % interval, pass@1, 2, 4 … k, lengths in tokens."""
     accuracy = scored.accuracy
     k = accuracy.k
     powers = [2**i for i in range(k.bit_length()) if 2**i < k]
@@ -114,7 +114,7 @@ def result(scored: Scored) -> Record:
 
 
 def results_table(results: Sequence[Record]) -> Table:
-    """Models against tasks: avg@k with its 95 % interval, pass@k in brackets. A model is a row, as given."""
+    """A row for each model, a column for each task: avg@k with its 95 % interval, pass@k in brackets."""
     tasks = list(dict.fromkeys(line["task"] for line in results))
     table = Table("model", *tasks, "response tokens")
     for model in dict.fromkeys(line["model"] for line in results):

@@ -1,10 +1,10 @@
 """Drift events that are certain, whatever rounding did to the scores (pure torch, no gradient).
 
 In flight the student's top-k comes from the rollout engine, in the loss from the trainer, and their log-probabilities
-differ in the last digits: where two words are nearly equal at the k-th place they may change places, and a token be an
-event for one and none for the other. A response must never be cut where the loss would go on. So an event counts in
-flight only if it is one for *every* outcome of the close calls: if all scores are off by at most margin / 2 each, the
-events counted here are a subset of the loss's, and R in flight is never below the loss's.
+differ in the last digits. Where two tokens score nearly the same around rank k, the two sides may order them
+differently, and see an event or not. A response must never be cut where the loss would go on. So an event counts in
+flight only if it is one for *every* outcome of the close calls: if each score is off by at most margin / 2, the events
+counted here are a subset of the loss's, and R in flight is never below the loss's.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ def certain_overlap_events(
     margin: float,
     vocab_size: int,
 ) -> Tensor:
-    """B_t = 1[O_t < γ] for every pair of top-k sets that the margin leaves open, bool [N].
+    """Whether B_t = 1[O_t < γ] holds for every pair of top-k sets that the margin leaves open, bool [N].
 
-    ids [N, C]: each model's C ≥ k most probable words, C > k unless the vocabulary ends; logp [N, C]: their
+    ids [N, C]: each model's C ≥ k most probable tokens; C = k only if k is the whole vocabulary. logp [N, C]: their
     log-probabilities (or logits), descending.
     """
-    student = _Places(student_logp_NC, k, margin, vocab_size)
-    teacher = _Places(teacher_logp_NC, k, margin, vocab_size)
+    student = _Membership(student_logp_NC, k, margin, vocab_size)
+    teacher = _Membership(teacher_logp_NC, k, margin, vocab_size)
     same_NCC = student_ids_NC.unsqueeze(-1) == teacher_ids_NC.unsqueeze(-2)
     student_shared_NC = (same_NCC & teacher.possible_NC.unsqueeze(-2)).any(-1)
     teacher_shared_NC = (same_NCC & student.possible_NC.unsqueeze(-1)).any(-2)
@@ -42,15 +42,16 @@ def certain_overlap_events(
 def certain_rejects(
     sampled_ids_N: Tensor, teacher_ids_NC: Tensor, teacher_logp_NC: Tensor, k: int, p: float, margin: float
 ) -> Tensor:
-    """B_t = 1[y ∉ nucleus] of `teacher_top_p`, where no close call decides it, bool [N]; shapes as above.
+    """Whether B_t = 1[y ∉ nucleus] of `teacher_top_p` holds whatever the close calls, bool [N]; shapes as above.
 
-    Cumulative probability may be short by a share of `margin`, and a word may belong into the k that does not lead.
+    Two errors are allowed for: the cumulative probability may be too small by a factor of 1 + `margin`, and a token
+    just outside the top k may belong inside.
     """
     rejected_N = top_p_reject(sampled_ids_N, teacher_ids_NC[:, :k], teacher_logp_NC[:, :k], min(p * (1 + margin), 1.0))
     beyond_NC = (teacher_ids_NC[:, k:] == sampled_ids_N[:, None]) & (
         teacher_logp_NC[:, k:] >= teacher_logp_NC[:, k - 1 : k] - margin
     )
-    # Within the k, neighbours within the margin may change places, and one of them take the last place of the nucleus.
+    # Inside the top k, tokens closer than the margin may change order, and the sampled one may end up in the nucleus.
     at_N1 = (teacher_ids_NC == sampled_ids_N[:, None]).float().argmax(-1, keepdim=True)
     lifted_NC = teacher_logp_NC[:, :k] + margin
     lifted_NC = torch.where(torch.arange(k, device=at_N1.device) == at_N1, lifted_NC, teacher_logp_NC[:, :k])
@@ -64,7 +65,7 @@ def certain_rejects(
     return rejected_N & again_N & ~beyond_NC.any(-1)
 
 
-class _Places:
+class _Membership:
     """Which of the C candidates are in the top-k in every outcome, and which in some."""
 
     def __init__(self, logp_NC: Tensor, k: int, margin: float, vocab_size: int) -> None:
@@ -74,12 +75,12 @@ class _Places:
             self.certain_NC = logp_NC > logp_NC[:, k : k + 1] + margin
         else:
             self.certain_NC = torch.ones_like(self.possible_NC)
-        # Where even the last candidate may belong to the k, so may words that are not among the candidates.
+        # Where even the last candidate may belong to the top k, so may tokens that are not among the candidates.
         all_known = width >= vocab_size
         self.known_N = torch.ones_like(self.possible_NC[:, 0]) if all_known else ~self.possible_NC[:, -1]
 
     def most(self, shared_NC: Tensor, k: int) -> Tensor:
-        """Most of the k that can be among the `shared` ones."""
+        """How many of the top k can be among the `shared` candidates, at most."""
         forced_N = (self.certain_NC & shared_NC).sum(-1)
         open_N = k - self.certain_NC.sum(-1)
         return forced_N + torch.minimum(open_N, (self.possible_NC & ~self.certain_NC & shared_NC).sum(-1))

@@ -1,12 +1,12 @@
 """The in-flight gate: a drifting response is stopped while it is generated (this project's extension of Prune-OPD).
 
-    responses at a checkpoint ─▶ teacher, whole prefixes in one packed pass ─▶ its top-k at the new tokens
+    responses at a look ─▶ teacher, whole prefixes in one packed pass ─▶ its top-k at the new tokens
         + the student's top-k from the rollout engine ─▶ certain events ─▶ rank 0: R (method/gate.py) ─▶ all: stop
 
-The verdict is final for the response but has no part in the loss, which works out its own gate from the trainer's
-forward pass. Only events that no rounding decides count here (certain_events.py), so R in flight is never below the
-loss's: what is cut is what the loss would have given R = 0. Whether that held is counted in every step
-(`inflight_too_early`).
+A look is a response length at which this happens. The verdict is final for the response but has no part in the loss,
+which works out its own gate from the trainer's forward pass. Only events that no rounding decides count here
+(certain_events.py), so R in flight is never below the loss's R: only tokens to which the loss would have given R = 0
+are cut off. Every step counts the responses for which that did not hold (`inflight_too_early`).
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from prune_opd.config.rollout import MARGIN
 from prune_opd.data.prompt import Prompt
 from prune_opd.errors import UserError
 from prune_opd.inflight.certain_events import certain_overlap_events, certain_rejects
-from prune_opd.inflight.look_schedule import CheckpointPlan, Course
+from prune_opd.inflight.look_schedule import Course, LookSchedule
 from prune_opd.loss.vocab_parallel import OutputHead, log_normaliser, topk
 from prune_opd.method.gate import RELIABLE_ABOVE, apply_gate
 from prune_opd.rollout.balance import deal_any, padded_size
@@ -45,25 +45,25 @@ class InflightGate:
         assert config.gate is not None  # TrainConfig has seen to it
         self.config, self.gate, self.settings = config, config.gate, config.rollout.inflight
         self.teacher, self.layout, self.vocab_size = teacher, layout, vocab_size
-        self.candidates = min(2 * self.gate.k, vocab_size)  # words beyond k, to see how close a call is
+        self.candidates = min(2 * self.gate.k, vocab_size)  # more than k, to see how close a call is
         self.top = self.candidates if self.gate.metric == "overlap" else None
         margin = self.settings.margin
         self.margin = MARGIN[rollout_format(config.precision.params, config.rollout)] if margin is None else margin
-        self.plan = CheckpointPlan(self.settings.price)
-        self.looked_at: tuple[int, ...] = ()
+        self.plan = LookSchedule(self.settings.price)
+        self.chosen: tuple[int, ...] = ()  # the batch's looks
         self.begin([], [], [])
 
-    def checkpoints(self, max_tokens: int) -> tuple[int, ...]:
-        self.looked_at = self.plan.choose(self.settings.checkpoints(max_tokens))
-        return self.looked_at
+    def looks(self, max_tokens: int) -> tuple[int, ...]:
+        self.chosen = self.plan.choose(self.settings.looks(max_tokens))
+        return self.chosen
 
     def begin(
         self, prompt_of_row: Sequence[Prompt], max_tokens_of_row: Sequence[int], begun_of_row: Sequence[Response]
     ) -> None:
         """Forget the last batch: row i of the next one answers prompt_of_row[i], in at most max_tokens_of_row[i].
 
-        begun_of_row: what earlier steps have left of them. Stale tokens count as none of the events: what the student
-        thinks of them now is not known here, and no reliable token is cut either way.
+        begun_of_row: what each row already has from earlier steps. These stale tokens never count as events: what the
+        student thinks of them now is not known here, and fewer events cut no reliable token.
         """
         from prune_opd.megatron.teacher import KeptHidden
 
@@ -75,7 +75,7 @@ class InflightGate:
         self.seconds = 0.0
 
     def keep(self, rows: Sequence[int]) -> None:
-        """The others have no part in the batch any more: row rows[i] is number i of what is left."""
+        """Only these rows stay in the batch: row rows[i] becomes row i."""
         from prune_opd.megatron.teacher import KeptHidden
 
         number = {row: i for i, row in enumerate(rows)}
@@ -87,7 +87,7 @@ class InflightGate:
         )
 
     def stop(self, prefixes: Sequence[Prefix]) -> set[int]:
-        """The rows whose reliability is gone at the checkpoint that they have passed. Collective over the job."""
+        """The rows whose reliability is gone at the look that they have reached. Collective over the job."""
         started = time.perf_counter()
         for prefix in prefixes:
             self.ids[prefix.row] += prefix.new_ids
@@ -112,8 +112,8 @@ class InflightGate:
         return stopped
 
     def learn(self, rollouts: Rollouts, reliable_length_B: Tensor) -> None:
-        """Take in how a batch went by the loss's gate; the next one's checkpoints are chosen by it."""
-        self.plan.learn(courses(rollouts, reliable_length_B.tolist(), self.limits, self.looked_at))
+        """Take in how a batch went by the loss's gate; the looks of the next batch are chosen by it."""
+        self.plan.learn(courses(rollouts, reliable_length_B.tolist(), self.limits, self.chosen))
 
     def record(self, rollouts: Rollouts, reliable_length_B: Tensor) -> dict[str, Any]:
         """What the gate did to the batch, for metrics.jsonl (track/metrics.py has the meanings)."""
@@ -217,7 +217,7 @@ class _Seen:
             self._ids_NC, self._logp_NC = (torch.cat(part).to(device) for part in (self._ids, self._logp))
 
     def top(self, part: slice) -> tuple[Tensor, Tensor]:
-        """The student's candidates [N, C], int64, and their log-probabilities, descending; padding words are last."""
+        """The student's candidates [N, C], int64, and their log-probabilities, descending; padding ids come last."""
         ids_NC, logp_NC = self._ids_NC[part].long(), self._logp_NC[part]
         logp_NC = logp_NC.masked_fill(ids_NC >= self.vocab_size, float("-inf"))
         logp_NC, order_NC = logp_NC.sort(dim=-1, descending=True, stable=True)
@@ -234,9 +234,9 @@ def is_spent(events: Sequence[bool], gate: GateConfig, settings: InflightConfig)
 
 
 def courses(
-    rollouts: Rollouts, reliable_length_B: Sequence[float], limits: Sequence[int], looked_at: Sequence[int]
+    rollouts: Rollouts, reliable_length_B: Sequence[float], limits: Sequence[int], looks: Sequence[int]
 ) -> list[Course]:
-    """How the responses went that the loss's gate has judged (NaN: it has not)."""
+    """How each response went that the loss's gate has judged (a NaN in reliable_length_B: it has not)."""
     found = []
     rows = zip(rollouts.prompt_ids, rollouts.responses, reliable_length_B, limits, strict=True)
     for prompt, response, reliable, limit in rows:
@@ -244,8 +244,8 @@ def courses(
             continue
         length = len(response.ids)
         spent = int(reliable) + 1 if reliable < length else length if response.stopped else None
-        passed = max((at for at in looked_at if at < length), default=0)
-        if spent is not None and spent <= passed:  # but in flight it was let through: not every event is certain
+        passed = max((look for look in looks if look < length), default=0)
+        if spent is not None and spent <= passed:  # but the look let it through: not every event is certain
             spent = passed + 1
         whole = _expected(rollouts, length, limit) if response.stopped else length
         found.append(Course(len(prompt), whole, spent))
@@ -253,9 +253,9 @@ def courses(
 
 
 def _expected(rollouts: Rollouts, length: int, limit: int) -> float:
-    """An estimate of how long a response would have become that was cut at `length` tokens.
+    """Estimated length that a response cut at `length` tokens would have reached.
 
-    The mean length of the batch's other responses that went past `length`; without any, the most it could be.
+    The mean length of the batch's other responses that went past `length`; if there are none, its limit.
     """
     others = [len(r.ids) for r in rollouts.responses if not r.stopped and len(r.ids) > length]
     return sum(others) / len(others) if others else limit

@@ -10,7 +10,7 @@ from prune_opd.model_spec import ModelSpec
 
 @dataclass(frozen=True)
 class Count:
-    """Parameters. experts: those that expert parallelism shares out; dense: all others."""
+    """Parameters. experts: the ones that expert parallelism divides; dense: all others."""
 
     dense: int
     experts: int = 0
@@ -37,26 +37,26 @@ class ParallelSizes:
 
     @property
     def expert_replicas(self) -> int:
-        """Ranks that hold the same experts: what expert parallelism leaves of a stage's ranks."""
+        """Ranks that hold the same experts: a stage's ranks divided by the expert parallel size."""
         return max(self.stage_ranks // self.expert, 1)
 
 
 def parameters(spec: ModelSpec) -> int:
-    """As the Hugging Face directory has them: no padding, a tied head once."""
+    """Parameters in the Hugging Face directory: without padding, a tied head counted once."""
     heads = 1 if spec.tied else 2
     layers = sum(_layer(spec, layer, 1, 1).all for layer in range(spec.layers))
     return heads * spec.vocab_size * spec.hidden + layers + spec.hidden
 
 
 def active_parameters(spec: ModelSpec) -> int:
-    """Of the matrices that one token is multiplied with, head included and embedding not."""
+    """Parameters of the matrices that one token is multiplied with: the head included, the embedding not."""
     return spec.vocab_size * spec.hidden + sum(_active_layer(spec, layer) for layer in range(spec.layers))
 
 
 def on_rank(spec: ModelSpec, layout: ParallelSizes, stage: int, head: bool = True) -> Count:
     """Parameters that a rank of a stage holds, with the padding of the vocabulary.
 
-    head: whether the last stage has the output matrix (the teacher's does not; teacher.py).
+    head: whether the last stage has the output matrix (the teacher's has not: megatron/teacher.py).
     """
     per_stage = spec.layers // layout.pipeline
     counts = [_layer(spec, stage * per_stage + i, layout.tensor, layout.expert) for i in range(per_stage)]
@@ -74,25 +74,25 @@ def largest_rank(spec: ModelSpec, layout: ParallelSizes, head: bool = True) -> C
 
 
 def forward_flops(spec: ModelSpec, length: float, head: bool = True) -> float:
-    """Of one sequence of `length` tokens: 2 a parameter and token, and causal attention's two products."""
+    """FLOPs of one sequence of `length` tokens: 2 for each parameter and token, and causal attention's two products."""
     return flops_by_length(spec, head)(length)
 
 
 def flops_by_length(spec: ModelSpec, head: bool = True) -> Callable[[float], float]:
-    """`forward_flops` for many sequences: what depends on the model only is counted once."""
+    """`forward_flops` as a function of the length; what depends on the model alone is counted once."""
     active = active_parameters(spec) - (0 if head else spec.vocab_size * spec.hidden)
     attention = 2 * spec.layers * spec.heads * spec.head_dim
     return lambda length: 2 * active * length + attention * length**2
 
 
 def cache_bytes(spec: ModelSpec, bytes_each: int, tensor: int = 1) -> int:
-    """Of one token in the KV cache on one of `tensor` ranks. Heads are repeated where there are more ranks."""
+    """Bytes of one token in the KV cache of one of `tensor` ranks. With more ranks than heads, heads are repeated."""
     heads = -(-spec.kv_heads // tensor)
     return 2 * spec.layers * heads * spec.head_dim * bytes_each
 
 
 def touched_parameters(spec: ModelSpec, batch: float) -> float:
-    """Parameters that one decoding step reads for `batch` tokens: of experts, those that any of the tokens goes to."""
+    """Parameters that a decoding step of `batch` tokens reads; only the experts that one of the tokens goes to."""
     total = active_parameters(spec)
     if spec.moe is None:
         return total
@@ -108,7 +108,10 @@ def _attention(spec: ModelSpec, tensor: int) -> int:
 
 
 def _layer(spec: ModelSpec, layer: int, tensor: int, expert: int) -> Count:
-    """megatron-core keeps norms and the router whole on every TP rank, and this project keeps experts whole."""
+    """Parameters of a layer on one rank.
+
+    megatron-core keeps norms and the router whole on every TP rank, and this project keeps each expert whole.
+    """
     dense = _attention(spec, tensor) + 2 * spec.hidden
     if not spec.is_sparse(layer):
         return Count(dense + 3 * spec.hidden * spec.ffn // tensor)

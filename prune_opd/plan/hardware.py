@@ -1,4 +1,4 @@
-"""What the GPUs can do (data sheets) and how much of it a run gets (the few constants that are not on a sheet)."""
+"""What the GPUs can do (from data sheets), and how much of it a run gets (constants that are on no data sheet)."""
 
 from __future__ import annotations
 
@@ -12,15 +12,13 @@ GiB = 2**30
 
 @dataclass(frozen=True)
 class Gpu:
-    """Bytes of memory; FLOP/s of dense matrix products; bytes/s of memory, NVLink one way, its share of the network."""
-
     name: str
-    memory: float
-    bf16: float
-    fp8: float
-    bandwidth: float
-    nvlink: float
-    network: float
+    memory: float  # bytes
+    bf16: float  # FLOP/s of dense matrix products
+    fp8: float  # FLOP/s
+    bandwidth: float  # of the memory [bytes/s]
+    nvlink: float  # one way [bytes/s]
+    network: float  # its share of the node's [bytes/s]
 
 
 # NVIDIA data sheets of A100 80GB SXM, H100 SXM and H200 SXM (dense numbers, not the sparse ones); memory as nvidia-smi
@@ -34,17 +32,17 @@ GPUS = {gpu.name: gpu for gpu in (A100, H100, H200)}
 # Share of the peak that the models' matrix products get, forward and backward. Megatron-LM reports 44 to 52 % on A100s
 # for models of 1.7 B to 1 T parameters in large batches (arXiv 2104.04473, table 1); rows of unequal length get less.
 COMPUTE_EFFICIENCY = 0.40
-# FP8 doubles the peak and not the speed: casts, norms, attention and the head stay bf16. 0.28 of the FP8 peak is 1.4
+# FP8 doubles the peak but not the speed: casts, norms, attention and the head stay in bf16. 0.28 of the FP8 peak is 1.4
 # times bf16's speed. Assumed.
 FP8_EFFICIENCY = 0.28
 # Share of the memory bandwidth that a decoding step gets. Assumed; memory-bound kernels reach 70 to 90 % of the peak.
 DECODE_EFFICIENCY = 0.70
-# Scheduler, sampling and launches of one decoding step with CUDA graphs [s]. Assumed: vLLM decodes models of 1 to 2 B
-# parameters alone at 250 to 400 tokens/s on an H100, whose weights take 1 ms of it.
+# Scheduler, sampling and launches of one decoding step with CUDA graphs [s]. Assumed: on an H100 vLLM decodes a single
+# response of a model of 1 to 2 B parameters at 250 to 400 tokens/s, and reading the weights takes 1 ms of such a step.
 DECODE_OVERHEAD = 0.002
 # Share of a link that NCCL's collectives get. Assumed: nccl-tests shows about 360 of 450 GB/s on NVLink.
 COLLECTIVE_EFFICIENCY = 0.80
-# One more rank in a ring [s]. Assumed: a few microseconds of NCCL's and the network's latency, twice around.
+# Cost of one more rank in a ring [s]. Assumed: a few microseconds of latency in NCCL and the network, twice around.
 HOP_LATENCY = 10e-6
 # All of a step that is none of the above [s]: waking, offloading, tokenising, logging, checkpoints. Fitted to: all the
 # hours that published.py lists, together.
@@ -57,7 +55,7 @@ ENGINE_WORKSPACE = 2 * GiB
 
 
 def gpu_named(name: str) -> Gpu:
-    """Raises `ConfigError` for a CPU, of which nothing is known that a plan could be made of, and for unknown names."""
+    """The GPU of this name. Raises `ConfigError` for unknown names, and for a CPU, which cannot be planned for."""
     if name == "cpu":
         raise ConfigError(
             "gpu = 'cpu' cannot be planned, since cores, caches and memory differ too much: run the recipe (the tiny "

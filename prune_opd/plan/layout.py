@@ -1,6 +1,6 @@
-"""Which layouts fit the ranks and the models: heads, layers and experts by the ranks that share them. No torch in here.
+"""Whether a layout fits the ranks and the models: what must divide heads, layers, experts and ranks. No torch in here.
 
-megatron-core would fail on most of these inside a constructor, on all ranks at once, and run some of them wrongly.
+On most bad layouts megatron-core would fail inside a constructor, on all ranks at once; some it would run wrongly.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ HfConfig = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
-class _Place:
+class _ModelLayout:
     """The sizes of one model's layout, and the settings that they come from."""
 
     role: str
@@ -28,13 +28,13 @@ class _Place:
 
 
 def layout_problems(config: TrainConfig, nproc: int, models: Mapping[str, HfConfig]) -> list[str]:
-    """What is wrong with the layout on `nproc` ranks, a line each. models: config.json by role, as far as readable."""
+    """What is wrong with the layout on `nproc` ranks, a line each. models: config.json by role, the readable ones."""
     parallel = config.parallel
-    student, teacher = places = _places(parallel, nproc)
-    problems = _ranks(parallel, places, nproc)
-    for place in places:
-        if (model := models.get(place.role)) is not None:
-            problems += _model(place, model) + _experts(place, model, nproc)
+    student, teacher = layouts = _layouts(parallel, nproc)
+    problems = _ranks(parallel, layouts, nproc)
+    for layout in layouts:
+        if (model := models.get(layout.role)) is not None:
+            problems += _model(layout, model) + _experts(layout, model, nproc)
     if "student" in models:
         problems += _student(parallel, student, models["student"])
     problems += _sequence_parallel(parallel, student)
@@ -45,16 +45,16 @@ def layout_problems(config: TrainConfig, nproc: int, models: Mapping[str, HfConf
 
 
 def divisors(number: int) -> str:
-    """The numbers that would do, as a remedy names them."""
+    """The divisors of a number, as text for an error's remedy."""
     return ", ".join(str(i) for i in range(1, number + 1) if number % i == 0)
 
 
-def _places(parallel: ParallelConfig, nproc: int) -> tuple[_Place, _Place]:
+def _layouts(parallel: ParallelConfig, nproc: int) -> tuple[_ModelLayout, _ModelLayout]:
     tensor, pipeline = parallel.tensor_size(nproc), parallel.pipeline
     field = f"parallel.tensor = {tensor}"
     if not parallel.tensor:
         field += " (null: all ranks)" if tensor == nproc else " (null: the ranks that are left)"
-    student = _Place(
+    student = _ModelLayout(
         "student", tensor, field, pipeline, f"parallel.pipeline = {pipeline}", *_expert(parallel, "expert")
     )
     if parallel.teacher_tensor is not None:
@@ -63,73 +63,74 @@ def _places(parallel: ParallelConfig, nproc: int) -> tuple[_Place, _Place]:
         pipeline = parallel.teacher_pipeline
     name = "pipeline" if parallel.teacher_pipeline is None else "teacher_pipeline"
     name = f"parallel.{name} = {pipeline}"
-    return student, _Place("teacher", tensor, field, pipeline, name, *_expert(parallel, "teacher_expert"))
+    return student, _ModelLayout("teacher", tensor, field, pipeline, name, *_expert(parallel, "teacher_expert"))
 
 
 def _expert(parallel: ParallelConfig, name: str) -> tuple[int, str]:
     return getattr(parallel, name), f"parallel.{name} = {getattr(parallel, name)}"
 
 
-def _ranks(parallel: ParallelConfig, places: tuple[_Place, _Place], nproc: int) -> list[str]:
+def _ranks(parallel: ParallelConfig, layouts: tuple[_ModelLayout, _ModelLayout], nproc: int) -> list[str]:
     """A replica takes tensor * pipeline (* context) ranks, and the job must be made of whole replicas."""
     problems = []
-    for place in places:
-        context = parallel.context if place.role == "student" else 1
-        size = place.tensor * place.pipeline * context
+    for layout in layouts:
+        context = parallel.context if layout.role == "student" else 1
+        size = layout.tensor * layout.pipeline * context
         if nproc % size == 0:
             continue
-        if size == place.tensor:
-            problem = f"{place.tensor_field} does not divide the {nproc} ranks: choose one of {divisors(nproc)}"
+        if size == layout.tensor:
+            problem = f"{layout.tensor_field} does not divide the {nproc} ranks: choose one of {divisors(nproc)}"
         else:
             shared = f" and parallel.context = {context}" if context > 1 else ""
             problem = (
-                f"{place.tensor_field} with {place.pipeline_field}{shared} puts a model on {size} ranks, which does not"
-                f" divide the {nproc} ranks: choose sizes with a product of {divisors(nproc)}"
+                f"{layout.tensor_field} with {layout.pipeline_field}{shared} puts a model on {size} ranks, which does"
+                f" not divide the {nproc} ranks: choose sizes with a product of {divisors(nproc)}"
             )
         problems.append(f"{problem}, or another --nproc")
-    return list(dict.fromkeys(problems))  # a teacher that lies as the student does is no second problem
+    return list(dict.fromkeys(problems))  # a teacher with the student's layout would say the same again
 
 
-def _model(place: _Place, model: HfConfig) -> list[str]:
-    """What TP ranks and stages share out evenly. A KV group is never split, so TP stays within their number."""
+def _model(layout: _ModelLayout, model: HfConfig) -> list[str]:
+    """Problems with what TP ranks and stages must divide evenly. A KV head is never split."""
     heads = int(model["num_attention_heads"])
     shares = {
         "attention heads": heads,
         "key-value heads": int(model.get("num_key_value_heads") or heads),
-        "feed-forward columns": int(model.get("intermediate_size") or place.tensor),
+        "feed-forward columns": int(model.get("intermediate_size") or layout.tensor),
     }
     problems = [
-        f"{place.tensor_field} does not divide the {count} {name} of the {place.role}: choose one of {divisors(count)}"
+        f"{layout.tensor_field} does not divide the {count} {name} of the {layout.role}:"
+        f" choose one of {divisors(count)}"
         for name, count in shares.items()
-        if count % place.tensor
+        if count % layout.tensor
     ]
-    layers = int(model.get("num_hidden_layers") or place.pipeline)
-    if layers % place.pipeline:
+    layers = int(model.get("num_hidden_layers") or layout.pipeline)
+    if layers % layout.pipeline:
         problems.append(
-            f"{place.pipeline_field} does not divide the {layers} layers of the {place.role}:"
+            f"{layout.pipeline_field} does not divide the {layers} layers of the {layout.role}:"
             f" choose one of {divisors(layers)}"
         )
     return problems
 
 
-def _experts(place: _Place, model: HfConfig, nproc: int) -> list[str]:
-    """A layer's experts are shared out whole over neighbouring TP and data-parallel ranks of a stage."""
-    experts, expert, field = _expert_count(model), place.expert, place.expert_field
+def _experts(layout: _ModelLayout, model: HfConfig, nproc: int) -> list[str]:
+    """Problems with expert parallelism: whole experts go to neighbouring TP and data-parallel ranks of a stage."""
+    experts, expert, field = _expert_count(model), layout.expert, layout.expert_field
     if expert == 1:
         return []
     setting = field.partition(" ")[0]
     if not experts:
-        return [f"{field} needs experts, and the {place.role} has none: set {setting}=1"]
-    ranks = max(nproc // place.pipeline, 1)
+        return [f"{field} needs experts, and the {layout.role} has none: set {setting}=1"]
+    ranks = max(nproc // layout.pipeline, 1)
     problems = [
-        f"{field} does not divide the {count} {name} of the {place.role}: choose one of {divisors(count)}"
+        f"{field} does not divide the {count} {name} of the {layout.role}: choose one of {divisors(count)}"
         for name, count in (("experts", experts), ("ranks of a stage", ranks))
         if count % expert
     ]
-    if expert % place.tensor:
+    if expert % layout.tensor:
         problems.append(
-            f"{field} is no multiple of {place.tensor_field}, so the ranks that hold all experts would not hold all of"
-            f" the rest of the {place.role}: choose a multiple"
+            f"{field} is no multiple of {layout.tensor_field}, so the ranks that hold all experts would not hold all of"
+            f" the rest of the {layout.role}: choose a multiple"
         )
     return problems
 
@@ -138,8 +139,8 @@ def _expert_count(model: HfConfig) -> int:
     return int(model.get("num_local_experts") or model.get("num_experts") or 0)  # transformers 5 writes the former
 
 
-def _student(parallel: ParallelConfig, place: _Place, model: HfConfig) -> list[str]:
-    """What only the student has: chunks of a virtual pipeline, and gradients of experts."""
+def _student(parallel: ParallelConfig, layout: _ModelLayout, model: HfConfig) -> list[str]:
+    """Problems that only the student can have: chunks of a virtual pipeline, gradients of experts."""
     problems = []
     layers, chunks = int(model.get("num_hidden_layers") or 0), parallel.pipeline * parallel.virtual_pipeline
     if parallel.virtual_pipeline > 1 and layers % parallel.pipeline == 0 and layers % chunks:
@@ -147,20 +148,20 @@ def _student(parallel: ParallelConfig, place: _Place, model: HfConfig) -> list[s
             f"parallel.virtual_pipeline = {parallel.virtual_pipeline} does not divide the {layers // parallel.pipeline}"
             f" layers of a stage of the student: choose one of {divisors(layers // parallel.pipeline)}"
         )
-    if _expert_count(model) and place.expert == 1 < place.tensor:
+    if _expert_count(model) and layout.expert == 1 < layout.tensor:
         problems.append(
-            f"{place.expert_field} with experts and {place.tensor_field}: nobody adds up the gradients of experts that"
-            f" TP ranks share; set parallel.expert to a multiple of {place.tensor}, or parallel.tensor=1"
+            f"{layout.expert_field} with experts and {layout.tensor_field}: nobody adds up the gradients of experts"
+            f" that TP ranks share; set parallel.expert to a multiple of {layout.tensor}, or parallel.tensor=1"
         )
-    if _expert_count(model) and place.tensor > 1 and not parallel.sequence_parallel:
+    if _expert_count(model) and layout.tensor > 1 and not parallel.sequence_parallel:
         problems.append(
-            f"{place.tensor_field} with experts needs sequence parallelism, or each rank routes all tokens:"
+            f"{layout.tensor_field} with experts needs sequence parallelism, or each rank routes all tokens:"
             " set parallel.sequence_parallel=true"
         )
     return problems
 
 
-def _sequence_parallel(parallel: ParallelConfig, student: _Place) -> list[str]:
+def _sequence_parallel(parallel: ParallelConfig, student: _ModelLayout) -> list[str]:
     if not parallel.sequence_parallel or student.tensor > 1:
         return []
     return [
@@ -192,8 +193,8 @@ def _engine(config: TrainConfig, nproc: int, student: HfConfig | None) -> list[s
     return problems
 
 
-def _batch(config: TrainConfig, student: _Place, teacher: _Place, nproc: int) -> list[str]:
-    """Every replica needs a response, and every micro-batch of an interleaved pipeline, which come in whole rounds."""
+def _batch(config: TrainConfig, student: _ModelLayout, teacher: _ModelLayout, nproc: int) -> list[str]:
+    """Every replica needs a response; with an interleaved pipeline each of its `pipeline` micro-batches needs one."""
     parallel = config.parallel
     replicas = nproc // (student.tensor * student.pipeline * parallel.context)
     of = f"{replicas} data-parallel replicas"

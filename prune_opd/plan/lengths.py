@@ -1,4 +1,4 @@
-"""How long responses are, and how far the horizon lets them go. Assumed: a run's metrics have the measurements."""
+"""How long responses are, and how far the horizon lets them go. All assumed; measurements are in a run's metrics."""
 
 from __future__ import annotations
 
@@ -13,24 +13,23 @@ from prune_opd.config import HorizonConfig, TrainConfig
 from prune_opd.errors import ConfigError
 from prune_opd.method.horizon import make_controller
 
-SPREAD = (
-    0.6  # standard deviation of the logarithm of a response's length: a few times as long as the median now and then
-)
-DEFAULT_SHARE = 0.6  # of max_len, where the recipe does not say what a response takes
+# Standard deviation of the logarithm of a response's length: now and then one is a few times as long as the median.
+SPREAD = 0.6
+DEFAULT_SHARE = 0.6  # mean response length as a share of max_len, where the recipe gives none
 ADAPTIVE = ("prune", "marginal")
 COMPARED = ("prune", "popd", "topd", "full")  # strategies whose times stand beside each other in a plan
-CURVE = 64  # quantiles that a mean is taken over
+CURVE = 64  # quantiles that stand for the distribution
 
 
 @dataclass(frozen=True)
 class Lengths:
-    """Log-normal lengths of responses that nothing cuts short. median in tokens."""
+    """Log-normal lengths [tokens] of responses that nothing cuts short."""
 
     median: float
 
     @classmethod
     def of(cls, mean: float, max_len: int) -> Lengths:
-        """Those whose mean is `mean` once they are cut at `max_len` tokens. Raises `ConfigError` if there are none."""
+        """The lengths whose mean is `mean` when cut at `max_len` tokens. `ConfigError` if that is impossible."""
         if not 1 <= mean < max_len:
             raise ConfigError(
                 f"planning.response_length = {mean:g} is no mean of responses of at most horizon.max_len = {max_len} "
@@ -43,7 +42,7 @@ class Lengths:
         return cls(math.exp(high))
 
     def quantiles(self, count: int, horizon: float) -> list[float]:
-        """The lengths of `count` responses cut at the horizon, ascending: the middles of as many equal shares."""
+        """Typical lengths of `count` responses cut at the horizon, ascending: quantiles (i + 1/2) / count."""
         return [min(horizon, self.median * factor) for factor in _factors(count)]
 
     def mean(self, horizon: float) -> float:
@@ -52,7 +51,7 @@ class Lengths:
 
 @lru_cache(maxsize=256)
 def _factors(count: int) -> tuple[float, ...]:
-    """Of the median, at the middles of as many equal shares."""
+    """Quantiles (i + 1/2) / count of the lengths, as multiples of the median."""
     normal = NormalDist()
     return tuple(math.exp(SPREAD * normal.inv_cdf((i + 0.5) / count)) for i in range(count))
 
@@ -65,15 +64,15 @@ def lengths_of(config: TrainConfig) -> Lengths:
 
 
 def mean_horizon(config: TrainConfig) -> float:
-    """Of the run [tokens]: of `windows`."""
-    found = windows(config)
-    return sum(horizon * count for horizon, count in found.items()) / sum(found.values())
+    """The mean of the horizon over the run's steps [tokens]."""
+    steps = steps_by_horizon(config)
+    return sum(horizon * count for horizon, count in steps.items()) / sum(steps.values())
 
 
-def windows(config: TrainConfig) -> dict[float, int]:
-    """Horizon → steps of the run that have it. Exact where the schedule does not look at the responses.
+def steps_by_horizon(config: TrainConfig) -> dict[float, int]:
+    """How many steps of the run have each horizon [tokens]. Exact for strategies that ignore the responses.
 
-    Of the adaptive strategies nobody knows the window before: all steps get planning.mean_horizon, or a guess.
+    The horizons of the adaptive strategies are not known before: all steps get planning.mean_horizon, or a guess.
     """
     horizon = config.horizon
     if horizon.strategy not in ADAPTIVE:
@@ -84,7 +83,7 @@ def windows(config: TrainConfig) -> dict[float, int]:
 
 
 def strategies(config: TrainConfig) -> dict[str, TrainConfig]:
-    """The recipe's own strategy, then the others that it has all settings for, full rollouts last."""
+    """The recipe with its own strategy, then with each other that it has all settings for, full rollouts last."""
     found = {config.horizon.strategy: config}
     for name in COMPARED:
         with suppress(ConfigError):  # a setting is missing
@@ -93,7 +92,7 @@ def strategies(config: TrainConfig) -> dict[str, TrainConfig]:
 
 
 def assumptions(config: TrainConfig) -> list[str]:
-    """What the plan takes for granted of this recipe's responses, a line each."""
+    """What the plan assumes about this recipe's responses, a line each."""
     planning, lines = config.planning, []
     if planning.response_length is None:
         lines.append(

@@ -1,4 +1,4 @@
-"""Bytes on the fullest GPU: what lies there (the parts of `memory_phases`), what a phase works with, and what fits."""
+"""Bytes on the fullest GPU: resident parts (as in `memory_phases`), a phase's working memory, and whether it fits."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from prune_opd.plan.setting import Setting
 
 STEP = ("sync", "rollout", "teacher", "train")
 START = "start"  # everything is built on the device before the first phase
-# Matrices of a loss chunk × vocabulary that are alive together, in fp32: both logits and what their gradients take. The
-# loss measured 2.3 to 2.6 beyond its inputs in fp32 on a CPU (README); bf16 heads add copies.
+# Matrices [loss chunk × vocabulary] that are alive together, in fp32: both models' logits and what the gradients take.
+# In fp32 on a CPU the loss took 2.3 to 2.6 of them beyond its inputs (README); bf16 heads add copies.
 LOSS_MATRICES = 4
-MASTERS_AND_MOMENTS = 12  # bytes a parameter: fp32 master, Adam's two moments. Without masters (fp32 parameters): 8
+MASTERS_AND_MOMENTS = 12  # bytes a parameter: fp32 master, Adam's two moments; 8 if the parameters are fp32 themselves
 GRADIENT_BYTES = 4  # trainer.py reduces in fp32
 
 
@@ -28,7 +28,7 @@ class MemoryPlan:
     resident: dict[str, float]
     working: dict[str, float]
     limit: float
-    cache_tokens: float  # of the KV cache of one engine
+    cache_tokens: float  # capacity of one engine's KV cache
 
     @property
     def peak_phase(self) -> str:
@@ -108,7 +108,7 @@ def optimizer_bytes(setting: Setting, count: Count, layout: ParallelSizes) -> fl
 
 
 def resident_parts(setting: Setting) -> dict[str, frozenset[str]]:
-    """What lies on the device in each phase of a step that follows another: the schedule of `memory_phases`."""
+    """Parts on the device in each phase of a step, after the first step: the schedule of `memory_phases`."""
     memory, there = setting.config.memory, frozenset(phases.PARTS)
     found = {}
     for phase in (*STEP, *STEP):
@@ -120,7 +120,7 @@ def resident_parts(setting: Setting) -> dict[str, frozenset[str]]:
 
 
 def working_bytes(setting: Setting) -> dict[str, float]:
-    """What a phase needs beside the parts that lie there."""
+    """What each phase needs beside the resident parts."""
     parallel, student, teacher = setting.config.parallel, setting.student_layout, setting.teacher_layout
     longest = setting.config.rollout.max_prompt_len + setting.config.horizon.max_len
     tokens = max(parallel.microbatch_tokens, longest)  # a row is never cut, even where it is longer than the budget
@@ -136,15 +136,15 @@ def working_bytes(setting: Setting) -> dict[str, float]:
 
 
 def loss_bytes(setting: Setting) -> float:
-    """Of one chunk of the loss: both heads' logits on this rank's part of the vocabulary."""
+    """Bytes of one chunk of the loss: both heads' logits on this rank's part of the vocabulary."""
     tensor, vocab = setting.student_layout.tensor, max(spec.vocab_size for spec in (setting.student, setting.teacher))
     return LOSS_MATRICES * 4 * setting.config.parallel.loss_chunk_tokens * vocab / tensor
 
 
 def largest_fit(setting: Setting) -> tuple[int, int]:
-    """The largest parallel.microbatch_tokens and the largest horizon.max_len that still fit, to 512 tokens; 0 if none.
+    """The largest parallel.microbatch_tokens and horizon.max_len that fit, in multiples of 512 tokens; 0 if none does.
 
-    The horizon is also bounded by the models' positions.
+    The models' positions bound the horizon too.
     """
     config = setting.config
     positions = min(setting.student.max_positions, setting.teacher.max_positions) - config.rollout.max_prompt_len
@@ -169,7 +169,8 @@ def _largest(make: Callable[[int], Setting], most: int) -> int:
 
 
 def _at_start(setting: Setting, parts: dict[str, float]) -> float:
-    """All parts are built in turn, and vLLM wants its share free; Adam's moments come with the first step."""
+    """All parts are built before the first phase, and vLLM wants its share free. Adam's moments come with the first
+    step."""
     moments = parts[phases.OPTIMIZER] * (2 / 3 if setting.config.precision.params == "bf16" else 1)
     return sum(parts.values()) - moments + ENGINE_WORKSPACE
 
@@ -183,14 +184,14 @@ def _teacher_head(setting: Setting, student: ParallelSizes) -> float:
 
 
 def _teacher_hidden(setting: Setting, longest: int) -> float:
-    """The teacher's last hidden states of all rows of this rank's replica, kept until they are trained on."""
+    """Bytes of the teacher's last hidden states of a replica's rows, which are kept until they are trained on."""
     rows = -(-setting.responses // setting.student_layout.replicas)
     mean = setting.lengths.mean(setting.config.horizon.max_len)
     return max(rows * mean, longest) * setting.teacher.hidden * setting.weight_bytes
 
 
 def _activation_bytes(setting: Setting) -> float:
-    """Of one token, over the layers of the student's first stage and the micro-batches that are under way there."""
+    """Bytes of one token over the layers of the student's first stage, times the micro-batches under way there."""
     parallel, layout, spec = setting.config.parallel, setting.student_layout, setting.student
     layers = spec.layers / layout.pipeline
     kept = layers * kept_bytes(spec, layout.tensor, parallel.sequence_parallel, parallel.recompute)
@@ -200,10 +201,10 @@ def _activation_bytes(setting: Setting) -> float:
 
 
 def kept_bytes(spec: ModelSpec, tensor: int, sequence_parallel: bool, recompute: str) -> float:
-    """What a layer keeps of a token from its forward to its backward pass, by `parallel.recompute`.
+    """Bytes that a layer keeps of a token from its forward to its backward pass, by `parallel.recompute`.
 
-    full: its input. selective: all that `none` keeps. It makes attention's scores again, and flash attention has none;
-    its output stays in any case, as the input of the projection.
+    full: the layer's input. selective: the same as none, since it only recomputes attention's scores, which flash
+    attention never stores; attention's output stays as the input of the projection.
     """
     if recompute == "full":
         return 2 * spec.hidden / (tensor if sequence_parallel else 1)
@@ -211,7 +212,7 @@ def kept_bytes(spec: ModelSpec, tensor: int, sequence_parallel: bool, recompute:
 
 
 def layer_bytes(spec: ModelSpec, tensor: int, sequence_parallel: bool) -> float:
-    """What the backward pass of a layer needs of a token, in bf16, with flash attention and without fused activations.
+    """Bytes that a layer's backward pass needs of a token: bf16, flash attention, no fused activations.
 
     Counted tensor by tensor as in "Reducing Activation Recomputation in Large Transformer Models" (arXiv 2205.05198,
     section 4), and checked against what autograd saves of megatron-core's layers (test_plan_memory.py): inputs and

@@ -8,7 +8,7 @@ from typing import Any
 from prune_opd.config import TrainConfig
 from prune_opd.model_spec import model_config
 from prune_opd.plan.layout import layout_problems
-from prune_opd.plan.lengths import assumptions, mean_horizon, strategies, windows
+from prune_opd.plan.lengths import assumptions, mean_horizon, steps_by_horizon, strategies
 from prune_opd.plan.memory import MemoryPlan, largest_fit, plan_memory, problems
 from prune_opd.plan.setting import Setting, setting_of
 from prune_opd.plan.time import StepTime, evaluation_seconds, mean_step, step_time
@@ -19,7 +19,7 @@ CURVE_GPUS = (8, 16, 32, 64, 128, 256, 512, 1024)
 
 @dataclass(frozen=True)
 class Plan:
-    """steps: the mean step of the recipe's strategy, then of those it could have instead. evaluation: one, in s."""
+    """steps: the mean step by strategy, the recipe's own first. evaluation: seconds of one evaluation."""
 
     setting: Setting
     problems: tuple[str, ...]  # empty: it fits
@@ -30,17 +30,17 @@ class Plan:
 
     @property
     def planned(self) -> StepTime:
-        """Of the recipe's strategy."""
+        """The mean step of the recipe's own strategy."""
         return self.steps[self.setting.config.horizon.strategy]
 
     @property
     def full(self) -> StepTime:
-        """With the whole horizon.max_len."""
+        """The mean step with full rollouts."""
         return self.steps["full"]
 
     @property
     def evaluations(self) -> int:
-        """Before the run, after it, and every so many steps."""
+        """How many evaluations the run has: one before it, one after it, and those between."""
         config = self.setting.config
         if not config.evaluation.problems:
             return 0
@@ -90,7 +90,7 @@ def plan_run(config: TrainConfig, gpu: str, nodes: int) -> Plan:
         problems=(*structure(config, setting.world), *problems(setting, memory)),
         memory=memory,
         steps={
-            name: mean_step(setting, windows(config), memory.cache_tokens)
+            name: mean_step(setting, steps_by_horizon(config), memory.cache_tokens)
             for name, config in strategies(config).items()
         },
         evaluation=evaluation_seconds(setting, memory.cache_tokens),
@@ -109,9 +109,10 @@ def largest(plan: Plan) -> tuple[int, int]:
 
 
 def curve(config: TrainConfig, gpu: str, grow: bool) -> dict[int, StepTime]:
-    """A step at the mean horizon by number of GPUs, 8 to 1024; without those that the layout does not divide.
+    """A step at the mean horizon, by number of GPUs (8 to 1024). Numbers that the layout does not divide are left out.
 
-    grow: prompts per step in proportion to the GPUs, from the recipe's own; else the recipe's, as long as they suffice.
+    grow: the prompts of a step grow with the GPUs, from the recipe's number on its own nodes. Otherwise they stay the
+    recipe's, and numbers of GPUs for which they are too few are left out as well.
     """
     own = config.planning.nodes * config.parallel.nproc
     found = {}

@@ -1,7 +1,7 @@
 """`prune-opd plan --search`: the layouts of student, teacher and engine, and the fastest that fit together.
 
-A step's seconds are a sum of which each term depends on one of the three, so all combinations are put in order first
-and memory is looked at from the fastest on.
+A step's seconds are a sum of three terms, and each depends on one of the three layouts. So all combinations are sorted
+by time first, and the memory is worked out from the fastest on.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from prune_opd.config import TrainConfig
 from prune_opd.config.memory_phases import ENGINE, GRADIENTS, STUDENT, TEACHER
-from prune_opd.plan.lengths import mean_horizon, windows
+from prune_opd.plan.lengths import mean_horizon, steps_by_horizon
 from prune_opd.plan.memory import plan_memory, problems
 from prune_opd.plan.planner import structure
 from prune_opd.plan.setting import Setting, setting_of
@@ -25,17 +25,16 @@ CHUNKS = (1, 2, 4)  # parallel.virtual_pipeline
 CONTEXTS = SIZES
 SHARE = "rollout.gpu_memory_utilization"
 SHARES = (0.3, 0.4, 0.5, 0.6, 0.7)
-TRIED = 20_000  # combinations whose memory is looked at
+TRIED = 20_000  # combinations whose memory is worked out, at most
 
 
 class Part(NamedTuple):
-    """One of the three: seconds of its phases, the least it has on the GPU when all are built, how much it is cut up,
-    and its settings."""
+    """A layout of the student, the teacher or the engine."""
 
-    seconds: float
-    start: float
-    cuts: float
-    changes: dict[str, Any]
+    seconds: float  # of its phases
+    start: float  # bytes that it has on the GPU at least when everything is built
+    cuts: float  # how much it is cut up: the sum of its sizes
+    changes: dict[str, Any]  # its settings
 
 
 @dataclass(frozen=True)
@@ -47,7 +46,7 @@ class Found:
 
 
 def best_layouts(config: TrainConfig, gpu: str, nodes: int, count: int = 5) -> list[Found]:
-    """The fastest first, then those that cut up less; empty if nothing fits."""
+    """The layouts that fit, the fastest first; of equally fast ones, those that cut up less. Empty if nothing fits."""
     setting = setting_of(config, gpu, nodes)
     student = _timed(setting, _students(setting), ("train", "all-reduce"), (STUDENT, GRADIENTS))
     teacher = _timed(setting, _teachers(setting), ("teacher",), (TEACHER,))
@@ -59,7 +58,7 @@ def best_layouts(config: TrainConfig, gpu: str, nodes: int, count: int = 5) -> l
         if a.start + b.start + c.start <= room
     )
     found: list[Found] = []
-    seen = set()  # layouts that stand already, with a smaller share of memory for the engine
+    seen = set()  # layouts that are in `found` already, with a smaller share of memory for the engine
     for _, _, _, parts in combined[:TRIED]:
         changes = {key: value for part in parts for key, value in part.changes.items()}
         candidate = _changed(setting, changes)
@@ -68,7 +67,7 @@ def best_layouts(config: TrainConfig, gpu: str, nodes: int, count: int = 5) -> l
             continue
         memory = plan_memory(candidate)
         if not problems(candidate, memory):
-            total = mean_step(candidate, windows(candidate.config), memory.cache_tokens).total
+            total = mean_step(candidate, steps_by_horizon(candidate.config), memory.cache_tokens).total
             found.append(Found(total, tuple(f"{key}={_plain(value)}" for key, value in changes.items())))
             seen.add(layout)
             if len(found) == count:
@@ -111,7 +110,7 @@ def _engines(setting: Setting) -> Iterator[dict[str, Any]]:
 def _timed(
     setting: Setting, candidates: Iterator[dict[str, Any]], phases: tuple[str, ...], parts: tuple[str, ...]
 ) -> list[Part]:
-    """The candidates that the ranks, heads and layers allow by themselves, with their phases' time and parts' bytes."""
+    """The candidates that ranks, heads and layers allow, with the seconds of `phases` and the bytes of `parts`."""
     found = []
     horizon = mean_horizon(setting.config)
     longest = setting.config.rollout.max_prompt_len + setting.config.horizon.max_len
@@ -130,7 +129,7 @@ def _timed(
 
 
 def _smallest(engines: list[Part]) -> list[Part]:
-    """Of engines that are as fast and as wide, the one that takes the least memory; shares come in ascending order."""
+    """Of engines with the same speed and tensor_parallel, the one with least memory; shares come in ascending order."""
     first: dict[tuple[float, int], Part] = {}
     for engine in engines:
         first.setdefault((engine.seconds, engine.changes["rollout.tensor_parallel"]), engine)
@@ -138,7 +137,7 @@ def _smallest(engines: list[Part]) -> list[Part]:
 
 
 def _whole(changes: dict[str, Any]) -> dict[str, Any]:
-    """An uncut student, where the candidate says nothing of it."""
+    """Settings of an uncut student, for a candidate that has none."""
     if "parallel.tensor" in changes:
         return {}
     names = ("tensor", "pipeline", "expert", "virtual_pipeline", "context")

@@ -1,4 +1,4 @@
-"""What a plan is made of: the recipe, both models, their layouts over the ranks, and the GPU."""
+"""What a plan starts from: the recipe, both models, their layouts over the ranks, and the GPU."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class Setting:
 
     @property
     def link(self) -> float:
-        """Bytes/s of a collective over all ranks: the slowest link on its way."""
+        """Bytes/s of a collective over all ranks: the speed of the slowest link."""
         return self.gpu.nvlink if self.world <= GPUS_PER_NODE else self.gpu.network
 
     def group_link(self, ranks: int) -> float:
@@ -59,7 +59,7 @@ class Setting:
 
 
 def setting_of(config: TrainConfig, gpu: str, nodes: int) -> Setting:
-    """Raises `ConfigError` for a GPU or a model that nothing is known of."""
+    """The setting of a recipe on `nodes` nodes. Raises `ConfigError` for an unknown GPU or model."""
     chosen = gpu_named(gpu)
     models = {role: model_config(role, getattr(config, role)) for role in ("student", "teacher")}
     specs = {role: ModelSpec.of(model, f"{role} = {getattr(config, role)!r}") for role, model in models.items()}

@@ -1,4 +1,4 @@
-"""Seconds of a step by phase, from operations, bytes and the constants of hardware.py, on the slowest GPU."""
+"""Seconds of each phase of a step on the slowest GPU, from operations, bytes and the constants of hardware.py."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ from prune_opd.plan.hardware import (
 from prune_opd.plan.setting import Setting
 
 PHASES = ("sync", "rollout", "teacher", "train", "all-reduce", "overhead")
-BACKWARD = 2  # times the forward pass
-PROMPT_SHARE = 0.25  # of rollout.max_prompt_len that a prompt takes; assumed
+BACKWARD = 2  # operations of the backward pass, in forward passes
+PROMPT_SHARE = 0.25  # mean prompt length as a share of rollout.max_prompt_len; assumed
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class StepTime:
 
 
 def step_time(setting: Setting, horizon: float, cache_tokens: float, phases: Sequence[str] = PHASES) -> StepTime:
-    """cache_tokens: that an engine's KV cache holds (config/memory_phases.py). phases: those that shall be computed."""
+    """A step at one horizon. cache_tokens: capacity of an engine's KV cache. phases: the ones to work out."""
     prompt = PROMPT_SHARE * setting.config.rollout.max_prompt_len
     lengths = setting.lengths.quantiles(min(setting.responses, 512), horizon)
     tokens = sum(lengths) / len(lengths) * setting.responses
@@ -62,13 +62,13 @@ def step_time(setting: Setting, horizon: float, cache_tokens: float, phases: Seq
     return StepTime(horizon, {phase: of_phase[phase]() for phase in phases}, tokens)
 
 
-def mean_step(setting: Setting, windows: Mapping[float, int], cache_tokens: float) -> StepTime:
-    """The mean of a run's steps. windows: horizon → how many steps have it.
+def mean_step(setting: Setting, steps_by_horizon: Mapping[float, int], cache_tokens: float) -> StepTime:
+    """The mean of a run's steps. steps_by_horizon: how many steps have each horizon.
 
     The last response to end sets a step's time, so a step at the mean horizon takes another time than the mean step.
     """
-    total, steps = sum(windows.values()), {}
-    for horizon, count in windows.items():
+    total, steps = sum(steps_by_horizon.values()), {}
+    for horizon, count in steps_by_horizon.items():
         steps[horizon] = step_time(setting, horizon, cache_tokens), count / total
     return StepTime(
         horizon=sum(share * horizon for horizon, (_, share) in steps.items()),
@@ -78,7 +78,7 @@ def mean_step(setting: Setting, windows: Mapping[float, int], cache_tokens: floa
 
 
 def sync_seconds(setting: Setting) -> float:
-    """Every rank receives the whole student (whole tensors; weights/stream.py) and writes it to its memory twice."""
+    """Every rank receives all of the student's tensors whole (weights/stream.py) and writes them to memory twice."""
     size = parameters(setting.student) * setting.weight_bytes
     sent = size / (setting.link * COLLECTIVE_EFFICIENCY) if setting.world > 1 else 0.0
     buckets = size / (setting.config.rollout.bucket_mb * 2**20)
@@ -86,10 +86,11 @@ def sync_seconds(setting: Setting) -> float:
 
 
 def rollout_seconds(setting: Setting, horizon: float, prompt: float, cache_tokens: float) -> float:
-    """Of the engine with a fair share of the responses: prefill, then one decoding step for each token of the longest.
+    """Seconds of an engine with an even share of the responses: prefill, then a decoding step for each token of the
+    longest one.
 
-    A step reads the weights and the cache of the responses that still run, or computes, whichever takes longer. Where
-    not all responses of an engine fit at once, the next takes the place of one that ends.
+    A step takes as long as reading the weights and the cache of the running responses, or as computing, whichever is
+    longer. Where not all responses of an engine fit at once, one that ends makes room for the next.
     """
     rollout, spec = setting.config.rollout, setting.student
     waiting = -(-setting.responses // setting.engines)
@@ -111,7 +112,7 @@ def rollout_seconds(setting: Setting, horizon: float, prompt: float, cache_token
 
 
 def teacher_seconds(setting: Setting, rows: list[float]) -> float:
-    """One forward pass without the head, and the way of the hidden states to the student's last stage."""
+    """One forward pass without the head, and sending the hidden states to the student's last stage."""
     spec, layout = setting.teacher, setting.teacher_layout
     work = _share(setting, rows, layout.replicas, flops_by_length(spec, head=False))
     ranks = layout.tensor * layout.pipeline
@@ -123,7 +124,7 @@ def teacher_seconds(setting: Setting, rows: list[float]) -> float:
 
 
 def train_seconds(setting: Setting, rows: list[float]) -> float:
-    """The student forward and backward, again forward with recompute, the loss's two heads, and the optimizer."""
+    """The student's forward and backward pass (forward twice with recompute), the loss's two heads, the optimizer."""
     spec, layout, parallel = setting.student, setting.student_layout, setting.config.parallel
     passes = 1 + BACKWARD + (parallel.recompute == "full")
     ranks = layout.tensor * layout.pipeline * layout.context
@@ -186,7 +187,7 @@ def _flops(setting: Setting, fp8: bool) -> float:
 
 
 def _share(setting: Setting, rows: list[float], replicas: int, cost: Callable[[float], float]) -> float:
-    """What the busiest replica does: an even share (rows are dealt by length), and never less than the longest row."""
+    """Cost on the busiest replica: an even share, since rows are dealt by length, but at least the longest row's."""
     costs = [cost(row) for row in rows]
     return max(sum(costs) / len(costs) * setting.responses / replicas, max(costs))
 

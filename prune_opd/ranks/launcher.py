@@ -1,13 +1,13 @@
-"""Start N ranks on this node with torchrun, hand signals on to them, and leave none behind.
+"""Start N ranks on this node with torchrun, pass signals on to them, and leave none behind.
 
     prune-opd ── start_ranks() ──▶ agent (torchrun in a session of its own: `python -m prune_opd.ranks.launcher`)
                                      └─ N × python -m prune_opd.cli.worker …
 
 SIGTERM and SIGUSR1 go through the agent to the ranks, which take the time they need (a training run saves and ends with
-`REQUEUE_EXIT_CODE`); SIGINT ends the ranks, with half a minute for it. A second signal kills at once. Should a process
-be killed outright, the kernel ends those below it (PR_SET_PDEATHSIG). No torch is imported on the side of `prune-opd`.
+`REQUEUE_EXIT_CODE`). SIGINT ends the ranks within half a minute. A second signal kills at once. If a process is killed
+outright, the kernel ends those below it (PR_SET_PDEATHSIG). `prune-opd` itself imports no torch here.
 
-On several nodes start `python -m prune_opd.ranks.launcher` with torchrun's arguments in torchrun's place.
+On several nodes, start `python -m prune_opd.ranks.launcher` instead of torchrun, with torchrun's arguments.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from types import FrameType
 from prune_opd.errors import REQUEUE_EXIT_CODE
 from prune_opd.process import end_with_parent, rank_environment
 
-ASKING = (signal.SIGTERM, signal.SIGUSR1)  # to come to an end in order
+ASKING = (signal.SIGTERM, signal.SIGUSR1)  # they ask a run to save and end
 SIGNALS = (signal.SIGINT, *ASKING)
-# Seconds: one wish comes in several ways at once, from here, from torchrun and from a cluster's scheduler.
+# Signals within so many seconds count as one: we, torchrun and a cluster's scheduler may all pass the same one on.
 ONE_WISH = 1.0
 
 
@@ -35,14 +35,15 @@ def start_ranks(args: list[str], nproc: int, env: Mapping[str, str]) -> int:
     """Run a Python program once per rank and return its exit code.
 
     Args:
-        args: what torchrun takes: a script, or `-m` and a module, followed by the program's arguments.
+        args: as for torchrun: a script, or `-m` and a module, followed by the program's arguments.
         nproc: ranks on this node.
         env: the environment of the ranks, usually `os.environ`.
 
     Returns:
         0; or the exit code of the rank that failed first; or 128 + the number of the signal that ended the run; or
-        `REQUEUE_EXIT_CODE` if it made the ranks save and stop.
-        Output goes to this process's stdout and stderr. Call it from the main thread: it takes `SIGNALS`.
+        `REQUEUE_EXIT_CODE` if a signal made the ranks save and stop.
+
+    Output goes to this process's stdout and stderr. Call it from the main thread: it handles `SIGNALS`.
     """
     settings = rank_environment(env)
     # fmt: off
@@ -62,7 +63,7 @@ def start_ranks(args: list[str], nproc: int, env: Mapping[str, str]) -> int:
         first = first or time.monotonic()
         if agent is None or agent.poll() is not None:
             return
-        # torchrun's clean-up does not survive a second signal: from then on, end it and let the kernel end the ranks
+        # A second signal would break torchrun's clean-up: kill torchrun then, and the kernel ends the ranks.
         os.killpg(agent.pid, number if len(received) == 1 else signal.SIGKILL)
 
     agent: subprocess.Popen[bytes] | None = None
@@ -83,7 +84,7 @@ def start_ranks(args: list[str], nproc: int, env: Mapping[str, str]) -> int:
 
 
 def _ends_with(parent: int) -> Callable[[], None]:
-    """For the moment between fork and exec: the agent is told when `parent` dies, even if it already has."""
+    """What the agent does between fork and exec: ask the kernel for a signal when `parent` dies, or end if it has."""
 
     def prepare() -> None:
         end_with_parent(signal.SIGTERM)  # it ends its ranks in order
@@ -99,9 +100,9 @@ def _shell_code(code: int) -> int:
 
 
 def _agent(argv: list[str]) -> int:
-    """torchrun without its own words: a rank that failed has spoken already, one that was killed gets a line here.
+    """torchrun without its own messages: a rank that failed has printed one, for a rank that was killed we do.
 
-    It also leaves `ASKING` to us: it would give the ranks half a minute to save.
+    We handle `ASKING` too: torchrun would give the ranks only half a minute to save.
     """
     import psutil
     from torch.distributed import run
@@ -110,12 +111,12 @@ def _agent(argv: list[str]) -> int:
 
     def hand_on(number: int, frame: FrameType | None) -> None:
         if not (ranks := psutil.Process().children()):
-            sys.exit(128 + number)  # none has started
+            sys.exit(128 + number)  # no rank has started yet
         for rank in ranks:
             with suppress(psutil.NoSuchProcess):
                 rank.send_signal(number)
 
-    logging.disable(logging.ERROR)  # of this process; what ends it comes as an exception
+    logging.disable(logging.ERROR)  # in this process: what ends it comes as an exception
     for number in ASKING:
         signal.signal(number, hand_on)
     try:

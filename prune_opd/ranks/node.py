@@ -2,12 +2,12 @@
 
     python -m prune_opd.ranks.node --ranks R --run-dir DIR RECIPE [key=value …]
 
-The first node checks the recipe, then every node starts its ranks with torchrun; Slurm's variables say which node this
-is and where the first one listens. Outside Slurm it is the only node. No torch is imported on this side.
+The first node checks the recipe, then every node starts its ranks with torchrun. Slurm's variables say which node this
+is and where the first one listens. Outside Slurm it is the only node. This process imports no torch.
 
-Signals go on to the ranks, which save and end with `REQUEUE_EXIT_CODE`; the job script queues the job again on that
-code. A scheduler ends all nodes as soon as one has failed, so a node that ends with this code waits until the others
-have saved too, before it says so (a file of each node in the run directory).
+Signals are passed on to the ranks, which save and end with `REQUEUE_EXIT_CODE`; on that code the job script queues the
+job again. A scheduler ends all nodes as soon as one has failed, and this code looks like a failure. So a node waits
+until the others have saved too before it ends with it (each node leaves a file in the run directory).
 """
 
 from __future__ import annotations
@@ -26,17 +26,17 @@ from types import FrameType
 from prune_opd.errors import REQUEUE_EXIT_CODE
 from prune_opd.process import rank_environment
 
-SAVED_TOGETHER = 90.0  # seconds that the first node which has saved waits for the last, at most
-LEAVING = ".leaving"  # in the run directory: a file of each node that has saved and is about to end
+SAVED_TOGETHER = 90.0  # seconds that a node which has saved waits for the others, at most
+LEAVING = ".leaving"  # folder in the run directory with a file of each node that has saved and is about to end
 ENDED_BY_ANOTHER = 1
 PORTS = range(20000, 28000)
 ASKING = (signal.SIGTERM, signal.SIGUSR1)
 
 
 def torchrun_arguments(ranks: int, env: Mapping[str, str]) -> list[str]:
-    """How torchrun finds the other nodes, from Slurm's variables (or from MASTER_ADDR and MASTER_PORT, if set).
+    """torchrun's arguments to find the other nodes, from Slurm's variables (or MASTER_ADDR and MASTER_PORT, if set).
 
-    The port follows from the job's number, so that jobs which share a node keep apart and scripts stay the same.
+    The port follows from the job's number, so that jobs on one node do not meet, and scripts stay the same.
     """
     nodes, node = int(env.get("SLURM_NNODES", "1")), int(env.get("SLURM_NODEID", "0"))
     address = env.get("MASTER_ADDR") or env.get("SLURM_LAUNCH_NODE_IPADDR") or "127.0.0.1"
@@ -55,7 +55,7 @@ def last_checkpoint(run_dir: Path) -> Path:
 
 
 class Supervisor:
-    """Runs one child at a time and hands signals on to it."""
+    """Runs one child at a time and passes signals on to it."""
 
     def __init__(self) -> None:
         self.asked: int | None = None  # the signal that asked for an end
@@ -70,11 +70,11 @@ class Supervisor:
 
     @property
     def code_before_training(self) -> int:
-        """Of a signal while there is nothing to save: SIGUSR1 says that time is up, SIGTERM that a node failed."""
+        """Exit code after a signal when there is nothing to save: SIGUSR1 means time is up, SIGTERM a failed node."""
         return REQUEUE_EXIT_CODE if self.asked == signal.SIGUSR1 else ENDED_BY_ANOTHER
 
     def run(self, command: list[str], env: Mapping[str, str]) -> int:
-        """The exit code of a child, as a shell has it."""
+        """Run a command. Returns its exit code as a shell has it."""
         if self.asked is not None:
             return self.code_before_training
         self._child = subprocess.Popen(command, env=dict(env))
@@ -83,13 +83,14 @@ class Supervisor:
         code = self._child.wait()
         if code in (0, REQUEUE_EXIT_CODE):
             return code
-        # A job's code is the highest of its nodes': one that was ended since another failed must not outdo that one.
+        # A job's code is the highest of its nodes' codes. A node that was ended because another failed must not hide
+        # that one's code.
         return ENDED_BY_ANOTHER if self.asked is not None else (128 - code if code < 0 else code)
 
     def leave_together(self, run_dir: Path, env: Mapping[str, str]) -> int:
         """Wait until every node of this attempt has saved, and return the code to end with.
 
-        Whoever ends first has the scheduler end the rest, so from the agreement on SIGTERM means nothing.
+        When the first node ends, the scheduler ends the others. So once all have saved, SIGTERM is ignored.
         """
         nodes, attempt = int(env.get("SLURM_NNODES", "1")), env.get("SLURM_RESTART_COUNT", "0")
         folder = run_dir / LEAVING / f"{env.get('SLURM_JOB_ID', 'alone')}_{attempt}"
@@ -105,7 +106,7 @@ class Supervisor:
         return REQUEUE_EXIT_CODE
 
 
-def train(recipe: list[str], run_dir: Path, ranks: int) -> int:
+def run_node(recipe: list[str], run_dir: Path, ranks: int) -> int:
     """Check on the first node, then train on all of them."""
     supervisor = Supervisor()
     env = rank_environment({"HF_HUB_OFFLINE": "1"} | os.environ)
@@ -131,7 +132,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("recipe", nargs="+", metavar="RECIPE [key=value …]")
     arguments = parser.parse_args(argv)
     if arguments.export_to is None:
-        return train(arguments.recipe, arguments.run_dir.absolute(), arguments.ranks)
+        return run_node(arguments.recipe, arguments.run_dir.absolute(), arguments.ranks)
     export = [sys.executable, "-m", "prune_opd.cli", "export"]
     checkpoint = last_checkpoint(arguments.run_dir)
     return Supervisor().run(

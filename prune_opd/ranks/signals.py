@@ -1,7 +1,7 @@
 """Ending well: signals that every rank obeys together, and a watchdog for the rank that has stopped answering.
 
-Neither waits for Python's main thread, which may be inside a collective or a kernel for minutes: signals arrive through
-a pipe at a thread of their own, and the stacks are written by faulthandler's C thread, which needs no interpreter lock.
+Neither waits for Python's main thread, which may be inside a collective or a kernel for minutes. Signals go through a
+pipe to a thread of their own, and faulthandler's C thread writes the stacks without the interpreter lock.
 """
 
 from __future__ import annotations
@@ -20,24 +20,24 @@ from typing import IO
 from prune_opd.process import end_with_parent
 from prune_opd.ranks.launcher import ASKING, ONE_WISH
 
-LAST_WORDS = 5.0  # seconds that a rank has for its stacks before the watchdog of another ends the run
+LAST_WORDS = 5.0  # seconds that a rank has to write its stacks before another rank's watchdog ends the run
 
 
 class Interruption:
-    """SIGTERM or SIGUSR1 asks the run to save and end; another, later than `ONE_WISH`, ends this process at once."""
+    """SIGTERM or SIGUSR1 asks the run to save and end. A second one after `ONE_WISH` ends this process at once."""
 
     def __init__(self) -> None:
         self._since: float | None = None
         self._reader, self._writer = os.pipe()
         os.set_blocking(self._writer, False)
         for number in ASKING:
-            signal.signal(number, _nothing)  # Python passes on only what has a handler
+            signal.signal(number, _nothing)  # Python writes only signals with a handler to the pipe
         signal.set_wakeup_fd(self._writer, warn_on_full_buffer=False)
         os.register_at_fork(after_in_child=_be_an_ordinary_child)
         threading.Thread(target=self._listen, name="signals", daemon=True).start()
 
     def agreed(self) -> bool:
-        """Whether any rank was asked. Collective, so that all ranks end after the same step."""
+        """Whether any rank was asked to end. Collective, so that all ranks end after the same step."""
         import torch
         import torch.distributed as dist
 
@@ -54,7 +54,7 @@ class Interruption:
             if self._since is None:
                 self._since = now
             elif now - self._since > ONE_WISH:
-                os._exit(128 + number)  # nothing is tidied up, so nothing on the disk is touched
+                os._exit(128 + number)  # without any clean-up, so nothing on the disk is touched
 
 
 def _nothing(number: int, frame: FrameType | None) -> None:
@@ -62,7 +62,7 @@ def _nothing(number: int, frame: FrameType | None) -> None:
 
 
 def _be_an_ordinary_child() -> None:
-    """What writes a checkpoint is a fork of its rank: signals to it are its own, and it ends with the rank."""
+    """In a fork of a rank, which writes a checkpoint: signals end it as usual, and it ends with the rank."""
     signal.set_wakeup_fd(-1)
     for number in ASKING:
         signal.signal(number, signal.SIG_DFL)
@@ -72,7 +72,7 @@ def _be_an_ordinary_child() -> None:
 class Watchdog:
     """Ends the run when a phase takes longer than `minutes` on this rank: it, or a rank it waits for, is stuck.
 
-    Every rank has one and all enter the same phases, so every rank that still can writes its stacks to
+    Every rank has a watchdog, and all ranks enter the same phases. So each rank that still can writes its stacks to
     `stacks/rank_N.txt`, and a moment later the first of them ends the run with exit code 1. 0 minutes: never.
     """
 
@@ -83,14 +83,14 @@ class Watchdog:
         self._bark: threading.Timer | None = None
 
     def enter(self, phase: str) -> None:
-        """A phase begins: the time starts anew."""
+        """A phase begins, and its time starts."""
         self.stop()
         self._phase = phase
         if not self.seconds:
             return
         if self._file is None:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = self.path.open("a", encoding="utf-8")  # with those of earlier launches
+            self._file = self.path.open("a", encoding="utf-8")  # after the stacks of earlier launches
         faulthandler.dump_traceback_later(self.seconds, file=self._file)
         self._bark = threading.Timer(self.seconds + LAST_WORDS, self._end)
         self._bark.daemon = True
@@ -104,7 +104,7 @@ class Watchdog:
         self._bark = None
 
     def close(self) -> None:
-        """Stop for good; a file without stacks goes."""
+        """Stop for good, and remove the file if it has no stacks."""
         self.stop()
         if self._file is not None:
             self._file.close()

@@ -1,6 +1,6 @@
-"""Which rows go to which data-parallel rank, in which micro-batch; and what padding them would have cost.
+"""The deal: which rows go to which data-parallel rank, in which micro-batch; and what padding would have cost.
 
-Pure Python on the rows' lengths. Every rank knows them all, works out the whole deal and takes its own part.
+Pure Python on the rows' lengths. Every rank knows all of them, works out the whole deal and takes its own part.
 """
 
 from __future__ import annotations
@@ -19,17 +19,18 @@ def deal(lengths: Sequence[int], rows: Sequence[int], ranks: int, token_budget: 
     """`rows`, of lengths[row] tokens, for `ranks` data-parallel ranks: micro-batches of at most `token_budget` tokens.
 
     - Every row is dealt once; a row longer than the budget stands alone.
-    - Every rank gets the same number of micro-batches, a multiple of `multiple_of` (an interleaved pipeline wants its
-      size), and at least one row: ranks that share experts run every micro-batch together.
-    - The number is the smallest at which spreading the longest rows first (each to the micro-batch that has fewest
-      tokens) keeps the budget. Two ranks' tokens differ by at most the longest row, and the i-th micro-batches of all
-      ranks are of about one size; the largest comes first, where memory that does not suffice shows at once.
+    - Every rank gets at least one row, and the same number of micro-batches: ranks that share experts run every
+      micro-batch together. The number is a multiple of `multiple_of`; an interleaved pipeline needs that of its stages.
+    - The rows are spread longest first, each to the micro-batch with the fewest tokens. The number of micro-batches is
+      the smallest that keeps the budget this way.
+    - The tokens of two ranks differ by at most the longest row. The i-th micro-batches of all ranks have about the same
+      size. The largest comes first, so that a lack of memory shows at once.
     - Where the rows do not fill the last micro-batches of some ranks, those are empty lists.
-    - Only lengths decide: rows of equal length may change places and nothing else changes.
+    - Only lengths decide: if two rows of equal length are swapped, nothing else changes.
 
-    Tokens are what is balanced, for memory and for compute. Attention's quadratic part is left out: balanced by tokens,
-    256 rows of up to 13,000 on 8 ranks leave the slowest rank of a 1.5 B model 1 to 3 % of its operations above the
-    mean, where dealing in turns leaves 17 to 23 %.
+    Tokens are balanced, for memory and for compute. Attention's quadratic part is left out: with 256 rows of up to
+    13,000 tokens on 8 ranks the slowest rank of a 1.5 B model has 1 to 3 % more operations than the mean. Dealing in
+    turns would make that 17 to 23 %.
 
     Raises:
         UserError: fewer than ranks * multiple_of rows.
@@ -42,26 +43,26 @@ def deal(lengths: Sequence[int], rows: Sequence[int], ranks: int, token_budget: 
             " optimizer.updates_per_batch), or use fewer ranks"
         )
     longest_first = sorted(rows, key=lambda row: (-lengths[row], row))
-    # Each micro-batch takes one budget's worth of tokens, and one of the rows that are longer than half of it.
+    # A micro-batch holds at most the budget, and at most one of the rows that are longer than half of it.
     full = math.ceil(sum(min(lengths[row], token_budget) for row in rows) / token_budget)
     needed = max(full, sum(2 * lengths[row] > token_budget for row in rows), 1)
     count = multiple_of * math.ceil(needed / (ranks * multiple_of))
     while True:  # ends at the latest when every row stands alone
         bins = _spread(lengths, longest_first, ranks * count)
         if all(len(filled) <= 1 or sum(lengths[row] for row in filled) <= token_budget for filled in bins):
-            return _share(lengths, bins, ranks)
+            return _deal_bins(lengths, bins, ranks)
         count += multiple_of
 
 
 def deal_any(lengths: Sequence[int], rows: Sequence[int], ranks: int, token_budget: int) -> Deal:
-    """`deal` for any number of rows: with fewer than ranks, some ranks get a micro-batch without rows."""
+    """`deal` for any number of rows: if there are fewer rows than ranks, some ranks get a micro-batch without rows."""
     if len(rows) >= ranks:
         return deal(lengths, rows, ranks, token_budget)
     return [[[rows[rank]] if rank < len(rows) else []] for rank in range(ranks)]
 
 
 def _spread(lengths: Sequence[int], longest_first: Sequence[int], count: int) -> list[list[int]]:
-    """The rows in `count` bins of about equal sums: each row to the bin that has fewest tokens."""
+    """The rows in `count` bins of about equal sums: each row goes to the bin with the fewest tokens."""
     bins: list[list[int]] = [[] for _ in range(count)]
     heap = [(0, 0, index) for index in range(count)]  # tokens, rows, bin
     for row in longest_first:
@@ -71,8 +72,8 @@ def _spread(lengths: Sequence[int], longest_first: Sequence[int], count: int) ->
     return bins
 
 
-def _share(lengths: Sequence[int], bins: list[list[int]], ranks: int) -> Deal:
-    """Bins to ranks, in rounds of one each: of a round's bins the larger goes to the rank that has fewer tokens."""
+def _deal_bins(lengths: Sequence[int], bins: list[list[int]], ranks: int) -> Deal:
+    """Bins to ranks, one each a round: in a round, the larger a bin the fewer tokens has the rank that gets it."""
     tokens = [sum(lengths[row] for row in rows) for rows in bins]
     largest_first = sorted(range(len(bins)), key=lambda index: (-tokens[index], index))
     dealt: Deal = [[] for _ in range(ranks)]
@@ -86,7 +87,7 @@ def _share(lengths: Sequence[int], bins: list[list[int]], ranks: int) -> Deal:
 
 
 def padded_size(tokens: int, multiple: int) -> int:
-    """Tokens of a micro-batch with its dummies: the next multiple, and never nothing."""
+    """Tokens of a micro-batch with its padding: the next multiple, at least one."""
     return multiple * max(1, math.ceil(tokens / multiple))
 
 
@@ -95,8 +96,8 @@ def packing_record(
 ) -> dict[str, float]:
     """What packing saved, for a step record of metrics.jsonl (track/metrics.py has the meanings).
 
-    lengths: tokens of every row of the global batch. deals: one of each update. multiple, row_multiple: what the tokens
-    of a micro-batch, and of each of its rows, are filled up to.
+    lengths: tokens of every row of the global batch. deals: one for each update. multiple, row_multiple: the tokens of
+    a micro-batch, and of each of its rows, are padded to a multiple of these.
     """
     real = sum(lengths)
     packed = [

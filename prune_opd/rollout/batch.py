@@ -1,4 +1,4 @@
-"""What a rollout phase hands on: every response of the global batch, on every rank."""
+"""What the rollout phase returns: every response of the global batch, on every rank."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ from prune_opd.data.prompt import Prompt
 
 @dataclass(frozen=True)
 class Response:
-    """One sampled continuation. `finished`: it ended by itself (end-of-sequence), not at the horizon or by the gate.
+    """One sampled continuation.
 
+    finished: it ended by itself (end-of-sequence), not at the horizon or by the gate.
     stopped: the in-flight gate cut it off. Such a response is not finished: nobody knows how it would have ended.
-    stale: tokens at its start that an earlier step has sampled, from an older student (`rollout.partial`).
+    stale: how many tokens at its start an earlier step has sampled, from an older student (`rollout.partial`).
     """
 
     ids: tuple[int, ...]
@@ -30,13 +31,13 @@ class Response:
         return len(self.ids) - self.stale
 
     def ended(self, limit: int) -> bool:
-        """Whether nothing is to be generated of it, if it may have `limit` tokens."""
+        """Whether it is complete if it may have `limit` tokens."""
         return self.finished or self.stopped or len(self.ids) >= limit
 
 
 @dataclass(frozen=True)
 class Group:
-    """A prompt to be answered; `begun`: what earlier steps have left of its responses, empty for a new one."""
+    """A prompt with its responses. `begun`: what they have from earlier steps; empty for a new group."""
 
     prompt: Prompt
     begun: tuple[Response, ...] = ()
@@ -46,7 +47,7 @@ class Group:
 class Rollouts:
     """B responses, grouped by prompt: row i belongs to prompts[i] (a prompt stands there once per response).
 
-    left: the groups that were started too and were not complete when enough others were (`rollout.oversample`).
+    left: groups that were started as well, but were not complete when enough others were (`rollout.oversample`).
     """
 
     prompts: tuple[Prompt, ...]
@@ -54,7 +55,7 @@ class Rollouts:
     left: tuple[Group, ...] = ()
 
     def split(self, kept: Sequence[int], responses: int) -> Rollouts:
-        """These prompts' rows, and the other prompts as groups that are left; `responses` rows a prompt."""
+        """The rows of the prompts number `kept`; the other prompts become `left`. responses: rows of each prompt."""
         groups = [
             Group(self.prompts[first], self.responses[first : first + responses])
             for first in range(0, len(self.prompts), responses)
@@ -97,7 +98,7 @@ class Rollouts:
 
     @property
     def stale_logprobs_B(self) -> list[tuple[float, ...]]:
-        """Of each row's stale tokens, which come first: the log-probabilities that they were sampled with."""
+        """The log-probabilities with which each row's stale tokens were sampled; these are the row's first tokens."""
         return [(response.logprobs or ())[: response.stale] for response in self.responses]
 
     @property
@@ -106,7 +107,7 @@ class Rollouts:
 
     @property
     def generated(self) -> int:
-        """Tokens of this step, those of the groups that were left included."""
+        """Tokens generated in this step, in groups that were left too."""
         return sum(response.fresh for response in self.responses) + self.left_tokens
 
     @property

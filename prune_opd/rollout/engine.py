@@ -196,7 +196,7 @@ class RolloutEngine:
         ]
         shared = share(limits if expected is None else expected, self.engines)
         mine = [requests[row] for row in shared[self.engine_index]]
-        checkpoints = () if watch is None else watch.checkpoints(max(limits, default=0))
+        checkpoints = () if watch is None else watch.looks(max(limits, default=0))
         race = None
         if keep is not None and keep < len(prompts):
             race = Race(len(prompts), responses, keep, must=wait_for)

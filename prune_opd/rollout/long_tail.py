@@ -1,9 +1,9 @@
-"""The long tail of a rollout: what is expected of every response, who works on it, and what a step leaves behind.
+"""The long tail of a rollout: how long each response will probably be, which engine gets it, what a step leaves behind.
 
-A batch takes as long as its longest response. So the longest expected ones start first and the engines share them by
-expected length; with `rollout.oversample` more prompts are started than the step needs and the first complete ones are
-kept. With `rollout.partial` the others go on in the next step, which waits for them: nothing is lost, and no token is
-older than a step. Without, they are given up until the source brings them again, so long answers are seen less often.
+A batch takes as long as its longest response. So the responses are dealt to the engines by expected length, and the
+longest start first. With `rollout.oversample` more prompts are started than the step needs, and the first complete ones
+are kept. With `rollout.partial` the others go on in the next step, which waits for them: nothing is lost, and no token
+is older than a step. Without it they are dropped until the source brings them again, so long answers become rarer.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from prune_opd.data.prompt import Prompt
 from prune_opd.data.sampler import Sampler
 from prune_opd.rollout.batch import Group, Response, Rollouts
 
-REMEMBERED = 200_000  # prompts, the latest: a few megabytes of a checkpoint
+REMEMBERED = 200_000  # latest prompts whose lengths are kept: a few megabytes of a checkpoint
 
 
 class LongTail:
-    """The groups that wait for the next step, and how long the responses of every prompt were when it last came.
+    """The groups that wait for the next step, and how long each prompt's responses were the last time.
 
-    Both are part of the checkpoint. Prompts of a source without an end never come again and are not remembered.
+    Both are saved in checkpoints. Prompts of an endless source never come again and are not remembered.
     """
 
     def __init__(self, settings: RolloutConfig, endless: bool = False) -> None:
@@ -36,16 +36,16 @@ class LongTail:
         self.history: dict[str, float] = {}  # mean length [tokens] by prompt
 
     def next(self, sampler: Sampler) -> list[Group]:
-        """What a step starts: the groups that wait, then new prompts, `prompts` · `oversample` in all, rounded up."""
+        """The groups that a step starts: the waiting ones, then new ones; in all ⌈`prompts` · `oversample`⌉."""
         wanted = started_prompts(self.settings)
         groups, self.waiting = self.waiting[:wanted], self.waiting[wanted:]
         return groups + [Group(prompt) for prompt in sampler.next(wanted - len(groups))]
 
     def expected(self, groups: Sequence[Group], limits: Sequence[int]) -> list[float]:
-        """Tokens that each response is still expected to have, row by row: up to its limit, 0 where nothing is to come.
+        """Tokens that each row is still expected to get, at most up to its limit; 0 for a complete response.
 
-        A prompt that has not come yet is taken for the mean of those that have, a response that is longer than
-        expected already for one that goes on to its limit.
+        A new prompt is expected to be like the mean of the known ones. A response that is already longer than expected
+        is expected to reach its limit.
         """
         responses = self.settings.responses
         unknown = fmean(self.history.values()) if self.history else math.inf
@@ -57,12 +57,12 @@ class LongTail:
         ]
 
     def take(self, rollouts: Rollouts) -> None:
-        """Remember the lengths of a step, and what it has left behind."""
+        """Remember the lengths of a step's responses, and the groups that it has left."""
         responses = self.settings.responses
         if not self.endless:
             for first in range(0, len(rollouts.responses), responses):
                 self._remember(rollouts.prompts[first], fmean(rollouts.length_B[first : first + responses]))
-            for group in rollouts.left:  # at least so long
+            for group in rollouts.left:  # incomplete: the length so far is a lower bound
                 length = fmean(len(response.ids) for response in group.begun)
                 self._remember(group.prompt, max(length, self.history.get(_key(group.prompt), 0.0)))
         if self.settings.partial:
@@ -89,7 +89,7 @@ class LongTail:
         return {"history": self.history, "waiting": [asdict(group) for group in self.waiting]}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue as the one that `state` is from would have. With other settings, begun responses start anew."""
+        """Continue from a `state_dict`. Under other settings, responses that had begun start anew."""
         self.history = dict(state["history"])
         groups = [_group(entry) for entry in state["waiting"]]
         fits = self.settings.partial and all(len(group.begun) in (0, self.settings.responses) for group in groups)
@@ -108,9 +108,9 @@ def begun_rows(groups: Sequence[Group], responses: int) -> list[Response]:
 
 
 def share(expected: Sequence[float], engines: int) -> list[list[int]]:
-    """The rows of each engine in the order in which they start: the longest first, each to the engine with least work.
+    """The rows of each engine, in the order in which they start. expected: tokens of each row.
 
-    Where all are alike, the rows go round the engines in their order.
+    The longest rows are dealt first, each to the engine with the least work. Equal ones go to the engines in turn.
     """
     parts: list[list[int]] = [[] for _ in range(engines)]
     loads = [(0.0, 0, engine) for engine in range(engines)]
@@ -122,10 +122,10 @@ def share(expected: Sequence[float], engines: int) -> list[list[int]]:
 
 
 class Race:
-    """Which prompt groups are complete first: `keep` of them, by the engine step at which their last response ended.
+    """Finds the `keep` prompt groups that are complete first, by the engine step at which their last response ended.
 
-    Steps, not seconds, decide, so that the same run has the same winners again. Groups of one step: the lower ones.
-    The first `must` groups win in any case, and are waited for.
+    Steps decide, not seconds, so that the same run has the same winners again. In a tie the lower number wins. The
+    first `must` groups win in any case, and are waited for.
     """
 
     def __init__(self, groups: int, responses: int, keep: int, must: int = 0) -> None:
@@ -163,7 +163,7 @@ def _rest(expected: float, begun: int, limit: int) -> float:
 
 
 def _stale(response: Response) -> Response:
-    """What the next step gets of it: the tokens are then an older student's. A cut one stays as it was kept."""
+    """The response as the next step gets it: all its tokens come from an older student then."""
     return replace(response, stale=len(response.ids), dropped=0)
 
 
@@ -178,5 +178,5 @@ def _group(entry: Mapping[str, Any]) -> Group:
 
 
 def _key(prompt: Prompt) -> str:
-    """Its text, not its index: two files of a mixture count both from 0."""
+    """A hash of the prompt's tokens. Its index would not do: two files of a mixture both count from 0."""
     return hashlib.blake2b(repr(prompt.ids).encode(), digest_size=8).hexdigest()

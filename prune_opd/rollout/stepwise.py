@@ -1,17 +1,17 @@
-"""vLLM's step loop with checkpoints along the responses, where a watch may stop some of them, and a race of groups.
+"""vLLM's step loop with looks at the responses, where a watch may stop some of them, and a race of groups.
 
-    add requests ─▶ step … step ─▶ meeting of all ranks: who passed a checkpoint? ─▶ watch.stop ─▶ abort ─▶ step …
-                                                         who is complete?        ─▶ enough: abort all others, end
+    add requests ─▶ step … step ─▶ meeting of all ranks: who reached a look? ─▶ watch.stop ─▶ abort ─▶ step …
+                                                         who is complete?    ─▶ enough: abort all others, end
 
-An engine goes to a meeting when one of its responses has passed a checkpoint, but not twice within `gap` steps, and
-when it has nothing left to do. Between the checkpoint and the meeting a response runs on; what comes after the
-checkpoint is thrown away if it is stopped. So the tokens of a response depend on the checkpoints alone, not on how many
-engines share the batch, how many responses run at once and which of them waited. In a race all engines meet every
-`RACE_GAP` steps; there the layout decides which groups are first, but the same run has the same winners again.
+A look is a response length at which the watch decides. An engine goes to a meeting when one of its responses has
+reached a look, but not twice within `gap` steps, and when it has nothing left to do. Until the meeting the response
+runs on; if it is stopped there, its tokens after the look are thrown away. So the tokens of a response depend on the
+looks alone: not on how many engines share the batch, how many responses run at once, or which of them waited. In a
+race all engines meet every `RACE_GAP` steps; there the layout decides which groups are first, but the same run has the
+same winners again.
 
-Every rank of an engine has a scheduler of its own: they stay together because all abort the same requests after the
-same step. Every meeting compares what the ranks of an engine have seen, and hands on the error of a rank that has one:
-all ranks then raise the same.
+Every rank of an engine has a scheduler of its own. They stay together because all of them abort the same requests after
+the same step. Every meeting compares what the ranks of an engine have seen. If one of them has an error, all raise it.
 """
 
 from __future__ import annotations
@@ -32,35 +32,36 @@ from prune_opd.platform import untouched_rng
 from prune_opd.rollout.batch import Response
 from prune_opd.rollout.long_tail import Race
 
-STALLED = 1000  # engine steps in a row that bring no token: the longest prefill takes far fewer
-RACE_GAP = 16  # engine steps between two meetings of a race: as many tokens of a response may be in vain
+STALLED = 1000  # engine steps in a row without a token, after which we give up: the longest prefill takes far fewer
+RACE_GAP = 16  # engine steps between two meetings of a race: so many tokens of a response may be in vain
 
 
 class Prefix(NamedTuple):
-    """A response that has passed a checkpoint: what has come since the one before."""
+    """A response that has reached a look: its tokens since the look before."""
 
     row: int  # of the global batch
     new_ids: tuple[int, ...]
-    top_ids_TK: np.ndarray | None  # int32, the student's most probable words at each of them, when asked for
+    top_ids_TK: np.ndarray | None  # int32, the student's most probable tokens at each position, when asked for
     top_logp_TK: np.ndarray | None  # float32, descending
 
 
 class Watch(Protocol):
-    """Who decides at the checkpoints."""
+    """Who decides at the looks."""
 
-    top: int | None  # how many of the student's most probable words are wanted of each token
+    top: int | None  # how many of the student's most probable tokens it wants at each position
 
-    def checkpoints(self, max_tokens: int) -> tuple[int, ...]: ...
+    def looks(self, max_tokens: int) -> tuple[int, ...]:
+        """Response lengths, ascending, at which `stop` is asked."""
 
     def begin(
         self, prompt_of_row: Sequence[Prompt], max_tokens_of_row: Sequence[int], begun_of_row: Sequence[Response]
     ) -> None: ...
 
     def stop(self, prefixes: Sequence[Prefix]) -> set[int]:
-        """The rows to stop at the checkpoint they are at. Collective; the same on every rank."""
+        """The rows to stop at the look that they have reached. Collective; the same on every rank."""
 
     def keep(self, rows: Sequence[int]) -> None:
-        """Only these rows are left of the batch, and are numbered anew in this order."""
+        """Only these rows stay in the batch: row rows[i] becomes row i."""
 
 
 @dataclass
@@ -75,8 +76,8 @@ class _Request:
     top_logp: list[np.ndarray] = field(default_factory=list)
     finished: bool = False
     reason: str | None = None
-    checked: int = 0  # checkpoints that it has passed and was let through
-    cut: int | None = None  # tokens that are kept of it
+    looked: int = 0  # looks that it has behind it
+    cut: int | None = None  # if it was stopped: how many of its tokens are kept
     done_at: int | None = None  # engine step after which it was no longer live
 
     @property
@@ -91,19 +92,19 @@ class _Request:
 class StepLoop:
     """One engine's requests. `add` them all, then `advance` and `stop` in turn until `idle`."""
 
-    def __init__(self, engine: Any, checkpoints: Sequence[int], racing: bool = False, logprobs: bool = False) -> None:
-        """racing: meet every `RACE_GAP` steps. logprobs: keep those of the sampled tokens."""
-        self.engine, self.checkpoints, self.racing, self.logprobs = engine, checkpoints, racing, logprobs
-        self.gap = min((after - before for before, after in pairwise((0, *checkpoints))), default=1)
+    def __init__(self, engine: Any, looks: Sequence[int], racing: bool = False, logprobs: bool = False) -> None:
+        """racing: meet every `RACE_GAP` steps. logprobs: keep the log-probabilities of the sampled tokens."""
+        self.engine, self.looks, self.racing, self.logprobs = engine, looks, racing, logprobs
+        self.gap = min((after - before for before, after in pairwise((0, *looks))), default=1)
         self.requests: dict[str, _Request] = {}  # by the name that we gave
         self.steps = 0
         self._seen = hashlib.blake2b(digest_size=8)
 
     def add(self, row: int, prompt_ids: Sequence[int], params: Any, limit: int, begun: Response) -> None:
-        """A response of at most `limit` tokens, `begun` included; params: of vLLM, with the tokens that are to come."""
+        """A response of at most `limit` tokens, `begun` included; the max_tokens of vLLM's `params` counts new ones."""
         ids = begun.ids[:limit]
         request = _Request(row, limit, begun, ids=list(ids), logprobs=list((begun.logprobs or ())[:limit]))
-        request.checked = sum(checkpoint <= len(ids) for checkpoint in self.checkpoints)
+        request.looked = sum(look <= len(ids) for look in self.looks)
         self.requests[str(row)] = request
         if begun.ended(limit):
             request.finished, request.done_at = True, 0
@@ -117,12 +118,12 @@ class StepLoop:
 
     @property
     def digest(self) -> str:
-        """Of every token so far and every cut: equal on the ranks of one engine."""
+        """A hash of every token so far and every cut: equal on the ranks of one engine."""
         cuts = sorted((request.row, request.cut) for request in self.requests.values() if request.cut is not None)
         return f"{self._seen.hexdigest()} {hashlib.blake2b(repr(cuts).encode(), digest_size=8).hexdigest()}"
 
     def advance(self) -> None:
-        """Step until the next meeting. RuntimeError when the engine makes no progress or overshoots."""
+        """Step until the next meeting. RuntimeError when no token comes any more, or a response passes its limit."""
         steps = without_tokens = 0
         while not (self.idle or (steps >= self.gap and self._due()) or (self.racing and steps >= RACE_GAP)):
             self.steps += 1
@@ -137,11 +138,11 @@ class StepLoop:
                 )
 
     def due(self) -> list[Prefix]:
-        """The responses that are past a checkpoint, with what is new of each."""
+        """The responses that have reached a look, each with its new tokens."""
         return [self._prefix(request) for request in self._due()]
 
     def stop(self, due: Iterable[int], rows: set[int]) -> None:
-        """The verdict on the rows that were due: `rows` are cut at their checkpoints, the others go on."""
+        """The verdict on the rows that were due: those in `rows` are cut at their look, the others go on."""
         mine = {request.row: request for request in self.requests.values()}
         aborted = []
         for row in due:
@@ -149,16 +150,16 @@ class StepLoop:
                 continue
             request = mine[row]
             if row in rows:
-                request.cut = self.checkpoints[request.checked]
+                request.cut = self.looks[request.looked]
                 if not request.finished:
                     request.done_at = self.steps
                     aborted.append(request.name)
-            request.checked += 1
-        if aborted:  # one that finished meanwhile is not among them, and vLLM lets an unknown name pass
+            request.looked += 1
+        if aborted:  # without those that finished meanwhile; vLLM ignores names that it does not know
             self.engine.abort_request(aborted, internal=True)
 
     def done(self) -> dict[int, int]:
-        """The rows that have ended, with the engine step of it."""
+        """The rows that have ended, each with the engine step at which it did."""
         return {r.row: r.done_at for r in self.requests.values() if r.done_at is not None}
 
     def give_up(self) -> None:
@@ -166,22 +167,22 @@ class StepLoop:
         self.engine.abort_request([request.name for request in self.requests.values() if request.live], internal=True)
 
     def responses(self) -> list[Response]:
-        """What has become of the requests, in the order in which they were added."""
+        """The responses so far, in the order in which the requests were added."""
         return [_response(request, self.logprobs) for request in self.requests.values()]
 
     def _due(self) -> list[_Request]:
         return [request for request in self.requests.values() if self._is_due(request)]
 
     def _is_due(self, request: _Request) -> bool:
-        if request.cut is not None or request.checked >= len(self.checkpoints):
+        if request.cut is not None or request.looked >= len(self.looks):
             return False
-        checkpoint, length = self.checkpoints[request.checked], len(request.ids)
-        # Nothing is left to cut of a response that ended right there.
-        return length > checkpoint or (length == checkpoint and not request.finished)
+        look, length = self.looks[request.looked], len(request.ids)
+        # A response that ended right there has nothing to cut.
+        return length > look or (length == look and not request.finished)
 
     def _prefix(self, request: _Request) -> Prefix:
-        start = max(self.checkpoints[request.checked - 1] if request.checked else 0, request.stale)
-        end = self.checkpoints[request.checked]
+        start = max(self.looks[request.looked - 1] if request.looked else 0, request.stale)
+        end = self.looks[request.looked]
         new_ids = tuple(request.ids[start:end])
         if not request.top_ids:
             return Prefix(request.row, new_ids, None, None)
@@ -190,7 +191,7 @@ class StepLoop:
         return Prefix(request.row, new_ids, ids, logp)
 
     def _take(self, outputs: Iterable[Any]) -> int:
-        """File the tokens of a step under their requests; how many there were."""
+        """Add a step's tokens to their requests. Returns how many tokens there were."""
         tokens = 0
         for output in outputs:
             request = self.requests[output.request_id.partition("-")[0]]
@@ -237,7 +238,9 @@ class _Report:
 def run_together(
     loop: StepLoop, start: Callable[[], None], watch: Watch | None, race: Race | None, engine_index: int
 ) -> None:
-    """Generate to the end, or until the race is over, from `start`, which adds the requests. Collective over the job.
+    """Call `start`, which adds the requests, then generate to the end or until the race is over.
+
+    Collective over the job.
 
     Raises:
         UserError: on every rank alike, when the engine of one has failed or the ranks of an engine have come apart.
@@ -259,7 +262,8 @@ def run_together(
             error = error or _failure(loop.give_up)
         elif not due and all(report.idle for report in everyone):
             return
-        # Before a step in which some ranks of an engine would wait for the others, and before the race's last word.
+        # Compare once more where ranks would wait for one that has failed or come apart: in the next step of an engine
+        # with several ranks, and after the end of the race.
         if over or (due and len(first) < len(everyone)):
             _meet(_report(loop, engine_index, error))
         if over:
@@ -290,7 +294,7 @@ def _meet(report: _Report) -> list[_Report]:
 
 
 def _failure(call: Callable[[], None]) -> str | None:
-    """What went wrong in `call`, in words: a rank must come to the meeting with it, where the others wait."""
+    """Run `call`. Returns what it raised, as text for the next meeting: the other ranks wait there."""
     try:
         with untouched_rng():
             call()

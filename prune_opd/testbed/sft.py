@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 
 def run(config: SftConfig) -> None:
-    """Train every stage and leave a Hugging Face directory at `config.output` (complete or not there at all)."""
+    """Train every stage and write a Hugging Face directory to `config.output`, which appears only when complete."""
     machine = platform.prepare()
     from prune_opd.config.yaml import save_config
     from prune_opd.megatron import layout as layouts
@@ -90,7 +90,7 @@ def _run_stage(
 
 
 def cross_entropy(model: HiddenStatesGPT, batch: PackedBatch, hidden_NH: Tensor) -> tuple[Tensor, int]:
-    """Summed cross entropy of the response tokens, TP = 1. The padded vocabulary takes no part."""
+    """Summed cross entropy of the response tokens, TP = 1. The vocabulary's padding is left out."""
     weight_VH = model.head_weight()[: model.spec.vocab_size]
     logits_MV = hidden_NH[batch.predicting_M] @ weight_VH.T
     return F.cross_entropy(logits_MV.float(), batch.sampled_ids_M, reduction="sum"), len(batch.sampled_ids_M)
@@ -98,13 +98,13 @@ def cross_entropy(model: HiddenStatesGPT, batch: PackedBatch, hidden_NH: Tensor)
 
 @torch.no_grad()
 def _sharpen(trainer: Trainer, factor: float) -> None:
-    """Scale the logits. A model that was trained for minutes is nearly right greedily and far too flat at T = 1."""
+    """Scale the logits: a model trained for minutes is nearly right if decoded greedily, but far too flat at T = 1."""
     trainer.chunks[0].decoder.final_layernorm.weight.mul_(factor)
     trainer.optimizer.reload_model_params()
 
 
 def create_model(directory: Path, shape: ModelShape, seed: int, vocab: int = len(ledger.VOCABULARY)) -> None:
-    """A randomly initialised Qwen3 as a Hugging Face directory: the same weights whatever the layout that loads it."""
+    """Write a randomly initialised Qwen3 as a Hugging Face directory: any layout then loads the same weights."""
     config = {
         "architectures": ["Qwen3ForCausalLM"],
         "model_type": "qwen3",

@@ -33,14 +33,14 @@ METRICS: dict[str, str] = {
     "weight_mean": "mean training weight of the response tokens: W [0..1 + w_base], times that of a weighting and, for"
     " stale tokens, the clipped ratio, where there are such [1]",
     "pruned_inflight": "responses that the in-flight gate stopped while they were generated [count]",
-    "tokens_avoided": "estimate of the response tokens that those would have had: up to the mean length of the batch's"
-    " other responses that went past the cut, or to the horizon where none did [tokens]",
-    "tokens_dropped": "tokens generated after a cut and before it was decided, and thrown away [tokens]",
-    "teacher_tokens_inflight": "tokens (prompts included) that the teacher went through at the checkpoints [tokens]",
+    "tokens_avoided": "estimate of the tokens that those responses would still have got: up to the mean length of the"
+    " batch's other responses that went past the cut, or to the horizon where none did [tokens]",
+    "tokens_dropped": "tokens that were generated after a cut, before it was decided, and thrown away [tokens]",
+    "teacher_tokens_inflight": "tokens (prompts included) that the teacher read at the looks [tokens]",
     "teacher_tokens_reused": "of those, the tokens whose hidden states the loss took over: stopped responses [tokens]",
-    "inflight_checks": "packed teacher passes in flight [count]",
-    "inflight_too_early": "stopped responses whose last token the loss's own gate still has at R > 0, so that it would"
-    " have gone on: 0 unless rollout.inflight.stop_events asks for it, or the rollouts are of a coarse format [count]",
+    "inflight_checks": "teacher passes in flight: each packs the responses that have reached a look [count]",
+    "inflight_too_early": "stopped responses whose last token still has R > 0 in the loss's own gate, so they were cut"
+    " too early: 0 unless rollout.inflight.stop_events asks for it, or the rollouts have a coarse format [count]",
     "time_inflight": "the in-flight gate's part of time_rollout: teacher passes and decisions [s]",
     "overlap_by_position": "mean overlap in bins of equal width over max_len; null where no token fell [0..1]",
     "weight_by_position": "mean weight W in the same bins; null where no token fell [0..1 + w_base]",
@@ -52,9 +52,9 @@ METRICS: dict[str, str] = {
     " response length of the last evaluation; null if there was none [tokens]",
     "padding_waste_padded": "share of the tokens that would be padding if every row (prompt and response) were padded"
     " to the longest of the batch [0..1]",
-    "padding_waste_packed": "share that still is after packing: dummies that fill micro-batches up to a multiple"
+    "padding_waste_packed": "share of the tokens that is padding with packing: it fills micro-batches up to a multiple"
     " [0..1]",
-    "dp_imbalance": "tokens of the data-parallel rank that has most over the ranks' mean; 1 is balanced [1]",
+    "dp_imbalance": "tokens of the data-parallel rank with the most, divided by the ranks' mean; 1 is balanced [1]",
     "loss": "distillation loss, one token mean over the global batch; a policy gradient's is a surrogate that may be"
     " negative (with several updates a batch, PPO's) [nats per token]",
     "divergence": "what the objective measures between student and teacher, unweighted token mean; of topk_reverse_kl"
@@ -63,9 +63,10 @@ METRICS: dict[str, str] = {
     " optimizer.updates_per_batch > 1 and an objective with rewards [1]",
     "clip_fraction": "share of the candidates whose gradient the ratio's clip has taken away; only where there is a"
     " ratio [0..1]",
-    "prompts_left": "prompts that were started and not kept, since enough others were complete first; only with"
+    "prompts_left": "prompts that were started but not kept, since enough others were complete first; only with"
     " rollout.oversample > 1 [count]",
-    "tokens_left": "of tokens_generated, those of such prompts: lost, or gone on with if rollout.partial [tokens]",
+    "tokens_left": "tokens generated for those prompts: lost, or the start of the next step with rollout.partial"
+    " [tokens]",
     "stale_tokens": "response tokens of this batch that an older student has sampled in an earlier step; only with"
     " rollout.oversample > 1 [tokens]",
     "stale_ratio_mean": "mean ratio of a stale token's probability to that with which it was sampled, before the clip;"

@@ -1,4 +1,4 @@
-"""What all charts share: palette, type, axes, and the way from a chart to PNG."""
+"""What all charts share: colours, fonts, axes, and drawing a chart as a PNG."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ _SMOOTH_FROM = 60  # steps above which a noisy series is drawn as a moving mean 
 
 @dataclass(frozen=True)
 class Chart:
-    """A chart and the sentence that tells how to read it. `draw` fills a figure or a part of one."""
+    """A chart. caption: how to read it. draw: fills a figure, or a part of one."""
 
     title: str
     caption: str
@@ -123,7 +123,7 @@ def count_axis(axis: Any) -> None:
 
 
 def from_zero(ax: Any) -> None:
-    """The y axis from zero to a little above what is drawn. Call it when all is."""
+    """The y axis from zero to a little above what is drawn. Call it after drawing."""
     highest = ax.dataLim.y1
     ax.set_ylim(0, 1.06 * highest if math.isfinite(highest) and highest > 0 else 1.0)
 
@@ -133,18 +133,18 @@ def percent_axis(axis: Any) -> None:
 
 
 def accuracy_axis(ax: Any) -> None:
-    """Percent from zero, never beyond all of it."""
+    """An axis in percent, from 0 to at most a little above 100."""
     percent_axis(ax.yaxis)
     ax.set_ylim(bottom=0, top=min(1.02, max(0.05, ax.get_ylim()[1])))
 
 
 def time_unit(longest: float) -> tuple[str, float]:
-    """The unit that suits times up to `longest` seconds: its name, and the seconds it has."""
+    """The unit for times up to `longest` seconds: its name, and how many seconds it has."""
     return ("h", 3600.0) if longest >= 2 * 3600 else ("min", 60.0) if longest >= 300 else ("s", 1.0)
 
 
 def trend(ax: Any, x: Sequence[float], y: Sequence[float], **style: Any) -> None:
-    """A line; over many steps its centred moving mean, on top of the raw values in pale."""
+    """A line; with many steps their centred moving mean, over the raw values in a pale colour."""
     if len(x) == 1:
         ax.plot(x, y, marker="o", **style)
     elif len(x) < _SMOOTH_FROM:

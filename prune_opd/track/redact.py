@@ -1,6 +1,6 @@
 """Secrets stay out of what a run shows to others: its report, its samples, its wandb run.
 
-A model may repeat what it was shown, and a path or a setting may carry a password. Taken out are the values of this
+A model may repeat what it was shown, and a path or a setting may contain a password. Masked are the values of this
 process's secret variables (`WANDB_API_KEY`, `HF_TOKEN`, …), keys of well-known shapes, and passwords in addresses.
 """
 
@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 MASK = "•"
 _SECRET_NAME = re.compile(r"(KEY|TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIALS)$", re.IGNORECASE)
-_SHORTEST = 8  # characters: a shorter value of a variable is a word like "false" and would mask the innocent
+_SHORTEST = 8  # characters; shorter values are left alone: masking a "false" would mask harmless text
 _SHAPES = re.compile(
     r"\bhf_[A-Za-z0-9]{16,}|\bsk-[A-Za-z0-9_-]{16,}|\bgh[pousr]_[A-Za-z0-9]{20,}|\bgithub_pat_\w{20,}|\bAKIA[A-Z0-9]{16}\b"
     r"|(?<=://)[^\s/:@]+:[^\s/@]+(?=@)"
@@ -27,7 +27,7 @@ def redact(text: str) -> str:
 
 
 def redact_tokens(texts: Sequence[str]) -> list[str]:
-    """The same for a text in pieces: a secret may go over many of them, and the pieces keep their lengths."""
+    """`redact` for a text in pieces, which keep their lengths: a secret may extend over several of them."""
     hidden, kept, place = redact("".join(texts)), [], 0
     for text in texts:
         kept.append(hidden[place : place + len(text)])
@@ -36,7 +36,7 @@ def redact_tokens(texts: Sequence[str]) -> list[str]:
 
 
 def _secrets(text: str) -> list[tuple[int, int]]:
-    """First character and one past the last of each."""
+    """The span of each secret: its first character, and one past its last."""
     values = {v for name, v in os.environ.items() if _SECRET_NAME.search(name) and len(v) >= _SHORTEST}
     found = [match.span() for value in values for match in re.finditer(re.escape(value), text)]
     return found + [match.span() for match in _SHAPES.finditer(text)]

@@ -111,7 +111,7 @@ def _configuration(run: RunData) -> str:
 def _comparison_table(runs: list[RunData]) -> str:
     """One column a run, one row a figure: names and values are those of the single reports."""
     columns = [dict([("steps", f"{run.summary.steps:,}"), *summary_rows(run.summary)]) for run in runs]
-    # The rows of a run are in a fixed order; what only a later run has must still stand in its place.
+    # The rows of a run have a fixed order; a row that only a later run has must keep its place in it.
     names = sorted(dict.fromkeys(name for column in columns for name in column), key=_row_rank)
     head = "".join(f"<th>{escape(run.name)}</th>" for run in runs)
     rows = "".join(

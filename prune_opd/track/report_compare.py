@@ -28,7 +28,7 @@ def comparison_charts(runs: list[RunData]) -> list[Chart]:
     tasks = [task for task in count if count[task] > 1] or list(count)
     charts = _accuracy_charts(runs, tasks[:1])
     for key, title, caption in (
-        ("horizon", "Horizon [tokens]", "The window each strategy gave the rollouts of a step."),
+        ("horizon", "Horizon [tokens]", "The horizon that each strategy gave the rollouts of a step."),
         (
             "overlap",
             "Mean overlap",

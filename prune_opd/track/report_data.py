@@ -20,7 +20,7 @@ from prune_opd.track.samples import read_samples
 
 @dataclass(frozen=True)
 class RunData:
-    """One run directory, read. `max_len` is the full horizon in tokens, None if config.yaml does not tell it."""
+    """A run directory's contents. `max_len` is the full horizon in tokens, None if config.yaml does not have it."""
 
     name: str
     run_dir: Path
@@ -65,8 +65,10 @@ class RunData:
     def accuracy(
         self, task: str, x: Callable[[int], float] = float
     ) -> tuple[list[float], list[float], tuple[list[float], list[float]] | None]:
-        """x (a function of the step) and accuracy of the evaluations of a task, and how far below and above it its 95 %
-        interval reaches (None if unknown): the one that was written down, else 1.96 standard errors."""
+        """A task's evaluations: x (a function of the step), accuracy, and its distances to both ends of the interval.
+
+        The 95 % interval is the recorded one, else 1.96 standard errors; None if neither is known.
+        """
         key = f"eval_{task}"
         lines = [line for line in self.evaluations if line.get(key) is not None]
         reach = [_interval(line, key) for line in lines]
@@ -80,7 +82,7 @@ class RunData:
 
 
 def _interval(line: Record, key: str) -> tuple[float, float]:
-    """How far the 95 % interval of an accuracy reaches below and above it; NaN if the line does not tell."""
+    """How far an accuracy's 95 % interval reaches below and above it; NaN if the line does not have it."""
     accuracy, low, high = (number(line.get(name)) for name in (key, f"{key}_low", f"{key}_high"))
     if math.isnan(low) or math.isnan(high):
         error = 1.96 * number(line.get(f"{key}_stderr"))

@@ -1,4 +1,4 @@
-"""An HTML page of ours: one file that needs nothing else, whose policy lets nothing in and runs one script of ours."""
+"""An HTML page: one file that needs nothing else. Its security policy loads nothing and runs our script alone."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ _PAGE = """<!doctype html>
 
 
 def write_page(title: str, body: list[str], out: Path) -> None:
-    """A page of ours from its parts in HTML. The browser fetches nothing and runs no other script than ours."""
+    """Write a page from its parts in HTML. The browser fetches nothing and runs no script but ours."""
     style, script = ((_ASSETS / name).read_text(encoding="utf-8") for name in ("report.css", "report.js"))
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode("ascii")
     policy = f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{digest}'"
@@ -42,7 +42,7 @@ def write_page(title: str, body: list[str], out: Path) -> None:
 
 
 def grid(charts: Sequence[Chart], folder: Path | None = None) -> str:
-    """The charts as cards side by side. folder: where each is left as a PNG too, numbered in their order."""
+    """The charts as cards side by side. folder: gets each chart as a PNG too, numbered in order."""
     cards = []
     for place, chart in enumerate(charts, start=1):
         image = png(chart)
@@ -62,5 +62,5 @@ def _card(chart: Chart, image: bytes) -> str:
 
 
 def _slug(title: str) -> str:
-    """A title as a file's name: its words without the unit."""
+    """A title as a file name, without its unit."""
     return re.sub(r"[^a-z0-9]+", "-", title.partition("[")[0].lower()).strip("-")

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -39,152 +41,7 @@ _TASK_COLOURS = (GREEN, *(colour for colour in CYCLE if colour != GREEN))
 
 def run_charts(run: RunData) -> list[Chart]:
     """The charts that the run has numbers for, most telling first: accuracy stands beside overlap."""
-    wanted = [
-        (
-            run.has("horizon"),
-            Chart(
-                "Horizon and lengths [tokens]",
-                "The horizon M is what the rollouts of a step may use. It should follow the reliable length: where the "
-                "two part, tokens are generated that the gate then discards.",
-                lambda fig: _horizon(fig, run),
-            ),
-        ),
-        (
-            run.has("tokens_generated"),
-            Chart(
-                "Cumulative tokens generated",
-                "The gap is what the horizon saved. The full-horizon line is an estimate from the response length of "
-                "the latest evaluation, not a second run.",
-                lambda fig: _tokens(fig, run),
-            ),
-        ),
-        (
-            run.has("overlap"),
-            Chart(
-                "Overlap and drift events [share]",
-                "Overlap should rise and events fall as student and teacher agree. Overlap is not success: "
-                + ("accuracy is beside it." if run.tasks else "this run has no accuracy to put beside it."),
-                lambda fig: _overlap(fig, run),
-            ),
-        ),
-        (
-            bool(run.tasks),
-            Chart(
-                "Accuracy over steps [%]",
-                "Held-out problems, with 95 % confidence intervals. Differences smaller than the bars may be noise.",
-                lambda fig: _accuracy(fig, run, "step"),
-            ),
-        ),
-        (
-            run.has("overlap_by_position"),
-            Chart(
-                "Overlap by position over training",
-                "Each column is a step, each row a stretch of the response; white has no tokens. Drift shows as "
-                "darkening upwards, learning as brightening to the right.",
-                lambda fig: overlap_map(fig, run),
-            ),
-        ),
-        (
-            run.has("overlap_by_position"),
-            Chart(
-                "Overlap by position: early, middle, late",
-                "A curve that falls to the right is prefix drift. Later curves should lie higher and reach further.",
-                lambda fig: profile(fig, run, "overlap_by_position", "mean overlap"),
-            ),
-        ),
-        (
-            run.has("lengths_by_position"),
-            Chart(
-                "Response lengths over training [share of the responses]",
-                "Each column is a step: where its responses ended. A band along the horizon was cut there; what lies "
-                "below ended by itself, or was stopped in flight.",
-                lambda fig: length_map(fig, run),
-            ),
-        ),
-        (
-            run.has("lengths_by_position"),
-            Chart(
-                "Response lengths: early, middle, late [share of the responses]",
-                "The same as a distribution, over the first, middle and last steps.",
-                lambda fig: length_profile(fig, run),
-            ),
-        ),
-        (
-            run.has("time_step"),
-            Chart(
-                "Time by phase [s per step]",
-                "Left: the mean seconds of a step. Right: where the time of the run went, evaluation included.",
-                lambda fig: _phases(fig, run),
-            ),
-        ),
-        (
-            run.has("loss"),
-            Chart(
-                "Loss, divergence and norms",
-                "Divergence is the reverse KL per token on the support, unweighted. Loss is a policy-gradient "
-                "surrogate that may be negative; both move with the horizon, so judge a run by accuracy. "
-                "Spikes in the gradient norm (before clipping) come first when a run diverges; the norm of all weights "
-                "should move slowly.",
-                lambda fig: _panels(
-                    fig,
-                    run,
-                    ("divergence", "divergence", GREEN),
-                    ("loss", "loss", BLUE),
-                    ("grad_norm", "gradient norm", ORANGE),
-                    ("weight_norm", "weight norm", PURPLE),
-                    share=False,
-                ),
-            ),
-        ),
-        (
-            bool(run.tasks) and run.has("tokens_generated"),
-            Chart(
-                "Accuracy over generated tokens [%]",
-                "The price of the accuracy: further left is cheaper. Evaluation tokens are not counted.",
-                lambda fig: _accuracy(fig, run, "tokens"),
-            ),
-        ),
-        (
-            run.has("weight_by_position"),
-            Chart(
-                "Training weight by position",
-                "How much each stretch of a response counts in the loss. Events lower the weight for good, so curves "
-                "only fall; a late curve that stays up means reliable rollouts.",
-                lambda fig: profile(fig, run, "weight_by_position", "mean weight W", from_zero=True),
-            ),
-        ),
-        (
-            run.has("weight_mean"),
-            Chart(
-                "Mean weight and finished responses",
-                "Mean weight: how much of what was generated trains. Finished: the share of responses that ended by "
-                "themselves; near 100% the horizon no longer cuts anything.",
-                lambda fig: _panels(
-                    fig, run, ("weight_mean", "mean weight", TEAL), ("finished_rate", "finished", GREEN), share=True
-                ),
-            ),
-        ),
-        (
-            run.has("memory_train"),
-            Chart(
-                "Memory by phase [GB]",
-                "Of rank 0: the peak of what torch had on the device in each phase; on a CPU, what was resident at the "
-                "phase's end. A line that climbs is a leak.",
-                lambda fig: _memory(fig, run),
-            ),
-        ),
-        (
-            run.has("padding_waste_padded"),
-            Chart(
-                "Padding and balance of the micro-batches",
-                "Padding: the share of the tokens that compute nothing, if rows were padded to the longest of the "
-                "batch and as they are packed. Imbalance: how far the data-parallel rank with most tokens is above the "
-                "mean, while the others wait.",
-                lambda fig: _packing(fig, run),
-            ),
-        ),
-    ]
-    return [chart for present, chart in wanted if present]
+    return [kind.chart(run) for kind in _CHARTS if kind.fits(run)]
 
 
 def _horizon(fig: Any, run: RunData) -> None:
@@ -248,7 +105,28 @@ def _overlap(fig: Any, run: RunData) -> None:
     count_axis(lower.xaxis)
 
 
+def _overlap_caption(run: RunData) -> str:
+    accuracy = "accuracy is beside it." if run.tasks else "this run has no accuracy to put beside it."
+    return "Overlap should rise and events fall as student and teacher agree. Overlap is not success: " + accuracy
+
+
+def _losses(fig: Any, run: RunData) -> None:
+    curves = (
+        ("divergence", "divergence", GREEN),
+        ("loss", "loss", BLUE),
+        ("grad_norm", "gradient norm", ORANGE),
+        ("weight_norm", "weight norm", PURPLE),
+    )
+    _panels(fig, run, *curves, share=False)
+
+
+def _weights(fig: Any, run: RunData) -> None:
+    curves = (("weight_mean", "mean weight", TEAL), ("finished_rate", "finished", GREEN))
+    _panels(fig, run, *curves, share=True)
+
+
 def _panels(fig: Any, run: RunData, *wanted: tuple[str, str, str], share: bool) -> None:
+    """One panel for each (key, label, colour) that the run has. share: from 0 to at least 1."""
     panels = [panel for panel in wanted if run.has(panel[0])]
     all_axes = fig.subplots(len(panels), 1, sharex=True, squeeze=False)[:, 0]
     for ax, (key, label, colour) in zip(all_axes, panels, strict=True):
@@ -341,3 +219,124 @@ def _memory(fig: Any, run: RunData) -> None:
 def _mean(records: list[dict[str, Any]], key: str) -> float:
     values = [r[key] for r in records if r.get(key) is not None]
     return sum(values) / len(values) if values else 0.0
+
+
+# -------------------------------------------------------------------------------------------- the charts of a report
+
+_ACCURACY = "accuracy"  # among what a chart needs: an evaluation, where all others are keys of a step record
+
+
+class _Kind(NamedTuple):
+    """A chart for any run. caption: how to read it. needs: the chart is left out of runs without these metrics."""
+
+    title: str
+    needs: tuple[str, ...]
+    draw: Callable[[Any, RunData], None]
+    caption: str | Callable[[RunData], str]
+
+    def fits(self, run: RunData) -> bool:
+        return all(run.tasks if key == _ACCURACY else run.has(key) for key in self.needs)
+
+    def chart(self, run: RunData) -> Chart:
+        caption = self.caption if isinstance(self.caption, str) else self.caption(run)
+        return Chart(self.title, caption, lambda fig: self.draw(fig, run))
+
+
+_CHARTS = (
+    _Kind(
+        "Horizon and lengths [tokens]",
+        ("horizon",),
+        _horizon,
+        "The horizon M is what the rollouts of a step may use. It should follow the reliable length: where the two "
+        "part, tokens are generated that the gate then discards.",
+    ),
+    _Kind(
+        "Cumulative tokens generated",
+        ("tokens_generated",),
+        _tokens,
+        "The gap is what the horizon saved. The full-horizon line is an estimate from the response length of the "
+        "latest evaluation, not a second run.",
+    ),
+    _Kind("Overlap and drift events [share]", ("overlap",), _overlap, _overlap_caption),
+    _Kind(
+        "Accuracy over steps [%]",
+        (_ACCURACY,),
+        partial(_accuracy, over="step"),
+        "Held-out problems, with 95 % confidence intervals. Differences smaller than the bars may be noise.",
+    ),
+    _Kind(
+        "Overlap by position over training",
+        ("overlap_by_position",),
+        overlap_map,
+        "Each column is a step, each row a stretch of the response; white has no tokens. Drift shows as darkening "
+        "upwards, learning as brightening to the right.",
+    ),
+    _Kind(
+        "Overlap by position: early, middle, late",
+        ("overlap_by_position",),
+        partial(profile, key="overlap_by_position", ylabel="mean overlap"),
+        "A curve that falls to the right is prefix drift. Later curves should lie higher and reach further.",
+    ),
+    _Kind(
+        "Response lengths over training [share of the responses]",
+        ("lengths_by_position",),
+        length_map,
+        "Each column is a step: where its responses ended. A band along the horizon was cut there; what lies below "
+        "ended by itself, or was stopped in flight.",
+    ),
+    _Kind(
+        "Response lengths: early, middle, late [share of the responses]",
+        ("lengths_by_position",),
+        length_profile,
+        "The same as a distribution, over the first, middle and last steps.",
+    ),
+    _Kind(
+        "Time by phase [s per step]",
+        ("time_step",),
+        _phases,
+        "Left: the mean seconds of a step. Right: where the time of the run went, evaluation included.",
+    ),
+    _Kind(
+        "Loss, divergence and norms",
+        ("loss",),
+        _losses,
+        "Divergence is the reverse KL per token on the support, unweighted. Loss is a policy-gradient surrogate that "
+        "may be negative; both move with the horizon, so judge a run by accuracy. Spikes in the gradient norm (before "
+        "clipping) come first when a run diverges; the norm of all weights should move slowly.",
+    ),
+    _Kind(
+        "Accuracy over generated tokens [%]",
+        (_ACCURACY, "tokens_generated"),
+        partial(_accuracy, over="tokens"),
+        "The price of the accuracy: further left is cheaper. Evaluation tokens are not counted.",
+    ),
+    _Kind(
+        "Training weight by position",
+        ("weight_by_position",),
+        partial(profile, key="weight_by_position", ylabel="mean weight W", from_zero=True),
+        "How much each stretch of a response counts in the loss. Events lower the weight for good, so curves only "
+        "fall; a late curve that stays up means reliable rollouts.",
+    ),
+    _Kind(
+        "Mean weight and finished responses",
+        ("weight_mean",),
+        _weights,
+        "Mean weight: how much of what was generated trains. Finished: the share of responses that ended by "
+        "themselves; near 100% the horizon no longer cuts anything.",
+    ),
+    _Kind(
+        "Memory by phase [GB]",
+        ("memory_train",),
+        _memory,
+        "Of rank 0: the peak of what torch had on the device in each phase; on a CPU, what was resident at the phase's "
+        "end. A line that climbs is a leak.",
+    ),
+    _Kind(
+        "Padding and balance of the micro-batches",
+        ("padding_waste_padded",),
+        _packing,
+        "Padding: the share of the tokens that compute nothing, if rows were padded to the longest of the batch and as "
+        "they are packed. Imbalance: how far the data-parallel rank with most tokens is above the mean, while the "
+        "others wait.",
+    ),
+)

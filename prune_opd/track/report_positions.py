@@ -12,7 +12,7 @@ from matplotlib.ticker import MaxNLocator
 from prune_opd.track.plotting import INK, MUTED, axes, count_axis, legend, percent_axis
 from prune_opd.track.report_data import RunData
 
-_STEPS = 10  # at most as many are averaged into one curve
+_STEPS = 10  # steps that are averaged into one curve, at most
 _COLOURS = ("#9ecae1", "#3a8fc4", "#08306b")  # early, middle, late
 
 
@@ -79,10 +79,10 @@ def _early_middle_late(run: RunData, values: Any) -> list[tuple[str, str, Any]]:
     starts = sorted({0, (len(values) - width) // 2, len(values) - width})
     steps, found = run.step_numbers(), []
     for start, colour in zip(starts, _COLOURS[-len(starts) :], strict=True):
-        window = values[start : start + width]
-        present = ~np.isnan(window).all(axis=0)
+        chosen = values[start : start + width]
+        present = ~np.isnan(chosen).all(axis=0)
         curve = np.full(values.shape[1], math.nan)
-        curve[present] = np.nanmean(window[:, present], axis=0)
+        curve[present] = np.nanmean(chosen[:, present], axis=0)
         first, last = steps[start], steps[start + width - 1]
         found.append((f"step {first}" if first == last else f"steps {first}–{last}", colour, curve))
     return found

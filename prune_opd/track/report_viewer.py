@@ -15,8 +15,8 @@ from prune_opd.track.report_data import RunData
 _ROOM = 3_000_000  # characters of samples in one page, over its runs
 
 _VIEWER = """<h2 id="viewer">Rollout viewer</h2>
-<p class="legend">Sampled responses as the gate saw them. Colour shows how far a token is from what one would wish: the
-stronger the orange, the less of the two models' top-k sets is shared. <span class="event">Underlined</span> tokens are
+<p class="legend">Sampled responses as the gate saw them. The stronger a token's orange, the less the two models' top-k
+sets overlap there. <span class="event">Underlined</span> tokens are
 drift events; <span class="cut">✂</span> is where reliability has reached 0, and what follows is pale. Keys, after a
 click into the viewer: ← → step, ↑ ↓ response, e next event.{left_out}</p>
 <section class="viewer" tabindex="0" aria-label="Rollout viewer">
@@ -45,7 +45,7 @@ same.</noscript>
 
 
 def viewer(runs: Sequence[RunData]) -> str:
-    """The section; nothing for runs without samples. Of many samples it has evenly spaced steps, and says so."""
+    """The section; empty for runs without samples. If there are too many samples, evenly spaced steps are shown."""
     runs = [run for run in runs if run.samples]
     if not runs:
         return ""
@@ -55,13 +55,13 @@ def viewer(runs: Sequence[RunData]) -> str:
         f" {taken - shown} of {taken} responses are left out here; samples.jsonl has all." if shown < taken else ""
     )
     data = json.dumps([{"name": name, "samples": samples} for name, samples in fitting.items()], ensure_ascii=False)
-    # Nothing in a script element ends it but "</", and nothing changes its state but "<!--": no "<" is left.
+    # Inside a script element only "</" and "<!--" mean anything to the browser, so no "<" may be left.
     block = data.replace("<", "\\u003c")
     return _VIEWER.format(left_out=escape(left_out)) + f'<script type="application/json" id="rollouts">{block}</script>'
 
 
 def _fitting(samples: Sequence[Record], room: int) -> list[Record]:
-    """The samples of as many evenly spaced steps as there is room for; at least of one."""
+    """The samples of as many evenly spaced steps as fit into `room` characters; of one step at least."""
     steps = list(dict.fromkeys(record["step"] for record in samples))
     every = 1
     while True:

@@ -38,11 +38,11 @@ Item = TypeVar("Item")
 
 FILE_NAME = "samples.jsonl"
 _DECIMALS = 4
-_CONTEXT = 6  # tokens before one that its text may depend on: spaces, characters of several tokens
+_CONTEXT = 6  # so many tokens before a token may change its text: spaces, characters of several tokens
 
 
 def sampled_rows(track: TrackConfig, step: int, steps: int, responses: int, stopped: Sequence[int] = ()) -> list[int]:
-    """The rows of this step's batch to keep: spread over the batch; some of the `stopped` ones are among them."""
+    """The rows of this step's batch to keep: spread over the batch, up to half of them from the `stopped` ones."""
     if step not in (1, steps) and step % track.samples_every:
         return []
     of_stopped = spread(stopped, (track.samples + 1) // 2)
@@ -51,12 +51,12 @@ def sampled_rows(track: TrackConfig, step: int, steps: int, responses: int, stop
 
 
 def sample_records(step: int, horizon: int, rollouts: Rollouts, stats: BatchStats, tokenizer: Any) -> list[Record]:
-    """The lines of the rows that `stats` has watched, once it is reduced."""
+    """The lines of the rows that `stats` has watched; `stats` must be reduced."""
     return [_record(step, horizon, row, rollouts, stats, tokenizer) for row in stats.watched]
 
 
 def read_samples(path: Path) -> list[Record]:
-    """The lines of a samples file in their order, none if there is no file; secrets that came in since are masked.
+    """The lines of a samples file in their order, none if there is no file. What is a secret by now is masked too.
 
     Raises:
         UserError: a line before the last is not a JSON object with a step.
@@ -68,7 +68,7 @@ def read_samples(path: Path) -> list[Record]:
 def token_texts(ids: Sequence[int], tokenizer: Any) -> list[str]:
     """The text that each token adds: joined, they are the response (special tokens are shown)."""
     texts: list[str] = []
-    read = 0  # tokens whose text is out
+    read = 0  # tokens whose text is in `texts`
     for end in range(1, len(ids) + 1):
         first = max(0, read - _CONTEXT)
         before = _decode(tokenizer, ids[first:read])
@@ -82,13 +82,13 @@ def token_texts(ids: Sequence[int], tokenizer: Any) -> list[str]:
 
 
 def spread(items: Sequence[Item], count: int) -> list[Item]:
-    """At most `count` of the items, evenly, and the last one among them."""
+    """At most `count` of the items, evenly spaced, the last one included."""
     count = min(count, len(items))
     return [items[(i + 1) * len(items) // count - 1] for i in range(count)]
 
 
 def tokens_html(record: Record) -> str:
-    """A response as HTML that needs nothing else: the less overlap, the more orange; events underlined, cut marked."""
+    """A response as self-contained HTML: less overlap is more orange, events are underlined, the cut is marked."""
     events, reliable = set(record["events"]), record["reliable_length"]
     parts = []
     for place, (text, overlap, weight) in enumerate(
@@ -105,7 +105,7 @@ def tokens_html(record: Record) -> str:
 
 
 def ending(record: Record) -> str:
-    """How a response ended, in words."""
+    """How a response ended, as text."""
     if record["stopped"]:
         return f"stopped in flight, {record['dropped']} tokens dropped"
     return "ended by itself" if record["finished"] else "cut by the horizon"

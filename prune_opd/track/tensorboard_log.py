@@ -19,7 +19,7 @@ PIN = "tensorboardX==2.6.5"
 
 
 def tensorboard_problems(track: TrackConfig) -> list[str]:
-    """Whether what `track.tensorboard` needs is installed."""
+    """A problem if `track.tensorboard` is on and its package is not installed."""
     if not track.tensorboard or importlib.util.find_spec("tensorboardX") is not None:
         return []
     return [f"track.tensorboard = true needs tensorboardX, which is not installed: pip install {PIN}, or set it false"]

@@ -19,7 +19,7 @@ from prune_opd.config.recipe import load_recipe
 from prune_opd.config.yaml import save_config
 from prune_opd.data.ledger import VOCABULARY
 from prune_opd.process import has_gpu
-from tests.fake_models import WORDS, tokenizer, train_config, write_model
+from tests.fake_models import TOKENS, tokenizer, train_config, write_model
 
 
 @pytest.fixture
@@ -75,10 +75,10 @@ def test_a_setting_that_is_not_built_is_refused_before_a_model_is(pair: TrainCon
 
 
 @pytest.mark.parametrize(
-    ("words", "difference"),
+    ("other", "difference"),
     [
-        (tokenizer(vocab={word: i for i, word in enumerate((*WORDS[:-1], "other"))}), "id 31 is 'w29' for the student"),
-        (tokenizer(vocab={word: i for i, word in enumerate(WORDS[:-1])}), "'w29' for the student and unused for the"),
+        (tokenizer(vocab={t: i for i, t in enumerate((*TOKENS[:-1], "other"))}), "id 31 is 'w29' for the student"),
+        (tokenizer(vocab={t: i for i, t in enumerate(TOKENS[:-1])}), "'w29' for the student and unused for the"),
         (tokenizer(merges=["w 1", "w 3"]), "merge 1 is w + 2 for the student and w + 3 for the teacher"),
         (tokenizer(merges=["w 1"]), "merge 1 is w + 2 for the student and missing for the teacher"),
         (tokenizer() | {"added_tokens": []}, "id 0 ('<bos>') is a special token for the student only"),
@@ -91,9 +91,9 @@ def test_a_setting_that_is_not_built_is_refused_before_a_model_is(pair: TrainCon
     ],
 )
 def test_another_tokenizer_is_refused_with_the_first_difference(
-    pair: TrainConfig, tmp_path: Path, words: dict[str, Any], difference: str
+    pair: TrainConfig, tmp_path: Path, other: dict[str, Any], difference: str
 ) -> None:
-    teacher = write_model(tmp_path / "other", words)
+    teacher = write_model(tmp_path / "other", other)
     assert difference in only(problems(dataclasses.replace(pair, teacher=str(teacher))))
 
 
@@ -103,7 +103,7 @@ def test_the_same_tokenizer_written_in_another_way_is_no_difference(pair: TrainC
 
 
 def test_unigram_vocabularies_are_compared_in_the_order_of_their_ids(tmp_path: Path) -> None:
-    scores = [[word, -1.0 * i] for i, word in enumerate(WORDS)]
+    scores = [[token, -1.0 * i] for i, token in enumerate(TOKENS)]
     student = write_model(tmp_path / "student", tokenizer(vocab=scores, merges=None))
     teacher = write_model(tmp_path / "teacher", tokenizer(vocab=[*scores[:30], ["other", -3.0]], merges=None))
     assert "id 30 is 'w28' for the student and 'other' for the teacher" in only(
@@ -158,9 +158,9 @@ def test_a_horizon_above_the_positions_is_refused_with_the_room_there_is(pair: T
 
 @pytest.mark.parametrize("field", ["gate.k", "objective.k"])
 def test_more_candidates_than_words_are_refused(pair: TrainConfig, field: str) -> None:
-    found = problems(pair, f"{field}={len(WORDS) + 1}")
-    assert found[0] == f"{field} = 33 is above the 32 words of the student: set at most 32"
-    assert problems(pair, f"{field}={len(WORDS)}") == []
+    found = problems(pair, f"{field}={len(TOKENS) + 1}")
+    assert found[0] == f"{field} = 33 is above the 32 vocabulary entries of the student: set at most 32"
+    assert problems(pair, f"{field}={len(TOKENS)}") == []
 
 
 # ---------------------------------------------------------------------------------------------------- machine
@@ -289,7 +289,7 @@ def test_a_run_goes_on_with_harmless_changes(pair: TrainConfig, run_dir: Path, p
 
 
 def test_the_other_optimizer_is_not_harmless(pair: TrainConfig, run_dir: Path) -> None:
-    """Its checkpoints are made of other parts, whatever the layout."""
+    """Its checkpoints consist of other parts in every layout."""
     changed = apply_overrides(pair, ["parallel.distributed_optimizer=true"])
     assert "parallel.distributed_optimizer: false → true" in only(in_run_dir(changed, run_dir))
 

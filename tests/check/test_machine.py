@@ -1,4 +1,4 @@
-"""Preflight of machine and files: versions, driver, space, prompts; and what both models' files must have in common."""
+"""Checks of the machine and the files: versions, driver, space, prompts; and what both models must have in common."""
 
 from __future__ import annotations
 
@@ -62,10 +62,10 @@ def test_one_end_in_common_is_enough_as_of_a_base_and_a_chat_model(pair: TrainCo
 
 
 def test_a_word_without_a_row_is_refused(pair: TrainConfig, tmp_path: Path) -> None:
-    words = tokenizer() | {
+    larger = tokenizer() | {
         "added_tokens": [*tokenizer()["added_tokens"], {"id": 40, "content": "<x>", "special": False}]
     }
-    teacher, student = write_model(tmp_path / "t2", words), write_model(tmp_path / "s2", words, vocab_size=41)
+    teacher, student = write_model(tmp_path / "t2", larger), write_model(tmp_path / "s2", larger, vocab_size=41)
     (line,) = check_train(train_config(student, teacher), 2, None, "auto")
     assert "its tokenizer has the id 40 and its config.json vocab_size = 32" in line
 
@@ -73,7 +73,7 @@ def test_a_word_without_a_row_is_refused(pair: TrainConfig, tmp_path: Path) -> N
 def test_a_teacher_with_fewer_rows_than_the_student_has_words_is_refused(tmp_path: Path) -> None:
     student, teacher = write_model(tmp_path / "student", vocab_size=300), write_model(tmp_path / "teacher")
     (line,) = check_train(train_config(student, teacher), 1, None, "auto")
-    assert "has 128 rows with padding, fewer than the 300 words of the student" in line
+    assert "has 128 rows with padding, fewer than the 300 vocabulary entries of the student" in line
 
 
 # ---------------------------------------------------------------------------------------------------- packages

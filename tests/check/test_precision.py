@@ -216,7 +216,7 @@ def test_an_fp8_kv_cache_on_the_cpu_needs_wide_vectors_and_whole_heads(
 
 
 def test_memory_settings_pass_everywhere(pair: TrainConfig) -> None:
-    """On the CPU they make a dry run."""
+    """On the CPU they are only a dry run."""
     memory = MemoryConfig(sleep_level=2, offload_student=True, offload_optimizer=True, offload_teacher=True)
     assert problems(dataclasses.replace(pair, memory=memory)) == []
 

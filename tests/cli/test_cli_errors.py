@@ -18,7 +18,7 @@ from prune_opd.config.overrides import apply_overrides
 from prune_opd.config.paths import recipes_dir
 from prune_opd.config.recipe import load_recipe
 from prune_opd.config.yaml import save_config
-from tests.fake_models import WORDS, tokenizer, train_config, write_model
+from tests.fake_models import TOKENS, tokenizer, train_config, write_model
 
 COMMAND = Path(sys.executable).with_name("prune-opd")
 AT_EXIT = """
@@ -148,7 +148,7 @@ def test_a_recipe_of_the_other_kind(place: Workplace) -> None:
             f"set {FP8}=null",
         ),
         (["--nproc", "3"], "parallel.tensor = 3 (null: all ranks) does not divide the 4 ", "choose one of 1, 2, 4"),
-        (["gate.k=33"], "gate.k = 33 is above the 32 words", "set at most 32"),
+        (["gate.k=33"], "gate.k = 33 is above the 32 vocabulary entries", "set at most 32"),
         (["--resume", "nowhere"], "--resume nowhere: there is no such checkpoint", "or auto, or never"),
         (["--run-dir", "student"], "--run-dir", "choose an empty directory"),
         (["--run-dir", "fake.py"], "--run-dir", "choose another path"),
@@ -167,7 +167,7 @@ def test_missing_model(place: Workplace) -> None:
 
 
 def test_a_teacher_with_another_tokenizer(place: Workplace) -> None:
-    other = write_model(place.folder / "other", tokenizer(vocab={word: i for i, word in enumerate(reversed(WORDS))}))
+    other = write_model(place.folder / "other", tokenizer(vocab={token: i for i, token in enumerate(reversed(TOKENS))}))
     answer = place.refuse("train", place.recipe, f"teacher={other}")
     assert answer.code == 1
     assert "has another tokenizer than the student: id " in answer.error and "choose a pair" in answer.error

@@ -57,7 +57,7 @@ def test_the_interval_is_wilsons_for_one_sample_a_problem() -> None:
 
 
 def test_more_samples_narrow_the_interval_only_where_problems_agree() -> None:
-    """Where problems are right or wrong as wholes, a second sample of one says nothing."""
+    """If all samples of a problem are right or all are wrong, a second sample adds nothing."""
     alike, split = [[True, False] * 8] * 20, [[True] * 16, [False] * 16] * 10
     narrow, wide = (high - low for low, high in (avg_at_k(alike + split[:1]).interval, avg_at_k(split).interval))
     once_low, once_high = avg_at_k([[True], [False]] * 10).interval

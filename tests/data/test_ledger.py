@@ -56,7 +56,7 @@ def test_prompt_spells_out_the_problem_and_the_answer_is_its_sum(seed: int, inde
 
 
 def test_problems_of_an_address_never_change() -> None:
-    """The evaluation sets of published numbers hang on this stream (numpy may change it: then pin or version it)."""
+    """Published numbers depend on the evaluation sets of this stream (numpy may change it: then pin or version it)."""
     assert Ledger(2, 4).problem(7, 3) == Problem(start=49, deltas=(6, 8), index=3)
 
 
@@ -68,7 +68,7 @@ def test_problems_do_not_depend_on_what_was_drawn_before(seed: int, index: int) 
 
 
 def test_addresses_do_not_run_into_each_other() -> None:
-    """Large numbers are several 32-bit words: (2**32, 0) must not read as (0, 1), nor (1,) as (1, 0)."""
+    """Large numbers become several 32-bit integers: (2**32, 0) must differ from (0, 1), and (1,) from (1, 0)."""
     values = [0, 1, 2**32, 2**32 + 1, 2**62]
     addresses = list(itertools.product(["train", "held_out", "corpus"], values, values))
     drawn = {int(ledger.random_stream(*address).integers(2**63)) for address in addresses}

@@ -72,8 +72,8 @@ def test_ledger_prompts_are_the_tokenized_problems(tokenizer: Any) -> None:
 
 def test_ledger_refuses_a_tokenizer_that_is_not_its_own(tokenizer: Any) -> None:
     class Other:
-        def convert_tokens_to_ids(self, words: list[str]) -> list[int | None]:
-            return [None for _ in words]
+        def convert_tokens_to_ids(self, tokens: list[str]) -> list[int | None]:
+            return [None for _ in tokens]
 
     with pytest.raises(ConfigError, match=r"data\.source = 'ledger' needs the ledger's tokenizer"):
         LedgerSource(Other(), DATA, 0)

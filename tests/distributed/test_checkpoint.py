@@ -25,7 +25,7 @@ SAVED = f"step_{BEFORE:06d}"
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     models = tmp_path_factory.mktemp("models")
-    # 300 words have 384 padded rows at TP = 1 and 512 at TP = 2: another shape of embedding and head.
+    # A vocabulary of 300 has 384 padded rows at TP = 1 and 512 at TP = 2: another shape of embedding and head.
     write_pair(models, vocab_size=300, tied=False)
     out: dict[str, Path] = {}
     for name, (ranks, other) in LAUNCHES.items():

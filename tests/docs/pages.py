@@ -49,7 +49,7 @@ def code_lines(page: Path) -> Iterator[str]:
 
 
 def commands(page: Path, program: str) -> list[str]:
-    """The command lines of a program, without what is said behind them after two spaces."""
+    """The command lines of a program, without the remarks that follow after two spaces."""
     found = []
     for line in code_lines(page):
         line = line.removeprefix(".venv/bin/")

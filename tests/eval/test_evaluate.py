@@ -1,4 +1,4 @@
-"""Evaluations over several tasks: their line in the metrics, and the answers that they leave."""
+"""Evaluations over several tasks: their line in the metrics, and the answers that they write."""
 
 import json
 from collections.abc import Sequence
@@ -17,8 +17,8 @@ from prune_opd.track.metrics import meaning, task_names
 SAMPLING = Sampling(samples=2, max_len=4, temperature=1.0, top_p=1.0, seed=7)
 
 
-class Words:
-    """A tokenizer whose token 12 is the word "12"."""
+class SpelledIds:
+    """A tokenizer whose token 12 is the text "12"."""
 
     def decode(self, ids: Sequence[int]) -> str:
         return " ".join(map(str, ids))
@@ -28,7 +28,7 @@ class Words:
 
 
 class Doubling:
-    """A stand-in for vLLM: the first sample is the prompt's number, the second its double and cut off."""
+    """A stand-in for vLLM: the first sample is the prompt's number, the second is twice that, and cut off."""
 
     def generate(self, prompts: Sequence[Prompt], samples: int, max_tokens: int, **_: Any) -> Rollouts:
         responses = [
@@ -51,7 +51,7 @@ class Number:
 
 def evaluator(task: str, problems: Sequence[int]) -> Evaluator:
     source = Number()
-    return Evaluator(Words(), task, source, [source.get(i) for i in problems], SAMPLING)
+    return Evaluator(SpelledIds(), task, source, [source.get(i) for i in problems], SAMPLING)
 
 
 def test_a_line_has_every_task_and_only_documented_keys(tmp_path: Path) -> None:

@@ -66,8 +66,8 @@ def under_torchrun(config: TrainConfig, folder: Path, run_dir: Path, *options: s
 def test_a_read_only_run_directory_and_a_foreign_tokenizer_are_refused_by_the_ranks(
     pair: TrainConfig, tmp_path: Path, read_only: Path
 ) -> None:
-    words = fake_models.tokenizer(vocab={word: i for i, word in enumerate(reversed(fake_models.WORDS))})
-    foreign = fake_models.write_model(tmp_path / "foreign", words)
+    reordered = fake_models.tokenizer(vocab={token: i for i, token in enumerate(reversed(fake_models.TOKENS))})
+    foreign = fake_models.write_model(tmp_path / "foreign", reordered)
     config = dataclasses.replace(pair, teacher=str(foreign))
     code, output = under_torchrun(config, tmp_path, read_only / "run")
     assert code == 1

@@ -38,7 +38,7 @@ def signals_itself() -> None:
 
 
 def before(owner: Any, name: str, happens: Callable[[], None]) -> None:
-    """Let `happens` come before what `owner.name` does, when its step has come."""
+    """Call `happens` before `owner.name`, when its step has come."""
     wrapped = getattr(owner, name)
 
     def with_fault(*args: Any, **kwargs: Any) -> Any:
@@ -49,7 +49,7 @@ def before(owner: Any, name: str, happens: Callable[[], None]) -> None:
 
 
 def arm(fault: str, step: int) -> None:
-    """Put the fault in its place. Called before the run is built, on the rank that it shall happen on."""
+    """Prepare the fault. Called before the run is built, on the rank where the fault shall happen."""
     from prune_opd import loop, platform
 
     def when_its_step_has_come(happens: Callable[[], None], after_calls: int = 0) -> Callable[[], None]:

@@ -13,9 +13,9 @@ from tests.inflight.worker_inflight import MAX_TOKENS, ROWS, SCRIPT, SPENT
 
 WORKER = Path(__file__).with_name("worker_inflight.py")
 # Tensor parallelism of an engine (and of the trainer), sequences that run at once. With three the others wait, and so
-# pass a checkpoint at other steps.
+# reach a look at other steps.
 LAUNCHES = {"two engines": (1, 3), "one engine of two ranks": (2, 64)}
-# What the script costs, by hand: the checkpoint at which each row is cut, and the reliable length of each row.
+# What the script costs, by hand: the look at which each row is cut, and the reliable length of each row.
 GEOMETRIC = {0: 4, 1: 8, 3: 16, 4: 32, 7: 8}
 FIXED = {0: 11, 1: 11, 3: 16, 4: 21, 7: 11}
 TWO_EVENTS = {0: 4, 1: 4, 3: 4, 4: 4, 6: 8, 7: 8}
@@ -86,7 +86,7 @@ def test_every_rank_has_the_same_verdicts(results: Results) -> None:
     ("name", "cuts"),
     [("scripted, geometric", GEOMETRIC), ("scripted, fixed", FIXED), ("scripted, two events", TWO_EVENTS)],
 )
-def test_a_response_stops_at_the_first_checkpoint_after_its_events_are_spent(
+def test_a_response_stops_at_the_first_look_after_its_events_are_spent(
     results: Results, name: str, cuts: dict[int, int]
 ) -> None:
     result = results[0][name]
@@ -99,7 +99,7 @@ def test_a_response_stops_at_the_first_checkpoint_after_its_events_are_spent(
 
 
 def test_the_losss_gate_agrees_with_the_gate_in_flight(results: Results) -> None:
-    """E_i is the same whether or not the response was cut, and no cut one had a reliable token to come."""
+    """E_i is the same whether the response was cut or not: no cut took a reliable token away."""
     for name in ("scripted, geometric", "scripted, fixed"):
         result = results[0][name]
         reliable = result["loss"]["reliable_length_B"]
@@ -130,7 +130,7 @@ def test_hidden_states_of_stopped_responses_are_not_computed_again_and_change_no
         assert result["loss"]["weight_mean"] == pytest.approx(result["loss, nothing kept"]["weight_mean"], abs=1e-12)
 
 
-def test_geometric_checkpoints_cost_the_teacher_at_most_two_passes(results: Results) -> None:
+def test_geometric_looks_cost_the_teacher_at_most_two_passes(results: Results) -> None:
     record = results[0]["scripted, geometric"]["record"]
     response_tokens = sum(min(at, MAX_TOKENS) for at in (4, 8, 16, 32)) * ROWS
     assert record["teacher_tokens_inflight"] <= 2 * MAX_TOKENS * ROWS + 4 * ROWS * 40  # and the prompts at each

@@ -1,4 +1,4 @@
-"""The in-flight gate's settings and its arithmetic: checkpoints, refusals, and events that no rounding decides."""
+"""The in-flight gate's settings and its arithmetic: looks, refusals, and events that no rounding decides."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ GATE = GateConfig(k=4, threshold=0.5, w_drop=0.2, w_base=0.0)
 ON = InflightConfig(mode="gate", first_check=16)
 
 
-def test_checkpoints_are_geometric_or_regular_and_never_the_last_token() -> None:
-    assert ON.checkpoints(128) == (16, 32, 64)
-    assert ON.checkpoints(129) == (16, 32, 64, 128)
-    assert ON.checkpoints(16) == ()
-    assert replace(ON, schedule="fixed", chunk=10).checkpoints(50) == (16, 26, 36, 46)
-    assert replace(ON, min_keep=20).checkpoints(128) == (32, 64)
+def test_looks_are_geometric_or_regular_and_never_the_last_token() -> None:
+    assert ON.looks(128) == (16, 32, 64)
+    assert ON.looks(129) == (16, 32, 64, 128)
+    assert ON.looks(16) == ()
+    assert replace(ON, schedule="fixed", chunk=10).looks(50) == (16, 26, 36, 46)
+    assert replace(ON, min_keep=20).looks(128) == (32, 64)
 
 
 @pytest.mark.parametrize("length", (17, 100, 1000, 12288))
-def test_geometric_checkpoints_add_up_to_less_than_two_passes(length: int) -> None:
-    assert sum(ON.checkpoints(length)) < 2 * length
+def test_geometric_looks_add_up_to_less_than_two_passes(length: int) -> None:
+    assert sum(ON.looks(length)) < 2 * length
 
 
 @pytest.mark.parametrize(

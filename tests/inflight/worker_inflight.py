@@ -34,13 +34,13 @@ GEOMETRIC = InflightConfig(mode="gate", first_check=4)  # 4, 8, 16, 32
 FIXED = InflightConfig(mode="gate", schedule="fixed", first_check=6, chunk=5, min_keep=8)  # 11, 16, 21, 26, 31, 36
 # Where the scripted teacher drifts, by row: token numbers from 0. R reaches 0 with the fourth of them.
 SCRIPT = {
-    0: (0, 1, 2, 3),  # with the fourth token: the first checkpoint sees it
+    0: (0, 1, 2, 3),  # with the fourth token: the first look sees it
     1: (1, 2, 3, 4),  # with the fifth: one too late for it
     3: (0, 3, 9, 15),  # with the last one before 16
     4: (0, 3, 9, 16),  # with the first one after
     6: (2, 5, 30),  # three are not enough
     7: (0, 0, 5, 6, 7),  # the same place twice is one event: 8
-    10: (33, 34, 35, 36),  # after the last checkpoint
+    10: (33, 34, 35, 36),  # after the last look
 }
 
 
@@ -70,7 +70,7 @@ class Scripted:
 
 
 def row_of(prompt: Prompt, rollouts: Rollouts, i: int) -> int:
-    """The row of the batch that a row of a part of it is: two samples of a prompt differ in their first tokens."""
+    """The batch's number of a row: two samples of a prompt differ in their first tokens."""
     return FIRST_TOKENS[prompt.index, rollouts.response_ids[i][:2]]
 
 
@@ -132,7 +132,7 @@ class Checks:
         return result
 
     def error(self, what: str) -> str:
-        """What the ranks say when the last rank's engine fails or goes its own way."""
+        """The error of the ranks when the last rank's engine fails, or does something else than the others."""
         from prune_opd.rollout import stepwise
 
         engine, last = self.engine.llm.llm_engine, self.run.layout.rank == self.run.layout.world - 1

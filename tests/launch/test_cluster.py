@@ -1,4 +1,4 @@
-"""Cluster files: what is refused, with which words. No NeMo-Run."""
+"""Cluster files: what is refused, and with which message. No NeMo-Run."""
 
 from pathlib import Path
 
@@ -23,7 +23,7 @@ def test_every_cluster_file_of_the_repository_is_valid(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("settings", "words"),
+    ("settings", "message"),
     [
         (SLURM | {"partion": "b"}, "there is no setting partion: did you mean partition?"),
         (SLURM | {"nodes": "2"}, "nodes = '2' has the wrong type: give an integer"),
@@ -47,10 +47,10 @@ def test_every_cluster_file_of_the_repository_is_valid(name: str) -> None:
         ("text", "must hold settings"),
     ],
 )
-def test_refusals_name_the_file_and_the_field(tmp_path: Path, settings: object, words: str) -> None:
+def test_refusals_name_the_file_and_the_field(tmp_path: Path, settings: object, message: str) -> None:
     with pytest.raises(ConfigError) as refused:
         load_cluster(write(tmp_path, settings))
-    assert words in str(refused.value)
+    assert message in str(refused.value)
     assert str(tmp_path) in str(refused.value)
 
 

@@ -1,4 +1,4 @@
-"""Requests become jobs; a node becomes ranks. No NeMo-Run."""
+"""Submissions become jobs; a node becomes ranks. No NeMo-Run."""
 
 import shlex
 import subprocess
@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from launch.cluster import Cluster
-from launch.jobs import Job, Request, plan_jobs, sweep_lines, sweep_points
+from launch.jobs import Job, Submission, plan_jobs, sweep_lines, sweep_points
 from prune_opd.errors import REQUEUE_EXIT_CODE, ConfigError
 from prune_opd.ranks.node import ENDED_BY_ANOTHER, PORTS, torchrun_arguments
 
@@ -22,7 +22,7 @@ def test_a_sweep_is_the_product_of_its_axes() -> None:
 
 
 def test_each_run_of_a_sweep_has_its_own_directory_and_jobs() -> None:
-    jobs = plan_jobs(Request("tiny", sweep=("horizon.strategy=full,prune",), evaluate="ledger"), CLUSTER)
+    jobs = plan_jobs(Submission("tiny", sweep=("horizon.strategy=full,prune",), evaluate="ledger"), CLUSTER)
     assert [job.name for job in jobs] == ["train-0", "evaluate-0", "train-1", "evaluate-1"]
     assert [job.after for job in jobs] == [None, "train-0", None, "train-1"]
     assert "/r/tiny-0" in jobs[0].command and "/r/tiny-1/hf" in jobs[3].command
@@ -38,25 +38,27 @@ def test_a_bad_sweep_is_refused(axis: str) -> None:
 
 def test_a_sweep_into_one_directory_is_refused() -> None:
     with pytest.raises(ConfigError, match="leave out --run-dir"):
-        plan_jobs(Request("tiny", sweep=("a=1,2",), run_dir="/one"), CLUSTER)
+        plan_jobs(Submission("tiny", sweep=("a=1,2",), run_dir="/one"), CLUSTER)
 
 
 def test_a_sweep_of_recipes_trains_each_of_them_with_the_same_overrides() -> None:
-    request = Request("tiny", overrides=("steps=2",), sweep=("recipe=tiny,/x/other.py", "seed=1,2"), evaluate="ledger")
-    trainings = [job for job in plan_jobs(request, CLUSTER) if job.name.startswith("train")]
+    submission = Submission(
+        "tiny", overrides=("steps=2",), sweep=("recipe=tiny,/x/other.py", "seed=1,2"), evaluate="ledger"
+    )
+    trainings = [job for job in plan_jobs(submission, CLUSTER) if job.name.startswith("train")]
     assert [job.command[job.command.index("--run-dir") + 1 :] for job in trainings] == [
         ("/r/tiny-0", "tiny", "steps=2", "seed=1"),
         ("/r/tiny-1", "tiny", "steps=2", "seed=2"),
         ("/r/tiny-2", "/x/other.py", "steps=2", "seed=1"),
         ("/r/tiny-3", "/x/other.py", "steps=2", "seed=2"),
     ]
-    assert sweep_lines(request)[2] == "train-2: /x/other.py seed=1"
-    assert sweep_lines(Request("tiny")) == []
+    assert sweep_lines(submission)[2] == "train-2: /x/other.py seed=1"
+    assert sweep_lines(Submission("tiny")) == []
 
 
 def test_two_axes_of_recipes_are_refused() -> None:
     with pytest.raises(ConfigError, match=r"recipe=… stands there twice"):
-        plan_jobs(Request("tiny", sweep=("recipe=a,b", "recipe=c")), CLUSTER)
+        plan_jobs(Submission("tiny", sweep=("recipe=a,b", "recipe=c")), CLUSTER)
 
 
 def test_every_word_of_a_script_arrives_as_it_was(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Parameters and operations beside what is published of the models."""
+"""Parameters and operations are those that were published for the models."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def test_a_token_of_qwen3_8b_takes_144_kib_of_cache() -> None:
 
 @pytest.mark.parametrize("name", published())
 def test_a_token_takes_as_much_cache_as_vllm_says(name: str) -> None:
-    """Beside vLLM's own heads per rank and page size, in bf16 and FP8, at every size that it shares the heads over."""
+    """Against vLLM's own page size, in bf16 and FP8, for every number of ranks that it divides the heads over."""
     import torch
     from vllm.config import ModelConfig
     from vllm.v1.kv_cache_interface import FullAttentionSpec

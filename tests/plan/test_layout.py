@@ -144,7 +144,7 @@ def test_engines_that_vllm_would_not_build_are_refused(ranks: int, beginning: st
 
 
 def test_one_problem_is_told_once() -> None:
-    """A teacher that lies as the student does has the same wrong product of sizes."""
+    """A teacher with the student's layout has the same wrong product of sizes."""
     assert len([line for line in problems(6, tensor=2, pipeline=2) if "puts a model" in line]) == 1
 
 

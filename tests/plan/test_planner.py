@@ -49,7 +49,7 @@ def test_every_published_figure_is_met_within_the_tolerance(rows: list[published
 
 
 def test_savings_come_out_in_the_published_order() -> None:
-    """Independent of the common constants' size: which pair saves most, and which next to nothing."""
+    """Which pair saves most, and which next to nothing, does not depend on the planner's constants."""
     hours = {row.what: row.ours for row in published.pair_rows()}
     saved = {name: 1 - hours[f"{name}, Prune"] / hours[f"{name}, OPD"] for name in published.PAIRS}
     told = {name: 1 - pruned / full for name, (full, pruned) in published.PAIRS.items()}
@@ -66,7 +66,7 @@ def test_the_tables_of_the_docs_are_the_planners() -> None:
 
 
 def test_popd_lies_where_its_constants_put_it() -> None:
-    """Its own are not published, so the two planned hours of the docs are no check of anything but the docs."""
+    """Its constants are not published: the test only holds the docs to the planner's two numbers."""
     docs = (Path(__file__).parents[2] / "docs" / "planner.md").read_text(encoding="utf-8")
     ours, slower = published.popd_hours(512, 8), published.popd_hours(256, 8)
     assert f"are {ours:.1f}, with 256 tokens every 8 steps {slower:.1f}" in docs
@@ -207,7 +207,7 @@ def test_the_search_names_layouts_that_fit_and_are_no_slower() -> None:
 
 
 def test_the_search_looks_at_virtual_pipelines_and_context_parallelism(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Experts in a pipeline, whose idle ends a virtual pipeline shortens; long rows, which fit only with recompute."""
+    """A virtual pipeline shortens the idle ends of a pipeline with experts; long rows fit only with recompute."""
     searches = ((EXPERTS, 16, "virtual_pipeline"), (SEVEN, 1, "context"))
     best = [best_layouts(recipe(name), "h100", nodes, count=1)[0] for name, nodes, _ in searches]
     monkeypatch.setattr(search, "CHUNKS", (1,))
@@ -241,7 +241,7 @@ def test_a_plan_has_the_strategies_side_by_side_with_the_recipes_own_first() -> 
 
 
 def test_a_growing_horizon_takes_the_mean_of_its_own_steps() -> None:
-    """Eight steps at 1024 tokens, eight at 1536: not what one step at the mean horizon takes."""
+    """Eight steps at 1024 tokens, eight at 1536: their mean time is not that of a step at the mean horizon."""
     planned = plan(SMALL, "horizon.strategy=popd", "steps=16")
     step, cache = planned.planned, planned.memory.cache_tokens
     short, long = (step_time(planned.setting, tokens, cache) for tokens in (1024, 1536))
@@ -252,7 +252,7 @@ def test_a_growing_horizon_takes_the_mean_of_its_own_steps() -> None:
 
 
 def test_stages_and_context_ranks_cost_their_messages() -> None:
-    """With one link ten times as slow, only layouts that send something over it take longer."""
+    """If one link is ten times as slow, only the layouts that send something over it take longer."""
     alone = ("parallel.tensor=1", "parallel.sequence_parallel=false", "parallel.teacher_tensor=1")
     for size in ("parallel.pipeline=2", "parallel.context=2"):
         own = (*alone, size, "parallel.teacher_pipeline=1", "steps=1")

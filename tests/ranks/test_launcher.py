@@ -20,7 +20,7 @@ import os, sys
 from prune_opd.ranks.launcher import start_ranks
 sys.exit(start_ranks(sys.argv[1:], 2, os.environ))
 """
-# Leaves its process id where the test finds it, then waits. With "stubborn", SIGTERM and SIGINT do not end it.
+# Writes its process id to a file for the test, then waits. With "stubborn", SIGTERM and SIGINT do not end it.
 WAITS = """
 import os, signal, sys, time
 from pathlib import Path

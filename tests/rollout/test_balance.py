@@ -1,4 +1,4 @@
-"""Rows dealt to data-parallel ranks and micro-batches: what must hold for any lengths, and what padding would cost."""
+"""Dealing rows to data-parallel ranks and micro-batches: what holds for any lengths, and what padding would cost."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def test_ranks_and_the_micro_batches_that_run_together_differ_by_at_most_the_lon
 
 @given(cases(), st.randoms(use_true_random=False))
 def test_the_order_of_the_rows_changes_nothing_but_their_numbers(case: dict[str, Any], shuffled: random.Random) -> None:
-    """Equal lengths are interchangeable: ranks that number them otherwise still deal the same lengths."""
+    """Rows of equal length are interchangeable: numbered in another order, the ranks still get the same lengths."""
     order = list(case["rows"])
     shuffled.shuffle(order)
     again = deal(**{**case, "lengths": [case["lengths"][row] for row in order]})
@@ -143,7 +143,7 @@ def test_the_record_counts_padding_to_the_longest_and_what_packing_leaves() -> N
 
 
 def test_imbalance_adds_up_what_the_ranks_wait_in_every_update() -> None:
-    """Two updates, each with another slow rank: over the whole batch the ranks have the same, and still they wait."""
+    """Each of two updates has another slow rank: over the batch the ranks have equal work, but they still wait."""
     lengths = [6, 2, 2, 6]
     assert packing_record(lengths, [[[[0]], [[1]]], [[[2]], [[3]]]])["dp_imbalance"] == pytest.approx(12 / 8)
     assert packing_record(lengths, [[[[0], [1]], [[2], [3]]]])["dp_imbalance"] == 1

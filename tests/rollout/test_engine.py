@@ -85,7 +85,7 @@ def test_the_size_of_the_batch_does_not_change_the_tokens(results: Results) -> N
 
 
 def test_prompts_that_do_not_fit_into_one_prefill_change_nothing(results: Results) -> None:
-    """A prompt that is cut in the middle would draw a second time, and a CPU generator cannot be put back."""
+    """A prompt that is cut in the middle would draw a random number twice: a CPU generator cannot be rewound."""
     assert len(results[0]["many"]) == len(MANY) and sum(MANY) > 8192
     assert results[0]["many"] == results[0]["many, by ten"]
 
@@ -199,7 +199,7 @@ def test_the_number_of_threads_stays_and_can_be_set(results: Results) -> None:
 
 
 def test_shared_memory_that_a_killed_run_left_is_replaced_and_no_other_runs(launches: dict[str, Results]) -> None:
-    """A segment with the name of the run's own would end it; one of another run belongs to that."""
+    """A left-over segment with this run's name would end the run; a segment of another run is not ours to remove."""
     segments = launches["one engine of two ranks"][0]["shared memory"]
     assert len({segment["path"] for segment in segments}) == 2
     for segment in segments:

@@ -1,4 +1,4 @@
-"""The settings of check/precision.py in the real config objects, and FP8 rollouts as far as a CPU has them."""
+"""The settings of check/precision.py in the real config objects, and the FP8 rollouts that a CPU can run."""
 
 from __future__ import annotations
 

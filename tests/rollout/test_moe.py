@@ -1,4 +1,4 @@
-"""Mixture of experts in the rollout engine: right after every reload, although the CPU path packs experts only once."""
+"""Mixture of experts in the rollout engine: correct after every reload, though the CPU path packs experts only once."""
 
 from __future__ import annotations
 

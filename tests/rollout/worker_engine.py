@@ -93,7 +93,7 @@ class Checks:
         return max(abs(a - b) for a, b in zip(ours, theirs, strict=True))
 
     def swapped_layers(self) -> str:
-        """What the first sync of a run says when the stream gives two layers each other's names."""
+        """What the first sync of a run says when the stream has swapped the names of two layers."""
         from prune_opd.weights.stream import Resharder
 
         class Swapped(Resharder):
@@ -125,7 +125,7 @@ class Checks:
         return stale, self.parity(model)
 
     def second_load_that_does_nothing(self) -> str:
-        """What the sync after the first says when the engine keeps the weights that it has. Nothing may come after."""
+        """What the second sync says when the engine keeps its old weights. No check may follow this one."""
         self.run.finished_steps += 1
         self.engine.load = lambda weights: [None for _ in weights]
         with torch.no_grad():

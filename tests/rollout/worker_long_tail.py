@@ -53,14 +53,14 @@ def rows(rollouts: Rollouts) -> list[dict[str, Any]]:
 
 
 class Nobody:
-    """A watch that looks and stops nobody."""
+    """A watch that looks at responses and stops none."""
 
     top = 3
 
     def __init__(self) -> None:
         self.kept: list[int] = []
 
-    def checkpoints(self, max_tokens: int) -> tuple[int, ...]:
+    def looks(self, max_tokens: int) -> tuple[int, ...]:
         return tuple(at for at in (8, 16, 32) if at < max_tokens)
 
     def begin(self, *batch: Any) -> None:

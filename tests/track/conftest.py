@@ -1,4 +1,4 @@
-"""Makes `synthetic` and `browser` importable, however pytest was started; reports that several test files look at."""
+"""Makes `synthetic` and `browser` importable, however pytest was started; has the reports that several tests read."""
 
 import sys
 from pathlib import Path

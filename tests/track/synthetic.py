@@ -68,10 +68,10 @@ def write_run(
 
 
 def sample_record(step: int, kind: str, planted: str = "") -> dict[str, Any]:
-    """A response of 40 numbered words and what is planted; a stopped one is cut after the event at token 30."""
-    words = [f" word{i}" for i in range(40)] + [planted[i : i + 3] for i in range(0, len(planted), 3)]
+    """A response of 40 numbered tokens and what is planted; a stopped one is cut after the event at token 30."""
+    tokens = [f" word{i}" for i in range(40)] + [planted[i : i + 3] for i in range(0, len(planted), 3)]
     events = {"finished": [], "horizon": [7], "stopped": [7, 30]}[kind]
-    cut = 31 if kind == "stopped" else len(words)
+    cut = 31 if kind == "stopped" else len(tokens)
     return {
         "step": step,
         "row": {"finished": 0, "horizon": 5, "stopped": 9}[kind],
@@ -79,10 +79,10 @@ def sample_record(step: int, kind: str, planted: str = "") -> dict[str, Any]:
         "source": "ledger",
         "horizon": 64,
         "prompt": f"prompt of step {step}, {kind} {planted}",
-        "tokens": words,
-        "overlap": [0.25 if i in events else 1.0 for i in range(len(words))],
-        "weight": [1.0 - 0.5 * sum(i >= event for event in events) for i in range(len(words))],
-        "divergence": [0.01 * i for i in range(len(words))],
+        "tokens": tokens,
+        "overlap": [0.25 if i in events else 1.0 for i in range(len(tokens))],
+        "weight": [1.0 - 0.5 * sum(i >= event for event in events) for i in range(len(tokens))],
+        "divergence": [0.01 * i for i in range(len(tokens))],
         "events": events,
         "reliable_length": cut,
         "finished": kind == "finished",

@@ -1,4 +1,4 @@
-"""The report in a real browser: what a reader clicks works, nothing is fetched, nothing a model wrote is run."""
+"""The report in a real browser: its controls work, nothing is fetched, and nothing that a model wrote is run."""
 
 import json
 import re
@@ -157,7 +157,7 @@ def test_what_a_model_wrote_is_shown_and_never_run(page: Browser) -> None:
 def test_a_script_that_got_into_a_page_all_the_same_is_not_run_and_a_request_not_made(
     browser: Browser, tmp_path: Path
 ) -> None:
-    """And what the other tests take for silence would have been heard."""
+    """This shows that the other tests would notice a script or a request."""
     write_page(
         "planted", [SCRIPT, '<img src="http://127.0.0.1:9/a.png" onerror="window.planted = 1">'], tmp_path / "page.html"
     )

@@ -52,7 +52,7 @@ def rollouts(*texts: str, stopped: tuple[int, ...] = ()) -> Rollouts:
 
 
 def gate_stats(lengths: list[int], first: int) -> GateStats:
-    """Of a micro-batch: the overlap of a token is its number over 1000, counted from `first`, every fifth an event."""
+    """Statistics of a micro-batch: token i, counted from `first`, has overlap i / 1000; every fifth is an event."""
     number_N = torch.arange(first, first + sum(lengths))
     values: dict[str, Any] = {field.name: torch.zeros(len(number_N)) for field in fields(GateStats)}
     values |= {"overlap_N": number_N / 1000, "event_N": number_N % 5 == 0, "weight_N": 2 - number_N / 1000}

@@ -21,7 +21,7 @@ TP_SIZES = (1, 2, 4)
 
 
 def model_spec(**changes: Any) -> Any:
-    """Eight heads in four KV groups, so that TP = 4 divides; 300 words, so that every TP size pads them."""
+    """Eight heads in four KV groups, so that TP = 4 divides; 300 vocabulary entries, so that every TP size pads."""
     platform.prepare()
     from prune_opd.model_spec import ModelSpec, RopeSpec
 
