@@ -36,9 +36,6 @@ setup-docs: ## Make .venv-docs, the small environment that builds the docs (no t
 docs: setup-docs ## Build the docs' site: build/site/index.html
 	@NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build --strict
 
-docs-tables: setup ## Write the tables of docs/ that come from the code: settings, metrics, commands, recipes
-	$(BIN)/python scripts/docs_tables.py
-
 setup-browser-test: ## Install Debian's chromium (root only), for the tests that look at the report in a browser
 	@bash scripts/setup_browser_test.sh
 

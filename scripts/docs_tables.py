@@ -1,9 +1,7 @@
-"""Write the tables that the docs take from the code: settings, metrics, commands, recipes.
+"""The tables that the docs take from the code: settings, metrics, commands, recipes. A hook of mkdocs (mkdocs.yml).
 
-    python scripts/docs_tables.py           writes them (`make docs-tables`)
-    python scripts/docs_tables.py --check   exits with 1 and names the pages that are not up to date
-
-A page has them between `<!-- table: NAME -->` and `<!-- end -->`; everything else in it is written by hand.
+A page has `<!-- table: NAME -->` where a table goes when the site is built (`make docs`). The code is imported for it,
+but nothing heavy: `.venv-docs` has no torch.
 """
 
 from __future__ import annotations
@@ -15,7 +13,6 @@ import io
 import re
 import sys
 import tokenize
-import types
 import typing
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -28,9 +25,10 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from prune_opd.config import SftConfig, TrainConfig  # noqa: E402
+from prune_opd.config.checks import bare, field_types, limits, may_be_none, range_in_words  # noqa: E402
 from prune_opd.track.metrics import METRICS  # noqa: E402
 
-TABLE = re.compile(r"(<!-- table: ([a-z]+) -->\n).*?(<!-- end -->)", re.S)
+TABLE = re.compile(r"<!-- table: ([a-z]+) -->")
 
 
 # ---------------------------------------------------------------------------------------------------- settings
@@ -50,7 +48,7 @@ class Setting:
 def settings(config: type) -> list[Setting]:
     """The fields of a settings dataclass; a meaning is the comment beside, or right above, the field."""
     meanings = field_comments(config)
-    hints = typing.get_type_hints(config)
+    hints = field_types(config)
     return [
         Setting(field.name, _type(hints[field.name]), _default(field), meanings[field.name], _part(hints[field.name]))
         for field in dataclasses.fields(config)
@@ -88,21 +86,21 @@ def _as_typed(meaning: str) -> str:
 
 
 def _part(hint: Any) -> type | None:
-    plain = [arg for arg in _arguments(hint) if dataclasses.is_dataclass(arg)]
-    return plain[0] if plain else None
-
-
-def _arguments(hint: Any) -> tuple[Any, ...]:
-    return typing.get_args(hint) or (hint,)
+    plain = [arg for arg in (bare(hint), *typing.get_args(bare(hint))) if dataclasses.is_dataclass(arg)]
+    return typing.cast(type, plain[0]) if plain else None
 
 
 def _type(hint: Any) -> str:
-    names = {int: "integer", float: "number", bool: "true, false", str: "text", type(None): "null"}
-    if typing.get_origin(hint) in (typing.Union, types.UnionType):
-        return " or ".join(_type(arg) for arg in typing.get_args(hint))
-    if typing.get_origin(hint) is tuple:
-        return f"list of {_type(typing.get_args(hint)[0])}"
-    return names.get(hint, "settings")
+    """What a setting takes: its type with its range, or its choices."""
+    names = {int: "integer", float: "number", bool: "true, false", str: "text"}
+    plain, bounds = bare(hint), limits(hint)
+    if typing.get_origin(plain) is tuple:
+        found = f"list of {_type(typing.get_args(plain)[0])}"
+    elif typing.get_origin(plain) is typing.Literal:
+        found = ", ".join(typing.get_args(plain))
+    else:
+        found = names.get(plain, "settings") + (f" {range_in_words(bounds)}" if bounds else "")
+    return found + (" or null" if may_be_none(hint) else "")
 
 
 def _default(field: dataclasses.Field[Any]) -> str:
@@ -195,20 +193,9 @@ TABLES: dict[str, Callable[[], str]] = {
 
 def filled(page: str) -> str:
     """A page with its tables as the code has them now."""
-    return TABLE.sub(lambda found: f"{found[1]}\n{TABLES[found[2]]()}\n\n{found[3]}", page)
+    return TABLE.sub(lambda found: TABLES[found[1]](), page)
 
 
-def main(check: bool) -> int:
-    stale = []
-    for path in sorted((ROOT / "docs").rglob("*.md")):
-        text = path.read_text(encoding="utf-8")
-        if (new := filled(text)) != text:
-            stale.append(str(path.relative_to(ROOT)))
-            if not check:
-                path.write_text(new, encoding="utf-8")
-    print("\n".join(f"{path}: {'run `make docs-tables`' if check else 'written'}" for path in stale) or "up to date")
-    return 1 if check and stale else 0
-
-
-if __name__ == "__main__":
-    sys.exit(main("--check" in sys.argv[1:]))
+def on_page_markdown(markdown: str, **_: Any) -> str:
+    """What mkdocs asks of a hook, for every page."""
+    return filled(markdown)

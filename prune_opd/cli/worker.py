@@ -1,4 +1,4 @@
-"""What each rank runs: `python -m prune_opd.cli.worker COMMAND …` from `launcher.start_ranks`, or under torchrun.
+"""What each rank runs: `python -m prune_opd.cli.worker COMMAND …`, started by `cli/start.py`.
 
 The recipe was loaded, overridden and checked before; a rank only reads the resolved config. The heavy parts are
 imported by the command that needs them.
@@ -25,36 +25,6 @@ from prune_opd.ranks.signals import Interruption
 
 C = TypeVar("C", bound=RunConfig)
 MAIN_RANK_SPEAKS_FIRST = 3.0  # seconds
-
-
-def train(config: TrainConfig, run_dir: Path, resume: str, allow_config_change: bool = False) -> int:
-    """This rank's part of a distillation run."""
-    interruption = Interruption()  # before the heavy imports: a job may be stopped while it starts
-    from prune_opd.loop import train as run
-
-    return run(config, run_dir, resume, interruption, allow_config_change)
-
-
-def sft(config: SftConfig) -> int:
-    """This rank's part of supervised training."""
-    from prune_opd.testbed.sft import run
-
-    run(config)
-    return 0
-
-
-def evaluate(job: EvalJob) -> int:
-    """This rank's part of an evaluation."""
-    evaluate_model(job)
-    return 0
-
-
-def export(checkpoint: Path, out_dir: Path) -> int:
-    """Write a checkpoint as a Hugging Face directory."""
-    from prune_opd.megatron.export import export_checkpoint
-
-    export_checkpoint(checkpoint, out_dir)
-    return 0
 
 
 def is_main_rank() -> bool:
@@ -94,25 +64,49 @@ def protect_files() -> None:
     os.umask(os.umask(0o077) | 0o002)
 
 
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    """A command with its config read. Raises ConfigError."""
+    return _parser().parse_args(argv)
+
+
+def run(part: argparse.Namespace) -> int:
+    """This rank's part of a command. Returns the exit code; what went wrong is printed."""
+    return run_reported(lambda: _run(part))
+
+
 def main(argv: list[str] | None = None) -> int:
     """Parse a command of `prune_opd.cli.main` and run it. Returns the exit code."""
-    arguments = _parser().parse_args(argv)
     protect_files()
     end_with_parent(signal.SIGKILL)  # the agent ends its ranks in order; one that died cannot
-    return run_reported(lambda: _run(arguments))
+    return run_reported(lambda: _run(parse(argv)))
 
 
-def _run(arguments: argparse.Namespace) -> int:
-    match arguments.command:
+def _run(part: argparse.Namespace) -> int:
+    match part.command:
         case "train":
-            config = _config(arguments.config, TrainConfig)
-            return train(config, arguments.run_dir, arguments.resume, arguments.allow_config_change)
+            interruption = Interruption()  # before the heavy imports: a job may be stopped while it starts
+            from prune_opd.loop import train
+
+            return train(part.config, part.run_dir, part.resume, interruption, part.allow_config_change)
         case "sft":
-            return sft(_config(arguments.config, SftConfig))
+            from prune_opd.testbed import sft
+
+            sft.run(part.config)
         case "eval":
-            return evaluate(EvalJob.from_json(arguments.job))
+            evaluate_model(part.job)
         case _:
-            return export(arguments.checkpoint, arguments.out_dir)
+            from prune_opd.megatron.export import export_checkpoint
+
+            export_checkpoint(part.checkpoint, part.out_dir)
+    return 0
+
+
+def _train_config(path: str) -> TrainConfig:
+    return _config(Path(path), TrainConfig)
+
+
+def _sft_config(path: str) -> SftConfig:
+    return _config(Path(path), SftConfig)
 
 
 def _config(path: Path, kind: type[C]) -> C:
@@ -129,16 +123,16 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True)
 
     command = commands.add_parser("train")
-    command.add_argument("config", type=Path)
+    command.add_argument("config", type=_train_config)
     command.add_argument("--run-dir", type=Path, required=True)
     command.add_argument("--resume", default="auto")
     command.add_argument("--allow-config-change", action="store_true")
 
     command = commands.add_parser("sft")
-    command.add_argument("config", type=Path)
+    command.add_argument("config", type=_sft_config)
 
     command = commands.add_parser("eval")
-    command.add_argument("job", help="an EvalJob as JSON")
+    command.add_argument("job", type=EvalJob.from_json, help="an EvalJob as JSON")
 
     command = commands.add_parser("export")
     command.add_argument("checkpoint", type=Path)

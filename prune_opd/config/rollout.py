@@ -3,95 +3,82 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Annotated, Literal, get_args
 
-from prune_opd.config.checks import between, one_of
+from annotated_types import Interval
 
-# vLLM's names. Quantised weights: they are quantised when they are loaded, and again at every reload.
-QUANTIZATIONS = ("fp8", "fp8_per_tensor", "fp8_per_channel", "fp8_per_block")
-KV_CACHE_DTYPES = ("auto", "fp8", "fp8_e4m3", "fp8_e5m2")
-# Two tokens whose scores are closer than this [nats] may be ordered differently by the engine and by the trainer. In
-# fp32 it is twice what the check after the first weight sync allows any token. Coarser formats have no such bound:
-# single tokens of a sharp model are half a nat off, most of them far less.
+from prune_opd.config.checks import Checked, Count, Positive, PositiveOrZero, ShareAboveZero
+
+# Of vLLM: weights quantised when they are loaded, and again at every reload; how the KV cache is stored.
+Quantization = Literal["fp8", "fp8_per_tensor", "fp8_per_channel", "fp8_per_block"]
+KvCacheDtype = Literal["auto", "fp8", "fp8_e4m3", "fp8_e5m2"]
+QUANTIZATIONS, KV_CACHE_DTYPES = get_args(Quantization), get_args(KvCacheDtype)
+# Two words closer than this [nats] may change places between the engine's scores and the trainer's: twice what the
+# check after the first weight sync allows any token in fp32. Coarser formats have no such bound: single tokens of a
+# sharp model are half a nat off, most of them far less.
 MARGIN = {"fp32": 2e-3, "bf16": 0.25, "fp8": 0.5}
 
 
 @dataclass(frozen=True)
-class InflightConfig:
+class InflightConfig(Checked, name="rollout.inflight"):
     """Stopping drifting responses while they are generated: this project's extension of Prune-OPD. Lengths in tokens.
 
-    At certain lengths of a response, the looks, the teacher scores what is there. A response whose reliability R has
-    reached 0 is cut off at that length.
+    At checkpoints along a response the teacher scores what is there, and a response whose reliability R has reached 0
+    is cut off at the checkpoint.
     """
 
-    mode: str = "off"  # off | gate
-    schedule: str = "geometric"  # looks at first_check · 1, 2, 4, 8 … | fixed: at first_check, then every `chunk`
-    first_check: int = 256  # response length at which the teacher looks for the first time
-    chunk: int = 256  # fixed: tokens between two looks
-    stop_events: int | None = None  # None: R has reached 0; else this many events, which may cut tokens that R > 0 has
-    min_keep: int = 1  # a response that is stopped keeps at least so many tokens: there is no look before
-    # Cost of a token that the teacher reads, as a share of what generating and training a response token costs. Above
-    # 0 only the looks that paid in the last batches take place (inflight/look_schedule.py); 0: all do.
-    price: float = 0.0
-    margin: float | None = None  # nats; None: by the format of the rollouts (MARGIN). 0: exact ties alone are undecided
-
-    def __post_init__(self) -> None:
-        one_of("rollout.inflight.mode", self.mode, ("off", "gate"))
-        one_of("rollout.inflight.schedule", self.schedule, ("geometric", "fixed"))
-        for name in ("first_check", "chunk", "min_keep"):
-            between(f"rollout.inflight.{name}", getattr(self, name), 1)
-        if self.stop_events is not None:
-            between("rollout.inflight.stop_events", self.stop_events, 1)
-        between("rollout.inflight.price", self.price, 0)
-        if self.margin is not None:
-            between("rollout.inflight.margin", self.margin, 0)
+    mode: Literal["off", "gate"] = "off"  # gate: responses are stopped
+    # geometric: checkpoints at first_check · 1, 2, 4, 8 … | fixed: first_check, then every `chunk`
+    schedule: Literal["geometric", "fixed"] = "geometric"
+    first_check: Count = 256  # response length at which the teacher looks for the first time
+    chunk: Count = 256  # fixed: tokens between two checkpoints
+    stop_events: Count | None = (
+        None  # None: R has reached 0; else this many events, which may cut tokens that R > 0 has
+    )
+    min_keep: Count = 1  # a response that is stopped keeps at least so many: no checkpoint lies before
+    # What a token of the teacher costs, in response tokens with their generation and training. Above 0 it looks only at
+    # checkpoints that, by the last batches, avoid more than it reads in vain (inflight/look_schedule.py); 0: at all.
+    price: PositiveOrZero = 0.0
+    margin: PositiveOrZero | None = (
+        None  # nats; None: by the format of the rollouts (MARGIN). 0: exact ties alone are undecided
+    )
 
     @property
     def on(self) -> bool:
         return self.mode == "gate"
 
     def looks(self, max_tokens: int) -> tuple[int, ...]:
-        """Lengths [tokens], ascending, at which a response of at most `max_tokens` is looked at.
+        """Response lengths, ascending, at which a response of at most `max_tokens` is looked at.
 
-        There is no look at `max_tokens` itself: nothing is left to stop there.
+        The last token that may come is no checkpoint: nothing is left to stop there.
         """
-        lengths, at = [], self.first_check
+        places, at = [], self.first_check
         while at < max_tokens:
             if at >= self.min_keep:
-                lengths.append(at)
+                places.append(at)
             at = 2 * at if self.schedule == "geometric" else at + self.chunk
-        return tuple(lengths)
+        return tuple(places)
 
 
 @dataclass(frozen=True)
-class RolloutConfig:
+class RolloutConfig(Checked, name="rollout"):
     """What is generated each step, and the vLLM engine that does it."""
 
-    prompts: int = 64  # per step
-    responses: int = 4  # per prompt
-    temperature: float = 1.0  # of the sampling; the objective has its own
-    top_p: float = 1.0  # the sampling's nucleus; 1: the whole vocabulary
-    max_prompt_len: int = 1024  # tokens; a longer prompt is a bad row
-    tensor_parallel: int = 1  # ranks per engine; world / tensor_parallel engines share the prompts
-    kv_cache_gb: float = 1.0  # CPU only: a GPU takes gpu_memory_utilization
-    gpu_memory_utilization: float = 0.5  # share of a GPU's memory that vLLM takes, weights included
-    max_num_seqs: int = 256  # responses that an engine works on at a time
+    prompts: Count = 64  # per step
+    responses: Count = 4  # per prompt
+    temperature: Positive = 1.0  # of the sampling; the objective has its own
+    top_p: ShareAboveZero = 1.0  # the sampling's nucleus; 1: the whole vocabulary
+    max_prompt_len: Count = 1024  # tokens; a longer prompt is a bad row
+    tensor_parallel: Count = 1  # ranks per engine; world / tensor_parallel engines share the prompts
+    kv_cache_gb: Positive = 1.0  # CPU only: a GPU takes gpu_memory_utilization
+    gpu_memory_utilization: ShareAboveZero = 0.5  # share of a GPU's memory that vLLM takes, weights included
+    max_num_seqs: Count = 256  # responses that an engine works on at a time
     enforce_eager: bool | None = None  # vLLM without compiled graphs; null: so on the CPU, compiled on a GPU
-    bucket_mb: float = 512  # of weights on their way from the trainer; two buckets exist at a time
-    quantization: str | None = None  # to FP8 at every load: fp8 | fp8_per_tensor | fp8_per_channel | fp8_per_block
-    kv_cache_dtype: str = "auto"  # auto: as the parameters | fp8 (e4m3) | fp8_e4m3 | fp8_e5m2
+    bucket_mb: Positive = 512  # of weights on their way from the trainer; two buckets exist at a time
+    quantization: Quantization | None = None  # to FP8 at every load
+    kv_cache_dtype: KvCacheDtype = "auto"  # auto: that of the parameters; fp8 is e4m3
     inflight: InflightConfig = field(default_factory=InflightConfig)
-    oversample: float = 1.0  # a step starts this times `prompts` and keeps the first complete ones
-    partial: bool = False  # oversample > 1: the other prompts go on in the next step, with the tokens that they have
-
-    def __post_init__(self) -> None:
-        between("rollout.oversample", self.oversample, 1, 16)
-        for name in ("prompts", "responses", "max_prompt_len", "tensor_parallel", "max_num_seqs"):
-            between(f"rollout.{name}", getattr(self, name), 1)
-        between("rollout.bucket_mb", self.bucket_mb, 0, open_low=True)
-        between("rollout.temperature", self.temperature, 0, open_low=True)
-        between("rollout.top_p", self.top_p, 0, 1, open_low=True)
-        between("rollout.kv_cache_gb", self.kv_cache_gb, 0, open_low=True)
-        between("rollout.gpu_memory_utilization", self.gpu_memory_utilization, 0, 1, open_low=True)
-        if self.quantization is not None:
-            one_of("rollout.quantization", self.quantization, QUANTIZATIONS)
-        one_of("rollout.kv_cache_dtype", self.kv_cache_dtype, KV_CACHE_DTYPES)
+    oversample: Annotated[float, Interval(ge=1, le=16)] = (
+        1.0  # prompts that a step starts, of `prompts`: the first complete ones are kept
+    )
+    partial: bool = False  # oversample > 1: what is left goes on in the next step, and is not started again

@@ -5,37 +5,37 @@ from __future__ import annotations
 import dataclasses
 import math
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated, Any, Literal
 
-from prune_opd.config.checks import between, one_of
+from annotated_types import Interval
+
+from prune_opd.config.checks import Checked, Count, CountOrZero, PositiveOrZero, ShareAboveZero, between
 from prune_opd.config.method import GateConfig, HorizonConfig, ObjectiveConfig, WeightingConfig
 from prune_opd.config.rollout import RolloutConfig
 from prune_opd.config.training import MemoryConfig, OptimizerConfig, ParallelConfig, PrecisionConfig
 from prune_opd.errors import ConfigError
 
-GPUS = ("cpu", "a100", "h100", "h200")
-
 
 @dataclass(frozen=True)
-class DataConfig:
+class DataConfig(Checked, name="data"):
     """Where prompts come from and how rows of files become prompts (data/ has the formats)."""
 
     source: str = "ledger"  # ledger | reasoning_gym/TASK | a .jsonl or .parquet file | a dataset directory
     mixture: tuple[str, ...] = ()  # several sources instead, in the proportions of `weights`
     weights: tuple[float, ...] = ()  # of the mixture's sources; none: equal ones
-    min_steps: int = 20  # ledger: bookings per problem
-    max_steps: int = 40  # likewise, the most
+    min_steps: Annotated[int, Interval(ge=1, le=40)] = 20  # ledger: bookings per problem
+    max_steps: Annotated[int, Interval(ge=1, le=40)] = 40  # likewise, the most
     shuffle: bool = True  # a file's rows, in another order each epoch
     split: str | None = None  # of a dataset directory that has several; null: train
     chat: bool | None = None  # files: through the chat template; null: "messages", "problem", "question", not "prompt"
     system_prompt: str | None = None  # before the turns, where the chat template is used
     suffix: str = ""  # after the last user turn, or after the prompt
     thinking: bool | None = None  # the chat template's switch, where it has one
-    bad_rows: str = "refuse"  # of a file: refuse (with their line numbers) | skip (and say how many, and where)
+    # of a file: refuse (with their line numbers) | skip (and say how many, and where)
+    bad_rows: Literal["refuse", "skip"] = "refuse"
 
     def __post_init__(self) -> None:
-        one_of("data.bad_rows", self.bad_rows, ("refuse", "skip"))
-        between("data.min_steps", self.min_steps, 1, 40)
+        super().__post_init__()
         between("data.max_steps", self.max_steps, self.min_steps, 40)
         if self.weights and len(self.weights) != len(self.mixture):
             raise ConfigError(
@@ -58,106 +58,79 @@ class DataConfig:
 
 
 @dataclass(frozen=True)
-class EvalConfig:
+class EvalConfig(Checked, name="evaluation"):
     """Accuracy on held-out problems, sampled by the rollout engine. `every` = 0: only before and after the run."""
 
-    every: int = 0  # steps; 0: only before and after the run
-    problems: int = 256  # of each task; 0: no evaluation
-    problems_between: int | None = None  # of the evaluations before the last one; None: all
-    samples: int = 1  # avg@samples
-    temperature: float = 1.0  # of the sampling; 0: greedy
-    top_p: float = 1.0  # the sampling's nucleus; the papers have 0.95
-    max_len: int | None = None  # None: horizon.max_len
+    every: CountOrZero = 0  # steps; 0: only before and after the run
+    problems: CountOrZero = 256  # of each task; 0: no evaluation
+    problems_between: Count | None = None  # of the evaluations before the last one; None: all
+    samples: Count = 1  # avg@samples
+    temperature: PositiveOrZero = 1.0  # of the sampling; 0: greedy
+    top_p: ShareAboveZero = 1.0  # the sampling's nucleus; the papers have 0.95
+    max_len: Count | None = None  # None: horizon.max_len
     seed: int = 777  # of the problems and of the sampling, the same at every evaluation
     sources: tuple[str, ...] = ()  # tasks and files with answers, as data.source; none: the training source, held out
-    generations: int = 64  # answers of each task that every evaluation leaves in generations/
+    generations: CountOrZero = 64  # answers of each task that every evaluation leaves in generations/
 
     def __post_init__(self) -> None:
-        between("evaluation.generations", self.generations, 0)
-        between("evaluation.every", self.every, 0)
-        between("evaluation.problems", self.problems, 0)
+        super().__post_init__()
         if self.problems_between is not None:
             between("evaluation.problems_between", self.problems_between, 1, max(self.problems, 1))
-        between("evaluation.samples", self.samples, 1)
-        between("evaluation.temperature", self.temperature, 0)
-        between("evaluation.top_p", self.top_p, 0, 1, open_low=True)
-        if self.max_len is not None:
-            between("evaluation.max_len", self.max_len, 1)
 
 
 @dataclass(frozen=True)
-class CheckpointConfig:
+class CheckpointConfig(Checked, name="checkpoint"):
     """When checkpoints are written and which of them stay (megatron/checkpoint.py has the format)."""
 
-    every: int = 50  # steps; 0: only at the end
-    keep: int = 2  # newest checkpoints that stay on disk
-    keep_every: int = 0  # checkpoints of these steps stay for good: 100, 200 …; 0: none does
+    every: CountOrZero = 50  # steps; 0: only at the end
+    keep: Count = 2  # newest checkpoints that stay on disk
+    keep_every: CountOrZero = 0  # checkpoints of these steps stay for good: 100, 200 …; 0: none does
     asynchronous: bool = True  # a child process writes while the next steps run; False: the run waits for the disk
     last: bool = True  # save after the last step; without it the run cannot be resumed or exported later
     export_hf: bool = True  # write hf/ at the end of the run
 
-    def __post_init__(self) -> None:
-        between("checkpoint.every", self.every, 0)
-        between("checkpoint.keep", self.keep, 1)
-        between("checkpoint.keep_every", self.keep_every, 0)
-
 
 @dataclass(frozen=True)
-class SurvivalConfig:
+class SurvivalConfig(Checked, name="survival"):
     """What a run puts up with (ranks/signals.py)."""
 
-    max_skipped: int = 3  # updates in a row whose loss or gradient is not finite: so many end the run
-    watchdog_minutes: float = 30.0  # of one phase: a longer one ends the run with the stacks of all ranks; 0: never
-
-    def __post_init__(self) -> None:
-        between("survival.max_skipped", self.max_skipped, 1)
-        between("survival.watchdog_minutes", self.watchdog_minutes, 0)
+    max_skipped: Count = 3  # updates in a row whose loss or gradient is not finite: so many end the run
+    watchdog_minutes: PositiveOrZero = (
+        30.0  # of one phase: a longer one ends the run with the stacks of all ranks; 0: never
+    )
 
 
 @dataclass(frozen=True)
-class TrackConfig:
+class TrackConfig(Checked, name="track"):
     """metrics.jsonl is always there; this is what else a run leaves of its progress."""
 
-    wandb: str = "offline"  # offline | online | disabled
+    wandb: Literal["offline", "online", "disabled"] = "offline"  # offline: in wandb/ of the run directory, to be synced
     project: str = "prune-opd"  # wandb's
     tensorboard: bool = False  # event files in tensorboard/ of the run directory, too
-    position_bins: int = 16  # resolution of the overlap-by-position curves
-    samples: int = 4  # responses of a sampled step that are kept token by token in samples.jsonl; 0: none
-    samples_every: int = 10  # steps from one sampled step to the next; the first and the last one always are
+    position_bins: Count = 16  # resolution of the overlap-by-position curves
+    samples: CountOrZero = 4  # responses of a sampled step that are kept token by token in samples.jsonl; 0: none
+    samples_every: Count = 10  # steps from one sampled step to the next; the first and the last one always are
     report: bool = True  # write report.html at the end
 
-    def __post_init__(self) -> None:
-        one_of("track.wandb", self.wandb, ("offline", "online", "disabled"))
-        between("track.position_bins", self.position_bins, 1)
-        between("track.samples", self.samples, 0)
-        between("track.samples_every", self.samples_every, 1)
-
 
 @dataclass(frozen=True)
-class PlanningConfig:
+class PlanningConfig(Checked, name="planning"):
     """What a plan assumes; it changes nothing in a run."""
 
-    gpu: str = "cpu"  # what the recipe is made for: cpu | a100 | h100 | h200
-    nodes: int = 1  # of parallel.nproc ranks each
-    response_length: int | None = None  # mean tokens at the full horizon (`response_length` of a run's metrics)
-    mean_horizon: int | None = None  # prune: the window's mean over the run (`horizon` of a run's metrics)
-
-    def __post_init__(self) -> None:
-        one_of("planning.gpu", self.gpu, GPUS)
-        between("planning.nodes", self.nodes, 1)
-        for name in ("response_length", "mean_horizon"):
-            if getattr(self, name) is not None:
-                between(f"planning.{name}", getattr(self, name), 1)
+    gpu: Literal["cpu", "a100", "h100", "h200"] = "cpu"  # what the recipe is made for
+    nodes: Count = 1  # of parallel.nproc ranks each
+    response_length: Count | None = None  # mean tokens at the full horizon (`response_length` of a run's metrics)
+    mean_horizon: Count | None = None  # prune: the window's mean over the run (`horizon` of a run's metrics)
 
 
 @dataclass(frozen=True)
-class TrainConfig:
+class TrainConfig(Checked, name=""):
     """One Prune-OPD run. `student` and `teacher` are Hugging Face directories with the same tokenizer."""
 
     name: str  # of the run: runs/NAME is its directory
     student: str  # a Hugging Face directory
     teacher: str  # a Hugging Face directory
-    steps: int  # of training; the schedule of the learning rate ends there
+    steps: Count  # of training; the schedule of the learning rate ends there
     horizon: HorizonConfig
     gate: GateConfig | None = field(default_factory=GateConfig)  # None: plain OPD, every token at weight 1
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
@@ -174,14 +147,11 @@ class TrainConfig:
     track: TrackConfig = field(default_factory=TrackConfig)
     planning: PlanningConfig = field(default_factory=PlanningConfig)
     seed: int = 0  # of prompts, prompt order and sampling
-    stop_after: int | None = (
-        None  # save and stop after this step (a time-boxed job); the schedule stays that of `steps`
-    )
+    # save and stop after this step (a time-boxed job); the schedule stays that of `steps`
+    stop_after: Count | None = None
 
     def __post_init__(self) -> None:
-        between("steps", self.steps, 1)
-        if self.stop_after is not None:
-            between("stop_after", self.stop_after, 1)
+        super().__post_init__()
         if self.gate is None and self.horizon.strategy in ("prune", "marginal"):
             raise ConfigError(
                 f"gate = null with horizon.strategy = {self.horizon.strategy}: the window follows the gate's reliable "

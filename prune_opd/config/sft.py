@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from prune_opd.config.training import ParallelConfig
+from prune_opd.config.training import ParallelConfig, Schedule
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class SftStage:
     lr: float  # the highest learning rate
     corpus: CorpusConfig
     warmup_steps: int = 5  # steps in which the rate rises from 0 to lr
-    schedule: str = "cosine"  # cosine | linear | constant
+    schedule: Schedule = "cosine"  # of the learning rate
     final_lr: float = 0.05  # share of lr
     sharpen: float = 1.0  # factor on the final norm's gain before the stage: sharper logits
     seed: int = 0  # of the solutions

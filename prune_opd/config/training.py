@@ -4,75 +4,65 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass, field
+from typing import Annotated, Literal, get_args
 
-from prune_opd.config.checks import between, one_of
+from annotated_types import Interval
+
+from prune_opd.config.checks import Checked, Count, CountOrZero, Positive, PositiveOrZero, Share, between, check_fields
 from prune_opd.errors import ConfigError
 
-FP8_FORMATS = ("e4m3", "hybrid")
-FP8_RECIPES = ("delayed", "tensorwise", "blockwise")
+Schedule = Literal["constant", "linear", "cosine"]
+Fp8Recipe = Literal["delayed", "tensorwise", "blockwise"]
 
 
 @dataclass(frozen=True)
-class OptimizerConfig:
+class OptimizerConfig(Checked, name="optimizer"):
     """AdamW through megatron-core, fp32 master weights. `schedule` runs from lr to min_lr after the warm-up."""
 
-    lr: float = 1e-6  # the highest learning rate
-    min_lr: float = 0.0  # linear, cosine: where the schedule ends
-    schedule: str = "constant"  # constant | linear | cosine
-    warmup_steps: int = 0  # steps in which the rate rises from 0 to lr
-    weight_decay: float = 0.01  # decoupled (AdamW)
-    beta1: float = 0.9  # decay of the first moment
-    beta2: float = 0.999  # decay of the second moment
-    eps: float = 1e-8  # what Adam adds to the denominator
-    clip_grad: float = 1.0  # largest norm of the whole gradient; 0: no clipping
-    updates_per_batch: int = 1  # minibatches of whole responses that a rollout batch is split into, one update each
+    lr: PositiveOrZero = 1e-6  # the highest learning rate
+    min_lr: PositiveOrZero = 0.0  # linear, cosine: where the schedule ends
+    schedule: Schedule = "constant"  # of the learning rate
+    warmup_steps: CountOrZero = 0  # steps in which the rate rises from 0 to lr
+    weight_decay: PositiveOrZero = 0.01  # decoupled (AdamW)
+    beta1: Share = 0.9  # decay of the first moment
+    beta2: Share = 0.999  # decay of the second moment
+    eps: Positive = 1e-8  # what Adam adds to the denominator
+    clip_grad: PositiveOrZero = 1.0  # largest norm of the whole gradient; 0: no clipping
+    updates_per_batch: Count = 1  # minibatches of whole responses that a rollout batch is split into, one update each
 
     def __post_init__(self) -> None:
-        between("optimizer.updates_per_batch", self.updates_per_batch, 1)
-        one_of("optimizer.schedule", self.schedule, ("constant", "linear", "cosine"))
-        between("optimizer.lr", self.lr, 0)
+        super().__post_init__()
         between("optimizer.min_lr", self.min_lr, 0, self.lr)
-        between("optimizer.warmup_steps", self.warmup_steps, 0)
-        between("optimizer.weight_decay", self.weight_decay, 0)
-        between("optimizer.beta1", self.beta1, 0, 1)
-        between("optimizer.beta2", self.beta2, 0, 1)
-        between("optimizer.eps", self.eps, 0, open_low=True)
-        between("optimizer.clip_grad", self.clip_grad, 0)
 
 
 @dataclass(frozen=True)
-class ParallelConfig:
+class ParallelConfig(Checked, name="parallel"):
     """Layout of the student, and the teacher's where it differs. What is left over of the ranks is data parallel.
 
     Tensor parallel ranks are next to each other, pipeline stages farthest apart (megatron-core's order).
     """
 
-    nproc: int = 2  # ranks that `prune-opd` starts on this node when it is not already under torchrun
-    tensor: int | None = None  # TP; None: the ranks that pipeline and context leave
-    pipeline: int = 1  # stages
-    virtual_pipeline: int = 1  # chunks of layers per stage (interleaved schedule)
-    expert: int = 1  # ranks that share a layer's experts (MoE): a multiple of tensor
-    context: int = 1  # ranks that share a sequence
+    nproc: Count = 2  # ranks that `prune-opd` starts on this node when it is not already under torchrun
+    tensor: Count | None = None  # TP; None: the ranks that pipeline and context leave
+    pipeline: Count = 1  # stages
+    virtual_pipeline: Count = 1  # chunks of layers per stage (interleaved schedule)
+    expert: Count = 1  # ranks that share a layer's experts (MoE): a multiple of tensor
+    context: Count = 1  # ranks that share a sequence
     sequence_parallel: bool = False  # residuals and norms cut along the tokens over the TP ranks
     distributed_optimizer: bool = False  # master weights and Adam's moments cut over the data-parallel ranks
-    recompute: str = "none"  # activations made again in the backward pass: selective (attention) | full (every layer)
-    teacher_tensor: int | None = None  # the teacher's own TP; None: as the student
-    teacher_pipeline: int | None = None  # likewise; it has no virtual pipeline and no sequence parallelism
-    teacher_expert: int = 1  # its own; it does not follow `expert`
-    microbatch_tokens: int = 16384  # budget of one packed micro-batch on a rank (prompt + response)
-    loss_chunk_tokens: int = 1024  # tokens whose logits, of both models, are alive at a time in the loss
-    timeout_minutes: float = 10.0  # of every collective (of some, whole ones): a rank that stops answering ends the run
+    # activations made again in the backward pass: selective: attention's | full: every layer's
+    recompute: Literal["none", "selective", "full"] = "none"
+    teacher_tensor: Count | None = None  # the teacher's own TP; None: as the student
+    teacher_pipeline: Count | None = None  # likewise; it has no virtual pipeline and no sequence parallelism
+    teacher_expert: Count = 1  # its own; it does not follow `expert`
+    microbatch_tokens: Count = 16384  # budget of one packed micro-batch on a rank (prompt + response)
+    loss_chunk_tokens: Count = 1024  # tokens whose logits, of both models, are alive at a time in the loss
+    timeout_minutes: Positive = (
+        10.0  # of every collective (of some, whole ones): a rank that stops answering ends the run
+    )
 
     def __post_init__(self) -> None:
-        for name in ("nproc", "pipeline", "virtual_pipeline", "expert", "context", "teacher_expert"):
-            between(f"parallel.{name}", getattr(self, name), 1)
-        for name in ("tensor", "teacher_tensor", "teacher_pipeline"):
-            if getattr(self, name) is not None:
-                between(f"parallel.{name}", getattr(self, name), 1)
-        one_of("parallel.recompute", self.recompute, ("none", "selective", "full"))
-        between("parallel.microbatch_tokens", self.microbatch_tokens, 1)
-        between("parallel.loss_chunk_tokens", self.loss_chunk_tokens, 1)
-        between("parallel.timeout_minutes", self.timeout_minutes, 0, open_low=True)
+        super().__post_init__()
         if self.virtual_pipeline > 1 and self.pipeline == 1:
             raise ConfigError(
                 f"parallel.virtual_pipeline = {self.virtual_pipeline} needs a pipeline: "
@@ -91,30 +81,26 @@ class Fp8Config:
     own largest value | blockwise: a scale for each 1 × 128 values of an activation and each 128 × 128 of a weight.
     """
 
-    format: str | None = None  # null: no FP8 | e4m3 | hybrid: e4m3 forward, e5m2 gradients
-    recipe: str = "blockwise"  # delayed | tensorwise | blockwise: how scales are chosen
+    format: Literal["e4m3", "hybrid"] | None = None  # null: no FP8 | e4m3 | hybrid: e4m3 forward, e5m2 gradients
+    recipe: Fp8Recipe = "blockwise"  # how scales are chosen
     param: bool = False  # keep the weights in FP8 too; the optimizer's master weights stay fp32
-    first_layers_bf16: int = 0  # layers at the start that stay in bf16; not with delayed
-    last_layers_bf16: int = 0  # likewise, at the end
-    amax_history: int = 1024  # delayed: batches that a scale looks back on
+    first_layers_bf16: CountOrZero = 0  # layers at the start that stay in bf16; not with delayed
+    last_layers_bf16: CountOrZero = 0  # likewise, at the end
+    amax_history: Count = 1024  # delayed: batches that a scale looks back on
 
     @property
     def on(self) -> bool:
         return self.format is not None
 
     def validate(self, name: str) -> None:
-        """Raises `ConfigError`. name: the dotted name of this part, for its messages."""
-        if self.format is not None:
-            one_of(f"{name}.format", self.format, FP8_FORMATS)
-        if self.recipe == "mxfp8":
+        """Raises `ConfigError`. name: the dotted name of this part, which both models have."""
+        if str(self.recipe) == "mxfp8":
             raise ConfigError(
                 f"{name}.recipe = 'mxfp8' needs a Blackwell GPU, and this project is for Hopper: "
-                f"choose one of {', '.join(FP8_RECIPES)}"
+                f"choose one of {', '.join(get_args(Fp8Recipe))}"
             )
-        one_of(f"{name}.recipe", self.recipe, FP8_RECIPES)
-        between(f"{name}.amax_history", self.amax_history, 1)
+        check_fields(self, f"{name}.")
         for end in ("first_layers_bf16", "last_layers_bf16"):
-            between(f"{name}.{end}", getattr(self, end), 0)
             if self.on and self.recipe == "delayed" and getattr(self, end) > 0:
                 raise ConfigError(
                     f"{name}.{end} = {getattr(self, end)} does not go with recipe = delayed, whose scales are updated "
@@ -139,15 +125,17 @@ class Fp8Config:
 
 
 @dataclass(frozen=True)
-class PrecisionConfig:
+class PrecisionConfig(Checked, name="precision"):
     """Student and teacher are set separately. FP8 of the rollouts: rollout.quantization and rollout.kv_cache_dtype."""
 
-    params: str = "bf16"  # bf16 | fp32, of both models and the rollouts; the optimizer's master weights are always fp32
+    params: Literal["bf16", "fp32"] = (
+        "bf16"  # of both models and the rollouts; the optimizer's master weights are always fp32
+    )
     student_fp8: Fp8Config = field(default_factory=Fp8Config)
     teacher_fp8: Fp8Config = field(default_factory=Fp8Config)
 
     def __post_init__(self) -> None:
-        one_of("precision.params", self.params, ("bf16", "fp32"))
+        super().__post_init__()
         for role in ("student", "teacher"):
             fp8: Fp8Config = getattr(self, f"{role}_fp8")
             fp8.validate(f"precision.{role}_fp8")
@@ -159,22 +147,20 @@ class PrecisionConfig:
 
 
 @dataclass(frozen=True)
-class MemoryConfig:
+class MemoryConfig(Checked, name="memory"):
     """What leaves the device in the phases that do not need it (config/memory_phases.py). All off: nothing moves.
 
     What is offloaded goes to pinned host memory. On the CPU a schedule that moves something is a dry one: the
     transitions are logged and nothing moves.
     """
 
-    sleep_level: int = 0  # vLLM outside its phases: 0 awake | 1 weights to the host, KV cache gone | 2 both gone
+    # vLLM outside its phases: 0 awake | 1 weights to the host, KV cache gone | 2 both gone
+    sleep_level: Annotated[int, Interval(ge=0, le=2)] = 0
     staged_wake: bool = True  # wake the weights, load, and only then the KV cache; False: both before the load
     offload_student: bool = False  # weights, while they are neither trained nor sent
     offload_gradients: bool = False  # freed outside training: they start from zero there
     offload_optimizer: bool = False  # master weights and Adam's two moments, outside training
     offload_teacher: bool = False  # layers outside the teacher pass; its output weight outside that and training
-
-    def __post_init__(self) -> None:
-        between("memory.sleep_level", self.sleep_level, 0, 2)
 
     @property
     def on(self) -> bool:

@@ -1,24 +1,56 @@
-"""config.yaml: write a resolved config, read it back, and say where two differ."""
+"""Settings as YAML and back: a resolved config in config.yaml, one value on a command line, and where two differ."""
 
 from __future__ import annotations
 
+import dataclasses
+import difflib
 import os
+import re
 import typing
 from pathlib import Path
 from typing import Any
 
 import yaml
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
 from prune_opd.config import RunConfig, SftConfig, TrainConfig, to_dict
-from prune_opd.config.overrides import _first_line, _is_list
+from prune_opd.config.checks import bare, field_types, fits, is_part, may_be_none, wanted
 from prune_opd.errors import ConfigError
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML as people write it: `1e-4` is a number (YAML 1.1 wants a dot in it), and a date is a text."""
+
+
+class _Dumper(yaml.SafeDumper):
+    """YAML has no tuple: a list."""
+
+
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith(":timestamp")]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
+)
+_Dumper.add_representer(tuple, yaml.SafeDumper.represent_list)
+
+
+def parse(text: str) -> Any:
+    """A value from its YAML: `null`, `true`, `1e-4`, `[a, b]`, a text. Raises yaml.YAMLError or ValueError."""
+    return yaml.load(text, Loader=_Loader)
+
+
+def on_one_line(value: Any) -> str:
+    """A value on one line, as YAML writes it."""
+    text = yaml.dump(
+        value, Dumper=_Dumper, default_flow_style=True, sort_keys=False, allow_unicode=True, width=1_000_000
+    )
+    return text.removesuffix("\n...\n").strip()
 
 
 def save_config(config: RunConfig, path: Path) -> None:
     """Write the resolved config as YAML in the order of the dataclasses; a reader never sees half a file."""
-    text = yaml.safe_dump(_plain(to_dict(config)), sort_keys=False, allow_unicode=True, width=120)
+    text = yaml.dump(to_dict(config), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(f".{path.name}.{os.getpid()}")
     unfinished.write_text(text, encoding="utf-8")
@@ -28,63 +60,82 @@ def save_config(config: RunConfig, path: Path) -> None:
 def load_config(path: Path) -> RunConfig:
     """Read what `save_config` wrote (an `SftConfig` is told by its `stages`). Raises ConfigError with the path."""
     try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+        data = parse(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise ConfigError(f"{path}: there is no such file") from error
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except (OSError, ValueError, yaml.YAMLError) as error:
         raise ConfigError(f"{path} cannot be read as YAML: {' '.join(str(error).split())}") from error
     if not isinstance(data, dict):
         raise ConfigError(f"{path} does not hold the settings of a run")
     kind: type[RunConfig] = SftConfig if "stages" in data else TrainConfig
-    return typing.cast(RunConfig, _from_dict(kind, data, path))
+    return typing.cast(RunConfig, _located(kind, data, path))
 
 
 def config_from_dict(data: Any, path: Path) -> TrainConfig:
     """The config of a run as a checkpoint has it (`to_dict`). Raises ConfigError with `path`, where it is from."""
-    return typing.cast(TrainConfig, _from_dict(TrainConfig, data, path))
+    return typing.cast(TrainConfig, _located(TrainConfig, data, path))
 
 
-def _from_dict(kind: Any, data: Any, path: Path) -> Any:
-    """OmegaConf checks names and types, but leaves the parts of a tuple as dictionaries: those are made here first."""
-    if not isinstance(data, dict):
-        raise ConfigError(f"{path}: {data!r} stands where the settings of a {kind.__name__} belong")
-    data = dict(data)
-    for name, hint in typing.get_type_hints(kind).items():
-        if typing.get_origin(hint) is tuple and not _is_list(hint) and isinstance(data.get(name), list):
-            part = typing.get_args(hint)[0]
-            data[name] = tuple(_from_dict(part, item, path) for item in data[name])
+def _located(kind: Any, data: Any, path: Path) -> Any:
     try:
-        return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(kind), data))
+        return from_dict(kind, data)
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from error
-    except (OmegaConfBaseException, ValueError, TypeError) as error:
-        raise ConfigError(f"{path}: {_first_line(error)}") from error
+
+
+def from_dict(kind: Any, data: Any, prefix: str = "") -> Any:
+    """A settings dataclass from what `to_dict` makes of one.
+
+    prefix: the dotted name of these settings in the whole config and a dot, for the messages.
+
+    Raises ConfigError for a setting that there is not, one that is missing, a value of the wrong type, and whatever the
+    dataclasses refuse.
+    """
+    if not isinstance(data, dict):
+        raise ConfigError(f"{data!r} stands where the settings of a {kind.__name__} belong")
+    hints = field_types(kind)
+    for name in data:
+        if name not in hints:
+            near = difflib.get_close_matches(str(name), hints, n=1, cutoff=0.0)
+            raise ConfigError(f"there is no setting {f'{prefix}{name}'!r}: did you mean {prefix}{near[0]}?")
+    for field in dataclasses.fields(kind):
+        if field.name not in data and field.default is field.default_factory is dataclasses.MISSING:
+            raise ConfigError(f"{prefix}{field.name} is not set, and it has no default: give it a value")
+    return kind(**{name: _value(f"{prefix}{name}", value, hints[name]) for name, value in data.items()})
+
+
+def _value(key: str, value: Any, annotated: Any) -> Any:
+    hint = bare(annotated)
+    if value is None and may_be_none(annotated):
+        return None
+    if dataclasses.is_dataclass(hint):
+        return from_dict(hint, value, f"{key}.")
+    if is_part(hint) and isinstance(value, list | tuple):
+        part = typing.get_args(hint)[0]
+        return tuple(from_dict(part, one, f"{key}.{place}.") for place, one in enumerate(value))
+    if not fits(value, hint):
+        raise ConfigError(f"{key} = {value!r} has the wrong type: give {wanted(key, annotated)}")
+    return as_type(value, hint)
+
+
+def as_type(value: Any, hint: Any) -> Any:
+    """A value that `fits`, as the dataclass has it: a whole number as a float where it is one, a list as a tuple."""
+    if typing.get_origin(hint) is tuple:
+        return tuple(as_type(one, bare(typing.get_args(hint)[0])) for one in value)
+    return float(value) if hint is float else value
 
 
 def config_differences(old: RunConfig, new: RunConfig) -> list[str]:
     """One `field: old → new` for every setting that differs, in the order of the dataclasses."""
     if type(old) is not type(new):
         return [f"kind: {type(old).__name__} → {type(new).__name__}"]
-    return _differences(_plain(to_dict(old)), _plain(to_dict(new)), "")
+    return _differences(to_dict(old), to_dict(new), "")
 
 
 def _differences(old: Any, new: Any, key: str) -> list[str]:
-    if isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
+    if isinstance(old, tuple) and isinstance(new, tuple) and len(old) == len(new):
         old, new = dict(enumerate(old)), dict(enumerate(new))
     if isinstance(old, dict) and isinstance(new, dict):
         prefix = f"{key}." if key else ""
         return [line for name in old for line in _differences(old[name], new[name], f"{prefix}{name}")]
-    return [] if old == new else [f"{key}: {_flow(old)} → {_flow(new)}"]
-
-
-def _flow(value: Any) -> str:
-    """A value on one line, as YAML writes it."""
-    text = yaml.safe_dump(value, default_flow_style=True, sort_keys=False, allow_unicode=True, width=1_000_000)
-    return text.removesuffix("\n...\n").strip()
-
-
-def _plain(value: Any) -> Any:
-    """Tuples as lists: YAML has no tuple."""
-    if isinstance(value, dict):
-        return {key: _plain(part) for key, part in value.items()}
-    return [_plain(part) for part in value] if isinstance(value, list | tuple) else value
+    return [] if old == new else [f"{key}: {on_one_line(old)} → {on_one_line(new)}"]

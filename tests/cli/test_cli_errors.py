@@ -279,3 +279,9 @@ def test_only_rank_0_speaks_for_an_error_that_all_ranks_share(place: Workplace) 
         silent.communicate(timeout=2.5)  # the launcher has ended it by then
     assert "does not divide" in silent.communicate(timeout=30)[1]  # alone, it speaks after all
     assert silent.returncode == 1
+
+
+def test_a_rank_evaluates_one_model_and_says_so(place: Workplace) -> None:
+    place.env |= {"RANK": "0", "WORLD_SIZE": "1"}
+    answer = place.refuse("eval", "student", "teacher", "--task", "ledger")
+    assert answer.error == "eval under torchrun takes one Hugging Face directory: leave torchrun out and give --nproc"

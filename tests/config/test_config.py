@@ -63,6 +63,33 @@ def test_a_wrong_value_is_refused_by_name(make: Callable[[], Any], field: str, v
 
 
 @pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: c.GateConfig(k=2.5), "gate.k = 2.5 has the wrong type: give an integer"),
+        (lambda: c.GateConfig(k=True), "gate.k = True has the wrong type: give an integer"),
+        (lambda: c.OptimizerConfig(lr="fast"), "optimizer.lr = 'fast' has the wrong type: give a number"),
+        (lambda: c.ParallelConfig(tensor="2"), "parallel.tensor = '2' has the wrong type: give an integer, or null"),
+        (lambda: c.DataConfig(shuffle=1), "data.shuffle = 1 has the wrong type: give true or false"),
+        (lambda: c.DataConfig(suffix=None), "data.suffix = None has the wrong type: give a text"),
+        (lambda: c.EvalConfig(sources="a"), "evaluation.sources = 'a' has the wrong type: give a text or several, as "),
+        (lambda: c.RolloutConfig(inflight={}), "rollout.inflight = {} has the wrong type: give its settings one by "),
+    ],
+)
+def test_a_value_of_the_wrong_type_is_refused_by_name_in_a_recipe_too(make: Callable[[], Any], message: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        make()
+    assert str(error.value).startswith(message)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [lambda: c.OptimizerConfig(lr=1), lambda: c.EvalConfig(sources=["a"]), lambda: c.ParallelConfig(tensor=None)],
+)
+def test_a_whole_number_is_a_number_and_a_list_is_as_good_as_a_tuple(make: Callable[[], Any]) -> None:
+    make()
+
+
+@pytest.mark.parametrize(
     ("settings", "message"),
     [
         (

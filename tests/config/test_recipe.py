@@ -205,8 +205,34 @@ def test_a_wrong_type_is_refused_with_key_value_and_type(override: str, wanted: 
 
 @pytest.mark.parametrize("override", ["gate.k", "=3", "gate.k=[1", "name=${"])
 def test_what_is_no_setting_is_refused(override: str) -> None:
-    with pytest.raises(ConfigError, match=r"write it as dotted\.key=value|is not valid YAML"):
+    with pytest.raises(
+        ConfigError, match=r"write it as dotted\.key=value|is not valid YAML|= '\${': nothing is put in for \${…}"
+    ):
         apply_overrides(tiny(), [override])
+
+
+@pytest.mark.parametrize(
+    ("override", "value"),
+    [
+        ("optimizer.lr=1e-4", 1e-4),
+        ("optimizer.lr='1E-4'", 1e-4),
+        ("optimizer.lr=1", 1.0),
+        ("gate.k='8'", 8),
+        ("data.shuffle=yes", True),
+        ("data.shuffle=0", False),
+        ("name=2001-13-45", "2001-13-45"),
+        ("name=[a]", "[a]"),
+        ("name='null'", "null"),
+        ("evaluation.sources=[a,12]", ("a", "12")),
+        ("data.weights=[]", ()),
+        ("parallel.tensor=null", None),
+    ],
+)
+def test_a_value_is_read_as_what_it_is_asked_for(override: str, value: object) -> None:
+    config: object = apply_overrides(tiny(), [override])
+    for name in override.partition("=")[0].split("."):
+        config = getattr(config, name)
+    assert config == value and type(config) is type(value)
 
 
 def test_a_value_that_the_dataclass_refuses_passes_through() -> None:
@@ -252,12 +278,21 @@ def test_stages_come_back_as_dataclasses_in_a_tuple(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("name: x\nstudent: s\nteacher: t\nsteps: 3\nhorizon: {strategy: full}\nwidth: 3\n", "Key 'width' not in"),
-        ("name: x\n", "missing mandatory value"),
-        ("name: x\nstudent: s\nteacher: t\nsteps: many\nhorizon: {strategy: full}\n", "'many'"),
+        (
+            "name: x\nstudent: s\nteacher: t\nsteps: 3\nhorizon: {strategy: full}\nwidth: 3\n",
+            "there is no setting 'width'",
+        ),
+        ("name: x\n", "student is not set, and it has no default"),
+        (
+            "name: x\nstudent: s\nteacher: t\nsteps: many\nhorizon: {strategy: full}\n",
+            "'many' has the wrong type",
+        ),
         ("name: x\nstudent: s\nteacher: t\nsteps: 0\nhorizon: {strategy: full}\n", "steps = 0 is out of range"),
         ("name: x\noutput: o\nstages: [3]\n", "3 stands where the settings of a SftStage belong"),
-        ("name: x\noutput: o\nstages: [{stepps: 3}]\n", "Key 'stepps' not in"),
+        (
+            "name: x\noutput: o\nstages: [{stepps: 3}]\n",
+            "'stages.0.stepps': did you mean stages.0.steps",
+        ),
         ("- 3\n", "does not hold the settings of a run"),
         ("a: [\n", "cannot be read as YAML"),
     ],

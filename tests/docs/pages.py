@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Iterator
 from pathlib import Path
+
+from scripts.docs_tables import filled
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCS = sorted((ROOT / "docs").glob("*.md"))
@@ -15,8 +18,10 @@ SPAN = re.compile(r"(?<!`)`([^`]+)`(?!`)")
 LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
 
 
+@functools.cache
 def text(page: Path) -> str:
-    return page.read_text(encoding="utf-8")
+    """A page as the site has it, with the tables that come from the code."""
+    return filled(page.read_text(encoding="utf-8"))
 
 
 def prose(page: Path) -> str:

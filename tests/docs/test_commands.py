@@ -15,13 +15,13 @@ import typer
 from benchmarks import BENCHMARKS
 from prune_opd.cli.main import app
 from prune_opd.config import DataConfig, SftConfig, TrainConfig
-from prune_opd.config.overrides import _dotted_keys, apply_overrides
+from prune_opd.config.overrides import apply_overrides, dotted_keys
 from prune_opd.config.recipe import list_recipes, load_recipe
 from prune_opd.errors import ConfigError
 from tests.docs.pages import PAGES, ROOT, SPAN, commands, prose, python_blocks
 
 COMMAND: Any = typer.main.get_command(app)
-SETTINGS = {*_dotted_keys(TrainConfig, None), *_dotted_keys(SftConfig, None)}
+SETTINGS = {*dotted_keys(TrainConfig), *dotted_keys(SftConfig)}
 SECTIONS = {key.partition(".")[0] for key in SETTINGS if "." in key}
 OWN = {"./my_run.py": "my_run"}  # recipes that a page shows
 KEY, FILES = re.compile(r"[a-z_]+(\.[a-z_0-9]+)*"), (".py", ".md", ".json", ".jsonl", ".yaml")

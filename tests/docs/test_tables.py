@@ -1,4 +1,4 @@
-"""The tables that the docs take from the code are up to date, and nothing in them is left without a meaning."""
+"""The tables that the docs take from the code are on their pages, and nothing in them is left without a meaning."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ import inspect
 import pytest
 
 from prune_opd.config import ParallelConfig, SftConfig, TrainConfig
-from scripts.docs_tables import TABLE, TABLES, field_comments, filled, settings, settings_tables
-from tests.docs.pages import DOCS, text
+from scripts.docs_tables import TABLE, TABLES, field_comments, on_page_markdown, settings, settings_tables
+from tests.docs.pages import DOCS, ROOT, text
 
 
 def parts(config: type) -> dict[str, type]:
@@ -40,8 +40,16 @@ def test_a_comment_belongs_to_the_field_it_is_beside_or_above() -> None:
     assert field_comments(TrainConfig)["stop_after"].startswith("save and stop after this step")
 
 
-def test_pages_have_their_tables_as_the_code_has_them_now() -> None:
-    found = [name for page in DOCS for _, name, _ in TABLE.findall(text(page))]
-    assert sorted(found) == sorted(TABLES)
-    stale = [page.name for page in DOCS if filled(text(page)) != text(page)]
-    assert not stale, f"run `make docs-tables`: {stale} are not up to date"
+def test_a_type_says_its_range_and_its_choices() -> None:
+    types = {one.name: one.type for one in settings(ParallelConfig)}
+    assert types["tensor"] == "integer at least 1 or null" and types["recompute"] == "none, selective, full"
+    assert types["timeout_minutes"] == "number above 0" and types["sequence_parallel"] == "true, false"
+
+
+def test_every_table_has_its_place_on_a_page_and_the_site_fills_it() -> None:
+    written = [page.read_text(encoding="utf-8") for page in DOCS]
+    assert sorted(name for page in written for name in TABLE.findall(page)) == sorted(TABLES)
+    for page in written:
+        for name in TABLE.findall(page):
+            assert TABLES[name]() in on_page_markdown(page, page=None, config=None, files=None)
+    assert "scripts/docs_tables.py" in text(ROOT / "mkdocs.yml")

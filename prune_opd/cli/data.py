@@ -1,0 +1,50 @@
+"""`prune-opd data`: look at prompts before a run does."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from prune_opd.config import DataConfig
+from prune_opd.config.overrides import apply_overrides
+from prune_opd.errors import UserError
+
+app = typer.Typer(help="Look at prompts, and convert published files of them.", no_args_is_help=True)
+
+
+@app.command("inspect")
+def inspect_data(
+    source: Annotated[str, typer.Argument(metavar="FILE", help="A file, a dataset directory, or a task's name.")],
+    model: Annotated[Path, typer.Option(metavar="MODEL_DIR", help="Whose tokenizer and chat template.")],
+    settings: Annotated[
+        list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Of data.*, such as suffix='…' or thinking=false.")
+    ] = None,
+    shown: Annotated[int, typer.Option(min=0, help="Prompts to show.")] = 3,
+    max_prompt_len: Annotated[int | None, typer.Option(min=1, help="Longer prompts are bad rows.")] = None,
+) -> int:
+    """Show prompts as the model gets them, their lengths, and the rows that are none."""
+    from transformers import AutoTokenizer
+
+    from prune_opd.data.inspect import inspect
+
+    if not (model / "tokenizer_config.json").is_file():
+        raise UserError(f"--model {str(model)!r} has no tokenizer: give a Hugging Face model directory")
+    config = apply_overrides(DataConfig(source=source), settings or [])
+    inspect(config, AutoTokenizer.from_pretrained(model), shown, max_prompt_len, Console())
+    return 0
+
+
+@app.command("convert")
+def convert_data(
+    layout: Annotated[str, typer.Argument(metavar="LAYOUT", help="dapo-math-17k")],
+    path: Annotated[Path, typer.Argument(metavar="FILE", help="As published: .parquet, .jsonl or a directory.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="The .jsonl file to write.")],
+) -> int:
+    """Write a published file's rows as prompts, each problem once."""
+    from prune_opd.data.inspect import convert
+
+    print(f"{convert(layout, path, out)} prompts in {out}")
+    return 0

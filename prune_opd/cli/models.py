@@ -1,0 +1,118 @@
+"""`prune-opd eval`, `export` and `convert`: commands about models that are there."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from prune_opd.check.run import check_eval
+from prune_opd.cli.runs import refuse
+from prune_opd.cli.start import is_rank, on_ranks
+from prune_opd.config import DataConfig
+from prune_opd.data.render import Format
+from prune_opd.errors import UserError
+from prune_opd.eval.evaluate import Sampling, write_rows
+from prune_opd.eval.run import SEED, EvalJob, results_table
+from prune_opd.track.metrics import Record
+
+
+def evaluate(
+    model_dirs: Annotated[
+        list[Path], typer.Argument(metavar="MODEL_DIR", help="Hugging Face model directories, or a run's checkpoints.")
+    ],
+    task: Annotated[
+        list[str], typer.Option(metavar="FILE|NAME", help="As data.source, with answers; give it again for more.")
+    ],
+    samples: Annotated[int, typer.Option("-k", min=1, help="Samples per problem.")] = 16,
+    problems: Annotated[int, typer.Option(min=1, help="Problems of a task.")] = 256,
+    max_len: Annotated[
+        int | None,
+        typer.Option(min=1, help="Most tokens of a response.", show_default="what the model has positions for"),
+    ] = None,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 1.0,
+    top_p: Annotated[float, typer.Option(min=0.0, max=1.0)] = 1.0,
+    suffix: Annotated[str, typer.Option(help="After every problem; these four are as in data.*.")] = "",
+    system_prompt: Annotated[str | None, typer.Option(help="Before every problem.")] = None,
+    thinking: Annotated[
+        bool | None, typer.Option("--thinking/--no-thinking", help="The chat template's switch.")
+    ] = None,
+    chat: Annotated[bool | None, typer.Option("--chat/--no-chat", help="Through the chat template, or not.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Where eval.jsonl and every sampled answer go.")
+    ] = None,
+    nproc: Annotated[int, typer.Option(min=1, help="Ranks on this node.")] = 1,
+) -> int:
+    """Accuracy of models on tasks: avg@k with its 95 % interval, pass@k; several models or tasks make a table."""
+    sampling = Sampling(samples, max_len or 0, temperature, top_p, SEED)
+    format = Format(chat, system_prompt, suffix, thinking)
+    for source in task:
+        DataConfig(source=source, **asdict(format))  # refuses what does not go together
+    refuse([problem for model_dir in model_dirs for problem in check_eval(model_dir, task, top_p, out)])
+    if is_rank() and (len(model_dirs) > 1 or _is_checkpoint(model_dirs[0])):
+        raise UserError("eval under torchrun takes one Hugging Face directory: leave torchrun out and give --nproc")
+    results: list[Record] = []
+    with tempfile.TemporaryDirectory(prefix="prune-opd-") as folder:
+        found = Path(folder) / "results.jsonl"
+        for number, model_dir in enumerate(model_dirs):
+            answers = out / f"generations-{number}.jsonl" if out else None
+            job = EvalJob(
+                str(_as_model(model_dir, Path(folder) / f"model-{number}")),
+                tuple(task),
+                problems,
+                sampling,
+                format,
+                None if answers is None else str(answers),
+                str(found),
+            )
+            if code := on_ranks(nproc, "eval", job.to_json()):
+                return code
+            lines = found.read_text().splitlines() if found.exists() else []  # rank 0 writes them
+            results += [{**json.loads(line), "model": str(model_dir)} for line in lines]
+    if out and results:
+        write_rows(out / "eval.jsonl", results)
+    if len(results) > 1:
+        Console().print(results_table(results))
+    return 0
+
+
+def export(
+    checkpoint: Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="Of a run: RUN_DIR/checkpoints/….")],
+    out_dir: Annotated[Path, typer.Argument(metavar="OUT_DIR", help="Where the Hugging Face directory goes.")],
+) -> int:
+    """Write a checkpoint as a Hugging Face directory, which transformers and vLLM load."""
+    if not checkpoint.is_dir():
+        raise UserError(f"CHECKPOINT = {str(checkpoint)!r}: there is no such directory; give RUN_DIR/checkpoints/…")
+    if out_dir.exists() and (not out_dir.is_dir() or any(out_dir.iterdir())):
+        raise UserError(f"OUT_DIR = {str(out_dir)!r} is there already: choose a new directory")
+    return on_ranks(1, "export", str(checkpoint), str(out_dir))
+
+
+def convert(
+    model_dir: Annotated[Path, typer.Argument(metavar="MODEL_DIR", help="A Hugging Face directory, weights pickled.")],
+    out_dir: Annotated[Path, typer.Argument(metavar="OUT_DIR", help="Where the directory with safetensors goes.")],
+    allow_pickle: Annotated[bool, typer.Option("--allow-pickle", help="Read the pickle (its tensors only).")] = False,
+) -> int:
+    """Turn pickled weights, which nothing else here reads, into safetensors."""
+    from prune_opd.weights.convert import convert_pickle
+
+    convert_pickle(model_dir, out_dir, allow_pickle)
+    return 0
+
+
+def _as_model(path: Path, folder: Path) -> Path:
+    """A Hugging Face directory as it is; of a checkpoint, its student in `folder`."""
+    if not _is_checkpoint(path):
+        return path
+    if code := on_ranks(1, "export", str(path), str(folder)):
+        raise UserError(f"MODEL_DIR = {str(path)!r}: the checkpoint could not be exported (exit code {code})")
+    return folder
+
+
+def _is_checkpoint(path: Path) -> bool:
+    return (path / "state.json").is_file()

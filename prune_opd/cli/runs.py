@@ -1,0 +1,143 @@
+"""`prune-opd train`, `check` and `sft`: load a recipe, check it, and go on with it on ranks."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, TypeVar
+
+import typer
+
+from prune_opd.check.run import check_everything, check_sft, check_structure, check_train
+from prune_opd.cli.start import on_ranks, rank_count
+from prune_opd.cli.worker import is_main_rank
+from prune_opd.config import RunConfig, SftConfig, TrainConfig
+from prune_opd.config.changes import changes
+from prune_opd.config.overrides import apply_overrides
+from prune_opd.config.recipe import load_recipe
+from prune_opd.config.yaml import load_config
+from prune_opd.errors import ConfigError, UserError
+
+C = TypeVar("C", bound=RunConfig)
+
+Recipe = Annotated[str, typer.Argument(metavar="RECIPE", help="A name (see `prune-opd recipes`) or a path to a file.")]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Settings, such as horizon.strategy=full.")
+]
+Nproc = Annotated[int | None, typer.Option(min=1, help="Ranks on this node.", show_default="parallel.nproc")]
+RunDir = Annotated[Path | None, typer.Option(help="The run directory.", show_default="runs/NAME")]
+
+
+def train(
+    recipe: Recipe,
+    overrides: Overrides = None,
+    nproc: Nproc = None,
+    resume: Annotated[str, typer.Option(metavar="auto|never|PATH", help="Where to go on from.")] = "auto",
+    run_dir: RunDir = None,
+    allow_config_change: Annotated[
+        bool, typer.Option("--allow-config-change", help="Go on with settings that make another run of it.")
+    ] = False,
+) -> int:
+    """Train a recipe: distil its teacher into its student. Goes on where an earlier run in RUN_DIR stopped."""
+    config = load(recipe, overrides, TrainConfig, "train")
+    ranks = rank_count(nproc, config)
+    run_dir = (run_dir or _default_run_dir(config)).absolute()
+    # Rank 0 fills the run directory while the others may still be checking: only rank 0 looks at it.
+    looked_at = run_dir if is_main_rank() else None
+    refuse(check_train(config, ranks, looked_at, resume, allow_config_change))
+    for line in changes(config, looked_at, resume) if looked_at else []:
+        print(f"changed since the run began: {line}", flush=True)
+    if resume == "auto" and _is_finished(config, run_dir):
+        print(f"{run_dir} is finished; to draw its report again: prune-opd report {run_dir}")
+        return 0
+    if is_main_rank():
+        print(f"{config.name}: {ranks} ranks, run directory {run_dir}", flush=True)
+    allowed = ["--allow-config-change"] if allow_config_change else []
+    return on_ranks(ranks, "train", "--run-dir", str(run_dir), "--resume", resume, *allowed, config=config)
+
+
+def check(
+    recipe: Recipe,
+    overrides: Overrides = None,
+    nproc: Nproc = None,
+    run_dir: RunDir = None,
+    structure: Annotated[
+        bool, typer.Option("--structure", help="Only what needs neither weights nor GPUs: layout, lengths, sizes.")
+    ] = False,
+) -> int:
+    """Every check of a recipe that needs no GPU: prints a line per problem and exits with 1, or prints ok."""
+    config = apply_overrides(load_recipe(recipe), overrides or [])
+    if not isinstance(config, TrainConfig):
+        problems = check_sft(config, rank_count(nproc, config))
+    else:
+        ranks = rank_count(nproc, config, config.planning.nodes)
+        problems = (
+            check_structure(config, ranks)
+            if structure
+            else check_everything(config, ranks, run_dir or _default_run_dir(config))
+        )
+    print("\n".join(problems) or "ok")
+    return 1 if problems else 0
+
+
+def sft(
+    recipe: Recipe,
+    overrides: Overrides = None,
+    nproc: Nproc = None,
+    if_missing: Annotated[
+        bool, typer.Option("--if-missing", help="Do nothing if the output was made with these settings.")
+    ] = False,
+) -> int:
+    """Supervised training of a tiny model. With overrides, give output=DIR too: the cache holds what recipes say."""
+    recipe_config = load(recipe, None, SftConfig, "sft")
+    config = apply_overrides(recipe_config, overrides or [])
+    if config != recipe_config and config.output == recipe_config.output:
+        raise ConfigError(f"output = {config.output!r} belongs to the recipe without overrides: add output=DIR")
+    if if_missing and _is_made(config):
+        print(f"{config.output} is there already")
+        return 0
+    ranks = rank_count(nproc, config)
+    refuse(check_sft(config, ranks))
+    return on_ranks(ranks, "sft", config=config)
+
+
+# ---------------------------------------------------------------------------------------------------- helpers
+
+
+def load(recipe: str, overrides: list[str] | None, kind: type[C], command: str) -> C:
+    """The config of a recipe with its overrides. Raises ConfigError, also if the recipe is not of this `kind`."""
+    config = load_recipe(recipe)
+    if not isinstance(config, kind):
+        other = "train" if command == "sft" else "sft"
+        raise ConfigError(f"recipe {recipe!r} is not for `prune-opd {command}`: run `prune-opd {other} {recipe}`")
+    return apply_overrides(config, overrides or [])
+
+
+def refuse(problems: list[str]) -> None:
+    """Raise a UserError with a line per problem, if there are any."""
+    if problems:
+        raise UserError("\n".join(problems))
+
+
+def _default_run_dir(config: TrainConfig) -> Path:
+    return Path("runs") / config.name
+
+
+def _is_finished(config: TrainConfig, run_dir: Path) -> bool:
+    """Whether the last step's checkpoint and, if wanted, the export of the student are there."""
+    checkpoints = run_dir / "checkpoints"
+    try:
+        latest = checkpoints / (checkpoints / "latest").read_text(encoding="utf-8").strip()
+        step = json.loads((latest / "state.json").read_text(encoding="utf-8"))["step"]
+    except (OSError, ValueError, KeyError):
+        return False
+    exported = (run_dir / "hf" / "config.json").is_file() or not config.checkpoint.export_hf
+    return bool(step >= config.steps and exported)
+
+
+def _is_made(config: SftConfig) -> bool:
+    output = Path(config.output)
+    try:
+        return (output / "model.safetensors").is_file() and load_config(output / "sft_config.yaml") == config
+    except ConfigError:  # made by another version: make it again
+        return False

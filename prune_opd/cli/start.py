@@ -1,0 +1,45 @@
+"""Ranks of a command: how many there are, and the one place that decides whether this process is one of them.
+
+prune-opd train …           starts ranks, and each of them runs `cli/worker.py`
+torchrun … prune-opd train  is a rank already, and goes on with `cli/worker.py` itself
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+
+from prune_opd.cli import worker
+from prune_opd.config import RunConfig
+from prune_opd.config.yaml import save_config
+from prune_opd.ranks.launcher import start_ranks
+
+
+def is_rank() -> bool:
+    """Whether torchrun, or what speaks like it, started this process as one of its ranks."""
+    return "RANK" in os.environ
+
+
+def rank_count(nproc: int | None, config: RunConfig, nodes: int = 1) -> int:
+    """Ranks of the whole command: those there are, or `nproc` (--nproc), or what the config has on `nodes` nodes."""
+    if is_rank():
+        return int(os.environ.get("WORLD_SIZE", "1"))
+    return nproc or config.parallel.nproc * nodes
+
+
+def on_ranks(nproc: int, command: str, *arguments: str, config: RunConfig | None = None) -> int:
+    """Run a command of `cli/worker.py` on `nproc` new ranks or, as a rank, in this process. Returns the exit code.
+
+    config: what the command takes first; the ranks read it from a file that goes away with them.
+    """
+    with tempfile.TemporaryDirectory(prefix="prune-opd-") as folder:
+        words = [command, *arguments]
+        if config is not None:
+            resolved = Path(folder) / "config.yaml"
+            save_config(config, resolved)
+            words.insert(1, str(resolved))
+        if not is_rank():
+            return start_ranks(["-m", "prune_opd.cli.worker", *words], nproc, os.environ)
+        part = worker.parse(words)
+    return worker.run(part)
