@@ -227,7 +227,7 @@ class Run:
             "controller": self.controller.state_dict(),
             "sampler": self.sampler.state_dict(),
             "long_tail": self.long_tail.state_dict(),
-            "inflight": self.inflight.plan.state_dict() if self.inflight else None,
+            "inflight": self.inflight.schedule.state_dict() if self.inflight else None,
             "full_response_length": self.full_response_length,
             "rng": rng,
         }
@@ -248,7 +248,7 @@ class Run:
         if "long_tail" in state and "sampler" not in anew:  # an older version's checkpoint has none
             self.long_tail.load_state_dict(state["long_tail"])
         if self.inflight and state.get("inflight"):
-            self.inflight.plan.load_state_dict(state["inflight"])
+            self.inflight.schedule.load_state_dict(state["inflight"])
         self.full_response_length = state["full_response_length"]
         if len(state["rng"]) == self.layout.world:  # another world size has no generator of ours to continue
             platform.load_rng_state(state["rng"][self.layout.rank])

@@ -5,7 +5,7 @@ ranks' resident memory (growth ≤ 2 % over the last two thirds of the steps), o
 
     python scripts/soak.py [--steps 300] [--kills 12] [--seed 0] [--out runs/soak]
 
-Writes OUT/soak.json and exits with 1 when something did not hold.
+Writes OUT/soak.json and exits with 1 if something did not hold.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ from annotated_types import Interval
 
 from prune_opd.config.checks import Checked, Count, Positive, PositiveOrZero, ShareAboveZero
 
-# Of vLLM: weights quantised when they are loaded, and again at every reload; how the KV cache is stored.
+# vLLM's names. Quantised weights: they are quantised when they are loaded, and again at every reload.
 Quantization = Literal["fp8", "fp8_per_tensor", "fp8_per_channel", "fp8_per_block"]
 KvCacheDtype = Literal["auto", "fp8", "fp8_e4m3", "fp8_e5m2"]
 QUANTIZATIONS, KV_CACHE_DTYPES = get_args(Quantization), get_args(KvCacheDtype)
@@ -28,16 +28,16 @@ class InflightConfig(Checked, name="rollout.inflight"):
     """
 
     mode: Literal["off", "gate"] = "off"  # gate: responses are stopped
-    # geometric: checkpoints at first_check · 1, 2, 4, 8 … | fixed: first_check, then every `chunk`
+    # geometric: looks at first_check · 1, 2, 4, 8 … | fixed: at first_check, then every `chunk`
     schedule: Literal["geometric", "fixed"] = "geometric"
     first_check: Count = 256  # response length at which the teacher looks for the first time
-    chunk: Count = 256  # fixed: tokens between two checkpoints
+    chunk: Count = 256  # fixed: tokens between two looks
     stop_events: Count | None = (
         None  # None: R has reached 0; else this many events, which may cut tokens that R > 0 has
     )
-    min_keep: Count = 1  # a response that is stopped keeps at least so many: no checkpoint lies before
-    # What a token of the teacher costs, in response tokens with their generation and training. Above 0 it looks only at
-    # checkpoints that, by the last batches, avoid more than it reads in vain (inflight/look_schedule.py); 0: at all.
+    min_keep: Count = 1  # a response that is stopped keeps at least so many tokens: there is no look before
+    # Cost of a token that the teacher reads, as a share of what generating and training a response token costs. Above
+    # 0 only the looks that paid in the last batches take place (inflight/look_schedule.py); 0: all do.
     price: PositiveOrZero = 0.0
     margin: PositiveOrZero | None = (
         None  # nats; None: by the format of the rollouts (MARGIN). 0: exact ties alone are undecided
@@ -76,9 +76,9 @@ class RolloutConfig(Checked, name="rollout"):
     enforce_eager: bool | None = None  # vLLM without compiled graphs; null: so on the CPU, compiled on a GPU
     bucket_mb: Positive = 512  # of weights on their way from the trainer; two buckets exist at a time
     quantization: Quantization | None = None  # to FP8 at every load
-    kv_cache_dtype: KvCacheDtype = "auto"  # auto: that of the parameters; fp8 is e4m3
+    kv_cache_dtype: KvCacheDtype = "auto"  # auto: as the parameters; fp8 is e4m3
     inflight: InflightConfig = field(default_factory=InflightConfig)
     oversample: Annotated[float, Interval(ge=1, le=16)] = (
-        1.0  # prompts that a step starts, of `prompts`: the first complete ones are kept
+        1.0  # a step starts this times `prompts` and keeps the first complete ones
     )
-    partial: bool = False  # oversample > 1: what is left goes on in the next step, and is not started again
+    partial: bool = False  # oversample > 1: the other prompts go on in the next step, with the tokens that they have

@@ -22,16 +22,16 @@ class DataConfig(Checked, name="data"):
 
     source: str = "ledger"  # ledger | reasoning_gym/TASK | a .jsonl or .parquet file | a dataset directory
     mixture: tuple[str, ...] = ()  # several sources instead, in the proportions of `weights`
-    weights: tuple[float, ...] = ()  # of the mixture's sources; none: equal ones
-    min_steps: Annotated[int, Interval(ge=1, le=40)] = 20  # ledger: bookings per problem
-    max_steps: Annotated[int, Interval(ge=1, le=40)] = 40  # likewise, the most
-    shuffle: bool = True  # a file's rows, in another order each epoch
-    split: str | None = None  # of a dataset directory that has several; null: train
-    chat: bool | None = None  # files: through the chat template; null: "messages", "problem", "question", not "prompt"
-    system_prompt: str | None = None  # before the turns, where the chat template is used
-    suffix: str = ""  # after the last user turn, or after the prompt
-    thinking: bool | None = None  # the chat template's switch, where it has one
-    # of a file: refuse (with their line numbers) | skip (and say how many, and where)
+    weights: tuple[float, ...] = ()  # proportions of the mixture's sources; none: all equal
+    min_steps: Annotated[int, Interval(ge=1, le=40)] = 20  # ledger: fewest bookings of a problem
+    max_steps: Annotated[int, Interval(ge=1, le=40)] = 40  # ledger: most bookings of a problem
+    shuffle: bool = True  # read a file's rows in another order each epoch
+    split: str | None = None  # which split of a dataset directory that has several; null: train
+    chat: bool | None = None  # files: use the chat template; null: for "messages", "problem", "question", not "prompt"
+    system_prompt: str | None = None  # stands before the turns, where the chat template is used
+    suffix: str = ""  # stands after the last user turn, or after the prompt
+    thinking: bool | None = None  # the chat template's switch of that name, where it has one
+    # bad rows of a file: refuse (with line numbers) | skip (and say how many, and where)
     bad_rows: Literal["refuse", "skip"] = "refuse"
 
     def __post_init__(self) -> None:
@@ -53,7 +53,7 @@ class DataConfig(Checked, name="data"):
 
     @property
     def sources(self) -> tuple[str, ...]:
-        """What the prompts are drawn from."""
+        """The sources that prompts are drawn from."""
         return self.mixture or (self.source,)
 
 
@@ -92,35 +92,35 @@ class CheckpointConfig(Checked, name="checkpoint"):
 
 @dataclass(frozen=True)
 class SurvivalConfig(Checked, name="survival"):
-    """What a run puts up with (ranks/signals.py)."""
+    """How much trouble a run takes before it ends (ranks/signals.py)."""
 
     max_skipped: Count = 3  # updates in a row whose loss or gradient is not finite: so many end the run
     watchdog_minutes: PositiveOrZero = (
-        30.0  # of one phase: a longer one ends the run with the stacks of all ranks; 0: never
+        30.0  # a phase that takes longer ends the run, with the stacks of all ranks; 0: never
     )
 
 
 @dataclass(frozen=True)
 class TrackConfig(Checked, name="track"):
-    """metrics.jsonl is always there; this is what else a run leaves of its progress."""
+    """What a run records beside metrics.jsonl, which is always written."""
 
     wandb: Literal["offline", "online", "disabled"] = "offline"  # offline: in wandb/ of the run directory, to be synced
     project: str = "prune-opd"  # wandb's
     tensorboard: bool = False  # event files in tensorboard/ of the run directory, too
     position_bins: Count = 16  # resolution of the overlap-by-position curves
     samples: CountOrZero = 4  # responses of a sampled step that are kept token by token in samples.jsonl; 0: none
-    samples_every: Count = 10  # steps from one sampled step to the next; the first and the last one always are
+    samples_every: Count = 10  # steps between sampled steps; the first and the last step are always sampled
     report: bool = True  # write report.html at the end
 
 
 @dataclass(frozen=True)
 class PlanningConfig(Checked, name="planning"):
-    """What a plan assumes; it changes nothing in a run."""
+    """What a plan assumes. It changes nothing in a run."""
 
     gpu: Literal["cpu", "a100", "h100", "h200"] = "cpu"  # what the recipe is made for
     nodes: Count = 1  # of parallel.nproc ranks each
     response_length: Count | None = None  # mean tokens at the full horizon (`response_length` of a run's metrics)
-    mean_horizon: Count | None = None  # prune: the window's mean over the run (`horizon` of a run's metrics)
+    mean_horizon: Count | None = None  # prune: mean of the window over the run (`horizon` in a run's metrics)
 
 
 @dataclass(frozen=True)

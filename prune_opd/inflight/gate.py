@@ -49,12 +49,12 @@ class InflightGate:
         self.top = self.candidates if self.gate.metric == "overlap" else None
         margin = self.settings.margin
         self.margin = MARGIN[rollout_format(config.precision.params, config.rollout)] if margin is None else margin
-        self.plan = LookSchedule(self.settings.price)
+        self.schedule = LookSchedule(self.settings.price)
         self.chosen: tuple[int, ...] = ()  # the batch's looks
         self.begin([], [], [])
 
     def looks(self, max_tokens: int) -> tuple[int, ...]:
-        self.chosen = self.plan.choose(self.settings.looks(max_tokens))
+        self.chosen = self.schedule.choose(self.settings.looks(max_tokens))
         return self.chosen
 
     def begin(
@@ -113,7 +113,7 @@ class InflightGate:
 
     def learn(self, rollouts: Rollouts, reliable_length_B: Tensor) -> None:
         """Take in how a batch went by the loss's gate; the looks of the next batch are chosen by it."""
-        self.plan.learn(courses(rollouts, reliable_length_B.tolist(), self.limits, self.chosen))
+        self.schedule.learn(courses(rollouts, reliable_length_B.tolist(), self.limits, self.chosen))
 
     def record(self, rollouts: Rollouts, reliable_length_B: Tensor) -> dict[str, Any]:
         """What the gate did to the batch, for metrics.jsonl (track/metrics.py has the meanings)."""

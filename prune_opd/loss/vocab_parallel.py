@@ -102,7 +102,7 @@ class OutputHead:
     def align(self, rows: int) -> None:
         """Exchange rows over the group until every rank has `rows` of them, as another model's shards have.
 
-        With 151936 words the shards of a weight padded to 152064 start elsewhere than those of one that is not: what
+        With 151936 ids the shards of a weight padded to 152064 start elsewhere than those of one that is not: what
         compares both models column by column needs the same ids on a rank. Padding stays behind, as zeros.
         """
         group, ranks = self.shard.group, group_size(self.shard.group)

@@ -22,7 +22,7 @@ class Count:
 
 @dataclass(frozen=True)
 class ParallelSizes:
-    """One model's: tensor, pipeline, expert and context parallel sizes, and the replicas of its dense weights."""
+    """A model's parallel sizes, and the replicas of its dense weights."""
 
     tensor: int = 1
     pipeline: int = 1
@@ -54,7 +54,7 @@ def active_parameters(spec: ModelSpec) -> int:
 
 
 def on_rank(spec: ModelSpec, layout: ParallelSizes, stage: int, head: bool = True) -> Count:
-    """Parameters that a rank of a stage holds, with the padding of the vocabulary.
+    """Parameters that a rank of a stage holds, the vocabulary's padding included.
 
     head: whether the last stage has the output matrix (the teacher's has not: megatron/teacher.py).
     """
@@ -69,7 +69,7 @@ def on_rank(spec: ModelSpec, layout: ParallelSizes, stage: int, head: bool = Tru
 
 
 def largest_rank(spec: ModelSpec, layout: ParallelSizes, head: bool = True) -> Count:
-    """What the fullest stage holds: the first or the last one."""
+    """Parameters on a rank of the fullest stage, which is the first or the last one."""
     return max((on_rank(spec, layout, stage, head) for stage in {0, layout.pipeline - 1}), key=lambda count: count.all)
 
 

@@ -44,7 +44,7 @@ DECODE_OVERHEAD = 0.002
 COLLECTIVE_EFFICIENCY = 0.80
 # Cost of one more rank in a ring [s]. Assumed: a few microseconds of latency in NCCL and the network, twice around.
 HOP_LATENCY = 10e-6
-# All of a step that is none of the above [s]: waking, offloading, tokenising, logging, checkpoints. Fitted to: all the
+# The rest of a step [s]: waking, offloading, tokenising, logging, checkpoints. Fitted to: all the
 # hours that published.py lists, together.
 STEP_OVERHEAD = 30.0
 

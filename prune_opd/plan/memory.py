@@ -100,7 +100,7 @@ def part_bytes(setting: Setting) -> dict[str, float]:
 
 
 def optimizer_bytes(setting: Setting, count: Count, layout: ParallelSizes) -> float:
-    """Masters and moments; shared out over the replicas by the distributed optimizer, which keeps experts apart."""
+    """Masters and moments. The distributed optimizer divides them over the replicas, experts over their own."""
     each = MASTERS_AND_MOMENTS if setting.config.precision.params == "bf16" else MASTERS_AND_MOMENTS - 4
     if not setting.config.parallel.distributed_optimizer:
         return each * count.all
@@ -176,7 +176,7 @@ def _at_start(setting: Setting, parts: dict[str, float]) -> float:
 
 
 def _teacher_head(setting: Setting, student: ParallelSizes) -> float:
-    """Parameters of the teacher's output matrix in the student's cut (teacher.py); none where it is its embedding."""
+    """Parameters of the teacher's output matrix, cut as the student's; 0 where it is the teacher's embedding."""
     teacher = setting.teacher_layout
     if setting.teacher.tied and teacher.tensor == student.tensor and teacher.pipeline == student.pipeline == 1:
         return 0

@@ -193,15 +193,17 @@ def _share(setting: Setting, rows: list[float], replicas: int, cost: Callable[[f
 
 
 def _bubble(setting: Setting, layout: ParallelSizes, tokens: float, virtual: int) -> float:
-    """How much longer a pipeline takes for standing idle at both ends (arXiv 2104.04473, section 2.2)."""
+    """Factor by which idle stages at both ends prolong a pipeline's work (arXiv 2104.04473, section 2.2)."""
     batches = max(tokens / setting.config.parallel.microbatch_tokens, 1)
     return 1 + (layout.pipeline - 1) / (virtual * batches)
 
 
 def _layer_traffic(setting: Setting, spec: ModelSpec, layout: ParallelSizes, tokens: float, passes: int) -> float:
-    """Tensor, expert and context parallel collectives, none of them overlapped: two all-reduces (or their halves) of
-    the residual a layer and pass, an all-to-all there and back for each expert of a token, and the keys and values of
-    all other context parallel ranks (in the backward pass their gradients too)."""
+    """Seconds of the tensor, expert and context parallel collectives, none of them overlapped.
+
+    Tensor: two all-reduces (or their halves) of the residual in each layer and pass. Expert: an all-to-all there and
+    back for each expert of a token. Context: keys and values of all other ranks, in the backward pass also gradients.
+    """
     layers, each = spec.layers / layout.pipeline, tokens / layout.context * spec.hidden * setting.weight_bytes
     total = 0.0
     if layout.tensor > 1:
@@ -218,7 +220,7 @@ def _layer_traffic(setting: Setting, spec: ModelSpec, layout: ParallelSizes, tok
 
 
 def _stage_traffic(setting: Setting, spec: ModelSpec, layout: ParallelSizes, tokens: float, crossings: int) -> float:
-    """A stage's hidden states, and their gradients, on their way to the next stage; stages lie farthest apart."""
+    """Seconds to send hidden states and gradients between stages, over the slowest link: stages lie farthest apart."""
     if layout.pipeline == 1:
         return 0.0
     bytes_sent = crossings * tokens / layout.context * spec.hidden * setting.weight_bytes

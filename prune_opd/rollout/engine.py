@@ -1,4 +1,4 @@
-"""vLLM inside the training ranks: every `tensor_parallel` ranks form one engine, and the engines share the prompts.
+"""vLLM inside the training ranks: every `tensor_parallel` ranks form one engine, and the rows are dealt to the engines.
 
 Nothing here knows megatron: weights come in as a stream of (Hugging Face name, whole tensor).
 """
@@ -22,7 +22,7 @@ from prune_opd.data.prompt import Prompt
 from prune_opd.errors import UserError
 from prune_opd.platform import Platform, compiling, untouched_rng
 from prune_opd.rollout.batch import Response, Rollouts
-from prune_opd.rollout.long_tail import Race, share
+from prune_opd.rollout.long_tail import Race, deal_to_engines
 from prune_opd.rollout.precision import rollout_arguments
 from prune_opd.rollout.stepwise import StepLoop, Watch, run_together
 
@@ -69,7 +69,7 @@ class RolloutEngine:
         max_logprobs: int = 0,
         timeout_minutes: float | None = None,
     ):
-        """max_logprobs: most words that a request may ask the log-probabilities of.
+        """max_logprobs: how many tokens' log-probabilities a request may ask for at a position, at most.
 
         timeout_minutes: of the job's collectives. Those inside an engine get half of it: where one of its ranks has
         failed, the others notice in time to meet the rest of the job, and all can say why they end.
@@ -169,7 +169,7 @@ class RolloutEngine:
 
         max_tokens: of all responses, or of each, in the order of the rows that come back.
         logprobs: with those of the sampled tokens.
-        watch: who may stop a response at a checkpoint. The others have exactly the tokens that they have without it.
+        watch: who may stop a response at a look. The others have exactly the tokens that they have without it.
         expected: tokens that each row will need, for who starts first and where; `max_tokens` if nothing is known.
         begun: what there is of each row already; it goes on after that.
         keep: prompts whose responses come back, the first complete ones; the others are in `left`. None: all.
@@ -194,17 +194,17 @@ class RolloutEngine:
                 zip(rows, limits, starts, sampling, strict=True)
             )
         ]
-        shared = share(limits if expected is None else expected, self.engines)
-        mine = [requests[row] for row in shared[self.engine_index]]
-        checkpoints = () if watch is None else watch.looks(max(limits, default=0))
+        dealt = deal_to_engines(limits if expected is None else expected, self.engines)
+        mine = [requests[row] for row in dealt[self.engine_index]]
+        looks = () if watch is None else watch.looks(max(limits, default=0))
         race = None
         if keep is not None and keep < len(prompts):
             race = Race(len(prompts), responses, keep, must=wait_for)
             self.llm.reset_prefix_cache()  # who is first must not depend on what was generated before
         if watch is not None:
             watch.begin([prompt for prompt, _ in rows], limits, starts)
-        if checkpoints or race or begun:
-            outputs = self._sample_together(mine, checkpoints, watch, race, logprobs)
+        if looks or race or begun:
+            outputs = self._sample_together(mine, looks, watch, race, logprobs)
         else:
             with untouched_rng():
                 outputs = self._sample(mine, logprobs)
@@ -212,7 +212,7 @@ class RolloutEngine:
         dist.all_gather_object(everyone, outputs)
         ranks_per_engine = self.world // self.engines
         merged: list[Response] = [None] * len(rows)  # type: ignore[list-item]
-        for engine, numbers in enumerate(shared):
+        for engine, numbers in enumerate(dealt):
             for row, response in zip(numbers, everyone[engine * ranks_per_engine], strict=True):
                 merged[row] = response
         whole = Rollouts(tuple(prompt for prompt, _ in rows), tuple(merged))
@@ -238,7 +238,7 @@ class RolloutEngine:
     def _sample_together(
         self,
         requests: Sequence[Request],
-        checkpoints: Sequence[int],
+        looks: Sequence[int],
         watch: Watch | None,
         race: Race | None,
         logprobs: bool,
@@ -247,8 +247,8 @@ class RolloutEngine:
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
-        loop = StepLoop(self.llm.llm_engine, checkpoints, racing=race is not None, logprobs=logprobs)
-        top = watch.top if watch is not None and checkpoints else None
+        loop = StepLoop(self.llm.llm_engine, looks, racing=race is not None, logprobs=logprobs)
+        top = watch.top if watch is not None and looks else None
         top = 0 if top is None and logprobs else top
 
         def start() -> None:

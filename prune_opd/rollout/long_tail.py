@@ -102,12 +102,12 @@ def started_prompts(settings: RolloutConfig) -> int:
 
 
 def begun_rows(groups: Sequence[Group], responses: int) -> list[Response]:
-    """What there is of every row before a step: of a new one an empty response."""
+    """What every row has before a step; of a new group, empty responses."""
     nothing = [Response((), finished=False, logprobs=())] * responses
     return [row for group in groups for row in group.begun or nothing]
 
 
-def share(expected: Sequence[float], engines: int) -> list[list[int]]:
+def deal_to_engines(expected: Sequence[float], engines: int) -> list[list[int]]:
     """The rows of each engine, in the order in which they start. expected: tokens of each row.
 
     The longest rows are dealt first, each to the engine with the least work. Equal ones go to the engines in turn.

@@ -12,10 +12,10 @@ if TYPE_CHECKING:
 
 
 class PhaseClock:
-    """Seconds by phase, device work included, and with what the phase brings to the device or takes from it.
+    """Times the phases of a step; device work and memory moves count too.
 
-    `cpu_*` beside `time_*` are the CPU seconds of this process (all threads): on a busy machine they still hold.
-    `memory_*` is what the phase had of the device's memory.
+    `time_*`: seconds of wall clock. `cpu_*`: CPU seconds of this process, all threads, which hold on a busy machine
+    too. `memory_*`: device memory of the phase [bytes].
     """
 
     def __init__(self, run: Run):

@@ -206,7 +206,7 @@ def empty_shard_case() -> Case:
 
 
 def large_vocabulary_case() -> Case:
-    """Qwen's 151936 words, of which the teacher's weight has 152064 rows: the shards of one model start elsewhere."""
+    """Qwen's vocabulary of 151936, of which the teacher's weight has 152064 rows: its shards start elsewhere."""
     generator = torch.Generator().manual_seed(0)
     student, teacher = torch.randn(151936, 4, generator=generator), torch.randn(152064, 5, generator=generator)
     teacher[:151936, :4] = student
@@ -260,7 +260,7 @@ CASES: dict[str, Callable[[dist.ProcessGroup], dict[str, float]]] = {
     "full vocabulary, a shard of padding": lambda group: compare(
         empty_shard_case(), group, objective=ObjectiveConfig("full_vocab_jsd", k=6)
     ),
-    "151936 words and 152064 rows": lambda group: compare(
+    "a vocabulary of 151936 and 152064 rows": lambda group: compare(
         large_vocabulary_case(), group, objective=ObjectiveConfig("full_vocab_jsd"), chunk=3
     ),
     **of_every_kind(),

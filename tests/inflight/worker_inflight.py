@@ -105,7 +105,7 @@ class Checks:
         return self.engine.generate(make_prompts(), RESPONSES, MAX_TOKENS, 11, 3, watch=watch)
 
     def losses_gate(self, rollouts: Rollouts, kept: Any = None) -> dict[str, Any]:
-        """E of every response by the loss, and its mean, without a step of the optimizer."""
+        """E of every response by the loss, and the mean weight, without a step of the optimizer."""
         run = self.run
         stats = run.new_stats(len(rollouts.responses))
         loss = gated_loss(run, run.teacher.hidden(rollouts, run.deals(rollouts), kept), stats)

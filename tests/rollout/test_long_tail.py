@@ -1,4 +1,4 @@
-"""The long tail: who starts first and where, which groups are kept, and what goes on in the next step."""
+"""The long tail: which rows start first, on which engine; which groups are kept; what goes on in the next step."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from prune_opd.config import HorizonConfig, ObjectiveConfig, RolloutConfig
 from prune_opd.data.prompt import Prompt
 from prune_opd.errors import ConfigError
 from prune_opd.rollout.batch import Group, Response, Rollouts
-from prune_opd.rollout.long_tail import LongTail, Race, begun_rows, share, started_prompts
+from prune_opd.rollout.long_tail import LongTail, Race, begun_rows, deal_to_engines, started_prompts
 from prune_opd.rollout.stepwise import RACE_GAP
 from tests.distributed.ranks import read_ranks, run_ranks
 from tests.distributed.tiny_run import write_pair
@@ -56,20 +56,20 @@ def rollouts(kept: list[int], lengths: list[int], left: list[Group] | None = Non
 
 
 def test_the_longest_start_first_and_the_engines_share_them_by_length() -> None:
-    assert share([3.0, 9.0, 5.0, 1.0, 4.0], 1) == [[1, 2, 4, 0, 3]]
-    assert share([3.0, 9.0, 5.0, 1.0, 4.0], 2) == [[1, 0], [2, 4, 3]]  # 12 and 10
+    assert deal_to_engines([3.0, 9.0, 5.0, 1.0, 4.0], 1) == [[1, 2, 4, 0, 3]]
+    assert deal_to_engines([3.0, 9.0, 5.0, 1.0, 4.0], 2) == [[1, 0], [2, 4, 3]]  # 12 and 10
 
 
 def test_without_a_difference_the_rows_go_round() -> None:
-    assert share([5.0] * 7, 3) == [[0, 3, 6], [1, 4], [2, 5]]
-    assert share([], 2) == [[], []]
+    assert deal_to_engines([5.0] * 7, 3) == [[0, 3, 6], [1, 4], [2, 5]]
+    assert deal_to_engines([], 2) == [[], []]
 
 
 @given(st.lists(st.floats(0, 1e4), max_size=40), st.integers(1, 5))
 def test_every_row_is_on_one_engine_and_no_load_is_worse_than_the_known_bound(
     expected: list[float], engines: int
 ) -> None:
-    parts = share(expected, engines)
+    parts = deal_to_engines(expected, engines)
     assert sorted(row for part in parts for row in part) == list(range(len(expected)))
     loads = [sum(expected[row] for row in part) for part in parts]
     best = max([sum(expected) / engines, *expected])
@@ -268,7 +268,7 @@ def test_engines_are_free_for_the_next_batch_after_a_race(results: Results) -> N
 
 
 def test_a_begun_response_goes_on_after_its_tokens_and_keeps_their_probabilities(results: Results) -> None:
-    """Greedy sampling of the same weights goes the same way, whether or not it was interrupted."""
+    """Greedy sampling from the same weights gives the same tokens, interrupted or not."""
     whole, resumed = results[0]["greedy"], results[0]["greedy, begun"]
     for row, (expected, got) in enumerate(zip(whole, resumed, strict=True)):
         stale = min(STALE[row], len(expected["ids"]))
@@ -293,5 +293,5 @@ def test_a_prompt_that_was_left_before_is_waited_for(results: Results) -> None:
 
 
 def test_stale_tokens_are_no_events_in_flight(results: Results) -> None:
-    """A row whose scripted drift is all in its stale tokens goes on; one with enough of it after them is cut."""
+    """A row with all its scripted drift in stale tokens goes on; a row with enough drift after them is cut."""
     assert results[0]["scripted, begun"] == {"stopped": [[1, 16]], "too early": 0}

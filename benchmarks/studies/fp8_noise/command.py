@@ -4,9 +4,9 @@ The gate takes a low overlap for drift. A model in FP8 does not have the top-k o
 student = teacher some tokens are events all the same; a threshold γ is of use only where these are rare. fp8_measure.py
 measures, in a process of its own, with emulated FP8 (fp8_emulation.py); this side makes the tables, without torch.
 
-Two models. The tiny teacher on its own rollouts of the ledger task: real text, but 128 wide and 199 words. And a larger
+Two models. The tiny teacher on its own rollouts of the ledger task: real text, but 128 wide and 199 ids. And a larger
 one with random weights on random tokens: its logits are Gaussian, with a tail far denser than a trained model's, and
-without the outlying activations that trained ones have; it says how noise grows with the number of words and layers,
+without the outlying activations that trained ones have; it says how noise grows with the number of ids and layers,
 and is no model of a real pair.
 
 The rule for a recommended γ: the largest of those tried whose event rate against bf16 is at most 1 in 1000 tokens.
@@ -40,7 +40,7 @@ class Settings:
 
     problems: int = 160  # of the tiny teacher; 0: leave it out
     max_len: int = 216
-    random: tuple[int, int, int] = (512, 8, 32_768)  # hidden, layers, words
+    random: tuple[int, int, int] = (512, 8, 32_768)  # hidden, layers, ids
     tokens: int = 2048  # of the random model
     microbatch: int = 2048
     threads: int = 1
