@@ -1,7 +1,8 @@
 """The loss: gated on-policy distillation from hidden states, in chunks of tokens (Prune-OPD, method.md §1 and §2).
 
-One pass over the packed response tokens, in order. Of a chunk of n tokens, on every rank of the tensor-parallel group
-(loss/chunk.py does it, method/gate.py has the gate and method/objective.py the objectives):
+One pass over the packed response tokens, in order: `distill_loss` is the loop over its chunks. loss/chunk.py has what
+happens to a chunk of n tokens on every rank of the tensor-parallel group, method/gate.py the gate, from top-k ids to
+weights, and method/objective.py the objectives:
 
     student hidden ─ @ student weight shard ─▶ logits [n, V/tp] ─┬─▶ top-k ids ──┐
     teacher hidden ─ @ teacher weight shard ─▶ logits [n, V/tp] ─┼─▶ top-k ids ──┤  one all-gather
@@ -106,10 +107,10 @@ def distill_loss(
         for part in parts:
             old_part = None if old is None else old.part(part)
             scores = score_chunk(*heads, part, method, old=old_part)
-            weights_N = weights.next(part, scores) if old_part is None else old_part.weights
-            loss = chunk_loss(scores, method.objectives, weights_N, old_part)
+            chunk_weights = weights.next(part, scores) if old_part is None else old_part.weights
+            loss = chunk_loss(scores, method.objectives, chunk_weights, old_part)
             loss_sum += loss.loss_N.sum()
-            record.add(scores, weights_N, loss)
+            record.add(scores, chunk_weights, loss)
             gradients.add(part, scores, loss)
         stats = record.stats(offsets, method)
         loss_sum = loss_sum.to(dtype)
