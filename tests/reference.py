@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from prune_opd.config import GateConfig, ObjectiveConfig, WeightingConfig
-from prune_opd.loss.distill import GateStats, distill_loss
+from prune_opd.loss import GateStats, Head, Method, Tokens, distill_loss
+from prune_opd.loss.context import ContextShard
 
 VOCAB = 61
 GATE = GateConfig(k=6, threshold=0.5, w_drop=0.15)
@@ -170,25 +171,16 @@ def scaled(values: list[float]) -> list[float]:
 
 
 def reference_loss(
-    student_hidden_NH: Tensor,
-    student_weight_VH: Tensor,
-    teacher_hidden_NH: Tensor,
-    teacher_weight_VH: Tensor,
-    sampled_ids_N: Tensor,
-    cu_seqlens: Sequence[int],
-    gate: GateConfig | None,
-    objective: ObjectiveConfig,
-    vocab_size: int,
-    weighting: WeightingConfig = NO_WEIGHTING,
-    stale_logp_N: Tensor | None = None,
+    case: Case, gate: GateConfig | None, objective: ObjectiveConfig, weighting: WeightingConfig
 ) -> Reference:
     """What distill_loss must return, from whole (not sharded) weights."""
+    sampled_ids_N, cu_seqlens, stale_logp_N = case.sampled, case.offsets, case.stale_logp
 
     def logits(hidden_NH: Tensor, weight_VH: Tensor) -> Tensor:
-        return hidden_NH.double() @ weight_VH[:vocab_size].double().T / objective.temperature
+        return hidden_NH.double() @ weight_VH[: case.vocab_size].double().T / objective.temperature
 
-    student_NV = logits(student_hidden_NH, student_weight_VH)
-    teacher_NV = logits(teacher_hidden_NH, teacher_weight_VH).detach()
+    student_NV = logits(case.student_hidden, case.student_weight)
+    teacher_NV = logits(case.teacher_hidden, case.teacher_weight).detach()
     logp_NV, logq_NV = student_NV.log_softmax(-1), teacher_NV.log_softmax(-1)
 
     overlap_k = objective.k if gate is None else gate.k
@@ -312,18 +304,20 @@ class Case:
         )
 
     def fused(
-        self, gate: GateConfig | None = GATE, objective: ObjectiveConfig = OBJECTIVE, **more: Any
+        self,
+        gate: GateConfig | None = GATE,
+        objective: ObjectiveConfig = OBJECTIVE,
+        weighting: WeightingConfig = NO_WEIGHTING,
+        context: ContextShard | None = None,
+        **options: Any,
     ) -> tuple[Tensor, int, GateStats]:
+        offsets = torch.tensor(self.offsets, dtype=torch.int32)
         return distill_loss(
-            self.student_hidden,
-            self.student_weight,
-            self.teacher_hidden,
-            self.teacher_weight,
-            self.sampled,
-            torch.tensor(self.offsets, dtype=torch.int32),
-            gate,
-            objective,
-            **{"vocab_size": self.vocab_size, "stale_logp_N": self.stale_logp, **more},
+            Head(self.student_hidden, self.student_weight),
+            Head(self.teacher_hidden, self.teacher_weight),
+            Tokens(self.sampled, offsets, self.vocab_size, context, self.stale_logp),
+            Method(gate, objective, weighting),
+            **options,
         )
 
     def reference(
@@ -332,19 +326,7 @@ class Case:
         objective: ObjectiveConfig = OBJECTIVE,
         weighting: WeightingConfig = NO_WEIGHTING,
     ) -> Reference:
-        return reference_loss(
-            self.student_hidden,
-            self.student_weight,
-            self.teacher_hidden,
-            self.teacher_weight,
-            self.sampled,
-            self.offsets,
-            gate,
-            objective,
-            self.vocab_size,
-            weighting,
-            self.stale_logp,
-        )
+        return reference_loss(self, gate, objective, weighting)
 
     def moved(self, distance: float = 0.2) -> Case:
         """The same tokens, with a student that has been updated since."""

@@ -129,7 +129,7 @@ def _measure_all(settings: Settings, console: Console) -> list[dict[str, Any]]:
     with Progress(console=console, transient=True) as progress:
         task = progress.add_task("measuring", total=len(rounds))
         for part, name, vocab, tokens in rounds:
-            progress.update(task, description=f"{name}, {tokens} tokens, vocabulary {vocab}")
+            progress.update(task, description=f"{name}, {tokens} tokens, {vocab} token ids")
             raw.append({"part": part, **_measure(name, vocab, tokens, settings)})
             progress.advance(task)
     return raw
@@ -160,7 +160,7 @@ def _measure(contender: str, vocab: int, tokens: int, settings: Settings) -> dic
         if process.returncode != 0:
             last = (process.stderr.strip().splitlines() or [f"exit code {process.returncode}"])[-1]
             hint = " (killed: was there enough memory?)" if process.returncode == -9 else ""
-            raise UserError(f"{contender} with {tokens} tokens and a vocabulary of {vocab} failed{hint}: {last}")
+            raise UserError(f"{contender} with {tokens} tokens and {vocab} token ids failed{hint}: {last}")
         return {"contender": contender, "vocab": vocab, "tokens": tokens, **json.loads(answer.read_text())}
 
 

@@ -35,7 +35,7 @@ import torch
 from torch import Tensor
 
 from prune_opd.config import GateConfig, ObjectiveConfig
-from prune_opd.loss.distill import distill_loss
+from prune_opd.loss import Head, Method, Tokens, distill_loss
 from prune_opd.method.gate import apply_gate_packed, overlap_events, overlap_ratio
 
 RESPONSES = 4  # that the tokens are split into
@@ -58,14 +58,14 @@ class Inputs(NamedTuple):
 
 def ours(x: Inputs) -> Tensor | None:
     """distill_loss as a training step calls it, but for the chunk size."""
-    vocab_size = len(x.student_weight_VH)
-    # fmt: off
     loss_sum, tokens, _ = distill_loss(
-        x.student_hidden_NH, x.student_weight_VH, x.teacher_hidden_NH, x.teacher_weight_VH, x.sampled_ids_N,
-        x.cu_seqlens, gate=GateConfig(), objective=ObjectiveConfig(), vocab_size=vocab_size, chunk=x.chunk,
+        Head(x.student_hidden_NH, x.student_weight_VH),
+        Head(x.teacher_hidden_NH, x.teacher_weight_VH),
+        Tokens(x.sampled_ids_N, x.cu_seqlens, vocab_size=len(x.student_weight_VH)),
+        Method(GateConfig(), ObjectiveConfig()),
+        chunk=x.chunk,
         weight_grad=x.student_weight_VH.grad,
     )
-    # fmt: on
     loss_sum.backward()
     return loss_sum.detach() / tokens
 

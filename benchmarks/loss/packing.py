@@ -152,20 +152,15 @@ def _step(student: Any, teacher: Any, batch: PackedBatch) -> float:
     """Teacher pass, student pass, gated loss and gradients; the loss per token."""
     import torch
 
-    from prune_opd.loss.distill import distill_loss
+    from prune_opd.loss import Head, Method, Tokens, distill_loss
 
     with torch.no_grad():
         teacher_MH = teacher(batch)[batch.predicting_M]
     loss_sum, tokens, _ = distill_loss(
-        student(batch)[batch.predicting_M],
-        student.head_weight(),
-        teacher_MH,
-        teacher.head_weight(),
-        batch.sampled_ids_M,
-        batch.cu_responses,
-        GateConfig(k=4, threshold=0.5),
-        ObjectiveConfig(k=16),
-        vocab_size=student.spec.vocab_size,
+        Head(student(batch)[batch.predicting_M], student.head_weight()),
+        Head(teacher_MH, teacher.head_weight()),
+        Tokens(batch.sampled_ids_M, batch.cu_responses, student.spec.vocab_size),
+        Method(GateConfig(k=4, threshold=0.5), ObjectiveConfig(k=16)),
     )
     student.zero_grad()
     (loss_sum / tokens).backward()

@@ -1,8 +1,8 @@
 """One chunk of the fused loss: what both models say about its tokens, and the student's gradient from it.
 
-`look` goes from hidden states to log-probabilities at a few candidates (and over this rank's columns of the vocabulary
-where something asks for them), `chunk_loss` to the loss and its derivative in them, and `Gradients` goes back. See
-loss/distill.py for the whole picture.
+`score_chunk` goes from hidden states to log-probabilities at a few candidates (and over this rank's columns of the
+vocabulary where something asks for them), `chunk_loss` to the loss and its derivative in them, and `Gradients` goes
+back. See loss/distill.py for the whole picture.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from prune_opd.config import GateConfig, ObjectiveConfig
+from prune_opd.config import ObjectiveConfig
+from prune_opd.loss.inputs import Method
 from prune_opd.loss.vocab_parallel import (
     OutputHead,
     VocabShard,
@@ -27,13 +28,13 @@ from prune_opd.loss.vocab_parallel import (
     sum_together,
     topk_together,
 )
-from prune_opd.method.gate import overlap_events, overlap_ratio, top_p_reject
+from prune_opd.method.gate import events
 from prune_opd.method.objective import Candidates, candidates, clipped_policy_loss, on_vocabulary, token_loss, top_k
-from prune_opd.method.weighting import Signals, vocabulary_sums
+from prune_opd.method.weighting import Signals, needs_vocabulary, needs_whole_response, vocabulary_sums
 
 
-class Place(NamedTuple):
-    """Where one objective looks, and both models' log-probabilities there, the same on every rank."""
+class AtCandidates(NamedTuple):
+    """The candidates of one objective, and both models' log-probabilities there, the same on every rank."""
 
     ids_NK: Tensor
     valid_NK: Tensor | None
@@ -41,52 +42,48 @@ class Place(NamedTuple):
     teacher_logp_NK: Tensor
 
 
-class Look(NamedTuple):
-    """One chunk as both models see it. Log-probabilities are over the full vocabulary."""
+class Scores(NamedTuple):
+    """One chunk as both models score it. Log-probabilities are over the full vocabulary."""
 
     overlap_N: Tensor
     event_N: Tensor
     sampled_logp_N: Tensor
     signals: Signals
-    places: list[Place]  # one an objective
+    at: list[AtCandidates]  # one an objective
     student_NV: Tensor  # this rank's columns, in the student's buffer: log p if `in_logs`, else p · student_total
     student_total_N1: Tensor
     teacher_NV: Tensor  # log q if `in_logs`
     in_logs: bool
+    shard: VocabShard  # the student's
     finite_2: Tensor  # whether the student's and the teacher's normalisers are numbers
 
-    def vocabulary(self, valid: int) -> tuple[Tensor, Tensor]:
-        """log p and log q on the columns that are token ids."""
-        return self.student_NV[:, :valid], self.teacher_NV[:, :valid]
 
-
-def look(
+def score_chunk(
     student: OutputHead,
     teacher: OutputHead,
     sampled_ids_N: Tensor,
     part: slice,
-    gate: GateConfig | None,
-    objectives: Sequence[ObjectiveConfig],
+    method: Method,
     *,
-    given: Candidates | None = None,
-    in_logs: bool = False,
-    sums: bool = False,
-) -> Look:
+    old: OldPolicy | None = None,
+    ahead: bool = False,
+) -> Scores:
     """The tokens of `part` through both output heads.
 
-    objectives: what to look for; `given` replaces the first one's candidates. in_logs: leave log p and log q of this
-    rank's columns behind. sums: the weightings' sums over the vocabulary too (needs in_logs).
+    old: take the candidates of its policy gradient, if it has one. ahead: this is the pass before, for what needs whole
+    responses. A weighting's sums over the vocabulary are taken in the pass that uses them.
     """
-    sampled_N = sampled_ids_N[part]
-    gate_k = objectives[0].k if gate is None else gate.k
+    objectives, gate_k, sampled_N = method.objectives, method.gate_k, sampled_ids_N[part]
+    sums = needs_vocabulary(method.weighting) and needs_whole_response(method.weighting) == ahead
+    in_logs = sums or on_vocabulary(method.objective)
     student_logits_NV, teacher_logits_NV = student.logits(part), teacher.logits(part)
     student_top, teacher_top = topk_together(
         (student_logits_NV, teacher_logits_NV), max(gate_k, *map(top_k, objectives)), (student.shard, teacher.shard)
     )
-    places = [candidates(objective, sampled_N, student_top.ids_NK, teacher_top.ids_NK) for objective in objectives]
-    if given is not None:
-        places[0] = given
-    ids_NK = torch.cat([sampled_N[:, None], *(place.ids_NK for place in places)], dim=1)
+    chosen = [candidates(objective, sampled_N, student_top.ids_NK, teacher_top.ids_NK) for objective in objectives]
+    if old is not None and old.reward_NK is not None:
+        chosen[0] = old.candidates
+    ids_NK = torch.cat([sampled_N[:, None], *(of_objective.ids_NK for of_objective in chosen)], dim=1)
 
     # All is read off the logits before they turn, in place, into something else. A top-k's first is the maximum.
     student_at_NK = local_gather(student_logits_NV, ids_NK, student.shard)
@@ -109,32 +106,31 @@ def look(
         student_logits_NV.sub_(student_max_N1).sub_(student_log_N1)
         teacher_logits_NV.sub_(teacher_max_N1).sub_(teacher_log_N1)
 
-    overlap_N = overlap_ratio(student_top.ids_NK[:, :gate_k], teacher_top.ids_NK[:, :gate_k])
-    if gate is None:
-        event_N = torch.zeros_like(sampled_N, dtype=torch.bool)
-    elif gate.metric == "overlap":
-        event_N = overlap_events(overlap_N, gate.k, gate.threshold)
-    else:
-        teacher_top_logp_NK = teacher_top.values_NK[:, :gate_k] - teacher_max_N1 - teacher_log_N1
-        event_N = top_p_reject(sampled_N, teacher_top.ids_NK[:, :gate_k], teacher_top_logp_NK, gate.top_p)
-
+    overlap_N, event_N = events(
+        sampled_N,
+        student_top.ids_NK[:, :gate_k],
+        teacher_top.ids_NK[:, :gate_k],
+        teacher_top.values_NK[:, :gate_k] - teacher_max_N1 - teacher_log_N1,
+        method.gate,
+    )
     signals = Signals(teacher_logp_NK[:, 0] - student_logp_NK[:, 0])
     if sums:
         valid = student.shard.valid
         mine_N3 = vocabulary_sums(student_logits_NV[:, :valid], teacher_logits_NV[:, :valid])
         signals = Signals(signals.advantage_N, *sum_together([mine_N3], student.shard.group)[0].unbind(1))
-    widths = [1, *(place.ids_NK.shape[1] for place in places)]
+    widths = [1, *(of_objective.ids_NK.shape[1] for of_objective in chosen)]
     student_at, teacher_at = student_logp_NK.split(widths, dim=1)[1:], teacher_logp_NK.split(widths, dim=1)[1:]
-    return Look(
+    return Scores(
         overlap_N=overlap_N,
         event_N=event_N,
         sampled_logp_N=student_logp_NK[:, 0],
         signals=signals,
-        places=[Place(*where, logp, logq) for where, logp, logq in zip(places, student_at, teacher_at, strict=True)],
+        at=[AtCandidates(*where, logp, logq) for where, logp, logq in zip(chosen, student_at, teacher_at, strict=True)],
         student_NV=student_logits_NV,
         student_total_N1=student_total_N1,
         teacher_NV=teacher_logits_NV,
         in_logs=in_logs,
+        shard=student.shard,
         finite_2=torch.cat([student_log_N1, teacher_log_N1], dim=1).isfinite().all(dim=0),
     )
 
@@ -157,25 +153,21 @@ class OldPolicy:
     reward_NK: Tensor | None
 
     @staticmethod
-    def of(place: Place, weights: list[Tensor], reward_NK: Tensor | None) -> OldPolicy:
-        return OldPolicy(weights, Candidates(place.ids_NK, place.valid_NK), place.student_logp_NK, reward_NK)
-
-    @staticmethod
-    def joined(parts: Sequence[OldPolicy]) -> OldPolicy:
-        """One of all tokens out of those of their chunks."""
+    def concatenate(chunks: Sequence[OldPolicy]) -> OldPolicy:
+        """Concatenate the chunks' policies."""
 
         def cat(tensors: Sequence[Tensor | None]) -> Any:
             return None if tensors[0] is None else torch.cat(tensors)  # type: ignore[arg-type]
 
         return OldPolicy(
-            weights=[cat(weights) for weights in zip(*(part.weights for part in parts), strict=True)],
-            candidates=Candidates(*(cat(field) for field in zip(*(part.candidates for part in parts), strict=True))),
-            logp_NK=cat([part.logp_NK for part in parts]),
-            reward_NK=cat([part.reward_NK for part in parts]),
+            weights=[cat(weights) for weights in zip(*(chunk.weights for chunk in chunks), strict=True)],
+            candidates=Candidates(*(cat(field) for field in zip(*(chunk.candidates for chunk in chunks), strict=True))),
+            logp_NK=cat([chunk.logp_NK for chunk in chunks]),
+            reward_NK=cat([chunk.reward_NK for chunk in chunks]),
         )
 
     def part(self, part: slice) -> OldPolicy:
-        """That of some of the tokens."""
+        """Slice of these tokens."""
         ids_NK, valid_NK = self.candidates
         return OldPolicy(
             [weight_N[part] for weight_N in self.weights],
@@ -186,7 +178,7 @@ class OldPolicy:
 
 
 class ChunkLoss(NamedTuple):
-    """Of all objectives together; divergence, reward and ratio are the first one's. Slopes: see Gradients."""
+    """Of all objectives together; divergence, reward, ratio and clipped are the first one's. Slopes: see Gradients."""
 
     loss_N: Tensor
     divergence_N: Tensor
@@ -194,47 +186,53 @@ class ChunkLoss(NamedTuple):
     column_slope_NV: Tensor | None = None
     column_total_N: Tensor | None = None
     reward_NK: Tensor | None = None
-    ratio_2N: Tensor | None = None  # mean p / p_old of a token's candidates; share of them that is clipped
+    ratio_N: Tensor | None = None  # mean p / p_old of a token's candidates
+    clipped_N: Tensor | None = None  # share of them that is clipped
 
 
 def chunk_loss(
-    seen: Look,
-    objectives: Sequence[ObjectiveConfig],
-    weights: Sequence[Tensor],
-    old: OldPolicy | None,
-    shard: VocabShard,
+    scores: Scores, objectives: Sequence[ObjectiveConfig], weights: Sequence[Tensor], old: OldPolicy | None
 ) -> ChunkLoss:
-    """The objectives at what was seen, each with its weight [N]; the first against the old policy if there is one."""
-    first = _first_loss(seen, objectives[0], weights[0], old, shard)
-    if len(objectives) == 1:
-        return first
-    place = seen.places[1]
-    added = token_loss(objectives[1], place.student_logp_NK, place.teacher_logp_NK, weights[1], place.valid_NK)
-    slope_NK = torch.cat([first.slope_NK, added.grad_logp_NK], dim=1)
-    return first._replace(loss_N=first.loss_N + added.loss_N, slope_NK=slope_NK)
-
-
-def _first_loss(
-    seen: Look, objective: ObjectiveConfig, weight_N: Tensor, old: OldPolicy | None, shard: VocabShard
-) -> ChunkLoss:
-    place = seen.places[0]
+    """The objectives at a chunk's scores, each with its weight [N]; the first against the old policy, if any."""
+    objective, at, weight_N = objectives[0], scores.at[0], weights[0]
     if on_vocabulary(objective):
-        columns = token_loss(objective, *seen.vocabulary(shard.valid), weight_N)
+        valid = scores.shard.valid
+        columns = token_loss(objective, scores.student_NV[:, :valid], scores.teacher_NV[:, :valid], weight_N)
         mine_N3 = torch.stack([columns.loss_N, columns.divergence_N, columns.grad_logp_NK.sum(dim=1)], dim=1)
-        loss_N, divergence_N, total_N = sum_together([mine_N3], shard.group)[0].unbind(1)
-        none_N0 = place.student_logp_NK  # no candidates, so no slope in any
-        return ChunkLoss(loss_N, divergence_N, none_N0, columns.grad_logp_NK, total_N)
-    loss = token_loss(objective, place.student_logp_NK, place.teacher_logp_NK, weight_N, place.valid_NK)
-    if old is None or old.reward_NK is None:
-        return ChunkLoss(loss.loss_N, loss.divergence_N, loss.grad_logp_NK, reward_NK=loss.reward_NK)
-    clipped = clipped_policy_loss(objective, place.student_logp_NK, old.logp_NK, old.reward_NK)
-    valid_NK = torch.ones_like(clipped.clipped_NK) if place.valid_NK is None else place.valid_NK
+        loss_N, divergence_N, total_N = sum_together([mine_N3], scores.shard.group)[0].unbind(1)
+        none_N0 = at.student_logp_NK  # no candidates, so no slope in any
+        loss = ChunkLoss(loss_N, divergence_N, none_N0, columns.grad_logp_NK, total_N)
+    else:
+        loss_N, slope_NK, divergence_N, reward_NK = token_loss(
+            objective, at.student_logp_NK, at.teacher_logp_NK, weight_N, at.valid_NK
+        )
+        loss = ChunkLoss(loss_N, divergence_N, slope_NK, reward_NK=reward_NK)
+        if old is not None and old.reward_NK is not None:
+            loss = _against_old(loss, objective, at, old.logp_NK, old.reward_NK)
+    for added, at, weight_N in zip(objectives[1:], scores.at[1:], weights[1:], strict=True):
+        more = token_loss(added, at.student_logp_NK, at.teacher_logp_NK, weight_N, at.valid_NK)
+        slope_NK = torch.cat([loss.slope_NK, more.grad_logp_NK], dim=1)
+        loss = loss._replace(loss_N=loss.loss_N + more.loss_N, slope_NK=slope_NK)
+    return loss
+
+
+def _against_old(
+    loss: ChunkLoss, objective: ObjectiveConfig, at: AtCandidates, old_logp_NK: Tensor, reward_NK: Tensor
+) -> ChunkLoss:
+    """A policy gradient with the fixed rewards, and the clipped ratio to the policy that sampled the tokens."""
+    clipped = clipped_policy_loss(objective, at.student_logp_NK, old_logp_NK, reward_NK)
+    valid_NK = torch.ones_like(clipped.clipped_NK) if at.valid_NK is None else at.valid_NK
     count_N = valid_NK.sum(dim=1)
     # A token without a candidate has none that moved.
     ratio_N = torch.where(count_N > 0, (clipped.ratio_NK * valid_NK).sum(dim=1) / count_N, 1.0)
     clipped_N = (clipped.clipped_NK & valid_NK).sum(dim=1) / count_N.clamp(min=1)
-    moved_2N = torch.stack([ratio_N, clipped_N.to(ratio_N.dtype)])
-    return ChunkLoss(clipped.loss_N, loss.divergence_N, clipped.grad_logp_NK, ratio_2N=moved_2N)
+    return ChunkLoss(
+        clipped.loss_N,
+        loss.divergence_N,
+        clipped.grad_logp_NK,
+        ratio_N=ratio_N,
+        clipped_N=clipped_N.to(ratio_N.dtype),
+    )
 
 
 # ---------------------------------------------------------------------------------------------------- gradients
@@ -258,34 +256,28 @@ class Gradients:
             dtype = torch.promote_types(student.dtype, torch.float32)
             self._weight_VH = torch.zeros_like(student.weight_VH, dtype=dtype)
 
-    def add(
-        self,
-        part: slice,
-        seen: Look,
-        slope_NK: Tensor,
-        column_slope_NV: Tensor | None = None,
-        column_total_N: Tensor | None = None,
-    ) -> None:
+    def add(self, part: slice, scores: Scores, loss: ChunkLoss) -> None:
         """From c_j = ∂ℓ/∂log p_j to ∂ℓ/∂logit_v = (c_v − p_v Σ_j c_j) / temperature, and on to hidden and weight.
 
-        slope_NK: c at the places' ids, one after the other; an id may stand there twice. column_slope_NV: c of this
-        rank's token ids, for an objective on the whole vocabulary, with its sum over all ranks. Uses up `seen`.
+        loss.slope_NK: c at the objectives' candidates, one objective after the other; an id may stand there twice.
+        loss.column_slope_NV: c of this rank's token ids, for an objective on the whole vocabulary, with its sum over
+        all ranks in loss.column_total_N. Uses up `scores`.
         """
         if self._hidden_NH is None and self._weight_VH is None:
             return
         student = self._student
-        coefficient_NK = slope_NK / student.temperature
-        ids_NK = torch.cat([place.ids_NK for place in seen.places], dim=1)
+        coefficient_NK = loss.slope_NK / student.temperature
+        ids_NK = torch.cat([at.ids_NK for at in scores.at], dim=1)
         column_NK, mine_NK = local_columns(ids_NK, student.shard)
         total_N1 = coefficient_NK.sum(dim=1, keepdim=True)
-        if column_total_N is not None:
-            total_N1 = total_N1 + column_total_N.unsqueeze(1) / student.temperature
-        if seen.in_logs:
-            grad_logits_NV = seen.student_NV.exp_().mul_(-total_N1)
+        if loss.column_total_N is not None:
+            total_N1 = total_N1 + loss.column_total_N.unsqueeze(1) / student.temperature
+        if scores.in_logs:
+            grad_logits_NV = scores.student_NV.exp_().mul_(-total_N1)
         else:
-            grad_logits_NV = seen.student_NV.mul_(-total_N1 / seen.student_total_N1)
-        if column_slope_NV is not None:
-            grad_logits_NV[:, : student.shard.valid] += column_slope_NV / student.temperature
+            grad_logits_NV = scores.student_NV.mul_(-total_N1 / scores.student_total_N1)
+        if loss.column_slope_NV is not None:
+            grad_logits_NV[:, : student.shard.valid] += loss.column_slope_NV / student.temperature
         grad_logits_NV.scatter_add_(1, column_NK, coefficient_NK.masked_fill(~mine_NK, 0))
         grad_logits_NV = grad_logits_NV.to(student.dtype)
         if self._hidden_NH is not None:

@@ -1,9 +1,10 @@
-"""What `distill_loss` refuses: settings and tensors that do not fit, before it computes, and broken numbers after."""
+"""What `distill_loss` takes, and what it refuses: what does not fit before it computes, and broken numbers after."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import pairwise
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,56 +13,106 @@ from prune_opd.config import GateConfig, ObjectiveConfig, WeightingConfig
 from prune_opd.errors import ConfigError, NotFiniteLogitsError
 from prune_opd.loss.context import ContextShard
 from prune_opd.loss.vocab_parallel import OutputHead
+from prune_opd.method.weighting import added_objective
 
 
-def checked_offsets(
-    student: OutputHead,
-    teacher: OutputHead,
-    sampled_ids_N: Tensor,
-    cu_seqlens: Tensor | Sequence[int],
-    gate: GateConfig | None,
-    objective: ObjectiveConfig,
-    weighting: WeightingConfig,
-    chunk: int,
-    context: ContextShard | None,
-) -> list[int]:
-    """The offsets on the host, or one error that names what does not fit."""
+class Head(NamedTuple):
+    """One model at its output head. Hidden size and dtype of both tensors agree; the models' may differ."""
+
+    # Last hidden states (final norm applied) at the positions that predict the response tokens, in order; the same on
+    # all ranks of a tensor-parallel group.
+    hidden_NH: Tensor
+    # Output weight; with a tensor-parallel group this rank's shard of the (padded) vocabulary.
+    weight_VH: Tensor
+
+
+class Tokens(NamedTuple):
+    """The N response tokens of a micro-batch, packed end to end."""
+
+    sampled_ids_N: Tensor  # y_t, global token ids
+    cu_seqlens: Tensor | Sequence[int]  # the responses' B + 1 offsets, from 0 to N; empty ones allowed
+    vocab_size: int  # ids that exist; rows of an output weight beyond it are padding
+    # Which of a micro-batch's tokens these N are, when context-parallel ranks share it. cu_seqlens is then of all of
+    # them, and loss_sum, token_count and the weight's gradient are this rank's: add them up over the group.
+    context: ContextShard | None = None
+    # Of tokens that an older student has sampled, log p with which it did; NaN at the others. Their weight is
+    # multiplied by the ratio of the student's p(y_t) to that, clipped to 1 ± objective.clip, as a constant. In an
+    # `OldPolicy` it is in the weights already.
+    stale_logp_N: Tensor | None = None
+
+
+class Method(NamedTuple):
+    """What is learnt from a token, and how much it counts."""
+
+    gate: GateConfig | None  # None for plain distillation: weight 1, no events
+    objective: ObjectiveConfig  # its temperature divides both models' logits
+    weighting: WeightingConfig = WeightingConfig()  # one of the literature, beside the gate
+
+    @property
+    def objectives(self) -> list[ObjectiveConfig]:
+        """The objective, and the one that the weighting adds to it, if any."""
+        added = added_objective(self.weighting)
+        return [self.objective] if added is None else [self.objective, added]
+
+    @property
+    def gate_k(self) -> int:
+        """Size of the top-k sets whose overlap is measured."""
+        return self.objective.k if self.gate is None else self.gate.k
+
+
+def check_options(chunk: int, policy: object) -> None:
     if chunk < 1:
         raise ConfigError(f"chunk = {chunk} is out of range: give the tokens to work on at a time, at least 1")
-    vocab_size = student.shard.vocab_size
-    sizes = {"objective.k": objective.k}
-    if gate is not None:
-        sizes["gate.k"] = gate.k
-    if weighting.name == "entropy_aware":
-        sizes["weighting.forward_k"] = weighting.forward_k
+    if isinstance(policy, str) and policy != "keep":
+        raise ConfigError(f"policy = {policy!r} is unknown: give None, 'keep', or the policy that a call has kept")
+
+
+def checked_offsets(student: OutputHead, teacher: OutputHead, tokens: Tokens, method: Method) -> list[int]:
+    """The responses' offsets on the host, or one error that names what does not fit."""
+    vocab_size = tokens.vocab_size
+    sizes = {"objective.k": method.objective.k}
+    if method.gate is not None:
+        sizes["gate.k"] = method.gate.k
+    if method.weighting.name == "entropy_aware":
+        sizes["weighting.forward_k"] = method.weighting.forward_k
     for name, k in sizes.items():
         if k > vocab_size:
             raise ConfigError(
                 f"{name} = {k} is larger than vocab_size = {vocab_size}: there are not so many candidates"
             )
-    tokens = len(student.hidden_NH)
-    if len(teacher.hidden_NH) != tokens:
+    count, sampled_ids_N, stale_logp_N = len(student.hidden_NH), tokens.sampled_ids_N, tokens.stale_logp_N
+    if len(teacher.hidden_NH) != count:
         raise ValueError(
-            f"teacher_hidden has {len(teacher.hidden_NH)} tokens and student_hidden {tokens}: "
+            f"teacher_hidden has {len(teacher.hidden_NH)} tokens and student_hidden {count}: "
             "both models must have seen the same packed response tokens"
         )
-    if sampled_ids_N.shape != (tokens,) or sampled_ids_N.is_floating_point():
+    if sampled_ids_N.shape != (count,) or sampled_ids_N.is_floating_point():
         raise ValueError(
             f"sampled_ids is {sampled_ids_N.dtype} {list(sampled_ids_N.shape)}: "
-            f"one integer id per token of student_hidden is needed, [{tokens}]"
+            f"one integer id per token of student_hidden is needed, [{count}]"
         )
+    if stale_logp_N is not None and stale_logp_N.shape != sampled_ids_N.shape:
+        raise ValueError(
+            f"stale_logp is {list(stale_logp_N.shape)} and sampled_ids {list(sampled_ids_N.shape)}: give one number "
+            "for each sampled token, NaN for those of this step"
+        )
+    if tokens.context is not None and len(tokens.context.index_N) != count:
+        raise ValueError(
+            f"context.index has {len(tokens.context.index_N)} places and student_hidden {count} tokens: "
+            "give one for each"
+        )
+    return _offsets(tokens)
+
+
+def _offsets(tokens: Tokens) -> list[int]:
+    cu_seqlens, context = tokens.cu_seqlens, tokens.context
+    count, covered = (len(tokens.sampled_ids_N), "student_hidden") if context is None else (context.tokens, "context")
     offsets = cu_seqlens.tolist() if isinstance(cu_seqlens, Tensor) else list(cu_seqlens)
     if not isinstance(offsets, list) or not offsets or not all(isinstance(offset, int) for offset in offsets):
-        raise ValueError(f"cu_seqlens = {offsets!r}: a flat list of whole numbers is needed, from 0 to {tokens}")
-    if context is not None and len(context.index_N) != tokens:
+        raise ValueError(f"cu_seqlens = {offsets!r}: a flat list of whole numbers is needed, from 0 to {count}")
+    if offsets[0] != 0 or offsets[-1] != count:
         raise ValueError(
-            f"context.index has {len(context.index_N)} places and student_hidden {tokens} tokens: give one for each"
-        )
-    all_tokens, covered = (tokens, "student_hidden") if context is None else (context.tokens, "context")
-    if offsets[0] != 0 or offsets[-1] != all_tokens:
-        raise ValueError(
-            f"cu_seqlens runs from {offsets[0]} to {offsets[-1]}: "
-            f"it must cover the tokens of {covered}, 0 to {all_tokens}"
+            f"cu_seqlens runs from {offsets[0]} to {offsets[-1]}: it must cover the tokens of {covered}, 0 to {count}"
         )
     if any(after < before for before, after in pairwise(offsets)):
         raise ValueError(
@@ -70,15 +121,8 @@ def checked_offsets(
     return offsets
 
 
-def check_stale(stale_logp_N: Tensor | None, sampled_ids_N: Tensor) -> None:
-    if stale_logp_N is not None and stale_logp_N.shape != sampled_ids_N.shape:
-        raise ValueError(
-            f"stale_logp is {list(stale_logp_N.shape)} and sampled_ids {list(sampled_ids_N.shape)}: give one number "
-            "for each sampled token, NaN for those of this step"
-        )
-
-
 def check_buffer(weight_grad: Tensor, weight_VH: Tensor) -> None:
+    """ValueError for a `weight_grad` that the gradient of `weight_VH` cannot be added to."""
     fits = (
         weight_grad.shape == weight_VH.shape
         and weight_grad.device == weight_VH.device

@@ -1,19 +1,97 @@
-"""What the gate saw of the global batch: added up micro-batch by micro-batch, then over the ranks."""
+"""What the gate saw: of one call of the loss, and of the global batch, added up over micro-batches and ranks."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from prune_opd.loss.distill import GateStats
+from prune_opd.loss.chunk import ChunkLoss, OldPolicy, Scores
+from prune_opd.loss.inputs import Method, Tokens, raise_if_broken
+from prune_opd.method.gate import apply_gate_packed
+from prune_opd.method.objective import Candidates
 
 PER_TOKEN = ("overlap", "event", "weight", "divergence")
+
+
+@dataclass(frozen=True)
+class GateStats:
+    """What one call of the loss saw, detached: N packed tokens (fp32; fp64 for fp64 inputs) and B responses.
+
+    With a context shard these are the tokens of all its group's ranks, on each of them; only `policy` is a rank's own.
+    """
+
+    overlap_N: Tensor  # O, always fp32; measured with objective.k where there is no gate
+    event_N: Tensor  # B, bool
+    reliability_N: Tensor  # R
+    weight_N: Tensor  # of the objective: W, times the weighting's
+    sampled_logp_N: Tensor  # student's log p(y_t)
+    divergence_N: Tensor  # of the objective, before any weight [nats]
+    reliable_length_B: Tensor  # E, int64
+    length_B: Tensor  # int64
+    ratio_N: Tensor | None = None  # p / p_old, mean of a token's candidates; None without an old policy or rewards
+    clipped_N: Tensor | None = None  # share of a token's candidates that the clip has taken the gradient from
+    policy: OldPolicy | None = None  # if it was to be kept
+    stale_ratio_N: Tensor | None = None  # p / p_sampled of stale tokens, NaN at the others; None where all are fresh
+    stale_clipped_N: Tensor | None = None  # bool: whether the clip has changed that ratio
+
+
+class TokenRecord:
+    """The statistics of one call, noted down chunk by chunk. keep: the policy too, for later updates."""
+
+    def __init__(self, tokens: Tokens, dtype: torch.dtype, keep: bool) -> None:
+        self._tokens, self._dtype, self._keep = tokens, dtype, keep
+        self._values: list[list[Tensor]] = []
+        self._policies: list[OldPolicy] = []
+        self._finite_2 = torch.ones(2, dtype=torch.bool, device=tokens.sampled_ids_N.device)
+
+    def add(self, scores: Scores, weights: list[Tensor], loss: ChunkLoss) -> None:
+        """Take in the next chunk, with the objectives' weights."""
+        moved = [] if loss.ratio_N is None or loss.clipped_N is None else [loss.ratio_N, loss.clipped_N]
+        # A copy: a view would hold the log-probabilities of all candidates.
+        sampled_logp_N = scores.sampled_logp_N.clone()
+        self._values.append([scores.overlap_N, scores.event_N, weights[0], sampled_logp_N, loss.divergence_N, *moved])
+        self._finite_2 &= scores.finite_2
+        if self._keep:
+            at = scores.at[0]
+            chosen = Candidates(at.ids_NK, at.valid_NK)
+            self._policies.append(OldPolicy(weights, chosen, at.student_logp_NK, loss.reward_NK))
+
+    def stats(self, offsets: Sequence[int], method: Method) -> GateStats:
+        """Of all chunks, and of all ranks that share the tokens. ValueError for broken numbers, on all these ranks."""
+        sampled_ids_N, _, vocab_size, context, stale_logp_N = self._tokens
+        values_N = [torch.cat(chunks) for chunks in zip(*self._values, strict=True)]
+        stale = [] if stale_logp_N is None else [(values_N[3] - stale_logp_N).exp()]
+        outside = ((sampled_ids_N < 0) | (sampled_ids_N >= vocab_size)).any()
+        broken_3 = torch.cat([~self._finite_2, outside[None]]).int()
+        if context is not None:
+            dist.all_reduce(broken_3, op=dist.ReduceOp.MAX, group=context.group)
+            whole = context.whole([*values_N, *stale], self._dtype)
+            values_N, stale = whole[: len(values_N)], whole[len(values_N) :]
+        raise_if_broken(broken_3, vocab_size)
+        overlap_N, event_N, weight_N, sampled_logp_N, divergence_N, *moved = values_N
+        ratio_N, clipped_N = moved or (None, None)
+        reliability_N, _, reliable_length_B = apply_gate_packed(event_N, offsets, method.gate, self._dtype)
+        return GateStats(
+            overlap_N=overlap_N,
+            event_N=event_N,
+            reliability_N=reliability_N,
+            weight_N=weight_N,
+            sampled_logp_N=sampled_logp_N,
+            divergence_N=divergence_N,
+            reliable_length_B=reliable_length_B,
+            length_B=torch.tensor(offsets, device=event_N.device).diff(),
+            ratio_N=ratio_N,
+            clipped_N=clipped_N,
+            policy=OldPolicy.concatenate(self._policies) if self._keep else None,
+            stale_ratio_N=stale[0] if stale else None,
+            stale_clipped_N=(stale[0] - 1).abs() > method.objective.clip if stale else None,
+        )
 
 
 class BatchStats:

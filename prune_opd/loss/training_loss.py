@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from prune_opd.errors import NotFiniteLogitsError
-from prune_opd.loss.distill import OldPolicy, distill_loss
+from prune_opd.loss import Head, Method, OldPolicy, Tokens, distill_loss
 from prune_opd.loss.stats import BatchStats
 from prune_opd.run import Run
 
@@ -38,22 +38,16 @@ def gated_loss(run: Run, teacher_hidden: TeacherHidden, stats: BatchStats, updat
         teacher_hidden_MH = teacher_hidden.packed(batch.rows)
         try:
             loss_sum, tokens, seen = distill_loss(
-                hidden_NH[batch.predicting_M],
-                head_weight_VH,
-                teacher_hidden_MH if context is None else teacher_hidden_MH[context.index_N],
-                run.teacher.head_weight,
-                batch.sampled_ids_M,
-                batch.cu_responses,
-                run.config.gate,
-                run.config.objective,
-                run.layout.tp_group,
-                vocab_size=run.vocab_size,
+                Head(hidden_NH[batch.predicting_M], head_weight_VH),
+                Head(
+                    teacher_hidden_MH if context is None else teacher_hidden_MH[context.index_N],
+                    run.teacher.head_weight,
+                ),
+                Tokens(batch.sampled_ids_M, batch.cu_responses, run.vocab_size, context, batch.stale_logp_M),
+                Method(run.config.gate, run.config.objective, run.config.weighting),
+                tp_group=run.layout.tp_group,
                 chunk=run.config.parallel.loss_chunk_tokens,
-                weighting=run.config.weighting,
-                keep_policy=updates > 1 and old is None,
-                old=old,
-                context=context,
-                stale_logp_N=batch.stale_logp_M,
+                policy="keep" if old is None and updates > 1 else old,
                 # The head's gradient goes straight into megatron's buffer: the trainer back-propagates loss_sum as it
                 # is and divides by the global token count at the end. A tied embedding's own gradient arrives through
                 # param.grad, which megatron's hook adds to the same buffer. overlap_grad_reduce would need a param.grad

@@ -1,4 +1,4 @@
-"""Log-normaliser, gather and top-k over a vocabulary that is split among the ranks of a tensor-parallel group.
+"""Log-normaliser and top-k over a vocabulary that is split among the ranks of a tensor-parallel group.
 
 Rank r of the group holds the logits of the global token ids r · rows … (r + 1) · rows − 1, where `rows` is the height
 of its output-weight shard; the last ids may be padding. `group` is None on a single rank. Nothing here has a gradient:
@@ -102,8 +102,8 @@ class OutputHead:
     def align(self, rows: int) -> None:
         """Exchange rows over the group until every rank has `rows` of them, as another model's shards have.
 
-        With 151936 ids the shards of a weight padded to 152064 start elsewhere than those of one that is not: what
-        compares both models column by column needs the same ids on a rank. Padding stays behind, as zeros.
+        With 151936 token ids the shards of a weight padded to 152064 start elsewhere than those of one that is not:
+        what compares both models column by column needs the same ids on a rank. Padding stays behind, as zeros.
         """
         group, ranks = self.shard.group, group_size(self.shard.group)
         if ranks == 1 or rows == self.shard.rows:
@@ -223,11 +223,6 @@ def topk_together(logits: Sequence[Tensor], k: int, shards: Sequence[VocabShard]
 def topk(logits_NV: Tensor, k: int, shard: VocabShard) -> TopK:
     """Exact top-k of every token over the whole vocabulary, ties to the lower token id at every group size."""
     return topk_together([logits_NV], k, [shard])[0]
-
-
-def gather(logits_NV: Tensor, ids_NK: Tensor, shard: VocabShard) -> Tensor:
-    """Logits at global ids [N, K], complete on every rank of the group."""
-    return sum_together([local_gather(logits_NV, ids_NK, shard)], shard.group)[0]
 
 
 def log_normaliser(logits_NV: Tensor, shard: VocabShard) -> Tensor:

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from prune_opd.config import ObjectiveConfig
-from prune_opd.loss.distill import distill_loss
+from prune_opd.loss import Head, Method, Tokens, distill_loss
 from prune_opd.megatron.layout import Layout
 from prune_opd.megatron.model import HiddenStatesGPT
 from prune_opd.megatron.packing import PackedBatch, pack, pack_rows
@@ -36,20 +36,10 @@ def sampled_logprobs(
     batches += [pack_rows(prompts, responses, [], *shape)] * missing
 
     def logprobs(batch: PackedBatch, hidden_NH: Tensor) -> Tensor:
-        hidden_MH, weight_VH = hidden_NH[batch.predicting_M], chunks[-1].head_weight()
-        _, _, stats = distill_loss(
-            hidden_MH,
-            weight_VH,
-            hidden_MH,
-            weight_VH,
-            batch.sampled_ids_M,
-            batch.cu_responses,
-            None,
-            ObjectiveConfig(k=1, temperature=temperature),
-            layout.tp_group,
-            vocab_size=chunks[-1].spec.vocab_size,
-            context=batch.context,
-        )
+        head = Head(hidden_NH[batch.predicting_M], chunks[-1].head_weight())
+        tokens = Tokens(batch.sampled_ids_M, batch.cu_responses, chunks[-1].spec.vocab_size, batch.context)
+        method = Method(gate=None, objective=ObjectiveConfig(k=1, temperature=temperature))
+        _, _, stats = distill_loss(head, head, tokens, method, tp_group=layout.tp_group)
         return stats.sampled_logp_N
 
     on_last_stage = forward(chunks, student, batches, logprobs)

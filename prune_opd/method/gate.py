@@ -1,11 +1,12 @@
 """The drift gate of Prune-OPD (arXiv 2605.07804 §3): how far into a response the teacher can still be trusted.
 
-    top-k ids of both models ─▶ O_t overlap ─▶ B_t event ─▶ C_t events so far ─▶ R_t reliability ─▶ W_t weight
-                                                                                     └─▶ E_i reliable length
+    top-k of both models ─▶ O_t overlap ─▶ B_t event ─▶ C_t events so far ─▶ R_t reliability ─▶ W_t weight
+                                                                              └─▶ E_i reliable length
+    └────────────────── `events` ──────────────────┘ └──────────── `apply_gate`, `PackedGate` ───────────┘
 
-The gate is causal and never recovers: C only counts up along a response, so R and W only fall. `apply_gate` takes whole
-responses as padded rows; `PackedGate` takes them packed end to end and in pieces, as the fused loss sees them. Both use
-the one formula in `_reliability` and `_weight`. Nothing here has a gradient.
+The gate is causal and never recovers: C only counts up along a response, so R and W only fall. `events` judges each
+token alone. `apply_gate` counts along whole responses as padded rows; `PackedGate` takes them packed end to end and in
+pieces, as the loss sees them. Both use the one formula in `_reliability` and `_weight`. Nothing here has a gradient.
 """
 
 from __future__ import annotations
@@ -23,12 +24,45 @@ from prune_opd.config import GateConfig
 RELIABLE_ABOVE = 1e-8  # ε of the paper: a token counts as reliable while R_t > ε
 
 
+class Events(NamedTuple):
+    """Which tokens the teacher did not expect. Padded: [B, T]; packed: [N]."""
+
+    overlap_BT: Tensor  # O, float32, 0..1
+    event_BT: Tensor  # B, bool
+
+
 class Gate(NamedTuple):
     """What the gate says. Padded: reliability and weight are [B, T]; packed: [N]. reliable_length is always [B]."""
 
     reliability_BT: Tensor  # R, 1 → 0
     weight_BT: Tensor  # W, 0 outside the response
     reliable_length_B: Tensor  # E, int64, in tokens
+
+
+def events(
+    sampled_ids_BT: Tensor,
+    student_ids_BTK: Tensor,
+    teacher_ids_BTK: Tensor,
+    teacher_logp_BTK: Tensor,
+    gate: GateConfig | None,
+) -> Events:
+    """Overlap O and event B of every token, from what both models find most probable (Prune-OPD §3.1, method.md §2).
+
+        overlap          B_t = 1[O_t < γ],  O_t = |K^S ∩ K^T| / k
+        teacher_top_p    B_t = 1[y_t outside the teacher's nucleus]
+
+    sampled_ids_BT: y, integer [...]. student_ids_BTK, teacher_ids_BTK: each model's k most probable ids [..., k], most
+    probable first, with k = gate.k. teacher_logp_BTK: full-vocabulary log-probabilities of the teacher's. With gate
+    None any k will do, and nothing is an event. ValueError when the shapes do not fit together.
+    """
+    overlap_BT = overlap_ratio(student_ids_BTK, teacher_ids_BTK)
+    if gate is None:
+        event_BT = torch.zeros_like(overlap_BT, dtype=torch.bool)
+    elif gate.metric == "overlap":
+        event_BT = overlap_events(overlap_BT, gate.k, gate.threshold)
+    else:
+        event_BT = top_p_reject(sampled_ids_BT, teacher_ids_BTK, teacher_logp_BTK, gate.top_p)
+    return Events(overlap_BT, event_BT)
 
 
 def overlap_ratio(student_ids_BTK: Tensor, teacher_ids_BTK: Tensor) -> Tensor:

@@ -55,14 +55,14 @@ class Signals(NamedTuple):
     divergence_N: Tensor | None = None  # reverse KL over the vocabulary
 
     def part(self, part: slice) -> Signals:
-        """Those of some of the tokens, in float64."""
+        """Slice of these tokens, in float64."""
         advantage_N, *others = self
         return Signals(advantage_N[part].double(), *(None if o is None else o[part].double() for o in others))
 
     @staticmethod
-    def joined(parts: Sequence[Signals]) -> Signals:
-        """Those of all tokens out of those of their chunks."""
-        advantage_N, *others = (None if s[0] is None else torch.cat(s) for s in zip(*parts, strict=True))
+    def concatenate(chunks: Sequence[Signals]) -> Signals:
+        """Concatenate the chunks' signals."""
+        advantage_N, *others = (None if s[0] is None else torch.cat(s) for s in zip(*chunks, strict=True))
         assert advantage_N is not None
         return Signals(advantage_N, *others)
 

@@ -10,8 +10,8 @@ import pytest
 from tests.distributed.ranks import read_ranks, run_ranks
 from tests.distributed.worker_distill import CASES
 
-WORKER = Path(__file__).with_name("worker_fused_loss.py")
-TOLERANCE = {"float32": 2e-5, "bfloat16": 3e-2}  # by the last word of the case
+WORKER = Path(__file__).with_name("worker_distill.py")
+TOLERANCE = {"float32": 2e-5, "bfloat16": 3e-2}  # by the end of the case's name
 
 Results = list[dict[str, Any]]  # of every rank
 
@@ -27,7 +27,7 @@ def launch(folder: Path, ranks: int, tensor_parallel: int) -> Results:
 )
 def results(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Results:
     ranks, tensor_parallel = request.param
-    return launch(tmp_path_factory.mktemp("fused_loss"), ranks, tensor_parallel)
+    return launch(tmp_path_factory.mktemp("distill"), ranks, tensor_parallel)
 
 
 @pytest.mark.parametrize("case", CASES)

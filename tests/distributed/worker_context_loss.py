@@ -3,7 +3,7 @@
     torchrun … worker_context_loss.py OUT_FOLDER TP CP
 
 Neighbouring ranks hold vocabulary shards of the same tokens; context-parallel ranks are TP apart, as megatron has them.
-Writes rank<r>.json like worker_fused_loss.py.
+Writes rank<r>.json like worker_distill.py.
 """
 
 from __future__ import annotations
@@ -111,17 +111,19 @@ def compare(
 def compare_update(ranks: Ranks, objective: ObjectiveConfig = OBJECTIVE, case: Case = LONG) -> dict[str, float]:
     """A second update with the same tokens: weights and rewards stay those of the policy that sampled them."""
     before, context = ranks.part(case, torch.float64)
-    kept = before.fused(objective=objective, keep_policy=True, chunk=7, tp_group=ranks.tp_group, context=context)[2]
+    kept = before.fused(objective=objective, policy="keep", chunk=7, tp_group=ranks.tp_group, context=context)[2]
     moved = case.moved()
     expected = moved.leaves(torch.float64)
     reference = reference_update(case, expected, GATE, objective, NO_WEIGHTING)
     reference.backward()
     mine, context = ranks.part(moved, torch.float64)
-    loss, _, stats = mine.fused(objective=objective, old=kept.policy, chunk=5, tp_group=ranks.tp_group, context=context)
+    loss, _, stats = mine.fused(
+        objective=objective, policy=kept.policy, chunk=5, tp_group=ranks.tp_group, context=context
+    )
     loss.backward()
     errors = ranks.errors(loss, mine, context, reference, expected)
-    whole_kept = case.fused(objective=objective, keep_policy=True)[2]
-    alone = moved.fused(objective=objective, old=whole_kept.policy)[2]
+    whole_kept = case.fused(objective=objective, policy="keep")[2]
+    alone = moved.fused(objective=objective, policy=whole_kept.policy)[2]
     wrong = [error(stats.weight_N, kept.weight_N), error(stats.overlap_N, alone.overlap_N)]
     assert (stats.ratio_N is None) == (alone.ratio_N is None) == (objective.name == "full_vocab_jsd")
     if alone.ratio_N is not None:

@@ -1,6 +1,6 @@
-"""Ranks of test_fused_loss_tp.py: run the cases on vocabulary shards and write how far each is from the reference.
+"""Ranks of test_distill_tp.py: run the cases on vocabulary shards and write how far each is from the reference.
 
-    torchrun … worker_fused_loss.py OUT_FOLDER TP
+    torchrun … worker_distill.py OUT_FOLDER TP
 
 Every rank makes the same whole inputs from the same seed, keeps its shard of both weights and writes rank<r>.json:
 {case: {"loss": …, "hidden_gradient": …, "weight_gradient": …, "statistics": …}}, largest errors relative to the largest
@@ -21,8 +21,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from prune_opd.config import GateConfig, ObjectiveConfig, WeightingConfig
-from prune_opd.loss.distill import GateStats
-from prune_opd.loss.vocab_parallel import VocabShard, gather, local_gather, log_normaliser, topk
+from prune_opd.loss import GateStats
+from prune_opd.loss.vocab_parallel import VocabShard, local_gather, log_normaliser, sum_together, topk
 from tests.reference import (
     GATE,
     NO_WEIGHTING,
@@ -173,11 +173,11 @@ def compare_buffer(case: Case, group: dist.ProcessGroup, dtype: torch.dtype, chu
 
 def compare_update(group: dist.ProcessGroup, objective: ObjectiveConfig) -> dict[str, float]:
     """A student that has moved since its batch was sampled, on shards, against the reference on the whole."""
-    before = sharded(PLAIN, group).fused(objective=objective, keep_policy=True, chunk=7, tp_group=group)[2]
+    before = sharded(PLAIN, group).fused(objective=objective, policy="keep", chunk=7, tp_group=group)[2]
     expected = PLAIN.moved().leaves(torch.float64)
     reference = reference_update(PLAIN, expected, GATE, objective, NO_WEIGHTING)
     shard = sharded(expected, group).leaves(torch.float64)
-    loss, _, stats = shard.fused(objective=objective, old=before.policy, chunk=5, tp_group=group)
+    loss, _, stats = shard.fused(objective=objective, policy=before.policy, chunk=5, tp_group=group)
     loss.backward()
     reference.backward()
     errors = gradient_errors(loss, shard, reference, expected, group)
@@ -206,7 +206,7 @@ def empty_shard_case() -> Case:
 
 
 def large_vocabulary_case() -> Case:
-    """Qwen's vocabulary of 151936, of which the teacher's weight has 152064 rows: its shards start elsewhere."""
+    """Qwen's 151936 ids, for which the teacher's weight has 152064 rows: its shards start elsewhere."""
     generator = torch.Generator().manual_seed(0)
     student, teacher = torch.randn(151936, 4, generator=generator), torch.randn(152064, 5, generator=generator)
     teacher[:151936, :4] = student
@@ -260,7 +260,7 @@ CASES: dict[str, Callable[[dist.ProcessGroup], dict[str, float]]] = {
     "full vocabulary, a shard of padding": lambda group: compare(
         empty_shard_case(), group, objective=ObjectiveConfig("full_vocab_jsd", k=6)
     ),
-    "a vocabulary of 151936 and 152064 rows": lambda group: compare(
+    "151936 ids and 152064 rows": lambda group: compare(
         large_vocabulary_case(), group, objective=ObjectiveConfig("full_vocab_jsd"), chunk=3
     ),
     **of_every_kind(),
@@ -291,7 +291,8 @@ def raw_all_reduce_loss(case: Case, group: dist.ProcessGroup) -> Tensor:
     at_NK = local_gather(logits_NV, top.ids_NK, shard)
     dist.all_reduce(at_NK, group=group)
     logp_NK = at_NK - maximum_N1 - total_N1.log()
-    logq_NK = gather(teacher_NV, top.ids_NK, teacher_shard) - log_normaliser(teacher_NV, teacher_shard)[:, None]
+    (teacher_at_NK,) = sum_together([local_gather(teacher_NV, top.ids_NK, teacher_shard)], group)
+    logq_NK = teacher_at_NK - log_normaliser(teacher_NV, teacher_shard)[:, None]
     reward_NK = -(logp_NK.softmax(-1) * (logp_NK - logq_NK)).detach()
     return -(reward_NK * logp_NK).sum()
 

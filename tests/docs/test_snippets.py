@@ -10,7 +10,7 @@ import torch
 
 from prune_opd import model_spec
 from prune_opd.config import GateConfig, HorizonConfig, ObjectiveConfig, method
-from prune_opd.loss.distill import distill_loss
+from prune_opd.loss import Head, Method, Tokens, distill_loss
 from prune_opd.method import horizon, objective
 from tests.docs.pages import ROOT, python_blocks
 
@@ -36,15 +36,10 @@ def test_the_objective_of_the_page_goes_through_the_fused_loss(monkeypatch: pyte
     )
     student_hidden.requires_grad_()
     loss, count, _ = distill_loss(
-        student_hidden,
-        student_weight,
-        teacher_hidden,
-        teacher_weight,
-        torch.randint(11, (9,)),
-        [0, 4, 9],
-        gate=None,
-        objective=ObjectiveConfig(name=name, k=3),
-        vocab_size=11,
+        Head(student_hidden, student_weight),
+        Head(teacher_hidden, teacher_weight),
+        Tokens(torch.randint(11, (9,)), [0, 4, 9], vocab_size=11),
+        Method(gate=None, objective=ObjectiveConfig(name=name, k=3)),
         chunk=4,
     )
     (gradient,) = torch.autograd.grad(loss, student_hidden)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from prune_opd.config import GateConfig, ObjectiveConfig, WeightingConfig
-from prune_opd.loss.distill import GateStats
+from prune_opd.loss import GateStats
 from tests.reference import NO_WEIGHTING, Case
 
 
@@ -24,7 +24,7 @@ def assert_agrees(
 ) -> GateStats:
     """Value, both gradients and every statistic; tolerances are relative to the largest entry of the reference."""
     ours, plain = case.leaves(dtype), case.leaves(dtype).leaves(torch.float64)
-    loss, count, stats = ours.fused(gate, objective, weighting=weighting, **more)
+    loss, count, stats = ours.fused(gate, objective, weighting, **more)
     reference = plain.reference(gate, objective, weighting)
     (3 * loss).backward()  # the caller scales the sum
     (3 * reference.loss_sum).backward()

@@ -1,6 +1,6 @@
 """The fused loss on one rank against the plain float64 reference: chunks, dtypes, ties, what it leaves in a graph.
 
-Beside it: test_fused_loss_gate, _objectives, _input (what does not fit) and _buffer; tests/distributed has more ranks.
+Beside it: test_distill_gate, _objectives, _inputs (what does not fit) and _buffer; tests/distributed has more ranks.
 """
 
 from __future__ import annotations
@@ -142,12 +142,12 @@ def test_a_loss_with_ties_everywhere_equals_the_reference() -> None:
 # ---------------------------------------------------------------------------------------------------- its parts
 
 
-def test_normaliser_and_gather_equal_log_softmax() -> None:
+def test_normaliser_and_local_gather_equal_log_softmax() -> None:
     logits, ids = torch.randn(4, 10) * 20, torch.tensor([[0, 9], [3, 3], [5, 1], [8, 2]])
     shard = VocabShard(rows=10, vocab_size=8)
     vocab_parallel.mask_padding_(logits, shard)
     assert torch.allclose(vocab_parallel.log_normaliser(logits, shard), logits[:, :8].logsumexp(1))
-    assert torch.equal(vocab_parallel.gather(logits, ids, shard), logits.gather(1, ids))
+    assert torch.equal(vocab_parallel.local_gather(logits, ids, shard), logits.gather(1, ids))
     assert (logits[:, 8:] == -torch.inf).all()
 
 

@@ -11,7 +11,7 @@ import torch
 
 from prune_opd.config import GateConfig, ObjectiveConfig, WeightingConfig
 from prune_opd.errors import ConfigError
-from tests.reference import GATE, OBJECTIVE, VOCAB, Case, make_case
+from tests.reference import VOCAB, Case, make_case
 
 
 def broken(field: str, value: Any) -> Case:
@@ -46,26 +46,30 @@ def test_a_tensor_that_does_not_fit_is_named(case: Case, message: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("gate", "objective", "more", "message"),
+    ("settings", "message"),
     [
-        (GATE, ObjectiveConfig(k=62), {}, r"objective.k = 62 is larger than vocab_size = 61"),
-        (GateConfig(k=62), OBJECTIVE, {}, r"gate.k = 62 is larger than vocab_size = 61"),
-        (GATE, OBJECTIVE, {"vocab_size": 65}, r"vocab_size = 65 does not fit student_weight: 64 rows × 1"),
-        (GATE, OBJECTIVE, {"vocab_size": 0}, r"vocab_size = 0"),
-        (GATE, OBJECTIVE, {"chunk": 0}, r"chunk = 0"),
+        ({"objective": ObjectiveConfig(k=62)}, r"objective.k = 62 is larger than vocab_size = 61"),
+        ({"gate": GateConfig(k=62)}, r"gate.k = 62 is larger than vocab_size = 61"),
         (
-            GATE,
-            OBJECTIVE,
             {"weighting": WeightingConfig("entropy_aware", forward_k=62)},
             r"weighting.forward_k = 62 is larger than vocab_size = 61",
         ),
+        ({"chunk": 0}, r"chunk = 0"),
+        ({"policy": "kept"}, r"policy = 'kept' is unknown: give None, 'keep', or"),
     ],
 )
-def test_a_setting_that_does_not_fit_is_named(
-    gate: GateConfig, objective: ObjectiveConfig, more: dict[str, Any], message: str
-) -> None:
+def test_a_setting_that_does_not_fit_is_named(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        make_case().fused(gate, objective, **more)
+        make_case().fused(**settings)
+
+
+@pytest.mark.parametrize(
+    ("vocab_size", "message"),
+    [(65, r"vocab_size = 65 does not fit student_weight: 64 rows × 1"), (0, r"vocab_size = 0")],
+)
+def test_a_vocabulary_that_does_not_fit_is_named(vocab_size: int, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        broken("vocab_size", vocab_size).fused()
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])

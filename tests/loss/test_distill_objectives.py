@@ -70,7 +70,7 @@ def test_a_student_that_equals_its_teacher_has_nothing_to_learn(
         assert not stats.divergence_N.any()
 
 
-def test_a_forward_kl_on_every_word_is_that_of_the_vocabulary_and_leaves_a_twin_alone() -> None:
+def test_a_forward_kl_on_every_token_id_is_that_of_the_vocabulary_and_leaves_a_twin_alone() -> None:
     objective = ObjectiveConfig("topk_forward_kl", k=VOCAB)
     assert_agrees(make_case(), GATE, objective, chunk=7)
     case = make_case().leaves(torch.float64)

@@ -8,8 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from prune_opd.loss.distill import GateStats
-from prune_opd.loss.stats import BatchStats
+from prune_opd.loss.stats import BatchStats, GateStats
 
 CPU = torch.device("cpu")
 # Responses of 3, 1, 0 and 5 tokens: (overlap, event, weight) of each, and the reliable lengths.

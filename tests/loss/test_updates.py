@@ -82,10 +82,10 @@ def test_a_moved_student_is_held_against_the_policy_that_sampled_the_batch(
 ) -> None:
     case = make_case().leaves(dtype)
     with torch.no_grad():
-        before = case.fused(GATE, objective, weighting=weighting, keep_policy=True, chunk=7)[2]
+        before = case.fused(GATE, objective, weighting=weighting, policy="keep", chunk=7)[2]
     moved = case.moved().leaves(dtype)
     expected = moved.leaves(torch.float64)
-    loss, _, stats = moved.fused(GATE, objective, weighting=weighting, old=before.policy, chunk=5)
+    loss, _, stats = moved.fused(GATE, objective, weighting=weighting, policy=before.policy, chunk=5)
     loss.backward()
     reference = reference_update(case.leaves(torch.float64), expected, GATE, objective, weighting)
     reference.backward()
@@ -105,9 +105,9 @@ def test_before_the_first_update_the_ratio_is_exactly_one_and_the_gradient_the_s
     objective: ObjectiveConfig, gate: GateConfig | None, dtype: torch.dtype
 ) -> None:
     once, again = make_case().leaves(dtype), make_case().leaves(dtype)
-    loss, _, stats = once.fused(gate, objective, keep_policy=True, chunk=7)
+    loss, _, stats = once.fused(gate, objective, policy="keep", chunk=7)
     loss.backward()
-    held, _, ratios = again.fused(gate, objective, old=stats.policy, chunk=7)
+    held, _, ratios = again.fused(gate, objective, policy=stats.policy, chunk=7)
     held.backward()
     for got, expected in zip(again.gradients(), once.gradients(), strict=True):
         assert torch.equal(got, expected)
@@ -121,7 +121,7 @@ def test_before_the_first_update_the_ratio_is_exactly_one_and_the_gradient_the_s
 def test_keeping_the_policy_changes_nothing() -> None:
     plain, keeping = make_case().leaves(torch.float32), make_case().leaves(torch.float32)
     loss, _, stats = plain.fused()
-    kept, _, more = keeping.fused(keep_policy=True)
+    kept, _, more = keeping.fused(policy="keep")
     loss.backward()
     kept.backward()
     assert torch.equal(loss, kept) and stats.policy is None and more.policy is not None
@@ -130,9 +130,9 @@ def test_keeping_the_policy_changes_nothing() -> None:
 
 def test_the_policy_of_no_tokens_is_empty_and_serves_later_updates() -> None:
     case = make_case(lengths=(0, 0)).leaves(torch.float32)
-    policy = case.fused(keep_policy=True, weighting=WeightingConfig("iw_opd"))[2].policy
+    policy = case.fused(policy="keep", weighting=WeightingConfig("iw_opd"))[2].policy
     assert policy is not None and len(policy.weights[0]) == len(policy.logp_NK) == 0
-    loss, tokens, stats = case.fused(old=policy, weighting=WeightingConfig("iw_opd"))
+    loss, tokens, stats = case.fused(policy=policy, weighting=WeightingConfig("iw_opd"))
     assert (loss.item(), tokens) == (0, 0)
     assert stats.ratio_N is not None and len(stats.ratio_N) == 0
 
@@ -143,10 +143,10 @@ def test_the_policy_of_no_tokens_is_empty_and_serves_later_updates() -> None:
 def test_ratio_and_clip_fraction_are_token_means_and_only_there_when_there_was_a_ratio() -> None:
     case = make_case()
     stats = BatchStats(5, 4, 32, torch.device("cpu"))
-    before = case.fused(keep_policy=True)[2]
+    before = case.fused(policy="keep")[2]
     stats.add(range(5), before)
     assert not {"ratio_mean", "clip_fraction"} & stats.record().keys()
-    after = case.moved().fused(old=before.policy)[2]
+    after = case.moved().fused(policy=before.policy)[2]
     assert after.ratio_N is not None and after.clipped_N is not None
     stats.add_ratio(after)
     stats.add_ratio(before)  # has no ratio

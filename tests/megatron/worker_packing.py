@@ -64,7 +64,7 @@ def gradients(model: nn.Module, loss: Tensor) -> dict[str, Tensor]:
 
 def compare(student: Any, teacher: Any, batch: Any, rows: list[list[int]]) -> dict[str, Any]:
     """Hidden states, and the loss, gate and gradients of a whole distillation step, packed and padded."""
-    from prune_opd.loss.distill import distill_loss
+    from prune_opd.loss import Head, Method, Tokens, distill_loss
 
     real = sum(map(len, rows))
 
@@ -73,15 +73,10 @@ def compare(student: Any, teacher: Any, batch: Any, rows: list[list[int]]) -> di
         with torch.no_grad():
             teacher_NH = hidden(teacher)
         loss, tokens, stats = distill_loss(
-            student_NH[batch.predicting_M],
-            student.head_weight(),
-            teacher_NH[batch.predicting_M],
-            teacher.head_weight(),
-            batch.sampled_ids_M,
-            batch.cu_responses,
-            GATE,
-            ObjectiveConfig(k=8),
-            vocab_size=student.spec.vocab_size,
+            Head(student_NH[batch.predicting_M], student.head_weight()),
+            Head(teacher_NH[batch.predicting_M], teacher.head_weight()),
+            Tokens(batch.sampled_ids_M, batch.cu_responses, student.spec.vocab_size),
+            Method(GATE, ObjectiveConfig(k=8)),
         )
         # A plain function of every token's hidden state too: the prompt's count there as well.
         draw = torch.Generator().manual_seed(0)

@@ -11,7 +11,15 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from prune_opd.config import GateConfig
-from prune_opd.method.gate import PackedGate, apply_gate, apply_gate_packed, overlap_events, overlap_ratio, top_p_reject
+from prune_opd.method.gate import (
+    PackedGate,
+    apply_gate,
+    apply_gate_packed,
+    events,
+    overlap_events,
+    overlap_ratio,
+    top_p_reject,
+)
 
 quick = settings(max_examples=60, deadline=None)
 
@@ -75,6 +83,21 @@ def test_the_nucleus_is_all_k_when_p_is_never_reached() -> None:
     teacher_ids, teacher_logp = torch.tensor([[7, 3]]), torch.tensor([[0.3, 0.2]]).log()
     for sampled, rejected in ((7, False), (3, False), (4, True)):
         assert top_p_reject(torch.tensor([sampled]), teacher_ids, teacher_logp, 0.95).item() == rejected
+
+
+def test_events_are_those_of_the_configured_metric_and_none_without_a_gate() -> None:
+    student_ids, teacher_ids = torch.tensor([[7, 3], [7, 3], [5, 6]]), torch.tensor([[3, 7], [7, 9], [7, 9]])
+    teacher_logp, sampled = torch.tensor([0.6, 0.3]).log().expand(3, 2), torch.tensor([7, 7, 9])
+    found = {
+        metric: events(sampled, student_ids, teacher_ids, teacher_logp, GateConfig(metric, k=2, top_p=0.5))
+        for metric in ("overlap", "teacher_top_p")
+    }
+    assert found["overlap"].event_BT.tolist() == [False, True, True]  # 2, 1 and 0 of 2 shared
+    assert found["teacher_top_p"].event_BT.tolist() == [True, False, True]  # the first id has the nucleus to itself
+    without = events(sampled, student_ids, teacher_ids, teacher_logp, None)
+    assert not without.event_BT.any() and without.event_BT.dtype == torch.bool
+    for one in (*found.values(), without):
+        assert one.overlap_BT.tolist() == [1.0, 0.5, 0.0]
 
 
 # ---------------------------------------------------------------------------------------------------- weights

@@ -13,8 +13,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from prune_opd.config import HorizonConfig, TrackConfig, TrainConfig
 from prune_opd.data.prompts import Prompt
 from prune_opd.errors import UserError
-from prune_opd.loss.distill import GateStats
-from prune_opd.loss.stats import BatchStats
+from prune_opd.loss.stats import BatchStats, GateStats
 from prune_opd.rollout.batch import Response, Rollouts
 from prune_opd.track.redact import MASK, redact, redact_tokens
 from prune_opd.track.samples import read_samples, sample_records, sampled_rows, token_texts, tokens_html

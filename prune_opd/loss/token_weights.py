@@ -1,0 +1,70 @@
+"""The weight of every token in the loss: gate × weighting × correction of stale tokens, all of them constants."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor
+
+from prune_opd.loss.chunk import Scores
+from prune_opd.loss.inputs import Method, Tokens
+from prune_opd.method.gate import PackedGate, apply_gate_packed
+from prune_opd.method.weighting import Signals, added_on, needs_whole_response, response_weights, stale_correction
+
+
+class TokenWeights:
+    """The objectives' weights, chunk by chunk in the order of the tokens.
+
+    The gate is a running count and needs no more than what came before. But its `mean` normalisation, the weightings
+    iw_opd and tip, and a gate over responses that context-parallel ranks share need more of a response: where
+    `needs_ahead`, all chunks go through `look_ahead` first.
+
+    offsets: the responses', on the host. dtype: of the weights.
+    """
+
+    def __init__(self, tokens: Tokens, offsets: Sequence[int], method: Method, dtype: torch.dtype) -> None:
+        self._tokens, self._offsets, self._method, self._dtype = tokens, offsets, method, dtype
+        gate = method.gate
+        self._running = PackedGate(offsets, gate, tokens.sampled_ids_N.device, dtype)
+        self._gate_ahead = gate is not None and (gate.weight_normalisation == "mean" or tokens.context is not None)
+        self._weighting_ahead = needs_whole_response(method.weighting)
+        self._gate_N: Tensor | None = None  # W, of this rank's tokens
+        self._weighting_N: Tensor | None = None
+
+    @property
+    def needs_ahead(self) -> bool:
+        return self._gate_ahead or self._weighting_ahead
+
+    def look_ahead(self, chunks: Iterable[Scores]) -> None:
+        """Take in the events and signals of all chunks. Collective over the context-parallel group, if there is one."""
+        events, signals = zip(*((scores.event_N, scores.signals) for scores in chunks), strict=True)
+        given = [signal_N for signal_N in Signals.concatenate(signals) if signal_N is not None]
+        event_N, *given = self._whole([torch.cat(events), *(given if self._weighting_ahead else [])])
+        if self._gate_ahead:
+            gate = apply_gate_packed(event_N, self._offsets, self._method.gate, self._dtype)
+            self._gate_N = self._own(gate.weight_BT)
+        if self._weighting_ahead:
+            weight_N = response_weights(self._method.weighting, Signals(*given), self._offsets)
+            self._weighting_N = self._own(weight_N.to(self._dtype))
+
+    def next(self, part: slice, scores: Scores) -> list[Tensor]:
+        """Weight of every token of the next chunk, [n] for each objective."""
+        gate_N = self._running.advance(scores.event_N)[1] if self._gate_N is None else self._gate_N[part]
+        weights = [gate_N if self._weighting_N is None else gate_N * self._weighting_N[part]]
+        weights += [gate_N * added_on(self._method.weighting, scores.signals) for _ in self._method.objectives[1:]]
+        if self._tokens.stale_logp_N is not None:
+            stale_logp_N, clip = self._tokens.stale_logp_N[part], self._method.objective.clip
+            correction_N = stale_correction(scores.sampled_logp_N, stale_logp_N, clip).to(self._dtype)
+            weights = [weight_N * correction_N for weight_N in weights]
+        return weights
+
+    def _whole(self, values: Sequence[Tensor]) -> list[Tensor]:
+        """Values [N] of this rank's tokens as those of all tokens."""
+        context = self._tokens.context
+        return list(values) if context is None else context.whole(values, self._dtype)
+
+    def _own(self, whole_N: Tensor) -> Tensor:
+        """Slice of this rank's tokens."""
+        context = self._tokens.context
+        return whole_N if context is None else whole_N[context.index_N]
