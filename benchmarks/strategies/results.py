@@ -13,16 +13,23 @@ from itertools import pairwise
 from statistics import fmean, stdev
 from typing import Any
 
-from benchmarks.strategies.plan import SWEEPS, Method, RunSpec, swept_method
+from benchmarks.strategies.plan import METHODS, STOP, SWEEPS, Method, swept_method
+from benchmarks.strategies.runs import Result
 from prune_opd.config import TrainConfig
 from prune_opd.track.metrics import Record, task_names, total
 
-Result = tuple[RunSpec, list[Record], list[Record]]
 PHASES = ("sync", "rollout", "teacher", "train")
 COST = ("rollout", "teacher", "train")  # what training costs: the target's definition
 PRUNING = ("prune", "prune_w0", "prune_paper", "prune_top_p", "marginal", "marginal_paper", "inflight")
 TRUNCATED = ("topd_10", "topd_25", "fixed", "full")  # fixed windows, from the shortest to all
 SAVED, MOST_COST = 0.376, 1.05  # the targets
+STOPPING = {method.name: method.against for method in METHODS if set(STOP) <= set(method.changes)}
+DRIFTING = 0.1  # a pair drifts if this share of its tokens lies beyond the reliable length without the in-flight stop
+CUT, OVERHEAD = (
+    0.6,
+    0.05,
+)  # the stop's targets: share of those tokens cut; else, how much longer a step may be
+WARMUP = 1  # steps that a step's time leaves out
 
 
 @dataclass(frozen=True)
@@ -45,6 +52,29 @@ def mean_and_error(values: Sequence[float]) -> tuple[float, float | None]:
 def generated(steps: list[Record]) -> float:
     """Response tokens that were generated, those included that an in-flight stop threw away."""
     return total(steps, "tokens_generated") + total(steps, "tokens_dropped")
+
+
+def step_numbers(steps: list[Record]) -> dict[str, float]:
+    """Means of a step: its time, and what the in-flight stop is there for and does."""
+
+    def mean(key: str, of: Sequence[Record] = steps) -> float:
+        return fmean(float(record.get(key, 0)) for record in of)
+
+    timed = steps[WARMUP:] or steps
+    return {
+        "wall_s": mean("time_step", timed),
+        "cpu_s": mean("cpu_step", timed),
+        "tokens": mean("tokens_generated"),
+        # responses = tokens_trained / response_length
+        "tokens_beyond": fmean(
+            record["tokens_trained"] * (1 - record["reliable_length"] / record["response_length"]) for record in steps
+        ),
+        "stopped": mean("pruned_inflight"),
+        "too_early": mean("inflight_too_early"),
+        "looks": mean("inflight_checks"),
+        "look_s": mean("time_inflight", timed),
+        "teacher_tokens": mean("teacher_tokens_inflight"),
+    }
 
 
 def run_numbers(steps: list[Record], evaluations: list[Record]) -> dict[str, Any]:
@@ -73,6 +103,7 @@ def run_numbers(steps: list[Record], evaluations: list[Record]) -> dict[str, Any
         "cpu_s": sum(total(steps, f"cpu_{phase}") for phase in COST),
         "phases_wall_s": {phase: total(steps, f"time_{phase}") for phase in PHASES},
         "phases_cpu_s": {phase: total(steps, f"cpu_{phase}") for phase in PHASES},
+        "step": step_numbers(steps),
         "final_horizon": steps[-1]["horizon"],
         "curve": curve,
         "horizon": [record["horizon"] for record in steps],
@@ -105,7 +136,8 @@ def pair_rows(pair: str, methods: Iterable[Method], results: Sequence[Result]) -
                 1 - runs[method.name, seed][name] / runs["full", seed][name] for seed in seeds if ("full", seed) in runs
             ]
             row[f"saved_{name}"] = fmean(saved) if saved else None
-        others = [other for other in ("full", method.windows_of) if other is not None and other != method.name]
+        row["step"] = {name: fmean(run["step"][name] for run in mine) for name in mine[0]["step"]}
+        others = [other for other in ("full", method.against) if other is not None and other != method.name]
         row["gaps"] = {other: gap for other in others if (gap := _gap(runs, method.name, other, seeds)) is not None}
         row["final_horizons"] = [run["final_horizon"] for run in mine]
         rows.append(row)
@@ -144,7 +176,36 @@ def verdicts(pair: str, max_len: int, rows: Sequence[dict[str, Any]]) -> list[Ve
     """The targets of a drift pair (it has "drift" in its name) or of a compatible one, for every pruning method."""
     by_name = {row["method"]: row for row in rows if row["saved_cpu_s"] is not None}  # some seed has full OPD too
     judge = _drift_verdicts if "drift" in pair else _compatible_verdicts
-    return [verdict for name in PRUNING if name in by_name for verdict in judge(pair, max_len, by_name, by_name[name])]
+    found = [verdict for name in PRUNING if name in by_name for verdict in judge(pair, max_len, by_name, by_name[name])]
+    for on, off in STOPPING.items():
+        if on in by_name and off in by_name:
+            found += stop_verdicts(pair, by_name[off], by_name[on])
+    return found
+
+
+def stop_verdicts(pair: str, off: dict[str, Any], on: dict[str, Any]) -> list[Verdict]:
+    """What the in-flight stop does to a method without it: it cuts the tail where there is one, else it is cheap."""
+    without, with_stop = off["step"], on["step"]
+    drifts = without["tokens_beyond"] > DRIFTING * without["tokens"]
+    slowest = 1 if drifts else 1 + OVERHEAD
+    found = []
+    if drifts:
+        cut = 1 - with_stop["tokens_beyond"] / without["tokens_beyond"]
+        target = f"cuts ≥ {CUT:.0%} of the tokens beyond the reliable length"
+        found.append(Verdict(pair, on["method"], target, cut >= CUT, f"{cut:.1%}"))
+    for what, key in (("wall clock", "wall_s"), ("CPU seconds", "cpu_s")):
+        ratio = with_stop[key] / without[key]
+        target = f"a step takes at most {slowest:g} of the {what} of {off['method']}"
+        found.append(Verdict(pair, on["method"], target, ratio <= slowest, f"{ratio:.2f}"))
+    lost, error = off["accuracy"] - on["accuracy"], math.hypot(*(_accuracy_error(row) for row in (off, on)))
+    target = f"accuracy not below that of {off['method']} by more than the standard error of the difference"
+    return [*found, Verdict(pair, on["method"], target, lost <= error, f"{-lost:+.1%} (± {error:.1%})")]
+
+
+def _accuracy_error(row: dict[str, Any]) -> float:
+    """Over the seeds; of a single one, over its problems."""
+    error = row["accuracy_stderr"]
+    return float(row["runs"][0]["accuracy_stderr_of_problems"] if error is None else error)
 
 
 def _drift_verdicts(pair: str, max_len: int, by_name: dict[str, Any], row: dict[str, Any]) -> list[Verdict]:
@@ -253,6 +314,19 @@ def _seconds(row: dict[str, Any], phase: str) -> str:
     return f"{row['phases_cpu_s'][phase]:.1f} ({row['phases_wall_s'][phase]:.1f})"
 
 
+STEP_LINES = {
+    "response tokens": ("tokens", 0),
+    "of these beyond the reliable length": ("tokens_beyond", 0),
+    "responses stopped": ("stopped", 1),
+    "of these too early": ("too_early", 1),
+    "looks of the teacher in flight": ("looks", 1),
+    "tokens that it read then": ("teacher_tokens", 0),
+    "seconds of the looks": ("look_s", 2),
+    "CPU seconds": ("cpu_s", 2),
+    "wall clock s": ("wall_s", 2),
+}
+
+
 def cells(rows: Sequence[dict[str, Any]]) -> list[list[str]]:
     return [[cell(row) for cell in COLUMNS.values()] for row in rows]
 
@@ -261,5 +335,14 @@ def markdown(title: str, rows: Sequence[dict[str, Any]], judged: Sequence[Verdic
     """A table for a README with what it shows."""
     lines = [f"### {title}", "", "| " + " | ".join(COLUMNS) + " |", "|---|" + "--:|" * (len(COLUMNS) - 1)]
     lines += ["| " + " | ".join(row) + " |" for row in cells(rows)]
+    compared = (
+        {name for pair in STOPPING.items() for name in pair} if any(r["method"] in STOPPING for r in rows) else ()
+    )
+    if shown := [row for row in rows if row["method"] in compared]:
+        lines += ["", "| a step | " + " | ".join(row["method"] for row in shown) + " |", "|---|" + "--:|" * len(shown)]
+        lines += [
+            f"| {label} | " + " | ".join(f"{row['step'][key]:,.{digits}f}" for row in shown) + " |"
+            for label, (key, digits) in STEP_LINES.items()
+        ]
     lines += ["", *(f"{note}  " for note in notes), "", *(f"- {verdict}" for verdict in judged), ""]
     return "\n".join(lines)

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks.reshard.ranks import model_config
+from benchmarks.reshard.measure import model_config
 from benchmarks.studies.scaling.command import QUICK, Settings, _axes, _launches
 from benchmarks.studies.scaling.work import PHASES, SLACK, Growth, growth, shape_of, slope, work
 

@@ -1,7 +1,5 @@
 """The ranks of `prune-opd bench reshard`: one student layout and one engine, measured from all sides.
 
-    torchrun … -m benchmarks.reshard.ranks --folder DIR --json FILE --layout tp2 --rollout-tp 1 …
-
     bare         the broadcasts that the collective stream cannot do without: its bytes, senders and buckets, but one
                  flat buffer per sender and bucket, nothing read from parameters or put in order, no checksum
     all-gather   the same bytes through flat all-gathers (tensor parallel students only), to compare with
@@ -17,7 +15,6 @@ resident before, of a stream with the reload over the peak of the reload from re
 
 from __future__ import annotations
 
-import argparse
 import gc
 import json
 import time
@@ -29,7 +26,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from benchmarks.loss.measure import cpu_time, peak_memory, reset_peak
+from benchmarks.common import answer, cpu_time, peak_memory, reset_peak, rotated
 from benchmarks.reshard.command import TRANSPORTS
 from prune_opd import platform
 from prune_opd.config import ParallelConfig, RolloutConfig
@@ -200,7 +197,7 @@ class Stopwatch:
         return watched
 
 
-def measure(chunks: list[Any], engine: Any, bucket_mb: float, rounds: int) -> dict[str, Any]:
+def compare(chunks: list[Any], engine: Any, bucket_mb: float, rounds: int) -> dict[str, Any]:
     from prune_opd.weights import checksum
     from prune_opd.weights.checksum import Checksums
     from prune_opd.weights.stream import Resharder
@@ -221,9 +218,7 @@ def measure(chunks: list[Any], engine: Any, bucket_mb: float, rounds: int) -> di
     times: dict[str, list[dict[str, float]]] = {name: [] for name in contenders}
     checksum_share: dict[str, list[float]] = {name: [] for name in TRANSPORTS}
     for turn in range(rounds):
-        names = list(contenders)
-        shift = turn % len(names)
-        for name in names[shift:] + names[:shift]:
+        for name in rotated(list(contenders), turn):
             with Stopwatch(checksum, ("bits_sum",)) as sums, Stopwatch(Checksums, ("compare",)) as comparing:
                 result = timed(contenders[name])
             times[name].append(result)
@@ -256,40 +251,27 @@ def measure(chunks: list[Any], engine: Any, bucket_mb: float, rounds: int) -> di
     }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description="Measure one configuration of `prune-opd bench reshard`.")
-    parser.add_argument("--folder", type=Path, required=True, help="where the student is, or is written")
-    parser.add_argument("--json", type=Path, required=True)
-    parser.add_argument("--layout", choices=LAYOUTS, required=True)
-    parser.add_argument("--rollout-tp", type=int, required=True)
-    parser.add_argument("--layers", type=int, required=True)
-    parser.add_argument("--hidden", type=int, required=True)
-    parser.add_argument("--vocab", type=int, required=True)
-    parser.add_argument("--bucket-mb", type=float, required=True)
-    parser.add_argument("--rounds", type=int, required=True)
-    args = parser.parse_args()
-
+def measure(
+    folder: str, layout: str, rollout_tp: int, shape: Sequence[int], bucket_mb: float, rounds: int
+) -> dict[str, Any]:
+    """This rank's measurements. shape: layers, hidden size and vocabulary of the student, which stays in `folder`."""
     machine = platform.prepare()
     from prune_opd.megatron import layout as layouts
     from prune_opd.megatron.model import build
     from prune_opd.rollout.engine import RolloutEngine
 
-    layout = layouts.initialize(LAYOUTS[args.layout], machine, seed=0)
-    student = args.folder / "student"
-    if layout.is_main and not student.exists():
-        write_student(student, model_config(args.layers, args.hidden, args.vocab))
+    ranks, student = layouts.initialize(LAYOUTS[layout], machine, seed=0), Path(folder) / "student"
+    if ranks.is_main and not student.exists():
+        write_student(student, model_config(*shape))
     dist.barrier()
-    chunks = build(student, layout.student, torch.float32, trainable=False)
-    rollout = RolloutConfig(tensor_parallel=args.rollout_tp, max_prompt_len=32, max_num_seqs=4, kv_cache_gb=0.05)
+    chunks = build(student, ranks.student, torch.float32, trainable=False)
+    rollout = RolloutConfig(tensor_parallel=rollout_tp, max_prompt_len=32, max_num_seqs=4, kv_cache_gb=0.05)
     engine = RolloutEngine(str(student), rollout, 32, torch.float32, machine)
     torch.set_num_threads(1)
-    result = {**measure(chunks, engine, args.bucket_mb, args.rounds), "torch": torch.__version__}
-    everyone: list[Any] = [None] * layout.world
-    dist.all_gather_object(everyone, result)
-    if layout.is_main:
-        args.json.write_text(json.dumps(everyone))
+    result = {**compare(chunks, engine, bucket_mb, rounds), "torch": torch.__version__}
     engine.close()
+    return result
 
 
 if __name__ == "__main__":
-    main()
+    answer(measure)
