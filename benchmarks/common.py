@@ -22,6 +22,7 @@ from typing import Any, TypeVar
 from rich.console import Console
 from rich.table import Table
 
+from prune_opd.config import ModelShape
 from prune_opd.errors import UserError
 from prune_opd.process import end_with_parent, rank_environment
 
@@ -107,6 +108,23 @@ def with_trl() -> dict[str, str]:
     """What lets a process import TRL."""
     path = os.pathsep.join(filter(None, [os.environ.get("PYTHONPATH"), str(BENCH_PACKAGES)]))
     return {"PYTHONPATH": path, "TRL_EXPERIMENTAL_SILENCE": "1"}
+
+
+# ---------------------------------------------------------------------------------------------------- models
+
+
+def model_shape(layers: int, hidden: int) -> ModelShape:
+    """A Qwen3 with heads of 64 and tied embeddings, for random weights."""
+    return ModelShape(layers, hidden, hidden // 64, max(2, hidden // 128), 64, 3 * hidden)
+
+
+def write_model(folder: Path, shape: ModelShape, vocab: int, seed: int = 0) -> None:
+    """A model directory with random weights and the ledger's tokenizer."""
+    from prune_opd.data import ledger
+    from prune_opd.testbed.sft import create_model
+
+    create_model(folder, shape, seed, vocab)
+    ledger.save_tokenizer(folder)
 
 
 # ---------------------------------------------------------------------------------------------------- this process

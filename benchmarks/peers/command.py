@@ -310,8 +310,8 @@ def print_result(result: dict[str, Any], console: Console) -> None:
         )
         for name, curve in result["curves"].items()
     ]
-    columns = ("", *(f"{step} updates" for step in steps), "tokens at the end", at_equal)
-    console.print(table(f"accuracy, {settings['problems']} held-out problems at T = 1", columns, rows))
+    names = ("", *(f"{step} updates" for step in steps), "tokens at the end", at_equal)
+    console.print(table(f"accuracy, {settings['problems']} held-out problems at T = 1", names, rows))
     print_targets(result["targets"], console)
     learned = "[green]yes[/]" if result["trl_learned"] else "[red]no[/]"
     console.print(f"  {learned}   TRL's student learned (3 standard errors)")

@@ -104,6 +104,7 @@ def run_numbers(steps: list[Record], evaluations: list[Record]) -> dict[str, Any
         "phases_wall_s": {phase: total(steps, f"time_{phase}") for phase in PHASES},
         "phases_cpu_s": {phase: total(steps, f"cpu_{phase}") for phase in PHASES},
         "step": step_numbers(steps),
+        "first_tokens": steps[0]["tokens_generated"],
         "final_horizon": steps[-1]["horizon"],
         "curve": curve,
         "horizon": [record["horizon"] for record in steps],
@@ -335,14 +336,18 @@ def markdown(title: str, rows: Sequence[dict[str, Any]], judged: Sequence[Verdic
     """A table for a README with what it shows."""
     lines = [f"### {title}", "", "| " + " | ".join(COLUMNS) + " |", "|---|" + "--:|" * (len(COLUMNS) - 1)]
     lines += ["| " + " | ".join(row) + " |" for row in cells(rows)]
-    compared = (
-        {name for pair in STOPPING.items() for name in pair} if any(r["method"] in STOPPING for r in rows) else ()
-    )
-    if shown := [row for row in rows if row["method"] in compared]:
-        lines += ["", "| a step | " + " | ".join(row["method"] for row in shown) + " |", "|---|" + "--:|" * len(shown)]
-        lines += [
-            f"| {label} | " + " | ".join(f"{row['step'][key]:,.{digits}f}" for row in shown) + " |"
-            for label, (key, digits) in STEP_LINES.items()
-        ]
+    lines += _step_table(rows)
     lines += ["", *(f"{note}  " for note in notes), "", *(f"- {verdict}" for verdict in judged), ""]
     return "\n".join(lines)
+
+
+def _step_table(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """A step with an in-flight stop and without, a column a method; nothing if no method stops in flight."""
+    stopping = [row["method"] for row in rows if row["method"] in STOPPING]
+    shown = [row for row in rows if row["method"] in {*stopping, *(STOPPING[name] for name in stopping)}]
+    if not shown:
+        return []
+    lines = ["", "| a step | " + " | ".join(row["method"] for row in shown) + " |", "|---|" + "--:|" * len(shown)]
+    for label, (key, digits) in STEP_LINES.items():
+        lines.append(f"| {label} | " + " | ".join(f"{row['step'][key]:,.{digits}f}" for row in shown) + " |")
+    return lines

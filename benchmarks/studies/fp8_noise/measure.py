@@ -19,10 +19,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.common import answer
+from benchmarks.common import answer, model_shape, write_model
 from benchmarks.studies.fp8_noise.emulation import Recipe, emulated
 from prune_opd import platform
-from prune_opd.config import DataConfig, GateConfig, ModelShape, ParallelConfig, RolloutConfig
+from prune_opd.config import DataConfig, GateConfig, ParallelConfig, RolloutConfig
 from prune_opd.loss.vocab_parallel import OutputHead, topk
 from prune_opd.method.gate import overlap_events, overlap_ratio
 
@@ -163,14 +163,6 @@ def random_tokens(vocab: int, tokens: int, length: int = 128) -> tuple[Any, Any]
     return [row[:8] for row in rows], [row[8:] for row in rows]
 
 
-def write_random(directory: Path, hidden: int, layers: int, vocab: int) -> None:
-    from prune_opd.testbed.sft import create_model
-
-    heads = max(hidden // 64, 2)
-    shape = ModelShape(layers, hidden, heads, heads // 2, 64, 3 * hidden)
-    create_model(directory, shape, seed=0, vocab=vocab)
-
-
 def measure(
     microbatch: int,
     model: str | None = None,
@@ -190,8 +182,9 @@ def measure(
     layout = layouts.initialize(ParallelConfig(tensor=1), machine, seed=0)
     with tempfile.TemporaryDirectory(prefix="prune-opd-") as folder:
         if model is None:
-            write_random(Path(folder), *random)
-            prompts, responses = random_tokens(random[-1], tokens + microbatch)
+            hidden, layers, vocab = random
+            write_model(Path(folder), model_shape(layers, hidden), vocab)
+            prompts, responses = random_tokens(vocab, tokens + microbatch)
         else:
             prompts, responses = own_rollouts(Path(model), problems, max_len, machine)
         batches = pack(prompts, responses, range(len(prompts)), microbatch, machine.device)

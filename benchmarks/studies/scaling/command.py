@@ -16,7 +16,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import Progress
 
-from benchmarks.common import MIB, Report, load, measure, table
+from benchmarks.common import MIB, Report, load, measure, model_shape, table
 from benchmarks.studies.scaling.work import AXES, PHASES, SLACK, Growth, growth, shape_of, work
 
 TIMEOUT = 600  # seconds a launch may take
@@ -66,8 +66,8 @@ def run(path: Path, quick: bool, rounds: int = 2) -> int:
     raw = []
     with Progress(console=report.console, transient=True) as bar:
         for model, ranks, points in bar.track(_launches(settings), description="measuring"):
-            raw.append({"world": ranks, **_measure(model, ranks, points, settings)})
-    axes = _axes(settings, [point for launch in raw for point in _points(launch)])
+            raw.append(_measure(model, ranks, points, settings))
+    axes = _axes(settings, [point for launch in raw for point in _points(launch, settings.vocab)])
     growths = [found for axis, points in axes.items() for found in _growths(axis, points)]
     growth_records = [asdict(found) | {"too_fast": found.too_fast} for found in growths]
     result = report.write(axes=axes, growth=growth_records, raw=raw)
@@ -92,19 +92,19 @@ def _launches(settings: Settings) -> list[tuple[Model, int, list[tuple[int, int]
 
 
 def _measure(model: Model, ranks: int, points: Sequence[tuple[int, int]], settings: Settings) -> dict[str, Any]:
-    """One launch: its config and model, and what each rank measured. UserError if it did not come to its end."""
+    """One launch: what each rank measured. UserError if it did not come to its end."""
     request = {"shape": (*model, settings.vocab), "points": points, "rounds": settings.rounds}
     what = f"{model[0]} layers of {model[1]} on {ranks} ranks"
     found = measure("benchmarks.studies.scaling.measure", request, what, ranks=ranks, timeout=TIMEOUT)
-    return {"config": found[0]["config"], "model": found[0]["model"], "ranks": [one["measured"] for one in found]}
+    return {"world": ranks, "model": model, "ranks": found}
 
 
 # ---------------------------------------------------------------------------------------------------- comparing
 
 
-def _points(launch: dict[str, Any]) -> list[Point]:
+def _points(launch: dict[str, Any], vocab: int) -> list[Point]:
     """Medians over the steps of each point: wall clock of the first rank, CPU seconds of all, memory of the largest."""
-    ranks, model = launch["ranks"], shape_of(launch["model"])
+    ranks, model = launch["ranks"], shape_of(model_shape(*launch["model"]), vocab)
     points = []
     for at, first in enumerate(ranks[0]["points"]):
         steps = list(zip(*(rank["points"][at]["steps"] for rank in ranks), strict=True))
@@ -113,7 +113,7 @@ def _points(launch: dict[str, Any]) -> list[Point]:
         points.append(
             {
                 "parameters": model.parameters,
-                "model": [launch["model"]["num_hidden_layers"], launch["model"]["hidden_size"]],
+                "model": list(launch["model"]),
                 "ranks": launch["world"],
                 "batch": first["batch"],
                 "limit": first["length"],

@@ -20,8 +20,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from benchmarks.common import answer, cpu_time, peak_memory, reset_peak
-from benchmarks.reshard.measure import model_config, write_student
+from benchmarks.common import answer, cpu_time, model_shape, peak_memory, reset_peak, write_model
 from prune_opd import loop, platform
 from prune_opd.config import (
     CheckpointConfig,
@@ -34,7 +33,6 @@ from prune_opd.config import (
     RolloutConfig,
     TrackConfig,
     TrainConfig,
-    to_dict,
 )
 from prune_opd.config.memory_phases import MemoryPhases
 from prune_opd.method.horizon import make_controller
@@ -157,16 +155,17 @@ def measure(shape: Sequence[int], points: Sequence[tuple[int, int]], rounds: int
     import vllm  # noqa: F401  (its memory is not the run's)
 
     imported = reset_peak()
-    model = model_config(*shape) | {"max_position_embeddings": 2048}
+    layers, hidden, vocab = shape
+    model = replace(model_shape(layers, hidden), max_positions=2048)
     with tempfile.TemporaryDirectory(prefix="prune-opd-") as name:
         folder = Path(name)  # each rank writes the same models for itself
         for seed, role in enumerate(("student", "teacher")):
-            write_student(folder / role, model, seed)
+            write_model(folder / role, model, vocab, seed)
         config = config_of(folder, points, steps=1 + rounds * len(points))
         run = prepare(config, folder / "run", "never")
         measured = take_turns(run, points, rounds, imported)
         run.close()
-    return {"config": to_dict(config), "model": model, "measured": measured}
+    return measured
 
 
 if __name__ == "__main__":

@@ -8,10 +8,11 @@ does.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import linear_regression
-from typing import Any
+
+from prune_opd.config import ModelShape
 
 PHASES = ("sync", "rollout", "teacher", "train")
 AXES = {"length": "response length", "batch": "batch", "parameters": "parameters", "ranks": "ranks"}
@@ -32,12 +33,11 @@ class Shape:
         return self.body + self.head
 
 
-def shape_of(config: Mapping[str, Any]) -> Shape:
-    """Of a dense config.json; norms are left out."""
-    hidden, layers = config["hidden_size"], config["num_hidden_layers"]
-    q, kv = (config[f"num_{which}_heads"] * config["head_dim"] for which in ("attention", "key_value"))
-    per_layer = hidden * (2 * q + 2 * kv + 3 * config["intermediate_size"])
-    return Shape(layers, q, layers * per_layer, config["vocab_size"] * hidden)
+def shape_of(model: ModelShape, vocab: int) -> Shape:
+    """Norms are left out."""
+    q, kv = model.heads * model.head_dim, model.kv_heads * model.head_dim
+    per_layer = model.hidden * (2 * q + 2 * kv + 3 * model.ffn)
+    return Shape(model.layers, q, model.layers * per_layer, vocab * model.hidden)
 
 
 def work(shape: Shape, rows: int, prompt: float, response: float, ranks: int) -> dict[str, float]:
