@@ -104,7 +104,6 @@ def run_numbers(steps: list[Record], evaluations: list[Record]) -> dict[str, Any
         "phases_wall_s": {phase: total(steps, f"time_{phase}") for phase in PHASES},
         "phases_cpu_s": {phase: total(steps, f"cpu_{phase}") for phase in PHASES},
         "step": step_numbers(steps),
-        "first_tokens": steps[0]["tokens_generated"],
         "final_horizon": steps[-1]["horizon"],
         "curve": curve,
         "horizon": [record["horizon"] for record in steps],
@@ -210,54 +209,37 @@ def _accuracy_error(row: dict[str, Any]) -> float:
 
 
 def _drift_verdicts(pair: str, max_len: int, by_name: dict[str, Any], row: dict[str, Any]) -> list[Verdict]:
-    full, name = by_name["full"], row["method"]
+    full, name, accuracy = by_name["full"], row["method"], row["accuracy"]
     error = full["accuracy_stderr"] or 0.0
+    cpu, tokens = row["saved_cpu_s"], row["saved_tokens_generated"]
+    beside = f"{cpu:.1%} (wall clock {row['saved_wall_s']:.1%})"
+    level = f"{accuracy:.1%} against {full['accuracy']:.1%} ± {error:.1%}"
+    floor = "accuracy not below full OPD's by more than its standard error"
     found = [
-        Verdict(pair, name, f"saves ≥ {SAVED:.1%} of {what}", row[key] >= SAVED, f"{row[key]:.1%}{beside}")
-        for what, key, beside in (
-            ("training CPU seconds", "saved_cpu_s", f" (wall clock {row['saved_wall_s']:.1%})"),
-            ("generated tokens", "saved_tokens_generated", ""),
-        )
+        Verdict(pair, name, f"saves ≥ {SAVED:.1%} of training CPU seconds", cpu >= SAVED, beside),
+        Verdict(pair, name, f"saves ≥ {SAVED:.1%} of generated tokens", tokens >= SAVED, f"{tokens:.1%}"),
+        Verdict(pair, name, floor, accuracy >= full["accuracy"] - error, level),
     ]
-    found.append(
-        Verdict(
-            pair,
-            name,
-            "accuracy not below full OPD's by more than its standard error",
-            row["accuracy"] >= full["accuracy"] - error,
-            f"{row['accuracy']:.1%} against {full['accuracy']:.1%} ± {error:.1%}",
-        )
-    )
     truncated = truncation_at(row["tokens_generated"], by_name)
     if truncated is not None:
-        numbers = f"{row['accuracy']:.1%} against {truncated:.1%} at {row['tokens_generated']:,.0f} tokens"
+        numbers = f"{accuracy:.1%} against {truncated:.1%} at {row['tokens_generated']:,.0f} tokens"
         target = "at least as accurate as a fixed window (TOPD, between the windows that ran) at equal tokens"
-        found.append(Verdict(pair, name, target, row["accuracy"] >= truncated, numbers))
+        found.append(Verdict(pair, name, target, accuracy >= truncated, numbers))
     return found
 
 
 def _compatible_verdicts(pair: str, max_len: int, by_name: dict[str, Any], row: dict[str, Any]) -> list[Verdict]:
-    full, name = by_name["full"], row["method"]
-    opened = all(horizon == max_len for horizon in row["final_horizons"])
+    full, name, last = by_name["full"], row["method"], row["final_horizons"]
     cpu, tokens = 1 - row["saved_cpu_s"], 1 - row["saved_tokens_generated"]
     error = math.hypot(row["accuracy_stderr"] or 0.0, full["accuracy_stderr"] or 0.0)
-    gap = row["accuracy"] - full["accuracy"]
+    opened, cheap = all(horizon == max_len for horizon in last), max(cpu, tokens) <= MOST_COST
+    costs = f"{cpu:.2f} of its CPU seconds, {tokens:.2f} of its tokens"
+    level = f"{row['accuracy']:.1%} against {full['accuracy']:.1%} (± {error:.1%})"
+    equal = "accuracy equal to full OPD's within the standard error of the difference, or above"
     return [
-        Verdict(pair, name, f"the window opens to {max_len}", opened, f"last windows {row['final_horizons']}"),
-        Verdict(
-            pair,
-            name,
-            "cost at most 5 % above full OPD's",
-            max(cpu, tokens) <= MOST_COST,
-            f"{cpu:.2f} of its CPU seconds, {tokens:.2f} of its tokens",
-        ),
-        Verdict(
-            pair,
-            name,
-            "accuracy equal to full OPD's within the standard error of the difference, or above",
-            gap >= -error,
-            f"{row['accuracy']:.1%} against {full['accuracy']:.1%} (± {error:.1%})",
-        ),
+        Verdict(pair, name, f"the window opens to {max_len}", opened, f"last windows {last}"),
+        Verdict(pair, name, "cost at most 5 % above full OPD's", cheap, costs),
+        Verdict(pair, name, equal, row["accuracy"] - full["accuracy"] >= -error, level),
     ]
 
 
