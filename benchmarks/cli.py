@@ -1,4 +1,4 @@
-"""`prune-opd bench NAME [ARG …] [--out DIR] [--quick]`: measurements that claims rest on.
+"""`prune-opd bench NAME [ARG …] [--out DIR] [--quick]`: the measurements behind the project's claims.
 
 A benchmark is a function `run(path, quick)` that writes its JSON file to `path`, prints a table and returns an exit
 code; `quick` asks for a small size that only shows that it works. Further parameters are its own arguments and options,

@@ -84,13 +84,13 @@ def python(arguments: list[str], ranks: int | None) -> list[str]:
 
 
 def last_words(output: str) -> str:
-    """The last line with an error in what a process said, else its last line."""
+    """The last error line of a process's output; without one, its last line."""
     lines = output.strip().splitlines() or ["it said nothing"]
     return next((line for line in reversed(lines) if line.startswith("error:")), lines[-1])
 
 
 def rank() -> int:
-    """This process's, 0 if torchrun did not start it."""
+    """The rank of this process; 0 if torchrun did not start it."""
     return int(os.environ.get("RANK", "0"))
 
 
@@ -131,19 +131,19 @@ def write_model(folder: Path, shape: ModelShape, vocab: int, seed: int = 0) -> N
 
 
 def cpu_time() -> float:
-    """Seconds, of all threads of this process."""
+    """CPU seconds of all threads of this process."""
     usage = resource.getrusage(resource.RUSAGE_SELF)
     return usage.ru_utime + usage.ru_stime
 
 
 def reset_peak() -> int:
-    """Start the kernel's peak of resident memory anew. Returns the resident memory that it starts from, in bytes."""
+    """Start the kernel's peak of resident memory anew. Returns what is resident now [bytes]."""
     Path("/proc/self/clear_refs").write_text("5")
     return _resident("VmRSS")
 
 
 def peak_memory() -> int:
-    """The most that was resident since `reset_peak`, or ever, in bytes."""
+    """The peak of resident memory since `reset_peak`, or since the process began [bytes]."""
     return _resident("VmHWM")
 
 

@@ -98,7 +98,7 @@ def _measure_all(settings: Settings, console: Console) -> list[dict[str, Any]]:
 
 
 def _measure(contender: str, vocab: int, tokens: int, settings: Settings) -> dict[str, Any]:
-    """One process: what measure.py measured, with what was asked for. UserError if it did not come to its end."""
+    """One process: what was asked for, and what measure.py measured. UserError if it failed."""
     request = {
         "contender": contender,
         "tokens": tokens,
@@ -166,7 +166,7 @@ def _compare(raw: list[dict[str, Any]], vocab: int) -> dict[str, Any]:
 
 
 def _growth(raw: list[dict[str, Any]], settings: Settings) -> list[dict[str, Any]]:
-    """Ours by number of tokens; time and memory are relative to the fewest tokens: per token, and in all."""
+    """Ours by number of tokens. Time per token and memory are also given relative to the fewest tokens."""
     lines = []
     for tokens in settings.growth_tokens:
         line = _medians(row for row in raw if row["part"] == "growth" and row["tokens"] == tokens)

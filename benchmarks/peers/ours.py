@@ -1,4 +1,4 @@
-"""The contenders `ours` of `prune-opd bench peers`: a rank of a run of ours that takes its steps when they are due.
+"""The contenders `ours` of `prune-opd bench peers`: one rank of our run, which takes its steps when they are due.
 
 It is loop.py's own step on run.py's own parts; only the driver differs: turns, a stopwatch round each step, and the
 student as a Hugging Face directory after some of them.

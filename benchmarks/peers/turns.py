@@ -24,13 +24,13 @@ from benchmarks.common import cpu_time, measure, peak_memory
 from prune_opd.errors import UserError
 
 POLL_SECONDS = 0.5
-TIMEOUT = 7200  # seconds that a contender may take with its waiting
+TIMEOUT = 7200  # seconds of a contender, waiting included
 
 Step = dict[str, float]
 
 
 class Turns:
-    """A rank's side: its steps, each when it is due, and what they take from `begin` to `end`."""
+    """A rank's side: it waits until a step is due, and measures the step from `begin` to `end`."""
 
     def __init__(self, address: str) -> None:
         self._benchmark = Client(address)
@@ -46,7 +46,7 @@ class Turns:
         self._wall, self._cpu = time.perf_counter(), cpu_time()
 
     def end(self, step: int, **record: float) -> None:
-        """The step is over; `record` is added to it. CPU seconds are of all threads, the peak is the life's so far."""
+        """The step is over; `record` is added to it. CPU seconds are of all threads, the peak of the whole process."""
         wall, cpu = time.perf_counter() - self._wall, cpu_time() - self._cpu
         self._steps.append({"step": step, "wall_s": wall, "cpu_s": cpu, "peak_bytes": peak_memory(), **record})
 

@@ -16,7 +16,7 @@ from prune_opd.config.overrides import apply_overrides
 from prune_opd.config.recipe import load_recipe
 from prune_opd.errors import ConfigError
 
-# Of this benchmark alone: no setting was chosen on these seeds' problems, nor on their order of the training data.
+# No setting was chosen on the problems of these seeds, nor on their order of the training data.
 FIRST_SEED, EVALUATION_SEEDS = 1001, 910_000
 
 BASE = ("horizon.strategy=full", "horizon.finished_rows=miss", "gate.metric=overlap", "gate.w_drop=0", "gate.w_base=0")
@@ -137,7 +137,7 @@ class RunSpec:
 
 
 def choose(names: Sequence[str] | None) -> list[Method]:
-    """The methods that run: all, or those named, in the table's order, with full OPD and what they are compared with.
+    """The methods that run, in the table's order: those named, or all, with full OPD and what they are compared with.
 
     ConfigError for a name that no method has.
     """
@@ -215,7 +215,7 @@ def plan(
 
 
 def sweep_plan(pair: str, recipe: TrainConfig, seeds: Sequence[int], settings: Settings) -> list[RunSpec]:
-    """The sweeps' runs on one pair. A point at the recipe's own gate is there already: it is the run of `SWEPT`."""
+    """The sweeps' runs on one pair. A point at the recipe's own gate is not run again: it is the run of `SWEPT`."""
     methods = dict.fromkeys(swept_method(recipe, point) for points in SWEEPS.values() for point in points)
     return [
         run_spec(pair, recipe, method, seed, settings) for seed in seeds for method in methods if method.name != SWEPT
@@ -223,7 +223,7 @@ def sweep_plan(pair: str, recipe: TrainConfig, seeds: Sequence[int], settings: S
 
 
 def swept_method(recipe: TrainConfig, point: Point) -> Method:
-    """The method whose run is this point on a pair: `SWEPT` where the gate is the recipe's, and one for equal gates."""
+    """The method whose run is this point on a pair: `SWEPT` where the gate is the recipe's; equal gates share one."""
     assert recipe.gate is not None  # pair_recipe has seen to it
     own = recipe.gate.threshold
     if point.k == recipe.gate.k and point.threshold in (None, own):

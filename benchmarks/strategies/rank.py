@@ -1,4 +1,4 @@
-"""One run of the comparison: `prune-opd train` on one rank, and what only this benchmark wants of a run.
+"""One run of the comparison: `prune-opd train` on one rank, with what no recipe needs.
 
 Evaluations before the last one take fewer problems: they only draw the curves. A control replays the windows of another
 run, whatever its own responses look like, or gives each response a random limit around them.
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Wanted:
-    """Everything that a run is: a finished one of the same is not run again."""
+    """Everything that decides a run. A finished run of the same is not repeated."""
 
     config: TrainConfig
     problems_between: int  # of the evaluations before the last one

@@ -1,4 +1,4 @@
-"""What the runs of the comparison say: one row a method and pair, against full OPD, and the verdicts on the targets.
+"""The runs of the comparison as a row for each method and pair, and the verdicts on the targets.
 
 Means are over seeds, with the standard error of the mean; savings are against full OPD of the same seed. So are gaps in
 accuracy: runs of one seed share data and problems, so their difference is known better than either accuracy.
@@ -50,12 +50,12 @@ def mean_and_error(values: Sequence[float]) -> tuple[float, float | None]:
 
 
 def generated(steps: list[Record]) -> float:
-    """Response tokens that were generated, those included that an in-flight stop threw away."""
+    """Response tokens that were generated, also those that an in-flight stop threw away."""
     return total(steps, "tokens_generated") + total(steps, "tokens_dropped")
 
 
 def step_numbers(steps: list[Record]) -> dict[str, float]:
-    """Means of a step: its time, and what the in-flight stop is there for and does."""
+    """Means over the steps: time, tokens beyond the reliable length, and what the in-flight stop did."""
 
     def mean(key: str, of: Sequence[Record] = steps) -> float:
         return fmean(float(record.get(key, 0)) for record in of)
@@ -147,7 +147,7 @@ def pair_rows(pair: str, methods: Iterable[Method], results: Sequence[Result]) -
 def _gap(
     runs: dict[tuple[str, int], dict[str, Any]], name: str, other: str, seeds: Iterable[int]
 ) -> tuple[float, float | None] | None:
-    """Accuracy above that of another method, over the seeds that both have; None without one."""
+    """Accuracy minus that of another method, over the seeds that both have; None without any."""
     gaps = [runs[name, seed]["accuracy"] - runs[other, seed]["accuracy"] for seed in seeds if (other, seed) in runs]
     return mean_and_error(gaps) if gaps else None
 
@@ -203,7 +203,7 @@ def stop_verdicts(pair: str, off: dict[str, Any], on: dict[str, Any]) -> list[Ve
 
 
 def _accuracy_error(row: dict[str, Any]) -> float:
-    """Over the seeds; of a single one, over its problems."""
+    """Standard error over the seeds; with a single seed, over its problems."""
     error = row["accuracy_stderr"]
     return float(row["runs"][0]["accuracy_stderr_of_problems"] if error is None else error)
 
@@ -244,7 +244,7 @@ def _compatible_verdicts(pair: str, max_len: int, by_name: dict[str, Any], row: 
 
 
 def truncation_at(tokens: float, by_name: dict[str, Any]) -> float | None:
-    """Accuracy of a fixed window that costs so many generated tokens: linear between the two that enclose it."""
+    """Accuracy of a fixed window at this cost in generated tokens, linear between the two windows around it."""
     points = sorted((by_name[n]["tokens_generated"], by_name[n]["accuracy"]) for n in TRUNCATED if n in by_name)
     if not points:
         return None
@@ -273,7 +273,7 @@ COLUMNS: dict[str, Cell] = {
     "wall s saved": lambda row: share(row["saved_wall_s"]),
     "last window": lambda row: f"{fmean(row['final_horizons']):.0f}",
 }
-"""Of a table: accuracy, and its gap to full OPD's of the same seed, as mean ± standard error; seconds: CPU (wall)."""
+"""Accuracy, and its gap to full OPD of the same seed, are mean ± standard error. Seconds are CPU (wall clock)."""
 
 
 def with_error(value: float, error: float | None) -> str:
@@ -315,7 +315,7 @@ def cells(rows: Sequence[dict[str, Any]]) -> list[list[str]]:
 
 
 def markdown(title: str, rows: Sequence[dict[str, Any]], judged: Sequence[Verdict], notes: Sequence[str]) -> str:
-    """A table for a README with what it shows."""
+    """The table, its notes and its verdicts as Markdown."""
     lines = [f"### {title}", "", "| " + " | ".join(COLUMNS) + " |", "|---|" + "--:|" * (len(COLUMNS) - 1)]
     lines += ["| " + " | ".join(row) + " |" for row in cells(rows)]
     lines += _step_table(rows)

@@ -1,7 +1,7 @@
 """Running the plan of the comparison: one process a run, one core a process, several side by side, resumable.
 
-rank.py is the process; with one rank it needs no torchrun. A folder that holds a finished run of the same is left as it
-is, so a benchmark that was cut off goes on where it was.
+A process is rank.py, one rank without torchrun. A folder that holds the same run, finished, is left as it is, so a
+benchmark that was cut off goes on where it was.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class _Running:
 
 
 def finished(wanted: Wanted, folder: Path) -> tuple[list[Record], list[Record]] | None:
-    """Step records and evaluations of a finished run of exactly this, None if there is none in the folder."""
+    """Step records and evaluations of the run in the folder; None if it is another one or not finished."""
     try:
         if not wanted.same(Wanted.read(folder)):
             return None
@@ -51,7 +51,7 @@ def finished(wanted: Wanted, folder: Path) -> tuple[list[Record], list[Record]] 
 
 
 def resolved(spec: RunSpec, specs: Sequence[RunSpec], folder: Path) -> Wanted | None:
-    """Everything that the run is; None while a control waits for the run whose windows it replays."""
+    """What the run's process is given; None while a control waits for the run whose windows it replays."""
     if not spec.method.replays:
         return Wanted(spec.config, spec.problems_between)
     (source,) = [

@@ -1,4 +1,4 @@
-"""`prune-opd bench fp8-noise`: overlap and drift events that FP8 alone makes, between a model and itself.
+"""`prune-opd bench fp8-noise`: overlap and drift events that FP8 alone makes between a model and itself.
 
 The gate takes a low overlap for drift. A model in FP8 does not have the top-k of the same model in bf16, so some tokens
 are events even where student and teacher are the same model; a threshold γ is of use only where these are rare.
@@ -69,7 +69,7 @@ def run(path: Path, quick: bool) -> int:
 
 
 def _recommended(pairs: list[dict[str, Any]]) -> dict[str, dict[str, float | None]]:
-    """By number format and k, where the other side is bf16: the largest γ whose events are rare; None: none is."""
+    """The largest γ whose events against bf16 are rare, by number format and k; None where there is no such γ."""
     return {
         pair["student"]: {str(row["k"]): _largest(row["event_rate"]) for row in pair["by_k"]}
         for pair in pairs

@@ -69,7 +69,7 @@ PAIRS = (
 
 
 class Measured:
-    """What one variant makes of the tokens: hidden_MH of the predicting positions, and its top-k ids."""
+    """One variant's hidden_MH at the predicting positions, and its top-k ids there."""
 
     def __init__(self, variant: Variant, chunks: dict[str, Any], batches: Sequence[Any]) -> None:
         model = chunks[variant.params]
@@ -85,7 +85,7 @@ class Measured:
 
 
 def top_ids(hidden_MH: Tensor, weight_VH: Tensor, vocab_size: int) -> Tensor:
-    """Ids of the largest max(KS) logits, best first, formed as the loss forms them."""
+    """Ids of the largest max(KS) logits, best first; the logits are formed as in the loss."""
     head = OutputHead("student", hidden_MH, weight_VH, 1.0, vocab_size, None)
     head.allocate(min(HEAD_CHUNK, len(hidden_MH)), torch.float32)
     parts = [slice(begin, begin + HEAD_CHUNK) for begin in range(0, len(hidden_MH), HEAD_CHUNK)]
@@ -96,7 +96,7 @@ def top_ids(hidden_MH: Tensor, weight_VH: Tensor, vocab_size: int) -> Tensor:
 
 
 def compare(student: Measured, teacher: Measured) -> list[dict[str, Any]]:
-    """Overlap and events by k. `tokens_to_zero`: until a reliability that loses W_DROP an event is 0, at that rate."""
+    """Overlap and events by k. tokens_to_zero: after so many, at that rate, reliability is 0 (W_DROP an event)."""
     rows = []
     for k in KS:
         overlap_M = overlap_ratio(student.top_MK[:, :k], teacher.top_MK[:, :k])

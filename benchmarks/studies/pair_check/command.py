@@ -36,7 +36,7 @@ from prune_opd.track.metrics import FILE_NAME, read_metrics
 ERRORS_APART = 2.0  # accuracies differ if they are this many standard errors of their difference apart
 GOLD_OVERLAP = 0.65  # least overlap on gold text, at every position
 GOLD_EVENTS = 0.05  # and most events per token there
-DECAY = 0.10  # least fall of the overlap on own rollouts, first to last part; and its distance from gold text there
+DECAY = 0.10  # least fall of overlap on own rollouts, first to last part, and least distance from gold text there
 LEAST_TOKENS = 200  # fewer in a part of the response, and its mean says nothing
 
 SEED = 30_000  # of the problems: neither a training run's nor an evaluation's

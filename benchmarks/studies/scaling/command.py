@@ -153,12 +153,12 @@ def _is(point: Point, wanted: dict[str, Any]) -> bool:
 
 
 def _same_rows(settings: Settings, ranks: int) -> dict[str, int]:
-    """`settings.batch` on the fewest ranks, and as many rows for each of more."""
+    """Ranks, and a batch that gives each as many rows as `settings.batch` gives the fewest ranks."""
     return {"ranks": ranks, "batch": settings.batch * ranks // min(settings.ranks)}
 
 
 def _growths(axis: str, points: Sequence[Point]) -> list[Growth]:
-    """Of CPU seconds by phase, and of memory: along model size all that a rank holds, else what a step adds to it."""
+    """Growth of each phase's CPU seconds, and of memory: all that a rank holds along model size, else what a step adds."""
     x = [point[axis] for point in points]
     found = [
         growth(axis, phase, x, [point["cpu_s"][phase] for point in points], [point["work"][phase] for point in points])

@@ -80,7 +80,7 @@ class LastRecord(NullTracker):
 
 
 def config_of(folder: Path, points: Sequence[tuple[int, int]], steps: int) -> TrainConfig:
-    """Data parallel over all ranks, one engine each, no gate's horizon: every response may have the whole length."""
+    """Data parallel over all ranks, an engine each, full horizon: every response may have the whole length."""
     batch, length = (max(point[i] for point in points) for i in (0, 1))
     return TrainConfig(
         name="scaling",
