@@ -21,6 +21,7 @@ FIRST_SEED, EVALUATION_SEEDS = 1001, 910_000
 
 BASE = ("horizon.strategy=full", "horizon.finished_rows=miss", "gate.metric=overlap", "gate.w_drop=0", "gate.w_base=0")
 W_DROP = "gate.w_drop={w_drop}"  # the recipe's
+FIXED, MARGINAL = "horizon.strategy=topd", ("horizon.strategy=marginal", W_DROP)
 PAPER = ("horizon.strategy=prune", W_DROP)
 OURS = (*PAPER, "horizon.finished_rows=hit_if_reliable")
 STOP = (
@@ -63,44 +64,22 @@ class Point:
 SWEPT = "prune"  # the project's own default: w_base 0, and a response that ends reliably is a hit
 METHODS = (
     Method("full", "full OPD", ()),
-    Method(
-        "fixed", "fixed window, a third (the paper's 4096 of 12288)", ("horizon.strategy=topd", "horizon.rho=0.3333")
-    ),
-    Method("topd_10", "TOPD .10", ("horizon.strategy=topd", "horizon.rho=0.1")),
-    Method("topd_25", "TOPD .25", ("horizon.strategy=topd", "horizon.rho=0.25")),
+    Method("fixed", "fixed window, a third (the paper's 4096 of 12288)", (FIXED, "horizon.rho=0.3333")),
+    Method("topd_10", "TOPD .10", (FIXED, "horizon.rho=0.1")),
+    Method("topd_25", "TOPD .25", (FIXED, "horizon.rho=0.25")),
     Method("popd", "POPD", ("horizon.strategy=popd",)),
     Method("prune_paper", "Prune-OPD overlap, the paper's (w_base .5)", (*PAPER, "gate.w_base=0.5")),
     Method("prune_w0", "Prune-OPD overlap, w_base 0", PAPER),
     Method("prune", "Prune-OPD overlap, w_base 0, hit_if_reliable", OURS),
     Method("prune_top_p", "Prune-OPD top-p, w_base 0, hit_if_reliable", (*OURS, "gate.metric=teacher_top_p")),
-    Method("marginal", "ours: marginal window, w_base 0", ("horizon.strategy=marginal", W_DROP)),
-    Method(
-        "marginal_paper", "ours: marginal window, w_base .5", ("horizon.strategy=marginal", W_DROP, "gate.w_base=0.5")
-    ),
-    Method(
-        "inflight",
-        "Prune-OPD + in-flight stop (ours)",
-        (*OURS, *STOP),
-        against="prune",
-    ),
+    Method("marginal", "ours: marginal window, w_base 0", MARGINAL),
+    Method("marginal_paper", "ours: marginal window, w_base .5", (*MARGINAL, "gate.w_base=0.5")),
+    Method("inflight", "Prune-OPD + in-flight stop (ours)", (*OURS, *STOP), "prune"),
     Method("full_gated", "full rollouts, the gate weighs", (W_DROP,), named_only=True),
-    Method(
-        "inflight_full",
-        "full rollouts + in-flight stop (ours)",
-        (W_DROP, *STOP),
-        against="full_gated",
-        named_only=True,
-    ),
+    Method("inflight_full", "full rollouts + in-flight stop (ours)", (W_DROP, *STOP), "full_gated", named_only=True),
     Method("iw_opd", "IW-OPD", ("weighting.name=iw_opd",)),
-    Method("replay", "control: POPD that replays Prune's windows", (), against="prune", replays=True),
-    Method(
-        "random",
-        "control: random cuts with the mean of Prune's windows",
-        (),
-        against="prune",
-        replays=True,
-        scatter=True,
-    ),
+    Method("replay", "control: POPD that replays Prune's windows", (), "prune", replays=True),
+    Method("random", "control: random cuts with the mean of Prune's windows", (), "prune", replays=True, scatter=True),
 )
 # With few candidates few values of γ differ (k = 2 knows overlaps of 0, .5 and 1): γ is swept at k = 8.
 SWEEPS = {

@@ -43,7 +43,7 @@ class Wanted:
 
     @staticmethod
     def read(folder: Path) -> Wanted:
-        """ConfigError or OSError where nothing readable was written."""
+        """What `write` wrote. ConfigError, OSError, ValueError or TypeError where it is not that."""
         config = load_config(folder / "wanted.yaml")
         assert isinstance(config, TrainConfig)
         beside = json.loads((folder / "beside.json").read_text(encoding="utf-8"))

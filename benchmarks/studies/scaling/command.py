@@ -158,7 +158,7 @@ def _same_rows(settings: Settings, ranks: int) -> dict[str, int]:
 
 
 def _growths(axis: str, points: Sequence[Point]) -> list[Growth]:
-    """Growth of each phase's CPU seconds, and of memory: all that a rank holds along model size, else what a step adds."""
+    """Growth of CPU seconds by phase, and of memory: along model size all that a rank holds, else what a step adds."""
     x = [point[axis] for point in points]
     found = [
         growth(axis, phase, x, [point["cpu_s"][phase] for point in points], [point["work"][phase] for point in points])
