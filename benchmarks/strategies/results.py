@@ -25,10 +25,7 @@ TRUNCATED = ("topd_10", "topd_25", "fixed", "full")  # fixed windows, from the s
 SAVED, MOST_COST = 0.376, 1.05  # the targets
 STOPPING = {method.name: method.against for method in METHODS if set(STOP) <= set(method.changes)}
 DRIFTING = 0.1  # a pair drifts if this share of its tokens lies beyond the reliable length without the in-flight stop
-CUT, OVERHEAD = (
-    0.6,
-    0.05,
-)  # the stop's targets: share of those tokens cut; else, how much longer a step may be
+CUT, OVERHEAD = 0.6, 0.05  # the stop's targets: share of those tokens cut; where few are, how much longer a step is
 WARMUP = 1  # steps that a step's time leaves out
 
 

@@ -124,9 +124,7 @@ def take_turns(run: Run, points: Sequence[tuple[int, int]], rounds: int, importe
 
     def go(batch: int, length: int) -> dict[str, Any]:
         run.config = replace(
-            config,
-            rollout=replace(config.rollout, prompts=batch),
-            horizon=replace(config.horizon, max_len=length),
+            config, rollout=replace(config.rollout, prompts=batch), horizon=replace(config.horizon, max_len=length)
         )
         run.controller = make_controller(run.config.horizon)
         run.long_tail = LongTail(run.config.rollout, run.sampler.endless)
