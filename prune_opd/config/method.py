@@ -37,7 +37,7 @@ class GateConfig(Checked, name="gate"):
     top_p: ShareAboveZero = 0.95  # p of teacher_top_p
 
 
-STRATEGIES = ("full", "topd", "popd", "prune", "marginal", "replay")
+STRATEGIES = ("full", "topd", "popd", "prune", "marginal")
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class HorizonConfig(Checked, name="horizon"):
     Constants that the papers did not publish, or chose per pair, have no default: they must be set where they are used.
     """
 
-    strategy: str = "prune"  # full | topd | popd | prune | marginal (ours) | replay (a control)
+    strategy: str = "prune"  # full | topd | popd | prune | marginal (ours)
     max_len: Count = 12288  # most response tokens there ever are: what full has always
     min_len: Count = 1024  # prune, marginal: the least M
     init_len: Count | None = None  # prune, marginal: M_0; popd: H_0
@@ -61,17 +61,11 @@ class HorizonConfig(Checked, name="horizon"):
     # prune: what responses are that ended by themselves before the boundary
     finished_rows: Literal["miss", "hit_if_reliable", "exclude"] = "miss"
     price: Share = 0.5  # marginal: of a generated token, in reliable tokens
-    windows: tuple[int, ...] = ()  # replay: the window of every step; the last one stays
-    # A control: each response gets a limit of its own, uniform and as far around the window as 1..max_len allows.
-    scatter: bool = False
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "windows", tuple(self.windows))  # OmegaConf hands over a list
         super().__post_init__()
         one_of("horizon.strategy", self.strategy, STRATEGIES)
         between("horizon.min_len", self.min_len, 1, self.max_len)
-        for window in self.windows:
-            between("horizon.windows", window, 1)
         if self.strategy == "topd":
             required(
                 "horizon.rho", self.rho, "topd needs the fraction of max_len to generate (the paper has 0.10 and 0.25)"
@@ -79,8 +73,6 @@ class HorizonConfig(Checked, name="horizon"):
         if self.strategy in ("prune", "marginal"):
             why = f"{self.strategy} needs its first window; the paper chooses it per pair"
             required("horizon.init_len", self.init_len, why)
-        if self.strategy == "replay":
-            required("horizon.windows", self.windows or None, "replay needs the window of every step")
         if self.strategy == "popd":
             unpublished = "popd needs it, and the paper's value is not published"
             required("horizon.init_len", self.init_len, unpublished)

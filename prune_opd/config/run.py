@@ -63,7 +63,6 @@ class EvalConfig(Checked, name="evaluation"):
 
     every: CountOrZero = 0  # steps; 0: only before and after the run
     problems: CountOrZero = 256  # of each task; 0: no evaluation
-    problems_between: Count | None = None  # of the evaluations before the last one; None: all
     samples: Count = 1  # avg@samples
     temperature: PositiveOrZero = 1.0  # of the sampling; 0: greedy
     top_p: ShareAboveZero = 1.0  # the sampling's nucleus; the papers have 0.95
@@ -71,11 +70,6 @@ class EvalConfig(Checked, name="evaluation"):
     seed: int = 777  # of the problems and of the sampling, the same at every evaluation
     sources: tuple[str, ...] = ()  # tasks and files with answers, as data.source; none: the training source, held out
     generations: CountOrZero = 64  # answers of each task that every evaluation leaves in generations/
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.problems_between is not None:
-            between("evaluation.problems_between", self.problems_between, 1, max(self.problems, 1))
 
 
 @dataclass(frozen=True)
@@ -214,11 +208,6 @@ def check_inflight(config: TrainConfig) -> None:
 def check_long_tail(config: TrainConfig) -> None:
     """ConfigError where partial rollouts would have nothing to go on with, or no ratio to correct it by."""
     rollout = config.rollout
-    if rollout.oversample > 1 and config.horizon.scatter:
-        raise ConfigError(
-            f"rollout.oversample = {rollout.oversample:g} with horizon.scatter = true: the responses with the shortest "
-            "limits would be kept, and the cuts' mean would not be the horizon; set rollout.oversample=1"
-        )
     if not rollout.partial:
         return
     if rollout.oversample == 1:

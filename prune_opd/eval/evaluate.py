@@ -75,14 +75,11 @@ class Evaluator:
         self.tokenizer, self.task, self.source = tokenizer, task, source
         self.problems, self.sampling = problems, sampling
 
-    def run(self, engine: RolloutEngine, problems: int | None = None) -> Scored:
-        """Sample from the engine's weights and score: all problems, or the first ones.
-
-        Collective: every rank calls it and gets the same.
-        """
-        sampling, chosen = self.sampling, self.problems[:problems]
+    def run(self, engine: RolloutEngine) -> Scored:
+        """Sample from the engine's weights and score. Collective: every rank calls it and gets the same."""
+        sampling = self.sampling
         rollouts = engine.generate(
-            chosen,
+            self.problems,
             sampling.samples,
             sampling.max_len,
             seed=sampling.seed,
@@ -95,7 +92,7 @@ class Evaluator:
         )
         k = sampling.samples
         grouped = [texts[i : i + k] for i in range(0, len(texts), k)]
-        correct = score_responses(self.source, chosen, grouped)
+        correct = score_responses(self.source, self.problems, grouped)
         return Scored(self.task, rollouts, tuple(texts), tuple(map(tuple, correct)))
 
 
@@ -119,21 +116,16 @@ def task_name(source: str) -> str:
 
 
 def evaluation_record(
-    engine: RolloutEngine,
-    evaluators: Sequence[Evaluator],
-    step: int,
-    generations: Path | None,
-    keep: int,
-    problems: int | None = None,
+    engine: RolloutEngine, evaluators: Sequence[Evaluator], step: int, generations: Path | None, keep: int
 ) -> Record:
-    """The evaluation line of metrics.jsonl after `step` updates, over all tasks (their first `problems`). Collective.
+    """The evaluation line of metrics.jsonl after `step` updates, over all tasks. Collective.
 
     A rank that gives the folder `generations` writes `keep` answers of every task to step-NNNNNN.jsonl in it.
     `eval_response_length` is the mean of the tasks' means, in tokens.
     """
     started = time.perf_counter()
     record: Record = {"step": step}
-    scored = [evaluator.run(engine, problems) for evaluator in evaluators]
+    scored = [evaluator.run(engine) for evaluator in evaluators]
     for result in scored:
         name, accuracy = f"eval_{result.task}", result.accuracy
         record[name] = accuracy.mean

@@ -110,7 +110,7 @@ def assumptions(config: TrainConfig) -> list[str]:
 
 
 def _schedule(horizon: HorizonConfig, steps: int) -> dict[float, int]:
-    """`steps_by_horizon` of a controller that ignores the responses: full, topd, popd, replay."""
+    """`steps_by_horizon` of a controller that ignores the responses: full, topd, popd."""
     controller, found = make_controller(horizon), Counter[float]()
     for _ in range(steps):
         found[controller.horizon] += 1
