@@ -44,7 +44,7 @@ def train(job: Job) -> int:
                 shutil.move(run_dir / "hf", job.hf_dir(number))
                 job.saved(number)
     log.finish(threads=torch.get_num_threads(), torch=torch.__version__)
-    run.engine.close()
+    run.rollout.engine.close()
     return 0
 
 

@@ -3,23 +3,21 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from prune_opd.run import Run
+from prune_opd.platform import Platform
 
 
 class PhaseClock:
     """Seconds by phase, device work included, and with what the phase brings to the device or takes from it.
 
     `cpu_*` beside `time_*` are the CPU seconds of this process (all threads): on a busy machine they still hold.
-    `memory_*` is what the phase had of the device's memory.
+    `memory_*` is what the phase had of the device's memory. enter: told of each phase before it begins.
     """
 
-    def __init__(self, run: Run):
-        self.machine, self.enter, self.started = run.machine, run.enter, self._now()
+    def __init__(self, machine: Platform, enter: Callable[[str], None]):
+        self.machine, self.enter, self.started = machine, enter, self._now()
         self.measured: dict[str, float] = {}
 
     @contextmanager

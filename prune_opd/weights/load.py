@@ -13,10 +13,9 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from prune_opd.errors import ConfigError
-from prune_opd.weights.mapping import Entry, entries, local_parameters, merge_shards, read_shard
+from prune_opd.weights.mapping import Entry, ModelChunk, entries, local_parameters, merge_shards, read_shard
 
 if TYPE_CHECKING:
-    from prune_opd.megatron.model import HiddenStatesGPT
     from prune_opd.model_spec import ModelSpec
 
 
@@ -62,7 +61,7 @@ class SafetensorsDirectory:
 
 
 @torch.no_grad()
-def load_hf_weights(chunks: Sequence[HiddenStatesGPT], directory: str | Path) -> None:
+def load_hf_weights(chunks: Sequence[ModelChunk], directory: str | Path) -> None:
     """Fill every parameter of this rank. Raises `ConfigError` for a missing tensor or a shape that does not fit."""
     files = SafetensorsDirectory(directory)
     spec, groups = chunks[0].spec, chunks[0].pg_collection

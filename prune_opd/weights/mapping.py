@@ -10,14 +10,13 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
 from torch.nn import Parameter
 
 if TYPE_CHECKING:
-    from prune_opd.megatron.model import HiddenStatesGPT
     from prune_opd.model_spec import ModelSpec
 
 LAYERS, EXPERTS = "decoder.layers.", "mlp.experts.local_experts."
@@ -76,7 +75,20 @@ def _feed_forward(ours: str, theirs: str, expert: int | None = None) -> Iterator
     yield Entry(ours + "linear_fc2.weight", (theirs + "down_proj.weight",), "columns", expert)
 
 
-def local_parameters(chunks: Sequence[HiddenStatesGPT]) -> dict[str, Parameter]:
+class ModelChunk(Protocol):
+    """What is asked of a model, or of a pipeline stage's chunk of one (`megatron.model.HiddenStatesGPT`)."""
+
+    spec: ModelSpec
+    pg_collection: Any
+    decoder: Any
+    share_embeddings_and_output_weights: bool
+
+    def parameters(self) -> Iterator[Parameter]: ...
+
+    def named_parameters(self) -> Iterator[tuple[str, Parameter]]: ...
+
+
+def local_parameters(chunks: Sequence[ModelChunk]) -> dict[str, Parameter]:
     """This rank's parameters by the names of `entries`: layers and experts are numbered as in the whole model.
 
     The last stage's copy of a tied embedding goes by the embedding's name: it is that weight, held twice.
@@ -88,7 +100,7 @@ def local_parameters(chunks: Sequence[HiddenStatesGPT]) -> dict[str, Parameter]:
     return named
 
 
-def _global_name(chunk: HiddenStatesGPT, name: str) -> str:
+def _global_name(chunk: ModelChunk, name: str) -> str:
     if name == "output_layer.weight" and chunk.share_embeddings_and_output_weights:
         return "embedding.word_embeddings.weight"
     if not name.startswith(LAYERS):

@@ -16,20 +16,17 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from prune_opd.weights.checksum import Checksums
-from prune_opd.weights.mapping import Entry, entries, local_parameters
+from prune_opd.weights.mapping import Entry, ModelChunk, entries, local_parameters
 from prune_opd.weights.pieces import place_views, shard_views
 from prune_opd.weights.plan import Bucket, Holding, Item, make_buckets, make_items
 from prune_opd.weights.transport import Buffer, Collectives, Flight, Held, SharedMemory, Transport, on_one_machine
-
-if TYPE_CHECKING:
-    from prune_opd.megatron.model import HiddenStatesGPT
 
 MAX_FILE_BYTES = 5 * 2**30
 MIB = 2**20
@@ -49,7 +46,7 @@ class Resharder:
 
     def __init__(
         self,
-        chunks: Sequence[HiddenStatesGPT],
+        chunks: Sequence[ModelChunk],
         bucket_mb: float = BUCKET_MB,
         transport: str | None = None,
         *,
@@ -176,12 +173,12 @@ class _Sent:
     flight: Flight
 
 
-def hf_stream(chunks: Sequence[HiddenStatesGPT], bucket_mb: float = BUCKET_MB) -> Iterator[tuple[str, Tensor]]:
+def hf_stream(chunks: Sequence[ModelChunk], bucket_mb: float = BUCKET_MB) -> Iterator[tuple[str, Tensor]]:
     """One pass of a `Resharder`'s stream, in the order of `entries`."""
     return Resharder(chunks, bucket_mb, in_order=True).stream()
 
 
-def export_hf(chunks: Sequence[HiddenStatesGPT], source_dir: str | Path, out_dir: str | Path, *, write: bool) -> None:
+def export_hf(chunks: Sequence[ModelChunk], source_dir: str | Path, out_dir: str | Path, *, write: bool) -> None:
     """Write a Hugging Face directory that transformers and vLLM load: weights of `chunks`, the rest from `source_dir`.
 
     Collective; only the rank with `write` touches the disk. Bit-equal to the model's parameters.

@@ -41,7 +41,7 @@ from prune_opd.config import (
 from prune_opd.config.memory_phases import MemoryPhases
 from prune_opd.method.horizon import make_controller
 from prune_opd.rollout.engine import ENVIRONMENT
-from prune_opd.rollout.long_tail import LongTail
+from prune_opd.rollout.phase import RolloutPhase
 from prune_opd.run import Run, prepare
 from prune_opd.track.tracker import NullTracker
 
@@ -124,7 +124,7 @@ def measure(run: Run, points: list[tuple[int, int]], rounds: int, imported: int)
     """The points take turns, round after round, after one small step that pays for the parity check and cold caches."""
     config = run.config
     run.tracker = records = LastRecord()
-    run.memory = watch = PhaseWatch()
+    run.phases.memory = watch = PhaseWatch()
 
     def go(batch: int, length: int) -> dict[str, Any]:
         run.config = replace(
@@ -133,7 +133,7 @@ def measure(run: Run, points: list[tuple[int, int]], rounds: int, imported: int)
             horizon=replace(config.horizon, max_len=length),
         )
         run.controller = make_controller(run.config.horizon)
-        run.long_tail = LongTail(run.config.rollout, run.sampler.endless)
+        run.rollout = RolloutPhase(run.config, run.rollout.engine, run.rollout.sampler)
         return one_step(run, watch, records, imported)
 
     go(*min(points))
@@ -141,7 +141,7 @@ def measure(run: Run, points: list[tuple[int, int]], rounds: int, imported: int)
     for _ in range(rounds):
         for at, (batch, length) in enumerate(points):
             steps[at].append(go(batch, length))
-    prompt = mean(len(run.sampler.source.get(index).ids) for index in range(16))
+    prompt = mean(len(run.rollout.sampler.source.get(index).ids) for index in range(16))
     return {
         "prompt_length": prompt,
         "points": [
