@@ -3,7 +3,8 @@
 On CUDA nothing is changed. Without CUDA the same, unmodified megatron-core runs on gloo: it asks torch for
 `torch.cuda.current_device()`, `device="cuda"`, `.cuda()` and a CUDA generator, and compares `tensor.type()` with
 `"torch.cuda.FloatTensor"`; those names answer for the CPU once `prepare()` has run. It must run before any `megatron`
-import, because megatron-core binds `torch.compile` when it is imported.
+import, because megatron-core binds `torch.compile` when it is imported. vLLM's CPU build runs as it is, but for the
+three corrections at the end of this file.
 
 What the CPU cannot do is refused (`check/run.py`, `megatron/model.py`), never ignored.
 """
