@@ -7,14 +7,20 @@ prompts ─ sampler ─▶ rollout (vLLM, at most `horizon` tokens) ─▶ teach
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from prune_opd.config import TrainConfig
 from prune_opd.errors import REQUEUE_EXIT_CODE
 from prune_opd.eval.evaluate import evaluation_record
+from prune_opd.loss.stats import BatchStats
 from prune_opd.loss.training_loss import gated_loss
 from prune_opd.ranks.signals import Interruption
 from prune_opd.run import Run, prepare
 from prune_opd.track.clock import PhaseClock
+
+if TYPE_CHECKING:  # megatron-core is imported after `platform.prepare`
+    from prune_opd.megatron.train_batch import TrainBatch
+    from prune_opd.megatron.trainer import StepResult
 
 
 def train(
@@ -43,7 +49,7 @@ def train_to_end(run: Run, interruption: Interruption) -> int:
                 evaluate(run)
             if interrupted or (done == last and config.checkpoint.last) or _due(done, config.checkpoint.every):
                 run.save_checkpoint()
-        run.enter("checkpoint")
+        run.phases.enter("checkpoint")
         run.checkpoints.finish()
         if run.finished_steps == config.steps and config.checkpoint.export_hf:
             run.export()
@@ -53,37 +59,24 @@ def train_to_end(run: Run, interruption: Interruption) -> int:
 
 def step(run: Run) -> None:
     """One step of the method: sync → rollout → teacher → train → controller → log."""
-    clock, number = PhaseClock(run), run.finished_steps + 1
+    clock, number = PhaseClock(run.machine, run.phases.enter), run.finished_steps + 1
     horizon = run.controller.horizon
     with clock("sync"):
-        run.sync_weights()
+        run.sync(run.finished_steps)
     with clock("rollout"):
         rollouts = run.generate(horizon, number)  # the in-flight gate stops drifting responses
-    minibatches = run.minibatches(rollouts)
-    batches = [batch for minibatch in minibatches for batch in minibatch]
-    with clock("teacher"):
-        teacher_hidden = run.teacher_hidden(rollouts)
-    with clock("train"):
-        stats = run.new_stats(len(rollouts.responses), rollouts.stopped_rows)
-        loss = gated_loss(run, teacher_hidden, stats, updates=len(minibatches))
-        if len(minibatches) > 1:
-            run.trainer.look(batches, loss)  # at the policy that sampled the batch, before it moves
-        result = run.trainer.step_through(minibatches, loss)
-        stats.reduce(run.layout.reports)
-    run.check_updates(result, rollouts)
-    if not result.skipped:
-        run.controller.update(stats.reliable_length_B, rollouts.length_B, rollouts.finished_B)
-    run.finished_steps = number
+    batch = run.train_batch(rollouts)
+    result, stats = train_on(run, batch, clock)
     run.tracker.step(
         {
             "step": number,
             "horizon": horizon,
             **stats.record(),
-            **run.packing_record(rollouts),
+            **batch.packing,
             "response_length": rollouts.tokens / len(rollouts.responses),
             "finished_rate": sum(rollouts.finished_B) / len(rollouts.responses),
             **run.inflight_record(rollouts, stats.reliable_length_B),
-            **run.long_tail.record(rollouts),
+            **run.rollout.long_tail.record(rollouts),
             "lengths_by_position": stats.lengths(rollouts.length_B),
             "rollout_digest": rollouts.digest,
             "tokens_generated": rollouts.generated,
@@ -93,22 +86,44 @@ def step(run: Run) -> None:
             "grad_norm": result.grad_norm,
             "weight_norm": run.trainer.weight_norm(),
             "lr": result.lr,
-            "updates_skipped": len(minibatches) - result.updates,
+            "updates_skipped": len(batch.minibatches) - result.updates,
             **clock.record(),
         }
     )
     run.tracker.samples(number, horizon, rollouts, stats)
 
 
+def train_on(run: Run, batch: TrainBatch, clock: PhaseClock) -> tuple[StepResult, BatchStats]:
+    """The step once its rollouts are there: teacher → train → controller. Its updates, and what the gate saw."""
+    rollouts, updates = batch.rollouts, len(batch.minibatches)
+    with clock("teacher"):
+        kept = run.inflight.kept if run.inflight else None  # rows that the teacher saw to their end in flight
+        teacher_hidden = run.teacher.hidden(rollouts, batch.deals, kept)
+    with clock("train"):
+        stats = run.new_stats(rollouts)
+        loss = gated_loss(
+            run.config, run.teacher, teacher_hidden, run.vocab_size, run.layout.tp_group, stats, several=updates > 1
+        )
+        if updates > 1:
+            run.trainer.look(batch.microbatches, loss)  # at the policy that sampled the batch, before it moves
+        result = run.trainer.step_through(batch.minibatches, loss)
+        stats.reduce(run.layout.reports)
+    run.check_updates(result, rollouts)
+    if not result.skipped:
+        run.controller.update(stats.reliable_length_B, rollouts.length_B, rollouts.finished_B)
+    run.finished_steps += 1
+    return result, stats
+
+
 def evaluate(run: Run) -> None:
     """Accuracy of the student as it is now, on held-out problems at the full horizon."""
     if not run.evaluators:
         return
-    run.sync_weights()
-    run.enter("evaluation")
+    run.sync(run.finished_steps)
+    run.phases.enter("evaluation")
     generations = run.run_dir / "generations" if run.layout.is_main else None
     keep = run.config.evaluation.generations
-    record = evaluation_record(run.engine, run.evaluators, run.finished_steps, generations, keep)
+    record = evaluation_record(run.rollout.engine, run.evaluators, run.finished_steps, generations, keep)
     run.full_response_length = record["eval_response_length"]
     run.tracker.evaluation(record)
 

@@ -1,9 +1,10 @@
-"""Which machine this is, and the one place that makes megatron-core run on it.
+"""Which machine this is, and the one place that makes megatron-core and vLLM run on it.
 
 On CUDA nothing is changed. Without CUDA the same, unmodified megatron-core runs on gloo: it asks torch for
 `torch.cuda.current_device()`, `device="cuda"`, `.cuda()` and a CUDA generator, and compares `tensor.type()` with
 `"torch.cuda.FloatTensor"`; those names answer for the CPU once `prepare()` has run. It must run before any `megatron`
-import, because megatron-core binds `torch.compile` when it is imported.
+import, because megatron-core binds `torch.compile` when it is imported. vLLM's CPU build runs as it is, but for the
+three corrections at the end of this file.
 
 What the CPU cannot do is refused (`check/run.py`, `megatron/model.py`), never ignored.
 """
@@ -14,9 +15,10 @@ import functools
 import os
 import random
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -110,6 +112,26 @@ def prepare_experts() -> None:
         module.maybe_move_tensor_to_cpu = _as_numpy_if_asked
     if not hasattr(moe_utils, "te_general_gemm"):  # asked for, but not defined, without Transformer Engine
         modules[0].te_general_gemm = None
+
+
+@functools.cache
+def prepare_vllm() -> None:
+    """What vLLM needs on the CPU before its first engine is built. Safe to call again."""
+    if not prepare().is_cpu:
+        return
+    import vllm.v1.sample.sampler  # noqa: F401  before `compiling`, which is for the model alone
+
+    _own_shared_memory()
+
+
+def reload_weights(llm: Any, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
+    """Replace the weights of vLLM's `llm` by (Hugging Face name, whole tensor), drawn to the end on every rank."""
+    on_cpu = prepare().is_cpu
+    if on_cpu:
+        llm.collective_rpc(_unpack_experts)
+    llm.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(weights)})
+    if on_cpu:
+        llm.collective_rpc(_repack_tied_head)
 
 
 @contextmanager
@@ -280,3 +302,53 @@ def _cpu_generator_for_the_cuda_generator() -> None:
 
     megatron_random._get_cuda_rng_state = lambda *args, **kwargs: torch.get_rng_state()
     megatron_random._set_cuda_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
+
+
+# ----------------------------------------------------------------------------------------------------- vLLM on the CPU
+
+
+def _own_shared_memory() -> None:
+    """Name the shared memory of an engine's ranks after this run.
+
+    vLLM's CPU path names it after the ranks alone, so two runs on a machine would meet in it, and what a killed run
+    leaves behind would end the next one: a name is not created twice.
+    """
+    from vllm.distributed.device_communicators import cpu_communicator
+
+    theirs = cpu_communicator._CPUSHMDistributed
+
+    class OfThisRun(theirs):  # type: ignore[misc, valid-type]
+        @staticmethod
+        def make_group_name(communicator: Any) -> str:
+            run = f"prune-opd-{os.environ['MASTER_PORT']}"  # one run a port; a rank that is alone (0) shares no memory
+            return run + theirs.make_group_name(communicator).replace("/", "")
+
+        def _init_cpu_shm(self) -> int:
+            # Before the ranks meet: each one's own segment, which a run with this port has left when it was killed.
+            Path("/dev/shm", f"{self.group_name}_{self.communicator.rank}").unlink(missing_ok=True)
+            return int(super()._init_cpu_shm())
+
+    cpu_communicator._CPUSHMDistributed = OfThisRun
+
+
+def _unpack_experts(worker: Any) -> None:
+    """vLLM's CPU path packs experts only while it has no kernel for them: a reload would leave them unpacked.
+
+    Without its kernel each layer builds one anew as it is reloaded, and packs.
+    """
+    from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import UnquantizedFusedMoEMethod
+
+    for module in worker.model_runner.get_model().modules():
+        method = getattr(module, "quant_method", None)
+        if isinstance(method, UnquantizedFusedMoEMethod):
+            method.moe_kernel = None
+
+
+def _repack_tied_head(worker: Any) -> None:
+    """vLLM's CPU path keeps a packed copy of the output matrix, which a reload leaves stale when it is tied."""
+    from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
+    from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
+
+    for module in worker.model_runner.get_model().modules():
+        if isinstance(module, ParallelLMHead) and hasattr(module, "cpu_linear") and module.weight.numel():
+            dispatch_cpu_unquantized_gemm(module, remove_weight=False)

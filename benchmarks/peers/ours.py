@@ -34,7 +34,7 @@ def train(address: str, folder: str, steps: int, save_at: list[int], threads: in
             if run.layout.is_main:
                 shutil.move(home / "run" / "hf", home / f"hf-{number}")
     turns.hand_in()
-    run.engine.close()
+    run.rollout.engine.close()
 
 
 if __name__ == "__main__":

@@ -117,7 +117,7 @@ def train(folder: Path) -> int:
     if wanted.windows:
         run.controller = Replay(wanted.windows, config.horizon.max_len)
     if wanted.scatter:
-        run.limits = scattered(config.horizon.max_len, config.seed)
+        run.rollout.limits = scattered(config.horizon.max_len, config.seed)
     return train_to_end(run, interruption)
 
 

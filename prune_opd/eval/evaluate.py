@@ -16,6 +16,7 @@ from prune_opd.data.prompt import Prompt, PromptSource
 from prune_opd.data.prompts import held_out, make_source
 from prune_opd.data.rows import FORMATS
 from prune_opd.rollout.batch import Rollouts
+from prune_opd.rollout.request import TokenSampling, new_rows
 from prune_opd.track.metrics import Record
 
 if TYPE_CHECKING:  # the command line reads this module, and torch takes seconds
@@ -78,15 +79,8 @@ class Evaluator:
     def run(self, engine: RolloutEngine) -> Scored:
         """Sample from the engine's weights and score. Collective: every rank calls it and gets the same."""
         sampling = self.sampling
-        rollouts = engine.generate(
-            self.problems,
-            sampling.samples,
-            sampling.max_len,
-            seed=sampling.seed,
-            step=0,
-            temperature=sampling.temperature,
-            top_p=sampling.top_p,
-        )
+        tokens = TokenSampling(sampling.seed, 0, sampling.temperature, sampling.top_p)
+        rollouts = engine.generate(new_rows(self.problems, sampling.samples, sampling.max_len), tokens)
         texts = self.tokenizer.batch_decode(
             [list(response) for response in rollouts.response_ids], skip_special_tokens=True
         )

@@ -3,25 +3,68 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Sequence
+from typing import Protocol
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
+from prune_opd.config import TrainConfig
 from prune_opd.errors import NotFiniteLogitsError
 from prune_opd.loss import Head, Method, OldPolicy, Tokens, distill_loss
+from prune_opd.loss.context import ContextShard
 from prune_opd.loss.stats import BatchStats
-from prune_opd.run import Run
-
-if TYPE_CHECKING:
-    from prune_opd.megatron.model import HiddenStatesGPT
-    from prune_opd.megatron.packing import PackedBatch
-    from prune_opd.megatron.redistribute import TeacherHidden
-    from prune_opd.megatron.trainer import LossFunction
 
 
-def gated_loss(run: Run, teacher_hidden: TeacherHidden, stats: BatchStats, updates: int = 1) -> LossFunction:
+class Student(Protocol):
+    """What the loss knows of the student (`HiddenStatesGPT`): the rows of its output matrix on this rank [V/tp, H]."""
+
+    def head_weight(self) -> Tensor: ...
+
+
+class Teacher(Protocol):
+    """What it knows of the teacher (`megatron.teacher.Teacher`): the same of it."""
+
+    @property
+    def head_weight(self) -> Tensor: ...
+
+
+class TeacherHidden(Protocol):
+    """The teacher's hidden states of a step (`megatron.redistribute.TeacherHidden`)."""
+
+    def packed(self, rows: Sequence[int]) -> Tensor: ...
+
+
+class MicroBatch(Protocol):
+    """What it knows of a micro-batch (`PackedBatch`, which has the meanings)."""
+
+    @property
+    def rows(self) -> tuple[int, ...]: ...
+    @property
+    def predicting_M(self) -> Tensor: ...
+    @property
+    def sampled_ids_M(self) -> Tensor: ...
+    @property
+    def cu_responses(self) -> Tensor: ...
+    @property
+    def stale_logp_M(self) -> Tensor | None: ...
+    @property
+    def context(self) -> ContextShard | None: ...
+
+
+def gated_loss(
+    config: TrainConfig,
+    teacher: Teacher,
+    teacher_hidden: TeacherHidden,
+    vocab_size: int,
+    tp_group: dist.ProcessGroup | None,
+    stats: BatchStats,
+    several: bool = False,
+) -> Callable[[Student, MicroBatch, Tensor], tuple[Tensor, int]]:
     """The trainer's loss function for this step: `distill_loss` on the positions that predict a response token.
+
+    vocab_size: ids that both models know. tp_group: the ranks that share the output matrices; None: there is one.
 
     What the gate saw goes to `stats`. With several updates a batch (method.md §1), the first call with a micro-batch
     notes down what is then fixed of it (`OldPolicy`: gate weights, and a policy gradient's candidates and rewards) and
@@ -32,7 +75,7 @@ def gated_loss(run: Run, teacher_hidden: TeacherHidden, stats: BatchStats, updat
     """
     policies: dict[tuple[int, ...], OldPolicy] = {}
 
-    def loss(model: HiddenStatesGPT, batch: PackedBatch, hidden_NH: Tensor) -> tuple[Tensor, int]:
+    def loss(model: Student, batch: MicroBatch, hidden_NH: Tensor) -> tuple[Tensor, int]:
         old = policies.get(batch.rows)
         head_weight_VH, context = model.head_weight(), batch.context
         teacher_hidden_MH = teacher_hidden.packed(batch.rows)
@@ -41,13 +84,13 @@ def gated_loss(run: Run, teacher_hidden: TeacherHidden, stats: BatchStats, updat
                 Head(hidden_NH[batch.predicting_M], head_weight_VH),
                 Head(
                     teacher_hidden_MH if context is None else teacher_hidden_MH[context.index_N],
-                    run.teacher.head_weight,
+                    teacher.head_weight,
                 ),
-                Tokens(batch.sampled_ids_M, batch.cu_responses, run.vocab_size, context, batch.stale_logp_M),
-                Method(run.config.gate, run.config.objective, run.config.weighting),
-                tp_group=run.layout.tp_group,
-                chunk=run.config.parallel.loss_chunk_tokens,
-                policy="keep" if old is None and updates > 1 else old,
+                Tokens(batch.sampled_ids_M, batch.cu_responses, vocab_size, context, batch.stale_logp_M),
+                Method(config.gate, config.objective, config.weighting),
+                tp_group=tp_group,
+                chunk=config.parallel.loss_chunk_tokens,
+                policy="keep" if several and old is None else old,
                 # The head's gradient goes straight into megatron's buffer: the trainer back-propagates loss_sum as it
                 # is and divides by the global token count at the end. A tied embedding's own gradient arrives through
                 # param.grad, which megatron's hook adds to the same buffer. overlap_grad_reduce would need a param.grad

@@ -44,8 +44,8 @@ DECODE_OVERHEAD = 0.002
 COLLECTIVE_EFFICIENCY = 0.80
 # Cost of one more rank in a ring [s]. Assumed: a few microseconds of latency in NCCL and the network, twice around.
 HOP_LATENCY = 10e-6
-# The rest of a step [s]: waking, offloading, tokenising, logging, checkpoints. Fitted to: all the
-# hours that docs/planner.md lists, together.
+# The rest of a step [s]: waking, offloading, tokenising, logging, checkpoints. Fitted to all the hours
+# together that docs/planner.md lists.
 STEP_OVERHEAD = 30.0
 
 # Bytes that no part of the run accounts for: CUDA context, NCCL's buffers, the allocator's fragments. Assumed.

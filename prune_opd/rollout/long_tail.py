@@ -20,6 +20,7 @@ from prune_opd.config import RolloutConfig
 from prune_opd.data.prompt import Prompt
 from prune_opd.data.sampler import Sampler
 from prune_opd.rollout.batch import Group, Response, Rollouts
+from prune_opd.rollout.request import NOTHING, Row
 
 REMEMBERED = 200_000  # latest prompts whose lengths are kept: a few megabytes of a checkpoint
 
@@ -40,6 +41,19 @@ class LongTail:
         wanted = started_prompts(self.settings)
         groups, self.waiting = self.waiting[:wanted], self.waiting[wanted:]
         return groups + [Group(prompt) for prompt in sampler.next(wanted - len(groups))]
+
+    def rows(self, groups: Sequence[Group], limits: Sequence[int]) -> list[Row]:
+        """The engine's request: `responses` rows of each group. limits: the most tokens that each row may have."""
+        responses = self.settings.responses
+        about = zip(limits, begun_rows(groups, responses), self.expected(groups, limits), strict=True)
+        return [Row(groups[i // responses].prompt, i % responses, *of_row) for i, of_row in enumerate(about)]
+
+    def race(self, groups: Sequence[Group]) -> Race | None:
+        """The race for the groups that are kept; None if all are. Begun groups come first and are waited for."""
+        if len(groups) <= self.settings.prompts:
+            return None
+        begun = sum(bool(group.begun) for group in groups)
+        return Race(len(groups), self.settings.responses, self.settings.prompts, must=begun)
 
     def expected(self, groups: Sequence[Group], limits: Sequence[int]) -> list[float]:
         """Tokens that each row is still expected to get, at most up to its limit; 0 for a complete response.
@@ -103,8 +117,7 @@ def started_prompts(settings: RolloutConfig) -> int:
 
 def begun_rows(groups: Sequence[Group], responses: int) -> list[Response]:
     """What every row has before a step; of a new group, empty responses."""
-    nothing = [Response((), finished=False, logprobs=())] * responses
-    return [row for group in groups for row in group.begun or nothing]
+    return [row for group in groups for row in group.begun or [NOTHING] * responses]
 
 
 def deal_to_engines(expected: Sequence[float], engines: int) -> list[list[int]]:
@@ -151,10 +164,11 @@ class Race:
                 f"{self._open.count(0)} groups are complete, {self.keep} are wanted, the first {self.must} among them"
             )
         complete = [group for group, rows in enumerate(self._open) if rows == 0]
-        complete.sort(key=lambda g: (g >= self.must, max(self.done_at[row] for row in self._rows(g))))
+        complete.sort(key=lambda g: (g >= self.must, max(self.done_at[row] for row in self.rows(g))))
         return sorted(complete[: self.keep])
 
-    def _rows(self, group: int) -> range:
+    def rows(self, group: int) -> range:
+        """The numbers of a group's rows in the batch."""
         return range(group * self.responses, (group + 1) * self.responses)
 
 

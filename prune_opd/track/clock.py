@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from prune_opd.run import Run
+from prune_opd.platform import Platform
 
 
 class PhaseClock:
@@ -18,8 +16,8 @@ class PhaseClock:
     too. `memory_*`: device memory of the phase [bytes].
     """
 
-    def __init__(self, run: Run):
-        self.machine, self.enter, self.started = run.machine, run.enter, self._now()
+    def __init__(self, machine: Platform, enter: Callable[[str], None]):
+        self.machine, self.enter, self.started = machine, enter, self._now()
         self.measured: dict[str, float] = {}
 
     @contextmanager

@@ -65,29 +65,30 @@ def build_run(config: TrainConfig, layout: Any, run_dir: Path) -> Any:
     from prune_opd.data.prompts import make_sampler
     from prune_opd.megatron.checkpoint import Checkpoints
     from prune_opd.megatron.model import dtype_of
+    from prune_opd.megatron.sync import WeightSync
     from prune_opd.megatron.teacher import Teacher
     from prune_opd.megatron.trainer import Trainer
     from prune_opd.method.horizon import make_controller
-    from prune_opd.rollout.long_tail import LongTail
-    from prune_opd.run import Run
-    from prune_opd.track.tracker import NullTracker
+    from prune_opd.rollout.phase import RolloutPhase
+    from prune_opd.run import Phases, Run
 
     machine, parallel, dtype = platform.prepare(), config.parallel, dtype_of(config.precision.params)
     sampler = make_sampler(config.data, AutoTokenizer.from_pretrained(config.student), config.seed)
+    trainer = Trainer(config.student, config.optimizer, parallel, config.steps, layout, dtype, machine.device)
+    no_engine: Any = None
+    rollout, phases = RolloutPhase(config, no_engine, sampler), Phases()
     return Run(
         config=config,
         run_dir=run_dir,
         machine=machine,
         layout=layout,
-        trainer=Trainer(config.student, config.optimizer, parallel, config.steps, layout, dtype, machine.device),
+        trainer=trainer,
         teacher=Teacher(config.teacher, layout, dtype, machine.device, parallel.microbatch_tokens),
-        engine=None,
-        sampler=sampler,
+        rollout=rollout,
+        sync=WeightSync(config, trainer, rollout, phases.enter),
         controller=make_controller(config.horizon),
         checkpoints=Checkpoints(run_dir / "checkpoints", config.checkpoint, layout),
-        evaluators=[],
-        tracker=NullTracker(),
-        long_tail=LongTail(config.rollout, sampler.endless),
+        phases=phases,
     )
 
 
@@ -103,21 +104,12 @@ def made_up_rollouts(seed: int = 5) -> Rollouts:
 
 
 def train_step(run: Any, rollouts: Rollouts) -> dict[str, Any]:
-    """`loop.step` from the teacher pass to the controller; what metrics.jsonl would say."""
-    from prune_opd.loop import gated_loss
+    """The loop's own step, once the rollouts are there; what metrics.jsonl would say, and some more."""
+    from prune_opd.loop import train_on
+    from prune_opd.track.clock import PhaseClock
 
-    minibatches = run.minibatches(rollouts)
-    batches = [batch for minibatch in minibatches for batch in minibatch]
-    stats = run.new_stats(len(rollouts.responses))
-    loss = gated_loss(run, run.teacher.hidden(rollouts, run.deals(rollouts)), stats, updates=len(minibatches))
-    if len(minibatches) > 1:
-        run.trainer.look(batches, loss)
-    result = run.trainer.step_through(minibatches, loss)
-    stats.reduce(run.layout.reports)
-    run.check_updates(result, rollouts)
-    if not result.skipped:
-        run.controller.update(stats.reliable_length_B, rollouts.length_B, rollouts.finished_B)
-    run.finished_steps += 1
+    batch = run.train_batch(rollouts)
+    result, stats = train_on(run, batch, PhaseClock(run.machine, run.phases.enter))
     return {
         **stats.record(),
         "reliable_length_B": stats.reliable_length_B.tolist(),
@@ -128,9 +120,21 @@ def train_step(run: Any, rollouts: Rollouts) -> dict[str, Any]:
         "lr": result.lr,
         "tokens": result.tokens,
         "updates": result.updates,
-        "microbatches": len(batches),
+        "microbatches": len(batch.microbatches),
         "horizon": run.controller.horizon,
     }
+
+
+def look(run: Any, rollouts: Rollouts, kept: Any = None) -> Any:
+    """What the gate of the loss sees of the rollouts; no update is made. kept: as `Teacher.hidden` takes it."""
+    from prune_opd.loss.training_loss import gated_loss
+
+    batch, stats = run.train_batch(rollouts), run.new_stats(rollouts)
+    hidden = run.teacher.hidden(rollouts, batch.deals, kept)
+    loss = gated_loss(run.config, run.teacher, hidden, run.vocab_size, run.layout.tp_group, stats)
+    run.trainer.look(batch.microbatches, loss)
+    stats.reduce(run.layout.reports)
+    return stats
 
 
 def whole_parameters(chunks: Any) -> dict[str, Tensor]:

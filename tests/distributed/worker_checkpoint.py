@@ -38,7 +38,7 @@ COPY = "copied_checkpoint"
 def made_up_step(run: Any) -> dict[str, Any]:
     """A step that depends on everything a checkpoint holds: generators, sampler, controller, schedule, optimizer."""
     drawn = made_up_rollouts(int(torch.randint(1 << 30, ())))
-    prompts = tuple(run.sampler.next(len(drawn.responses)))
+    prompts = tuple(run.rollout.sampler.next(len(drawn.responses)))
     horizon = run.controller.horizon
     cut = tuple(Response(response.ids[:horizon], response.finished) for response in drawn.responses)
     return train_step(run, Rollouts(prompts, cut))

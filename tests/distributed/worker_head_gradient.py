@@ -19,8 +19,8 @@ from torch import Tensor
 
 from prune_opd import platform
 from prune_opd.config import ParallelConfig
-from prune_opd.loss import training_loss as gated_loss
-from tests.distributed.tiny_run import build_run, made_up_rollouts, train_config, train_step, whole_parameters
+from prune_opd.loss import training_loss
+from tests.distributed.tiny_run import build_run, look, made_up_rollouts, train_config, train_step, whole_parameters
 
 
 def one_step(models: Path, layout: Any, buffered: bool) -> tuple[dict[str, Any], Any]:
@@ -28,7 +28,7 @@ def one_step(models: Path, layout: Any, buffered: bool) -> tuple[dict[str, Any],
     parallel = ParallelConfig(tensor=layout.student.tp, microbatch_tokens=40, loss_chunk_tokens=7)
     run = build_run(train_config(models, layout.student.tp, parallel=parallel), layout, models)
     model, given, chunks = run.trainer.chunks[0], [], []
-    head_weight, distill_loss = model.head_weight, gated_loss.distill_loss
+    head_weight, distill_loss = model.head_weight, training_loss.distill_loss
 
     def without_buffer() -> Tensor:
         weight_VH: Tensor = head_weight()
@@ -46,15 +46,12 @@ def one_step(models: Path, layout: Any, buffered: bool) -> tuple[dict[str, Any],
 
     if not buffered:
         model.head_weight = without_buffer
-    gated_loss.distill_loss = noting
+    training_loss.distill_loss = noting
     try:
-        rollouts = made_up_rollouts()
-        (batches,) = run.minibatches(rollouts)
-        stats = run.new_stats(len(rollouts.responses))
-        run.trainer.look(batches, gated_loss.gated_loss(run, run.teacher.hidden(rollouts, run.deals(rollouts)), stats))
+        look(run, made_up_rollouts())
         record = train_step(run, made_up_rollouts())
     finally:
-        gated_loss.distill_loss = distill_loss
+        training_loss.distill_loss = distill_loss
     return {**record, "given": given, "chunks": chunks}, whole_parameters(run.trainer.chunks)
 
 

@@ -36,14 +36,15 @@ def make_run(models: Path, layout: Any, out: Path, params: str, distributed: boo
 def train(run: Any, memory: MemoryConfig) -> dict[str, Any]:
     """Three steps with what a step does, and what was on the device when the rollout would have begun."""
     from prune_opd.config.memory_phases import MemoryPhases
-    from prune_opd.loop import gated_loss
+    from prune_opd.loop import train_on
     from prune_opd.megatron.offload import handlers, optimizer_tensors
+    from prune_opd.track.clock import PhaseClock
 
-    run.memory = MemoryPhases(memory, handlers(run.trainer, run.teacher, None, run.machine))
+    run.phases.memory = MemoryPhases(memory, handlers(run.trainer, run.teacher, None, run.machine))
     results, left = [], {}
     for number in range(STEPS):
-        run.memory.enter("sync")
-        run.memory.enter("rollout")
+        run.phases.enter("sync")
+        run.phases.enter("rollout")
         gradients = [buffer.grad_data for chunk in run.trainer.ddp for buffer in chunk.buffers]
         left = {
             "student": bytes_of(p for chunk in run.trainer.chunks for p in chunk.parameters()),
@@ -51,15 +52,10 @@ def train(run: Any, memory: MemoryConfig) -> dict[str, Any]:
             "optimizer": bytes_of(optimizer_tensors(run.trainer.optimizer)),
             "teacher": bytes_of(p for chunk in run.teacher.chunks for p in chunk.parameters()),
         }
-        rollouts = made_up_rollouts(seed=number)
-        (batches,) = run.minibatches(rollouts)
-        run.memory.enter("teacher")
-        teacher_hidden = run.teacher.hidden(rollouts, run.deals(rollouts))
-        run.memory.enter("train")
-        stats = run.new_stats(7)
-        result = run.trainer.step(batches, gated_loss(run, teacher_hidden, stats))
+        batch = run.train_batch(made_up_rollouts(seed=number))
+        result, _ = train_on(run, batch, PhaseClock(run.machine, run.phases.enter))
         results.append([result.loss, result.grad_norm])
-    run.memory.enter("export")
+    run.phases.enter("export")
     return {"results": results, "left": left, "weights": whole_parameters(run.trainer.chunks)}
 
 

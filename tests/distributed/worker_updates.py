@@ -26,21 +26,24 @@ STEPS = 2
 
 
 def several_updates(run: Any) -> dict[str, Any]:
-    """`loop.step` from the teacher pass to the log, with what each update saw of the ratio."""
-    from prune_opd.loss.training_loss import gated_loss
+    """The loop's own step, once the rollouts are there, with what each update saw of the ratio."""
+    from prune_opd.loop import train_on
+    from prune_opd.loss.stats import BatchStats
+    from prune_opd.track.clock import PhaseClock
 
-    rollouts = made_up_rollouts()
-    minibatches = run.minibatches(rollouts)
-    batches = [batch for minibatch in minibatches for batch in minibatch]
-    stats = run.new_stats(len(rollouts.responses))
-    loss = gated_loss(run, run.teacher.hidden(rollouts, run.deals(rollouts)), stats, updates=len(minibatches))
-    if len(minibatches) > 1:
-        run.trainer.look(batches, loss)
     seen: list[Any] = []
-    add_ratio = stats.add_ratio
-    stats.add_ratio = lambda ratios: (add_ratio(ratios), seen.append(ratios.ratio_N))
-    result = run.trainer.step_through(minibatches, loss)
-    stats.reduce(run.layout.counts)
+    add_ratio = BatchStats.add_ratio
+
+    def noting(stats: BatchStats, ratios: Any) -> None:
+        add_ratio(stats, ratios)
+        seen.append(ratios.ratio_N)
+
+    BatchStats.add_ratio = noting
+    try:
+        batch = run.train_batch(made_up_rollouts())
+        result, stats = train_on(run, batch, PhaseClock(run.machine, run.phases.enter))
+    finally:
+        BatchStats.add_ratio = add_ratio
     by_update = [(ratio_N - 1).abs().max().item() for ratio_N in seen if ratio_N is not None]
     return {**stats.record(), **dataclasses.asdict(result), "by_update": by_update}
 

@@ -20,9 +20,9 @@ from prune_opd import platform
 from prune_opd.config import GateConfig, InflightConfig, ParallelConfig, RolloutConfig
 from prune_opd.data.prompt import Prompt
 from prune_opd.errors import UserError
-from prune_opd.loss.training_loss import gated_loss
 from prune_opd.rollout.batch import Rollouts
-from tests.distributed.tiny_run import build_run, train_config
+from prune_opd.rollout.request import TokenSampling, new_rows
+from tests.distributed.tiny_run import build_run, look, train_config
 from tests.models import VOCAB
 
 MAX_TOKENS, RESPONSES, PROMPTS = 40, 2, 6
@@ -102,16 +102,12 @@ class Checks:
         return self.run.inflight
 
     def generate(self, watch: Any = None) -> Rollouts:
-        return self.engine.generate(make_prompts(), RESPONSES, MAX_TOKENS, 11, 3, watch=watch)
+        rows = new_rows(make_prompts(), RESPONSES, MAX_TOKENS)
+        return self.engine.generate(rows, TokenSampling(seed=11, step=3), watch=watch)
 
     def losses_gate(self, rollouts: Rollouts, kept: Any = None) -> dict[str, Any]:
         """E of every response by the loss, and the mean weight, without a step of the optimizer."""
-        run = self.run
-        stats = run.new_stats(len(rollouts.responses))
-        loss = gated_loss(run, run.teacher.hidden(rollouts, run.deals(rollouts), kept), stats)
-        (batches,) = run.minibatches(rollouts)
-        run.trainer.look(batches, loss)
-        stats.reduce(run.layout.reports)
+        stats = look(self.run, rollouts, kept)
         return {"reliable_length_B": stats.reliable_length_B.tolist(), "weight_mean": stats.record()["weight_mean"]}
 
     def scripted(self, inflight: InflightConfig, gate: GateConfig, plain: Rollouts) -> dict[str, Any]:
@@ -171,7 +167,7 @@ def main(models: Path, out: Path, rollout_tp: int, max_num_seqs: int) -> None:
     machine = platform.prepare()
     from prune_opd.megatron import layout as layouts
     from prune_opd.megatron.teacher import Teacher
-    from prune_opd.rollout.engine import RolloutEngine
+    from prune_opd.rollout.engine import EngineOptions, RolloutEngine
 
     parallel = ParallelConfig(tensor=rollout_tp, timeout_minutes=0.3)
     layout = layouts.initialize(parallel, machine, seed=0)
@@ -182,8 +178,8 @@ def main(models: Path, out: Path, rollout_tp: int, max_num_seqs: int) -> None:
     run = build_run(config, layout, out)
     drifting = run.teacher
     run.teacher = Teacher(config.student, layout, torch.float32, machine.device, parallel.microbatch_tokens)
-    engine = RolloutEngine(config.student, rollout, MAX_TOKENS, torch.float32, machine, max_logprobs=8,
-                           timeout_minutes=parallel.timeout_minutes)  # fmt: skip
+    options = EngineOptions(max_logprobs=8, timeout_minutes=parallel.timeout_minutes)
+    engine = RolloutEngine(config.student, rollout, MAX_TOKENS, torch.float32, machine, options)
     checks = Checks(run, engine)
     plain = checks.generate()
     FIRST_TOKENS.update({(plain.prompts[i].index, r.ids[:2]): i for i, r in enumerate(plain.responses)})

@@ -11,18 +11,15 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import MISSING, fields
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from prune_opd import platform
-from prune_opd.config import Fp8Config, GateConfig, ObjectiveConfig, ParallelConfig, PrecisionConfig
-from prune_opd.run import Run
-from tests.distributed.tiny_run import made_up_rollouts, train_config
+from prune_opd.config import GateConfig, ObjectiveConfig, ParallelConfig
+from tests.distributed.tiny_run import made_up_rollouts
 
 LENGTHS = ((5, 9), (2, 1), (11, 32), (1, 17), (3, 2))  # of each row's prompt and response
 MULTIPLES = (1, 16)
@@ -104,19 +101,16 @@ def compare(student: Any, teacher: Any, batch: Any, rows: list[list[int]]) -> di
     }
 
 
-def fp8_step(layout: Any, machine: Any, models: Path, student: Any) -> dict[str, Any]:
+def fp8_step(layout: Any, machine: Any, student: Any) -> dict[str, Any]:
     """Token counts of a run's micro-batches, and its record, as the precision asks for them (nothing computes)."""
-    parts = {field.name: None for field in fields(Run) if field.default is MISSING is field.default_factory}
-    precision = PrecisionConfig(params="bf16", student_fp8=Fp8Config(format="hybrid"))
-    config = train_config(models, 1, precision=precision, parallel=ParallelConfig(tensor=1, microbatch_tokens=64))
-    trainer = SimpleNamespace(chunks=[student])
-    run = Run(**{**parts, "config": config, "layout": layout, "machine": machine, "trainer": trainer})
+    from prune_opd.megatron.train_batch import make_batch
+
     # As check/precision.py sets them; without Transformer Engine no such model can be built.
     student.config.fp8, student.config.fp8_recipe = "hybrid", "delayed"
-    (batches,) = run.minibatches(made_up_rollouts())
-    record = run.packing_record(made_up_rollouts())
+    batch = make_batch(made_up_rollouts(), 1, layout.student, 64, student.token_multiple, machine.device)
     student.config.fp8 = None
-    return {"tokens": [len(batch.ids_N) for batch in batches], "waste": record["padding_waste_packed"]}
+    tokens = [len(microbatch.ids_N) for microbatch in batch.microbatches]
+    return {"tokens": tokens, "waste": batch.packing["padding_waste_packed"]}
 
 
 def main(models: Path, out: Path) -> None:
@@ -155,7 +149,7 @@ def main(models: Path, out: Path) -> None:
     results["empty"] = as_lists(pack_rows(prompts, responses, (), machine.device, 4))
     segments = pack_rows(prompts, responses, (0, 1), machine.device, 16).attention_segments()
     results["segments"] = {**as_lists(segments), "dtype": str(segments.cu_seqlens_q.dtype)}
-    results["fp8"] = fp8_step(layout, machine, models, student)
+    results["fp8"] = fp8_step(layout, machine, student)
     (out / "results.json").write_text(json.dumps(results))
     layouts.shutdown()
 

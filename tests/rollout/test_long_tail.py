@@ -17,6 +17,7 @@ from prune_opd.data.prompt import Prompt
 from prune_opd.errors import ConfigError
 from prune_opd.rollout.batch import Group, Response, Rollouts
 from prune_opd.rollout.long_tail import LongTail, Race, begun_rows, deal_to_engines, started_prompts
+from prune_opd.rollout.request import new_rows
 from prune_opd.rollout.stepwise import RACE_GAP
 from tests.distributed.ranks import read_ranks, run_ranks
 from tests.distributed.tiny_run import write_pair
@@ -170,6 +171,24 @@ def test_what_was_left_comes_first_and_no_prompt_is_lost() -> None:
     assert [(len(row.ids), row.stale, row.finished) for row in groups[0].begun] == [(7, 7, False), (4, 4, True)]
     assert len(begun_rows(groups, 2)) == 12 and begun_rows(groups, 2)[6].ids == ()
     assert tail.waiting == []
+
+
+def test_the_engine_is_asked_for_every_row_of_a_group_from_where_it_has_begun() -> None:
+    tail = LongTail(SETTINGS)
+    groups = [Group(prompt(4), (response(3, finished=False), response(0, finished=False))), Group(prompt(5))]
+    rows = tail.rows(groups, [9, 8, 7, 6])
+    assert [(row.prompt.index, row.sample, row.limit) for row in rows] == [(4, 0, 9), (4, 1, 8), (5, 0, 7), (5, 1, 6)]
+    assert [len(row.begun.ids) for row in rows] == [3, 0, 0, 0]
+    assert [row.work for row in rows] == tail.expected(groups, [9, 8, 7, 6]) == [6.0, 8.0, 7.0, 6.0]
+    assert [row.work for row in new_rows([prompt(0)], 2, [5, 3])] == [5, 3]  # nothing is known: what they may have
+
+
+def test_there_is_a_race_only_where_more_is_started_than_kept() -> None:
+    tail, new, begun = LongTail(SETTINGS), Group(prompt(1)), Group(prompt(0), (response(1), response(2)))
+    assert tail.race([new] * SETTINGS.prompts) is None
+    race = tail.race([begun, *[new] * SETTINGS.prompts])
+    assert race is not None
+    assert (race.keep, race.must, race.responses) == (SETTINGS.prompts, 1, SETTINGS.responses)
 
 
 def test_without_partial_rollouts_they_are_given_up() -> None:

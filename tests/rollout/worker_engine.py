@@ -24,6 +24,7 @@ from prune_opd.data import ledger
 from prune_opd.data.prompt import Prompt
 from prune_opd.errors import UserError
 from prune_opd.rollout.batch import Rollouts
+from prune_opd.rollout.request import TokenSampling, new_rows
 from tests.distributed.tiny_run import build_run, train_config
 from tests.models import VOCAB
 
@@ -58,7 +59,7 @@ class Checks:
         self.threads = torch.get_num_threads()
         dtype, machine = torch.float32, run.machine
         build = lambda: RolloutEngine(run.config.student, rollout, 64, dtype, machine)  # noqa: E731
-        self.engine = run.engine = self.watched("construct", build)
+        self.engine = run.rollout.engine = self.watched("construct", build)
 
     def watched(self, what: str, call: Any) -> Any:
         before = platform.rng_state()
@@ -73,8 +74,9 @@ class Checks:
         self.watched("load", lambda: self.engine.load(hf_stream(model)))
 
     def generate(self, prompts: Sequence[Prompt], responses: int = RESPONSES, **changes: Any) -> Rollouts:
-        settings = {"max_tokens": MAX_TOKENS, "seed": SEED, "step": STEP, **changes}
-        return self.watched("generate", lambda: self.engine.generate(prompts, responses, **settings))
+        rows = new_rows(prompts, responses, changes.pop("max_tokens", MAX_TOKENS))
+        sampling = TokenSampling(**{"seed": SEED, "step": STEP, **changes})
+        return self.watched("generate", lambda: self.engine.generate(rows, sampling))
 
     def tokens(self, prompts: Sequence[Prompt], responses: int = RESPONSES, **changes: Any) -> dict[str, list[int]]:
         """Response ids under "prompt index/sample", so that order and batch do not show."""
@@ -103,14 +105,14 @@ class Checks:
                     parts = name.split(".")
                     yield ".".join(other.get(part, part) for part in parts), tensor
 
-        self.run._resharder, self.run._engine_has = Swapped(self.run.trainer.chunks), None
+        self.run.sync.resharder, self.run.sync.engine_has = Swapped(self.run.trainer.chunks), None
         try:
-            self.run.sync_weights()
+            self.run.sync(self.run.finished_steps)
         except UserError as reason:
             return str(reason)
         finally:
-            del self.run._resharder
-            self.run._engine_has = None
+            del self.run.sync.resharder
+            self.run.sync.engine_has = None
         return ""
 
     def stale_prefixes(self, model: Any, other: Any) -> tuple[float, float]:
@@ -133,7 +135,7 @@ class Checks:
                 for parameter in chunk.parameters():
                     parameter.mul_(1.5)
         try:
-            self.run.sync_weights()
+            self.run.sync(self.run.finished_steps)
         except UserError as reason:
             return str(reason)
         return ""
@@ -141,7 +143,7 @@ class Checks:
     def parity_error(self) -> str:
         """What the check after the first sync says of the weights that the engine holds now."""
         try:
-            self.run._assert_logprob_parity()
+            self.run.sync.check_parity()
         except UserError as reason:
             return str(reason)
         return ""
@@ -220,7 +222,7 @@ def main(
     results["stale prefixes"] = checks.stale_prefixes(student, teacher)
     results["error of swapped layers"] = checks.swapped_layers()
     checks.load(teacher)
-    checks.watched("first sync", run.sync_weights)
+    checks.watched("first sync", lambda: run.sync(run.finished_steps))
     results["synced"] = checks.tokens(prompts)
 
     results["error of a second load that does nothing"] = checks.second_load_that_does_nothing()
@@ -230,7 +232,7 @@ def main(
     torch.set_num_threads(2)  # vLLM leaves one in its place that does nothing
     results["threads"].append(torch.get_num_threads())
     (out / f"rank{layout.rank}.json").write_text(json.dumps(results))
-    run.engine.close()
+    run.close()
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ from prune_opd.config.rollout import KV_CACHE_DTYPES, QUANTIZATIONS
 from prune_opd.errors import UserError
 from prune_opd.megatron.precision import ddp_arguments, optimizer_arguments, transformer_arguments
 from prune_opd.rollout.precision import rollout_arguments
+from prune_opd.rollout.request import TokenSampling, new_rows
 from tests.rollout.worker_engine import make_prompts
 
 FP8S = {
@@ -99,13 +100,14 @@ class Engine:
 
     def __init__(self, models: Path, layout: Any, machine: platform.Platform):
         from prune_opd.megatron.model import build
-        from prune_opd.rollout.engine import RolloutEngine
+        from prune_opd.rollout.engine import EngineOptions, RolloutEngine
 
         rollout = RolloutConfig(
             max_prompt_len=256, max_num_seqs=8, quantization="fp8_per_channel", kv_cache_dtype="fp8"
         )
         self.layout, self.device = layout, machine.device
-        self.engine = RolloutEngine(str(models / "student"), rollout, 64, torch.bfloat16, machine, sleep_level=2)
+        options = EngineOptions(sleep_level=2)
+        self.engine = RolloutEngine(str(models / "student"), rollout, 64, torch.bfloat16, machine, options)
         self.student, self.teacher = (
             build(models / name, layout.student, torch.bfloat16, trainable=False) for name in ("student", "teacher")
         )
@@ -116,14 +118,15 @@ class Engine:
         self.engine.load(hf_stream(chunks))
 
     def tokens(self) -> list[list[int]]:
-        rollouts = self.engine.generate(make_prompts(), 2, max_tokens=MAX_TOKENS, seed=3, step=1)
+        rollouts = self.engine.generate(new_rows(make_prompts(), 2, MAX_TOKENS), TokenSampling(seed=3, step=1))
         return [list(response.ids) for response in rollouts.responses]
 
     def difference(self, chunks: Any) -> float:
         """Mean difference of the sampled tokens' log-probabilities from a bf16 model of the trainer [nats]."""
         from prune_opd.megatron.logprobs import sampled_logprobs
 
-        rollouts = self.engine.generate(make_prompts(), 4, max_tokens=MAX_TOKENS, seed=3, step=1, logprobs=True)
+        sampling = TokenSampling(seed=3, step=1, logprobs=True)
+        rollouts = self.engine.generate(new_rows(make_prompts(), 4, MAX_TOKENS), sampling)
         theirs = [logprob for response in rollouts.responses for logprob in response.logprobs or ()]
         ours = sampled_logprobs(chunks, rollouts, self.layout, self.device)
         return sum(abs(a - b) for a, b in zip(ours, theirs, strict=True)) / len(theirs)

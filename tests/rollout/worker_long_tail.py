@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,9 +19,10 @@ import torch
 from prune_opd import platform
 from prune_opd.config import GateConfig, InflightConfig, ParallelConfig, RolloutConfig
 from prune_opd.data.prompt import Prompt
-from prune_opd.loss.training_loss import gated_loss
 from prune_opd.rollout.batch import Response, Rollouts
-from tests.distributed.tiny_run import build_run, train_config
+from prune_opd.rollout.long_tail import Race
+from prune_opd.rollout.request import TokenSampling, new_rows
+from tests.distributed.tiny_run import build_run, look, train_config
 from tests.models import VOCAB
 
 RESPONSES, KEEP = 2, 3
@@ -105,13 +107,12 @@ def scripted(run: Any, engine: Any) -> dict[str, Any]:
     run.teacher = Drifting(run.teacher)
     watch = InflightGate(run.config, run.teacher, run.layout, run.vocab_size)
     prompts = make_prompts()[:2]
-    start = engine.generate(prompts, 1, 8, 11, 3, logprobs=True).responses
+    sampling = TokenSampling(seed=11, step=3, logprobs=True)
+    start = engine.generate(new_rows(prompts, 1, 8), sampling).responses
     begun = [replace(response, stale=8) for response in start]
-    rollouts = engine.generate(prompts, 1, 40, 11, 4, logprobs=True, watch=watch, begun=begun)
-    stats = run.new_stats(2)
-    loss = gated_loss(run, run.teacher.hidden(rollouts, run.deals(rollouts), watch.kept), stats)
-    run.trainer.look(run.minibatches(rollouts)[0], loss)
-    stats.reduce(run.layout.reports)
+    wanted = [replace(row, begun=before) for row, before in zip(new_rows(prompts, 1, 40), begun, strict=True)]
+    rollouts = engine.generate(wanted, replace(sampling, step=4), watch=watch)
+    stats = look(run, rollouts, watch.kept)
     record = watch.record(rollouts, stats.reliable_length_B)
     return {
         "stopped": [[row, len(rollouts.responses[row].ids)] for row in rollouts.stopped_rows],
@@ -123,21 +124,27 @@ def main(models: Path, out: Path, rollout_tp: int) -> None:
     machine = platform.prepare()
     from prune_opd.megatron import layout as layouts
     from prune_opd.megatron.teacher import Teacher
-    from prune_opd.rollout.engine import RolloutEngine
+    from prune_opd.rollout.engine import EngineOptions, RolloutEngine
 
     parallel = ParallelConfig(tensor=rollout_tp, timeout_minutes=0.5)
     layout = layouts.initialize(parallel, machine, seed=0)
     rollout = RolloutConfig(tensor_parallel=rollout_tp, max_prompt_len=64, max_num_seqs=64, kv_cache_gb=0.05)
     config = train_config(models, rollout_tp, rollout=rollout, gate=GATE, parallel=parallel)
     run = build_run(config, layout, out)
-    engine = RolloutEngine(config.student, rollout, max(LIMITS), torch.float32, machine, max_logprobs=8)
+    engine = RolloutEngine(config.student, rollout, max(LIMITS), torch.float32, machine, EngineOptions(max_logprobs=8))
     limits = [limit for limit in LIMITS for _ in range(RESPONSES)]
 
-    def generate(**settings: Any) -> Rollouts:
-        return engine.generate(make_prompts(), RESPONSES, limits, 11, 3, **settings)
+    def generate(
+        race: Race | None = None, watch: Any = None, of_row: Mapping[str, Sequence[Any]] | None = None, **sampling: Any
+    ) -> Rollouts:
+        """of_row: `expected` or `begun` of every row."""
+        wanted = new_rows(make_prompts(), RESPONSES, limits)
+        for name, values in (of_row or {}).items():
+            wanted = [replace(row, **{name: value}) for row, value in zip(wanted, values, strict=True)]
+        return engine.generate(wanted, TokenSampling(seed=11, step=3, **sampling), race, watch)
 
-    def race(**settings: Any) -> dict[str, Any]:
-        result = generate(keep=KEEP, **settings)
+    def race(watch: Any = None) -> dict[str, Any]:
+        result = generate(Race(len(LIMITS), RESPONSES, KEEP), watch)
         return {
             "prompts": [prompt.index for prompt in result.prompts],
             "kept": [{**row, "logprobs": []} for row in rows(result)],
@@ -146,7 +153,7 @@ def main(models: Path, out: Path, rollout_tp: int) -> None:
         }
 
     results: dict[str, Any] = {"plain": rows(generate())}
-    results["other order"] = rows(generate(expected=[float(i * 7 % 5) for i in range(len(limits))]))
+    results["other order"] = rows(generate(of_row={"expected": [float(i * 7 % 5) for i in range(len(limits))]}))
     results["race"] = race()
     watch = Nobody()
     results["race with a watch"] = race(watch=watch)
@@ -161,7 +168,7 @@ def main(models: Path, out: Path, rollout_tp: int) -> None:
         )
         for r, stale in zip(whole.responses, STALE, strict=True)
     ]
-    results["greedy, begun"] = rows(generate(temperature=0.0, logprobs=True, begun=begun))
+    results["greedy, begun"] = rows(generate(temperature=0.0, logprobs=True, of_row={"begun": begun}))
     ids = (3, 4, 5, 6, 7, 8)
     ended = [
         Response(ids[:3], True, (-1.0,) * 3, stale=3),
@@ -169,9 +176,10 @@ def main(models: Path, out: Path, rollout_tp: int) -> None:
         Response(ids, False, (-1.0,) * 6, stale=6),
         Response((), False, ()),
     ]
-    results["ended"] = rows(engine.generate(make_prompts()[:2], 2, 5, 11, 3, logprobs=True, begun=ended))
+    wanted = [replace(row, begun=one) for row, one in zip(new_rows(make_prompts()[:2], 2, 5), ended, strict=True)]
+    results["ended"] = rows(engine.generate(wanted, TokenSampling(seed=11, step=3, logprobs=True)))
     run.teacher = Teacher(config.student, layout, torch.float32, machine.device, parallel.microbatch_tokens)
-    waited = generate(keep=KEEP, wait_for=1)
+    waited = generate(Race(len(LIMITS), RESPONSES, KEEP, must=1))
     results["waited for"] = [prompt.index // 7 for prompt in waited.prompts[::RESPONSES]]
     results["scripted, begun"] = scripted(run, engine)
     (out / f"rank{layout.rank}.json").write_text(json.dumps(results))

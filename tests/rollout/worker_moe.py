@@ -15,6 +15,7 @@ import torch.distributed as dist
 
 from prune_opd import platform
 from prune_opd.config import RolloutConfig
+from prune_opd.rollout.request import TokenSampling, new_rows
 from tests.models import write_model
 from tests.rollout.worker_engine import make_prompts
 
@@ -25,7 +26,8 @@ def compare(engine: Any, directory: Path) -> dict[str, Any]:
     """Greedy responses of the engine against transformers, token by token."""
     from transformers import AutoModelForCausalLM
 
-    rollouts = engine.generate(make_prompts(LENGTHS), 1, MAX_TOKENS, seed=0, step=0, temperature=0.0, logprobs=True)
+    sampling = TokenSampling(seed=0, step=0, temperature=0.0, logprobs=True)
+    rollouts = engine.generate(new_rows(make_prompts(LENGTHS), 1, MAX_TOKENS), sampling)
     model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
     other, largest = 0, 0.0
     for prompt, response in zip(rollouts.prompts, rollouts.responses, strict=True):

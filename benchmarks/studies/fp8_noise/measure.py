@@ -147,13 +147,14 @@ def own_rollouts(model_dir: Path, problems: int, max_len: int, machine: platform
 
     from prune_opd.data.prompts import held_out
     from prune_opd.rollout.engine import RolloutEngine
+    from prune_opd.rollout.request import TokenSampling, new_rows
 
     tokenizer = AutoTokenizer.from_pretrained(model_dir)
     data = DataConfig(source="ledger")
     prompts = held_out(data, tokenizer, SEED, problems)
     longest = max(len(prompt.ids) for prompt in prompts)
     engine = RolloutEngine(str(model_dir), RolloutConfig(max_prompt_len=longest), max_len, torch.float32, machine)
-    rollouts = engine.generate(prompts, 1, max_len, SEED, 0)
+    rollouts = engine.generate(new_rows(prompts, 1, max_len), TokenSampling(SEED, step=0))
     return rollouts.prompt_ids, rollouts.response_ids
 
 

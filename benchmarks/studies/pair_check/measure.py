@@ -72,6 +72,7 @@ def measure(recipe: str, model: str, problems: int, seed: int, bins: int) -> dic
     from prune_opd.megatron.model import build
     from prune_opd.megatron.packing import pack
     from prune_opd.rollout.engine import RolloutEngine
+    from prune_opd.rollout.request import TokenSampling, new_rows
 
     config, model_dir = load_config(Path(recipe)), Path(model)
     assert isinstance(config, TrainConfig) and config.gate is not None
@@ -81,7 +82,7 @@ def measure(recipe: str, model: str, problems: int, seed: int, bins: int) -> dic
     source = LedgerSource(tokenizer, config.data, seed, stream="held_out")
     prompts = [source.get(index) for index in range(problems)]
     engine = RolloutEngine(str(model_dir), config.rollout, max_len, torch.float32, machine)
-    rollouts = engine.generate(prompts, 1, max_len, seed, 0)
+    rollouts = engine.generate(new_rows(prompts, 1, max_len), TokenSampling(seed, step=0))
     texts = tokenizer.batch_decode([list(ids) for ids in rollouts.response_ids], skip_special_tokens=True)
     accuracy = avg_at_k(score_responses(source, prompts, [[text] for text in texts]))
 

@@ -37,7 +37,7 @@ from prune_opd.config import (
 from prune_opd.config.memory_phases import MemoryPhases
 from prune_opd.method.horizon import make_controller
 from prune_opd.rollout.engine import ENVIRONMENT
-from prune_opd.rollout.long_tail import LongTail
+from prune_opd.rollout.phase import RolloutPhase
 from prune_opd.run import Run, prepare
 from prune_opd.track.tracker import NullTracker
 
@@ -120,14 +120,14 @@ def take_turns(run: Run, points: Sequence[tuple[int, int]], rounds: int, importe
     """The points take turns, round after round, after one small step that pays for the parity check and cold caches."""
     config = run.config
     run.tracker = records = LastRecord()
-    run.memory = watch = PhaseWatch()
+    run.phases.memory = watch = PhaseWatch()
 
     def go(batch: int, length: int) -> dict[str, Any]:
         run.config = replace(
             config, rollout=replace(config.rollout, prompts=batch), horizon=replace(config.horizon, max_len=length)
         )
         run.controller = make_controller(run.config.horizon)
-        run.long_tail = LongTail(run.config.rollout, run.sampler.endless)
+        run.rollout = RolloutPhase(run.config, run.rollout.engine, run.rollout.sampler)
         return one_step(run, watch, records, imported)
 
     go(*min(points))
@@ -135,7 +135,7 @@ def take_turns(run: Run, points: Sequence[tuple[int, int]], rounds: int, importe
     for _ in range(rounds):
         for at, (batch, length) in enumerate(points):
             steps[at].append(go(batch, length))
-    prompt = mean(len(run.sampler.source.get(index).ids) for index in range(16))
+    prompt = mean(len(run.rollout.sampler.source.get(index).ids) for index in range(16))
     return {
         "prompt_length": prompt,
         "points": [

@@ -1,0 +1,43 @@
+"""The rollout phase of a step: prompts, the engine, and what goes on from one step to the next."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from prune_opd.config import TrainConfig
+from prune_opd.data.sampler import Sampler
+from prune_opd.rollout.batch import Rollouts
+from prune_opd.rollout.engine import RolloutEngine
+from prune_opd.rollout.long_tail import LongTail
+from prune_opd.rollout.request import TokenSampling
+from prune_opd.rollout.stepwise import Watch
+
+
+def same_limits(horizon: int, responses: int, step: int) -> list[int]:
+    """Most tokens of each response of a step: the horizon."""
+    return [horizon] * responses
+
+
+class RolloutPhase:
+    """Makes the rollouts of one step after the other."""
+
+    def __init__(self, config: TrainConfig, engine: RolloutEngine, sampler: Sampler) -> None:
+        self.config, self.engine, self.sampler = config, engine, sampler
+        self.long_tail = LongTail(config.rollout, sampler.endless)
+        self.limits: Callable[[int, int, int], list[int]] = (
+            same_limits  # (horizon, responses, step) → most tokens of each response
+        )
+
+    def generate(self, horizon: int, step: int, watch: Watch | None = None) -> Rollouts:
+        """The rollouts of step number `step`: of the groups that wait from the step before, and of new prompts.
+
+        horizon: most tokens of a response. watch: stops responses on the way. Collective over the job.
+        """
+        config, settings = self.config, self.config.rollout
+        groups = self.long_tail.next(self.sampler)
+        limits = self.limits(horizon, len(groups) * settings.responses, step)
+        sampling = TokenSampling(config.seed, step, settings.temperature, settings.top_p, logprobs=settings.partial)
+        rows, race = self.long_tail.rows(groups, limits), self.long_tail.race(groups)
+        rollouts = self.engine.generate(rows, sampling, race, watch)
+        self.long_tail.take(rollouts)
+        return rollouts
