@@ -29,8 +29,16 @@ tiny-models: tiny-pair ## Train both tiny pairs, the compatible one and the drif
 quickstart: setup tiny-pair ## Set up, train the tiny pair in runs/quickstart, evaluate, write the report
 	$(BIN)/prune-opd train tiny_compatible --run-dir runs/quickstart
 
-test: setup setup-te-test setup-launch setup-slurm-test setup-browser-test setup-docs lint tiny-pair ## Set up, lint, run all tests
-	$(BIN)/pytest
+TEST_SETUP = setup setup-te-test setup-launch setup-slurm-test setup-browser-test setup-docs lint tiny-pair
+
+test: say-what-apt-installs $(TEST_SETUP) ## Set up, lint, run all tests, print the line coverage
+	@bash scripts/test.sh
+
+test-fast: setup ## Only the tests that start no ranks (about a minute)
+	$(BIN)/pytest -m "not ranks"
+
+say-what-apt-installs:
+	@bash scripts/say_what_apt_installs.sh
 
 setup-te-test: setup ## Put Transformer Engine's Python half into .venv-te, for the tests of its layer spec
 	@PYTHON=$(BIN)/python bash scripts/setup_te_test.sh

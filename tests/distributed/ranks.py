@@ -12,13 +12,12 @@ import os
 import signal
 import subprocess
 import sys
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from tests.forked import client
-from tests.forked.client import REPOSITORY
+from tests.forked.client import REPOSITORY, Done
 
 
 def run_ranks(
@@ -36,22 +35,14 @@ def run_ranks(
     AssertionError, with the ranks' output, when a rank fails or the time is up; no rank outlives the call.
     """
     arguments, environment = [str(script), *map(str, args)], client.environment(env)
-    with tempfile.TemporaryFile() as file:
-        try:
-            if kind == "fresh":
-                code = _torchrun(arguments, nproc, environment, file.fileno(), timeout)
-            else:
-                files = (file.fileno(), file.fileno())
-                code = client.launch(kind, arguments, nproc, environment, files, folder=REPOSITORY, timeout=timeout)
-        except client.TimeIsUp:
-            code = None
-        file.seek(0)
-        output = file.read().decode(errors="replace")
-    if code:
-        raise AssertionError(f"{Path(script).name} on {nproc} ranks: exit code {code}\n{output}")
-    if code is None:
-        raise AssertionError(f"{Path(script).name} on {nproc} ranks: not done after {timeout:g} s\n{output}")
-    return output
+    if kind == "fresh":
+        done = _torchrun(arguments, nproc, environment, timeout)
+    else:
+        done = client.launch(kind, arguments, nproc, environment, folder=REPOSITORY, timeout=timeout)
+    if done.code != 0:
+        how = f"not done after {timeout:g} s" if done.code is None else f"exit code {done.code}"
+        raise AssertionError(f"{Path(script).name} on {nproc} ranks: {how}\n{done.stdout}")
+    return done.stdout
 
 
 def read_ranks(folder: Path, ranks: int) -> list[Any]:
@@ -59,31 +50,36 @@ def read_ranks(folder: Path, ranks: int) -> list[Any]:
     return [json.loads((folder / f"rank{rank}.json").read_text(encoding="utf-8")) for rank in range(ranks)]
 
 
-def _torchrun(
-    arguments: Sequence[str], nproc: int, environment: Mapping[str, str], output: int, timeout: float
-) -> int:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(nproc)]
+def _torchrun(arguments: Sequence[str], nproc: int, environment: Mapping[str, str], timeout: float) -> Done:
     process = subprocess.Popen(
-        [*command, *arguments], cwd=REPOSITORY, env=environment, stdout=output, stderr=output, start_new_session=True
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(nproc), *arguments],
+        cwd=REPOSITORY,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
     )
     try:
-        return process.wait(timeout)
+        output, _ = process.communicate(timeout=timeout)
     except BaseException as reason:  # a test that was interrupted must not leave ranks behind either
-        _stop(process)
+        output = _stop(process)
         if isinstance(reason, subprocess.TimeoutExpired):
-            raise client.TimeIsUp from None
+            return Done(None, output, "")
         raise
+    return Done(process.returncode, output, "")
 
 
-def _stop(process: subprocess.Popen[bytes]) -> None:
-    """End torchrun and its ranks.
+def _stop(process: subprocess.Popen[str]) -> str:
+    """End torchrun and its ranks; what they had printed.
 
     torchrun gives each rank a session of its own, so the ranks are not in its process group: SIGTERM lets torchrun take
     them down itself, and SIGKILL is for a torchrun that does not.
     """
     process.terminate()
     try:
-        process.wait(timeout=20)
+        output, _ = process.communicate(timeout=20)
     except subprocess.TimeoutExpired:
         os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+        output, _ = process.communicate()
+    return output

@@ -12,7 +12,9 @@ import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 # Variables that something reads while it is imported: launches that differ in them need servers of their own. The
@@ -20,7 +22,7 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 READ_AT_IMPORT = ("OMP_", "MKL_", "KMP_", "PYTHON", "TORCH", "VLLM_", "CUDA_", "HF_", "TRANSFORMERS_", "LD_")
 READ_LATER = ("VLLM_CACHE_ROOT", "TORCHINDUCTOR_CACHE_DIR", "PYTHONUNBUFFERED")
 MEASURING = ("COVERAGE_PROCESS_START", "COVERAGE_PROCESS_CONFIG")
-STARTING = 120.0  # seconds that the imports may take on a busy machine
+STARTING = 300.0  # seconds that the imports may take on a busy machine
 ENDING = 30.0
 
 
@@ -37,11 +39,11 @@ def environment(more: Mapping[str, str] | None = None) -> dict[str, str]:
     }
 
 
-class TimeIsUp(Exception):
+class TimeIsUpError(Exception):
     """The launch was not done in time; it has been ended."""
 
 
-class ServerEnded(Exception):
+class ServerEndedError(Exception):
     """The server is gone, and the launch with it."""
 
 
@@ -50,6 +52,7 @@ class Connection:
 
     def __init__(self, connection: socket.socket) -> None:
         self._connection = connection
+        self.lost = False  # whether the two sides no longer know what the other is at
 
     def launch(
         self,
@@ -64,7 +67,7 @@ class Connection:
         """Run a Python program once per rank, or the command line (0 ranks), to its end; the exit code.
 
         environment: the whole one. files: descriptors of stdout and stderr. folder: where it runs, else where we are.
-        `TimeIsUp` after `timeout` seconds. However it ends, nothing of it is left.
+        `TimeIsUpError` after `timeout` seconds. However it ends, nothing of it is left.
         """
         umask = os.umask(0o077)
         os.umask(umask)
@@ -76,24 +79,28 @@ class Connection:
             "umask": umask,
         }
         group: int | None = None
+        self.lost = True
         try:
             socket.send_fds(self._connection, [json.dumps(job).encode()], files)
             group = self._answer(STARTING)["group"]
-            return self._answer(timeout)["code"]
+            code = self._answer(timeout)["code"]
+            self.lost = False
+            return code
         except BaseException as reason:  # time, or a test that was interrupted
             if group is not None:
                 with suppress(ProcessLookupError):
                     os.killpg(group, signal.SIGKILL)
                 self._answer(ENDING)
+                self.lost = False
             if isinstance(reason, TimeoutError):
-                raise TimeIsUp from None
+                raise TimeIsUpError from None
             raise
 
     def _answer(self, timeout: float | None) -> dict[str, int]:
         self._connection.settimeout(timeout)
         data = self._connection.recv(1 << 16)
         if not data:
-            raise ServerEnded
+            raise ServerEndedError
         answer: dict[str, int] = json.loads(data)
         return answer
 
@@ -139,36 +146,55 @@ def _end_servers() -> None:
         server.close(ENDING)
 
 
-_servers: dict[tuple[str, frozenset[tuple[str, str]]], ForkServer] = {}
+Key = tuple[str, frozenset[tuple[str, str]]]
+_servers: dict[Key, ForkServer] = {}
+
+
+def server_key(kind: str, environment: Mapping[str, str]) -> Key:
+    """Launches of one key share a server: all that was read while it imported is the same for them."""
+    read = {n: v for n, v in environment.items() if n.startswith(READ_AT_IMPORT) and n not in READ_LATER}
+    return kind, frozenset(read.items())
+
+
+@dataclass(frozen=True)
+class Done:
+    code: int | None  # the exit code; None: it was not done in time and has been ended
+    stdout: str  # with stderr, if they were not asked for apart
+    stderr: str
 
 
 def launch(
     kind: str,
-    arguments: Sequence[str],
+    arguments: Sequence[str | Path],
     ranks: int,
     environment: Mapping[str, str],
-    files: tuple[int, int],
     *,
     folder: Path | None = None,
     timeout: float | None = None,
-) -> int:
-    """`Connection.launch` with the server of this kind and environment, which starts if there is none yet."""
-    read_at_import = frozenset(
-        (name, value)
-        for name, value in environment.items()
-        if name.startswith(READ_AT_IMPORT) and name not in READ_LATER
-    )
-    key = (kind, read_at_import)
+    apart: bool = False,
+) -> Done:
+    """`Connection.launch` with the server of this kind and environment, which starts if there is none yet.
+
+    apart: stdout and stderr each for itself. AssertionError if the server has ended.
+    """
+    key = server_key(kind, environment)
     if key not in _servers or _servers[key].process.poll() is not None:
         _servers[key] = ForkServer(kind, environment)
     server = _servers[key]
-    try:
-        return server.launch(arguments, ranks, environment, files, folder=folder, timeout=timeout)
-    except TimeIsUp:
-        raise
-    except (ServerEnded, OSError) as reason:
-        _servers.pop(key).close()
-        raise AssertionError(f"the fork server has ended ({reason!r}): {server.words()}") from None
-    except BaseException:  # interrupted: the next launch, if there is one, gets a new server
-        _servers.pop(key).close()
-        raise
+    with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
+        files = (out.fileno(), (err if apart else out).fileno())
+        try:
+            code = server.launch([*map(str, arguments)], ranks, environment, files, folder=folder, timeout=timeout)
+        except TimeIsUpError:
+            code = None
+        except (ServerEndedError, OSError) as reason:
+            raise AssertionError(f"the fork server has ended ({reason!r}): {server.words()}") from None
+        finally:
+            if server.lost:  # the next launch gets a new one
+                _servers.pop(key).close()
+        return Done(code, _text(out), _text(err))
+
+
+def _text(file: IO[bytes]) -> str:
+    file.seek(0)
+    return file.read().decode(errors="replace")

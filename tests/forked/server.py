@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import atexit
 import ctypes
+import functools
 import gc
 import importlib
 import json
@@ -44,6 +45,7 @@ GRACE = 10.0  # seconds that the other ranks have after SIGTERM, when one has fa
 # compiled engines find only what `RolloutEngine` imports before.
 ENGINE = ("vllm", "vllm.v1.sample.sampler")
 IMPORTS: dict[str, tuple[str, ...]] = {
+    "bare": (),  # not even torch
     "compiled": ENGINE,
     "eager": (
         *ENGINE,
@@ -71,6 +73,8 @@ OURS = (
 
 def get_ready(kind: str) -> None:
     """Import what the launches need, in the order of a rank."""
+    if kind == "bare":
+        return
     os.environ.update(rank_environment(os.environ))
     from prune_opd import platform
 
@@ -96,7 +100,7 @@ def serve(connection: socket.socket, tidy: Callable[[], None] = lambda: None) ->
             return
         if len(os.listdir("/proc/self/task")) > 1:
             raise RuntimeError(f"a fork would lose threads of the server: {threading.enumerate()}")
-        pid = fork(lambda job=json.loads(data), files=files: launch(job, *files), connection, new_group=True)
+        pid = fork(functools.partial(launch, json.loads(data), *files), connection, new_group=True)
         for file in files:
             os.close(file)
         with suppress(ProcessLookupError, PermissionError):
@@ -222,12 +226,12 @@ def _shell_code(code: int) -> int:
 
 def run_fresh(program: Callable[[], None]) -> int:
     """Run what would be a new interpreter's program, with its beginning and its end; the exit code."""
-    import numpy as np
-    import torch
-
     random.seed()
-    np.random.seed()
-    torch.default_generator.seed()
+    if torch := sys.modules.get("torch"):
+        import numpy
+
+        numpy.random.seed()
+        torch.default_generator.seed()
     if "COVERAGE_PROCESS_START" in os.environ or "COVERAGE_PROCESS_CONFIG" in os.environ:
         import coverage
 
