@@ -3,15 +3,15 @@
 #
 # Coverage starts in each Python process by itself (coverage's .pth file, COVERAGE_PROCESS_START), in forked ranks after
 # the imports (tests/forked/server.py). A process that is killed leaves no data.
-set -uo pipefail
+set -euo pipefail
 cd "$(dirname "$0")/.."
 
 folder=$PWD/build/coverage
 rm -rf "$folder"
 mkdir -p "$folder"
-export COVERAGE_PROCESS_START=$PWD/pyproject.toml COVERAGE_FILE=$folder/data
-.venv/bin/pytest -n 2 --dist loadgroup --no-loadscope-reorder "$@"
-code=$?
-unset COVERAGE_PROCESS_START
+code=0
+COVERAGE_PROCESS_START=$PWD/pyproject.toml COVERAGE_FILE=$folder/data \
+    .venv/bin/pytest -n 2 --dist loadgroup --no-loadscope-reorder "$@" || code=$?
+export COVERAGE_FILE=$folder/total
 .venv/bin/coverage combine --quiet "$folder" && echo "line coverage: $(.venv/bin/coverage report --format=total)%"
-exit $code
+exit "$code"

@@ -75,7 +75,6 @@ def test_too_little_cut_is_a_miss() -> None:
     assert verdicts(compare(runs, Settings())) == {CUT: False, WALL: False, CPU: False, ACCURACY: True}
 
 
-@pytest.mark.slow
 def test_both_sides_of_a_pair_are_trained(tmp_path: Path) -> None:
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     command = [COMMAND, "bench", "inflight", "--quick"]

@@ -13,9 +13,6 @@ from prune_opd.config.recipe import load_recipe
 from prune_opd.method.horizon import make_controller
 from tests.end_to_end.runs import BARE, tiny_model, train
 
-pytestmark = pytest.mark.slow
-
-
 SETTINGS = ("steps=6", "rollout.prompts=16", "checkpoint.every=0", *BARE)
 PIPELINE = ("parallel.tensor=1", "parallel.pipeline=2", "parallel.virtual_pipeline=2")
 

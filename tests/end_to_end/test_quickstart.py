@@ -15,7 +15,6 @@ from safetensors.torch import load_file
 from prune_opd.track.metrics import meaning, read_metrics
 from tests.end_to_end.runs import forked, prune_opd, tiny_model
 
-pytestmark = pytest.mark.slow
 CONTRACT = {
     *("step", "horizon", "overlap", "event_rate", "reliable_length", "response_length", "weight_mean"),
     *("pruned_inflight", "tokens_generated", "tokens_trained", "loss", "grad_norm", "lr"),

@@ -10,7 +10,6 @@ import pytest
 from prune_opd.track.metrics import read_metrics
 from tests.end_to_end.runs import BARE, forked, steps_of, tiny_model, train, without_times
 
-pytestmark = pytest.mark.slow
 # A window that moves at once, a learning rate that warms up, an evaluation in the middle: all of it must continue.
 SETTINGS = ("steps=6", "rollout.prompts=8", "evaluation.problems=8", "evaluation.every=2", *BARE[1:])
 

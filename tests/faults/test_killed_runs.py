@@ -20,7 +20,6 @@ from prune_opd.errors import REQUEUE_EXIT_CODE
 from tests.distributed.tiny_run import write_pair
 from tests.faults.runs import STEPS, Ended, Launch, config_of, ended_run, latest, quick_watchdog, records, write_prompts
 
-pytestmark = pytest.mark.slow
 KILLED = 128 + signal.SIGKILL
 PLANTED = "planted-0123456789abcdef0123456789abcdef01234567"
 

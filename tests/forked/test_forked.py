@@ -20,7 +20,6 @@ from tests.forked import client
 from tests.forked.client import REPOSITORY
 from tests.forked.command import run_command
 
-pytestmark = pytest.mark.ranks
 # Each rank writes what it is to rank<r>.json in the folder that it is given.
 STATE = """
 import json, os, random, signal, sys, threading
