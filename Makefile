@@ -76,9 +76,6 @@ bench: tiny-models ## Compare the strategies on the tiny pairs: bench/strategies
 bench-loss: setup-bench ## Measure the loss against full logits, TRL and its floor: bench/loss.json (about 20 minutes)
 	$(BIN)/prune-opd bench loss
 
-bench-packing: setup ## Measure packed against padded micro-batches: bench/packing.json
-	$(BIN)/prune-opd bench packing
-
 bench-reshard: setup ## Measure the weight stream against bare collectives and the reload: bench/reshard.json
 	$(BIN)/prune-opd bench reshard
 

@@ -24,9 +24,13 @@ def train(
 
     Returns the process's exit code: 0, or `REQUEUE_EXIT_CODE` after an interruption that left steps to do.
     """
-    run = prepare(config, run_dir, resume, allow_config_change)
+    return train_to_end(prepare(config, run_dir, resume, allow_config_change), interruption)
+
+
+def train_to_end(run: Run, interruption: Interruption) -> int:
+    """`train` on a run that is built already; whoever built it may have put parts of their own into it."""
+    config, interrupted = run.config, False
     last = min(config.steps, config.stop_after or config.steps)
-    interrupted = False
     with run.tracker:
         if run.finished_steps == 0:
             evaluate(run)
@@ -103,9 +107,8 @@ def evaluate(run: Run) -> None:
     run.sync_weights()
     run.enter("evaluation")
     generations = run.run_dir / "generations" if run.layout.is_main else None
-    settings, done = run.config.evaluation, run.finished_steps
-    problems = None if done == run.config.steps else settings.problems_between
-    record = evaluation_record(run.engine, run.evaluators, done, generations, settings.generations, problems)
+    keep = run.config.evaluation.generations
+    record = evaluation_record(run.engine, run.evaluators, run.finished_steps, generations, keep)
     run.full_response_length = record["eval_response_length"]
     run.tracker.evaluation(record)
 

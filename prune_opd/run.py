@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import pairwise
@@ -22,7 +22,7 @@ from prune_opd.errors import ConfigError, UserError
 from prune_opd.eval.evaluate import Evaluator, Sampling, make_evaluator
 from prune_opd.inflight.gate import InflightGate
 from prune_opd.loss.stats import BatchStats
-from prune_opd.method.horizon import HorizonController, make_controller, response_limits
+from prune_opd.method.horizon import HorizonController, make_controller
 from prune_opd.ranks.signals import Watchdog
 from prune_opd.rollout.balance import Deal, deal, packing_record, padded_size
 from prune_opd.rollout.batch import Rollouts
@@ -48,6 +48,11 @@ PARITY_PROMPTS, PARITY_TOKENS = 4, 32
 PARITY_LIMIT = {"fp32": 1e-3, "bf16": 0.1, "fp8": 0.5}
 
 
+def same_limits(horizon: int, responses: int, step: int) -> list[int]:
+    """Most tokens of each response of a step's batch: the horizon."""
+    return [horizon] * responses
+
+
 @dataclass
 class Run:
     """One rank's view of a run. The loop changes `finished_steps`; everything else has its own state."""
@@ -69,6 +74,7 @@ class Run:
     finished_steps: int = 0
     skipped_in_a_row: int = 0  # updates
     full_response_length: float | None = None  # tokens; what a response costs at the full horizon (last evaluation)
+    limits: Callable[[int, int, int], list[int]] = same_limits
     memory: MemoryPhases = field(default_factory=lambda: MemoryPhases(MemoryConfig()))
     watchdog: Watchdog | None = None
     _engine_has: int | None = field(default=None, repr=False)  # finished_steps of the weights that the engine holds
@@ -115,7 +121,7 @@ class Run:
         groups = self.long_tail.next(self.sampler)
         rows = len(groups) * rollout.responses
         begun = [group for group in groups if group.begun]  # they come first
-        limits = response_limits(self.config.horizon, horizon, rows, self.config.seed, step)
+        limits = self.limits(horizon, rows, step)
         if self.inflight is not None:
             self.enter("inflight")
         rollouts = self.engine.generate(

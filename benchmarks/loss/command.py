@@ -1,34 +1,24 @@
 """`prune-opd bench loss`: the fused loss against full logits, TRL's loss and the bare matrix products.
 
-Every measurement is a process of its own (loss.py says how it measures). The contenders take turns, round after round,
-so that what else the machine does falls on all of them; a ratio is that of two medians. No torch on this side.
+Every measurement is a process of its own (measure.py says how). The contenders take turns, round after round, so that
+what else the machine does falls on all of them; a ratio is that of two medians. No torch on this side.
 """
 
 from __future__ import annotations
 
-import importlib.util
-import json
-import os
-import platform
-import subprocess
-import sys
-import tempfile
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 from rich.console import Console
 from rich.progress import Progress
-from rich.table import Table
 
-from prune_opd.errors import UserError
+from benchmarks.common import MIB, Report, Target, has_trl, load, measure, print_targets, rotated, table, with_trl
 
 CONTENDERS = ("ours", "ours_no_buffer", "naive", "trl", "floor")
-BENCH_PACKAGES = Path(__file__).resolve().parents[2] / ".venv-bench"  # trl and what it needs: `make setup-bench`
 SAME_LOSS = 1e-4  # relative
-MIB = 2**20
 
 
 @dataclass(frozen=True)
@@ -66,48 +56,20 @@ QUICK = Settings(
 )
 
 
-@dataclass(frozen=True)
-class Target:
-    """A ratio and what it must not exceed, or must reach."""
-
-    name: str
-    value: float
-    limit: float
-    at_least: bool = False
-
-    @property
-    def reached(self) -> bool:
-        return self.value >= self.limit if self.at_least else self.value <= self.limit
-
-    def __str__(self) -> str:
-        return f"{self.name}: {self.value:.2f} ({'≥' if self.at_least else '≤'} {self.limit:g})"
-
-
 def run(path: Path, quick: bool) -> int:
     """Measure, write the JSON file, print the tables. Returns 0 whether or not the targets are reached."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     settings = QUICK if quick else Settings()
-    console = Console()
-    machine = {**environment(), "load_average_before": os.getloadavg()}
-    raw = _measure_all(settings, console)
-    result = {
-        "benchmark": "loss",
-        "quick": quick,
-        "settings": asdict(settings),
-        "environment": {
-            **machine,
-            "load_average_after": os.getloadavg(),
-            "torch": raw[0]["torch"],
-            "threads": raw[0]["threads"],
-        },
-        "vocabularies": [{**_compare(raw, vocab), "chunk": settings.chunk(vocab)} for vocab in settings.vocabularies],
-        "growth": _growth(raw, settings),
-        "skipped": {} if has_trl() else {"trl": "the package trl is not there: run `make setup-bench`"},
-        "raw": raw,
-    }
-    path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    _print(result, console)
-    console.print(f"[bold]{path}[/]", soft_wrap=True)
+    report = Report(path, quick, settings)
+    raw = _measure_all(settings, report.console)
+    result = report.write(
+        environment=report.environment(torch=raw[0]["torch"], threads=raw[0]["threads"]),
+        vocabularies=[{**_compare(raw, vocab), "chunk": settings.chunk(vocab)} for vocab in settings.vocabularies],
+        growth=_growth(raw, settings),
+        skipped={} if has_trl() else {"trl": "the package trl is not there: run `make setup-bench`"},
+        raw=raw,
+    )
+    _print(result, report.console)
+    report.name_files()
     return 0
 
 
@@ -117,70 +79,38 @@ def run(path: Path, quick: bool) -> int:
 def _measure_all(settings: Settings, console: Console) -> list[dict[str, Any]]:
     """Every measurement, in the order it was taken."""
     contenders = [name for name in CONTENDERS if name != "trl" or has_trl()]
-    rounds: list[tuple[str, str, int, int]] = []
-    for vocab in settings.vocabularies:
-        for turn in range(settings.rounds):
-            shift = turn % len(contenders)
-            order = contenders[shift:] + contenders[:shift]
-            rounds += [("contest", name, vocab, settings.tokens) for name in order]
+    rounds = [
+        ("contest", name, vocab, settings.tokens)
+        for vocab in settings.vocabularies
+        for turn in range(settings.rounds)
+        for name in rotated(contenders, turn)
+    ]
     for _ in range(settings.growth_rounds):
         rounds += [("growth", "ours", settings.growth_vocab, tokens) for tokens in settings.growth_tokens]
     raw = []
     with Progress(console=console, transient=True) as progress:
         task = progress.add_task("measuring", total=len(rounds))
         for part, name, vocab, tokens in rounds:
-            progress.update(task, description=f"{name}, {tokens} tokens, {vocab} words")
+            progress.update(task, description=f"{name}, {tokens} tokens, vocabulary {vocab}")
             raw.append({"part": part, **_measure(name, vocab, tokens, settings)})
             progress.advance(task)
     return raw
 
 
 def _measure(contender: str, vocab: int, tokens: int, settings: Settings) -> dict[str, Any]:
-    """One process: what loss.py measured, with what was asked for. UserError if it did not come to its end."""
-    numbers = {
+    """One process: what was asked for, and what measure.py measured. UserError if it failed."""
+    request = {
+        "contender": contender,
         "tokens": tokens,
         "vocab": vocab,
-        "student-size": settings.student_size,
-        "teacher-size": settings.teacher_size,
+        "sizes": (settings.student_size, settings.teacher_size),
         "chunk": settings.chunk(vocab),
         "threads": settings.threads,
         "repeats": settings.repeats,
     }
-    options = [text for name, number in numbers.items() for text in (f"--{name}", str(number))]
-    env = {
-        **os.environ,
-        "OMP_NUM_THREADS": str(settings.threads),
-        "TRL_EXPERIMENTAL_SILENCE": "1",
-        "PYTHONPATH": os.pathsep.join(filter(None, [os.environ.get("PYTHONPATH"), str(BENCH_PACKAGES)])),
-    }
-    with tempfile.TemporaryDirectory(prefix="prune-opd-") as folder:
-        answer = Path(folder) / "answer.json"
-        command = [sys.executable, "-m", "benchmarks.loss.measure", contender, *options, "--json", str(answer)]
-        process = subprocess.run(command, env=env, capture_output=True, text=True)
-        if process.returncode != 0:
-            last = (process.stderr.strip().splitlines() or [f"exit code {process.returncode}"])[-1]
-            hint = " (killed: was there enough memory?)" if process.returncode == -9 else ""
-            raise UserError(f"{contender} with {tokens} tokens and {vocab} words failed{hint}: {last}")
-        return {"contender": contender, "vocab": vocab, "tokens": tokens, **json.loads(answer.read_text())}
-
-
-def has_trl() -> bool:
-    return importlib.util.find_spec("trl") is not None or (BENCH_PACKAGES / "trl").is_dir()
-
-
-def environment() -> dict[str, Any]:
-    cpu = [line.split(":")[1].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")]
-    memory = [int(line.split()[1]) for line in _lines("/proc/meminfo") if line.startswith("MemTotal")]
-    return {
-        "cpus": os.cpu_count(),
-        "cpu": cpu[0] if cpu else platform.processor(),
-        "memory_gib": round(memory[0] / MIB, 1) if memory else None,
-        "python": platform.python_version(),
-    }
-
-
-def _lines(path: str) -> list[str]:
-    return Path(path).read_text().splitlines() if os.path.exists(path) else []
+    what = f"{contender} with {tokens} tokens and a vocabulary of {vocab}"
+    (found,) = measure("benchmarks.loss.measure", request, what, threads=settings.threads, env=with_trl())
+    return {"contender": contender, "vocab": vocab, "tokens": tokens, **found}
 
 
 # ---------------------------------------------------------------------------------------------------- comparing
@@ -231,12 +161,12 @@ def _compare(raw: list[dict[str, Any]], vocab: int) -> dict[str, Any]:
         "ratios": ratios,
         "loss_apart": apart,
         "same_loss": apart <= SAME_LOSS,
-        "targets": [{**asdict(target), "reached": target.reached, "text": str(target)} for target in targets],
+        "targets": [target.record() for target in targets],
     }
 
 
 def _growth(raw: list[dict[str, Any]], settings: Settings) -> list[dict[str, Any]]:
-    """Ours by number of tokens; time and memory are relative to the fewest tokens: per token, and in all."""
+    """Ours by number of tokens. Time per token and memory are also given relative to the fewest tokens."""
     lines = []
     for tokens in settings.growth_tokens:
         line = _medians(row for row in raw if row["part"] == "growth" and row["tokens"] == tokens)
@@ -256,40 +186,38 @@ def _print(result: dict[str, Any], console: Console) -> None:
     settings, environment = result["settings"], result["environment"]
     console.print(
         f"{settings['tokens']} tokens, hidden {settings['student_size']} (student) and {settings['teacher_size']} "
-        f"(teacher), fp32, {environment['threads']} threads on {environment['cpus']} "
-        f"CPUs, torch {environment['torch']}; medians of {settings['rounds']} rounds × {settings['repeats']} calls; "
-        f"load average {environment['load_average_before'][0]:.1f} → {environment['load_average_after'][0]:.1f}"
+        f"(teacher), fp32, {environment['threads']} threads, torch {environment['torch']}; medians of "
+        f"{settings['rounds']} rounds × {settings['repeats']} calls; {load(environment)}"
     )
     for part in result["vocabularies"]:
-        table = Table(title=f"vocabulary {part['vocab']}, chunks of {part['chunk']} tokens", title_justify="left")
-        for column in ("", "time s", "CPU s", "peak extra memory MiB", "loss"):
-            table.add_column(column, justify="right" if column else "left")
-        for name, row in part["contenders"].items():
-            table.add_row(
+        rows = [
+            (
                 name,
                 f"{row['wall_s']:.2f}",
                 f"{row['cpu_s']:.2f}",
                 f"{row['extra_bytes'] / MIB:.0f}",
                 "" if row["loss"] is None else f"{row['loss']:.6g}",
             )
-        console.print(table)
-        for target in part["targets"]:
-            console.print(f"  {'[green]pass[/]' if target['reached'] else '[red]miss[/]'}  {target['text']}")
+            for name, row in part["contenders"].items()
+        ]
+        title = f"vocabulary {part['vocab']}, chunks of {part['chunk']} tokens"
+        console.print(table(title, ("", "time s", "CPU s", "peak extra memory MiB", "loss"), rows))
+        print_targets(part["targets"], console)
         same = "[green]same[/]" if part["same_loss"] else "[red]not the same[/]"
         console.print(f"  {same}  loss of ours and naive, {part['loss_apart']:.1e} apart")
         for name, ratio in part["ratios"].items():
             console.print(f"        {name.replace('_', ' ')}: {ratio:.2f}")
     for name, reason in result["skipped"].items():
         console.print(f"  [yellow]skipped[/]  {name}: {reason}")
-    table = Table(title=f"growth of ours, vocabulary {settings['growth_vocab']}", title_justify="left")
-    for column in ("tokens", "time s", "time per token ÷ first", "CPU per token ÷ first", "peak extra memory MiB"):
-        table.add_column(column, justify="right")
-    for line in result["growth"]:
-        table.add_row(
+    columns = ("tokens", "time s", "time per token ÷ first", "CPU per token ÷ first", "peak extra memory MiB")
+    rows = [
+        (
             str(line["tokens"]),
             f"{line['wall_s']:.2f}",
             f"{line['time_per_token_ratio']:.2f}",
             f"{line['cpu_per_token_ratio']:.2f}",
             f"{line['extra_bytes'] / MIB:.0f}",
         )
-    console.print(table)
+        for line in result["growth"]
+    ]
+    console.print(table(f"growth of ours, vocabulary {settings['growth_vocab']}", columns, rows, left=0))

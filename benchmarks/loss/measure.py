@@ -1,7 +1,5 @@
 """One measurement of the loss: one contender, forward and backward, in a process of its own.
 
-    python -m benchmarks.loss.measure CONTENDER --tokens N --vocab V … --json FILE
-
     ours            distill_loss with its default gate and objective
     ours_no_buffer  the same, where the weight has no gradient buffer yet: it allocates and returns its own gradient
     naive           the same loss written plainly: fp32 logits of all tokens × vocabulary of both models, autograd
@@ -23,17 +21,15 @@ How time is measured. That first call pays for cold caches; the calls after it a
 
 from __future__ import annotations
 
-import argparse
-import json
-import resource
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from benchmarks.common import answer, cpu_time, peak_memory, reset_peak
 from prune_opd.config import GateConfig, ObjectiveConfig
 from prune_opd.loss.distill import distill_loss
 from prune_opd.method.gate import apply_gate_packed, overlap_events, overlap_ratio
@@ -154,10 +150,15 @@ def make_inputs(tokens: int, vocab: int, student_size: int, teacher_size: int, c
     # fmt: on
 
 
-def measure(contender: str, inputs: Inputs, repeats: int) -> dict[str, object]:
-    """Memory of one call, time of `repeats` more, and what they computed."""
+def measure(
+    contender: str, tokens: int, vocab: int, sizes: Sequence[int], chunk: int, threads: int, repeats: int
+) -> dict[str, object]:
+    """Memory of one call, time of `repeats` more, and what they computed. sizes: hidden, of student and teacher."""
+    Path("/proc/self/oom_score_adj").write_text("1000")  # should memory run out, this process is the one that goes
+    torch.set_num_threads(threads)
+    student_size, teacher_size = sizes
+    inputs = make_inputs(tokens, vocab, student_size, teacher_size, chunk)
     run, buffered = CONTENDERS[contender], contender != "ours_no_buffer"
-    student_size, teacher_size = inputs.student_hidden_NH.shape[1], inputs.teacher_hidden_NH.shape[1]
     toy = make_inputs(2 * RESPONSES, 64, student_size, teacher_size, RESPONSES)
     _forget_gradients(toy, buffered)
     run(toy)
@@ -199,52 +200,5 @@ def _forget_gradients(inputs: Inputs, buffered: bool) -> None:
         weight_VH.grad.zero_()
 
 
-def _resident(field: str) -> int:
-    """A line of /proc/self/status in bytes."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(field + ":"):
-            return int(line.split()[1]) * 1024
-    raise OSError(f"/proc/self/status has no {field}")
-
-
-def reset_peak() -> int:
-    """Start the kernel's peak anew, and return the resident memory it starts from."""
-    Path("/proc/self/clear_refs").write_text("5")
-    return _resident("VmRSS")
-
-
-def peak_memory() -> int:
-    return _resident("VmHWM")
-
-
-def cpu_time() -> float:
-    usage = resource.getrusage(resource.RUSAGE_SELF)
-    return usage.ru_utime + usage.ru_stime
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description="Measure one contender of `prune-opd bench loss`.")
-    parser.add_argument("contender", choices=CONTENDERS)
-    parser.add_argument("--tokens", type=int, default=2048)
-    parser.add_argument("--vocab", type=int, default=32000)
-    parser.add_argument("--student-size", type=int, default=256)
-    parser.add_argument("--teacher-size", type=int, default=512)
-    parser.add_argument("--chunk", type=int, default=64)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--repeats", type=int, default=1)
-    parser.add_argument("--json", type=Path, help="where the result goes (default: stdout)")
-    args = parser.parse_args()
-
-    # Should memory run out, this process is to be the one that goes.
-    Path("/proc/self/oom_score_adj").write_text("1000")
-    torch.set_num_threads(args.threads)
-    inputs = make_inputs(args.tokens, args.vocab, args.student_size, args.teacher_size, args.chunk)
-    text = json.dumps(measure(args.contender, inputs, args.repeats))
-    if args.json is None:
-        print(text)
-    else:
-        args.json.write_text(text)
-
-
 if __name__ == "__main__":
-    main()
+    answer(measure)

@@ -16,32 +16,37 @@ evaluated by one process, on problems that no recipe was chosen on. No torch on 
 from __future__ import annotations
 
 import itertools
-import json
-import os
-import signal
-import subprocess
-import sys
 import tempfile
-import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, closing
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 from rich.console import Console
 
-from benchmarks.loss.command import BENCH_PACKAGES, Target, environment, has_trl
-from benchmarks.peers.table import print_result
-from benchmarks.peers.turns import POLL_SECONDS, Job, allow, read_steps
+from benchmarks.common import (
+    BENCH_PACKAGES,
+    MIB,
+    Report,
+    Target,
+    has_trl,
+    load,
+    measure,
+    print_targets,
+    rotated,
+    table,
+    with_trl,
+)
+from benchmarks.peers.turns import Contest
 from prune_opd.check.run import check_train
 from prune_opd.config import TrainConfig
 from prune_opd.config.overrides import apply_overrides
 from prune_opd.config.recipe import load_recipe
 from prune_opd.config.yaml import save_config
 from prune_opd.errors import UserError
-from prune_opd.process import end_with_parent, rank_environment
 from prune_opd.track.metrics import read_metrics
 
 RECIPE = "tiny_compatible"
@@ -55,10 +60,16 @@ PHASES = ("time_sync", "time_rollout", "time_teacher", "time_train")
 class Contender:
     name: str
     module: str
-    ranks: int = 2
+    ranks: int | None = 2  # None: one process without torchrun
     threads: int = 1
     overrides: tuple[str, ...] = ()
     steps: int | None = None  # None: all; fewer are timed only, not evaluated
+
+    @property
+    def env(self) -> dict[str, str]:
+        """Of its processes. TRL may compile; what we compile, vLLM decides."""
+        trl = with_trl() | {"TORCHDYNAMO_DISABLE": "0", "TORCH_CPP_LOG_LEVEL": "ERROR"}
+        return {"HF_HUB_OFFLINE": "1"} | (trl if self.module == TRL else {})
 
 
 FULL = ("horizon.strategy=full", "gate=null")
@@ -68,7 +79,7 @@ CONTENDERS = (
     Contender("trl", TRL, overrides=FULL),
     Contender("ours_prune", OURS, overrides=COMPILED),
     Contender("ours_eager", OURS, overrides=FULL, steps=6),
-    Contender("trl_one_process", TRL, ranks=1, threads=2, overrides=FULL, steps=6),
+    Contender("trl_one_process", TRL, ranks=None, threads=2, overrides=FULL, steps=6),
 )
 
 
@@ -96,37 +107,24 @@ def run(path: Path, quick: bool) -> int:
     """
     if not has_trl():
         raise UserError(f"trl is not in {BENCH_PACKAGES} and cannot be imported: run `make setup-bench`")
-    settings, console = QUICK if quick else Settings(), Console()
+    settings = QUICK if quick else Settings()
     configs = {contender.name: make_config(contender, settings) for contender in CONTENDERS}
     if problems := check_train(configs["ours_prune"], 2, None, "never"):
         raise UserError("\n".join(problems))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    machine = {**environment(), "load_average_before": os.getloadavg()}
+    report = Report(path, quick, settings)
     with tempfile.TemporaryDirectory(prefix="prune-opd-") as name:
         folder = Path(name)
-        jobs = {
-            contender.name: _make_job(contender, configs[contender.name], settings, folder) for contender in CONTENDERS
-        }
-        _take_turns(jobs, settings, console)
-        measured = {
-            contender.name: summarise(read_ranks(jobs[contender.name], contender), settings.warmup)
-            for contender in CONTENDERS
-        }
-        loads = {**machine, "load_average_after": os.getloadavg()}
-        console.print("evaluating")
-        accuracies = _evaluate(jobs, configs["ours_opd"], settings, folder)
-    result = {
-        "benchmark": "peers",
-        "quick": quick,
-        "recipe": RECIPE,
-        "settings": asdict(settings),
-        "environment": loads,
-        "contenders": measured,
-        **compare(measured, accuracies),
-    }
-    path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    print_result(result, console)
-    console.print(f"[bold]{path}[/]", soft_wrap=True)
+        for contender, config in configs.items():
+            save_config(config, folder / contender / "config.yaml")
+        steps = _take_turns(settings, folder, report.console)
+        measured = {name: summarise(found, settings.warmup) for name, found in steps.items()}
+        machine = report.environment()  # before the evaluation adds to the load
+        report.console.print("evaluating")
+        accuracies = _evaluate(configs["ours_opd"].student, settings, folder)
+    compared = compare(measured, accuracies)
+    result = report.write(recipe=RECIPE, environment=machine, contenders=measured, **compared)
+    print_result(result, report.console)
+    report.name_files()
     return 0
 
 
@@ -141,35 +139,37 @@ def make_config(contender: Contender, settings: Settings) -> TrainConfig:
 # ---------------------------------------------------------------------------------------------------- running
 
 
-def _make_job(contender: Contender, config: TrainConfig, settings: Settings, parent: Path) -> Job:
-    folder = parent / contender.name
-    folder.mkdir()
-    save_config(config, folder / "config.yaml")
-    steps = min(contender.steps or settings.steps, settings.steps)
-    save_at = settings.save_at if contender.steps is None else ()
-    job = Job(str(folder), str(folder / "config.yaml"), steps, save_at, contender.threads, microbatches=1)
-    job.write()
-    return job
-
-
-def _take_turns(jobs: dict[str, Job], settings: Settings, console: Console) -> None:
-    """Start every contender, wait until all are built, and let one at a time go on for a turn of steps."""
-    with _started(CONTENDERS, jobs) as processes:
+def _take_turns(settings: Settings, folder: Path, console: Console) -> dict[str, list[dict[str, Any]]]:
+    """Start every contender, wait until all are built, and let one at a time go on for a turn. Returns their steps."""
+    found: dict[str, list[tuple[dict[str, Any], ...]]] = {contender.name: [] for contender in CONTENDERS}
+    with ThreadPoolExecutor(len(CONTENDERS)) as pool, ExitStack() as stack:
+        contests = {}
         for contender in CONTENDERS:
-            folder = Path(jobs[contender.name].folder)
-            _wait(processes, lambda: len(list(folder.glob("ready-*"))) == contender.ranks)  # noqa: B023
+            home, steps = folder / contender.name, _steps(contender, settings)
+            request = {"folder": str(home), "steps": steps, "threads": contender.threads}
+            request["save_at"] = settings.save_at if contender.steps is None else ()
+            how = {"ranks": contender.ranks, "threads": contender.threads, "env": contender.env}
+            contest = Contest(pool, contender.name, contender.module, home, request=request, **how)
+            contests[contender.name] = stack.enter_context(closing(contest))
+        for contest in contests.values():
+            contest.wait_until_built()
         for turn, end in enumerate(turn_ends(settings)):
-            shift = turn % len(CONTENDERS)
-            for contender in CONTENDERS[shift:] + CONTENDERS[:shift]:
-                job = jobs[contender.name]
-                last = min(end, job.steps)
-                if len(read_steps(Path(job.folder), 0)) == last:
-                    continue
-                console.print(f"{contender.name}: to step {last} of {job.steps}")
-                allow(Path(job.folder), last)
-                _wait(processes, lambda: _finished(job, contender, last))  # noqa: B023
-        for contender in CONTENDERS:
-            processes[contender.name].wait(timeout=120)
+            for contender in rotated(CONTENDERS, turn):
+                contest, last = contests[contender.name], min(end, _steps(contender, settings))
+                if contest.steps < last:
+                    console.print(f"{contender.name}: to step {last} of {_steps(contender, settings)}")
+                    found[contender.name] += zip(*contest.go_on(last), strict=True)
+    return {
+        contender.name: join_ranks(
+            found[contender.name],
+            read_metrics(folder / contender.name / "run" / "metrics.jsonl")[0] if contender.module == OURS else None,
+        )
+        for contender in CONTENDERS
+    }
+
+
+def _steps(contender: Contender, settings: Settings) -> int:
+    return min(contender.steps or settings.steps, settings.steps)
 
 
 def turn_ends(settings: Settings) -> list[int]:
@@ -177,114 +177,37 @@ def turn_ends(settings: Settings) -> list[int]:
     return [*range(settings.warmup, settings.steps, settings.turn), settings.steps]
 
 
-def _finished(job: Job, contender: Contender, step: int) -> bool:
-    """Whether every rank has done its step, and all of its work if that was the last one."""
-    folder = Path(job.folder)
-    stepped = all(len(read_steps(folder, rank)) >= step for rank in range(contender.ranks))
-    saved = all((job.hf_dir(at) / "saved").exists() for at in job.save_at if at <= step)
-    return stepped and saved and (step < job.steps or len(list(folder.glob("done-*.json"))) == contender.ranks)
-
-
-@contextmanager
-def _started(contenders: Sequence[Contender], jobs: dict[str, Job]) -> Iterator[dict[str, subprocess.Popen[bytes]]]:
-    """Their processes; none is left at the end."""
-    processes: dict[str, subprocess.Popen[bytes]] = {}
-    try:
-        for contender in contenders:
-            folder = Path(jobs[contender.name].folder)
-            arguments = ["-m", contender.module, str(folder / "job.json")]
-            processes[contender.name] = start(arguments, contender.ranks, contender.threads, folder / "log")
-        yield processes
-    finally:
-        for process in processes.values():
-            if process.poll() is None:
-                os.killpg(process.pid, signal.SIGTERM)
-        for process in processes.values():
-            try:
-                process.wait(timeout=40)
-            except subprocess.TimeoutExpired:
-                os.killpg(process.pid, signal.SIGKILL)
-
-
-def start(arguments: list[str], ranks: int, threads: int, log: Path) -> subprocess.Popen[bytes]:
-    """A Python program, alone or once per rank under torchrun, with TRL's packages in sight; output goes to `log`."""
-    env = {**os.environ, "OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1", "COLUMNS": "160"}
-    if TRL not in arguments:
-        env = rank_environment(env)
-    else:
-        env["TORCH_CPP_LOG_LEVEL"] = "ERROR"
-        env["PYTHONPATH"] = os.pathsep.join(filter(None, [os.environ.get("PYTHONPATH"), str(BENCH_PACKAGES)]))
-    launcher = [
-        "-m",
-        "prune_opd.ranks.launcher",
-        "--standalone",
-        "--local-addr",
-        "127.0.0.1",
-        "--nproc-per-node",
-        str(ranks),
-    ]
-    command = [sys.executable, *(launcher if ranks > 1 or TRL not in arguments else []), *arguments]
-    with log.open("wb") as out:
-        return subprocess.Popen(
-            command, env=env, stdout=out, stderr=out, start_new_session=True, preexec_fn=_ends_with_this_process
-        )
-
-
-def _ends_with_this_process() -> None:
-    end_with_parent(signal.SIGTERM)
-
-
-def _wait(processes: dict[str, subprocess.Popen[bytes]], done: Callable[[], bool]) -> None:
-    """Sleep until `done`. Raises `UserError` with the last words of a contender that failed."""
-    while not done():
-        for name, process in processes.items():
-            if process.poll():
-                raise UserError(f"the contender {name} ended with exit code {process.returncode}")
-        time.sleep(POLL_SECONDS)
-
-
-def _evaluate(jobs: dict[str, Job], config: TrainConfig, settings: Settings, folder: Path) -> dict[str, Any]:
+def _evaluate(student: str, settings: Settings, folder: Path) -> dict[str, Any]:
     """Accuracy of the student and of everything saved: {"student": …, "trl/15": …}."""
-    models = {"student": config.student}
-    models |= {f"{name}/{step}": str(job.hf_dir(step)) for name, job in jobs.items() for step in job.save_at}
-    request, answer = folder / "evaluate.json", folder / "accuracies.json"
-    request.write_text(
-        json.dumps({"models": models, "config": jobs["ours_opd"].config, "problems": settings.problems}),
-        encoding="utf-8",
-    )
-    log = folder / "evaluate.log"
-    process = start(["-m", "benchmarks.peers.accuracy", str(request), str(answer)], 2, 1, log)
-    if process.wait() != 0:
-        raise UserError(f"the evaluation failed: {last_words(log)}")
-    return json.loads(answer.read_text(encoding="utf-8"))
-
-
-def last_words(log: Path) -> str:
-    lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines() if log.exists() else []
-    return lines[-1] if lines else "it said nothing"
+    trained = [contender.name for contender in CONTENDERS if contender.steps is None]
+    models = {"student": student}
+    models |= {f"{name}/{step}": str(folder / name / f"hf-{step}") for name in trained for step in settings.save_at}
+    config = str(folder / "ours_opd" / "config.yaml")
+    request = {"models": models, "config_file": config, "problems": settings.problems}
+    return measure("benchmarks.peers.accuracy", request, "the evaluation", ranks=2)[0]
 
 
 # ---------------------------------------------------------------------------------------------------- comparing
 
 
-def read_ranks(job: Job, contender: Contender) -> list[dict[str, Any]]:
-    """The contender's steps: slowest rank's seconds, all ranks' CPU seconds, peaks and tokens, our phases."""
-    ranks = [read_steps(Path(job.folder), rank) for rank in range(contender.ranks)]
-    metrics = Path(job.folder) / "run" / "metrics.jsonl"
-    ours = read_metrics(metrics)[0] if contender.module == OURS else [{}] * job.steps
-    steps = []
-    for parts, record in zip(zip(*ranks, strict=True), ours, strict=True):
-        steps.append(
-            {
-                "step": parts[0]["step"],
-                "wall_s": max(part["wall_s"] for part in parts),
-                "cpu_s": sum(part["cpu_s"] for part in parts),
-                "peak_bytes": sum(part["peak_bytes"] for part in parts),
-                "tokens": record.get("tokens_generated") or sum(part["tokens"] for part in parts),
-                **{phase: record[phase] for phase in PHASES if phase in record},
-            }
-        )
-    return steps
+def join_ranks(
+    steps: Sequence[Sequence[dict[str, Any]]], metrics: Sequence[dict[str, Any]] | None
+) -> list[dict[str, Any]]:
+    """The slowest rank's seconds, all ranks' CPU seconds, peaks and tokens; of ours, tokens and phases from `metrics`.
+
+    steps: each step as every rank measured it.
+    """
+    return [
+        {
+            "step": ranks[0]["step"],
+            "wall_s": max(one["wall_s"] for one in ranks),
+            "cpu_s": sum(one["cpu_s"] for one in ranks),
+            "peak_bytes": sum(one["peak_bytes"] for one in ranks),
+            "tokens": record.get("tokens_generated") or sum(one["tokens"] for one in ranks),
+            **{phase: record[phase] for phase in PHASES if phase in record},
+        }
+        for ranks, record in zip(steps, metrics or [{}] * len(steps), strict=True)
+    ]
 
 
 def summarise(steps: list[dict[str, Any]], warmup: int) -> dict[str, Any]:
@@ -331,7 +254,7 @@ def compare(measured: dict[str, Any], accuracies: dict[str, Any]) -> dict[str, A
         "equal_tokens": common,
         "accuracy_at_equal_tokens": {name: accuracy_at(curve, common) for name, curve in curves.items()},
         "trl_learned": last["accuracy"] - start["accuracy"] > 3 * noise,
-        "targets": [{**asdict(target), "reached": target.reached, "text": str(target)}],
+        "targets": [target.record()],
     }
 
 
@@ -342,3 +265,53 @@ def accuracy_at(curve: Sequence[dict[str, Any]], tokens: float) -> float:
             share = (tokens - before["tokens"]) / (after["tokens"] - before["tokens"])
             return float(before["accuracy"] + share * (after["accuracy"] - before["accuracy"]))
     return float(curve[-1]["accuracy"])
+
+
+# ---------------------------------------------------------------------------------------------------- printing
+
+
+def print_result(result: dict[str, Any], console: Console) -> None:
+    settings = result["settings"]
+    console.print(
+        f"{result['recipe']}, {settings['steps']} updates, the first {settings['warmup']} of each contender not timed, "
+        f"turns of {settings['turn']}; {load(result['environment'])}"
+    )
+    columns: tuple[str, ...] = (
+        "",
+        "tokens/s",
+        f"÷ {result['best_trl']}",
+        "step s",
+        "CPU s / 1000 tokens",
+        "peak memory MiB",
+        "steps",
+    )
+    rows = [
+        (
+            name,
+            f"{row['tokens_per_s']:.0f}",
+            f"{result['ratios'][name]:.2f}",
+            f"{row['step_s']:.2f}",
+            f"{row['cpu_s_per_1000_tokens']:.3f}",
+            f"{row['peak_bytes'] / MIB:.0f}",
+            row["timed_steps"],
+            ", ".join(f"{phase.removeprefix('time_')} {time:.2f}" for phase, time in row["phases_s"].items()),
+        )
+        for name, row in result["contenders"].items()
+    ]
+    console.print(table("a whole step", (*columns, "our phases, s"), rows))
+    steps = [point["step"] for point in next(iter(result["curves"].values()))]
+    at_equal = f"after {result['equal_tokens']:,} tokens"
+    rows = [
+        (
+            name,
+            *(f"{100 * point['accuracy']:.1f} ± {100 * point['stderr']:.1f} %" for point in curve),
+            f"{curve[-1]['tokens']:,}",
+            f"{100 * result['accuracy_at_equal_tokens'][name]:.1f} %",
+        )
+        for name, curve in result["curves"].items()
+    ]
+    names = ("", *(f"{step} updates" for step in steps), "tokens at the end", at_equal)
+    console.print(table(f"accuracy, {settings['problems']} held-out problems at T = 1", names, rows))
+    print_targets(result["targets"], console)
+    learned = "[green]yes[/]" if result["trl_learned"] else "[red]no[/]"
+    console.print(f"  {learned}   TRL's student learned (3 standard errors)")

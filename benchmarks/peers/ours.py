@@ -1,57 +1,41 @@
-"""The contenders `ours` of `prune-opd bench peers`: a rank of a run of ours that takes its steps when they are due.
+"""The contenders `ours` of `prune-opd bench peers`: one rank of our run, which takes its steps when they are due.
 
 It is loop.py's own step on run.py's own parts; only the driver differs: turns, a stopwatch round each step, and the
 student as a Hugging Face directory after some of them.
-
-    torchrun … -m benchmarks.peers.ours JOB.json
 """
 
 from __future__ import annotations
 
 import shutil
-import signal
-import sys
 from pathlib import Path
 
-from benchmarks.peers.turns import Job, StepLog, rank, wait_for_turn
-from prune_opd.cli.worker import run_reported
+from benchmarks.common import answer
+from benchmarks.peers.turns import Turns
 from prune_opd.config import TrainConfig
 from prune_opd.config.yaml import load_config
-from prune_opd.process import end_with_parent
 
 
-def train(job: Job) -> int:
-    """All of the job's steps, each when it is this contender's turn."""
-    import torch
-
+def train(address: str, folder: str, steps: int, save_at: list[int], threads: int) -> None:
+    """All steps of `folder`/config.yaml; the students of the steps in `save_at` go to `folder`/hf-STEP."""
     from prune_opd.loop import step
     from prune_opd.run import prepare
 
-    config = load_config(Path(job.config))
+    home = Path(folder)
+    config = load_config(home / "config.yaml")
     assert isinstance(config, TrainConfig)
-    folder, run_dir = Path(job.folder), Path(job.folder) / "run"
-    log = StepLog(folder, rank())
-    run = prepare(config, run_dir, "never")
-    log.ready()
-    for number in range(1, job.steps + 1):
-        wait_for_turn(folder, number)
-        log.begin()
+    run = prepare(config, home / "run", "never")
+    turns = Turns(address)
+    for number in range(1, steps + 1):
+        turns.begin(number)
         step(run)
-        log.end(number)  # its tokens and phases are in the run's metrics.jsonl
-        if number in job.save_at:
+        turns.end(number)  # its tokens and phases are in the run's metrics.jsonl
+        if number in save_at:
             run.export()
             if run.layout.is_main:
-                shutil.move(run_dir / "hf", job.hf_dir(number))
-                job.saved(number)
-    log.finish(threads=torch.get_num_threads(), torch=torch.__version__)
+                shutil.move(home / "run" / "hf", home / f"hf-{number}")
+    turns.hand_in()
     run.engine.close()
-    return 0
-
-
-def main() -> int:
-    end_with_parent(signal.SIGKILL)
-    return run_reported(lambda: train(Job.read(Path(sys.argv[1]))))
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    answer(train)

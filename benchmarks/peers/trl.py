@@ -3,24 +3,19 @@
 Of TRL's on-policy distillation trainers (1.16.0) this is the one that its users take: stable, on-policy only, reverse
 KL by default, a loss in chunks of hidden states. The older GKDTrainer says itself, when it is set to λ = 1 and T = 1,
 that DistillationTrainer replaces it. Its vLLM mode cannot run on a CPU, so it generates with transformers.
-
-    python -m benchmarks.peers.trl JOB.json        alone, or as a rank of torchrun
 """
 
 from __future__ import annotations
 
 import os
-import signal
-import sys
 from pathlib import Path
 from typing import Any
 
-from benchmarks.peers.turns import Job, StepLog, rank, wait_for_turn
-from prune_opd.cli.worker import run_reported
+from benchmarks.common import answer, rank
+from benchmarks.peers.turns import Turns
 from prune_opd.config import OptimizerConfig, TrainConfig
 from prune_opd.config.yaml import load_config
 from prune_opd.errors import UserError
-from prune_opd.process import end_with_parent
 
 
 def learning_rate_factor(optimizer: OptimizerConfig, total: int, update: int) -> float:
@@ -33,25 +28,22 @@ def learning_rate_factor(optimizer: OptimizerConfig, total: int, update: int) ->
     return floor + (1 - floor) * left
 
 
-def train(job: Job) -> int:
-    """All of the job's steps, each when it is this contender's turn."""
+def train(address: str, folder: str, steps: int, save_at: list[int], threads: int) -> None:
+    """All steps of `folder`/config.yaml; the students of the steps in `save_at` go to `folder`/hf-STEP."""
     import torch
 
-    torch.set_num_threads(job.threads)
-    config = load_config(Path(job.config))
+    torch.set_num_threads(threads)
+    config = load_config(Path(folder) / "config.yaml")
     assert isinstance(config, TrainConfig)
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(config.student, padding_side="left")
-    trainer = make_trainer(job, config, tokenizer, os.environ.get("WORLD_SIZE", "1"))
-    log = StepLog(Path(job.folder), rank())
-    trainer.add_callback(_turns(job, log, trainer))
+    trainer = make_trainer(config, tokenizer, Path(folder), steps)
+    trainer.add_callback(_taking_turns(trainer, address, Path(folder), save_at))
     trainer.train()
-    log.finish(threads=torch.get_num_threads(), torch=torch.__version__)
-    return 0
 
 
-def make_trainer(job: Job, config: TrainConfig, tokenizer: Any, world: str) -> Any:
+def make_trainer(config: TrainConfig, tokenizer: Any, folder: Path, steps: int) -> Any:
     """A DistillationTrainer that does what the recipe does at the full horizon, in fp32 and with no checkpointing."""
     import torch
     from trl import DistillationConfig, DistillationTrainer  # type: ignore[import-not-found]  # in .venv-bench
@@ -59,12 +51,11 @@ def make_trainer(job: Job, config: TrainConfig, tokenizer: Any, world: str) -> A
     optimizer = config.optimizer
     if optimizer.schedule != "linear":
         raise UserError(f"optimizer.schedule = {optimizer.schedule!r}: the TRL contender knows 'linear'")
-    rows = config.rollout.prompts * config.rollout.responses // int(world)
+    rows = config.rollout.prompts * config.rollout.responses // int(os.environ.get("WORLD_SIZE", "1"))
     arguments = DistillationConfig(
-        output_dir=str(Path(job.folder) / "trl"),
-        max_steps=job.steps,
-        per_device_train_batch_size=rows // job.microbatches,
-        gradient_accumulation_steps=job.microbatches,
+        output_dir=str(folder / "trl"),
+        max_steps=steps,
+        per_device_train_batch_size=rows,
         max_completion_length=config.horizon.max_len,
         temperature=config.rollout.temperature,
         top_p=config.rollout.top_p,
@@ -90,7 +81,7 @@ def make_trainer(job: Job, config: TrainConfig, tokenizer: Any, world: str) -> A
         model=config.student,
         teacher_model=config.teacher,
         args=arguments,
-        train_dataset=prompt_rows(config, tokenizer, job.steps),
+        train_dataset=prompt_rows(config, tokenizer, steps),
         processing_class=tokenizer,
     )
     trainer.create_optimizer()
@@ -118,35 +109,30 @@ def prompt_rows(config: TrainConfig, tokenizer: Any, steps: int) -> list[dict[st
     return [{"prompt": text} for text in texts]
 
 
-def _turns(job: Job, log: StepLog, trainer: Any) -> Any:
+def _taking_turns(trainer: Any, address: str, folder: Path, save_at: list[int]) -> Any:
     """A callback that waits for each step's turn, times it from generation to the optimizer, and saves the student."""
     from transformers import TrainerCallback
 
-    class Turns(TrainerCallback):
+    class TakingTurns(TrainerCallback):
         def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-            log.ready()
+            self.turns = Turns(address)
 
         def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-            wait_for_turn(Path(job.folder), state.global_step + 1)
-            log.begin()
+            self.turns.begin(state.global_step + 1)
 
         def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             masks = [batch["completion_mask"] for batch in trainer._buffered_inputs]
-            tokens = sum(int(mask.sum()) for mask in masks)  # this rank's
-            log.end(state.global_step, tokens=tokens)
-            if state.global_step in job.save_at and rank() == 0:
-                out = job.hf_dir(state.global_step)
+            self.turns.end(state.global_step, tokens=sum(int(mask.sum()) for mask in masks))  # this rank's
+            if state.global_step in save_at and rank() == 0:
+                out = folder / f"hf-{state.global_step}"
                 trainer.accelerator.unwrap_model(trainer.model).save_pretrained(out)
                 trainer.processing_class.save_pretrained(out)
-                job.saved(state.global_step)
 
-    return Turns()
+        def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            self.turns.hand_in()
 
-
-def main() -> int:
-    end_with_parent(signal.SIGKILL)
-    return run_reported(lambda: train(Job.read(Path(sys.argv[1]))))
+    return TakingTurns()
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    answer(train)

@@ -1,126 +1,99 @@
-"""What `prune-opd bench peers` and its contenders agree on: the job, whose turn it is, and the record of a step.
+"""How the contenders of `prune-opd bench peers` take turns of a few steps each.
 
-A contender is one process, or several ranks, that stays up for the whole benchmark. It works through its steps only as
-far as the file `allowed` in its folder says, so that contenders take turns of a few steps each on the same machine and
-wait without using it. No torch on this side.
+All of them stay up for the whole benchmark, and one at a time works; the others wait without using the machine.
+
+    benchmark (Contest)                      a rank (Turns)
+    waits for all connections          ◀──   builds everything, then connects
+    sends the last step of the turn    ──▶   works on to the end of that step
+    gets the turn's records            ◀──   hands them in and waits for the next turn
+
+A side that ends closes its connections, so the other learns of it at once. No torch here.
 """
 
 from __future__ import annotations
 
-import json
-import os
-import resource
+import socket
 import time
-from dataclasses import asdict, dataclass
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
+from multiprocessing.connection import Client, Connection
 from pathlib import Path
+from typing import Any
 
+from benchmarks.common import cpu_time, measure, peak_memory
 from prune_opd.errors import UserError
 
-POLL_SECONDS = 0.05
-PATIENCE_SECONDS = 900  # that a contender waits for its turn before it takes the benchmark for dead
+POLL_SECONDS = 0.5
+TIMEOUT = 7200  # seconds of a contender, waiting included
+
+Step = dict[str, float]
 
 
-@dataclass(frozen=True)
-class Job:
-    """What a contender trains. The recipe's settings that both sides take are in the run's resolved config."""
+class Turns:
+    """A rank's side: it waits until a step is due, and measures the step from `begin` to `end`."""
 
-    folder: str  # gets ready-RANK, allowed, steps-RANK.jsonl, done-RANK.json, and hf-STEP/ after the steps in `save_at`
-    config: str  # a resolved TrainConfig (config.yaml)
-    steps: int
-    save_at: tuple[int, ...]
-    threads: int  # of each process
-    microbatches: int  # that a process splits its part of the batch into (TRL; ours packs by tokens)
-
-    def write(self) -> Path:
-        path = Path(self.folder) / "job.json"
-        path.write_text(json.dumps(asdict(self)), encoding="utf-8")
-        return path
-
-    @staticmethod
-    def read(path: Path) -> Job:
-        fields = json.loads(path.read_text(encoding="utf-8"))
-        return Job(**{**fields, "save_at": tuple(fields["save_at"])})
-
-    def hf_dir(self, step: int) -> Path:
-        return Path(self.folder) / f"hf-{step}"
-
-    def saved(self, step: int) -> None:
-        """Say that the student after `step` steps is there, complete."""
-        (self.hf_dir(step) / "saved").touch()
-
-
-def allow(folder: Path, steps: int) -> None:
-    """Let the contender in `folder` go on to the end of step `steps`."""
-    partial = folder / "allowed.partial"
-    partial.write_text(str(steps), encoding="utf-8")
-    partial.rename(folder / "allowed")
-
-
-def wait_for_turn(folder: Path, step: int, patience: float = PATIENCE_SECONDS) -> None:
-    """Sleep until step `step` may begin. Raises `UserError` when nobody allows it in `patience` seconds."""
-    path, end = folder / "allowed", time.monotonic() + patience
-    while not path.exists() or int(path.read_text(encoding="utf-8")) < step:
-        if time.monotonic() > end:
-            raise UserError(f"step {step} was not allowed for {patience:.0f} s: is the benchmark still running?")
-        time.sleep(POLL_SECONDS)
-
-
-class StepLog:
-    """A rank's steps: wall and CPU seconds (of all its threads) from `begin` to `end`, a line each."""
-
-    def __init__(self, folder: Path, rank: int) -> None:
-        self.folder, self.rank = folder, rank
-        self.path = folder / f"steps-{rank}.jsonl"
+    def __init__(self, address: str) -> None:
+        self._benchmark = Client(address)
+        self._allowed, self._steps = 0, list[Step]()
         self._wall = self._cpu = 0.0
 
-    def ready(self) -> None:
-        """Say that everything is built and this rank waits for its first turn."""
-        (self.folder / f"ready-{self.rank}").touch()
-
-    def begin(self) -> None:
-        self._wall, self._cpu = time.perf_counter(), cpu_seconds()
+    def begin(self, step: int) -> None:
+        """Wait until `step` is due. EOFError when the benchmark is gone."""
+        if step > self._allowed:
+            if self._steps:
+                self.hand_in()
+            self._allowed = self._benchmark.recv()
+        self._wall, self._cpu = time.perf_counter(), cpu_time()
 
     def end(self, step: int, **record: float) -> None:
-        """`record` is added to the line. The peak is of the whole process's life, in bytes."""
-        line = {
-            "step": step,
-            "wall_s": time.perf_counter() - self._wall,
-            "cpu_s": cpu_seconds() - self._cpu,
-            "peak_bytes": memory("VmHWM"),
-            **record,
-        }
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+        """The step is over; `record` is added to it. CPU seconds are of all threads, the peak of the whole process."""
+        wall, cpu = time.perf_counter() - self._wall, cpu_time() - self._cpu
+        self._steps.append({"step": step, "wall_s": wall, "cpu_s": cpu, "peak_bytes": peak_memory(), **record})
 
-    def finish(self, **record: object) -> None:
-        """Say that this rank's work is done."""
-        path = self.folder / f"done-{self.rank}.json"
-        path.with_suffix(".partial").write_text(json.dumps(record), encoding="utf-8")
-        path.with_suffix(".partial").rename(path)
+    def hand_in(self) -> None:
+        """The turn is over, and all that belongs to it is there. A rank calls this itself after its last step only."""
+        self._benchmark.send(self._steps)
+        self._steps = []
 
 
-def read_steps(folder: Path, rank: int) -> list[dict[str, float]]:
-    """The steps that a rank has finished so far; a line that is being written is not there yet."""
-    path = folder / f"steps-{rank}.jsonl"
-    if not path.exists():
-        return []
-    complete = path.read_text(encoding="utf-8").rpartition("\n")[0]
-    return [json.loads(line) for line in complete.splitlines()]
+class Contest:
+    """The benchmark's side of one contender: it starts when this is made, and ends by itself after its last step."""
 
+    def __init__(self, pool: ThreadPoolExecutor, name: str, module: str, folder: Path, **how: Any) -> None:
+        """`how` is what `common.measure` takes; its `request` gets the address to connect to."""
+        self.name, self.ranks, self.steps = name, how["ranks"] or 1, 0
+        self._server = socket.socket(socket.AF_UNIX)
+        self._server.bind(str(folder / "turns"))
+        self._server.listen()
+        self._server.settimeout(POLL_SECONDS)
+        self._connections: list[Connection] = []
+        request: dict[str, Any] = how.pop("request") | {"address": str(folder / "turns")}
+        self._process: Future[Any] = pool.submit(measure, module, request, f"contender {name}", timeout=TIMEOUT, **how)
 
-def cpu_seconds() -> float:
-    usage = resource.getrusage(resource.RUSAGE_SELF)
-    return usage.ru_utime + usage.ru_stime
+    def wait_until_built(self) -> None:
+        """UserError if the contender ends before that."""
+        while len(self._connections) < self.ranks:
+            if self._process.done():
+                raise self._failure()
+            with suppress(TimeoutError):
+                self._connections.append(Connection(self._server.accept()[0].detach()))
 
+    def go_on(self, last: int) -> list[list[Step]]:
+        """One turn, to the end of step `last`: the steps of each rank. UserError if the contender ends before that."""
+        try:
+            for connection in self._connections:
+                connection.send(last)
+            steps = [connection.recv() for connection in self._connections]
+        except (EOFError, OSError):
+            raise self._failure() from None
+        self.steps = last
+        return steps
 
-def memory(field: str) -> int:
-    """A line of /proc/self/status, such as VmHWM, in bytes."""
-    with open("/proc/self/status", encoding="utf-8") as file:
-        for line in file:
-            if line.startswith(field + ":"):
-                return int(line.split()[1]) * 1024
-    raise OSError(f"/proc/self/status has no {field}")
+    def close(self) -> None:
+        """What still waits for a turn ends."""
+        for connection in self._connections:
+            connection.close()
+        self._server.close()
 
-
-def rank() -> int:
-    return int(os.environ.get("RANK", "0"))
+    def _failure(self) -> BaseException:
+        return self._process.exception() or UserError(f"contender {self.name} ended before its last step")

@@ -1,29 +1,23 @@
 """`prune-opd bench reshard`: the weight stream against the bare collectives, vLLM's reload, and the two together.
 
-A launch is one student layout and one engine, because a process can have only one engine (reshard_ranks.py says what
+A launch is one student layout and one engine, because a process can have only one engine (measure.py says what
 is measured and how). Within a launch the contenders take turns, round after round, so that what else the machine does
 falls on all of them; a ratio is that of two medians. No torch on this side.
 """
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 import tempfile
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 from rich.console import Console
 from rich.progress import Progress
-from rich.table import Table
 
-from benchmarks.loss.command import MIB, Target, environment
-from prune_opd.errors import UserError
+from benchmarks.common import MIB, Report, Target, load, measure, print_targets, table
 
 RANKS = 2
 TRANSPORTS = ("collective", "shared")
@@ -47,66 +41,38 @@ QUICK = Settings(layers=2, hidden=128, vocab=512, bucket_mb=0.5, rounds=1, launc
 
 def run(path: Path, quick: bool) -> int:
     """Measure, write the JSON file, print the tables. Returns 0 whether or not the targets are reached."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     settings = QUICK if quick else Settings()
-    console = Console()
-    before = {**environment(), "load_average_before": os.getloadavg()}
-    raw = _measure_all(settings, console)
-    result = {
-        "benchmark": "reshard",
-        "quick": quick,
-        "settings": asdict(settings),
-        "environment": {**before, "load_average_after": os.getloadavg(), "torch": raw[0]["ranks"][0]["torch"]},
-        "launches": [_compare(launch, settings, quick) for launch in raw],
-        "raw": raw,
-    }
-    path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    _print(result, console)
-    console.print(f"[bold]{path}[/]", soft_wrap=True)
+    report = Report(path, quick, settings)
+    raw: list[dict[str, Any]] = []
+    with (
+        tempfile.TemporaryDirectory(prefix="prune-opd-") as folder,
+        Progress(console=report.console, transient=True) as bar,
+    ):
+        for student, rollout_tp in bar.track(settings.launches, description="measuring"):
+            ranks = _measure(folder, student, rollout_tp, settings)
+            raw.append({"student": student, "rollout_tp": rollout_tp, "ranks": ranks})
+    result = report.write(
+        environment=report.environment(torch=raw[0]["ranks"][0]["torch"]),
+        launches=[_compare(launch, settings, quick) for launch in raw],
+        raw=raw,
+    )
+    _print(result, report.console)
+    report.name_files()
     return 0
 
 
-# ---------------------------------------------------------------------------------------------------- measuring
-
-
-def _measure_all(settings: Settings, console: Console) -> list[dict[str, Any]]:
-    raw = []
-    with tempfile.TemporaryDirectory(prefix="prune-opd-") as folder, Progress(console=console, transient=True) as bar:
-        task = bar.add_task("measuring", total=len(settings.launches))
-        for student, rollout_tp in settings.launches:
-            bar.update(task, description=f"student {student}, rollout TP {rollout_tp}")
-            ranks = _measure(student, rollout_tp, settings, Path(folder))
-            raw.append({"student": student, "rollout_tp": rollout_tp, "ranks": ranks})
-            bar.advance(task)
-    return raw
-
-
-def _measure(student: str, rollout_tp: int, settings: Settings, folder: Path) -> list[dict[str, Any]]:
+def _measure(folder: str, student: str, rollout_tp: int, settings: Settings) -> list[dict[str, Any]]:
     """One launch: what each rank measured. UserError if it did not come to its end."""
-    answer = folder / "answer.json"
-    answer.unlink(missing_ok=True)
-    options = {
+    request = {
         "folder": folder,
-        "json": answer,
         "layout": student,
-        "rollout-tp": rollout_tp,
-        "layers": settings.layers,
-        "hidden": settings.hidden,
-        "vocab": settings.vocab,
-        "bucket-mb": settings.bucket_mb,
+        "rollout_tp": rollout_tp,
+        "shape": (settings.layers, settings.hidden, settings.vocab),
+        "bucket_mb": settings.bucket_mb,
         "rounds": settings.rounds,
     }
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(RANKS)]
-    command += ["-m", "benchmarks.reshard.ranks"]
-    command += [text for name, value in options.items() for text in (f"--{name}", str(value))]
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    try:
-        process = subprocess.run(command, env=env, capture_output=True, text=True, timeout=TIMEOUT)
-    except subprocess.TimeoutExpired:
-        raise UserError(f"student {student} with rollout TP {rollout_tp} was not done after {TIMEOUT} s") from None
-    if process.returncode != 0 or not answer.exists():
-        raise UserError(f"student {student} with rollout TP {rollout_tp} failed:\n{process.stderr[-3000:]}")
-    return json.loads(answer.read_text())
+    what = f"student {student} with rollout TP {rollout_tp}"
+    return measure("benchmarks.reshard.measure", request, what, ranks=RANKS, timeout=TIMEOUT)
 
 
 # ---------------------------------------------------------------------------------------------------- comparing
@@ -159,7 +125,7 @@ def _compare(launch: dict[str, Any], settings: Settings, quick: bool) -> dict[st
         "cpu_s": cpu,
         "memory": {name: [rank["memory"][name] for rank in ranks] for name in TRANSPORTS},
         "ratios": ratios,
-        "targets": [{**asdict(target), "reached": target.reached, "text": str(target)} for target in targets],
+        "targets": [target.record() for target in targets],
     }
 
 
@@ -171,26 +137,17 @@ def _print(result: dict[str, Any], console: Console) -> None:
     first = result["launches"][0]
     console.print(
         f"{first['parameters'] / 1e6:.0f} M parameters, {first['model_bytes'] / MIB:.0f} MiB in fp32, buckets of "
-        f"{settings['bucket_mb']:g} MiB; {RANKS} ranks with one thread each on {environment['cpus']} CPUs, torch "
-        f"{environment['torch']}; medians of {settings['rounds']} rounds; load average "
-        f"{environment['load_average_before'][0]:.1f} → {environment['load_average_after'][0]:.1f}"
+        f"{settings['bucket_mb']:g} MiB; {RANKS} ranks of one thread, torch {environment['torch']}; medians of "
+        f"{settings['rounds']} rounds; {load(environment)}"
     )
     for launch in result["launches"]:
+        wall, cpu = launch["wall_s"], launch["cpu_s"]
+        rows = [
+            (name, f"{s:.3f}", f"{cpu[name]:.3f}", f"{s / wall['bare']:.2f}", f"{s / wall['reload']:.2f}")
+            for name, s in wall.items()
+        ]
         title = f"student {launch['student'].upper()} → rollout TP{launch['rollout_tp']}"
-        table = Table(title=title, title_justify="left")
-        for column in ("", "time s", "CPU s of all ranks", "÷ bare", "÷ reload"):
-            table.add_column(column, justify="right" if column else "left")
-        wall = launch["wall_s"]
-        for name, time in wall.items():
-            table.add_row(
-                name,
-                f"{time:.3f}",
-                f"{launch['cpu_s'][name]:.3f}",
-                f"{time / wall['bare']:.2f}",
-                f"{time / wall['reload']:.2f}",
-            )
-        console.print(table)
-        for target in launch["targets"]:
-            console.print(f"  {'[green]pass[/]' if target['reached'] else '[red]miss[/]'}  {target['text']}")
+        console.print(table(title, ("", "time s", "CPU s of all ranks", "÷ bare", "÷ reload"), rows))
+        print_targets(launch["targets"], console)
         for name, ratio in launch["ratios"].items():
             console.print(f"        {name}: {ratio:.3f}")

@@ -54,79 +54,58 @@ def write_charts(path: Path) -> Path:
 
 def pair_charts(rows: Sequence[Row]) -> list[Chart]:
     """Accuracy against cost, and how windows and overlap moved."""
+
+    def chart(title: str, caption: str, draw: Any, of: Sequence[Row] = rows, **how: str) -> Chart:
+        return Chart(title, caption, partial(draw, rows=of, **how))
+
     moving = [row for row in rows if row["method"] in DYNAMIC]
+    few = [row for row in moving if row["method"] in ("full", "prune", "marginal")]
     better = "Up and to the left is better. Bars are one standard error over the seeds."
+    means = "Means over the seeds; on fewer problems than at the end."
+    easier = "Over the tokens that were generated: short prefixes have it easier. Overlap is not success."
+    bins = "Bins of equal width over the full horizon; the first step is dashed."
+    tokens, seconds = "response tokens generated", "CPU seconds of rollout, teacher and train"
     return [
-        Chart("Accuracy over generated tokens", better, partial(_cost, rows=rows, key="tokens_generated")),
-        Chart("Accuracy over training CPU seconds", better, partial(_cost, rows=rows, key="cpu_s")),
-        Chart(
-            "Accuracy on the way, over generated tokens",
-            "Means over the seeds; on fewer problems than at the end.",
-            partial(_curves, rows=rows, key="tokens"),
-        ),
-        Chart(
-            "Accuracy on the way, over training CPU seconds",
-            "The same over the CPU seconds of rollout, teacher and train.",
-            partial(_curves, rows=rows, key="cpu_s"),
-        ),
-        Chart("Window [tokens]", "Mean over the seeds.", partial(_series, rows=moving, key="horizon", label="tokens")),
-        Chart(
-            "Mean overlap",
-            "Over the tokens that were generated: short prefixes have it easier. Overlap is not success.",
-            partial(_series, rows=moving, key="overlap", label="mean overlap"),
-        ),
-        Chart(
-            "Drift events",
-            "Share of the generated tokens.",
-            partial(_series, rows=moving, key="event_rate", label="share"),
-        ),
-        Chart(
-            "Overlap by position, first step and last",
-            "Bins of equal width over the full horizon; the first step is dashed.",
-            partial(_positions, rows=[row for row in moving if row["method"] in ("full", "prune", "marginal")]),
-        ),
+        chart("Accuracy over generated tokens", better, _cost, key="tokens_generated", label=tokens),
+        chart("Accuracy over training CPU seconds", better, _cost, key="cpu_s", label=seconds),
+        chart("Accuracy on the way, over generated tokens", means, _curves, key="tokens", label=tokens),
+        chart("Accuracy on the way, over training CPU seconds", means, _curves, key="cpu_s", label=seconds),
+        chart("Window [tokens]", "Mean over the seeds.", _series, moving, key="horizon", label="tokens"),
+        chart("Mean overlap", easier, _series, moving, key="overlap", label="mean overlap"),
+        chart("Drift events", "Share of the generated tokens.", _series, moving, key="event_rate", label="share"),
+        chart("Overlap by position, first step and last", bins, _positions, few),
     ]
 
 
 def sweep_chart(setting: str, rows: Sequence[Row]) -> Chart:
-    return Chart(
-        f"Sweep of {setting}",
-        "Prune-OPD (w_base 0, hit_if_reliable), all else the recipe's.",
-        partial(_sweep, rows=rows),
-    )
+    caption = "Prune-OPD (w_base 0, hit_if_reliable), all else the recipe's."
+    return Chart(f"Sweep of {setting}", caption, partial(_sweep, rows=rows))
 
 
 def _style(index: int) -> dict[str, Any]:
     return {"color": CYCLE[index % len(CYCLE)], "linestyle": ("-", "--", ":")[index // len(CYCLE) % 3]}
 
 
-def _cost(figure: Any, rows: Sequence[Row], key: str) -> None:
-    ax = axes(figure, "response tokens generated" if key == "tokens_generated" else "CPU seconds", "accuracy")
+def _cost(figure: Any, rows: Sequence[Row], key: str, label: str) -> None:
+    ax = axes(figure, label, "accuracy")
     for i, row in enumerate(rows):
-        ax.errorbar(
-            row[key],
-            row["accuracy"],
-            xerr=row[f"{key}_stderr"],
-            yerr=row["accuracy_stderr"],
-            marker=MARKERS[i % len(MARKERS)],
-            color=CYCLE[i % len(CYCLE)],
-            linestyle="none",
-            capsize=2,
-            elinewidth=0.8,
-            label=row["method"],
-        )
-    accuracy_axis(ax)
+        look = {"marker": MARKERS[i % len(MARKERS)], "color": CYCLE[i % len(CYCLE)], "label": row["method"]}
+        errors = {"xerr": row[f"{key}_stderr"], "yerr": row["accuracy_stderr"]}
+        ax.errorbar(row[key], row["accuracy"], **errors, **look, linestyle="none", capsize=2, elinewidth=0.8)
     ax.set_xlim(left=0)
-    count_axis(ax.xaxis)
-    legend(ax, ncols=5, fontsize=7)
+    _accuracy_by_count(ax)
 
 
-def _curves(figure: Any, rows: Sequence[Row], key: str) -> None:
-    ax = axes(figure, "response tokens generated so far" if key == "tokens" else "CPU seconds so far", "accuracy")
+def _curves(figure: Any, rows: Sequence[Row], key: str, label: str) -> None:
+    ax = axes(figure, f"{label} so far", "accuracy")
     for i, row in enumerate(rows):
         curves = [run["curve"] for run in row["runs"]]
         x, y = ([fmean(p[name] for p in points) for points in zip(*curves, strict=True)] for name in (key, "accuracy"))
         ax.plot(x, y, label=row["method"], marker=MARKERS[i % len(MARKERS)], markersize=3, **_style(i))
+    _accuracy_by_count(ax)
+
+
+def _accuracy_by_count(ax: Any) -> None:
     accuracy_axis(ax)
     count_axis(ax.xaxis)
     legend(ax, ncols=5, fontsize=7)

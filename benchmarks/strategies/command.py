@@ -1,9 +1,9 @@
 """`prune-opd bench strategies`: the papers' comparison on the tiny pairs, every method from the same start.
 
-strategies_plan.py      the methods, as changes of full OPD, and the order of the runs
-strategies_runs.py      one process a run, resumable
-strategies_results.py   the rows of the tables, and whether the targets were reached
-strategies_charts.py    accuracy against cost, dynamics, sweeps
+plan.py      the methods, as changes of full OPD, and the order of the runs
+runs.py      one process a run (rank.py), resumable
+results.py   the rows of the tables, and whether the targets were reached
+charts.py    accuracy against cost, dynamics, sweeps
 """
 
 from __future__ import annotations
@@ -15,21 +15,11 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 
-from benchmarks.loss.command import environment
-from benchmarks.strategies.plan import (
-    FIRST_SEED,
-    METHODS,
-    Settings,
-    choose,
-    missing,
-    pair_recipe,
-    plan,
-    sweep_plan,
-)
+from benchmarks.common import Report
+from benchmarks.strategies.plan import FIRST_SEED, Settings, choose, pair_recipe, plan, sweep_plan
 from benchmarks.strategies.results import in_points, markdown, pair_rows, sweep_rows, verdicts
-from benchmarks.strategies.runs import collect, run_all, write_json
+from benchmarks.strategies.runs import collect, run_all
 from prune_opd.check.run import check_train
 from prune_opd.errors import ConfigError, UserError
 
@@ -39,7 +29,8 @@ QUICK_METHODS = ["full", "prune", "random"]
 
 Pairs = Annotated[list[str] | None, typer.Argument(metavar="[PAIR …]", help=f"Recipes; {' and '.join(PAIRS)} if none.")]
 Seeds = Annotated[int, typer.Option(min=1, help="Runs of every method on every pair.")]
-Methods = Annotated[list[str] | None, typer.Option(help="One of the methods, more often for more; all if none.")]
+Methods = Annotated[list[str] | None, typer.Option(help="One of plan.py's methods, more often for more.")]
+Set = Annotated[list[str] | None, typer.Option(metavar="KEY=VALUE", help="Of the recipe, before a method changes it.")]
 Jobs = Annotated[int, typer.Option(min=1, help="Runs side by side, one core each.")]
 Steps = Annotated[int | None, typer.Option(min=1, help="Of every run.", show_default="the recipe's")]
 OnlyFinished = Annotated[bool, typer.Option("--only-finished", help="Run nothing: draw what is finished.")]
@@ -54,6 +45,7 @@ def run(
     methods: Methods = None,
     jobs: Jobs = 2,
     steps: Steps = None,
+    set: Set = None,
     sweep_seeds: SweepSeeds = 1,
     only_finished: OnlyFinished = False,
 ) -> int:
@@ -61,11 +53,10 @@ def run(
 
     Raises ConfigError or UserError before the first run for a pair or a method that cannot run.
     """
-    console, began, load = Console(), time.time(), os.getloadavg()
     settings = QUICK if quick else Settings(steps=steps)
     if jobs > len(os.sched_getaffinity(0)):
         raise ConfigError(f"--jobs {jobs} is more than this process has cores ({len(os.sched_getaffinity(0))})")
-    recipes = {pair: pair_recipe(pair) for pair in dict.fromkeys(pairs or PAIRS)}
+    recipes = {pair: pair_recipe(pair, set or ()) for pair in dict.fromkeys(pairs or PAIRS)}
     chosen = choose(QUICK_METHODS if quick and not methods else methods)
     numbers = [FIRST_SEED + i for i in range(1 if quick else seeds)]
     specs = plan(recipes, chosen, numbers, settings)
@@ -77,7 +68,8 @@ def run(
     if problems:
         raise UserError("\n".join(sorted(problems)))
 
-    results = collect(specs, folder) if only_finished else run_all(specs, folder, jobs, console)
+    began, report = time.time(), Report(path, quick, settings)
+    results = collect(specs, folder) if only_finished else run_all(specs, folder, jobs, report.console)
     if not results:
         raise UserError(f"{folder} has no finished run of these settings: leave out --only-finished")
     found: dict[str, Any] = {}
@@ -89,29 +81,21 @@ def run(
             "steps": settings.steps or recipe.steps,
             "rows": rows,
             "verdicts": [{**asdict(verdict), "text": str(verdict)} for verdict in judged],
-            "skipped": {method.title: missing(method) for method in METHODS if missing(method)},
         }
         text = markdown(pair, rows, judged, notes(found[pair], numbers, settings))
         (folder / f"{pair}.md").write_text(text, encoding="utf-8")
-        console.print(text, markup=False, highlight=False, soft_wrap=True)
+        report.console.print(text, markup=False, highlight=False, soft_wrap=True)
     swept = sweep_rows(swept_pair, recipes[swept_pair], swept_seeds, results)
-    write_json(
-        path,
-        {
-            "benchmark": "strategies",
-            "quick": quick,
-            "settings": asdict(settings),
-            "seeds": numbers,
-            "jobs": jobs,
-            "environment": {**environment(), "load_average_before": load, "load_average_after": os.getloadavg()},
-            "seconds": time.time() - began,
-            "pairs": found,
-            "sweeps": {"pair": swept_pair, "seeds": swept_seeds, "rows": swept},
-        },
+    report.write(
+        seeds=numbers,
+        jobs=jobs,
+        seconds=time.time() - began,
+        pairs=found,
+        sweeps={"pair": swept_pair, "seeds": swept_seeds, "rows": swept},
     )
     from benchmarks.strategies.charts import write_charts  # matplotlib: only now
 
-    console.print(f"{path}, {write_charts(path)}", soft_wrap=True)
+    report.name_files(write_charts(path))
     return 0
 
 
@@ -127,11 +111,11 @@ def notes(pair: dict[str, Any], seeds: list[int], settings: Settings) -> list[st
         ),
     ]
     lines += [
-        f"{row['title']}: {in_points(row['gaps'][other])} points to the method whose windows it replays (same seeds)."
+        f"{row['title']}: {in_points(row['gaps'][other])} points to {other} (same seeds)."
         for row in pair["rows"]
         for other in row["gaps"]
         if other != "full"
     ]
     partial = [row["title"] for row in pair["rows"] if len(row["seeds"]) < len(seeds)]
     lines += [f"Not all seeds: {', '.join(partial)}."] if partial else []
-    return lines + [f"Not run: {title} ({why})." for title, why in pair["skipped"].items()]
+    return lines

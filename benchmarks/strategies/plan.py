@@ -7,22 +7,30 @@ strategies (first window, step, γ, k, POPD's constants) stays as it is.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from prune_opd.config import RolloutConfig, TrainConfig
+from benchmarks.common import rotated
+from prune_opd.config import TrainConfig
 from prune_opd.config.overrides import apply_overrides
 from prune_opd.config.recipe import load_recipe
 from prune_opd.errors import ConfigError
 
-# Of this benchmark alone: no setting was chosen on these seeds' problems, nor on their order of the training data.
+# No setting was chosen on the problems of these seeds, nor on their order of the training data.
 FIRST_SEED, EVALUATION_SEEDS = 1001, 910_000
 
 BASE = ("horizon.strategy=full", "horizon.finished_rows=miss", "gate.metric=overlap", "gate.w_drop=0", "gate.w_base=0")
 W_DROP = "gate.w_drop={w_drop}"  # the recipe's
+FIXED, MARGINAL = "horizon.strategy=topd", ("horizon.strategy=marginal", W_DROP)
 PAPER = ("horizon.strategy=prune", W_DROP)
 OURS = (*PAPER, "horizon.finished_rows=hit_if_reliable")
+STOP = (
+    "rollout.inflight.mode=gate",
+    "rollout.inflight.schedule=fixed",
+    "rollout.inflight.first_check={eighth}",
+    "rollout.inflight.chunk={sixteenth}",
+    "rollout.inflight.price=0.05",
+)
 
 
 @dataclass(frozen=True)
@@ -32,7 +40,10 @@ class Method:
     name: str
     title: str
     changes: tuple[str, ...]
-    windows_of: str | None = None  # the method whose windows, realised with the same seed, this one replays
+    against: str | None = None  # the method of the same seed that this one is compared with, beside full OPD
+    replays: bool = False  # a control: it takes the windows that `against` had
+    scatter: bool = False  # and cuts each response at random around them
+    named_only: bool = False  # runs only when it is asked for
 
 
 @dataclass(frozen=True)
@@ -53,40 +64,22 @@ class Point:
 SWEPT = "prune"  # the project's own default: w_base 0, and a response that ends reliably is a hit
 METHODS = (
     Method("full", "full OPD", ()),
-    Method(
-        "fixed", "fixed window, a third (the paper's 4096 of 12288)", ("horizon.strategy=topd", "horizon.rho=0.3333")
-    ),
-    Method("topd_10", "TOPD .10", ("horizon.strategy=topd", "horizon.rho=0.1")),
-    Method("topd_25", "TOPD .25", ("horizon.strategy=topd", "horizon.rho=0.25")),
+    Method("fixed", "fixed window, a third (the paper's 4096 of 12288)", (FIXED, "horizon.rho=0.3333")),
+    Method("topd_10", "TOPD .10", (FIXED, "horizon.rho=0.1")),
+    Method("topd_25", "TOPD .25", (FIXED, "horizon.rho=0.25")),
     Method("popd", "POPD", ("horizon.strategy=popd",)),
     Method("prune_paper", "Prune-OPD overlap, the paper's (w_base .5)", (*PAPER, "gate.w_base=0.5")),
     Method("prune_w0", "Prune-OPD overlap, w_base 0", PAPER),
     Method("prune", "Prune-OPD overlap, w_base 0, hit_if_reliable", OURS),
     Method("prune_top_p", "Prune-OPD top-p, w_base 0, hit_if_reliable", (*OURS, "gate.metric=teacher_top_p")),
-    Method("marginal", "ours: marginal window, w_base 0", ("horizon.strategy=marginal", W_DROP)),
-    Method(
-        "marginal_paper", "ours: marginal window, w_base .5", ("horizon.strategy=marginal", W_DROP, "gate.w_base=0.5")
-    ),
-    Method(
-        "inflight",
-        "Prune-OPD + in-flight stop (ours)",
-        (
-            *OURS,
-            "rollout.inflight.mode=gate",
-            "rollout.inflight.schedule=fixed",
-            "rollout.inflight.first_check={eighth}",
-            "rollout.inflight.chunk={sixteenth}",
-            "rollout.inflight.price=0.05",
-        ),
-    ),
+    Method("marginal", "ours: marginal window, w_base 0", MARGINAL),
+    Method("marginal_paper", "ours: marginal window, w_base .5", (*MARGINAL, "gate.w_base=0.5")),
+    Method("inflight", "Prune-OPD + in-flight stop (ours)", (*OURS, *STOP), "prune"),
+    Method("full_gated", "full rollouts, the gate weighs", (W_DROP,), named_only=True),
+    Method("inflight_full", "full rollouts + in-flight stop (ours)", (W_DROP, *STOP), "full_gated", named_only=True),
     Method("iw_opd", "IW-OPD", ("weighting.name=iw_opd",)),
-    Method("replay", "control: POPD that replays Prune's windows", ("horizon.strategy=replay",), windows_of="prune"),
-    Method(
-        "random",
-        "control: random cuts with the mean of Prune's windows",
-        ("horizon.strategy=replay", "horizon.scatter=true"),
-        windows_of="prune",
-    ),
+    Method("replay", "control: POPD that replays Prune's windows", (), "prune", replays=True),
+    Method("random", "control: random cuts with the mean of Prune's windows", (), "prune", replays=True, scatter=True),
 )
 # With few candidates few values of γ differ (k = 2 knows overlaps of 0, .5 and 1): γ is swept at k = 8.
 SWEEPS = {
@@ -108,12 +101,13 @@ class Settings:
 
 @dataclass(frozen=True)
 class RunSpec:
-    """One run: `config` is complete but for the windows of a replay."""
+    """One run. A control also needs the windows that it replays."""
 
     pair: str
     method: Method
     seed: int
     config: TrainConfig
+    problems_between: int
 
     @property
     def key(self) -> str:
@@ -121,16 +115,8 @@ class RunSpec:
         return f"{self.pair}/{self.method.name}/{self.seed}"
 
 
-def missing(method: Method) -> str | None:
-    """Why a method cannot run in this version, None if it can."""
-    has_inflight = any(field.name == "inflight" for field in dataclasses.fields(RolloutConfig))
-    if method.name == "inflight" and not has_inflight:
-        return "rollout.inflight does not exist in this version"
-    return None
-
-
 def choose(names: Sequence[str] | None) -> list[Method]:
-    """The methods that run: all, or those named, in the table's order, with full OPD and what a control replays.
+    """The methods that run, in the table's order: those named, or all, with full OPD and what they are compared with.
 
     ConfigError for a name that no method has.
     """
@@ -138,14 +124,14 @@ def choose(names: Sequence[str] | None) -> list[Method]:
     for name in names or ():
         if name not in known:
             raise ConfigError(f"--methods {name!r} is not known: the methods are {', '.join(known)}")
-    wanted = set(names or known) | {"full"}
-    wanted |= {known[name].windows_of or "full" for name in wanted}
-    return [method for method in METHODS if method.name in wanted and not missing(method)]
+    wanted = set(names or (method.name for method in METHODS if not method.named_only)) | {"full"}
+    wanted |= {known[name].against or "full" for name in wanted}
+    return [method for method in METHODS if method.name in wanted]
 
 
-def pair_recipe(pair: str) -> TrainConfig:
+def pair_recipe(pair: str, overrides: Sequence[str] = ()) -> TrainConfig:
     """The recipe of a pair. ConfigError for one that is no distillation or has no gate to measure with."""
-    config = load_recipe(pair)
+    config = apply_overrides(load_recipe(pair), list(overrides))
     if not isinstance(config, TrainConfig) or config.gate is None:
         raise ConfigError(
             f"pair {pair!r}: its recipe must be of a distillation with a gate; name one, like tiny_compatible"
@@ -154,12 +140,15 @@ def pair_recipe(pair: str) -> TrainConfig:
 
 
 def method_config(recipe: TrainConfig, method: Method, common: Sequence[str] = ()) -> TrainConfig:
-    """A method on a pair, with what is the same for all runs. A replay has placeholder windows."""
+    """A method on a pair, with what is the same for all runs."""
     assert recipe.gate is not None  # pair_recipe has seen to it
+    if method.scatter and recipe.rollout.oversample > 1:
+        raise ConfigError(
+            f"rollout.oversample = {recipe.rollout.oversample:g} with the method {method.name}: the responses with the "
+            "shortest limits would be kept, and the cuts' mean would not be the window; set rollout.oversample=1"
+        )
     longest = recipe.horizon.max_len
     values = {"w_drop": recipe.gate.w_drop, "eighth": max(1, longest // 8), "sixteenth": max(1, longest // 16)}
-    if method.windows_of:
-        recipe = replace(recipe, horizon=replace(recipe.horizon, windows=(recipe.horizon.max_len,)))
     return apply_overrides(recipe, [*(text.format(**values) for text in (*BASE, *method.changes)), *common])
 
 
@@ -174,7 +163,6 @@ def run_config(recipe: TrainConfig, method: Method, seed: int, settings: Setting
         "parallel.nproc=1",
         f"evaluation.seed={EVALUATION_SEEDS + seed}",
         f"evaluation.problems={settings.problems}",
-        f"evaluation.problems_between={settings.problems_between}",
         f"evaluation.every={-(-steps // settings.evaluations)}",
         "evaluation.generations=0",
         "checkpoint.every=0",
@@ -184,6 +172,10 @@ def run_config(recipe: TrainConfig, method: Method, seed: int, settings: Setting
         "track.report=false",
     ]
     return method_config(recipe, method, common)
+
+
+def run_spec(pair: str, recipe: TrainConfig, method: Method, seed: int, settings: Settings) -> RunSpec:
+    return RunSpec(pair, method, seed, run_config(recipe, method, seed, settings), settings.problems_between)
 
 
 def plan(
@@ -196,29 +188,21 @@ def plan(
     """
     specs = []
     for turn, seed in enumerate(seeds):
-        shift = 2 * turn % len(methods)
-        order = [*methods[shift:], *methods[:shift]]
-        order.sort(key=lambda method: method.windows_of is not None)  # stable: the controls go last
-        for method in order:
-            specs += [
-                RunSpec(pair, method, seed, run_config(recipes[pair], method, seed, settings)) for pair in recipes
-            ]
+        order = sorted(rotated(methods, 2 * turn), key=lambda method: method.replays)  # stable: the controls go last
+        specs += [run_spec(pair, recipes[pair], method, seed, settings) for method in order for pair in recipes]
     return specs
 
 
 def sweep_plan(pair: str, recipe: TrainConfig, seeds: Sequence[int], settings: Settings) -> list[RunSpec]:
-    """The sweeps' runs on one pair. A point at the recipe's own gate is there already: it is the run of `SWEPT`."""
+    """The sweeps' runs on one pair. A point at the recipe's own gate is not run again: it is the run of `SWEPT`."""
     methods = dict.fromkeys(swept_method(recipe, point) for points in SWEEPS.values() for point in points)
     return [
-        RunSpec(pair, method, seed, run_config(recipe, method, seed, settings))
-        for seed in seeds
-        for method in methods
-        if method.name != SWEPT
+        run_spec(pair, recipe, method, seed, settings) for seed in seeds for method in methods if method.name != SWEPT
     ]
 
 
 def swept_method(recipe: TrainConfig, point: Point) -> Method:
-    """The method whose run is this point on a pair: `SWEPT` where the gate is the recipe's, and one for equal gates."""
+    """The method whose run is this point on a pair: `SWEPT` where the gate is the recipe's; equal gates share one."""
     assert recipe.gate is not None  # pair_recipe has seen to it
     own = recipe.gate.threshold
     if point.k == recipe.gate.k and point.threshold in (None, own):

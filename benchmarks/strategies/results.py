@@ -1,4 +1,4 @@
-"""What the runs of the comparison say: one row a method and pair, against full OPD, and the verdicts on the targets.
+"""The runs of the comparison as a row for each method and pair, and the verdicts on the targets.
 
 Means are over seeds, with the standard error of the mean; savings are against full OPD of the same seed. So are gaps in
 accuracy: runs of one seed share data and problems, so their difference is known better than either accuracy.
@@ -13,16 +13,20 @@ from itertools import pairwise
 from statistics import fmean, stdev
 from typing import Any
 
-from benchmarks.strategies.plan import SWEEPS, Method, RunSpec, swept_method
+from benchmarks.strategies.plan import METHODS, STOP, SWEEPS, Method, swept_method
+from benchmarks.strategies.runs import Result
 from prune_opd.config import TrainConfig
 from prune_opd.track.metrics import Record, task_names, total
 
-Result = tuple[RunSpec, list[Record], list[Record]]
 PHASES = ("sync", "rollout", "teacher", "train")
 COST = ("rollout", "teacher", "train")  # what training costs: the target's definition
 PRUNING = ("prune", "prune_w0", "prune_paper", "prune_top_p", "marginal", "marginal_paper", "inflight")
 TRUNCATED = ("topd_10", "topd_25", "fixed", "full")  # fixed windows, from the shortest to all
 SAVED, MOST_COST = 0.376, 1.05  # the targets
+STOPPING = {method.name: method.against for method in METHODS if set(STOP) <= set(method.changes)}
+DRIFTING = 0.1  # a pair drifts if this share of its tokens lies beyond the reliable length without the in-flight stop
+CUT, OVERHEAD = 0.6, 0.05  # the stop's targets: share of those tokens cut; where few are, how much longer a step is
+WARMUP = 1  # steps that a step's time leaves out
 
 
 @dataclass(frozen=True)
@@ -43,8 +47,31 @@ def mean_and_error(values: Sequence[float]) -> tuple[float, float | None]:
 
 
 def generated(steps: list[Record]) -> float:
-    """Response tokens that were generated, those included that an in-flight stop threw away."""
+    """Response tokens that were generated, also those that an in-flight stop threw away."""
     return total(steps, "tokens_generated") + total(steps, "tokens_dropped")
+
+
+def step_numbers(steps: list[Record]) -> dict[str, float]:
+    """Means over the steps: time, tokens beyond the reliable length, and what the in-flight stop did."""
+
+    def mean(key: str, of: Sequence[Record] = steps) -> float:
+        return fmean(float(record.get(key, 0)) for record in of)
+
+    timed = steps[WARMUP:] or steps
+    return {
+        "wall_s": mean("time_step", timed),
+        "cpu_s": mean("cpu_step", timed),
+        "tokens": mean("tokens_generated"),
+        # responses = tokens_trained / response_length
+        "tokens_beyond": fmean(
+            record["tokens_trained"] * (1 - record["reliable_length"] / record["response_length"]) for record in steps
+        ),
+        "stopped": mean("pruned_inflight"),
+        "too_early": mean("inflight_too_early"),
+        "looks": mean("inflight_checks"),
+        "look_s": mean("time_inflight", timed),
+        "teacher_tokens": mean("teacher_tokens_inflight"),
+    }
 
 
 def run_numbers(steps: list[Record], evaluations: list[Record]) -> dict[str, Any]:
@@ -73,6 +100,7 @@ def run_numbers(steps: list[Record], evaluations: list[Record]) -> dict[str, Any
         "cpu_s": sum(total(steps, f"cpu_{phase}") for phase in COST),
         "phases_wall_s": {phase: total(steps, f"time_{phase}") for phase in PHASES},
         "phases_cpu_s": {phase: total(steps, f"cpu_{phase}") for phase in PHASES},
+        "step": step_numbers(steps),
         "final_horizon": steps[-1]["horizon"],
         "curve": curve,
         "horizon": [record["horizon"] for record in steps],
@@ -105,7 +133,8 @@ def pair_rows(pair: str, methods: Iterable[Method], results: Sequence[Result]) -
                 1 - runs[method.name, seed][name] / runs["full", seed][name] for seed in seeds if ("full", seed) in runs
             ]
             row[f"saved_{name}"] = fmean(saved) if saved else None
-        others = [other for other in ("full", method.windows_of) if other is not None and other != method.name]
+        row["step"] = {name: fmean(run["step"][name] for run in mine) for name in mine[0]["step"]}
+        others = [other for other in ("full", method.against) if other is not None and other != method.name]
         row["gaps"] = {other: gap for other in others if (gap := _gap(runs, method.name, other, seeds)) is not None}
         row["final_horizons"] = [run["final_horizon"] for run in mine]
         rows.append(row)
@@ -115,7 +144,7 @@ def pair_rows(pair: str, methods: Iterable[Method], results: Sequence[Result]) -
 def _gap(
     runs: dict[tuple[str, int], dict[str, Any]], name: str, other: str, seeds: Iterable[int]
 ) -> tuple[float, float | None] | None:
-    """Accuracy above that of another method, over the seeds that both have; None without one."""
+    """Accuracy minus that of another method, over the seeds that both have; None without any."""
     gaps = [runs[name, seed]["accuracy"] - runs[other, seed]["accuracy"] for seed in seeds if (other, seed) in runs]
     return mean_and_error(gaps) if gaps else None
 
@@ -144,63 +173,75 @@ def verdicts(pair: str, max_len: int, rows: Sequence[dict[str, Any]]) -> list[Ve
     """The targets of a drift pair (it has "drift" in its name) or of a compatible one, for every pruning method."""
     by_name = {row["method"]: row for row in rows if row["saved_cpu_s"] is not None}  # some seed has full OPD too
     judge = _drift_verdicts if "drift" in pair else _compatible_verdicts
-    return [verdict for name in PRUNING if name in by_name for verdict in judge(pair, max_len, by_name, by_name[name])]
+    found = [verdict for name in PRUNING if name in by_name for verdict in judge(pair, max_len, by_name, by_name[name])]
+    for on, off in STOPPING.items():
+        if on in by_name and off in by_name:
+            found += stop_verdicts(pair, by_name[off], by_name[on])
+    return found
+
+
+def stop_verdicts(pair: str, off: dict[str, Any], on: dict[str, Any]) -> list[Verdict]:
+    """What the in-flight stop does to a method without it: it cuts the tail where there is one, else it is cheap."""
+    without, with_stop = off["step"], on["step"]
+    drifts = without["tokens_beyond"] > DRIFTING * without["tokens"]
+    slowest = 1 if drifts else 1 + OVERHEAD
+    found = []
+    if drifts:
+        cut = 1 - with_stop["tokens_beyond"] / without["tokens_beyond"]
+        target = f"cuts ≥ {CUT:.0%} of the tokens beyond the reliable length"
+        found.append(Verdict(pair, on["method"], target, cut >= CUT, f"{cut:.1%}"))
+    for what, key in (("wall clock", "wall_s"), ("CPU seconds", "cpu_s")):
+        ratio = with_stop[key] / without[key]
+        target = f"a step takes at most {slowest:g} of the {what} of {off['method']}"
+        found.append(Verdict(pair, on["method"], target, ratio <= slowest, f"{ratio:.2f}"))
+    lost, error = off["accuracy"] - on["accuracy"], math.hypot(*(_accuracy_error(row) for row in (off, on)))
+    target = f"accuracy not below that of {off['method']} by more than the standard error of the difference"
+    return [*found, Verdict(pair, on["method"], target, lost <= error, f"{-lost:+.1%} (± {error:.1%})")]
+
+
+def _accuracy_error(row: dict[str, Any]) -> float:
+    """Standard error over the seeds; with a single seed, over its problems."""
+    error = row["accuracy_stderr"]
+    return float(row["runs"][0]["accuracy_stderr_of_problems"] if error is None else error)
 
 
 def _drift_verdicts(pair: str, max_len: int, by_name: dict[str, Any], row: dict[str, Any]) -> list[Verdict]:
-    full, name = by_name["full"], row["method"]
+    full, name, accuracy = by_name["full"], row["method"], row["accuracy"]
     error = full["accuracy_stderr"] or 0.0
+    cpu, tokens = row["saved_cpu_s"], row["saved_tokens_generated"]
+    beside = f"{cpu:.1%} (wall clock {row['saved_wall_s']:.1%})"
+    level = f"{accuracy:.1%} against {full['accuracy']:.1%} ± {error:.1%}"
+    floor = "accuracy not below full OPD's by more than its standard error"
     found = [
-        Verdict(pair, name, f"saves ≥ {SAVED:.1%} of {what}", row[key] >= SAVED, f"{row[key]:.1%}{beside}")
-        for what, key, beside in (
-            ("training CPU seconds", "saved_cpu_s", f" (wall clock {row['saved_wall_s']:.1%})"),
-            ("generated tokens", "saved_tokens_generated", ""),
-        )
+        Verdict(pair, name, f"saves ≥ {SAVED:.1%} of training CPU seconds", cpu >= SAVED, beside),
+        Verdict(pair, name, f"saves ≥ {SAVED:.1%} of generated tokens", tokens >= SAVED, f"{tokens:.1%}"),
+        Verdict(pair, name, floor, accuracy >= full["accuracy"] - error, level),
     ]
-    found.append(
-        Verdict(
-            pair,
-            name,
-            "accuracy not below full OPD's by more than its standard error",
-            row["accuracy"] >= full["accuracy"] - error,
-            f"{row['accuracy']:.1%} against {full['accuracy']:.1%} ± {error:.1%}",
-        )
-    )
     truncated = truncation_at(row["tokens_generated"], by_name)
     if truncated is not None:
-        numbers = f"{row['accuracy']:.1%} against {truncated:.1%} at {row['tokens_generated']:,.0f} tokens"
+        numbers = f"{accuracy:.1%} against {truncated:.1%} at {row['tokens_generated']:,.0f} tokens"
         target = "at least as accurate as a fixed window (TOPD, between the windows that ran) at equal tokens"
-        found.append(Verdict(pair, name, target, row["accuracy"] >= truncated, numbers))
+        found.append(Verdict(pair, name, target, accuracy >= truncated, numbers))
     return found
 
 
 def _compatible_verdicts(pair: str, max_len: int, by_name: dict[str, Any], row: dict[str, Any]) -> list[Verdict]:
-    full, name = by_name["full"], row["method"]
-    opened = all(horizon == max_len for horizon in row["final_horizons"])
+    full, name, last = by_name["full"], row["method"], row["final_horizons"]
     cpu, tokens = 1 - row["saved_cpu_s"], 1 - row["saved_tokens_generated"]
     error = math.hypot(row["accuracy_stderr"] or 0.0, full["accuracy_stderr"] or 0.0)
-    gap = row["accuracy"] - full["accuracy"]
+    opened, cheap = all(horizon == max_len for horizon in last), max(cpu, tokens) <= MOST_COST
+    costs = f"{cpu:.2f} of its CPU seconds, {tokens:.2f} of its tokens"
+    level = f"{row['accuracy']:.1%} against {full['accuracy']:.1%} (± {error:.1%})"
+    equal = "accuracy equal to full OPD's within the standard error of the difference, or above"
     return [
-        Verdict(pair, name, f"the window opens to {max_len}", opened, f"last windows {row['final_horizons']}"),
-        Verdict(
-            pair,
-            name,
-            "cost at most 5 % above full OPD's",
-            max(cpu, tokens) <= MOST_COST,
-            f"{cpu:.2f} of its CPU seconds, {tokens:.2f} of its tokens",
-        ),
-        Verdict(
-            pair,
-            name,
-            "accuracy equal to full OPD's within the standard error of the difference, or above",
-            gap >= -error,
-            f"{row['accuracy']:.1%} against {full['accuracy']:.1%} (± {error:.1%})",
-        ),
+        Verdict(pair, name, f"the window opens to {max_len}", opened, f"last windows {last}"),
+        Verdict(pair, name, "cost at most 5 % above full OPD's", cheap, costs),
+        Verdict(pair, name, equal, row["accuracy"] - full["accuracy"] >= -error, level),
     ]
 
 
 def truncation_at(tokens: float, by_name: dict[str, Any]) -> float | None:
-    """Accuracy of a fixed window that costs so many generated tokens: linear between the two that enclose it."""
+    """Accuracy of a fixed window at this cost in generated tokens, linear between the two windows around it."""
     points = sorted((by_name[n]["tokens_generated"], by_name[n]["accuracy"]) for n in TRUNCATED if n in by_name)
     if not points:
         return None
@@ -229,7 +270,7 @@ COLUMNS: dict[str, Cell] = {
     "wall s saved": lambda row: share(row["saved_wall_s"]),
     "last window": lambda row: f"{fmean(row['final_horizons']):.0f}",
 }
-"""Of a table: accuracy, and its gap to full OPD's of the same seed, as mean ± standard error; seconds: CPU (wall)."""
+"""Accuracy, and its gap to full OPD of the same seed, are mean ± standard error. Seconds are CPU (wall clock)."""
 
 
 def with_error(value: float, error: float | None) -> str:
@@ -253,13 +294,39 @@ def _seconds(row: dict[str, Any], phase: str) -> str:
     return f"{row['phases_cpu_s'][phase]:.1f} ({row['phases_wall_s'][phase]:.1f})"
 
 
+STEP_LINES = {
+    "response tokens": ("tokens", 0),
+    "of these beyond the reliable length": ("tokens_beyond", 0),
+    "responses stopped": ("stopped", 1),
+    "of these too early": ("too_early", 1),
+    "looks of the teacher in flight": ("looks", 1),
+    "tokens that it read then": ("teacher_tokens", 0),
+    "seconds of the looks": ("look_s", 2),
+    "CPU seconds": ("cpu_s", 2),
+    "wall clock s": ("wall_s", 2),
+}
+
+
 def cells(rows: Sequence[dict[str, Any]]) -> list[list[str]]:
     return [[cell(row) for cell in COLUMNS.values()] for row in rows]
 
 
 def markdown(title: str, rows: Sequence[dict[str, Any]], judged: Sequence[Verdict], notes: Sequence[str]) -> str:
-    """A table for a README with what it shows."""
+    """The table, its notes and its verdicts as Markdown."""
     lines = [f"### {title}", "", "| " + " | ".join(COLUMNS) + " |", "|---|" + "--:|" * (len(COLUMNS) - 1)]
     lines += ["| " + " | ".join(row) + " |" for row in cells(rows)]
+    lines += _step_table(rows)
     lines += ["", *(f"{note}  " for note in notes), "", *(f"- {verdict}" for verdict in judged), ""]
     return "\n".join(lines)
+
+
+def _step_table(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """A step with an in-flight stop and without, a column a method; nothing if no method stops in flight."""
+    stopping = [row["method"] for row in rows if row["method"] in STOPPING]
+    shown = [row for row in rows if row["method"] in {*stopping, *(STOPPING[name] for name in stopping)}]
+    if not shown:
+        return []
+    lines = ["", "| a step | " + " | ".join(row["method"] for row in shown) + " |", "|---|" + "--:|" * len(shown)]
+    for label, (key, digits) in STEP_LINES.items():
+        lines.append(f"| {label} | " + " | ".join(f"{row['step'][key]:,.{digits}f}" for row in shown) + " |")
+    return lines

@@ -1,33 +1,33 @@
 """Running the plan of the comparison: one process a run, one core a process, several side by side, resumable.
 
-A run goes through the worker of `prune-opd train`; with one rank it needs no torchrun. A folder that holds a finished
-run of the same config is left as it is, so a benchmark that was cut off goes on where it was.
+A process is rank.py, one rank without torchrun. A folder that holds the same run, finished, is left as it is, so a
+benchmark that was cut off goes on where it was.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
+from benchmarks.common import last_words
 from benchmarks.strategies.plan import RunSpec
-from prune_opd.config import TrainConfig
-from prune_opd.config.yaml import config_differences, load_config, save_config
+from benchmarks.strategies.rank import Wanted
 from prune_opd.errors import ConfigError, UserError
 from prune_opd.process import rank_environment
 from prune_opd.track.metrics import FILE_NAME, Record, read_metrics
 
 POLL_SECONDS = 0.2
-Start = Callable[[RunSpec, TrainConfig, Path, int], "subprocess.Popen[Any]"]
+Start = Callable[[RunSpec, Wanted, Path, int], "subprocess.Popen[Any]"]
+Result = tuple[RunSpec, list[Record], list[Record]]
 
 
 @dataclass
@@ -38,37 +38,37 @@ class _Running:
     started: float
 
 
-def finished(config: TrainConfig, folder: Path) -> tuple[list[Record], list[Record]] | None:
-    """Step records and evaluations of a finished run of exactly this config, None if there is none in the folder."""
+def finished(wanted: Wanted, folder: Path) -> tuple[list[Record], list[Record]] | None:
+    """Step records and evaluations of the run in the folder; None if it is another one or not finished."""
     try:
-        if config_differences(load_config(folder / "config.yaml"), config):
+        if not wanted.same(Wanted.read(folder)):
             return None
         steps, evaluations = read_metrics(folder / FILE_NAME)
-    except (ConfigError, UserError):  # none yet, or another version's
+    except (ConfigError, UserError, OSError, ValueError, TypeError):  # none yet, or another version's
         return None
-    complete = len(steps) == config.steps and evaluations and evaluations[-1]["step"] == config.steps
+    complete = len(steps) == wanted.config.steps and evaluations and evaluations[-1]["step"] == wanted.config.steps
     return (steps, evaluations) if complete else None
 
 
-def resolved(spec: RunSpec, specs: Sequence[RunSpec], folder: Path) -> TrainConfig | None:
-    """The run's complete config; None while a control waits for the run whose windows it replays."""
-    if spec.method.windows_of is None:
-        return spec.config
+def resolved(spec: RunSpec, specs: Sequence[RunSpec], folder: Path) -> Wanted | None:
+    """What the run's process is given; None while a control waits for the run whose windows it replays."""
+    if not spec.method.replays:
+        return Wanted(spec.config, spec.problems_between)
     (source,) = [
         other
         for other in specs
-        if (other.pair, other.method.name, other.seed) == (spec.pair, spec.method.windows_of, spec.seed)
+        if (other.pair, other.method.name, other.seed) == (spec.pair, spec.method.against, spec.seed)
     ]
-    records = finished(source.config, folder / source.key)
+    records = finished(Wanted(source.config, source.problems_between), folder / source.key)
     if records is None:
         return None
     windows = tuple(int(record["horizon"]) for record in records[0])
-    return replace(spec.config, horizon=replace(spec.config.horizon, windows=windows))
+    return Wanted(spec.config, spec.problems_between, windows, spec.method.scatter)
 
 
 def run_all(
     specs: Sequence[RunSpec], folder: Path, jobs: int, console: Console, start: Start | None = None
-) -> list[tuple[RunSpec, list[Record], list[Record]]]:
+) -> list[Result]:
     """Run what is not finished, at most `jobs` at a time, in the plan's order. Returns every run's records.
 
     Raises:
@@ -81,14 +81,14 @@ def run_all(
     try:
         while pending or running:
             for spec in list(pending):
-                config = resolved(spec, specs, folder)
-                if config is not None and finished(config, folder / spec.key):
+                wanted = resolved(spec, specs, folder)
+                if wanted is not None and finished(wanted, folder / spec.key):
                     pending.remove(spec)
                     done += 1
-                elif config is not None and free:
+                elif wanted is not None and free:
                     pending.remove(spec)
                     core = free.pop(0)
-                    running.append(_Running(spec, start(spec, config, folder / spec.key, core), core, time.monotonic()))
+                    running.append(_Running(spec, start(spec, wanted, folder / spec.key, core), core, time.monotonic()))
                 if not free:
                     break
             for run in [run for run in running if run.process.poll() is not None]:
@@ -106,12 +106,12 @@ def run_all(
     return collect(specs, folder)
 
 
-def collect(specs: Sequence[RunSpec], folder: Path) -> list[tuple[RunSpec, list[Record], list[Record]]]:
+def collect(specs: Sequence[RunSpec], folder: Path) -> list[Result]:
     """The records of the runs that are finished, in the plan's order."""
     results = []
     for spec in specs:
-        config = resolved(spec, specs, folder)
-        records = finished(config, folder / spec.key) if config else None
+        wanted = resolved(spec, specs, folder)
+        records = finished(wanted, folder / spec.key) if wanted else None
         if records is not None:
             results.append((spec, *records))
     return results
@@ -119,31 +119,24 @@ def collect(specs: Sequence[RunSpec], folder: Path) -> list[tuple[RunSpec, list[
 
 def _check(run: _Running, specs: Sequence[RunSpec], folder: Path) -> None:
     where = folder / run.spec.key
-    config = resolved(run.spec, specs, folder)
-    if run.process.returncode == 0 and config is not None and finished(config, where):
+    wanted = resolved(run.spec, specs, folder)
+    if run.process.returncode == 0 and wanted is not None and finished(wanted, where):
         return
     log = where / "log.txt"
-    lines = log.read_text(errors="replace").strip().splitlines() if log.exists() else []
-    last = next((line for line in reversed(lines) if line.startswith("error:")), lines[-1] if lines else "no output")
-    raise UserError(f"run {run.spec.key} failed with exit code {run.process.returncode} ({log}): {last}")
+    said = last_words(log.read_text(errors="replace") if log.exists() else "")
+    raise UserError(f"run {run.spec.key} failed with exit code {run.process.returncode} ({log}): {said}")
 
 
-def start_run(spec: RunSpec, config: TrainConfig, where: Path, core: int) -> subprocess.Popen[Any]:
+def start_run(spec: RunSpec, wanted: Wanted, where: Path, core: int) -> subprocess.Popen[Any]:
     """The run as a process of its own on one core; what it prints goes to log.txt."""
     shutil.rmtree(where, ignore_errors=True)  # of a run that was cut off, or of other settings
     where.mkdir(parents=True)
-    save_config(config, where / "wanted.yaml")
+    wanted.write(where)
     rank = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
     meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}  # alone: no port that another run could take meanwhile
     env = rank_environment({**os.environ, "OMP_NUM_THREADS": "1"}) | rank | meeting
-    options = [str(where / "wanted.yaml"), "--run-dir", str(where), "--resume", "never"]
-    command = [sys.executable, "-m", "prune_opd.cli.worker", "train", *options]
+    command = [sys.executable, "-m", "benchmarks.strategies.rank", str(where)]
     with (where / "log.txt").open("wb") as log:
         return subprocess.Popen(
             command, env=env, stdout=log, stderr=subprocess.STDOUT, preexec_fn=lambda: os.sched_setaffinity(0, {core})
         )
-
-
-def write_json(path: Path, result: dict[str, Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")

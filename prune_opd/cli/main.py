@@ -253,7 +253,7 @@ def bench(context: typer.Context) -> int:
         raise UserError("the benchmarks are not part of an installed copy: run `prune-opd bench` from a checkout")
     sys.path.insert(0, str(checkout))
     os.environ["PYTHONPATH"] = os.pathsep.join([str(checkout), *filter(None, [os.environ.get("PYTHONPATH")])])
-    from benchmarks import run_benchmark
+    from benchmarks.cli import run_benchmark
 
     return run_benchmark(context.args)
 

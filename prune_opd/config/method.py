@@ -32,7 +32,7 @@ class GateConfig:
         between("gate.top_p", self.top_p, 0, 1, open_low=True)
 
 
-STRATEGIES = ("full", "topd", "popd", "prune", "marginal", "replay")
+STRATEGIES = ("full", "topd", "popd", "prune", "marginal")
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class HorizonConfig:
     Constants that the papers did not publish, or chose per pair, have no default: they must be set where they are used.
     """
 
-    strategy: str = "prune"  # full | topd | popd | prune | marginal (ours) | replay (a control)
+    strategy: str = "prune"  # full | topd | popd | prune | marginal (ours)
     max_len: int = 12288  # most response tokens there ever are: what full has always
     min_len: int = 1024  # prune, marginal: the least M
     init_len: int | None = None  # prune, marginal: M_0; popd: H_0
@@ -57,12 +57,8 @@ class HorizonConfig:
         "miss"  # prune: responses that ended by themselves before the boundary | hit_if_reliable | exclude
     )
     price: float = 0.5  # marginal: of a generated token, in reliable tokens
-    windows: tuple[int, ...] = ()  # replay: the window of every step; the last one stays
-    # A control: each response gets a limit of its own, uniform and as far around the window as 1..max_len allows.
-    scatter: bool = False
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "windows", tuple(self.windows))  # OmegaConf hands over a list
         one_of("horizon.strategy", self.strategy, STRATEGIES)
         one_of("horizon.finished_rows", self.finished_rows, ("miss", "hit_if_reliable", "exclude"))
         between("horizon.max_len", self.max_len, 1)
@@ -72,8 +68,6 @@ class HorizonConfig:
         between("horizon.margin", self.margin, 0)
         between("horizon.patience", self.patience, 1)
         between("horizon.price", self.price, 0, 1)
-        for window in self.windows:
-            between("horizon.windows", window, 1)
         if self.init_len is not None:
             between("horizon.init_len", self.init_len, 1)
         if self.rho is not None:
@@ -89,8 +83,6 @@ class HorizonConfig:
         if self.strategy in ("prune", "marginal"):
             why = f"{self.strategy} needs its first window; the paper chooses it per pair"
             required("horizon.init_len", self.init_len, why)
-        if self.strategy == "replay":
-            required("horizon.windows", self.windows or None, "replay needs the window of every step")
         if self.strategy == "popd":
             unpublished = "popd needs it, and the paper's value is not published"
             required("horizon.init_len", self.init_len, unpublished)

@@ -63,7 +63,6 @@ class EvalConfig:
 
     every: int = 0  # steps; 0: only before and after the run
     problems: int = 256  # of each task; 0: no evaluation
-    problems_between: int | None = None  # of the evaluations before the last one; None: all
     samples: int = 1  # avg@samples
     temperature: float = 1.0  # of the sampling; 0: greedy
     top_p: float = 1.0  # the sampling's nucleus; the papers have 0.95
@@ -76,8 +75,6 @@ class EvalConfig:
         between("evaluation.generations", self.generations, 0)
         between("evaluation.every", self.every, 0)
         between("evaluation.problems", self.problems, 0)
-        if self.problems_between is not None:
-            between("evaluation.problems_between", self.problems_between, 1, max(self.problems, 1))
         between("evaluation.samples", self.samples, 1)
         between("evaluation.temperature", self.temperature, 0)
         between("evaluation.top_p", self.top_p, 0, 1, open_low=True)
@@ -243,11 +240,6 @@ def check_inflight(config: TrainConfig) -> None:
 def check_long_tail(config: TrainConfig) -> None:
     """ConfigError where partial rollouts would have nothing to go on with, or no ratio to correct it by."""
     rollout = config.rollout
-    if rollout.oversample > 1 and config.horizon.scatter:
-        raise ConfigError(
-            f"rollout.oversample = {rollout.oversample:g} with horizon.scatter = true: the responses with the shortest "
-            "limits would be kept, and the cuts' mean would not be the horizon; set rollout.oversample=1"
-        )
     if not rollout.partial:
         return
     if rollout.oversample == 1:

@@ -19,11 +19,10 @@ problems of an evaluation come from a stream that no training run draws from.
 
 from __future__ import annotations
 
-import itertools
 import json
 import re
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -319,18 +318,6 @@ def example(corpus: CorpusConfig, seed: int, index: int) -> tuple[list[int], lis
     problem = Ledger(corpus.min_steps, corpus.max_steps).draw(rng, index)
     words, given = _solution(problem, rng, corpus)
     return encode([*problem.prompt_words, *words[:given]]), encode(words[given:])
-
-
-def sft_examples(
-    corpus: CorpusConfig, seed: int, start: int = 0, stride: int = 1
-) -> Iterator[tuple[list[int], list[int]]]:
-    """The endless corpus: examples start, start + stride, ... (data-parallel rank r of n: start=r, stride=n).
-
-    Raises:
-        ConfigError: as `example`, and at once, not at the first example.
-    """
-    example(corpus, seed, start)
-    return (example(corpus, seed, index) for index in itertools.count(start, stride))
 
 
 # ---------------------------------------------------------------------------------------------------- tokenizer

@@ -73,14 +73,11 @@ class Evaluator:
         self.tokenizer, self.task, self.source = tokenizer, task, source
         self.problems, self.sampling = problems, sampling
 
-    def run(self, engine: RolloutEngine, problems: int | None = None) -> Scored:
-        """Sample from the engine's weights and score: all problems, or the first ones.
-
-        Collective: every rank calls it and gets the same.
-        """
-        sampling, chosen = self.sampling, self.problems[:problems]
+    def run(self, engine: RolloutEngine) -> Scored:
+        """Sample from the engine's weights and score. Collective: every rank calls it and gets the same."""
+        sampling = self.sampling
         rollouts = engine.generate(
-            chosen,
+            self.problems,
             sampling.samples,
             sampling.max_len,
             seed=sampling.seed,
@@ -93,7 +90,7 @@ class Evaluator:
         )
         k = sampling.samples
         grouped = [texts[i : i + k] for i in range(0, len(texts), k)]
-        correct = score_responses(self.source, chosen, grouped)
+        correct = score_responses(self.source, self.problems, grouped)
         return Scored(self.task, rollouts, tuple(texts), tuple(map(tuple, correct)))
 
 
@@ -117,21 +114,16 @@ def task_name(source: str) -> str:
 
 
 def evaluation_record(
-    engine: RolloutEngine,
-    evaluators: Sequence[Evaluator],
-    step: int,
-    generations: Path | None,
-    keep: int,
-    problems: int | None = None,
+    engine: RolloutEngine, evaluators: Sequence[Evaluator], step: int, generations: Path | None, keep: int
 ) -> Record:
-    """The evaluation line of metrics.jsonl after `step` updates, over all tasks (their first `problems`). Collective.
+    """The evaluation line of metrics.jsonl after `step` updates, over all tasks. Collective.
 
     `keep` answers of every task are written to `generations`/step-NNNNNN.jsonl on the rank that gives a folder.
     `eval_response_length` is the mean over the tasks' means, in tokens.
     """
     started = time.perf_counter()
     record: Record = {"step": step}
-    scored = [evaluator.run(engine, problems) for evaluator in evaluators]
+    scored = [evaluator.run(engine) for evaluator in evaluators]
     for result in scored:
         name, accuracy = f"eval_{result.task}", result.accuracy
         record[name] = accuracy.mean

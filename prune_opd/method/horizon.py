@@ -1,8 +1,8 @@
 """The horizon: how many response tokens the next rollout batch may have (method.md §3).
 
 Four controllers answer that question: full rollouts; TOPD's fixed and POPD's growing truncation (arXiv 2605.31490); and
-Prune-OPD's window, which follows how far responses stay reliable (arXiv 2605.07804 §3.3). Two are ours: a window that
-weighs reliable tokens against generated ones, and, as a control, the replay of given windows. All have these members:
+Prune-OPD's window, which follows how far responses stay reliable (arXiv 2605.07804 §3.3). One is ours: a window that
+weighs reliable tokens against generated ones. All have these members:
 
     controller = make_controller(config)
     controller.horizon                                             tokens, for the next batch
@@ -15,7 +15,6 @@ An update looks at the whole global batch, so every rank that makes it reaches t
 from __future__ import annotations
 
 import math
-import random
 from collections.abc import Callable, Iterable
 from fractions import Fraction
 from typing import Any, Protocol
@@ -199,56 +198,18 @@ class MarginalHorizon:
         return min(max(window, self._config.min_len), self._config.max_len)
 
 
-class ReplayedHorizon:
-    """A control: the given windows one after the other, whatever the responses look like; the last one stays."""
-
-    def __init__(self, config: HorizonConfig) -> None:
-        self._config = config
-        self._step = 0
-
-    @property
-    def horizon(self) -> int:
-        windows = self._config.windows
-        return min(windows[min(self._step, len(windows) - 1)], self._config.max_len)
-
-    def update(self, reliable_length_B: Iterable[Any], length_B: Iterable[Any], finished_B: Iterable[Any]) -> None:
-        _rows(reliable_length_B, length_B, finished_B)
-        self._step += 1
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"strategy": "replay", "step": self._step}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        _own_state(state, "replay", "step")
-        self._step = int(state["step"])
-
-
 CONTROLLERS: dict[str, Callable[[HorizonConfig], HorizonController]] = {
     "full": FixedHorizon,
     "topd": FixedHorizon,
     "popd": ProgressiveHorizon,
     "prune": PruneHorizon,
     "marginal": MarginalHorizon,
-    "replay": ReplayedHorizon,
 }
 
 
 def make_controller(config: HorizonConfig) -> HorizonController:
     """The controller of `config.strategy`, at its first horizon."""
     return CONTROLLERS[config.strategy](config)
-
-
-def response_limits(config: HorizonConfig, horizon: int, responses: int, seed: int, step: int) -> list[int]:
-    """Most tokens of each response of a batch: the horizon; with `scatter`, random ones whose mean is the horizon.
-
-    Uniform on horizon ± d, d as large as 1..max_len allows: at `max_len` nothing is left to draw. The same draw for the
-    same seed and step, on every rank.
-    """
-    if not config.scatter:
-        return [horizon] * responses
-    reach = min(horizon - 1, config.max_len - horizon)
-    draw = random.Random(f"{seed}/{step}")
-    return [draw.randint(horizon - reach, horizon + reach) for _ in range(responses)]
 
 
 def _rows(

@@ -47,7 +47,7 @@ COLLECTIVE_EFFICIENCY = 0.80
 # One more rank in a ring [s]. Assumed: a few microseconds of NCCL's and the network's latency, twice around.
 HOP_LATENCY = 10e-6
 # All of a step that is none of the above [s]: waking, offloading, tokenising, logging, checkpoints. Fitted to: all the
-# hours that published.py lists, together.
+# hours that docs/planner.md lists, together.
 STEP_OVERHEAD = 30.0
 
 # Bytes that no part of the run accounts for: CUDA context, NCCL's buffers, the allocator's fragments. Assumed.

@@ -111,7 +111,7 @@ def assumptions(config: TrainConfig) -> list[str]:
 
 
 def _schedule(horizon: HorizonConfig, steps: int) -> dict[float, int]:
-    """Of a controller that does not look at the responses: full, topd, popd, replay."""
+    """Of a controller that does not look at the responses: full, topd, popd."""
     controller, found = make_controller(horizon), Counter[float]()
     for _ in range(steps):
         found[controller.horizon] += 1

@@ -9,7 +9,7 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-import benchmarks as bench
+from benchmarks import cli as bench
 from prune_opd.cli.main import app
 from prune_opd.errors import ConfigError
 

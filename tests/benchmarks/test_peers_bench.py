@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import io
-import json
-import threading
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +14,8 @@ import pytest
 from rich.console import Console
 
 from benchmarks.peers import command as peers
-from benchmarks.peers.table import print_result
 from benchmarks.peers.trl import learning_rate_factor, prompt_rows
-from benchmarks.peers.turns import Job, StepLog, allow, read_steps, wait_for_turn
+from benchmarks.peers.turns import Contest
 from prune_opd.config import OptimizerConfig
 from prune_opd.config.yaml import config_differences
 from prune_opd.data.ledger import save_tokenizer
@@ -86,36 +87,71 @@ def test_turns_begin_with_the_warm_up_and_end_with_the_last_step() -> None:
     assert peers.turn_ends(peers.Settings(steps=9, warmup=1, turn=5)) == [1, 6, 9]
 
 
-def test_a_step_waits_until_it_is_allowed(tmp_path: Path) -> None:
-    allow(tmp_path, 2)
-    wait_for_turn(tmp_path, 2)
-    with pytest.raises(UserError, match="step 3 was not allowed"):
-        wait_for_turn(tmp_path, 3, patience=0.1)
-    waiting = threading.Thread(target=wait_for_turn, args=(tmp_path, 3, 30.0))
-    waiting.start()
-    allow(tmp_path, 3)
-    waiting.join(timeout=20)
-    assert not waiting.is_alive()
+CONTENDER = """
+from pathlib import Path
+from benchmarks.common import answer
+from benchmarks.peers.turns import Turns
+
+def train(address, folder, steps, fail_at):
+    turns = Turns(address)
+    for step in range(1, steps + 1):
+        turns.begin(step)
+        Path(folder, "begun").write_text(str(step))
+        assert step != fail_at, "it broke"
+        turns.end(step, tokens=7)
+        Path(folder, "saved").write_text(str(step))
+    turns.hand_in()
+
+answer(train)
+"""
 
 
-def test_a_contenders_step_is_as_slow_as_its_slowest_rank_and_costs_all_of_them(tmp_path: Path) -> None:
-    contender = peers.Contender("trl", peers.TRL)
-    for rank, wall in enumerate((1.0, 3.0)):
-        lines = [json.dumps(step(1, wall, 10)), '{"step": 2, "wall']  # the second is being written
-        (tmp_path / f"steps-{rank}.jsonl").write_text("\n".join(lines))
-    job = Job(str(tmp_path), "config.yaml", 1, (1,), 1, 1)
-    (found,) = peers.read_ranks(job, contender)
+@pytest.fixture
+def contest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
+    (tmp_path / "a_contender.py").write_text(CONTENDER)
+    paths = [str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])]
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([*paths, str(Path(peers.__file__).parents[2])]))
+
+    def start(pool: ThreadPoolExecutor, steps: int, fail_at: int = 0) -> Any:
+        request = {"folder": str(tmp_path), "steps": steps, "fail_at": fail_at}
+        return closing(Contest(pool, "one", "a_contender", tmp_path, ranks=None, request=request))
+
+    return start
+
+
+def test_a_contender_goes_on_to_the_end_of_its_turn_and_waits(contest: Callable[..., Any], tmp_path: Path) -> None:
+    with ThreadPoolExecutor() as pool, contest(pool, steps=3) as one:
+        one.wait_until_built()
+        assert not (tmp_path / "begun").exists()
+        for last, steps in ((2, [1, 2]), (3, [3])):
+            (records,) = one.go_on(last)
+            assert [record["step"] for record in records] == steps
+            assert (tmp_path / "begun").read_text() == (tmp_path / "saved").read_text() == str(last)
+            for record in records:
+                assert record["tokens"] == 7 and record["wall_s"] >= 0 and record["peak_bytes"] > 0
+
+
+def test_a_contender_that_fails_ends_the_benchmark_with_its_last_words(contest: Callable[..., Any]) -> None:
+    with ThreadPoolExecutor() as pool, contest(pool, steps=3, fail_at=2) as one:
+        one.wait_until_built()
+        with pytest.raises(UserError, match=r"contender one failed with exit code 1.*it broke"):
+            one.go_on(2)
+
+
+def test_contenders_that_wait_end_with_the_benchmark(contest: Callable[..., Any], tmp_path: Path) -> None:
+    """The pool waits for its threads, and they wait for the contenders: this would never end otherwise."""
+    with ThreadPoolExecutor() as pool, contest(pool, steps=3) as one:
+        one.wait_until_built()
+        one.go_on(1)
+    assert (tmp_path / "begun").read_text() == "1"
+
+
+def test_a_step_is_as_slow_as_its_slowest_rank_and_costs_all_of_them() -> None:
+    ranks = (step(1, 1.0, 10), step(1, 3.0, 10))
+    (found,) = peers.join_ranks([ranks], None)
     assert found == {"step": 1, "wall_s": 3.0, "cpu_s": 8.0, "peak_bytes": 200, "tokens": 20}
-    assert Job.read(job.write()) == job
-
-
-def test_a_ranks_log_has_a_line_a_step(tmp_path: Path) -> None:
-    log = StepLog(tmp_path, 1)
-    log.begin()
-    log.end(1, tokens=7)
-    (line,) = read_steps(tmp_path, 1)
-    assert line["tokens"] == 7 and line["wall_s"] >= 0 and line["peak_bytes"] > 0
-    assert read_steps(tmp_path, 0) == []
+    (ours,) = peers.join_ranks([ranks], [{"tokens_generated": 12, "time_sync": 0.5}])
+    assert (ours["tokens"], ours["time_sync"]) == (12, 0.5)
 
 
 def test_trls_learning_rate_is_the_one_that_our_optimizer_has() -> None:
@@ -176,7 +212,7 @@ def test_the_tables_show_rates_accuracies_and_the_verdict() -> None:
     }
     result |= peers.compare(result["contenders"], ACCURACIES)
     out = io.StringIO()
-    print_result(result, Console(file=out, width=160))
+    peers.print_result(result, Console(file=out, width=160))
     text = out.getvalue()
     assert "÷ trl" in text and "trl_one_process" in text and "50.0 ± 1.0 %" in text
     assert "miss  tokens per second, ours_opd / trl: 1.43 (≥ 1.5)" in text

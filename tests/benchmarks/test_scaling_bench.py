@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks.reshard.ranks import model_config
+from benchmarks.common import model_shape
 from benchmarks.studies.scaling.command import QUICK, Settings, _axes, _launches
 from benchmarks.studies.scaling.work import PHASES, SLACK, Growth, growth, shape_of, slope, work
 
@@ -37,14 +37,13 @@ def test_what_grows_with_its_work_or_slower_is_not_reported() -> None:
 
 
 def test_the_count_has_the_parameters_of_the_model() -> None:
-    config = model_config(3, 256, 4096)
-    shape = shape_of(config)
+    shape = shape_of(model_shape(3, 256), 4096)
     per_layer = 256 * 256 + 2 * 128 * 256 + 256 * 256 + 3 * 256 * 768
     assert shape.parameters == 3 * per_layer + 4096 * 256
 
 
 def test_work_is_linear_in_rows_and_between_linear_and_quadratic_in_length() -> None:
-    shape = shape_of(model_config(3, 256, 4096))
+    shape = shape_of(model_shape(3, 256), 4096)
     for phase in ("rollout", "teacher", "train"):
         once, twice = (work(shape, rows, 20, 128, 2)[phase] for rows in (8, 16))
         assert twice == 2 * once

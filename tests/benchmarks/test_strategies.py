@@ -8,40 +8,44 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from rich.console import Console
 
-from benchmarks.strategies import plan as strategies_plan
 from benchmarks.strategies.charts import write_charts
 from benchmarks.strategies.plan import (
     METHODS,
     SWEEPS,
+    Method,
     RunSpec,
     Settings,
     choose,
     method_config,
+    pair_recipe,
     plan,
     run_config,
     sweep_plan,
 )
+from benchmarks.strategies.rank import FewerBetween, Replay, Wanted, scattered
 from benchmarks.strategies.results import (
-    Result,
+    Verdict,
     markdown,
     mean_and_error,
     pair_rows,
     run_numbers,
+    stop_verdicts,
     truncation_at,
     verdicts,
 )
-from benchmarks.strategies.runs import collect, finished, run_all
+from benchmarks.strategies.runs import Result, collect, finished, run_all
 from prune_opd.config import TrainConfig
 from prune_opd.config.paths import recipes_dir
 from prune_opd.config.recipe import load_recipe
-from prune_opd.config.yaml import config_differences, save_config
+from prune_opd.config.yaml import config_differences
 from prune_opd.errors import ConfigError, UserError
-from prune_opd.track.metrics import FILE_NAME
+from prune_opd.eval.evaluate import Evaluator
+from prune_opd.track.metrics import FILE_NAME, read_metrics
 
 COMMAND = str(Path(sys.executable).parent / "prune-opd")
 PAIRS = [name for name in ("tiny_compatible", "tiny_drift") if (recipes_dir() / f"{name}.py").exists()]
@@ -59,14 +63,12 @@ def recipe(pair: str = "tiny_compatible") -> TrainConfig:
 
 
 @pytest.mark.parametrize("pair", PAIRS)
-@pytest.mark.parametrize("method", [m for m in METHODS if not strategies_plan.missing(m)], ids=lambda m: m.name)
-def test_a_method_differs_from_full_opd_in_what_it_names_only(pair: str, method: strategies_plan.Method) -> None:
+@pytest.mark.parametrize("method", METHODS, ids=lambda m: m.name)
+def test_a_method_differs_from_full_opd_in_what_it_names_only(pair: str, method: Method) -> None:
     full = run_config(recipe(pair), METHODS[0], 1001, Settings())
     other = run_config(recipe(pair), method, 1001, Settings())
     changed = {line.partition(":")[0] for line in config_differences(full, other)} - {"name"}
-    named = {change.partition("=")[0] for change in method.changes} | (
-        {"horizon.windows"} if method.windows_of else set()
-    )
+    named = {change.partition("=")[0] for change in method.changes}
     assert {name.partition("[")[0] for name in changed} - named == set()
     # Only what the recipe happens to have already may be missing.
     assert named - changed <= {"horizon.rho"}  # the recipe may have it already
@@ -97,6 +99,19 @@ def test_a_method_that_does_not_exist_is_refused_and_a_control_brings_what_it_re
     with pytest.raises(ConfigError, match="--methods 'prun' is not known: the methods are full"):
         choose(["prun"])
     assert [method.name for method in choose(["random"])] == ["full", "prune", "random"]
+    assert [method.name for method in choose(["inflight_full"])] == ["full", "full_gated", "inflight_full"]
+    assert not {"full_gated", "inflight_full"} & {method.name for method in choose(None)}
+
+
+def test_random_limits_are_refused_where_the_shortest_would_be_kept() -> None:
+    with pytest.raises(ConfigError, match=r"rollout\.oversample = 1\.5 with the method random"):
+        plan({"p": pair_recipe("tiny_compatible", ["rollout.oversample=1.5"])}, choose(["random"]), SEEDS, Settings())
+
+
+def test_settings_of_the_command_line_hold_for_every_method() -> None:
+    changed = pair_recipe("tiny_compatible", ["rollout.prompts=5", "optimizer.clip_grad=2.0"])
+    for spec in plan({"p": changed}, choose(None), SEEDS[:1], Settings()):
+        assert (spec.config.rollout.prompts, spec.config.optimizer.clip_grad) == (5, 2.0)
 
 
 def test_methods_take_turns_over_pairs_and_seeds_and_controls_come_after_what_they_replay() -> None:
@@ -108,8 +123,8 @@ def test_methods_take_turns_over_pairs_and_seeds_and_controls_come_after_what_th
     assert len(set(first)) == 3
     place = {spec.key: i for i, spec in enumerate(specs)}
     for spec in specs:
-        if spec.method.windows_of:
-            assert place[f"{spec.pair}/{spec.method.windows_of}/{spec.seed}"] < place[spec.key]
+        if spec.method.replays:
+            assert place[f"{spec.pair}/{spec.method.against}/{spec.seed}"] < place[spec.key]
 
 
 @pytest.mark.parametrize("pair", PAIRS)
@@ -137,16 +152,16 @@ class Fake:
         self.windows: dict[str, tuple[int, ...]] = {}
         self.fail = fail
 
-    def __call__(self, spec: RunSpec, config: TrainConfig, where: Path, core: int) -> Any:
+    def __call__(self, spec: RunSpec, wanted: Wanted, where: Path, core: int) -> Any:
         self.started.append(spec.key)
-        self.windows[spec.key] = config.horizon.windows
+        self.windows[spec.key] = wanted.windows
         code = 1 if spec.key == self.fail else 0
         where.mkdir(parents=True, exist_ok=True)
-        save_config(config, where / "config.yaml")
+        wanted.write(where)
         if code:
             (where / "log.txt").write_text("x\nerror: it broke\n")
         else:
-            write_metrics(where / FILE_NAME, config.steps, horizon=10 * spec.seed)
+            write_metrics(where / FILE_NAME, wanted.config.steps, horizon=10 * spec.seed)
         return subprocess.Popen([sys.executable, "-c", f"raise SystemExit({code})"])
 
 
@@ -161,15 +176,16 @@ def evaluation(number: int, accuracy: float) -> dict[str, Any]:
 
 
 def step(number: int, horizon: int, tokens: int = 100, seconds: float = 1.0) -> dict[str, Any]:
-    times = {
-        f"{kind}_{phase}": seconds for kind in ("time", "cpu") for phase in ("sync", "rollout", "teacher", "train")
-    }
+    phases = ("sync", "rollout", "teacher", "train", "step")
+    times = {f"{kind}_{phase}": seconds for kind in ("time", "cpu") for phase in phases}
     position = {"overlap": 0.8, "event_rate": 0.1, "overlap_by_position": [0.9, None]}
     return {
         "step": number,
         "horizon": horizon,
         "tokens_generated": tokens,
         "tokens_trained": tokens,
+        "response_length": tokens / 10,
+        "reliable_length": tokens / 10,
         **position,
         **times,
     }
@@ -204,14 +220,63 @@ def test_controls_replay_the_windows_of_the_run_with_their_seed(tmp_path: Path) 
             assert fake.windows[f"tiny_compatible/{control}/{seed}"] == (10 * seed + 1, 10 * seed + 2)
 
 
+def test_a_run_with_other_windows_limits_or_problems_is_another_run(tmp_path: Path) -> None:
+    wanted = Wanted(recipe(), 4, (30, 50), scatter=True)
+    wanted.write(tmp_path)
+    assert Wanted.read(tmp_path).same(wanted)
+    for change in ({"windows": (30,)}, {"scatter": False}, {"problems_between": 5}):
+        assert not Wanted.read(tmp_path).same(replace(wanted, **change))
+
+
 def test_a_run_that_fails_ends_the_benchmark_with_its_last_words_and_keeps_what_is_finished(tmp_path: Path) -> None:
     specs = small_plan("topd_25")
     with pytest.raises(
         UserError, match=r"run tiny_compatible/topd_25/1001 failed with exit code 1 .*: error: it broke"
     ):
         run_all(specs, tmp_path, 1, QUIET, Fake(fail="tiny_compatible/topd_25/1001"))
-    assert finished(specs[0].config, tmp_path / specs[0].key)
+    assert finished(Wanted(specs[0].config, specs[0].problems_between), tmp_path / specs[0].key)
     assert [spec.key for spec, _, _ in collect(specs, tmp_path)] == [specs[0].key]
+
+
+# ---------------------------------------------------------------------------------------------------- one run
+
+
+def test_replay_gives_the_windows_in_their_order_and_keeps_the_last() -> None:
+    controller, seen = Replay((30, 50, 400), max_len=100), []
+    for _ in range(4):
+        seen.append(controller.horizon)
+        controller.update([1], [2], [True])
+    assert seen == [30, 50, 100, 100]
+
+
+def test_a_restored_replay_goes_on_where_it_was() -> None:
+    first, second = Replay((30, 50, 70), max_len=100), Replay((30, 50, 70), max_len=100)
+    first.update([], [], [])
+    second.load_state_dict(json.loads(json.dumps(first.state_dict())))
+    assert second.horizon == 50
+
+
+def test_scattered_limits_have_the_horizon_as_their_mean_and_stay_between_one_and_max_len() -> None:
+    draw = scattered(max_len=100, seed=0)
+    for horizon, low, high in ((30, 1, 59), (80, 60, 100), (100, 100, 100), (1, 1, 1)):
+        limits = draw(horizon, 20_000, 1)
+        assert (min(limits), max(limits)) == (low, high)
+        assert sum(limits) / len(limits) == pytest.approx(horizon, abs=0.5)
+
+
+def test_scattered_limits_are_the_same_for_the_same_seed_and_step_only() -> None:
+    first = scattered(100, seed=3)(50, 32, 7)
+    assert first == scattered(100, seed=3)(50, 32, 7)
+    assert first != scattered(100, seed=3)(50, 32, 8)
+    assert first != scattered(100, seed=4)(50, 32, 7)
+
+
+def test_only_the_last_evaluation_takes_all_problems(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Evaluator, "run", lambda self, engine: len(self.problems))
+    whole = Evaluator(None, "t", cast(Any, None), cast(Any, range(8)), cast(Any, None))
+    steps = iter([False, False, True])
+    evaluator = FewerBetween(whole, 3, lambda: next(steps))
+    assert [evaluator.run(cast(Any, None)) for _ in range(3)] == [3, 3, 8]
 
 
 # ---------------------------------------------------------------------------------------------------- results
@@ -222,7 +287,7 @@ def results(pair: str, **methods: tuple[list[float], int, float, int]) -> list[R
     known = {method.name: method for method in METHODS}
     return [
         (
-            RunSpec(pair, known[name], seed, recipe()),
+            RunSpec(pair, known[name], seed, recipe(), problems_between=4),
             [step(1, window, tokens, seconds), step(2, window, tokens, seconds)],
             [evaluation(0, 0.1), evaluation(2, accuracy)],
         )
@@ -301,6 +366,43 @@ def test_verdicts_of_a_compatible_pair(accuracy: float, tokens: int, window: int
     assert [str(verdict).startswith("reached") for verdict in judged] == reached
 
 
+# The in-flight stop, against the same method without it.
+
+
+def stopping(on: tuple[int, float, float], off: tuple[int, float, float], accuracies: list[float]) -> list[Verdict]:
+    """(tokens a step, reliable length, seconds) with and without; ten responses, and a warm-up ten times as long."""
+    runs = results("p", full=([0.3] * 3, 100, 1.0, 216), prune=([0.30, 0.31, 0.32], 100, 1.0, 216))
+    runs += results("p", inflight=(accuracies, 100, 1.0, 216))
+    for spec, steps, _ in runs:
+        tokens, reliable, seconds = on if spec.method.name == "inflight" else off
+        for record, factor in zip(steps, (10, 1), strict=True):
+            record |= {"tokens_generated": tokens, "tokens_trained": tokens, "response_length": tokens / 10}
+            record |= {"reliable_length": reliable, "time_step": seconds * factor, "cpu_step": 2 * seconds * factor}
+            record |= {"pruned_inflight": 4 if spec.method.name == "inflight" else 0}
+    found = pair_rows("p", METHODS, runs)
+    text = markdown("p", found, [], [])
+    assert "| a step | prune | inflight |" in text and "| responses stopped | 0.0 | 4.0 |" in text
+    assert found[1]["step"]["cpu_s"] == 2 * off[2]  # without the warm-up
+    by_name = {row["method"]: row for row in found}
+    return stop_verdicts("p", by_name["prune"], by_name["inflight"])
+
+
+def test_the_stop_of_a_pair_that_drifts_must_cut_its_tail_and_be_faster() -> None:
+    """70 of 100 tokens of a response are beyond the reliable length; with the stop 20 are."""
+    found = stopping((500, 30, 6.0), (1000, 30, 8.0), [0.30, 0.31, 0.32])
+    assert [verdict.reached for verdict in found] == [True] * 4
+    assert [verdict.numbers for verdict in found][:3] == [f"{1 - 20 / 70:.1%}", "0.75", "0.75"]
+    too_little = stopping((700, 30, 8.1), (1000, 30, 8.0), [0.30, 0.31, 0.32])
+    assert [verdict.reached for verdict in too_little] == [False, False, False, True]
+
+
+def test_the_stop_of_a_pair_that_does_not_drift_may_be_five_percent_slower() -> None:
+    found = stopping((1000, 95, 8.3), (1000, 95, 8.0), [0.30, 0.31, 0.32])
+    assert [verdict.reached for verdict in found] == [True, True, True]
+    found = stopping((1000, 95, 8.5), (1000, 95, 8.0), [0.2] * 3)
+    assert [verdict.reached for verdict in found] == [False, False, False]
+
+
 def test_accuracy_of_a_fixed_window_at_equal_tokens_is_linear_between_those_that_ran() -> None:
     by_name = {
         "topd_25": {"tokens_generated": 100, "accuracy": 0.2},
@@ -332,17 +434,25 @@ def test_table_and_page_come_from_the_numbers(tmp_path: Path) -> None:
 # ---------------------------------------------------------------------------------------------------- the command
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(400)
 def test_quick_run_of_the_command_is_real_and_resumes(tmp_path: Path) -> None:
-    command = [COMMAND, "bench", "strategies", "tiny_compatible", "--quick", "--methods", "prune", "--jobs", "1"]
+    command = [COMMAND, "bench", "strategies", "tiny_compatible", "--quick", "--methods", "inflight", "--jobs", "1"]
+    command += ["--methods", "random"]
     for again in (False, True):
         done = subprocess.run(command, cwd=tmp_path, env=os.environ, capture_output=True, text=True)
         assert done.returncode == 0, done.stdout + done.stderr
         result = json.loads((tmp_path / "bench" / "strategies.json").read_text())
-        assert [row["method"] for row in result["pairs"]["tiny_compatible"]["rows"]] == ["full", "prune"]
+        rows = {row["method"]: row for row in result["pairs"]["tiny_compatible"]["rows"]}
+        assert list(rows) == ["full", "prune", "inflight", "random"]
         assert ("tiny_compatible/full/1001" in done.stdout) != again
-    full, prune = result["pairs"]["tiny_compatible"]["rows"]
+    full, prune, inflight, random = (rows[name] for name in ("full", "prune", "inflight", "random"))
     assert full["runs"][0]["horizon"] == [216, 216]
     assert 0 < prune["tokens_generated"] < full["tokens_generated"]
     assert all(row["phases_cpu_s"][phase] > 0 for row in (full, prune) for phase in ("rollout", "teacher", "train"))
+    assert prune["step"]["looks"] == 0 < inflight["step"]["looks"] and inflight["step"]["teacher_tokens"] > 0
+    assert inflight["runs"][0]["horizon"][0] == prune["runs"][0]["horizon"][0]
+    runs = [tmp_path / "bench" / "strategies" / "tiny_compatible" / name / "1001" for name in ("inflight", "prune")]
+    stopped, whole = (read_metrics(run / FILE_NAME)[0][0]["tokens_generated"] for run in runs)
+    assert stopped <= whole
+    assert random["runs"][0]["horizon"] == prune["runs"][0]["horizon"]
     assert (tmp_path / "bench" / "strategies.html").exists()

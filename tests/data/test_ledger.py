@@ -182,13 +182,6 @@ def test_examples_are_deterministic_and_depend_on_seed_and_index(seed: int, inde
     assert example != ledger.example(corpus, seed ^ 1, index)
 
 
-def test_ranks_share_the_corpus_without_overlap() -> None:
-    whole = list(itertools.islice(ledger.sft_examples(MESSY, 5), 12))
-    ranks = [list(itertools.islice(ledger.sft_examples(MESSY, 5, start=rank, stride=3), 4)) for rank in range(3)]
-    assert [ranks[i % 3][i // 3] for i in range(12)] == whole
-    assert whole[7] == ledger.example(MESSY, 5, 7)
-
-
 @pytest.mark.parametrize(
     "wrong",
     [
@@ -204,7 +197,7 @@ def test_ranks_share_the_corpus_without_overlap() -> None:
 def test_impossible_corpus_is_refused_before_the_first_example(wrong: dict[str, Any]) -> None:
     name, value = next(iter(wrong.items()))
     with pytest.raises(ConfigError, match=f"{name} = {value}"):
-        ledger.sft_examples(CorpusConfig(**wrong), 0)
+        ledger.example(CorpusConfig(**wrong), 0, 0)
 
 
 # ---------------------------------------------------------------------------------------------------- scoring

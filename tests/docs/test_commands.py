@@ -12,7 +12,7 @@ import click
 import pytest
 import typer
 
-from benchmarks import BENCHMARKS
+from benchmarks.cli import BENCHMARKS
 from prune_opd.cli.main import app
 from prune_opd.config import DataConfig, SftConfig, TrainConfig
 from prune_opd.config.overrides import _dotted_keys, apply_overrides

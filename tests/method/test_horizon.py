@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 
 from prune_opd.config import HorizonConfig
 from prune_opd.errors import ConfigError
-from prune_opd.method.horizon import HorizonController, make_controller, response_limits
+from prune_opd.method.horizon import HorizonController, make_controller
 
-ALL = ("full", "topd", "popd", "prune", "marginal", "replay")
+ALL = ("full", "topd", "popd", "prune", "marginal")
 quick = settings(max_examples=80, deadline=None)
 PAPER = HorizonConfig("prune", init_len=2048)
 
@@ -63,7 +63,6 @@ def configs(draw: st.DrawFn, strategies: tuple[str, ...] = ALL) -> HorizonConfig
         interval=draw(st.integers(1, 5)),
         finished_rows=draw(st.sampled_from(["miss", "hit_if_reliable", "exclude"])),
         price=draw(st.sampled_from([0.0, 0.3, 0.5, 1.0])),
-        windows=tuple(draw(st.lists(st.integers(1, 500), min_size=1, max_size=4))),
     )
 
 
@@ -239,43 +238,6 @@ def test_marginal_moves_towards_the_window_of_greatest_value(config: HorizonConf
             assert abs(controller.horizon - goal) == max(0, abs(window - goal) - config.step)
 
 
-# ---------------------------------------------------------------------------------------------------- controls
-
-
-def test_replay_gives_the_windows_in_their_order_and_keeps_the_last() -> None:
-    controller = make_controller(HorizonConfig("replay", max_len=100, min_len=1, windows=(30, 50, 400)))
-    assert controller.horizon == 30
-    assert horizons(controller, [HIT, MISS, HIT]) == [50, 100, 100]
-
-
-def test_replay_without_windows_is_refused() -> None:
-    with pytest.raises(ConfigError, match=r"horizon\.windows"):
-        HorizonConfig("replay")
-    with pytest.raises(ConfigError, match=r"horizon\.windows = 0"):
-        HorizonConfig("replay", windows=(5, 0))
-
-
-def test_limits_are_the_horizon_unless_they_are_scattered() -> None:
-    config = HorizonConfig("full", max_len=100, min_len=1)
-    assert response_limits(config, 60, 3, seed=0, step=1) == [60, 60, 60]
-
-
-def test_scattered_limits_have_the_horizon_as_their_mean_and_stay_between_one_and_max_len() -> None:
-    config = HorizonConfig("full", max_len=100, min_len=1, scatter=True)
-    for horizon, low, high in ((30, 1, 59), (80, 60, 100), (100, 100, 100), (1, 1, 1)):
-        limits = response_limits(config, horizon, 20_000, seed=0, step=1)
-        assert (min(limits), max(limits)) == (low, high)
-        assert sum(limits) / len(limits) == pytest.approx(horizon, abs=0.5)
-
-
-def test_scattered_limits_are_the_same_for_the_same_seed_and_step_only() -> None:
-    config = HorizonConfig("full", max_len=100, min_len=1, scatter=True)
-    first = response_limits(config, 50, 32, seed=3, step=7)
-    assert first == response_limits(config, 50, 32, seed=3, step=7)
-    assert first != response_limits(config, 50, 32, seed=3, step=8)
-    assert first != response_limits(config, 50, 32, seed=4, step=7)
-
-
 # ---------------------------------------------------------------------------------------------------- checkpoints
 
 
@@ -308,9 +270,7 @@ def test_misses_before_a_checkpoint_still_count_after_it() -> None:
 @pytest.mark.parametrize("other", ALL)
 def test_the_state_of_another_strategy_is_refused(own: str, other: str) -> None:
     def controller(strategy: str) -> HorizonController:
-        return make_controller(
-            HorizonConfig(strategy, init_len=2000, rho=0.5, increment=1, interval=1, windows=(2000,))
-        )
+        return make_controller(HorizonConfig(strategy, init_len=2000, rho=0.5, increment=1, interval=1))
 
     state = controller(other).state_dict()
     if own == other:

@@ -13,12 +13,13 @@ from prune_opd.config import memory_phases as phases
 from prune_opd.config.overrides import apply_overrides
 from prune_opd.config.recipe import list_recipes, load_recipe
 from prune_opd.errors import ConfigError
-from prune_opd.plan import published, search
+from prune_opd.plan import search
 from prune_opd.plan.memory import plan_memory, problems
 from prune_opd.plan.planner import Plan, curve, dominant, largest, plan_run
 from prune_opd.plan.search import best_layouts
 from prune_opd.plan.setting import setting_of
 from prune_opd.plan.time import step_time, train_seconds
+from tests.plan import published
 
 SMALL, SEVEN = "r1_1_5b_from_justrl_8xh100", "r1_7b_from_skywork_8xh100"
 LARGE, EXPERTS = "qwen3_8b_from_32b_32xh100_fp8", "qwen3_30b_a3b_from_235b_a22b_128xh100_fp8"

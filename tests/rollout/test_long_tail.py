@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from prune_opd.config import HorizonConfig, ObjectiveConfig, RolloutConfig
+from prune_opd.config import ObjectiveConfig, RolloutConfig
 from prune_opd.data.prompt import Prompt
 from prune_opd.errors import ConfigError
 from prune_opd.rollout.batch import Group, Response, Rollouts
@@ -201,9 +201,6 @@ def test_partial_rollouts_need_something_to_be_left_and_a_ratio() -> None:
         train_config(here, here, rollout=SETTINGS, objective=ObjectiveConfig(temperature=0.7))
     with pytest.raises(ConfigError, match=r"rollout\.partial = true with rollout\.temperature = 0\.7"):
         train_config(here, here, rollout=dataclasses.replace(SETTINGS, temperature=0.7))
-    scattered = HorizonConfig(strategy="full", max_len=64, min_len=1, scatter=True)
-    with pytest.raises(ConfigError, match=r"rollout\.oversample = 1\.5 with horizon\.scatter = true"):
-        train_config(here, here, rollout=SETTINGS, horizon=scattered)
     for value in (0.9, 17, float("nan")):
         with pytest.raises(ConfigError, match=r"rollout\.oversample"):
             RolloutConfig(oversample=value)

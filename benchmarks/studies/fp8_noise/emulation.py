@@ -1,4 +1,4 @@
-"""FP8 matrix products in numbers that any machine has: what Transformer Engine's forward pass on Hopper rounds to.
+"""FP8 matrix products emulated on any machine, rounded as Transformer Engine's forward pass on Hopper rounds.
 
 Inputs and weights of the linear layers are scaled, rounded to e4m3 (torch.float8_e4m3fn) and scaled back; their product
 is formed in fp32 from exactly those values, as the tensor cores accumulate it. Forward only: `hybrid` differs from
@@ -73,7 +73,7 @@ class Recipe:
 
 @contextmanager
 def emulated(model: Any, recipe: Recipe, bf16_ends: int = 0) -> Iterator[None]:
-    """Inside, the column- and row-parallel linears of the decoder layers multiply as FP8 would. TP = 1, forward only.
+    """Within this context the linear layers of the decoder multiply as in FP8. TP = 1, forward only.
 
     bf16_ends: so many layers at the start, and at the end, are left alone. The head is not part of the model's pass.
     """

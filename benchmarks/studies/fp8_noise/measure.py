@@ -1,7 +1,6 @@
 """One measurement of `prune-opd bench fp8-noise`: one model against itself in other number formats.
 
-    python -m benchmarks.studies.fp8_noise.measure --model DIR --problems N --json FILE   its own rollouts (T = 1)
-    python -m benchmarks.studies.fp8_noise.measure --random HIDDEN,LAYERS,VOCAB --tokens N --json FILE
+The model answers held-out ledger problems (T = 1), or has random weights and reads random tokens.
 
 Every variant of the model reads the same tokens. The top-k ids of each, overlap and events are the product's own
 (loss/vocab_parallel.py, method/gate.py), at the positions that predict a response token.
@@ -9,11 +8,9 @@ Every variant of the model reads the same tokens. The top-k ids of each, overlap
 
 from __future__ import annotations
 
-import argparse
-import json
 import math
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,16 +19,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks.common import answer, model_shape, write_model
 from benchmarks.studies.fp8_noise.emulation import Recipe, emulated
 from prune_opd import platform
-from prune_opd.config import DataConfig, GateConfig, ModelShape, ParallelConfig, RolloutConfig
+from prune_opd.config import DataConfig, GateConfig, ParallelConfig, RolloutConfig
 from prune_opd.loss.vocab_parallel import OutputHead, topk
 from prune_opd.method.gate import overlap_events, overlap_ratio
 
 KS = (1, 2, 4, 8, 16)
 THRESHOLDS = (0.5, 0.6, 0.7, 0.8, 0.9)
 W_DROP = GateConfig.w_drop
-MICROBATCH = 2048  # tokens; one is the call of which delayed scaling keeps the largest values
 SEED = 20_000
 HEAD_CHUNK = 1024
 
@@ -72,7 +69,7 @@ PAIRS = (
 
 
 class Measured:
-    """What one variant makes of the tokens: hidden_MH of the predicting positions, and its top-k ids."""
+    """One variant's hidden_MH at the predicting positions, and its top-k ids there."""
 
     def __init__(self, variant: Variant, chunks: dict[str, Any], batches: Sequence[Any]) -> None:
         model = chunks[variant.params]
@@ -88,7 +85,7 @@ class Measured:
 
 
 def top_ids(hidden_MH: Tensor, weight_VH: Tensor, vocab_size: int) -> Tensor:
-    """Ids of the largest max(KS) logits, best first, formed as the loss forms them."""
+    """Ids of the largest max(KS) logits, best first; the logits are formed as in the loss."""
     head = OutputHead("student", hidden_MH, weight_VH, 1.0, vocab_size, None)
     head.allocate(min(HEAD_CHUNK, len(hidden_MH)), torch.float32)
     parts = [slice(begin, begin + HEAD_CHUNK) for begin in range(0, len(hidden_MH), HEAD_CHUNK)]
@@ -99,7 +96,7 @@ def top_ids(hidden_MH: Tensor, weight_VH: Tensor, vocab_size: int) -> Tensor:
 
 
 def compare(student: Measured, teacher: Measured) -> list[dict[str, Any]]:
-    """Overlap and events by k. `tokens_to_zero`: until a reliability that loses W_DROP an event is 0, at that rate."""
+    """Overlap and events by k. tokens_to_zero: after so many, at that rate, reliability is 0 (W_DROP an event)."""
     rows = []
     for k in KS:
         overlap_M = overlap_ratio(student.top_MK[:, :k], teacher.top_MK[:, :k])
@@ -118,7 +115,7 @@ def compare(student: Measured, teacher: Measured) -> list[dict[str, Any]]:
     return rows
 
 
-def measure(model_dir: Path, batches: Sequence[Any], layout: Any) -> dict[str, Any]:
+def compare_all(model_dir: Path, batches: Sequence[Any], layout: Any) -> dict[str, Any]:
     from prune_opd.megatron.model import build, dtype_of
 
     chunks = {
@@ -166,42 +163,33 @@ def random_tokens(vocab: int, tokens: int, length: int = 128) -> tuple[Any, Any]
     return [row[:8] for row in rows], [row[8:] for row in rows]
 
 
-def write_random(directory: Path, hidden: int, layers: int, vocab: int) -> None:
-    from prune_opd.testbed.sft import create_model
+def measure(
+    microbatch: int,
+    model: str | None = None,
+    problems: int = 0,
+    max_len: int = 0,
+    random: tuple[int, int, int] = (0, 0, 0),
+    tokens: int = 0,
+) -> dict[str, Any]:
+    """`model` on its own rollouts of `problems`, or one with random weights (hidden, layers, vocabulary) on `tokens`.
 
-    heads = max(hidden // 64, 2)
-    shape = ModelShape(layers, hidden, heads, heads // 2, 64, 3 * hidden)
-    create_model(directory, shape, seed=0, vocab=vocab)
-
-
-def main(arguments: Iterable[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description="Measure one model of `prune-opd bench fp8-noise`.")
-    parser.add_argument("--model", type=Path)
-    parser.add_argument("--random", help="HIDDEN,LAYERS,VOCAB of a model with random weights, on random tokens")
-    parser.add_argument("--problems", type=int, default=128)
-    parser.add_argument("--max-len", type=int, default=216)
-    parser.add_argument("--tokens", type=int, default=2048)
-    parser.add_argument("--microbatch", type=int, default=MICROBATCH)
-    parser.add_argument("--json", type=Path, required=True)
-    args = parser.parse_args(arguments)
+    microbatch: tokens of one call, of which delayed scaling keeps the largest values.
+    """
     machine = platform.prepare()
     from prune_opd.megatron import layout as layouts
     from prune_opd.megatron.packing import pack
 
     layout = layouts.initialize(ParallelConfig(tensor=1), machine, seed=0)
     with tempfile.TemporaryDirectory(prefix="prune-opd-") as folder:
-        model_dir = args.model
-        if model_dir is None:
-            hidden, layers, vocab = map(int, args.random.split(","))
-            model_dir = Path(folder)
-            write_random(model_dir, hidden, layers, vocab)
-            prompts, responses = random_tokens(vocab, args.tokens + args.microbatch)
+        if model is None:
+            hidden, layers, vocab = random
+            write_model(Path(folder), model_shape(layers, hidden), vocab)
+            prompts, responses = random_tokens(vocab, tokens + microbatch)
         else:
-            prompts, responses = own_rollouts(model_dir, args.problems, args.max_len, machine)
-        batches = pack(prompts, responses, range(len(prompts)), args.microbatch, machine.device)
-        result = {"torch": torch.__version__, **measure(model_dir, batches, layout)}
-    args.json.write_text(json.dumps(result))
+            prompts, responses = own_rollouts(Path(model), problems, max_len, machine)
+        batches = pack(prompts, responses, range(len(prompts)), microbatch, machine.device)
+        return {"torch": torch.__version__, **compare_all(Path(model or folder), batches, layout)}
 
 
 if __name__ == "__main__":
-    main()
+    answer(measure)

@@ -1,7 +1,7 @@
 """`prune-opd bench pair-check PAIR`: whether a tiny pair is an honest drift pair, in four tests.
 
 PAIR is a recipe that distils a ledger pair (tiny_compatible, tiny_drift). The recipe runs once with full rollouts and
-no gate; four models are measured on problems that no recipe was chosen on (pair_measure.py): the teacher, and the
+no gate; four models are measured on problems that no recipe was chosen on (measure.py): the teacher, and the
 student before, after half of, and after that run.
 
     1  the teacher beats the student before the run, on the whole task at T = 1
@@ -14,21 +14,17 @@ A compatible pair is expected to fail the third. Exit code 1 if a test fails. Wr
 
 from __future__ import annotations
 
-import json
 import math
 import os
-import subprocess
-import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.table import Table
 
+from benchmarks.common import Report, measure, table
 from prune_opd.config import EvalConfig, TrainConfig
 from prune_opd.config.recipe import load_recipe
 from prune_opd.config.yaml import save_config
@@ -40,7 +36,7 @@ from prune_opd.track.metrics import FILE_NAME, read_metrics
 ERRORS_APART = 2.0  # accuracies differ if they are this many standard errors of their difference apart
 GOLD_OVERLAP = 0.65  # least overlap on gold text, at every position
 GOLD_EVENTS = 0.05  # and most events per token there
-DECAY = 0.10  # least fall of the overlap on own rollouts, first to last part; and its distance from gold text there
+DECAY = 0.10  # least fall of overlap on own rollouts, first to last part, and least distance from gold text there
 LEAST_TOKENS = 200  # fewer in a part of the response, and its mean says nothing
 
 SEED = 30_000  # of the problems: neither a training run's nor an evaluation's
@@ -72,7 +68,7 @@ class Verdict:
 
 
 def verdicts(models: Mapping[str, Result]) -> list[Verdict]:
-    """The four tests on the measurements of teacher, before, half and after (pair_measure.measure)."""
+    """The four tests on the measurements of teacher, before, half and after (measure.py)."""
     teacher, before, half, after = (models[name] for name in ("teacher", "before", "half", "after"))
     gold, events = _filled(before["gold"], "overlap"), _filled(before["gold"], "events")
     decays, how = decay(before)
@@ -130,9 +126,7 @@ def run(path: Path, quick: bool, pair: Annotated[str, typer.Argument(metavar="PA
     """Run the pair's full OPD, measure, write `path` and a PNG beside it. 1 if a test fails."""
     settings = QUICK if quick else Settings()
     config = full_opd(pair, settings)
-    path = path.with_name(f"{path.stem}-{config.name}.json")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    console = Console()
+    report = Report(path.with_name(f"{path.stem}-{config.name}.json"), quick, settings)
     with tempfile.TemporaryDirectory(prefix="prune-opd-") as name:
         folder = Path(name)
         save_config(config, folder / "recipe.yaml")
@@ -140,16 +134,18 @@ def run(path: Path, quick: bool, pair: Annotated[str, typer.Argument(metavar="PA
         _ranks("train", folder / "full.yaml", "--run-dir", folder / "run")
         half = folder / "run" / "checkpoints" / f"step_{config.checkpoint.every:06d}"
         _ranks("export", half, folder / "half")
-        directories: dict[str, str | Path] = {
+        directories = {
             "teacher": config.teacher,
             "before": config.student,
             "half": folder / "half",
             "after": folder / "run" / "hf",
         }
-        models = {}
+        numbers = {"problems": settings.problems, "seed": SEED, "bins": settings.bins}
+        models: dict[str, Result] = {}
         for model, directory in directories.items():
-            with console.status(f"measuring: {model}"):
-                models[model] = _measure(folder, directory, settings)
+            with report.console.status(f"measuring: {model}"):
+                request = {"recipe": str(folder / "recipe.yaml"), "model": str(directory), **numbers}
+                (models[model],) = measure("benchmarks.studies.pair_check.measure", request, f"measuring {model}")
         steps, _ = read_metrics(folder / "run" / FILE_NAME)
     tests = verdicts(models)
     totals = {
@@ -164,22 +160,22 @@ def run(path: Path, quick: bool, pair: Annotated[str, typer.Argument(metavar="PA
         "decay": DECAY,
         "least_tokens": LEAST_TOKENS,
     }
-    answer = {
-        "benchmark": "pair-check",
-        "pair": config.name,
-        "quick": quick,
-        "settings": asdict(settings),
-        "gate": asdict(config.gate) if config.gate else None,
-        "max_len": config.horizon.max_len,
-        "thresholds": thresholds,
-        "tests": [asdict(test) for test in tests],
-        "full_opd": totals,
-        "models": models,
-    }
-    path.write_text(json.dumps(answer, indent=1) + "\n", encoding="utf-8")
-    path.with_suffix(".png").write_bytes(_chart(config, models))
-    _print(config.name, tests, totals, console)
-    console.print(f"[bold]{path}[/]", soft_wrap=True)
+    report.write(
+        benchmark="pair-check",
+        pair=config.name,
+        gate=asdict(config.gate) if config.gate else None,
+        max_len=config.horizon.max_len,
+        thresholds=thresholds,
+        tests=[asdict(test) for test in tests],
+        full_opd=totals,
+        models=models,
+    )
+    picture = report.path.with_suffix(".png")
+    picture.write_bytes(_chart(config, models))
+    title = f"{config.name}: full OPD, {totals['steps']} steps, {totals['tokens_generated']} tokens"
+    rows = [(test.test, "pass" if test.passed else "FAIL", test.numbers) for test in tests]
+    report.console.print(table(title, ("test", "", "numbers"), rows, left=3))
+    report.name_files(picture)
     return 0 if all(test.passed for test in tests) else 1
 
 
@@ -213,23 +209,6 @@ def _ranks(*arguments: Any) -> None:
         raise UserError(f"{arguments[0]} of the pair's full OPD failed: its error is above")
 
 
-def _measure(folder: Path, model: str | Path, settings: Settings) -> Result:
-    answer = folder / "answer.json"
-    numbers = ["--problems", settings.problems, "--seed", SEED, "--bins", settings.bins]
-    _call("--recipe", folder / "recipe.yaml", "--model", model, *numbers, "--json", answer)
-    result: Result = json.loads(answer.read_text())
-    return result
-
-
-def _call(*arguments: Any) -> None:
-    """pair_measure.py in a process of its own, on one core. UserError with its last line if it fails."""
-    command = [sys.executable, "-m", "benchmarks.studies.pair_check.measure", *map(str, arguments)]
-    process = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
-    if process.returncode != 0:
-        last = (process.stderr.strip().splitlines() or [f"exit code {process.returncode}"])[-1]
-        raise UserError(f"a measurement failed: {last}")
-
-
 # ---------------------------------------------------------------------------------------------------- showing
 
 
@@ -256,12 +235,3 @@ def _chart(config: TrainConfig, models: Mapping[str, Result]) -> bytes:
     return overview_png(
         f"{config.name}: full OPD", f"top-{config.gate.k} of student and teacher; γ = {config.gate.threshold}", charts
     )
-
-
-def _print(name: str, tests: Sequence[Verdict], totals: Result, console: Console) -> None:
-    table = Table(title=f"{name}: full OPD, {totals['steps']} steps, {totals['tokens_generated']} tokens")
-    for column in ("test", "", "numbers"):
-        table.add_column(column)
-    for test in tests:
-        table.add_row(test.test, "pass" if test.passed else "FAIL", test.numbers)
-    console.print(table)

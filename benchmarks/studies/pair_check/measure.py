@@ -1,7 +1,5 @@
 """One measurement of `prune-opd bench pair-check`: a model and the teacher of a pair, on gold text and own rollouts.
 
-    python -m benchmarks.studies.pair_check.measure --recipe FILE --model DIR --problems N --seed N --bins N --json FILE
-
 The model answers held-out problems at T = 1: its accuracy, and the overlap of its top-k with the teacher's at every
 token of those rollouts. The same overlap along worked solutions without a mistake shows what the position alone does.
 The top-k ids, overlap and events are the product's own (loss/vocab_parallel.py, method/gate.py), at the gate's k and γ.
@@ -9,10 +7,8 @@ The top-k ids, overlap and events are the product's own (loss/vocab_parallel.py,
 
 from __future__ import annotations
 
-import argparse
-import json
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
@@ -21,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks.common import answer
 from benchmarks.studies.fp8_noise.measure import top_ids
 from prune_opd import platform
 from prune_opd.config import CorpusConfig, GateConfig, ParallelConfig, SftConfig, TrainConfig
@@ -66,9 +63,9 @@ def reliable_lengths(event_M: Tensor, lengths: Sequence[int], gate: GateConfig) 
     return [int((row.cumsum(0) < spent).sum()) for row in rows]
 
 
-def measure(
-    config: TrainConfig, model_dir: Path, problems: int, seed: int, bins: int, machine: platform.Platform
-) -> dict[str, Any]:
+def measure(recipe: str, model: str, problems: int, seed: int, bins: int) -> dict[str, Any]:
+    """The model in the directory `model` and the teacher of `recipe`, a resolved config file."""
+    machine = platform.prepare()
     from transformers import AutoTokenizer
 
     from prune_opd.megatron import layout as layouts
@@ -76,7 +73,8 @@ def measure(
     from prune_opd.megatron.packing import pack
     from prune_opd.rollout.engine import RolloutEngine
 
-    assert config.gate is not None
+    config, model_dir = load_config(Path(recipe)), Path(model)
+    assert isinstance(config, TrainConfig) and config.gate is not None
     gate, max_len, teacher_dir = config.gate, config.horizon.max_len, Path(config.teacher)
     layout = layouts.initialize(ParallelConfig(tensor=1), machine, seed=0)
     tokenizer = AutoTokenizer.from_pretrained(model_dir)
@@ -99,9 +97,9 @@ def measure(
         batches = pack(ids, responses, range(len(ids)), config.parallel.microbatch_tokens, machine.device)
         sides = []
         with torch.no_grad():
-            for model in models:
-                hidden_MH = torch.cat([model(batch)[batch.predicting_M] for batch in batches])
-                sides.append(top_ids(hidden_MH, model.head_weight(), model.spec.vocab_size)[:, : gate.k])
+            for side in models:
+                hidden_MH = torch.cat([side(batch)[batch.predicting_M] for batch in batches])
+                sides.append(top_ids(hidden_MH, side.head_weight(), side.spec.vocab_size)[:, : gate.k])
         overlap_M = overlap_ratio(*sides)
         event_M = overlap_events(overlap_M, gate.k, gate.threshold)
         lengths = [len(responses[row]) for batch in batches for row in batch.rows]
@@ -120,20 +118,5 @@ def measure(
     return result
 
 
-def main(arguments: Iterable[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description="Measure one model of `prune-opd bench pair-check`.")
-    parser.add_argument("--recipe", type=Path, required=True)
-    parser.add_argument("--model", type=Path, required=True)
-    parser.add_argument("--problems", type=int, required=True)
-    parser.add_argument("--seed", type=int, required=True)
-    parser.add_argument("--bins", type=int, required=True)
-    parser.add_argument("--json", type=Path, required=True)
-    args = parser.parse_args(arguments)
-    machine = platform.prepare()
-    config = load_config(args.recipe)
-    assert isinstance(config, TrainConfig)
-    args.json.write_text(json.dumps(measure(config, args.model, args.problems, args.seed, args.bins, machine)))
-
-
 if __name__ == "__main__":
-    main()
+    answer(measure)

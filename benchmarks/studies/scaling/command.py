@@ -1,17 +1,12 @@
 """`prune-opd bench scaling`: a step against response length, batch, model size and ranks: seconds by phase, and memory.
 
-A launch is one model on one number of ranks (scaling_ranks.py says what is measured); the points of an axis are steps
+A launch is one model on one number of ranks (measure.py says what is measured); the points of an axis are steps
 of one launch or of several. Beside the slope of each phase (log-log, of CPU seconds of all ranks, which other work on
-the machine disturbs less than the wall clock) stands that of the work it has to do (scaling_work.py). No torch here.
+the machine disturbs less than the wall clock) stands that of the work it has to do (work.py). No torch here.
 """
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
-import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,11 +15,9 @@ from typing import Any
 
 from rich.console import Console
 from rich.progress import Progress
-from rich.table import Table
 
-from benchmarks.loss.command import MIB, environment
+from benchmarks.common import MIB, Report, load, measure, model_shape, table
 from benchmarks.studies.scaling.work import AXES, PHASES, SLACK, Growth, growth, shape_of, work
-from prune_opd.errors import UserError
 
 TIMEOUT = 600  # seconds a launch may take
 Model = tuple[int, int]  # layers, hidden size
@@ -68,27 +61,20 @@ def run(path: Path, quick: bool, rounds: int = 2) -> int:
 
     rounds: steps of each point; the quick size takes one.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     settings = QUICK if quick else Settings(rounds=rounds)
-    console = Console()
-    before = {**environment(), "load_average_before": os.getloadavg()}
-    raw = _measure_all(settings, console)
-    axes = _axes(settings, [point for launch in raw for point in _points(launch)])
+    report = Report(path, quick, settings)
+    raw = []
+    with Progress(console=report.console, transient=True) as bar:
+        for model, ranks, points in bar.track(_launches(settings), description="measuring"):
+            raw.append(_measure(model, ranks, points, settings))
+    axes = _axes(settings, [point for launch in raw for point in _points(launch, settings.vocab)])
     growths = [found for axis, points in axes.items() for found in _growths(axis, points)]
-    result = {
-        "benchmark": "scaling",
-        "quick": quick,
-        "settings": asdict(settings),
-        "environment": {**before, "load_average_after": os.getloadavg()},
-        "axes": axes,
-        "growth": [asdict(found) | {"too_fast": found.too_fast} for found in growths],
-        "raw": raw,
-    }
-    path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    growth_records = [asdict(found) | {"too_fast": found.too_fast} for found in growths]
+    result = report.write(axes=axes, growth=growth_records, raw=raw)
     picture = path.with_suffix(".png")
     picture.write_bytes(_picture(result, growths))
-    _print(result, growths, console)
-    console.print(f"[bold]{path}[/], [bold]{picture}[/]", soft_wrap=True)
+    _print(result, growths, report.console)
+    report.name_files(picture)
     return 0
 
 
@@ -105,51 +91,20 @@ def _launches(settings: Settings) -> list[tuple[Model, int, list[tuple[int, int]
     return [(settings.base, most, sorted(sweep)), *others, *fewer]
 
 
-def _measure_all(settings: Settings, console: Console) -> list[dict[str, Any]]:
-    raw = []
-    launches = _launches(settings)
-    with Progress(console=console, transient=True) as bar:
-        task = bar.add_task("measuring", total=len(launches))
-        for (layers, hidden), ranks, points in launches:
-            bar.update(task, description=f"{layers} layers of {hidden}, {ranks} ranks")
-            raw.append({"world": ranks, **_measure((layers, hidden), ranks, points, settings)})
-            bar.advance(task)
-    return raw
-
-
 def _measure(model: Model, ranks: int, points: Sequence[tuple[int, int]], settings: Settings) -> dict[str, Any]:
     """One launch: what each rank measured. UserError if it did not come to its end."""
-    with tempfile.TemporaryDirectory(prefix="prune-opd-") as folder:
-        answer = Path(folder) / "answer.json"
-        options = {
-            "folder": folder,
-            "json": answer,
-            "layers": model[0],
-            "hidden": model[1],
-            "vocab": settings.vocab,
-            "points": ",".join(f"{batch}x{length}" for batch, length in points),
-            "rounds": settings.rounds,
-        }
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-        command += ["-m", "benchmarks.studies.scaling.ranks"]
-        command += [text for name, value in options.items() for text in (f"--{name}", str(value))]
-        env = {**os.environ, "OMP_NUM_THREADS": "1"}
-        what = f"{model[0]} layers of {model[1]} on {ranks} ranks"
-        try:
-            process = subprocess.run(command, env=env, capture_output=True, text=True, timeout=TIMEOUT)
-        except subprocess.TimeoutExpired:
-            raise UserError(f"{what}: not done after {TIMEOUT} s") from None
-        if process.returncode != 0 or not answer.exists():
-            raise UserError(f"{what} failed:\n{process.stderr[-3000:]}")
-        return json.loads(answer.read_text())
+    request = {"shape": (*model, settings.vocab), "points": points, "rounds": settings.rounds}
+    what = f"{model[0]} layers of {model[1]} on {ranks} ranks"
+    found = measure("benchmarks.studies.scaling.measure", request, what, ranks=ranks, timeout=TIMEOUT)
+    return {"world": ranks, "model": model, "ranks": found}
 
 
 # ---------------------------------------------------------------------------------------------------- comparing
 
 
-def _points(launch: dict[str, Any]) -> list[Point]:
+def _points(launch: dict[str, Any], vocab: int) -> list[Point]:
     """Medians over the steps of each point: wall clock of the first rank, CPU seconds of all, memory of the largest."""
-    ranks, model = launch["ranks"], shape_of(launch["model"])
+    ranks, model = launch["ranks"], shape_of(model_shape(*launch["model"]), vocab)
     points = []
     for at, first in enumerate(ranks[0]["points"]):
         steps = list(zip(*(rank["points"][at]["steps"] for rank in ranks), strict=True))
@@ -158,7 +113,7 @@ def _points(launch: dict[str, Any]) -> list[Point]:
         points.append(
             {
                 "parameters": model.parameters,
-                "model": [launch["model"]["num_hidden_layers"], launch["model"]["hidden_size"]],
+                "model": list(launch["model"]),
                 "ranks": launch["world"],
                 "batch": first["batch"],
                 "limit": first["length"],
@@ -198,12 +153,12 @@ def _is(point: Point, wanted: dict[str, Any]) -> bool:
 
 
 def _same_rows(settings: Settings, ranks: int) -> dict[str, int]:
-    """`settings.batch` on the fewest ranks, and as many rows for each of more."""
+    """Ranks, and a batch that gives each as many rows as `settings.batch` gives the fewest ranks."""
     return {"ranks": ranks, "batch": settings.batch * ranks // min(settings.ranks)}
 
 
 def _growths(axis: str, points: Sequence[Point]) -> list[Growth]:
-    """Of CPU seconds by phase, and of memory: along model size all that a rank holds, else what a step adds to it."""
+    """Growth of CPU seconds by phase, and of memory: along model size all that a rank holds, else what a step adds."""
     x = [point[axis] for point in points]
     found = [
         growth(axis, phase, x, [point["cpu_s"][phase] for point in points], [point["work"][phase] for point in points])
@@ -219,26 +174,25 @@ def _growths(axis: str, points: Sequence[Point]) -> list[Growth]:
 
 
 def _print(result: dict[str, Any], growths: Sequence[Growth], console: Console) -> None:
-    settings, machine = result["settings"], result["environment"]
+    settings, columns = result["settings"], (*PHASES, "memory")
     console.print(
-        f"{machine['cpus']} CPUs, one thread a rank, data parallel, an engine a rank; medians of {settings['rounds']} "
-        f"steps; load average {machine['load_average_before'][0]:.1f} → {machine['load_average_after'][0]:.1f}"
+        f"one thread a rank, data parallel, an engine a rank; medians of {settings['rounds']} steps; "
+        f"{load(result['environment'])}"
     )
     for axis, points in result["axes"].items():
-        table = Table(title=f"against {AXES[axis]}", title_justify="left")
-        for column in (AXES[axis], "step s", "CPU s", *(f"{phase} CPU s" for phase in PHASES), "memory MiB"):
-            table.add_column(column, justify="right")
         memory = "held_bytes" if axis == "parameters" else "step_bytes"
+        rows = []
         for point in points:
             cpu = point["cpu_s"]
-            row = [point["wall_s"]["step"], cpu["step"], *(cpu[phase] for phase in PHASES)]
-            table.add_row(f"{point[axis]:,.0f}", *(f"{value:.2f}" for value in row), f"{point[memory] / MIB:.0f}")
+            seconds = [point["wall_s"]["step"], cpu["step"], *(cpu[phase] for phase in PHASES)]
+            rows.append([f"{point[axis]:,.0f}", *(f"{s:.2f}" for s in seconds), f"{point[memory] / MIB:.0f}"])
+        names = (AXES[axis], "step s", "CPU s", *(f"{phase} CPU s" for phase in PHASES), "memory MiB")
+        drawn = table(f"against {AXES[axis]}", names, rows, left=0)
         found = {one.what: one for one in growths if one.axis == axis}
-        columns = (*PHASES, "memory")
-        table.add_section()
-        table.add_row("slope (last two)", "", "", *(str(found[what]) for what in columns))
-        table.add_row("of the work", "", "", *(found[what].expectation for what in columns))
-        console.print(table)
+        drawn.add_section()
+        drawn.add_row("slope (last two)", "", "", *(str(found[what]) for what in columns))
+        drawn.add_row("of the work", "", "", *(found[what].expectation for what in columns))
+        console.print(drawn)
     fast = [one for one in growths if one.too_fast]
     for one in fast:
         console.print(

@@ -1,4 +1,4 @@
-"""What the phases of a step have to do, counted, and how fast what was measured grows beside it.
+"""The work of each phase of a step, counted, and how fast a measurement grows beside it.
 
 The count is of multiplications and additions in matrix products and attention, and of bytes for the weight sync. It is
 used only for how it grows, so constant factors of a whole phase do not matter; that of attention against the products
@@ -8,10 +8,11 @@ does.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import linear_regression
-from typing import Any
+
+from prune_opd.config import ModelShape
 
 PHASES = ("sync", "rollout", "teacher", "train")
 AXES = {"length": "response length", "batch": "batch", "parameters": "parameters", "ranks": "ranks"}
@@ -32,16 +33,15 @@ class Shape:
         return self.body + self.head
 
 
-def shape_of(config: Mapping[str, Any]) -> Shape:
-    """Of a dense config.json; norms are left out."""
-    hidden, layers = config["hidden_size"], config["num_hidden_layers"]
-    q, kv = (config[f"num_{which}_heads"] * config["head_dim"] for which in ("attention", "key_value"))
-    per_layer = hidden * (2 * q + 2 * kv + 3 * config["intermediate_size"])
-    return Shape(layers, q, layers * per_layer, config["vocab_size"] * hidden)
+def shape_of(model: ModelShape, vocab: int) -> Shape:
+    """The shape of a model; norms are left out."""
+    q, kv = model.heads * model.head_dim, model.kv_heads * model.head_dim
+    per_layer = model.hidden * (2 * q + 2 * kv + 3 * model.ffn)
+    return Shape(model.layers, q, model.layers * per_layer, vocab * model.hidden)
 
 
 def work(shape: Shape, rows: int, prompt: float, response: float, ranks: int) -> dict[str, float]:
-    """Of each phase, all ranks together: `rows` responses of `response` tokens each after prompts of `prompt`.
+    """The work of each phase, all ranks together: `rows` responses of `response` tokens each after prompts of `prompt`.
 
     Causal attention over n tokens is half of n². The weights go whole to every rank's engine.
     """
@@ -58,7 +58,7 @@ def work(shape: Shape, rows: int, prompt: float, response: float, ranks: int) ->
 
 
 def slope(x: Sequence[float], y: Sequence[float]) -> float:
-    """Of log y over log x: 1 is linear, 2 quadratic."""
+    """The slope of log y over log x: 1 is linear, 2 quadratic."""
     return linear_regression([math.log(value) for value in x], [math.log(value) for value in y]).slope
 
 

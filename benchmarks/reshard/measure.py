@@ -1,7 +1,5 @@
 """The ranks of `prune-opd bench reshard`: one student layout and one engine, measured from all sides.
 
-    torchrun … -m benchmarks.reshard.ranks --folder DIR --json FILE --layout tp2 --rollout-tp 1 …
-
     bare         the broadcasts that the collective stream cannot do without: its bytes, senders and buckets, but one
                  flat buffer per sender and bucket, nothing read from parameters or put in order, no checksum
     all-gather   the same bytes through flat all-gathers (tensor parallel students only), to compare with
@@ -17,82 +15,24 @@ resident before, of a stream with the reload over the peak of the reload from re
 
 from __future__ import annotations
 
-import argparse
 import gc
-import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
 
-from benchmarks.loss.measure import cpu_time, peak_memory, reset_peak
+from benchmarks.common import answer, cpu_time, model_shape, peak_memory, reset_peak, rotated, write_model
 from benchmarks.reshard.command import TRANSPORTS
 from prune_opd import platform
 from prune_opd.config import ParallelConfig, RolloutConfig
-from prune_opd.data import ledger
 
 LAYOUTS = {"tp2": ParallelConfig(tensor=2), "pp2": ParallelConfig(tensor=1, pipeline=2)}
-
-
-def model_config(layers: int, hidden: int, vocab: int) -> dict[str, Any]:
-    """A Qwen3 with tied embeddings, as config.json has it."""
-    return {
-        "architectures": ["Qwen3ForCausalLM"],
-        "model_type": "qwen3",
-        "num_hidden_layers": layers,
-        "hidden_size": hidden,
-        "intermediate_size": 3 * hidden,
-        "num_attention_heads": hidden // 64,
-        "num_key_value_heads": max(2, hidden // 128),
-        "head_dim": 64,
-        "vocab_size": vocab,
-        "max_position_embeddings": 512,
-        "rms_norm_eps": 1e-6,
-        "rope_theta": 10000.0,
-        "hidden_act": "silu",
-        "attention_bias": False,
-        "tie_word_embeddings": True,
-        "dtype": "float32",
-        "bos_token_id": ledger.TOKEN_ID[ledger.BOS],
-        "eos_token_id": ledger.TOKEN_ID[ledger.EOS],
-    }
-
-
-def write_student(folder: Path, config: dict[str, Any], seed: int = 0) -> None:
-    """A directory with random weights."""
-    from safetensors.torch import save_file
-
-    from prune_opd.model_spec import ModelSpec
-    from prune_opd.weights.mapping import entries
-
-    folder.mkdir(parents=True)
-    (folder / "config.json").write_text(json.dumps(config))
-    ledger.save_tokenizer(folder)
-    spec = ModelSpec.read(folder)
-    q, kv = spec.heads * spec.head_dim, spec.kv_heads * spec.head_dim
-    shapes = {
-        "embed_tokens": (spec.vocab_size, spec.hidden),
-        "q_proj": (q, spec.hidden),
-        "k_proj": (kv, spec.hidden),
-        "v_proj": (kv, spec.hidden),
-        "o_proj": (spec.hidden, q),
-        "gate_proj": (spec.ffn, spec.hidden),
-        "up_proj": (spec.ffn, spec.hidden),
-        "down_proj": (spec.hidden, spec.ffn),
-        "q_norm": (spec.head_dim,),
-        "k_norm": (spec.head_dim,),
-    }
-    draw = torch.Generator().manual_seed(seed)
-    names = (name for entry in entries(spec) for name in entry.hf)
-    tensors = {
-        name: torch.randn(shapes.get(name.split(".")[-2], (spec.hidden,)), generator=draw) * spec.hidden**-0.5
-        for name in names
-    }
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
 
 # ---------------------------------------------------------------------------------------------------- contenders
@@ -174,33 +114,27 @@ def peak(run: Callable[[], None]) -> tuple[int, int]:
     return before, highest
 
 
-class Stopwatch:
-    """Seconds spent in some functions of a module or methods of a class, while it is entered."""
+@contextmanager
+def stopwatch(*functions: tuple[Any, str]) -> Iterator[list[float]]:
+    """Inside, the seconds of every call of these functions (owner, name) go to the list."""
+    seconds: list[float] = []
 
-    def __init__(self, cls: Any, methods: Sequence[str]):
-        self.cls, self.originals, self.seconds = cls, {name: getattr(cls, name) for name in methods}, 0.0
-
-    def __enter__(self) -> Stopwatch:
-        for name, method in self.originals.items():
-            setattr(self.cls, name, self._watched(method))
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        for name, method in self.originals.items():
-            setattr(self.cls, name, method)
-
-    def _watched(self, method: Callable[..., Any]) -> Callable[..., Any]:
-        def watched(*args: Any) -> Any:
+    def watched(run: Callable[..., Any]) -> Callable[..., Any]:
+        def timed_run(*args: Any) -> Any:
             start = time.perf_counter()
-            try:
-                return method(*args)
-            finally:
-                self.seconds += time.perf_counter() - start
+            result = run(*args)
+            seconds.append(time.perf_counter() - start)
+            return result
 
-        return watched
+        return timed_run
+
+    with ExitStack() as stack:
+        for owner, name in functions:
+            stack.enter_context(patch.object(owner, name, watched(getattr(owner, name))))
+        yield seconds
 
 
-def measure(chunks: list[Any], engine: Any, bucket_mb: float, rounds: int) -> dict[str, Any]:
+def compare(chunks: list[Any], engine: Any, bucket_mb: float, rounds: int) -> dict[str, Any]:
     from prune_opd.weights import checksum
     from prune_opd.weights.checksum import Checksums
     from prune_opd.weights.stream import Resharder
@@ -221,14 +155,12 @@ def measure(chunks: list[Any], engine: Any, bucket_mb: float, rounds: int) -> di
     times: dict[str, list[dict[str, float]]] = {name: [] for name in contenders}
     checksum_share: dict[str, list[float]] = {name: [] for name in TRANSPORTS}
     for turn in range(rounds):
-        names = list(contenders)
-        shift = turn % len(names)
-        for name in names[shift:] + names[:shift]:
-            with Stopwatch(checksum, ("bits_sum",)) as sums, Stopwatch(Checksums, ("compare",)) as comparing:
+        for name in rotated(list(contenders), turn):
+            with stopwatch((checksum, "bits_sum"), (Checksums, "compare")) as checking:
                 result = timed(contenders[name])
             times[name].append(result)
             if name.endswith("+ reload"):
-                checksum_share[name.split()[0]].append((sums.seconds + comparing.seconds) / result["wall_s"])
+                checksum_share[name.split()[0]].append(sum(checking) / result["wall_s"])
 
     memory: dict[str, dict[str, list[int]]] = {
         name: {"stream_bytes": [], "sync_beyond_reload_bytes": [], "buffers": []} for name in TRANSPORTS
@@ -256,40 +188,28 @@ def measure(chunks: list[Any], engine: Any, bucket_mb: float, rounds: int) -> di
     }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description="Measure one configuration of `prune-opd bench reshard`.")
-    parser.add_argument("--folder", type=Path, required=True, help="where the student is, or is written")
-    parser.add_argument("--json", type=Path, required=True)
-    parser.add_argument("--layout", choices=LAYOUTS, required=True)
-    parser.add_argument("--rollout-tp", type=int, required=True)
-    parser.add_argument("--layers", type=int, required=True)
-    parser.add_argument("--hidden", type=int, required=True)
-    parser.add_argument("--vocab", type=int, required=True)
-    parser.add_argument("--bucket-mb", type=float, required=True)
-    parser.add_argument("--rounds", type=int, required=True)
-    args = parser.parse_args()
-
+def measure(
+    folder: str, layout: str, rollout_tp: int, shape: Sequence[int], bucket_mb: float, rounds: int
+) -> dict[str, Any]:
+    """This rank's measurements. shape: layers, hidden size and vocabulary of the student, which stays in `folder`."""
     machine = platform.prepare()
     from prune_opd.megatron import layout as layouts
     from prune_opd.megatron.model import build
     from prune_opd.rollout.engine import RolloutEngine
 
-    layout = layouts.initialize(LAYOUTS[args.layout], machine, seed=0)
-    student = args.folder / "student"
-    if layout.is_main and not student.exists():
-        write_student(student, model_config(args.layers, args.hidden, args.vocab))
+    layers, hidden, vocab = shape
+    ranks, student = layouts.initialize(LAYOUTS[layout], machine, seed=0), Path(folder) / "student"
+    if ranks.is_main and not student.exists():
+        write_model(student, model_shape(layers, hidden), vocab)
     dist.barrier()
-    chunks = build(student, layout.student, torch.float32, trainable=False)
-    rollout = RolloutConfig(tensor_parallel=args.rollout_tp, max_prompt_len=32, max_num_seqs=4, kv_cache_gb=0.05)
+    chunks = build(student, ranks.student, torch.float32, trainable=False)
+    rollout = RolloutConfig(tensor_parallel=rollout_tp, max_prompt_len=32, max_num_seqs=4, kv_cache_gb=0.05)
     engine = RolloutEngine(str(student), rollout, 32, torch.float32, machine)
     torch.set_num_threads(1)
-    result = {**measure(chunks, engine, args.bucket_mb, args.rounds), "torch": torch.__version__}
-    everyone: list[Any] = [None] * layout.world
-    dist.all_gather_object(everyone, result)
-    if layout.is_main:
-        args.json.write_text(json.dumps(everyone))
+    result = {**compare(chunks, engine, bucket_mb, rounds), "torch": torch.__version__}
     engine.close()
+    return result
 
 
 if __name__ == "__main__":
-    main()
+    answer(measure)

@@ -1,7 +1,5 @@
 """The ranks of `prune-opd bench scaling`: steps of the training loop on one model, at several lengths and batches.
 
-    … -m benchmarks.studies.scaling.ranks --folder DIR --json FILE --layers 3 --hidden 256 … --points 32x64,32x128
-
 `loop.step` runs as it does in training, on a run that `run.prepare` built; between the points only the batch size and
 the horizon change. Student and teacher have random weights: they take one of the vocabulary's tokens about as likely as
 another, so that a response seldom ends by itself. CPU seconds are this process's, all threads, by phase; memory is the
@@ -10,11 +8,11 @@ kernel's peak of resident memory (VmHWM) in a step, over what was resident befor
 
 from __future__ import annotations
 
-import argparse
 import ctypes
 import gc
-import json
 import os
+import tempfile
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from statistics import mean
@@ -22,8 +20,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from benchmarks.loss.measure import cpu_time, peak_memory, reset_peak
-from benchmarks.reshard.ranks import model_config, write_student
+from benchmarks.common import answer, cpu_time, model_shape, peak_memory, reset_peak, write_model
 from prune_opd import loop, platform
 from prune_opd.config import (
     CheckpointConfig,
@@ -36,7 +33,6 @@ from prune_opd.config import (
     RolloutConfig,
     TrackConfig,
     TrainConfig,
-    to_dict,
 )
 from prune_opd.config.memory_phases import MemoryPhases
 from prune_opd.method.horizon import make_controller
@@ -83,8 +79,8 @@ class LastRecord(NullTracker):
         self.record = record
 
 
-def config_of(folder: Path, points: list[tuple[int, int]], steps: int) -> TrainConfig:
-    """Data parallel over all ranks, one engine each, no gate's horizon: every response may have the whole length."""
+def config_of(folder: Path, points: Sequence[tuple[int, int]], steps: int) -> TrainConfig:
+    """Data parallel over all ranks, an engine each, full horizon: every response may have the whole length."""
     batch, length = (max(point[i] for point in points) for i in (0, 1))
     return TrainConfig(
         name="scaling",
@@ -120,7 +116,7 @@ def one_step(run: Run, watch: PhaseWatch, records: LastRecord, imported: int) ->
     }
 
 
-def measure(run: Run, points: list[tuple[int, int]], rounds: int, imported: int) -> dict[str, Any]:
+def take_turns(run: Run, points: Sequence[tuple[int, int]], rounds: int, imported: int) -> dict[str, Any]:
     """The points take turns, round after round, after one small step that pays for the parity check and cold caches."""
     config = run.config
     run.tracker = records = LastRecord()
@@ -128,9 +124,7 @@ def measure(run: Run, points: list[tuple[int, int]], rounds: int, imported: int)
 
     def go(batch: int, length: int) -> dict[str, Any]:
         run.config = replace(
-            config,
-            rollout=replace(config.rollout, prompts=batch),
-            horizon=replace(config.horizon, max_len=length),
+            config, rollout=replace(config.rollout, prompts=batch), horizon=replace(config.horizon, max_len=length)
         )
         run.controller = make_controller(run.config.horizon)
         run.long_tail = LongTail(run.config.rollout, run.sampler.endless)
@@ -151,36 +145,26 @@ def measure(run: Run, points: list[tuple[int, int]], rounds: int, imported: int)
     }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description="Measure one model of `prune-opd bench scaling`.")
-    parser.add_argument("--folder", type=Path, required=True, help="where the models are written")
-    parser.add_argument("--json", type=Path, required=True)
-    parser.add_argument("--layers", type=int, required=True)
-    parser.add_argument("--hidden", type=int, required=True)
-    parser.add_argument("--vocab", type=int, required=True)
-    parser.add_argument("--points", required=True, help="BATCHxLENGTH,…")
-    parser.add_argument("--rounds", type=int, required=True)
-    args = parser.parse_args()
-    points = [(int(batch), int(length)) for batch, length in (point.split("x") for point in args.points.split(","))]
-
+def measure(shape: Sequence[int], points: Sequence[tuple[int, int]], rounds: int) -> dict[str, Any]:
+    """This rank's steps of one model. shape: layers, hidden size, vocabulary; points: batch and length each."""
     platform.prepare()
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     import vllm  # noqa: F401  (its memory is not the run's)
 
     imported = reset_peak()
-    folder = args.folder / os.environ["RANK"]  # each rank writes the same models for itself
-    shape = model_config(args.layers, args.hidden, args.vocab) | {"max_position_embeddings": 2048}
-    for seed, name in enumerate(("student", "teacher")):
-        write_student(folder / name, shape, seed)
-    config = config_of(folder, points, steps=1 + args.rounds * len(points))
-    run = prepare(config, folder / "run", "never")
-    everyone: list[Any] = [None] * run.layout.world
-    dist.all_gather_object(everyone, measure(run, points, args.rounds, imported))
-    if run.layout.is_main:
-        args.json.write_text(json.dumps({"config": to_dict(config), "model": shape, "ranks": everyone}))
-    run.close()
+    layers, hidden, vocab = shape
+    model = replace(model_shape(layers, hidden), max_positions=2048)
+    with tempfile.TemporaryDirectory(prefix="prune-opd-") as name:
+        folder = Path(name)  # each rank writes the same models for itself
+        for seed, role in enumerate(("student", "teacher")):
+            write_model(folder / role, model, vocab, seed)
+        config = config_of(folder, points, steps=1 + rounds * len(points))
+        run = prepare(config, folder / "run", "never")
+        measured = take_turns(run, points, rounds, imported)
+        run.close()
+    return measured
 
 
 if __name__ == "__main__":
-    main()
+    answer(measure)
