@@ -192,9 +192,10 @@ def launch(
         finally:
             if server.lost:  # the next launch gets a new one
                 _servers.pop(key).close()
-        return Done(code, _text(out), _text(err))
+        return Done(code, text_of(out), text_of(err))
 
 
-def _text(file: IO[bytes]) -> str:
+def text_of(file: IO[bytes]) -> str:
+    """The whole content."""
     file.seek(0)
     return file.read().decode(errors="replace")

@@ -274,16 +274,10 @@ def run_command(arguments: Sequence[str]) -> int:
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
 
     def command() -> None:
-        from prune_opd.ranks import launcher
+        from tests.forked import stand_ins
         from tests.forked.client import Connection
 
-        ranks = Connection(theirs)
-
-        def start_ranks(args: list[str], nproc: int, env: Any) -> int:
-            sys.stdout.flush()
-            return ranks.launch(args, nproc, rank_environment(env), (1, 2))
-
-        launcher.start_ranks = start_ranks  # before the command line's module takes it
+        stand_ins.install(Connection(theirs), benchmarks=arguments[0] == "bench")
         from prune_opd.cli import main
 
         sys.argv = ["prune-opd", *arguments]
