@@ -37,7 +37,7 @@ test: say-what-apt-installs $(TEST_SETUP) ## Set up, lint, run all tests, print 
 test-fast: setup ## Only the tests that start no ranks (about a minute)
 	$(BIN)/pytest -m "not ranks"
 
-say-what-apt-installs:
+say-what-apt-installs: ## Say which Debian packages `make test` is about to install, if any
 	@bash scripts/say_what_apt_installs.sh
 
 setup-te-test: setup ## Put Transformer Engine's Python half into .venv-te, for the tests of its layer spec
