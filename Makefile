@@ -31,14 +31,14 @@ quickstart: setup tiny-pair ## Set up, train the tiny pair in runs/quickstart, e
 
 TEST_SETUP = setup setup-te-test setup-launch setup-slurm-test setup-browser-test setup-docs lint tiny-pair
 
-test: say-what-apt-installs $(TEST_SETUP) ## Set up, lint, run all tests, print the line coverage
+test: test-packages $(TEST_SETUP) ## Set up, lint, run all tests, print the line coverage
 	@bash scripts/test.sh
 
 test-fast: setup ## Only the tests that start no ranks (about a minute)
 	$(BIN)/pytest -m "not ranks"
 
-say-what-apt-installs: ## Say which Debian packages `make test` is about to install, if any
-	@bash scripts/say_what_apt_installs.sh
+test-packages: ## Say which Debian packages `make test` is about to install, if any
+	@bash scripts/test_packages.sh
 
 setup-te-test: setup ## Put Transformer Engine's Python half into .venv-te, for the tests of its layer spec
 	@PYTHON=$(BIN)/python bash scripts/setup_te_test.sh
