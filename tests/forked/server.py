@@ -5,7 +5,8 @@
                      ├─ rank 0: a fork that runs the worker script, as fresh as a new interpreter
                      └─ rank 1 …
 
-Importing all of it takes a rank 14 CPU seconds; a fork takes none. The kernel ends every process here with the one
+Importing all of it takes a rank 14 CPU seconds; a fork takes none. What a fork has that a new interpreter has not: the
+server's hash seed, so all ranks iterate sets alike, and an end without the interpreter's own (`os._exit`). The kernel ends every process here with the one
 above it, and what a launch leaves behind is ended before the next: nothing outlives its launch, and no launch pytest.
 
     python -m tests.forked.server KIND SOCKET
@@ -40,7 +41,7 @@ from prune_opd.process import end_with_parent, rank_environment
 
 PR_SET_CHILD_SUBREAPER = 36
 MESSAGE = 1 << 20  # bytes
-GRACE = 10.0  # seconds that the other ranks have after SIGTERM, when one has failed
+GRACE = 5.0  # seconds that the other ranks have after SIGTERM, when one has failed
 # What a kind of launch finds imported. vLLM compiles what is imported while its switch is on (`platform.compiling`), so
 # compiled engines find only what `RolloutEngine` imports before.
 ENGINE = ("vllm", "vllm.v1.sample.sampler")
