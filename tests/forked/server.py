@@ -6,8 +6,10 @@
                      └─ rank 1 …
 
 Importing all of it takes a rank 14 CPU seconds; a fork takes none. What a fork has that a new interpreter has not: the
-server's hash seed, so all ranks iterate sets alike, and an end without the interpreter's own (`os._exit`). The kernel ends every process here with the one
-above it, and what a launch leaves behind is ended before the next: nothing outlives its launch, and no launch pytest.
+server's hash seed, so all ranks iterate sets alike, and an end without the interpreter's own (`os._exit`).
+
+The kernel ends every process here with the one above it, and what a launch leaves behind is ended before the next:
+nothing outlives its launch, and no launch pytest.
 
     python -m tests.forked.server KIND SOCKET
 
