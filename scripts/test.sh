@@ -11,7 +11,7 @@ rm -rf "$folder"
 mkdir -p "$folder"
 code=0
 COVERAGE_PROCESS_START=$PWD/pyproject.toml COVERAGE_FILE=$folder/data \
-    .venv/bin/pytest -n 2 --dist loadgroup --no-loadscope-reorder "$@" || code=$?
+    .venv/bin/pytest -n 2 --dist loadgroup --no-loadscope-reorder -rs "$@" || code=$?
 export COVERAGE_FILE=$folder/data
 .venv/bin/coverage combine --quiet "$folder" && echo "line coverage: $(.venv/bin/coverage report --format=total)%"
 exit "$code"

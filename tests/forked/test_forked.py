@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import coverage
 import psutil
 import pytest
 
@@ -242,3 +243,15 @@ def test_a_command_has_its_own_folder_output_and_exit_code(tmp_path: Path) -> No
     assert done.code == 2 and done.stdout == "" and re.match("error: .*no_such_recipe", done.stderr)
     done = run_command("check", "tiny_compatible", "steps=0", folder=tmp_path)
     assert done.code == 2 and "steps" in done.stderr
+
+
+def test_coverage_is_measured_in_forked_ranks(tmp_path: Path) -> None:
+    text = "from prune_opd.errors import UserError\nfrom prune_opd.method.horizon import make_controller\n"
+    text += "from prune_opd.config import HorizonConfig\nmake_controller(HorizonConfig('full', max_len=5, min_len=1))\n"
+    env = {"COVERAGE_PROCESS_START": str(REPOSITORY / "pyproject.toml"), "COVERAGE_FILE": str(tmp_path / "data")}
+    run_ranks(script(tmp_path, text), 1, env=env)
+    (path,) = tmp_path.glob("data.*")
+    data = coverage.CoverageData(str(path))
+    data.read()
+    measured = {name: lines for name in data.measured_files() if (lines := data.lines(name))}
+    assert [name for name in measured if name.endswith("/method/horizon.py")]
