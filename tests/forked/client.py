@@ -16,6 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
+from prune_opd.process import rank_environment
+
 REPOSITORY = Path(__file__).resolve().parents[2]
 # Variables that something reads while it is imported: launches that differ in them need servers of their own. The
 # others, VLLM_CACHE_ROOT among them, are read when they are needed.
@@ -152,7 +154,8 @@ _servers: dict[Key, ForkServer] = {}
 
 def server_key(kind: str, environment: Mapping[str, str]) -> Key:
     """Launches of one key share a server: all that was read while it imported is the same for them."""
-    read = {n: v for n, v in environment.items() if n.startswith(READ_AT_IMPORT) and n not in READ_LATER}
+    full = rank_environment(environment)  # as in the server
+    read = {n: v for n, v in full.items() if n.startswith(READ_AT_IMPORT) and n not in READ_LATER}
     return kind, frozenset(read.items())
 
 
