@@ -16,7 +16,7 @@ from tests.forked.command import run_command
 
 COMMAND = Path(sys.executable).with_name("prune-opd")
 # What a test of the training itself does not need, and what would take its time.
-BARE = ("evaluation.problems=0", "checkpoint.export_hf=false", "track.wandb=disabled")
+BARE = ("evaluation.problems=0", "checkpoint.export_hf=false", "track.wandb=disabled", "track.report=false")
 
 
 def prune_opd(*args: str | Path, timeout: float = 300.0) -> str:
