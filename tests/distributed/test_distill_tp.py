@@ -10,7 +10,7 @@ import pytest
 from tests.distributed.ranks import read_ranks, run_ranks
 from tests.distributed.worker_distill import CASES
 
-WORKER = Path(__file__).with_name("worker_fused_loss.py")
+WORKER = Path(__file__).with_name("worker_distill.py")
 TOLERANCE = {"float32": 2e-5, "bfloat16": 3e-2}  # by the last word of the case
 
 Results = list[dict[str, Any]]  # of every rank
