@@ -53,8 +53,6 @@ IMPORTS: dict[str, tuple[str, ...]] = {
     "eager": (
         *ENGINE,
         "vllm.v1.engine.llm_engine",
-        "vllm.v1.worker.cpu_worker",
-        "vllm.v1.worker.cpu_model_runner",
         "vllm.v1.core.kv_cache_manager",
         "vllm.distributed.device_communicators.cpu_communicator",
         "vllm.distributed.elastic_ep.elastic_execute",
@@ -86,8 +84,14 @@ def get_ready(kind: str) -> None:
 
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
+    import torch
+
+    names = ("Stream", "Event", "stream", "current_stream", "default_stream")
+    before = [getattr(torch.cuda, name) for name in names]
     for module in (*IMPORTS[kind], *OURS):
         importlib.import_module(module)
+    # Some modules of vLLM's CPU worker replace torch.cuda's names: a rank has that when it makes an engine, not before.
+    assert before == [getattr(torch.cuda, name) for name in names], "an import has replaced a name of torch.cuda"
     gc.collect()
     gc.freeze()  # what is here now is not looked at again, and its pages stay shared
 
