@@ -24,8 +24,16 @@ tiny-models: setup ## Train the tiny models anew into the per-user cache; PRUNE_
 quickstart: setup ## Set up, train on the tiny pair in runs/quickstart, evaluate, write the report
 	$(BIN)/prune-opd train tiny_compatible --run-dir runs/quickstart
 
-test: setup setup-te-test setup-launch setup-slurm-test setup-browser-test setup-docs lint ## Set up, lint, run all tests
-	$(BIN)/pytest
+TEST_SETUP = setup setup-te-test setup-launch setup-slurm-test setup-browser-test setup-docs lint
+
+test: test-packages $(TEST_SETUP) ## Set up, lint, run all tests, print the line coverage
+	@bash scripts/test.sh
+
+test-fast: setup ## Only the tests that start no ranks (about a minute)
+	$(BIN)/pytest -m "not ranks"
+
+test-packages: ## Say which Debian packages `make test` is about to install, if any
+	@bash scripts/test_packages.sh
 
 setup-te-test: setup ## Put Transformer Engine's Python half into .venv-te, for the tests of its layer spec
 	@PYTHON=$(BIN)/python bash scripts/setup_te_test.sh

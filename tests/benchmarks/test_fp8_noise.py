@@ -1,20 +1,16 @@
-"""The emulation of FP8 number by number, and `prune-opd bench fp8-noise --quick` through the real command."""
+"""The emulation of FP8 number by number, and `prune-opd bench fp8-noise --quick` with forked ranks."""
 
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 from benchmarks.studies.fp8_noise.emulation import E4M3_MAX, Recipe, blockwise, round_e4m3, tensorwise
+from tests.forked.command import run_command
 
-COMMAND = Path(sys.executable).with_name("prune-opd")
 NOISE = 2**-4  # half a step of a number with three bits of mantissa, relative
 
 
@@ -78,9 +74,8 @@ def test_a_delayed_scale_is_that_of_the_calls_before() -> None:
 @pytest.fixture(scope="module")
 def result(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     folder = tmp_path_factory.mktemp("bench")
-    command = [COMMAND, "bench", "fp8-noise", "--quick"]
-    done = subprocess.run(command, cwd=folder, env={**os.environ, "COLUMNS": "200"}, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    done = run_command("bench", "fp8-noise", "--quick", folder=folder, env={"COLUMNS": "200"})
+    assert done.code == 0, done.stderr
     found: dict[str, Any] = json.loads((folder / "bench" / "fp8-noise.json").read_text())
     (model,) = found["models"].values()
     assert all(pair["student"] in done.stdout for pair in model["pairs"])

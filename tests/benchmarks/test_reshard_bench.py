@@ -1,27 +1,22 @@
-"""`prune-opd bench reshard --quick` through the real command. No absolute times: other work shares the machine."""
+"""`prune-opd bench reshard --quick` with forked ranks. No absolute times: other work shares the machine."""
 
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
-from pathlib import Path
 from statistics import median
 from typing import Any
 
 import pytest
 
 from benchmarks.reshard.command import QUICK, TRANSPORTS
-
-COMMAND = Path(sys.executable).with_name("prune-opd")
+from tests.forked.command import run_command
 
 
 @pytest.fixture(scope="module")
 def result(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     folder = tmp_path_factory.mktemp("bench")
-    command = [COMMAND, "bench", "reshard", "--quick"]
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, done.stderr
+    done = run_command("bench", "reshard", "--quick", folder=folder, timeout=240)
+    assert done.code == 0, done.stderr
     assert "student TP2 → rollout TP1" in done.stdout and "collective + reload" in done.stdout
     return json.loads((folder / "bench" / "reshard.json").read_text())
 

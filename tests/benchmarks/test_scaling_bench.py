@@ -1,10 +1,8 @@
-"""`prune-opd bench scaling`: the count of the work, the slopes, and `--quick` through the real command. No times."""
+"""`prune-opd bench scaling`: the count of the work, the slopes, and `--quick` with forked ranks. No times."""
 
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +11,8 @@ import pytest
 from benchmarks.common import model_shape
 from benchmarks.studies.scaling.command import QUICK, Settings, _axes, _launches
 from benchmarks.studies.scaling.work import PHASES, SLACK, Growth, growth, shape_of, slope, work
+from tests.forked.command import run_command
 
-COMMAND = Path(sys.executable).with_name("prune-opd")
 X = (64.0, 128.0, 256.0, 512.0, 1024.0)
 
 
@@ -86,10 +84,8 @@ def test_the_launches_hold_every_point_of_every_axis() -> None:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("bench")
-    done = subprocess.run(
-        [COMMAND, "bench", "scaling", "--quick"], cwd=folder, capture_output=True, text=True, timeout=200
-    )
-    assert done.returncode == 0, done.stderr
+    done = run_command("bench", "scaling", "--quick", folder=folder, timeout=200)
+    assert done.code == 0, done.stderr
     assert "against response length" in done.stdout
     return folder / "bench"
 

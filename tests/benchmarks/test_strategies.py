@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -46,8 +45,8 @@ from prune_opd.config.yaml import config_differences
 from prune_opd.errors import ConfigError, UserError
 from prune_opd.eval.evaluate import Evaluator
 from prune_opd.track.metrics import FILE_NAME, read_metrics
+from tests.forked.command import run_command
 
-COMMAND = str(Path(sys.executable).parent / "prune-opd")
 PAIRS = [name for name in ("tiny_compatible", "tiny_drift") if (recipes_dir() / f"{name}.py").exists()]
 SEEDS = [1001, 1002, 1003]
 QUIET = Console(quiet=True)
@@ -436,11 +435,10 @@ def test_table_and_page_come_from_the_numbers(tmp_path: Path) -> None:
 
 @pytest.mark.timeout(400)
 def test_quick_run_of_the_command_is_real_and_resumes(tmp_path: Path) -> None:
-    command = [COMMAND, "bench", "strategies", "tiny_compatible", "--quick", "--methods", "inflight", "--jobs", "1"]
-    command += ["--methods", "random"]
+    command = ["bench", "strategies", "tiny_compatible", "--quick", "--methods", "inflight", "--methods", "random"]
     for again in (False, True):
-        done = subprocess.run(command, cwd=tmp_path, env=os.environ, capture_output=True, text=True)
-        assert done.returncode == 0, done.stdout + done.stderr
+        done = run_command(*command, "--jobs", "1", folder=tmp_path)
+        assert done.code == 0, done.stdout + done.stderr
         result = json.loads((tmp_path / "bench" / "strategies.json").read_text())
         rows = {row["method"]: row for row in result["pairs"]["tiny_compatible"]["rows"]}
         assert list(rows) == ["full", "prune", "inflight", "random"]

@@ -1,4 +1,4 @@
-"""Real runs for the end-to-end tests: the `prune-opd` command on the tiny models, as a user types it."""
+"""Real runs for the end-to-end tests: the `prune-opd` command on the tiny models, as a user types it or forked."""
 
 from __future__ import annotations
 
@@ -12,10 +12,11 @@ import pytest
 
 from prune_opd.config.recipe import load_recipe
 from prune_opd.track.metrics import read_metrics
+from tests.forked.command import run_command
 
 COMMAND = Path(sys.executable).with_name("prune-opd")
 # What a test of the training itself does not need, and what would take its time.
-BARE = ("evaluation.problems=0", "checkpoint.export_hf=false", "track.wandb=disabled")
+BARE = ("evaluation.problems=0", "checkpoint.export_hf=false", "track.wandb=disabled", "track.report=false")
 
 
 def prune_opd(*args: str | Path, timeout: float = 300.0) -> str:
@@ -28,9 +29,16 @@ def prune_opd(*args: str | Path, timeout: float = 300.0) -> str:
     return result.stdout
 
 
+def forked(*args: str | Path, timeout: float = 300.0) -> str:
+    """`prune_opd`, without new interpreters: for tests of what a run does, not of how it starts."""
+    result = run_command(*args, timeout=timeout)
+    assert result.code == 0, f"prune-opd {args}: exit code {result.code}\n{result.stdout}\n{result.stderr}"
+    return result.stdout
+
+
 def train(run_dir: Path, *args: str) -> list[dict[str, Any]]:
     """Train the tiny pair in `run_dir` and return its step records."""
-    prune_opd("train", "tiny_compatible", *args, "--run-dir", run_dir)
+    forked("train", "tiny_compatible", *args, "--run-dir", run_dir)
     return steps_of(run_dir)
 
 

@@ -13,9 +13,8 @@ import torch
 from safetensors.torch import load_file
 
 from prune_opd.track.metrics import meaning, read_metrics
-from tests.end_to_end.runs import prune_opd, tiny_model
+from tests.end_to_end.runs import forked, prune_opd, tiny_model
 
-pytestmark = pytest.mark.slow
 CONTRACT = {
     *("step", "horizon", "overlap", "event_rate", "reliable_length", "response_length", "weight_mean"),
     *("pruned_inflight", "tokens_generated", "tokens_trained", "loss", "grad_norm", "lr"),
@@ -35,7 +34,7 @@ def test_at_least_half_of_the_gap_to_the_teacher_is_closed(run_dir: Path, tmp_pa
     """T = 1 accuracy on 512 fresh problems, which no run and no recipe has seen."""
     models = [tiny_model("student"), run_dir / "checkpoints" / "step_000040", tiny_model("teacher")]
     options = ("--task", "ledger", "-k", "1", "--problems", "512", "--max-len", "216", "--nproc", "2")
-    table = prune_opd("eval", *models, *options, "--out", tmp_path)
+    table = forked("eval", *models, *options, "--out", tmp_path)
     results = [json.loads(line) for line in (tmp_path / "eval.jsonl").read_text().splitlines()]
     assert [line["model"] for line in results] == [str(model) for model in models]
     for number, line in enumerate(results):
@@ -106,7 +105,7 @@ def test_transformers_and_vllm_load_the_export_with_the_same_logprobs(run_dir: P
 
 
 def test_an_exported_checkpoint_is_the_student_that_the_run_left(run_dir: Path, tmp_path: Path) -> None:
-    prune_opd("export", run_dir / "checkpoints" / "step_000040", tmp_path / "out")
+    forked("export", run_dir / "checkpoints" / "step_000040", tmp_path / "out")
     left, exported = (load_file(path / "model.safetensors") for path in (run_dir / "hf", tmp_path / "out"))
     assert left.keys() == exported.keys()
     assert all(torch.equal(left[name], exported[name]) for name in left)

@@ -8,9 +8,8 @@ from pathlib import Path
 import pytest
 
 from prune_opd.track.metrics import read_metrics
-from tests.end_to_end.runs import BARE, prune_opd, steps_of, tiny_model, train, without_times
+from tests.end_to_end.runs import BARE, forked, steps_of, tiny_model, train, without_times
 
-pytestmark = pytest.mark.slow
 # A window that moves at once, a learning rate that warms up, an evaluation in the middle: all of it must continue.
 SETTINGS = ("steps=6", "rollout.prompts=8", "evaluation.problems=8", "evaluation.every=2", *BARE[1:])
 
@@ -48,7 +47,7 @@ def test_a_checkpoint_resumes_in_another_layout(unbroken: Path, tmp_path: Path) 
     """One rank goes on where two stopped: the same prompts, window and rollouts, numbers equal to rounding."""
     output = tmp_path / "one_rank"
     checkpoint = unbroken / "checkpoints" / "step_000004"
-    prune_opd(
+    forked(
         *("train", "tiny_compatible", *SETTINGS, "--nproc", "1", "--run-dir", output, "--resume", checkpoint)
     )  # fmt: skip
     there, here = steps_of(unbroken)[4:], steps_of(output)

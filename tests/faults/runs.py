@@ -15,7 +15,9 @@ import psutil
 from prune_opd.config import CheckpointConfig, DataConfig, EvalConfig, RolloutConfig, TrackConfig, TrainConfig
 from prune_opd.config.yaml import save_config
 from prune_opd.data.ledger import Ledger
+from prune_opd.process import rank_environment
 from tests.distributed import tiny_run
+from tests.forked import client
 
 WORKER = Path(__file__).with_name("worker_run.py")
 LAUNCH = """
@@ -63,19 +65,36 @@ class Ended:
     output: str  # stdout and stderr
 
 
+def ended_run(
+    config: TrainConfig, run_dir: Path, fault: str = "none", step: int = 0, rank: int = 0, **env: str
+) -> Ended:
+    """A run with one fault, in forked ranks, to its end."""
+    arguments, more = _worker(config, run_dir, fault, step, rank), _environment(run_dir, env)
+    done = client.launch("eager", arguments, 2, rank_environment(client.environment(more)), timeout=120)
+    assert done.code is not None, f"not done in time\n{done.stdout}"
+    return Ended(done.code, done.stdout)
+
+
+def _worker(config: TrainConfig, run_dir: Path, fault: str, step: int, rank: int) -> list[str]:
+    resolved = run_dir.with_name(run_dir.name + ".yaml")
+    save_config(config, resolved)
+    return [str(WORKER), fault, str(step), str(rank), "--", "train", str(resolved), "--run-dir", str(run_dir)]
+
+
+def _environment(run_dir: Path, env: dict[str, str]) -> dict[str, str]:
+    return {"OMP_NUM_THREADS": "1", "FAULT_REACHED": str(run_dir.with_name("reached")), **env}
+
+
 class Launch:
-    """A run in the background, with one fault. Give it time with `ended`, which leaves nothing behind."""
+    """A run in the background, with one fault, under torchrun. `ended` leaves nothing behind."""
 
     def __init__(
         self, config: TrainConfig, run_dir: Path, fault: str = "none", step: int = 0, rank: int = 0, **env: str
     ) -> None:
-        resolved = run_dir.with_name(run_dir.name + ".yaml")
-        save_config(config, resolved)
         self.reached = run_dir.with_name("reached")
-        command = [sys.executable, "-c", LAUNCH, str(WORKER), fault, str(step), str(rank), "--"]
         self.process = subprocess.Popen(
-            [*command, "train", str(resolved), "--run-dir", str(run_dir)],
-            env={**os.environ, "OMP_NUM_THREADS": "1", "FAULT_REACHED": str(self.reached), **env},
+            [sys.executable, "-c", LAUNCH, *_worker(config, run_dir, fault, step, rank)],
+            env={**os.environ, **_environment(run_dir, env)},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,

@@ -42,7 +42,8 @@ def launches(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Results]:
             continue
         out = tmp_path_factory.mktemp(name.replace(" ", "_"))
         cache = {"VLLM_CACHE_ROOT": str(tmp_path_factory.getbasetemp() / "vllm")}
-        run_ranks(WORKER, ranks, [models, out, *map(str, settings)], timeout=180, env=cache)
+        kind = str(settings[-1])
+        run_ranks(WORKER, ranks, [models, out, *map(str, settings)], timeout=180, env=cache, kind=kind)
         results[name] = read_ranks(out, ranks)
     return results
 

@@ -29,7 +29,7 @@ def test_greedy_tokens_and_logprobs_are_those_of_transformers_after_every_reload
     tmp_path: Path, width: int, mode: str
 ) -> None:
     cache = {"VLLM_CACHE_ROOT": str(tmp_path / "vllm")}
-    run_ranks(WORKER, 2, [tmp_path, str(width), mode], timeout=180, env=cache)
+    run_ranks(WORKER, 2, [tmp_path, str(width), mode], timeout=180, env=cache, kind=mode)
     loads = json.loads((tmp_path / "result.json").read_text())
     assert [load["weights"] for load in loads] == ["from disk", "b", "a", "b"]
     for load in loads:

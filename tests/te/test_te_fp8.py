@@ -21,7 +21,7 @@ def results(tmp_path_factory: pytest.TempPathFactory, te_packages: Path) -> dict
     folder = tmp_path_factory.mktemp("te_fp8")
     write_model(folder / "model", num_hidden_layers=4)
     path = os.pathsep.join([str(REPOSITORY), str(te_packages)])
-    run_ranks(WORKER, 1, [folder / "model", folder], timeout=120, env={"PYTHONPATH": path})
+    run_ranks(WORKER, 1, [folder / "model", folder], timeout=120, env={"PYTHONPATH": path}, kind="fresh")
     found: dict[str, Any] = json.loads((folder / "fp8.json").read_text())
     return found
 

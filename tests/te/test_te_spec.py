@@ -54,7 +54,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory, te_packages: Path) -> Path:
         save_file({name: x.to(dtype) for name, x in weights.items()}, directory / "model.safetensors")
     path = os.pathsep.join([str(REPOSITORY), str(te_packages)])
     run_ranks(WORKER, 1, [folder, "local"], timeout=120)
-    run_ranks(WORKER, 2, [folder, "te", "local"], timeout=120, env={"PYTHONPATH": path})
+    run_ranks(WORKER, 2, [folder, "te", "local"], timeout=120, env={"PYTHONPATH": path}, kind="fresh")
     (folder / "local").rename(folder / "first_local")
     run_ranks(WORKER, 1, [folder, "local", "te"], timeout=120)
     return folder

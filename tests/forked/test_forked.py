@@ -1,0 +1,260 @@
+"""Forked ranks are as good as torchrun's: they fail, hang, speak and begin like processes of their own."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import coverage
+import psutil
+import pytest
+
+from tests.distributed.ranks import read_ranks, run_ranks
+from tests.forked import client
+from tests.forked.client import REPOSITORY
+from tests.forked.command import run_command
+
+# Each rank writes what it is to rank<r>.json in the folder that it is given.
+STATE = """
+import json, os, random, signal, sys, threading
+from pathlib import Path
+import numpy, torch
+found = {
+    "environment": dict(os.environ),
+    "argv": sys.argv,
+    "path": sys.path[0],
+    "name": __name__,
+    "folder": os.getcwd(),
+    "umask": os.umask(0o22),
+    "threads": [threading.active_count(), len(os.listdir("/proc/self/task")), torch.get_num_threads()],
+    "drawn": [random.random(), float(numpy.random.rand()), torch.rand(1).item()],
+    "handlers": [str(signal.getsignal(number)) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)],
+    "stdin": os.readlink("/proc/self/fd/0"),
+    "pid": os.getpid(),
+    "default dtype": str(torch.get_default_dtype()),
+    "gradients": torch.is_grad_enabled(),
+    "leaked": getattr(torch, "leaked", None) or os.environ.get("LEAKED"),
+}
+torch.leaked = "yes"
+os.environ["LEAKED"] = "yes"
+os.chdir("/")
+torch.set_default_dtype(torch.float64)
+Path(sys.argv[1], f"rank{os.environ['RANK']}.json").write_text(json.dumps(found))
+"""
+SUM = """
+import sys, torch, torch.distributed as dist
+dist.init_process_group("gloo")
+value = torch.tensor(float(dist.get_rank() + 1))
+dist.all_reduce(value)
+print(f"{dist.get_rank()} has {value.item():g}")
+dist.destroy_process_group()
+"""
+
+
+def script(folder: Path, text: str) -> Path:
+    path = folder / "script.py"
+    path.write_text(text)
+    return path
+
+
+def state(folder: Path, ranks: int = 1, **options: Any) -> list[dict[str, Any]]:
+    run_ranks(script(folder, STATE), ranks, [folder], **options)
+    return read_ranks(folder, ranks)
+
+
+# ---------------------------------------------------------------------------------------------------- as fresh
+
+
+def test_ranks_meet_on_gloo_and_their_output_comes_back(tmp_path: Path) -> None:
+    assert sorted(run_ranks(script(tmp_path, SUM), 3).split("\n")) == ["", "0 has 6", "1 has 6", "2 has 6"]
+
+
+def test_a_rank_has_torchruns_variables_and_the_callers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MINE", "session")
+    first, second = state(tmp_path, 2, env={"THEIRS": "launch"})
+    for rank, found in enumerate((first, second)):
+        variables = found["environment"]
+        assert (variables["RANK"], variables["LOCAL_RANK"]) == (str(rank), str(rank))
+        assert (variables["WORLD_SIZE"], variables["LOCAL_WORLD_SIZE"]) == ("2", "2")
+        assert (variables["MINE"], variables["THEIRS"], variables["OMP_NUM_THREADS"]) == ("session", "launch", "1")
+    assert first["environment"]["MASTER_PORT"] == second["environment"]["MASTER_PORT"]
+    again = state(tmp_path)[0]
+    assert "THEIRS" not in again["environment"]
+    assert again["environment"]["MASTER_PORT"] != first["environment"]["MASTER_PORT"]
+
+
+def test_nothing_of_a_launch_is_in_the_next(tmp_path: Path) -> None:
+    (first,), (second,) = state(tmp_path), state(tmp_path)
+    for found in (first, second):
+        assert found["leaked"] is None
+        assert (found["default dtype"], found["gradients"]) == ("torch.float32", True)
+        assert found["folder"] == str(REPOSITORY) and found["name"] == "__main__"
+        assert found["argv"] == [str(tmp_path / "script.py"), str(tmp_path)] and found["path"] == str(tmp_path)
+        assert found["threads"] == [1, 1, 1]
+        assert found["stdin"] == "/dev/null"
+    assert first["pid"] != second["pid"]
+
+
+def test_generators_handlers_and_umask_are_those_of_a_new_interpreter(tmp_path: Path) -> None:
+    """numpy and torch start anywhere in one; ranks that drew the same would hide what depends on that."""
+    umask = os.umask(0o027)
+    try:
+        ranks = state(tmp_path, 2)
+    finally:
+        os.umask(umask)
+    command = [sys.executable, script(tmp_path, STATE), tmp_path]
+    subprocess.run(command, env=client.environment({"RANK": "7"}), check=True, stdin=subprocess.DEVNULL)
+    fresh = json.loads((tmp_path / "rank7.json").read_text())
+    for found in ranks:
+        assert found["umask"] == 0o027
+        assert found["handlers"] == fresh["handlers"]
+        assert found["threads"][2] == fresh["threads"][2]
+    draws = zip(*(found["drawn"] for found in (*ranks, fresh)), strict=True)
+    assert all(len(set(values)) == 3 for values in draws)
+
+
+def test_an_exit_handler_and_a_waiting_thread_have_their_turn(tmp_path: Path) -> None:
+    text = """
+import atexit, threading, time
+atexit.register(print, "handler")
+threading.Thread(target=lambda: (time.sleep(0.3), print("thread"))).start()
+print("end")
+"""
+    assert run_ranks(script(tmp_path, text), 1) == "end\nthread\nhandler\n"
+
+
+def test_launches_that_differ_in_what_is_read_at_import_have_servers_of_their_own(tmp_path: Path) -> None:
+    keys = {
+        client.server_key("eager", client.environment(env))
+        for env in ({}, {"VLLM_CACHE_ROOT": "/x"}, {"A": "b"}, {"TORCHDYNAMO_DISABLE": "1"})
+    }
+    assert len(keys) == 1
+    assert client.server_key("eager", client.environment({"TORCH_LOGS": "all"})) not in keys
+    assert client.server_key("compiled", client.environment()) not in keys
+
+
+# ---------------------------------------------------------------------------------------------------- failures
+
+
+def ended(pid: int) -> bool:
+    return not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+
+
+def pids(folder: Path) -> list[int]:
+    return [int(path.read_text()) for path in folder.glob("*.pid")]
+
+
+WRITE_PID = """
+import os, sys, time
+from pathlib import Path
+Path(sys.argv[1], f"{os.getpid()}.pid").write_text(str(os.getpid()))
+rank = os.environ["RANK"]
+print("here is rank", rank, flush=True)
+"""
+
+
+def test_a_rank_that_raises_ends_the_others_and_its_words_come_back(tmp_path: Path) -> None:
+    text = WRITE_PID + "if rank == '1': raise ValueError('the reason')\ntime.sleep(600)\n"
+    with pytest.raises(AssertionError, match=r"script\.py on 2 ranks: exit code 1\n") as failure:
+        run_ranks(script(tmp_path, text), 2, [tmp_path])
+    assert "ValueError: the reason" in str(failure.value) and "here is rank 0" in str(failure.value)
+    assert all(map(ended, pids(tmp_path)))
+
+
+@pytest.mark.parametrize(
+    ("ends", "code"), [("sys.exit(7)", 7), ("sys.exit('why')", 1), ("os.kill(os.getpid(), 9)", 137)]
+)
+def test_the_exit_code_is_that_of_the_rank_that_failed_first(tmp_path: Path, ends: str, code: int) -> None:
+    text = WRITE_PID + f"if rank == '1': {ends}\ntime.sleep(600)\n"
+    with pytest.raises(AssertionError, match=f"exit code {code}\n") as failure:
+        run_ranks(script(tmp_path, text), 2, [tmp_path])
+    if code == 137:
+        assert "error: rank 1 was ended by SIGKILL" in str(failure.value)
+    assert all(map(ended, pids(tmp_path)))
+
+
+def test_a_rank_that_hears_no_signal_and_hangs_is_ended_when_the_time_is_up(tmp_path: Path) -> None:
+    text = WRITE_PID + "import signal\nsignal.signal(signal.SIGTERM, signal.SIG_IGN)\ntime.sleep(600)\n"
+    start = time.monotonic()
+    with pytest.raises(AssertionError, match=r"on 2 ranks: not done after 3 s\n") as failure:
+        run_ranks(script(tmp_path, text), 2, [tmp_path], timeout=3)
+    assert time.monotonic() - start < 30 and "here is rank 1" in str(failure.value)
+    assert len(pids(tmp_path)) == 2 and all(map(ended, pids(tmp_path)))
+
+
+def test_what_a_rank_leaves_behind_is_ended_in_a_session_of_its_own_too(tmp_path: Path) -> None:
+    text = (
+        WRITE_PID
+        + """
+import subprocess
+child = subprocess.Popen(["sleep", "600"], start_new_session=True)
+Path(sys.argv[1], "child.pid").write_text(str(child.pid))
+"""
+    )
+    run_ranks(script(tmp_path, text), 1, [tmp_path])
+    assert len(pids(tmp_path)) == 2 and all(map(ended, pids(tmp_path)))
+
+
+def test_an_interrupted_test_leaves_no_rank_behind(tmp_path: Path) -> None:
+    def interrupt(number: int, frame: Any) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGALRM, interrupt)
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 3)
+        with pytest.raises(KeyboardInterrupt):
+            run_ranks(script(tmp_path, WRITE_PID + "time.sleep(600)"), 1, [tmp_path])
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+    assert len(pids(tmp_path)) == 1 and all(map(ended, pids(tmp_path)))
+    assert run_ranks(script(tmp_path, "print('well')"), 1) == "well\n"
+
+
+def test_a_killed_pytest_takes_server_and_ranks_with_it(tmp_path: Path) -> None:
+    text = f"""
+import sys
+from tests.distributed.ranks import run_ranks
+from tests.forked import client
+run_ranks({str(script(tmp_path, WRITE_PID + "time.sleep(600)"))!r}, 2, [{str(tmp_path)!r}], timeout=500, kind="bare")
+"""
+    parent = subprocess.Popen([sys.executable, "-c", text], env=client.environment(), cwd=REPOSITORY)
+    end = time.monotonic() + 300
+    while len(pids(tmp_path)) < 2 and time.monotonic() < end:
+        time.sleep(0.1)
+    (server,) = psutil.Process(parent.pid).children()
+    parent.kill()
+    parent.wait()
+    end = time.monotonic() + 20
+    while not all(map(ended, [server.pid, *pids(tmp_path)])) and time.monotonic() < end:
+        time.sleep(0.1)
+    assert len(pids(tmp_path)) == 2 and all(map(ended, [server.pid, *pids(tmp_path)]))
+
+
+# ---------------------------------------------------------------------------------------------------- commands
+
+
+def test_a_command_has_its_own_folder_output_and_exit_code(tmp_path: Path) -> None:
+    done = run_command("train", "no_such_recipe", folder=tmp_path)
+    assert done.code == 2 and done.stdout == "" and re.match("error: .*no_such_recipe", done.stderr)
+    done = run_command("check", "tiny_compatible", "steps=0", folder=tmp_path)
+    assert done.code == 2 and "steps" in done.stderr
+
+
+def test_coverage_is_measured_in_forked_ranks(tmp_path: Path) -> None:
+    text = "from prune_opd.errors import UserError\nfrom prune_opd.method.horizon import make_controller\n"
+    text += "from prune_opd.config import HorizonConfig\nmake_controller(HorizonConfig('full', max_len=5, min_len=1))\n"
+    env = {"COVERAGE_PROCESS_START": str(REPOSITORY / "pyproject.toml"), "COVERAGE_FILE": str(tmp_path / "data")}
+    run_ranks(script(tmp_path, text), 1, env=env)
+    (path,) = tmp_path.glob("data.*")
+    data = coverage.CoverageData(str(path))
+    data.read()
+    measured = {name: lines for name in data.measured_files() if (lines := data.lines(name))}
+    assert [name for name in measured if name.endswith("/method/horizon.py")]
