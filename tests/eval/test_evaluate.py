@@ -3,7 +3,6 @@
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -12,6 +11,7 @@ from prune_opd.data.render import Format
 from prune_opd.eval.evaluate import Evaluator, Sampling, evaluation_record
 from prune_opd.eval.run import EvalJob, result, results_table
 from prune_opd.rollout.batch import Response, Rollouts
+from prune_opd.rollout.request import Row, TokenSampling
 from prune_opd.track.metrics import meaning, task_names
 
 SAMPLING = Sampling(samples=2, max_len=4, temperature=1.0, top_p=1.0, seed=7)
@@ -30,13 +30,9 @@ class SpelledIds:
 class Doubling:
     """A stand-in for vLLM: the first sample is the prompt's number, the second is twice that, and cut off."""
 
-    def generate(self, prompts: Sequence[Prompt], samples: int, max_tokens: int, **_: Any) -> Rollouts:
-        responses = [
-            Response((prompt.index * (sample + 1),), finished=sample == 0)
-            for prompt in prompts
-            for sample in range(samples)
-        ]
-        return Rollouts(tuple(prompt for prompt in prompts for _ in range(samples)), tuple(responses))
+    def generate(self, rows: Sequence[Row], sampling: TokenSampling) -> Rollouts:
+        responses = [Response((row.prompt.index * (row.sample + 1),), finished=row.sample == 0) for row in rows]
+        return Rollouts(tuple(row.prompt for row in rows), tuple(responses))
 
 
 class Number:

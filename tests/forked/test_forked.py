@@ -53,7 +53,7 @@ import sys, torch, torch.distributed as dist
 dist.init_process_group("gloo")
 value = torch.tensor(float(dist.get_rank() + 1))
 dist.all_reduce(value)
-print(f"{dist.get_rank()} has {value.item():g}")
+print(f"{dist.get_rank()} has {value.item():g}\\n", end="")  # in one piece, unbuffered too
 dist.destroy_process_group()
 """
 
