@@ -95,16 +95,14 @@ def step(run: Run) -> None:
 
 def train_on(run: Run, batch: TrainBatch, clock: PhaseClock) -> tuple[StepResult, BatchStats]:
     """The step once its rollouts are there: teacher → train → controller. Its updates, and what the gate saw."""
-    rollouts, updates = batch.rollouts, len(batch.minibatches)
+    rollouts, several = batch.rollouts, len(batch.minibatches) > 1
     with clock("teacher"):
         kept = run.inflight.kept if run.inflight else None  # rows that the teacher saw to their end in flight
         teacher_hidden = run.teacher.hidden(rollouts, batch.deals, kept)
     with clock("train"):
         stats = run.new_stats(rollouts)
-        loss = gated_loss(
-            run.config, run.teacher, teacher_hidden, run.vocab_size, run.layout.tp_group, stats, several=updates > 1
-        )
-        if updates > 1:
+        loss = gated_loss(run.config, run.teacher, teacher_hidden, run.vocab_size, run.layout.tp_group, stats, several)
+        if several:
             run.trainer.look(batch.microbatches, loss)  # at the policy that sampled the batch, before it moves
         result = run.trainer.step_through(batch.minibatches, loss)
         stats.reduce(run.layout.reports)
