@@ -17,6 +17,7 @@ STARTERS = ("run_ranks", "run_command", "start_ranks")
 WAITING = "tests/cluster/"  # for Slurm, most of the time: beside the ranks, not in a row with them
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist, which reads the groups in the same hook
 def pytest_collection_modifyitems(items: list[Any]) -> None:
     for item in items:
         starts = item.nodeid.startswith(FOLDERS) or any(hasattr(item.module, name) for name in STARTERS)

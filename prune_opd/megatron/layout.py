@@ -147,6 +147,7 @@ def arrange(parallel: ParallelConfig, seed: int) -> Layout:
     world = dist.get_world_size()
     tp = parallel.tensor_size(world)
     parallel_state.destroy_model_parallel()
+    _leave_groups()
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=tp,
         pipeline_model_parallel_size=parallel.pipeline,
@@ -168,6 +169,13 @@ def arrange(parallel: ParallelConfig, seed: int) -> Layout:
         groups=ProcessGroupCollection.use_mpu_process_groups(),
     )
     return Layout(rank=dist.get_rank(), world=world, student=student, teacher=_teacher_layout(parallel, student))
+
+
+def _leave_groups() -> None:
+    """Close what an earlier layout has opened: gloo keeps threads for each group, thousands after forty layouts."""
+    for group in list(dist.distributed_c10d._world.pg_map):
+        if group is not dist.group.WORLD:
+            dist.destroy_process_group(group)
 
 
 def _teacher_layout(parallel: ParallelConfig, student: ModelLayout) -> ModelLayout:
