@@ -87,5 +87,5 @@ soak: setup ## Kill and resume a run of 300 steps, compare it with one left alon
 include launch/targets.mk
 
 clean: ## Remove caches and build products (.venv, runs/ and the tiny models stay)
-	rm -rf build *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
-	find prune_opd recipes tests scripts -name __pycache__ -type d -prune -exec rm -rf {} +
+	rm -rf build *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis .import_linter_cache
+	find prune_opd benchmarks launch recipes tests scripts -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -44,7 +44,7 @@ def finished(wanted: Wanted, folder: Path) -> tuple[list[Record], list[Record]] 
         if not wanted.same(Wanted.read(folder)):
             return None
         steps, evaluations = read_metrics(folder / FILE_NAME)
-    except (ConfigError, UserError, OSError, ValueError, TypeError):  # none yet, or another version's
+    except (ConfigError, UserError, OSError, ValueError, TypeError, KeyError):  # none yet, or another version's
         return None
     complete = len(steps) == wanted.config.steps and evaluations and evaluations[-1]["step"] == wanted.config.steps
     return (steps, evaluations) if complete else None

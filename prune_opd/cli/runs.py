@@ -9,7 +9,7 @@ from typing import Annotated, TypeVar
 import typer
 
 from prune_opd.check.run import check_everything, check_sft, check_structure, check_train
-from prune_opd.cli.start import on_ranks, rank_count
+from prune_opd.cli.start import is_rank, on_ranks, rank_count
 from prune_opd.cli.worker import is_main_rank
 from prune_opd.config import RunConfig, SftConfig, TrainConfig
 from prune_opd.config.changes import changes
@@ -50,7 +50,7 @@ def train(
     if resume == "auto" and _is_finished(config, run_dir):
         print(f"{run_dir} is finished; to draw its report again: prune-opd report {run_dir}")
         return 0
-    if is_main_rank():
+    if not is_rank():
         print(f"{config.name}: {ranks} ranks, run directory {run_dir}", flush=True)
     allowed = ["--allow-config-change"] if allow_config_change else []
     return on_ranks(ranks, "train", "--run-dir", str(run_dir), "--resume", resume, *allowed, config=config)

@@ -46,9 +46,15 @@ class Checked:
 
 
 def check_fields(settings: Any, prefix: str) -> None:
-    """Hold every field of a dataclass against its annotation. prefix: what its names have before them (`gate.`)."""
+    """Hold every field of a dataclass against its annotation. prefix: what its names have before them (`gate.`).
+
+    A list is as good as a tuple in a recipe, and becomes one: config.yaml reads it back as that.
+    """
     for name, hint in field_types(type(settings)).items():
-        _check(f"{prefix}{name}", getattr(settings, name), hint)
+        value = getattr(settings, name)
+        _check(f"{prefix}{name}", value, hint)
+        if isinstance(value, list):
+            object.__setattr__(settings, name, tuple(value))
 
 
 def _check(name: str, value: Any, annotated: Any) -> None:

@@ -13,9 +13,9 @@ from prune_opd.config.checks import Checked, Count, Positive, PositiveOrZero, Sh
 Quantization = Literal["fp8", "fp8_per_tensor", "fp8_per_channel", "fp8_per_block"]
 KvCacheDtype = Literal["auto", "fp8", "fp8_e4m3", "fp8_e5m2"]
 QUANTIZATIONS, KV_CACHE_DTYPES = get_args(Quantization), get_args(KvCacheDtype)
-# Two tokens whose scores are closer than this [nats] may change places between the engine and the trainer: twice what
-# the check after the first weight sync allows any token in fp32. Coarser formats have no such bound: single tokens of a
-# sharp model are half a nat off, most of them far less.
+# Two tokens whose scores are closer than this [nats] may be ordered differently by the engine and by the trainer. In
+# fp32 it is twice what the check after the first weight sync allows any token. Coarser formats have no such bound:
+# single tokens of a sharp model are half a nat off, most of them far less.
 MARGIN = {"fp32": 2e-3, "bf16": 0.25, "fp8": 0.5}
 
 
@@ -23,8 +23,8 @@ MARGIN = {"fp32": 2e-3, "bf16": 0.25, "fp8": 0.5}
 class InflightConfig(Checked, name="rollout.inflight"):
     """Stopping drifting responses while they are generated: this project's extension of Prune-OPD. Lengths in tokens.
 
-    At looks along a response the teacher scores what is there, and a response whose reliability R has reached 0 is cut
-    off at the look.
+    At certain lengths of a response, the looks, the teacher scores what is there. A response whose reliability R has
+    reached 0 is cut off at that length.
     """
 
     mode: Literal["off", "gate"] = "off"  # gate: responses are stopped
@@ -48,16 +48,16 @@ class InflightConfig(Checked, name="rollout.inflight"):
         return self.mode == "gate"
 
     def looks(self, max_tokens: int) -> tuple[int, ...]:
-        """Response lengths, ascending, at which a response of at most `max_tokens` is looked at.
+        """Lengths [tokens], ascending, at which a response of at most `max_tokens` is looked at.
 
-        There is no look at the last token that may come: nothing is left to stop there.
+        There is no look at `max_tokens` itself: nothing is left to stop there.
         """
-        places, at = [], self.first_check
+        lengths, at = [], self.first_check
         while at < max_tokens:
             if at >= self.min_keep:
-                places.append(at)
+                lengths.append(at)
             at = 2 * at if self.schedule == "geometric" else at + self.chunk
-        return tuple(places)
+        return tuple(lengths)
 
 
 @dataclass(frozen=True)

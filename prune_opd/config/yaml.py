@@ -76,11 +76,31 @@ def config_from_dict(data: Any, path: Path) -> TrainConfig:
     return typing.cast(TrainConfig, _located(TrainConfig, data, path))
 
 
+# Settings that only a benchmark used and that have left the config, with the value that every other run wrote down.
+GONE: dict[tuple[str, str], Any] = {
+    ("horizon", "windows"): [],
+    ("horizon", "scatter"): False,
+    ("evaluation", "problems_between"): None,
+}
+
+
 def _located(kind: Any, data: Any, path: Path) -> Any:
     try:
-        return from_dict(kind, data)
+        return from_dict(kind, _without_gone(data))
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from error
+
+
+def _without_gone(data: Any) -> Any:
+    """An older version's settings without what is not there any more, where it did nothing."""
+    if not isinstance(data, dict):
+        return data
+    data = dict(data)
+    for (part, name), idle in GONE.items():
+        settings = data.get(part)
+        if isinstance(settings, dict) and name in settings and settings[name] == idle:
+            data[part] = {key: value for key, value in settings.items() if key != name}
+    return data
 
 
 def from_dict(kind: Any, data: Any, prefix: str = "") -> Any:

@@ -157,7 +157,7 @@ def test_a_horizon_above_the_positions_is_refused_with_the_room_there_is(pair: T
 
 
 @pytest.mark.parametrize("field", ["gate.k", "objective.k"])
-def test_more_candidates_than_words_are_refused(pair: TrainConfig, field: str) -> None:
+def test_more_candidates_than_token_ids_are_refused(pair: TrainConfig, field: str) -> None:
     found = problems(pair, f"{field}={len(TOKENS) + 1}")
     assert found[0] == f"{field} = 33 is above the 32 vocabulary entries of the student: set at most 32"
     assert problems(pair, f"{field}={len(TOKENS)}") == []

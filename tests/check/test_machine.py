@@ -61,7 +61,7 @@ def test_one_end_in_common_is_enough_as_of_a_base_and_a_chat_model(pair: TrainCo
     assert check_train(pair, 2, None, "auto") == []
 
 
-def test_a_word_without_a_row_is_refused(pair: TrainConfig, tmp_path: Path) -> None:
+def test_a_token_without_a_row_is_refused(pair: TrainConfig, tmp_path: Path) -> None:
     larger = tokenizer() | {
         "added_tokens": [*tokenizer()["added_tokens"], {"id": 40, "content": "<x>", "special": False}]
     }
@@ -70,7 +70,7 @@ def test_a_word_without_a_row_is_refused(pair: TrainConfig, tmp_path: Path) -> N
     assert "its tokenizer has the id 40 and its config.json vocab_size = 32" in line
 
 
-def test_a_teacher_with_fewer_rows_than_the_student_has_words_is_refused(tmp_path: Path) -> None:
+def test_a_teacher_with_fewer_rows_than_the_student_has_ids_is_refused(tmp_path: Path) -> None:
     student, teacher = write_model(tmp_path / "student", vocab_size=300), write_model(tmp_path / "teacher")
     (line,) = check_train(train_config(student, teacher), 1, None, "auto")
     assert "has 128 rows with padding, fewer than the 300 vocabulary entries of the student" in line

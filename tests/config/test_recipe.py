@@ -261,6 +261,27 @@ def test_config_yaml_round_trips_without_a_gate_and_with_extreme_numbers(tmp_pat
     assert load_config(tmp_path / "config.yaml") == config
 
 
+def test_a_list_in_a_recipe_is_as_good_as_a_tuple(tmp_path: Path) -> None:
+    evaluation = dataclasses.replace(tiny().evaluation, sources=["a.jsonl", "b.jsonl"])  # type: ignore[arg-type]
+    config = dataclasses.replace(tiny(), evaluation=evaluation)
+    save_config(config, tmp_path / "config.yaml")
+    assert config_differences(load_config(tmp_path / "config.yaml"), config) == []
+
+
+def test_settings_that_have_left_the_config_are_read_where_they_did_nothing(tmp_path: Path) -> None:
+    config, path = tiny(), tmp_path / "config.yaml"
+    save_config(config, path)
+    data = yaml.safe_load(path.read_text())
+    data["horizon"] |= {"windows": [], "scatter": False}
+    data["evaluation"] |= {"problems_between": None}
+    path.write_text(yaml.safe_dump(data))
+    assert load_config(path) == config
+    data["horizon"]["windows"] = [64, 80]
+    path.write_text(yaml.safe_dump(data))
+    with pytest.raises(ConfigError, match=r"there is no setting 'horizon\.windows'"):
+        load_config(path)
+
+
 def test_config_yaml_is_in_the_order_of_the_dataclass(tmp_path: Path) -> None:
     save_config(tiny(), tmp_path / "config.yaml")
     data = yaml.safe_load((tmp_path / "config.yaml").read_text(encoding="utf-8"))

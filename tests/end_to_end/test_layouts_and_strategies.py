@@ -27,6 +27,7 @@ def one(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
 def test_two_tensor_parallel_ranks_train_like_one(one: list[dict[str, Any]], tmp_path: Path) -> None:
     two = train(tmp_path / "two", *SETTINGS, "--nproc", "2")
     assert len(one) == len(two) == 6
+    assert all(step["response_length"] <= step["horizon"] for step in one) and one[0]["horizon"] == 64
     assert one[0]["rollout_digest"] == two[0]["rollout_digest"], "first-step rollouts must be the same tokens"
     for key in ("loss", "overlap", "event_rate", "grad_norm"):
         assert one[0][key] == pytest.approx(two[0][key], rel=1e-5), key

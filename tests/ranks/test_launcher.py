@@ -115,10 +115,12 @@ def test_the_exit_code_of_the_failing_rank_passes_through_without_noise(
     assert capfd.readouterr() == ("", "")
 
 
-def test_a_killed_rank_is_reported_in_one_line(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    text = "import os, signal, time\nif os.environ['RANK'] == '1': os.kill(os.getpid(), signal.SIGKILL)\ntime.sleep(60)"
+@pytest.mark.parametrize("killed", ["0", "1"])
+def test_a_killed_rank_is_reported_in_one_line(tmp_path: Path, capfd: pytest.CaptureFixture[str], killed: str) -> None:
+    text = f"import os, signal, time\nif os.environ['RANK'] == '{killed}': os.kill(os.getpid(), signal.SIGKILL)\n"
+    text += "time.sleep(60)"
     assert start_ranks([program(tmp_path, text)], 2, os.environ) == 128 + signal.SIGKILL
-    assert capfd.readouterr().err == "error: rank 1 was ended by SIGKILL, perhaps for want of memory\n"
+    assert capfd.readouterr().err == f"error: rank {killed} was ended by SIGKILL, perhaps for want of memory\n"
 
 
 def test_the_handlers_of_the_caller_come_back(tmp_path: Path) -> None:
