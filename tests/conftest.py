@@ -1,4 +1,4 @@
-"""What a test needs, as marks: `ranks` where it starts processes that import torch, megatron or vLLM; `slurm` beside that.
+"""What a test needs, as marks: `ranks` where it starts processes that import torch, megatron or vLLM, and `slurm`.
 
 `make test` runs two pytest processes side by side. One has the tests that start ranks: two of them fill both cores, and
 one fork server is enough. The other has all the rest, and Slurm's tests, which mostly wait.
