@@ -37,6 +37,10 @@ from prune_opd.process import has_gpu
 from prune_opd.track.tensorboard_log import tensorboard_problems
 
 SHOWN_DIFFERENCES = 6
+NUMBERS = (  # that every config.json has
+    *("num_attention_heads", "max_position_embeddings", "vocab_size"),
+    *("hidden_size", "intermediate_size", "num_hidden_layers"),
+)
 
 
 def check_train(
@@ -47,11 +51,9 @@ def check_train(
     resume: auto, never or the path of a checkpoint. run_dir: None leaves the run directory unchecked.
     allow_config_change: a run may go on with settings that would make it another run.
     """
-    student = _read_model("student", config.student)
-    teacher = _read_model("teacher", config.teacher)
+    student, teacher = _read_model("student", config.student), _read_model("teacher", config.teacher)
     models = [model for model in (student, teacher) if isinstance(model, _Model)]
-    problems = [model for model in (student, teacher) if isinstance(model, str)]
-    problems += [problem for model in models if (problem := _not_built(model))]
+    problems = _model_problems(student) + _model_problems(teacher)
     if len(models) == 2:
         # Different tokenizers often have different sizes too; that would be the same problem said twice.
         problems += tokenizer_problems(models[0].path, models[1].path) or _vocabulary(config, nproc, *models)
@@ -85,9 +87,9 @@ def check_structure(config: TrainConfig, nproc: int) -> list[str]:
     for role in ("student", "teacher"):
         try:
             models.append(_Model(role, Path(getattr(config, role)), model_config(role, getattr(config, role))))
+            problems += _model_problems(models[-1])
         except ConfigError as error:
             problems.append(str(error))
-    problems += [problem for model in models if (problem := _not_built(model))]
     by_role = {model.role: model.config for model in models}
     problems += layout_problems(config, nproc, by_role)
     problems += _lengths(config, models)
@@ -102,8 +104,7 @@ def check_sft(config: SftConfig, nproc: int) -> list[str]:
     """The problems of this supervised training; see `check_train`."""
     problems = []
     if config.init is not None:
-        model = _read_model("init", config.init)
-        problems += [model] if isinstance(model, str) else [problem for problem in [_not_built(model)] if problem]
+        problems += _model_problems(_read_model("init", config.init))
     parallel = config.parallel
     found = {"tensor": parallel.tensor_size(nproc)}
     found |= {name: getattr(parallel, name) for name in ("pipeline", "expert", "context", "sequence_parallel")}
@@ -124,8 +125,7 @@ def check_eval(model_dir: Path, tasks: Sequence[str], top_p: float, out: Path | 
     """The problems of evaluating a Hugging Face directory, or a checkpoint, on tasks; see `check_train`."""
     problems: list[str] = []
     if not (model_dir / "state.json").is_file():
-        model = _read_model("MODEL_DIR", str(model_dir))
-        problems += [model] if isinstance(model, str) else [problem for problem in [_not_built(model)] if problem]
+        problems += _model_problems(_read_model("MODEL_DIR", str(model_dir)))
     if top_p == 0:
         problems.append("--top-p = 0.0 leaves no token to sample: give more than 0, or --temperature 0 for greedy")
     problems += [problem for task in tasks if (problem := source_problem("--task", task))]
@@ -140,14 +140,6 @@ class _Model:
     role: str
     path: Path
     config: dict[str, Any]  # of config.json
-
-    @property
-    def heads(self) -> int:
-        return int(self.config["num_attention_heads"])
-
-    @property
-    def kv_heads(self) -> int:
-        return int(self.config.get("num_key_value_heads") or self.heads)
 
     @property
     def positions(self) -> int:
@@ -170,16 +162,20 @@ def _read_model(role: str, directory: str) -> _Model | str:
             )
     try:
         model = _Model(role, path, json.loads((path / "config.json").read_text(encoding="utf-8")))
-        _ = (model.heads, model.kv_heads, model.positions, model.vocab_size)
-        _ = [int(model.config[name]) for name in ("hidden_size", "intermediate_size", "num_hidden_layers")]
+        for name in NUMBERS:
+            int(model.config[name])
+        int(model.config.get("num_key_value_heads") or 1)
     except (OSError, UnicodeDecodeError, AttributeError, KeyError, TypeError, ValueError) as error:
         return f"{role} = {directory!r}: its config.json is not that of a causal language model ({error!r})"
     return model
 
 
-def _not_built(model: _Model) -> str | None:
+def _model_problems(model: _Model | str) -> list[str]:
+    """The problem with reading a model, or what it has that is not built here."""
+    if isinstance(model, str):
+        return [model]
     problem = not_built(model.config)
-    return f"{model.role} = {str(model.path)!r} has {problem}" if problem else None
+    return [f"{model.role} = {str(model.path)!r} has {problem}"] if problem else []
 
 
 # ---------------------------------------------------------------------------------------------------- sizes
@@ -220,7 +216,7 @@ def _candidates(config: TrainConfig, models: list[_Model]) -> list[str]:
 
 def _vocabulary(config: TrainConfig, nproc: int, student: _Model, teacher: _Model) -> list[str]:
     """Problems where a vocabulary does not fit the rows, which are padded for the student's TP ranks."""
-    if _not_built(student) or _not_built(teacher):
+    if not_built(student.config) or not_built(teacher.config):
         return []
     tensor = config.parallel.tensor_size(nproc)
     problems = []
