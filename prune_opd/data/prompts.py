@@ -15,7 +15,7 @@ from pathlib import Path
 from prune_opd.config import DataConfig
 from prune_opd.data.files import FileSource
 from prune_opd.data.ledger import Ledger, random_stream
-from prune_opd.data.prompt import Prompt, PromptSource, Tokenizer
+from prune_opd.data.prompt import Prompt, Tokenizer
 from prune_opd.data.render import Format
 from prune_opd.data.rows import FORMATS, is_prompt_path
 from prune_opd.data.sampler import MixtureSampler, PromptSampler, Sampler
@@ -45,15 +45,6 @@ def source_problem(field: str, source: str) -> str | None:
     return f"{field} = {source!r} is no task: {remedy} (or {GYM}NAME, or a path)"
 
 
-def make_source(data: DataConfig, tokenizer: Tokenizer, seed: int, max_prompt_len: int | None = None) -> PromptSource:
-    """The source that `data.source` names: a procedural task (made with `seed`), a file or a dataset directory.
-
-    Raises:
-        ConfigError: there is no such task or file, or a prompt does not fit `max_prompt_len`.
-    """
-    return _make_source(data, tokenizer, seed, max_prompt_len, stream="train")
-
-
 def make_sampler(data: DataConfig, tokenizer: Tokenizer, seed: int, max_prompt_len: int | None = None) -> Sampler:
     """The sampler of training, over `data.source` or `data.mixture`. ConfigError: see `make_source`."""
     samplers = [
@@ -69,9 +60,16 @@ def file_sources(sampler: Sampler) -> list[FileSource]:
     return [one.source for one in samplers if isinstance(one.source, FileSource)]
 
 
-def _make_source(
-    data: DataConfig, tokenizer: Tokenizer, seed: int, max_prompt_len: int | None, *, stream: str
+def make_source(
+    data: DataConfig, tokenizer: Tokenizer, seed: int, max_prompt_len: int | None = None, *, stream: str = "train"
 ) -> LedgerSource | ReasoningGymSource | FileSource:
+    """The source that `data.source` names: a procedural task (made with `seed`), a file or a dataset directory.
+
+    stream: of a procedural task's problems, "train" or "held_out".
+
+    Raises:
+        ConfigError: there is no such task or file, or a prompt does not fit `max_prompt_len`.
+    """
     if problem := source_problem("data.source", data.source):
         raise ConfigError(problem)
     format = Format(data.chat, data.system_prompt, data.suffix, data.thinking)
@@ -101,7 +99,7 @@ def held_out(
     Raises:
         ConfigError: as `make_source`, or a row has no answer.
     """
-    source = _make_source(data, tokenizer, seed, max_prompt_len, stream="held_out")
+    source = make_source(data, tokenizer, seed, max_prompt_len, stream="held_out")
     if source.size is None:
         return [source.get(index) for index in range(n)]
     missing = [place for prompt, place in zip(source.prompts, source.places, strict=True) if prompt.answer is None]
