@@ -44,6 +44,11 @@ class StepTime:
     def total(self) -> float:
         return sum(self.seconds.values())
 
+    @property
+    def longest(self) -> str:
+        """The phase that takes most of it."""
+        return max(self.seconds, key=lambda phase: self.seconds[phase])
+
 
 def step_time(setting: Setting, horizon: float, cache_tokens: float, phases: Sequence[str] = PHASES) -> StepTime:
     """A step at one horizon. cache_tokens: capacity of an engine's KV cache. phases: the ones to work out."""
