@@ -249,7 +249,7 @@ def _answer_cuda_names_for_the_cpu() -> None:
     for name in FACTORIES:
         setattr(torch, name, _on_cpu(getattr(torch, name)))
     tensor_type: Any = torch.Tensor
-    tensor_type.to = _to_cpu(torch.Tensor.to)
+    tensor_type.to = _on_cpu(torch.Tensor.to)
     tensor_type.cuda = lambda self, *args, **kwargs: self
     module_type: Any = torch.nn.Module
     module_type.cuda = lambda self, *args, **kwargs: self
@@ -257,27 +257,17 @@ def _answer_cuda_names_for_the_cpu() -> None:
     _cpu_generator_for_the_cuda_generator()
 
 
-def _on_cpu(factory: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(factory)
-    def make(*args: Any, **kwargs: Any) -> Any:
+def _on_cpu(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function` (a factory, or `Tensor.to`) with the CPU as its device where CUDA is asked for."""
+
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
         if _is_cuda(kwargs.get("device")):
             kwargs["device"] = CPU
             kwargs.pop("pin_memory", None)
-        return factory(*args, **kwargs)
+        return function(*(CPU if _is_cuda(arg) else arg for arg in args), **kwargs)
 
-    return make
-
-
-def _to_cpu(to: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(to)
-    def move(self: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        if args and _is_cuda(args[0]):
-            args = (CPU, *args[1:])
-        if _is_cuda(kwargs.get("device")):
-            kwargs["device"] = CPU
-        return to(self, *args, **kwargs)
-
-    return move
+    return call
 
 
 def _type_name(type_: Callable[..., Any]) -> Callable[..., Any]:
