@@ -93,26 +93,25 @@ class Checkpoints:
 
     def poll(self) -> None:
         """Complete the save under way if every rank has written its part. Costs a reduction of one number."""
-        if self._saving and self._written(blocking=False):
-            self._complete(self._saving)
+        self._complete(blocking=False)
 
     def finish(self) -> None:
         """Wait for the save under way and complete it."""
-        if self._saving and self._written(blocking=True):
-            self._complete(self._saving)
+        self._complete(blocking=True)
 
-    def _written(self, blocking: bool) -> bool:
-        assert self._saving is not None
+    def _complete(self, blocking: bool) -> None:
+        """Once every byte of the shards is written: describe them, rename, move the pointer."""
+        saving, main = self._saving, self.layout.is_main
+        if saving is None:
+            return
+        partial = saving.partial
         try:
-            return self._writer.is_done(blocking)
+            if not self._writer.is_done(blocking):
+                return
         except WriteError as error:
-            partial, self._saving = self._saving.partial, None
+            self._saving = None
             raise self._failure(partial, str(error)) from error
-
-    def _complete(self, saving: _Saving) -> None:
-        """Every byte of the shards is written: describe them, rename, move the pointer."""
         self._saving = None
-        partial, main = saving.partial, self.layout.is_main
         self._together(lambda: write_durably(partial / STATE_FILE, saving.state) if main else None, partial)
         names = self._together(lambda: files_of(partial) if main else [], partial)[0]
         mine = names[self.layout.rank :: self.layout.world]
