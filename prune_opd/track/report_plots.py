@@ -145,7 +145,7 @@ def _packing(fig: Any, run: RunData) -> None:
 def _accuracy(fig: Any, run: RunData, over: str) -> None:
     ax = axes(fig, "step" if over == "step" else "response tokens generated so far", "accuracy")
     for i, task in enumerate(run.tasks):
-        x, y, error = run.accuracy(task, float if over == "step" else run.tokens_until)
+        x, y, error = run.accuracy(task, float if over == "step" else run.until("tokens_generated"))
         style = {"color": _TASK_COLOURS[i % len(_TASK_COLOURS)], "label": task}
         ax.errorbar(x, y, yerr=error, marker="o", capsize=3, elinewidth=1, **style)
     accuracy_axis(ax)
