@@ -101,9 +101,8 @@ def train_on(run: Run, batch: TrainBatch, clock: PhaseClock) -> tuple[StepResult
         teacher_hidden = run.teacher.hidden(rollouts, batch.deals, kept)
     with clock("train"):
         stats = run.new_stats(rollouts)
-        loss = gated_loss(
-            run.config, run.teacher, teacher_hidden, run.vocab_size, run.layout.tp_group, stats, several=updates > 1
-        )
+        group = run.layout.student.tp_group
+        loss = gated_loss(run.config, run.teacher, teacher_hidden, run.vocab_size, group, stats, several=updates > 1)
         if updates > 1:
             run.trainer.look(batch.microbatches, loss)  # at the policy that sampled the batch, before it moves
         result = run.trainer.step_through(batch.minibatches, loss)

@@ -144,7 +144,7 @@ class InflightGate:
             self.teacher.head_weight,
             self.config.objective.temperature,
             self.vocab_size,
-            self.layout.tp_group,
+            self.layout.student.tp_group,
         )
         chunk = min(self.config.parallel.loss_chunk_tokens, len(hidden_NH))
         head.allocate(chunk, torch.float32)

@@ -111,18 +111,6 @@ class Layout:
         """Whether what the gate saw on this rank counts: context-parallel ranks all know it of all their tokens."""
         return self.counts and self.student.cp_rank == 0
 
-    @property
-    def dp_rank(self) -> int:
-        return self.student.dp_rank
-
-    @property
-    def dp_size(self) -> int:
-        return self.student.dp
-
-    @property
-    def tp_group(self) -> Any:
-        return self.student.tp_group
-
 
 def initialize(parallel: ParallelConfig, platform: Platform, seed: int) -> Layout:
     """Join the job's ranks (torchrun's environment; alone without it) and build megatron's groups.

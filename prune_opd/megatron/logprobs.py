@@ -39,7 +39,7 @@ def sampled_logprobs(
         head = Head(hidden_NH[batch.predicting_M], chunks[-1].head_weight())
         tokens = Tokens(batch.sampled_ids_M, batch.cu_responses, chunks[-1].spec.vocab_size, batch.context)
         method = Method(gate=None, objective=ObjectiveConfig(k=1, temperature=temperature))
-        _, _, stats = distill_loss(head, head, tokens, method, tp_group=layout.tp_group)
+        _, _, stats = distill_loss(head, head, tokens, method, tp_group=student.tp_group)
         return stats.sampled_logp_N
 
     on_last_stage = forward(chunks, student, batches, logprobs)

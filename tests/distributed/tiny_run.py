@@ -131,7 +131,7 @@ def look(run: Any, rollouts: Rollouts, kept: Any = None) -> Any:
 
     batch, stats = run.train_batch(rollouts), run.new_stats(rollouts)
     hidden = run.teacher.hidden(rollouts, batch.deals, kept)
-    loss = gated_loss(run.config, run.teacher, hidden, run.vocab_size, run.layout.tp_group, stats)
+    loss = gated_loss(run.config, run.teacher, hidden, run.vocab_size, run.layout.student.tp_group, stats)
     run.trainer.look(batch.microbatches, loss)
     stats.reduce(run.layout.reports)
     return stats

@@ -49,7 +49,7 @@ def whole_state(trainer: Any) -> dict[str, Tensor]:
     from prune_opd.weights.cut import WHOLE
     from prune_opd.weights.mapping import entries
 
-    (model,), group = trainer.chunks, trainer.layout.tp_group
+    (model,), group = trainer.chunks, trainer.layout.student.tp_group
     name_of = {id(parameter): name for name, parameter in model.named_parameters()}
     (adam,) = (part.optimizer for part in getattr(trainer.optimizer, "chained_optimizers", [trainer.optimizer]))
     kinds: dict[str, dict[str, Tensor]] = {"parameter": {}, "exp_avg": {}, "exp_avg_sq": {}}
