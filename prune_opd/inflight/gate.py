@@ -116,7 +116,7 @@ class InflightGate:
         self.schedule.learn(courses(rollouts, reliable_length_B.tolist(), self.limits, self.chosen))
 
     def record(self, rollouts: Rollouts, reliable_length_B: Tensor) -> dict[str, Any]:
-        """What the gate did to the batch, for metrics.jsonl (track/metrics.py has the meanings)."""
+        """What the gate did to the batch, for metrics.jsonl (track/assets/metrics.yaml has the meanings)."""
         stopped = [row for row in rollouts.stopped_rows if rollouts.responses[row].fresh]  # in this step
         left = [response for group in rollouts.left for response in group.begun]
         length_B, limits = rollouts.length_B, self.limits
