@@ -17,7 +17,7 @@ from prune_opd.data.files import FileSource
 from prune_opd.data.ledger import Ledger, random_stream
 from prune_opd.data.prompt import Prompt, Tokenizer
 from prune_opd.data.render import Format
-from prune_opd.data.rows import FORMATS, is_prompt_path
+from prune_opd.data.rows import FORMATS
 from prune_opd.data.sampler import MixtureSampler, PromptSampler, Sampler
 from prune_opd.data.tasks import GYM, LedgerSource, ReasoningGymSource
 from prune_opd.errors import ConfigError
@@ -35,7 +35,7 @@ def source_problem(field: str, source: str) -> str | None:
         return None
     if path.is_file():
         return f"{field} = {source!r} is not a {formats} file: convert it to one JSON object a line"
-    if is_prompt_path(source) or path.suffix or os.sep in source:
+    if path.suffix or os.sep in source or path.exists():
         return (
             f"{field} = {source!r}: there is no such file; give the path of a {formats} file or of a dataset "
             f"directory, or a task ({tasks}, {GYM}NAME)"

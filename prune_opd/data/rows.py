@@ -21,11 +21,6 @@ Row = dict[str, Any]
 Numbered = tuple[Path, int, Row | ConfigError]
 
 
-def is_prompt_path(source: str) -> bool:
-    """Whether a source is meant as a path (existing or not) and not as the name of a task."""
-    return Path(source).suffix in FORMATS or Path(source).exists()
-
-
 def read_rows(path: Path, split: str | None = None) -> Iterator[Numbered]:
     """Every row with its file and number, from 1 (in a .jsonl file the line's number; blank lines are left out).
 

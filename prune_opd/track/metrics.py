@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -96,7 +95,7 @@ def read_metrics(path: Path) -> tuple[list[Record], list[Record]]:
         raise UserError(f"{path} does not exist: give a run directory whose training has logged at least one step")
     steps: dict[int, Record] = {}
     evaluations: dict[int, Record] = {}
-    for record in _records(path):
+    for record in read_records(path):
         kind = evaluations if is_evaluation(record) else steps
         kind[record["step"]] = kind.get(record["step"], {}) | record
     return list(steps.values()), list(evaluations.values())
@@ -108,31 +107,29 @@ def read_records(path: Path) -> list[Record]:
     Raises:
         UserError: a line before the last is not a JSON object with a step.
     """
-    return list(_records(path))
-
-
-def _records(path: Path) -> Iterator[Record]:
     lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
     while lines and not lines[-1].strip():
         lines.pop()
+    records = []
     for number, line in enumerate(lines, start=1):
         try:
             record = json.loads(line)
         except ValueError:
             record = None
         if isinstance(record, dict) and isinstance(record.get("step"), int):
-            yield record
+            records.append(record)
         elif number < len(lines):
             raise UserError(
                 f"{path} line {number} is not a metrics record (a JSON object with a step): remove that line"
             )
+    return records
 
 
 def _truncate(path: Path, keep_through: int) -> None:
     """Keeps the lines of steps <= keep_through. The file is replaced in one move: a kill leaves the old or the new."""
     temporary = path.with_name(path.name + ".tmp")
     with temporary.open("w", encoding="utf-8") as file:
-        file.writelines(_dumps(record) + "\n" for record in _records(path) if record["step"] <= keep_through)
+        file.writelines(_dumps(record) + "\n" for record in read_records(path) if record["step"] <= keep_through)
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)
