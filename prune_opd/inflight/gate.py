@@ -30,7 +30,6 @@ from prune_opd.loss.vocab_parallel import OutputHead, log_normaliser, topk
 from prune_opd.method.gate import RELIABLE_ABOVE, apply_gate
 from prune_opd.rollout.balance import deal_any, padded_size
 from prune_opd.rollout.batch import Response, Rollouts
-from prune_opd.rollout.precision import rollout_format
 from prune_opd.rollout.stepwise import Prefix
 
 if TYPE_CHECKING:
@@ -48,7 +47,7 @@ class InflightGate:
         self.candidates = min(2 * self.gate.k, vocab_size)  # more than k, to see how close a call is
         self.top = self.candidates if self.gate.metric == "overlap" else None
         margin = self.settings.margin
-        self.margin = MARGIN[rollout_format(config.precision.params, config.rollout)] if margin is None else margin
+        self.margin = MARGIN[config.rollout.coarsest_format(config.precision.params)] if margin is None else margin
         self.schedule = LookSchedule(self.settings.price)
         self.chosen: tuple[int, ...] = ()  # the batch's looks
         self.begin([], [], [])

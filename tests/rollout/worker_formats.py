@@ -20,7 +20,7 @@ from prune_opd.config import Fp8Config, ParallelConfig, RolloutConfig
 from prune_opd.config.rollout import KV_CACHE_DTYPES, QUANTIZATIONS
 from prune_opd.errors import UserError
 from prune_opd.megatron.precision import ddp_arguments, optimizer_arguments, transformer_arguments
-from prune_opd.rollout.precision import rollout_arguments
+from prune_opd.rollout.engine import rollout_arguments
 from prune_opd.rollout.request import TokenSampling, new_rows
 from tests.rollout.worker_engine import make_prompts
 
