@@ -198,12 +198,6 @@ def _near_miss(rng: np.random.Generator, value: int, low: int, high: int) -> int
     return low + (value + sign * distance - low) % (high - low)
 
 
-def _wrong_delta(rng: np.random.Generator, delta: int) -> int:
-    if rng.random() < 0.3:
-        return -delta
-    return DELTAS[_near_miss(rng, DELTAS.index(delta), 0, len(DELTAS))]
-
-
 def worked_solution(problem: Problem, rng: np.random.Generator, corpus: CorpusConfig) -> tuple[list[str], int]:
     r"""The words of one worked solution, from the header to `<eos>`, with the errors that `corpus` asks for.
 
@@ -229,7 +223,8 @@ def worked_solution(problem: Problem, rng: np.random.Generator, corpus: CorpusCo
             label = _near_miss(rng, label, 1, steps + 1)
         delta = problem.deltas[label - 1]
         if rng.random() < corpus.slip:
-            delta = _wrong_delta(rng, delta)
+            wrong_sign = rng.random() < 0.3
+            delta = -delta if wrong_sign else DELTAS[_near_miss(rng, DELTAS.index(delta), 0, len(DELTAS))]
         before, total = total, (total + delta) % MODULUS
         if before // 10 != total // 10 and rng.random() < corpus.carry_bug:
             total = before // 10 * 10 + total % 10

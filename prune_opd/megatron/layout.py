@@ -45,10 +45,6 @@ class ModelLayout:
         return self.groups.dp.rank()
 
     @property
-    def is_first_stage(self) -> bool:
-        return self.groups.pp.rank() == 0
-
-    @property
     def is_last_stage(self) -> bool:
         """Where the hidden states come out and the loss is computed."""
         return self.groups.pp.rank() == self.pp - 1

@@ -212,7 +212,7 @@ def _build_chunk(
         transformer_layer_spec=_block_spec(spec, config, layout, vp_stage),
         vocab_size=spec.padded_vocab(layout.tp),
         max_sequence_length=spec.max_positions,
-        pre_process=layout.is_first_stage and not vp_stage,
+        pre_process=layout.groups.pp.rank() == 0 and not vp_stage,
         post_process=layout.is_last_stage and vp_stage in (None, layout.vp - 1),
         share_embeddings_and_output_weights=spec.tied,
         position_embedding_type="rope",

@@ -130,7 +130,8 @@ def _timed(
             continue
         seconds = step_time(alone, horizon, memory.cache_tokens, phases).seconds
         start = sum(memory.parts[part] for part in parts)
-        found.append(Part(round(sum(seconds.values()), 3), start, _cuts(changes), changes))
+        cuts = sum(value for value in changes.values() if isinstance(value, int | float))
+        found.append(Part(round(sum(seconds.values()), 3), start, cuts, changes))
     return found
 
 
@@ -150,7 +151,3 @@ def _changed(setting: Setting, changes: dict[str, Any]) -> Setting:
     config = setting.config
     made = {part: replace(getattr(config, part), **values) for part, values in parts.items()}
     return replace(setting, config=replace(config, **made))
-
-
-def _cuts(changes: dict[str, Any]) -> float:
-    return sum(value for value in changes.values() if isinstance(value, int | float))

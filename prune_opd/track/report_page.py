@@ -36,16 +36,12 @@ def grid(charts: Sequence[Chart], folder: Path | None = None) -> str:
         if folder is not None:
             folder.mkdir(parents=True, exist_ok=True)
             (folder / f"{place:02d}-{_slug(chart.title)}.png").write_bytes(image)
-        cards.append(_card(chart, image))
+        title, source = escape(chart.title), base64.b64encode(image).decode("ascii")
+        cards.append(
+            f'<figure><h3>{title}</h3><img alt="{title}" src="data:image/png;base64,{source}">'
+            f"<figcaption>{escape(chart.caption)}</figcaption></figure>"
+        )
     return '<div class="grid">' + "".join(cards) + "</div>"
-
-
-def _card(chart: Chart, image: bytes) -> str:
-    return (
-        f"<figure><h3>{escape(chart.title)}</h3>"
-        f'<img alt="{escape(chart.title)}" src="data:image/png;base64,{base64.b64encode(image).decode("ascii")}">'
-        f"<figcaption>{escape(chart.caption)}</figcaption></figure>"
-    )
 
 
 def _slug(title: str) -> str:
