@@ -57,10 +57,7 @@ def check_train(
     if len(models) == 2:
         # Different tokenizers often have different sizes too; that would be the same problem said twice.
         problems += tokenizer_problems(models[0].path, models[1].path) or _vocabulary(config, nproc, *models)
-    problems += layout_problems(config, nproc, {model.role: model.config for model in models})
-    problems += _lengths(config, models)
-    problems += _candidates(config, models)
-    problems += _precision(config, nproc, models)
+    problems += _sizes(config, nproc, models) + _precision(config, models)
     problems += _sources(config)
     problems += _apex()
     problems += compiler_problems(config.rollout, has_gpu())
@@ -90,11 +87,7 @@ def check_structure(config: TrainConfig, nproc: int) -> list[str]:
             problems += _model_problems(models[-1])
         except ConfigError as error:
             problems.append(str(error))
-    by_role = {model.role: model.config for model in models}
-    problems += layout_problems(config, nproc, by_role)
-    problems += _lengths(config, models)
-    problems += _candidates(config, models)
-    problems += _precision_sizes(config, nproc, by_role)
+    problems += _sizes(config, nproc, models)
     if len(models) == 2:
         problems += _vocabulary(config, nproc, *models)
     return problems
@@ -181,6 +174,13 @@ def _model_problems(model: _Model | str) -> list[str]:
 # ---------------------------------------------------------------------------------------------------- sizes
 
 
+def _sizes(config: TrainConfig, nproc: int, models: list[_Model]) -> list[str]:
+    """Problems of layout, lengths and FP8's matrices, which any machine would have."""
+    by_role = {model.role: model.config for model in models}
+    problems = layout_problems(config, nproc, by_role) + _lengths(config, models) + _candidates(config, models)
+    return problems + _precision_sizes(config, nproc, by_role)
+
+
 def _lengths(config: TrainConfig, models: list[_Model]) -> list[str]:
     lengths = {"horizon.max_len": config.horizon.max_len}
     if config.evaluation.max_len is not None:
@@ -226,15 +226,12 @@ def _vocabulary(config: TrainConfig, nproc: int, student: _Model, teacher: _Mode
     return problems
 
 
-def _precision(config: TrainConfig, nproc: int, models: list[_Model]) -> list[str]:
-    """Problems with FP8, in both models and in the rollouts (check/precision.py has the rules)."""
-    by_role = {model.role: model.config for model in models}
-    gpu, problems = has_gpu(), []
-    for role, fp8 in _fp8s(config).items():
-        problems += fp8_problems(role, fp8, gpu)
-    problems += _precision_sizes(config, nproc, by_role)
+def _precision(config: TrainConfig, models: list[_Model]) -> list[str]:
+    """Problems of this machine with FP8, in both models and in the rollouts (check/precision.py has the rules)."""
+    gpu, student = has_gpu(), next((model.config for model in models if model.role == "student"), None)
+    problems = [problem for role, fp8 in _fp8s(config).items() for problem in fp8_problems(role, fp8, gpu)]
     problems += context_problems(config.parallel.context, gpu)
-    return problems + rollout_problems(config.rollout, config.precision.params, by_role.get("student"), gpu)
+    return problems + rollout_problems(config.rollout, config.precision.params, student, gpu)
 
 
 def _precision_sizes(config: TrainConfig, nproc: int, models: dict[str, dict[str, Any]]) -> list[str]:
