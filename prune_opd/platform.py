@@ -16,7 +16,7 @@ import os
 import random
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -188,17 +188,11 @@ def _byte_tensor(text: str) -> torch.Tensor:
 # ------------------------------------------------------------------------------------- the CPU answers for the GPU
 
 
-class _InOrder:
+class _InOrder(nullcontext[None]):
     """Stand-in for a CUDA stream or event: CPU work is in program order already."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        pass
-
-    def __enter__(self) -> _InOrder:
-        return self
-
-    def __exit__(self, *exc: Any) -> None:
-        return None
+        super().__init__()
 
     def record_event(self, *args: Any) -> _InOrder:
         return self
