@@ -113,8 +113,7 @@ def resident_parts(setting: Setting) -> dict[str, frozenset[str]]:
     found = {}
     for phase in (*STEP, *STEP):
         for transition in phases.transitions(memory, there, phase):
-            leaves = transition.action in ("away", "sleep")
-            there = there - set(transition.parts) if leaves else there | set(transition.parts)
+            there = transition.resident_after(there)
         found[phase] = there
     return found
 
