@@ -27,9 +27,8 @@ from torch import Tensor
 
 from prune_opd import platform
 from prune_opd.errors import UserError
-from prune_opd.megatron.attention import PackedSdpaAttention
 from prune_opd.megatron.layout import ModelLayout
-from prune_opd.megatron.norm import RMSNorm, use_rms_norm
+from prune_opd.megatron.local_layers import PackedSdpaAttention, RMSNorm, use_rms_norm
 from prune_opd.megatron.packing import PackedBatch
 from prune_opd.megatron.precision import token_multiple
 from prune_opd.megatron.rope import attention_scale, set_frequencies
