@@ -16,7 +16,6 @@ from prune_opd.config import DataConfig
 from prune_opd.data.files import FileSource
 from prune_opd.data.ledger import Ledger, random_stream
 from prune_opd.data.prompt import Prompt, Tokenizer
-from prune_opd.data.render import Format
 from prune_opd.data.rows import FORMATS
 from prune_opd.data.sampler import MixtureSampler, PromptSampler, Sampler
 from prune_opd.data.tasks import GYM, LedgerSource, ReasoningGymSource
@@ -72,7 +71,6 @@ def make_source(
     """
     if problem := source_problem("data.source", data.source):
         raise ConfigError(problem)
-    format = Format(data.chat, data.system_prompt, data.suffix, data.thinking)
     if data.source == Ledger.name:
         source = LedgerSource(tokenizer, data, seed, stream=stream)
         longest = source.task.max_prompt_len
@@ -83,9 +81,8 @@ def make_source(
             )
         return source
     if data.source.startswith(GYM):
-        return ReasoningGymSource(data.source, tokenizer, seed, max_prompt_len, stream=stream, format=format)
-    skip = data.bad_rows == "skip"
-    return FileSource(data.source, tokenizer, max_prompt_len, skip_bad_rows=skip, format=format, split=data.split)
+        return ReasoningGymSource(data, tokenizer, seed, max_prompt_len, stream=stream)
+    return FileSource(data, tokenizer, max_prompt_len)
 
 
 def held_out(
