@@ -14,17 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from prune_opd.check import precision
 from prune_opd.check.machine import compiler_problems, machine_problems, writable_problems
-from prune_opd.check.precision import (
-    context_problems,
-    cuda_of_torch,
-    fp8_problems,
-    fp8_size_problems,
-    memory_problems,
-    parameter_problems,
-    rollout_problems,
-    token_problems,
-)
 from prune_opd.check.tokenizer import tokenizer_problems, vocabulary_problems
 from prune_opd.config import Fp8Config, SftConfig, TrainConfig
 from prune_opd.config.changes import changes, is_harmless
@@ -72,7 +63,7 @@ def check_train(
 def check_everything(config: TrainConfig, nproc: int, run_dir: Path) -> list[str]:
     """`check_train`, and what a job checks once before it takes GPUs: versions, driver, space, every prompt."""
     problems = check_train(config, nproc, run_dir, "auto")
-    return problems + machine_problems(config, run_dir, has_gpu(), cuda_of_torch())
+    return problems + machine_problems(config, run_dir, has_gpu(), precision.cuda_of_torch())
 
 
 def check_structure(config: TrainConfig, nproc: int) -> list[str]:
@@ -229,9 +220,9 @@ def _vocabulary(config: TrainConfig, nproc: int, student: _Model, teacher: _Mode
 def _precision(config: TrainConfig, models: list[_Model]) -> list[str]:
     """Problems of this machine with FP8, in both models and in the rollouts (check/precision.py has the rules)."""
     gpu, student = has_gpu(), next((model.config for model in models if model.role == "student"), None)
-    problems = [problem for role, fp8 in _fp8s(config).items() for problem in fp8_problems(role, fp8, gpu)]
-    problems += context_problems(config.parallel.context, gpu)
-    return problems + rollout_problems(config.rollout, config.precision.params, student, gpu)
+    problems = [problem for role, fp8 in _fp8s(config).items() for problem in precision.fp8_problems(role, fp8, gpu)]
+    problems += precision.context_problems(config.parallel.context, gpu)
+    return problems + precision.rollout_problems(config.rollout, config.precision.params, student, gpu)
 
 
 def _precision_sizes(config: TrainConfig, nproc: int, models: dict[str, dict[str, Any]]) -> list[str]:
@@ -240,11 +231,11 @@ def _precision_sizes(config: TrainConfig, nproc: int, models: dict[str, dict[str
     student = parallel.tensor_size(nproc)
     layouts = {"student": (student, parallel.sequence_parallel), "teacher": (parallel.teacher_tensor or student, False)}
     for role, fp8 in _fp8s(config).items():
-        problems += fp8_size_problems(role, fp8, models.get(role), *layouts[role])
+        problems += precision.fp8_size_problems(role, fp8, models.get(role), *layouts[role])
         if fp8.on:
-            problems += token_problems(parallel.microbatch_tokens, token_multiple(fp8.recipe, *layouts[role]))
-    problems += parameter_problems(config.precision.student_fp8, parallel.distributed_optimizer)
-    return problems + memory_problems(config.memory, _fp8s(config))
+            problems += precision.token_problems(parallel.microbatch_tokens, token_multiple(fp8.recipe, *layouts[role]))
+    problems += precision.parameter_problems(config.precision.student_fp8, parallel.distributed_optimizer)
+    return problems + precision.memory_problems(config.memory, _fp8s(config))
 
 
 def _fp8s(config: TrainConfig) -> dict[str, Fp8Config]:
