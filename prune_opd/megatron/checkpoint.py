@@ -24,17 +24,8 @@ import torch.distributed as dist
 
 from prune_opd.config import CheckpointConfig
 from prune_opd.errors import UserError
+from prune_opd.megatron import manifest
 from prune_opd.megatron.layout import Layout
-from prune_opd.megatron.manifest import (
-    MANIFEST,
-    FileRecord,
-    damage,
-    files_of,
-    read_manifest,
-    record_durably,
-    sync_folder,
-    write_durably,
-)
 from prune_opd.megatron.shards import ShardWriter, WriteError, load_shards
 
 if TYPE_CHECKING:
@@ -112,11 +103,11 @@ class Checkpoints:
             self._saving = None
             raise self._failure(partial, str(error)) from error
         self._saving = None
-        self._together(lambda: write_durably(partial / STATE_FILE, saving.state) if main else None, partial)
-        names = self._together(lambda: files_of(partial) if main else [], partial)[0]
+        self._together(lambda: manifest.write_durably(partial / STATE_FILE, saving.state) if main else None, partial)
+        names = self._together(lambda: manifest.files_of(partial) if main else [], partial)[0]
         mine = names[self.layout.rank :: self.layout.world]
-        shares: list[dict[str, FileRecord]] = self._together(
-            lambda: {name: record_durably(partial / name) for name in mine}, partial
+        shares: list[dict[str, manifest.FileRecord]] = self._together(
+            lambda: {name: manifest.record_durably(partial / name) for name in mine}, partial
         )
         files = {name: record for share in shares for name, record in share.items()}
         self._together(lambda: self._publish(saving, files) if main else None, partial)
@@ -128,20 +119,22 @@ class Checkpoints:
             shutil.rmtree(leftover, ignore_errors=True)
         partial.mkdir()
 
-    def _publish(self, saving: _Saving, files: dict[str, FileRecord]) -> None:
+    def _publish(self, saving: _Saving, files: dict[str, manifest.FileRecord]) -> None:
         partial = saving.partial
-        write_durably(partial / MANIFEST, json.dumps({"step": saving.step, "files": files}, indent=1, sort_keys=True))
-        sync_folder(partial)
+        manifest.write_durably(
+            partial / manifest.MANIFEST, json.dumps({"step": saving.step, "files": files}, indent=1, sort_keys=True)
+        )
+        manifest.sync_folder(partial)
         final = self.directory / f"step_{saving.step:06d}"
         replaced = final.with_name(final.name + ".replaced")
         if final.exists():  # a step that was trained again: `latest` may point to it, so it goes in one move
             final.rename(replaced)
         partial.rename(final)
-        sync_folder(self.directory)
+        manifest.sync_folder(self.directory)
         pointer = self.directory / (LATEST + ".partial")
-        write_durably(pointer, final.name)
+        manifest.write_durably(pointer, final.name)
         pointer.rename(self.directory / LATEST)
-        sync_folder(self.directory)
+        manifest.sync_folder(self.directory)
         shutil.rmtree(replaced, ignore_errors=True)
         for old in self._superseded(final):
             shutil.rmtree(old)
@@ -216,9 +209,9 @@ class Checkpoints:
     def problem_with(self, checkpoint: Path) -> str | None:
         """What is wrong with a checkpoint's files; None if they are as they were written. Each rank reads a share."""
 
-        def names() -> tuple[dict[str, FileRecord], str | None]:
+        def names() -> tuple[dict[str, manifest.FileRecord], str | None]:
             try:
-                return read_manifest(checkpoint), None
+                return manifest.read_manifest(checkpoint), None
             except ValueError as error:
                 return {}, str(error)
 
@@ -226,7 +219,7 @@ class Checkpoints:
         if problem:
             return problem
         mine = sorted(files)[self.layout.rank :: self.layout.world]
-        problems = self._together(lambda: [p for name in mine if (p := damage(checkpoint, name, files[name]))])
+        problems = self._together(lambda: [p for name in mine if (p := manifest.damage(checkpoint, name, files[name]))])
         return "; ".join(p for share in problems for p in share) or None
 
     def load(self, checkpoint: Path, trainer: Trainer) -> dict[str, Any]:
