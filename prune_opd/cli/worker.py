@@ -65,7 +65,27 @@ def protect_files() -> None:
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     """A command with its config read. Raises ConfigError."""
-    return _parser().parse_args(argv)
+    parser = argparse.ArgumentParser(
+        prog="python -m prune_opd.cli.worker", description="One rank; see `prune-opd --help`."
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+
+    command = commands.add_parser("train")
+    command.add_argument("config", type=partial(_config, kind=TrainConfig))
+    command.add_argument("--run-dir", type=Path, required=True)
+    command.add_argument("--resume", default="auto")
+    command.add_argument("--allow-config-change", action="store_true")
+
+    command = commands.add_parser("sft")
+    command.add_argument("config", type=partial(_config, kind=SftConfig))
+
+    command = commands.add_parser("eval")
+    command.add_argument("job", type=EvalJob.from_json, help="an EvalJob as JSON")
+
+    command = commands.add_parser("export")
+    command.add_argument("checkpoint", type=Path)
+    command.add_argument("out_dir", type=Path)
+    return parser.parse_args(argv)
 
 
 def run(part: argparse.Namespace) -> int:
@@ -105,30 +125,6 @@ def _config(path: str, kind: type[RunConfig]) -> RunConfig:
     if not isinstance(config, kind):
         raise ConfigError(f"{path} holds a {type(config).__name__}; this command takes a {kind.__name__}")
     return config
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m prune_opd.cli.worker", description="One rank; see `prune-opd --help`."
-    )
-    commands = parser.add_subparsers(dest="command", required=True)
-
-    command = commands.add_parser("train")
-    command.add_argument("config", type=partial(_config, kind=TrainConfig))
-    command.add_argument("--run-dir", type=Path, required=True)
-    command.add_argument("--resume", default="auto")
-    command.add_argument("--allow-config-change", action="store_true")
-
-    command = commands.add_parser("sft")
-    command.add_argument("config", type=partial(_config, kind=SftConfig))
-
-    command = commands.add_parser("eval")
-    command.add_argument("job", type=EvalJob.from_json, help="an EvalJob as JSON")
-
-    command = commands.add_parser("export")
-    command.add_argument("checkpoint", type=Path)
-    command.add_argument("out_dir", type=Path)
-    return parser
 
 
 if __name__ == "__main__":
