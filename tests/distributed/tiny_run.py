@@ -139,6 +139,6 @@ def look(run: Any, rollouts: Rollouts, kept: Any = None) -> Any:
 
 def whole_parameters(chunks: Any) -> dict[str, Tensor]:
     """Every parameter as a whole Hugging Face tensor, detached from the model."""
-    from prune_opd.weights.stream import hf_stream
+    from prune_opd.weights.stream import Resharder
 
-    return {name: tensor.clone() for name, tensor in hf_stream(chunks)}
+    return {name: tensor.clone() for name, tensor in Resharder(chunks, in_order=True).stream()}

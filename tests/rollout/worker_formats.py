@@ -113,9 +113,9 @@ class Engine:
         )
 
     def load(self, chunks: Any) -> None:
-        from prune_opd.weights.stream import hf_stream
+        from prune_opd.weights.stream import Resharder
 
-        self.engine.load(hf_stream(chunks))
+        self.engine.load(Resharder(chunks, in_order=True).stream())
 
     def tokens(self) -> list[list[int]]:
         rollouts = self.engine.generate(new_rows(make_prompts(), 2, MAX_TOKENS), TokenSampling(seed=3, step=1))
