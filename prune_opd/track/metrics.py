@@ -2,16 +2,20 @@
 
 The file is the record of a run: console, wandb and report only show what is in it. A *step record* (steps 1..N) is
 written after each optimizer step; an *evaluation line* carries the `eval_*` keys under the number of steps finished by
-then, so the evaluation before training has step 0. `assets/metrics.yaml` says what each key means.
+then, so the evaluation before training has step 0. `meanings` says what each key means.
 """
 
 from __future__ import annotations
 
+import functools
 import json
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import yaml
 
 from prune_opd.errors import UserError
 
@@ -29,6 +33,19 @@ PHASES: dict[str, str] = {
 
 _EVAL_PREFIX, _STDERR_SUFFIX = "eval_", "_stderr"
 _EVAL_SUFFIXES = (_STDERR_SUFFIX, "_low", "_high", "_pass")
+
+
+@functools.cache
+def meanings() -> dict[str, str]:
+    """Every key of metrics.jsonl with its meaning and unit; `<task>` stands for the name of an evaluation task."""
+    text = (Path(__file__).parent / "assets" / "metrics.yaml").read_text(encoding="utf-8")
+    return dict(yaml.safe_load(text))
+
+
+def meaning(key: str) -> str | None:
+    """The meaning of a key as it is written (`eval_ledger` is `eval_<task>`), None if there is none."""
+    pattern = re.sub(rf"^eval_(.+?)({'|'.join(_EVAL_SUFFIXES)})?$", r"eval_<task>\2", key)
+    return meanings().get(key) or meanings().get(pattern)
 
 
 def is_evaluation(record: Record) -> bool:

@@ -23,7 +23,7 @@ class NullTracker:
     """The tracker of the ranks that track nothing, and the interface of the one that does. A context manager."""
 
     def step(self, record: Record) -> None:
-        """Takes the record of a finished optimizer step (keys: assets/metrics.yaml)."""
+        """Takes the record of a finished optimizer step (keys: `metrics.meanings`)."""
 
     def samples(self, step: int, horizon: int, rollouts: Rollouts, stats: BatchStats) -> None:
         """Takes the responses of a finished step that `stats` has watched, after the step's record."""

@@ -7,7 +7,6 @@ sent online past its last checkpoint stays there, and the server drops the resum
 
 from __future__ import annotations
 
-import logging
 import os
 import secrets
 from collections.abc import Callable, Sequence
@@ -76,7 +75,7 @@ def start(
     name: str,
     *,
     resume: bool = True,
-    warn: Warn | None = None,
+    warn: Warn,
 ) -> WandbRun:
     """Starts wandb for a run directory; never raises: online falls back to offline, and that to nothing.
 
@@ -86,9 +85,8 @@ def start(
         track: mode (offline, online, disabled) and project.
         name: the run's display name.
         resume: continue the id stored in the run directory, if there is one; False takes a new id.
-        warn: takes the one sentence about a failure; a logging warning by default.
+        warn: takes the one sentence about a failure.
     """
-    warn = warn or logging.getLogger(__name__).warning
     if track.wandb == "disabled":
         return WandbRun(None, warn)
     modes = ["online", "offline"] if track.wandb == "online" else ["offline"]

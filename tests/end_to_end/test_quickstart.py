@@ -12,9 +12,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from prune_opd.track.metrics import read_metrics
+from prune_opd.track.metrics import meaning, read_metrics
 from tests.end_to_end.runs import forked, prune_opd, tiny_model
-from tests.metric_keys import meaning
 
 CONTRACT = {
     *("step", "horizon", "overlap", "event_rate", "reliable_length", "response_length", "weight_mean"),

@@ -12,8 +12,7 @@ from prune_opd.eval.evaluate import Evaluator, Sampling, evaluation_record
 from prune_opd.eval.run import EvalJob, result, results_table
 from prune_opd.rollout.batch import Response, Rollouts
 from prune_opd.rollout.request import Row, TokenSampling
-from prune_opd.track.metrics import task_names
-from tests.metric_keys import meaning
+from prune_opd.track.metrics import meaning, task_names
 
 SAMPLING = Sampling(samples=2, max_len=4, temperature=1.0, top_p=1.0, seed=7)
 
