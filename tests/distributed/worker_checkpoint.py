@@ -98,17 +98,17 @@ def save(run: Any, step: int) -> None:
 
 def failed_saves(run: Any) -> dict[str, Any]:
     """Saves that break off: while the checkpoint is written, and when it is complete but `latest` has not moved."""
-    from prune_opd.megatron import checkpoint
+    from prune_opd.megatron import manifest
 
     checkpoints = run.checkpoints
     last = str(checkpoints.latest())
     steps = []
-    record_durably, checkpoint.record_durably = checkpoint.record_durably, disk_full
+    record_durably, manifest.record_durably = manifest.record_durably, disk_full
     try:
         save(run, 90)
     except UserError as error:
         steps.append(str(error))
-    checkpoint.record_durably = record_durably
+    manifest.record_durably = record_durably
     leftover = list(checkpoints.directory.glob("*.partial"))
     no_file = checkpoints.directory / "latest.partial"
     no_file.mkdir()
