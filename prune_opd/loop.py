@@ -95,13 +95,13 @@ def step(run: Run) -> None:
 
 def train_on(run: Run, batch: TrainBatch, clock: PhaseClock) -> tuple[StepResult, BatchStats]:
     """The step once its rollouts are there: teacher → train → controller. Its updates, and what the gate saw."""
-    rollouts, several = batch.rollouts, len(batch.minibatches) > 1
+    rollouts, several, group = batch.rollouts, len(batch.minibatches) > 1, run.layout.student.tp_group
     with clock("teacher"):
         kept = run.inflight.kept if run.inflight else None  # rows that the teacher saw to their end in flight
         teacher_hidden = run.teacher.hidden(rollouts, batch.deals, kept)
     with clock("train"):
         stats = run.new_stats(rollouts)
-        loss = gated_loss(run.config, run.teacher, teacher_hidden, run.vocab_size, run.layout.tp_group, stats, several)
+        loss = gated_loss(run.config, run.teacher, teacher_hidden, run.vocab_size, group, stats, several)
         if several:
             run.trainer.look(batch.microbatches, loss)  # at the policy that sampled the batch, before it moves
         result = run.trainer.step_through(batch.minibatches, loss)

@@ -16,7 +16,7 @@ import os
 import random
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -188,17 +188,11 @@ def _byte_tensor(text: str) -> torch.Tensor:
 # ------------------------------------------------------------------------------------- the CPU answers for the GPU
 
 
-class _InOrder:
+class _InOrder(nullcontext[None]):
     """Stand-in for a CUDA stream or event: CPU work is in program order already."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        pass
-
-    def __enter__(self) -> _InOrder:
-        return self
-
-    def __exit__(self, *exc: Any) -> None:
-        return None
+        super().__init__()
 
     def record_event(self, *args: Any) -> _InOrder:
         return self
@@ -249,7 +243,7 @@ def _answer_cuda_names_for_the_cpu() -> None:
     for name in FACTORIES:
         setattr(torch, name, _on_cpu(getattr(torch, name)))
     tensor_type: Any = torch.Tensor
-    tensor_type.to = _to_cpu(torch.Tensor.to)
+    tensor_type.to = _on_cpu(torch.Tensor.to)
     tensor_type.cuda = lambda self, *args, **kwargs: self
     module_type: Any = torch.nn.Module
     module_type.cuda = lambda self, *args, **kwargs: self
@@ -257,27 +251,17 @@ def _answer_cuda_names_for_the_cpu() -> None:
     _cpu_generator_for_the_cuda_generator()
 
 
-def _on_cpu(factory: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(factory)
-    def make(*args: Any, **kwargs: Any) -> Any:
+def _on_cpu(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function` (a factory, or `Tensor.to`) with the CPU as its device where CUDA is asked for."""
+
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
         if _is_cuda(kwargs.get("device")):
             kwargs["device"] = CPU
             kwargs.pop("pin_memory", None)
-        return factory(*args, **kwargs)
+        return function(*(CPU if _is_cuda(arg) else arg for arg in args), **kwargs)
 
-    return make
-
-
-def _to_cpu(to: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(to)
-    def move(self: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        if args and _is_cuda(args[0]):
-            args = (CPU, *args[1:])
-        if _is_cuda(kwargs.get("device")):
-            kwargs["device"] = CPU
-        return to(self, *args, **kwargs)
-
-    return move
+    return call
 
 
 def _type_name(type_: Callable[..., Any]) -> Callable[..., Any]:

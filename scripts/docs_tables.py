@@ -26,7 +26,7 @@ sys.path.insert(0, str(ROOT))
 
 from prune_opd.config import SftConfig, TrainConfig  # noqa: E402
 from prune_opd.config.checks import bare, field_types, limits, may_be_none, range_in_words  # noqa: E402
-from prune_opd.track.metrics import METRICS  # noqa: E402
+from prune_opd.track.metrics import meanings  # noqa: E402
 
 TABLE = re.compile(r"<!-- table: ([a-z]+) -->")
 
@@ -136,7 +136,7 @@ def _sections(config: type, prefix: str, title: str) -> Iterator[str]:
 
 
 def metrics_table() -> str:
-    return _table(("key", "meaning [unit]"), [(f"`{key}`", meaning) for key, meaning in METRICS.items()])
+    return _table(("key", "meaning [unit]"), [(f"`{key}`", meaning) for key, meaning in meanings().items()])
 
 
 def commands_tables() -> str:

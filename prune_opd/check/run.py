@@ -14,17 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from prune_opd.check import precision
 from prune_opd.check.machine import compiler_problems, machine_problems, writable_problems
-from prune_opd.check.precision import (
-    context_problems,
-    cuda_of_torch,
-    fp8_problems,
-    fp8_size_problems,
-    memory_problems,
-    parameter_problems,
-    rollout_problems,
-    token_problems,
-)
 from prune_opd.check.tokenizer import tokenizer_problems, vocabulary_problems
 from prune_opd.config import Fp8Config, SftConfig, TrainConfig
 from prune_opd.config.changes import changes, is_harmless
@@ -37,6 +28,10 @@ from prune_opd.process import has_gpu
 from prune_opd.track.tensorboard_log import tensorboard_problems
 
 SHOWN_DIFFERENCES = 6
+NUMBERS = (  # that every config.json has
+    *("num_attention_heads", "max_position_embeddings", "vocab_size"),
+    *("hidden_size", "intermediate_size", "num_hidden_layers"),
+)
 
 
 def check_train(
@@ -47,18 +42,13 @@ def check_train(
     resume: auto, never or the path of a checkpoint. run_dir: None leaves the run directory unchecked.
     allow_config_change: a run may go on with settings that would make it another run.
     """
-    student = _read_model("student", config.student)
-    teacher = _read_model("teacher", config.teacher)
+    student, teacher = _read_model("student", config.student), _read_model("teacher", config.teacher)
     models = [model for model in (student, teacher) if isinstance(model, _Model)]
-    problems = [model for model in (student, teacher) if isinstance(model, str)]
-    problems += [problem for model in models if (problem := _not_built(model))]
+    problems = _model_problems(student) + _model_problems(teacher)
     if len(models) == 2:
         # Different tokenizers often have different sizes too; that would be the same problem said twice.
         problems += tokenizer_problems(models[0].path, models[1].path) or _vocabulary(config, nproc, *models)
-    problems += layout_problems(config, nproc, {model.role: model.config for model in models})
-    problems += _lengths(config, models)
-    problems += _candidates(config, models)
-    problems += _precision(config, nproc, models)
+    problems += _sizes(config, nproc, models) + _precision(config, models)
     problems += _sources(config)
     problems += _apex()
     problems += compiler_problems(config.rollout, has_gpu())
@@ -73,7 +63,7 @@ def check_train(
 def check_everything(config: TrainConfig, nproc: int, run_dir: Path) -> list[str]:
     """`check_train`, and what a job checks once before it takes GPUs: versions, driver, space, every prompt."""
     problems = check_train(config, nproc, run_dir, "auto")
-    return problems + machine_problems(config, run_dir, has_gpu(), cuda_of_torch())
+    return problems + machine_problems(config, run_dir, has_gpu(), precision.cuda_of_torch())
 
 
 def check_structure(config: TrainConfig, nproc: int) -> list[str]:
@@ -85,14 +75,10 @@ def check_structure(config: TrainConfig, nproc: int) -> list[str]:
     for role in ("student", "teacher"):
         try:
             models.append(_Model(role, Path(getattr(config, role)), model_config(role, getattr(config, role))))
+            problems += _model_problems(models[-1])
         except ConfigError as error:
             problems.append(str(error))
-    problems += [problem for model in models if (problem := _not_built(model))]
-    by_role = {model.role: model.config for model in models}
-    problems += layout_problems(config, nproc, by_role)
-    problems += _lengths(config, models)
-    problems += _candidates(config, models)
-    problems += _precision_sizes(config, nproc, by_role)
+    problems += _sizes(config, nproc, models)
     if len(models) == 2:
         problems += _vocabulary(config, nproc, *models)
     return problems
@@ -102,8 +88,7 @@ def check_sft(config: SftConfig, nproc: int) -> list[str]:
     """The problems of this supervised training; see `check_train`."""
     problems = []
     if config.init is not None:
-        model = _read_model("init", config.init)
-        problems += [model] if isinstance(model, str) else [problem for problem in [_not_built(model)] if problem]
+        problems += _model_problems(_read_model("init", config.init))
     parallel = config.parallel
     found = {"tensor": parallel.tensor_size(nproc)}
     found |= {name: getattr(parallel, name) for name in ("pipeline", "expert", "context", "sequence_parallel")}
@@ -124,8 +109,7 @@ def check_eval(model_dir: Path, tasks: Sequence[str], top_p: float, out: Path | 
     """The problems of evaluating a Hugging Face directory, or a checkpoint, on tasks; see `check_train`."""
     problems: list[str] = []
     if not (model_dir / "state.json").is_file():
-        model = _read_model("MODEL_DIR", str(model_dir))
-        problems += [model] if isinstance(model, str) else [problem for problem in [_not_built(model)] if problem]
+        problems += _model_problems(_read_model("MODEL_DIR", str(model_dir)))
     if top_p == 0:
         problems.append("--top-p = 0.0 leaves no token to sample: give more than 0, or --temperature 0 for greedy")
     problems += [problem for task in tasks if (problem := source_problem("--task", task))]
@@ -140,14 +124,6 @@ class _Model:
     role: str
     path: Path
     config: dict[str, Any]  # of config.json
-
-    @property
-    def heads(self) -> int:
-        return int(self.config["num_attention_heads"])
-
-    @property
-    def kv_heads(self) -> int:
-        return int(self.config.get("num_key_value_heads") or self.heads)
 
     @property
     def positions(self) -> int:
@@ -170,19 +146,30 @@ def _read_model(role: str, directory: str) -> _Model | str:
             )
     try:
         model = _Model(role, path, json.loads((path / "config.json").read_text(encoding="utf-8")))
-        _ = (model.heads, model.kv_heads, model.positions, model.vocab_size)
-        _ = [int(model.config[name]) for name in ("hidden_size", "intermediate_size", "num_hidden_layers")]
+        for name in NUMBERS:
+            int(model.config[name])
+        int(model.config.get("num_key_value_heads") or 1)
     except (OSError, UnicodeDecodeError, AttributeError, KeyError, TypeError, ValueError) as error:
         return f"{role} = {directory!r}: its config.json is not that of a causal language model ({error!r})"
     return model
 
 
-def _not_built(model: _Model) -> str | None:
+def _model_problems(model: _Model | str) -> list[str]:
+    """The problem with reading a model, or what it has that is not built here."""
+    if isinstance(model, str):
+        return [model]
     problem = not_built(model.config)
-    return f"{model.role} = {str(model.path)!r} has {problem}" if problem else None
+    return [f"{model.role} = {str(model.path)!r} has {problem}"] if problem else []
 
 
 # ---------------------------------------------------------------------------------------------------- sizes
+
+
+def _sizes(config: TrainConfig, nproc: int, models: list[_Model]) -> list[str]:
+    """Problems of layout, lengths and FP8's matrices, which any machine would have."""
+    by_role = {model.role: model.config for model in models}
+    problems = layout_problems(config, nproc, by_role) + _lengths(config, models) + _candidates(config, models)
+    return problems + _precision_sizes(config, nproc, by_role)
 
 
 def _lengths(config: TrainConfig, models: list[_Model]) -> list[str]:
@@ -220,7 +207,7 @@ def _candidates(config: TrainConfig, models: list[_Model]) -> list[str]:
 
 def _vocabulary(config: TrainConfig, nproc: int, student: _Model, teacher: _Model) -> list[str]:
     """Problems where a vocabulary does not fit the rows, which are padded for the student's TP ranks."""
-    if _not_built(student) or _not_built(teacher):
+    if not_built(student.config) or not_built(teacher.config):
         return []
     tensor = config.parallel.tensor_size(nproc)
     problems = []
@@ -230,15 +217,12 @@ def _vocabulary(config: TrainConfig, nproc: int, student: _Model, teacher: _Mode
     return problems
 
 
-def _precision(config: TrainConfig, nproc: int, models: list[_Model]) -> list[str]:
-    """Problems with FP8, in both models and in the rollouts (check/precision.py has the rules)."""
-    by_role = {model.role: model.config for model in models}
-    gpu, problems = has_gpu(), []
-    for role, fp8 in _fp8s(config).items():
-        problems += fp8_problems(role, fp8, gpu)
-    problems += _precision_sizes(config, nproc, by_role)
-    problems += context_problems(config.parallel.context, gpu)
-    return problems + rollout_problems(config.rollout, config.precision.params, by_role.get("student"), gpu)
+def _precision(config: TrainConfig, models: list[_Model]) -> list[str]:
+    """Problems of this machine with FP8, in both models and in the rollouts (check/precision.py has the rules)."""
+    gpu, student = has_gpu(), next((model.config for model in models if model.role == "student"), None)
+    problems = [problem for role, fp8 in _fp8s(config).items() for problem in precision.fp8_problems(role, fp8, gpu)]
+    problems += precision.context_problems(config.parallel.context, gpu)
+    return problems + precision.rollout_problems(config.rollout, config.precision.params, student, gpu)
 
 
 def _precision_sizes(config: TrainConfig, nproc: int, models: dict[str, dict[str, Any]]) -> list[str]:
@@ -247,11 +231,11 @@ def _precision_sizes(config: TrainConfig, nproc: int, models: dict[str, dict[str
     student = parallel.tensor_size(nproc)
     layouts = {"student": (student, parallel.sequence_parallel), "teacher": (parallel.teacher_tensor or student, False)}
     for role, fp8 in _fp8s(config).items():
-        problems += fp8_size_problems(role, fp8, models.get(role), *layouts[role])
+        problems += precision.fp8_size_problems(role, fp8, models.get(role), *layouts[role])
         if fp8.on:
-            problems += token_problems(parallel.microbatch_tokens, token_multiple(fp8.recipe, *layouts[role]))
-    problems += parameter_problems(config.precision.student_fp8, parallel.distributed_optimizer)
-    return problems + memory_problems(config.memory, _fp8s(config))
+            problems += precision.token_problems(parallel.microbatch_tokens, token_multiple(fp8.recipe, *layouts[role]))
+    problems += precision.parameter_problems(config.precision.student_fp8, parallel.distributed_optimizer)
+    return problems + precision.memory_problems(config.memory, _fp8s(config))
 
 
 def _fp8s(config: TrainConfig) -> dict[str, Fp8Config]:

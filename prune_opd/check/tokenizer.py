@@ -83,10 +83,12 @@ def _difference(student: dict[str, Any], teacher: dict[str, Any]) -> str | None:
             return f"id {i} is {ours} for the student and {theirs} for the teacher"
     merges = [_merges(tokenizer) for tokenizer in (student, teacher)]
     if merges[0] != merges[1]:
-        i = _first_difference(*merges)
-        ours, theirs = (" + ".join(pairs[i]) if i < len(pairs) else "missing" for pairs in merges)
+        pairs = enumerate(zip(*merges, strict=False))
+        i = next((i for i, (mine, other) in pairs if mine != other), min(map(len, merges)))
+        ours, theirs = (" + ".join(merge[i]) if i < len(merge) else "missing" for merge in merges)
         return f"merge {i} is {ours} for the student and {theirs} for the teacher"
-    special = [_special(tokenizer) for tokenizer in (student, teacher)]
+    added = [tokenizer.get("added_tokens") or [] for tokenizer in (student, teacher)]
+    special = [{int(token["id"]) for token in those if token.get("special")} for those in added]
     if special[0] != special[1]:
         i = min(special[0] ^ special[1])
         who = "student" if i in special[0] else "teacher"
@@ -108,13 +110,3 @@ def _merges(tokenizer: dict[str, Any]) -> list[tuple[str, ...]]:
     """Merges are written as "a b" by old versions of tokenizers and as ["a", "b"] by new ones."""
     merges = tokenizer["model"].get("merges") or []
     return [tuple(pair.split(" ")) if isinstance(pair, str) else tuple(pair) for pair in merges]
-
-
-def _special(tokenizer: dict[str, Any]) -> set[int]:
-    return {int(token["id"]) for token in tokenizer.get("added_tokens") or [] if token.get("special")}
-
-
-def _first_difference(ours: list[Any], theirs: list[Any]) -> int:
-    """Where two lists part; the length of the shorter one if it is the beginning of the other."""
-    pairs = enumerate(zip(ours, theirs, strict=False))
-    return next((i for i, (mine, other) in pairs if mine != other), min(len(ours), len(theirs)))

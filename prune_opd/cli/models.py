@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import json
 import tempfile
-from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -15,7 +14,6 @@ from prune_opd.check.run import check_eval
 from prune_opd.cli.runs import refuse
 from prune_opd.cli.start import is_rank, on_ranks
 from prune_opd.config import DataConfig
-from prune_opd.data.render import Format
 from prune_opd.errors import UserError
 from prune_opd.eval.evaluate import Sampling, write_rows
 from prune_opd.eval.run import SEED, EvalJob, results_table
@@ -50,9 +48,8 @@ def evaluate(
 ) -> int:
     """Accuracy of models on tasks: avg@k with its 95 % interval, pass@k; several models or tasks make a table."""
     sampling = Sampling(samples, max_len or 0, temperature, top_p, SEED)
-    format = Format(chat, system_prompt, suffix, thinking)
-    for source in task:
-        DataConfig(source=source, **asdict(format))  # refuses what does not go together
+    as_prompts: dict[str, Any] = {"chat": chat, "system_prompt": system_prompt, "suffix": suffix, "thinking": thinking}
+    tasks = tuple(DataConfig(source=source, **as_prompts) for source in task)
     refuse([problem for model_dir in model_dirs for problem in check_eval(model_dir, task, top_p, out)])
     if is_rank() and (len(model_dirs) > 1 or _is_checkpoint(model_dirs[0])):
         raise UserError("eval under torchrun takes one Hugging Face directory: leave torchrun out and give --nproc")
@@ -63,10 +60,9 @@ def evaluate(
             answers = out / f"generations-{number}.jsonl" if out else None
             job = EvalJob(
                 str(_as_model(model_dir, Path(folder) / f"model-{number}")),
-                tuple(task),
+                tasks,
                 problems,
                 sampling,
-                format,
                 None if answers is None else str(answers),
                 str(found),
             )

@@ -13,8 +13,8 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import TypeVar
 
 from prune_opd.config import RunConfig, SftConfig, TrainConfig
 from prune_opd.config.yaml import load_config
@@ -23,7 +23,6 @@ from prune_opd.eval.run import EvalJob, evaluate_model
 from prune_opd.process import end_with_parent
 from prune_opd.ranks.signals import Interruption
 
-C = TypeVar("C", bound=RunConfig)
 MAIN_RANK_SPEAKS_FIRST = 3.0  # seconds
 
 
@@ -66,7 +65,27 @@ def protect_files() -> None:
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     """A command with its config read. Raises ConfigError."""
-    return _parser().parse_args(argv)
+    parser = argparse.ArgumentParser(
+        prog="python -m prune_opd.cli.worker", description="One rank; see `prune-opd --help`."
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+
+    command = commands.add_parser("train")
+    command.add_argument("config", type=partial(_config, kind=TrainConfig))
+    command.add_argument("--run-dir", type=Path, required=True)
+    command.add_argument("--resume", default="auto")
+    command.add_argument("--allow-config-change", action="store_true")
+
+    command = commands.add_parser("sft")
+    command.add_argument("config", type=partial(_config, kind=SftConfig))
+
+    command = commands.add_parser("eval")
+    command.add_argument("job", type=EvalJob.from_json, help="an EvalJob as JSON")
+
+    command = commands.add_parser("export")
+    command.add_argument("checkpoint", type=Path)
+    command.add_argument("out_dir", type=Path)
+    return parser.parse_args(argv)
 
 
 def run(part: argparse.Namespace) -> int:
@@ -101,43 +120,11 @@ def _run(part: argparse.Namespace) -> int:
     return 0
 
 
-def _train_config(path: str) -> TrainConfig:
-    return _config(Path(path), TrainConfig)
-
-
-def _sft_config(path: str) -> SftConfig:
-    return _config(Path(path), SftConfig)
-
-
-def _config(path: Path, kind: type[C]) -> C:
-    config = load_config(path)
+def _config(path: str, kind: type[RunConfig]) -> RunConfig:
+    config = load_config(Path(path))
     if not isinstance(config, kind):
         raise ConfigError(f"{path} holds a {type(config).__name__}; this command takes a {kind.__name__}")
     return config
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m prune_opd.cli.worker", description="One rank; see `prune-opd --help`."
-    )
-    commands = parser.add_subparsers(dest="command", required=True)
-
-    command = commands.add_parser("train")
-    command.add_argument("config", type=_train_config)
-    command.add_argument("--run-dir", type=Path, required=True)
-    command.add_argument("--resume", default="auto")
-    command.add_argument("--allow-config-change", action="store_true")
-
-    command = commands.add_parser("sft")
-    command.add_argument("config", type=_sft_config)
-
-    command = commands.add_parser("eval")
-    command.add_argument("job", type=EvalJob.from_json, help="an EvalJob as JSON")
-
-    command = commands.add_parser("export")
-    command.add_argument("checkpoint", type=Path)
-    command.add_argument("out_dir", type=Path)
-    return parser
 
 
 if __name__ == "__main__":

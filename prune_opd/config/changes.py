@@ -43,7 +43,7 @@ def changes(config: TrainConfig, run_dir: Path | None, resume: str) -> list[str]
             saved = json.loads(state.read_text(encoding="utf-8"))["config"]
         except (OSError, ValueError, KeyError) as error:
             raise ConfigError(f"{state} cannot be read ({error!r}); resume from another checkpoint") from error
-        found += config_differences(config_from_dict(saved, state), config)
+        found += config_differences(config_from_dict(TrainConfig, saved, state), config)
     return list(dict.fromkeys(found))
 
 

@@ -61,6 +61,10 @@ class Transition(NamedTuple):
         """The part whose handler carries it out: both of the engine's have one."""
         return ROLLOUT_WEIGHTS if self.parts[0] in ENGINE else self.parts[0]
 
+    def resident_after(self, resident: frozenset[str]) -> frozenset[str]:
+        """The parts on the device once it has happened, of those that were `resident` before."""
+        return resident.difference(self.parts) if self.action in ("away", "sleep") else resident.union(self.parts)
+
     def __str__(self) -> str:
         return f"{self.action} {' + '.join(self.parts)}"
 
@@ -129,8 +133,7 @@ class MemoryPhases:
             logger.debug("%s%s: %s", "dry run, " if self.dry else "", phase, transition)
             if self.handlers is not None:
                 self.handlers[transition.owner](transition)
-            leaves = transition.action in ("away", "sleep")
-            self.resident = self.resident - set(transition.parts) if leaves else self.resident | set(transition.parts)
+            self.resident = transition.resident_after(self.resident)
         self._write_down(phase, happened)
 
     def _write_down(self, phase: str, happened: list[Transition]) -> None:

@@ -39,11 +39,6 @@ def apply_overrides(config: T, overrides: list[str]) -> T:
     return typing.cast(T, from_dict(kind, tree))
 
 
-def dotted_keys(kind: type) -> list[str]:
-    """Every setting that a config may have, parts before their settings."""
-    return list(_keys(kind, None))
-
-
 def _find(kind: type, tree: dict[str, Any], key: str) -> tuple[Any, Any, Any]:
     """Where a dotted key is: the part that has it, its name (or place) there, and its annotation."""
     value: Any = tree
@@ -58,7 +53,7 @@ def _find(kind: type, tree: dict[str, Any], key: str) -> tuple[Any, Any, Any]:
         part, parts = value, _parts(hint, value)
         place = int(name) if name.isdecimal() else name
         if place not in parts:
-            raise _unknown_key(_keys(kind, tree), key)
+            raise _unknown_key(dotted_keys(kind, tree), key)
         value, hint = part[place], parts[place]
     return part, place, hint
 
@@ -71,11 +66,14 @@ def _parts(annotated: Any, value: Any) -> dict[str | int, Any]:
     return dict.fromkeys(range(len(value or ())), typing.get_args(hint)[0]) if is_part(hint) else {}
 
 
-def _keys(annotated: Any, value: Any, prefix: str = "") -> list[str]:
-    """Every dotted key, parts before their settings; also those of a part that is null."""
+def dotted_keys(annotated: Any, value: Any = None, prefix: str = "") -> list[str]:
+    """Every setting that a config (or `value`, one as a dictionary) may have, parts before their settings.
+
+    Those of a part that is null are among them.
+    """
     keys = []
     for name, part in _parts(annotated, value).items():
-        keys += [f"{prefix}{name}", *_keys(part, None if value is None else value[name], f"{prefix}{name}.")]
+        keys += [f"{prefix}{name}", *dotted_keys(part, None if value is None else value[name], f"{prefix}{name}.")]
     return keys
 
 

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import ast
 import difflib
-import importlib.util
 import os
+import runpy
 import traceback
-import types
 from pathlib import Path
 
 from prune_opd.config import RunConfig, SftConfig, TrainConfig
@@ -31,16 +30,15 @@ def load_recipe(name_or_path: str) -> RunConfig:
     a function of its own name that returns a TrainConfig or an SftConfig.
     """
     path = _recipe_path(name_or_path)
-    module = _run_file(path)
-    function = getattr(module, path.stem, None)
-    if not callable(function):
-        raise ConfigError(f"recipe {path}: it has no function {path.stem}(); name the function like the file")
     try:
-        config = function()
+        function = runpy.run_path(str(path), run_name=f"_recipe_{path.stem}").get(path.stem)
+        config = function() if callable(function) else None
     except ConfigError as error:
         raise ConfigError(f"recipe {path}: {error}") from error
     except Exception as error:
         raise ConfigError(_failure(path, error)) from error
+    if not callable(function):
+        raise ConfigError(f"recipe {path}: it has no function {path.stem}(); name the function like the file")
     if not isinstance(config, TrainConfig | SftConfig):
         raise ConfigError(
             f"recipe {path}: {path.stem}() returned {type(config).__name__}; return a TrainConfig or an SftConfig"
@@ -60,19 +58,6 @@ def _recipe_path(name_or_path: str) -> Path:
         hint = f"did you mean {' or '.join(near)}?" if near else f"the recipes are {', '.join(known)}"
         raise ConfigError(f"recipe {name_or_path!r} is not known: {hint}")
     return recipes_dir() / f"{name_or_path}.py"
-
-
-def _run_file(path: Path) -> types.ModuleType:
-    spec = importlib.util.spec_from_file_location(f"_recipe_{path.stem}", path)
-    assert spec is not None and spec.loader is not None  # a .py file always has a loader
-    module = importlib.util.module_from_spec(spec)
-    try:
-        spec.loader.exec_module(module)
-    except ConfigError as error:
-        raise ConfigError(f"recipe {path}: {error}") from error
-    except Exception as error:
-        raise ConfigError(_failure(path, error)) from error
-    return module
 
 
 def _failure(path: Path, error: Exception) -> str:

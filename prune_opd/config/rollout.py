@@ -82,3 +82,7 @@ class RolloutConfig(Checked, name="rollout"):
         1.0  # a step starts this times `prompts` and keeps the first complete ones
     )
     partial: bool = False  # oversample > 1: the other prompts go on in the next step, with the tokens that they have
+
+    def coarsest_format(self, params: str) -> str:
+        """fp32, bf16 or fp8: the coarsest format that the rollouts are computed in. params: of the parameters."""
+        return params if self.quantization is None and self.kv_cache_dtype == "auto" else "fp8"

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from prune_opd.config.checks import Checked, CountOrZero, Share
 from prune_opd.config.training import ParallelConfig, Schedule
+from prune_opd.errors import ConfigError
 
 
 @dataclass(frozen=True)
@@ -23,21 +25,34 @@ class ModelShape:
 
 
 @dataclass(frozen=True)
-class CorpusConfig:
+class CorpusConfig(Checked, name="corpus"):
     """Worked ledger solutions: their lengths and their errors (all rates per booking, 0..1)."""
 
     min_steps: int = 12  # fewest bookings of a problem
     max_steps: int = 40  # most bookings of a problem
-    reverse: float = 0.0  # share of solutions that go through the labels from last to first
-    slip: float = 0.0  # wrong label or wrong delta, and the text goes on from there
-    slip_result: float = 0.0  # wrong running total
-    carry_bug: float = 0.0  # at a tens boundary the old tens digit stays: the student's systematic error
+    reverse: Share = 0.0  # share of solutions that go through the labels from last to first
+    slip: Share = 0.0  # wrong label or wrong delta, and the text goes on from there
+    slip_result: Share = 0.0  # wrong running total
+    carry_bug: Share = 0.0  # at a tens boundary the old tens digit stays: the student's systematic error
     register: bool = False  # the word after a total follows a fixed table of label and delta, instead of being drawn
-    wrong_entries: float = 0.0  # share of the table's entries that are known wrongly, always the same ones
-    wrong: float = 0.0  # chance to write the wrong word at such an entry; the text is lost from there
-    ramble: int = 0  # most words of a lost text (at least a quarter of it): noise without an answer or an end
-    given: float = 0.0  # share of solutions whose first bookings, up to a random one, are read and not learnt
-    given_wrong: float = 0.0  # a further share: as `given`, with the last word wrong; only the lost text is learnt
+    wrong_entries: Share = 0.0  # share of the table's entries that are known wrongly, always the same ones
+    wrong: Share = 0.0  # chance to write the wrong word at such an entry; the text is lost from there
+    ramble: CountOrZero = 0  # most words of a lost text (at least a quarter of it): noise without an answer or an end
+    given: Share = 0.0  # share of solutions whose first bookings, up to a random one, are read and not learnt
+    given_wrong: Share = 0.0  # a further share: as `given`, with the last word wrong; only the lost text is learnt
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("wrong_entries", "wrong", "ramble", "given", "given_wrong"):
+            if getattr(self, name) and not self.register:
+                raise ConfigError(
+                    f"corpus.{name} = {getattr(self, name)} has no effect without the register: set it to 0"
+                )
+        if self.given + self.given_wrong > 1:
+            raise ConfigError(
+                f"corpus.given + corpus.given_wrong = {self.given + self.given_wrong} is more than all solutions: "
+                "lower one of them"
+            )
 
 
 @dataclass(frozen=True)

@@ -8,13 +8,15 @@ import os
 import re
 import typing
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 
 from prune_opd.config import RunConfig, SftConfig, TrainConfig, to_dict
 from prune_opd.config.checks import bare, field_types, fits, is_part, may_be_none, wanted
 from prune_opd.errors import ConfigError
+
+C = TypeVar("C")  # a dataclass of settings
 
 
 class _Loader(yaml.SafeLoader):
@@ -68,12 +70,7 @@ def load_config(path: Path) -> RunConfig:
     if not isinstance(data, dict):
         raise ConfigError(f"{path} does not hold the settings of a run")
     kind: type[RunConfig] = SftConfig if "stages" in data else TrainConfig
-    return typing.cast(RunConfig, _located(kind, data, path))
-
-
-def config_from_dict(data: Any, path: Path) -> TrainConfig:
-    """The config of a run as a checkpoint has it (`to_dict`). Raises ConfigError with `path`, where it is from."""
-    return typing.cast(TrainConfig, _located(TrainConfig, data, path))
+    return config_from_dict(kind, data, path)
 
 
 # Settings that only a benchmark used and that have left the config, with the value that every other run wrote down.
@@ -84,9 +81,11 @@ GONE: dict[tuple[str, str], Any] = {
 }
 
 
-def _located(kind: Any, data: Any, path: Path) -> Any:
+def config_from_dict(kind: type[C], data: Any, path: Path) -> C:
+    """A config as `to_dict` has it. Raises ConfigError with `path`, where it is from."""
     try:
-        return from_dict(kind, _without_gone(data))
+        config: C = from_dict(kind, _without_gone(data))
+        return config
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from error
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from prune_opd.config import DataConfig
 from prune_opd.data.answers import math_equal
 from prune_opd.data.prompt import Prompt, Tokenizer
-from prune_opd.data.render import Format, answer_of, encode_text, excerpt
+from prune_opd.data.render import answer_of, encode_text, excerpt, prompt_text
 from prune_opd.data.rows import Row, read_rows
 from prune_opd.errors import ConfigError
 
@@ -20,39 +21,29 @@ class FileSource:
     default: the file's). Other columns are ignored. No special tokens are added. Answers are scored by math-verify on
     the last `\boxed{...}`.
 
-    skip_bad_rows: leave out rows that are broken, empty, longer than `max_prompt_len` or not UTF-8; `skipped` has them.
+    data: its `source` is the file; bad_rows=skip leaves out rows that are broken, empty, longer than `max_prompt_len`
+    or not UTF-8; `skipped` has them.
 
     Raises:
         ConfigError: there are bad rows that are not to be skipped (it names the first ones, and how many there are),
             or no row is left.
     """
 
-    def __init__(
-        self,
-        path: str | Path,
-        tokenizer: Tokenizer,
-        max_prompt_len: int | None = None,
-        *,
-        skip_bad_rows: bool = False,
-        format: Format | None = None,
-        split: str | None = None,
-    ) -> None:
-        self.path = Path(path)
+    def __init__(self, data: DataConfig, tokenizer: Tokenizer, max_prompt_len: int | None = None) -> None:
+        self.path = Path(data.source)
         self.name = self.path.name
-        self._tokenizer = tokenizer
-        self._max_prompt_len = max_prompt_len
-        self._format = format or Format()
+        self._data, self._tokenizer, self._max_prompt_len = data, tokenizer, max_prompt_len
         self.prompts: list[Prompt] = []
         self.places: list[str] = []  # file:row of each prompt, rows from 1
         self.skipped: dict[str, str] = {}  # file:row of each bad row → what is wrong with it
-        for file, number, row in read_rows(self.path, split):
+        for file, number, row in read_rows(self.path, data.split):
             place = f"{file}:{number}"
             try:
                 self.prompts.append(self._prompt(row))
                 self.places.append(place)
             except ConfigError as error:
                 self.skipped[place] = str(error)
-        if self.skipped and not skip_bad_rows:
+        if self.skipped and data.bad_rows == "refuse":
             raise ConfigError(self._refusal())
         if not self.prompts:
             bad = f" ({self.skipped_summary()})" if self.skipped else ""
@@ -97,7 +88,7 @@ class FileSource:
         if not isinstance(source, str):
             raise ConfigError(f'"source" = {excerpt(source)}: give a string, or leave it out')
         answer = answer_of(row)
-        return Prompt(len(self.prompts), self._encode(self._format.text(row, self._tokenizer)), answer, source)
+        return Prompt(len(self.prompts), self._encode(prompt_text(row, self._data, self._tokenizer)), answer, source)
 
     def _encode(self, text: str) -> tuple[int, ...]:
         ids = encode_text(text, self._tokenizer)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -102,15 +101,11 @@ def _dapo_math_17k(row: Row) -> Row:
     DAPO's instruction around each problem asks for another form of answer. It is removed, so that `data.suffix` can
     ask for a box. (The published file has every problem about a hundred times.)
     """
-    (turn,) = _listed(row["prompt"])
+    if len(row["prompt"]) != 1:
+        raise IndexError(f"{len(row['prompt'])} turns instead of one")
+    (turn,) = row["prompt"]
     problem = str(turn["content"]).removeprefix(DAPO_BEFORE).removesuffix(DAPO_AFTER)
     return {"problem": problem, "answer": str(row["reward_model"]["ground_truth"]), "source": str(row["data_source"])}
-
-
-def _listed(value: Any) -> list[Any]:
-    if len(value) != 1:
-        raise IndexError(f"{len(value)} turns instead of one")
-    return list(value)
 
 
 LAYOUTS: dict[str, Callable[[Row], Row]] = {"dapo-math-17k": _dapo_math_17k}

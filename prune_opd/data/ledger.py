@@ -7,7 +7,7 @@ The answer is (start + sum of the deltas) mod 100. A response has 2 words, 5 wor
 end: 105 to 205 for 20 to 40 bookings. Every word is one token. HDR, EQ and SEP stand for twelve synonyms each, drawn
 with Zipf(1) weights: natural entropy, so that the top-k sets of two models mean something.
 
-The drift pair writes the same solutions in another style, the register (`_Register`): SEP follows the label and the
+The drift pair writes the same solutions in another style, the register: SEP follows the label and the
 sign of the delta.
 
 A model is made weaker by its training examples (`CorpusConfig`): they have slips, after which the text goes on as if
@@ -62,7 +62,6 @@ _ENTRIES: Final = 2 * MAX_STEPS
 _table_rng = np.random.Generator(np.random.PCG64(np.random.SeedSequence(6)))
 _TABLE: Final[list[int]] = _table_rng.integers(0, 12, _ENTRIES).tolist()
 _WRONG_RANK: Final = tuple(49 * (entry - 7) % _ENTRIES for entry in range(_ENTRIES))
-CORPUS_RATES: Final = ("reverse", "slip", "slip_result", "carry_bug", "wrong_entries", "wrong", "given", "given_wrong")
 RAMBLE: Final = (*NUMBERS, *LABELS, *_DELTA_WORD.values(), *EQUALS, *SEPARATORS, *HEADERS)
 
 _BOXED_NUMBER = re.compile(r"\s*\{?\s*([0-9]{1,2})(?!\.?[0-9])")
@@ -171,34 +170,21 @@ def _synonym(words: Sequence[str], rng: np.random.Generator) -> str:
     return words[bisect_right(_ZIPF_BOUNDS, rng.random())]
 
 
-class _Register:
-    """SEP by the table: a booking's label and sign have one right word.
+def _entry(label: int, delta: int) -> int:
+    """The number of the register's entry for a label and the sign of its delta: they have one right word for SEP."""
+    return 2 * (label - 1) + (delta < 0)
+
+
+def _separator(entry: int, rng: np.random.Generator, corpus: CorpusConfig) -> tuple[str, bool]:
+    """(the word for SEP by the register, whether it is wrong). After a wrong word the text is lost.
 
     A share `corpus.wrong_entries` of the entries, always the same ones, is known wrongly: a wrong word is written there
-    with chance `corpus.wrong`. After a wrong word the text is lost.
+    with chance `corpus.wrong`.
     """
-
-    def __init__(self, rng: np.random.Generator, corpus: CorpusConfig) -> None:
-        self._rng, self._corpus = rng, corpus
-
-    def right(self, label: int, delta: int) -> str:
-        return SEPARATORS[_TABLE[_entry(label, delta)]]
-
-    def separator(self, label: int, delta: int) -> tuple[str, bool]:
-        """(the word for SEP, whether it is wrong)."""
-        entry = _entry(label, delta)
-        known_wrong = _WRONG_RANK[entry] < self._corpus.wrong_entries * _ENTRIES
-        if known_wrong and self._rng.random() < self._corpus.wrong:
-            return HEADERS[_WRONG_RANK[entry] % len(HEADERS)], True
-        return SEPARATORS[_TABLE[entry]], False
-
-    def any_wrong(self) -> str:
-        return _synonym(HEADERS, self._rng)
-
-
-def _entry(label: int, delta: int) -> int:
-    """The number of the table's entry for a label and the sign of its delta."""
-    return 2 * (label - 1) + (delta < 0)
+    known_wrong = _WRONG_RANK[entry] < corpus.wrong_entries * _ENTRIES
+    if known_wrong and rng.random() < corpus.wrong:
+        return HEADERS[_WRONG_RANK[entry] % len(HEADERS)], True
+    return SEPARATORS[_TABLE[entry]], False
 
 
 def _near_miss(rng: np.random.Generator, value: int, low: int, high: int) -> int:
@@ -212,14 +198,10 @@ def _near_miss(rng: np.random.Generator, value: int, low: int, high: int) -> int
     return low + (value + sign * distance - low) % (high - low)
 
 
-def _wrong_delta(rng: np.random.Generator, delta: int) -> int:
-    if rng.random() < 0.3:
-        return -delta
-    return DELTAS[_near_miss(rng, DELTAS.index(delta), 0, len(DELTAS))]
-
-
-def worked_solution(problem: Problem, rng: np.random.Generator, corpus: CorpusConfig) -> list[str]:
+def worked_solution(problem: Problem, rng: np.random.Generator, corpus: CorpusConfig) -> tuple[list[str], int]:
     r"""The words of one worked solution, from the header to `<eos>`, with the errors that `corpus` asks for.
+
+    The second number: how many of the words are given, that is: read by the model and not learnt.
 
     A booking can have four errors, each with its own chance: the label slips to another (the text goes on from there,
     so bookings are skipped or repeated); the delta is misread; the carry bug keeps the old tens digit when a step
@@ -229,17 +211,10 @@ def worked_solution(problem: Problem, rng: np.random.Generator, corpus: CorpusCo
     With `corpus.register` SEP follows the table. After a wrong SEP the text is lost: it ends with up to `corpus.ramble`
     words, drawn evenly from all but the special ones, and without an answer.
     """
-    words, _ = _solution(problem, rng, corpus)
-    return words
-
-
-def _solution(problem: Problem, rng: np.random.Generator, corpus: CorpusConfig) -> tuple[list[str], int]:
-    """(the words of `worked_solution`, how many of them are given, that is: read by the model and not learnt)."""
     steps = len(problem.deltas)
     reverse = rng.random() < corpus.reverse
     label, last, stride = (steps, 1, -1) if reverse else (1, steps, 1)
     total = problem.start
-    register = _Register(rng, corpus) if corpus.register else None
     given_bookings, given_wrong = _given(steps, rng, corpus)
     given = 0
     words = [_synonym(HEADERS, rng), NUMBERS[total]]
@@ -248,21 +223,22 @@ def _solution(problem: Problem, rng: np.random.Generator, corpus: CorpusConfig) 
             label = _near_miss(rng, label, 1, steps + 1)
         delta = problem.deltas[label - 1]
         if rng.random() < corpus.slip:
-            delta = _wrong_delta(rng, delta)
+            wrong_sign = rng.random() < 0.3
+            delta = -delta if wrong_sign else DELTAS[_near_miss(rng, DELTAS.index(delta), 0, len(DELTAS))]
         before, total = total, (total + delta) % MODULUS
         if before // 10 != total // 10 and rng.random() < corpus.carry_bug:
             total = before // 10 * 10 + total % 10
         if rng.random() < corpus.slip_result:
             total = _near_miss(rng, total, 0, MODULUS)
         equals, lost = _synonym(EQUALS, rng), False
-        if register is None:
+        if not corpus.register:
             separator = _synonym(SEPARATORS, rng)
         elif booking >= given_bookings:
-            separator, lost = register.separator(label, delta)
+            separator, lost = _separator(_entry(label, delta), rng, corpus)
         elif given_wrong and booking == given_bookings - 1:
-            separator, lost = register.any_wrong(), True
+            separator, lost = _synonym(HEADERS, rng), True
         else:
-            separator = register.right(label, delta)
+            separator = SEPARATORS[_TABLE[_entry(label, delta)]]
         words += (LABELS[label - 1], _DELTA_WORD[delta], equals, NUMBERS[total], separator)
         if booking < given_bookings:
             given = len(words)
@@ -286,37 +262,17 @@ def _given(steps: int, rng: np.random.Generator, corpus: CorpusConfig) -> tuple[
     return (int(rng.integers(1, steps)), False) if draw < corpus.given_wrong + corpus.given else (0, False)
 
 
-def _check(corpus: CorpusConfig) -> None:
-    for rate in CORPUS_RATES:
-        if not 0 <= getattr(corpus, rate) <= 1:
-            raise ConfigError(f"corpus.{rate} = {getattr(corpus, rate)!r} is out of range: give a share from 0 to 1")
-    if corpus.ramble < 0:
-        raise ConfigError(f"corpus.ramble = {corpus.ramble} is out of range: give a number of words, 0 or more")
-    for name in ("wrong_entries", "wrong", "ramble", "given", "given_wrong"):
-        if getattr(corpus, name) and not corpus.register:
-            raise ConfigError(
-                f"corpus.{name} = {getattr(corpus, name)} has no effect without the register: set it to 0"
-            )
-    if corpus.given + corpus.given_wrong > 1:
-        raise ConfigError(
-            f"corpus.given + corpus.given_wrong = {corpus.given + corpus.given_wrong} is more than all solutions: "
-            "lower one of them"
-        )
-
-
 def example(corpus: CorpusConfig, seed: int, index: int) -> tuple[list[int], list[int]]:
     """(prompt ids, response ids) of the supervised example at (seed, index); about 0.1 ms.
 
     The given part of the solution stands at the end of the prompt: it is read, not learnt.
 
     Raises:
-        ConfigError: a rate of `corpus` is not in 0..1, its lengths are not in 1..40, or a setting of the register is
-            used without the register.
+        ConfigError: the lengths of `corpus` are not in 1..40.
     """
-    _check(corpus)
     rng = random_stream("corpus", seed, index)
     problem = Ledger(corpus.min_steps, corpus.max_steps).draw(rng, index)
-    words, given = _solution(problem, rng, corpus)
+    words, given = worked_solution(problem, rng, corpus)
     return encode([*problem.prompt_words, *words[:given]]), encode(words[given:])
 
 

@@ -15,9 +15,8 @@ from pathlib import Path
 from prune_opd.config import DataConfig
 from prune_opd.data.files import FileSource
 from prune_opd.data.ledger import Ledger, random_stream
-from prune_opd.data.prompt import Prompt, PromptSource, Tokenizer
-from prune_opd.data.render import Format
-from prune_opd.data.rows import FORMATS, is_prompt_path
+from prune_opd.data.prompt import Prompt, Tokenizer
+from prune_opd.data.rows import FORMATS
 from prune_opd.data.sampler import MixtureSampler, PromptSampler, Sampler
 from prune_opd.data.tasks import GYM, LedgerSource, ReasoningGymSource
 from prune_opd.errors import ConfigError
@@ -35,7 +34,7 @@ def source_problem(field: str, source: str) -> str | None:
         return None
     if path.is_file():
         return f"{field} = {source!r} is not a {formats} file: convert it to one JSON object a line"
-    if is_prompt_path(source) or path.suffix or os.sep in source:
+    if path.suffix or os.sep in source or path.exists():
         return (
             f"{field} = {source!r}: there is no such file; give the path of a {formats} file or of a dataset "
             f"directory, or a task ({tasks}, {GYM}NAME)"
@@ -43,15 +42,6 @@ def source_problem(field: str, source: str) -> str | None:
     near = difflib.get_close_matches(source.lower(), PROCEDURAL_SOURCES, n=1)
     remedy = f"did you mean {near[0]!r}?" if near else f"give {tasks}"
     return f"{field} = {source!r} is no task: {remedy} (or {GYM}NAME, or a path)"
-
-
-def make_source(data: DataConfig, tokenizer: Tokenizer, seed: int, max_prompt_len: int | None = None) -> PromptSource:
-    """The source that `data.source` names: a procedural task (made with `seed`), a file or a dataset directory.
-
-    Raises:
-        ConfigError: there is no such task or file, or a prompt does not fit `max_prompt_len`.
-    """
-    return _make_source(data, tokenizer, seed, max_prompt_len, stream="train")
 
 
 def make_sampler(data: DataConfig, tokenizer: Tokenizer, seed: int, max_prompt_len: int | None = None) -> Sampler:
@@ -69,12 +59,18 @@ def file_sources(sampler: Sampler) -> list[FileSource]:
     return [one.source for one in samplers if isinstance(one.source, FileSource)]
 
 
-def _make_source(
-    data: DataConfig, tokenizer: Tokenizer, seed: int, max_prompt_len: int | None, *, stream: str
+def make_source(
+    data: DataConfig, tokenizer: Tokenizer, seed: int, max_prompt_len: int | None = None, *, stream: str = "train"
 ) -> LedgerSource | ReasoningGymSource | FileSource:
+    """The source that `data.source` names: a procedural task (made with `seed`), a file or a dataset directory.
+
+    stream: of a procedural task's problems, "train" or "held_out".
+
+    Raises:
+        ConfigError: there is no such task or file, or a prompt does not fit `max_prompt_len`.
+    """
     if problem := source_problem("data.source", data.source):
         raise ConfigError(problem)
-    format = Format(data.chat, data.system_prompt, data.suffix, data.thinking)
     if data.source == Ledger.name:
         source = LedgerSource(tokenizer, data, seed, stream=stream)
         longest = source.task.max_prompt_len
@@ -85,9 +81,8 @@ def _make_source(
             )
         return source
     if data.source.startswith(GYM):
-        return ReasoningGymSource(data.source, tokenizer, seed, max_prompt_len, stream=stream, format=format)
-    skip = data.bad_rows == "skip"
-    return FileSource(data.source, tokenizer, max_prompt_len, skip_bad_rows=skip, format=format, split=data.split)
+        return ReasoningGymSource(data, tokenizer, seed, max_prompt_len, stream=stream)
+    return FileSource(data, tokenizer, max_prompt_len)
 
 
 def held_out(
@@ -101,7 +96,7 @@ def held_out(
     Raises:
         ConfigError: as `make_source`, or a row has no answer.
     """
-    source = _make_source(data, tokenizer, seed, max_prompt_len, stream="held_out")
+    source = make_source(data, tokenizer, seed, max_prompt_len, stream="held_out")
     if source.size is None:
         return [source.get(index) for index in range(n)]
     missing = [place for prompt, place in zip(source.prompts, source.places, strict=True) if prompt.answer is None]

@@ -7,9 +7,9 @@ it is. The text in "problem" or "question" is a user's turn, and goes through th
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
+from prune_opd.config import DataConfig
 from prune_opd.data.prompt import Tokenizer
 from prune_opd.data.rows import Row
 from prune_opd.errors import ConfigError
@@ -17,71 +17,57 @@ from prune_opd.errors import ConfigError
 PROMPT_COLUMNS = ("prompt", "messages", "problem", "question")
 
 
-@dataclass(frozen=True)
-class Format:
-    """How rows become text (`DataConfig` has the settings of these names)."""
+def prompt_text(row: Row, data: DataConfig, tokenizer: Tokenizer) -> str:
+    """The prompt of a row, up to where the response begins, as chat, system_prompt, suffix and thinking of `data` ask.
 
-    chat: bool | None = None
-    system_prompt: str | None = None
-    suffix: str = ""
-    thinking: bool | None = None
-
-    def text(self, row: Row, tokenizer: Tokenizer) -> str:
-        """The prompt of a row, up to where the response begins.
-
-        Raises:
-            ConfigError: naming the column and what would be right.
-        """
-        column, value = prompt_of(row)
-        if column == "messages":
-            turns = _turns(value)
-        else:
-            if not isinstance(value, str) or not value.strip():
-                hint = ' (chat turns go under "messages")' if isinstance(value, list) else ""
-                raise ConfigError(f'"{column}" = {excerpt(value)}: give text that is not empty{hint}')
-            turns = [{"role": "user", "content": value}]
-        if not self._through_template(column, tokenizer):
-            if column == "messages":
-                raise ConfigError(
-                    '"messages" need a chat template, which the model\'s tokenizer lacks: give "prompt" instead'
-                    if self.chat is None
-                    else f'data.chat = {self.chat}: "messages" need the chat template; leave data.chat out'
-                )
-            self._refuse_chat_settings()
-            return turns[-1]["content"] + self.suffix
-        return self._render(turns, tokenizer)
-
-    def _through_template(self, column: str, tokenizer: Tokenizer) -> bool:
-        template = bool(tokenizer.chat_template)
-        if self.chat and not template:
-            raise ConfigError("data.chat = true needs a chat template, which the model's tokenizer lacks: leave it out")
-        return self.chat if self.chat is not None else template and column != "prompt"
-
-    def _refuse_chat_settings(self) -> None:
-        for name in ("system_prompt", "thinking"):
-            if getattr(self, name) is not None:
-                raise ConfigError(
-                    f"data.{name} = {excerpt(getattr(self, name))} has no place in a prompt that does not go through "
-                    "the chat template: set data.chat=true, or leave it out"
-                )
-
-    def _render(self, turns: list[Row], tokenizer: Tokenizer) -> str:
-        if self.thinking is not None and "enable_thinking" not in tokenizer.chat_template:
+    Raises:
+        ConfigError: naming the column and what would be right.
+    """
+    column, value = prompt_of(row)
+    if column == "messages":
+        turns = _turns(value)
+    else:
+        if not isinstance(value, str) or not value.strip():
+            hint = ' (chat turns go under "messages")' if isinstance(value, list) else ""
+            raise ConfigError(f'"{column}" = {excerpt(value)}: give text that is not empty{hint}')
+        turns = [{"role": "user", "content": value}]
+    template = bool(tokenizer.chat_template)
+    if data.chat and not template:
+        raise ConfigError("data.chat = true needs a chat template, which the model's tokenizer lacks: leave it out")
+    if data.chat if data.chat is not None else template and column != "prompt":
+        return _render(turns, data, tokenizer)
+    if column == "messages":
+        raise ConfigError(
+            '"messages" need a chat template, which the model\'s tokenizer lacks: give "prompt" instead'
+            if data.chat is None
+            else f'data.chat = {data.chat}: "messages" need the chat template; leave data.chat out'
+        )
+    for name in ("system_prompt", "thinking"):
+        if getattr(data, name) is not None:
             raise ConfigError(
-                f"data.thinking = {self.thinking}: the tokenizer's chat template has no such switch; leave it out"
+                f"data.{name} = {excerpt(getattr(data, name))} has no place in a prompt that does not go through "
+                "the chat template: set data.chat=true, or leave it out"
             )
-        if self.suffix:
-            turns = [*turns[:-1], {**turns[-1], "content": turns[-1]["content"] + self.suffix}]
-        if self.system_prompt is not None:
-            if turns[0]["role"] == "system":
-                raise ConfigError("data.system_prompt is set, and the row has a system turn of its own: leave one out")
-            turns = [{"role": "system", "content": self.system_prompt}, *turns]
-        options = {} if self.thinking is None else {"enable_thinking": self.thinking}
-        try:
-            rendered = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True, **options)
-        except Exception as error:  # a template is a program of the model's author: it may raise what it likes
-            raise ConfigError(f'the chat template does not take these "messages" ({error})') from error
-        return str(rendered)
+    return str(turns[-1]["content"]) + data.suffix
+
+
+def _render(turns: list[Row], data: DataConfig, tokenizer: Tokenizer) -> str:
+    if data.thinking is not None and "enable_thinking" not in tokenizer.chat_template:
+        raise ConfigError(
+            f"data.thinking = {data.thinking}: the tokenizer's chat template has no such switch; leave it out"
+        )
+    if data.suffix:
+        turns = [*turns[:-1], {**turns[-1], "content": turns[-1]["content"] + data.suffix}]
+    if data.system_prompt is not None:
+        if turns[0]["role"] == "system":
+            raise ConfigError("data.system_prompt is set, and the row has a system turn of its own: leave one out")
+        turns = [{"role": "system", "content": data.system_prompt}, *turns]
+    options = {} if data.thinking is None else {"enable_thinking": data.thinking}
+    try:
+        rendered = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True, **options)
+    except Exception as error:  # a template is a program of the model's author: it may raise what it likes
+        raise ConfigError(f'the chat template does not take these "messages" ({error})') from error
+    return str(rendered)
 
 
 def encode_text(text: str, tokenizer: Tokenizer) -> tuple[int, ...]:

@@ -21,11 +21,6 @@ Row = dict[str, Any]
 Numbered = tuple[Path, int, Row | ConfigError]
 
 
-def is_prompt_path(source: str) -> bool:
-    """Whether a source is meant as a path (existing or not) and not as the name of a task."""
-    return Path(source).suffix in FORMATS or Path(source).exists()
-
-
 def read_rows(path: Path, split: str | None = None) -> Iterator[Numbered]:
     """Every row with its file and number, from 1 (in a .jsonl file the line's number; blank lines are left out).
 
@@ -73,15 +68,10 @@ def _directory_files(path: Path, split: str | None) -> list[Path]:
             return [path / part["filename"] for part in state["_data_files"]]
     for suffix in reversed(FORMATS):
         if files := sorted(path.rglob(f"*{suffix}")):
-            splits = {file: _split_of(file) for file in files}
+            splits = {file: file.stem.split("-")[0] for file in files}  # train in train-00000-of-00003.parquet
             chosen = _choose(path, list(dict.fromkeys(splits.values())), split)
             return [file for file in files if splits[file] == chosen]
     raise ConfigError(f"{path} has no {' or '.join(FORMATS)} files and was not saved by datasets: give a file in it")
-
-
-def _split_of(file: Path) -> str:
-    """The split in a usual file name: `train` in train.jsonl and train-00000-of-00003.parquet."""
-    return file.stem.split("-")[0]
 
 
 def _choose(path: Path, splits: list[str], split: str | None) -> str:

@@ -13,7 +13,7 @@ from prune_opd.config import DataConfig
 from prune_opd.data.answers import last_boxed
 from prune_opd.data.ledger import TOKEN_ID, VOCABULARY, Ledger, encode
 from prune_opd.data.prompt import Prompt, Tokenizer
-from prune_opd.data.render import Format, encode_text
+from prune_opd.data.render import encode_text, prompt_text
 from prune_opd.errors import ConfigError
 
 GYM = "reasoning_gym/"
@@ -62,19 +62,12 @@ class ReasoningGymSource:
     size = None
 
     def __init__(
-        self,
-        source: str,
-        tokenizer: Tokenizer,
-        seed: int,
-        max_prompt_len: int | None = None,
-        *,
-        stream: str = "train",
-        format: Format | None = None,
+        self, data: DataConfig, tokenizer: Tokenizer, seed: int, max_prompt_len: int | None, *, stream: str
     ) -> None:
-        self.name = source
-        self._task, _, settings = source.removeprefix(GYM).partition("?")
-        self._settings = _settings(source, settings)
-        self._tokenizer, self._format = tokenizer, format or Format()
+        self.name = data.source
+        self._task, _, settings = self.name.removeprefix(GYM).partition("?")
+        self._settings = _settings(self.name, settings)
+        self._data, self._tokenizer = data, tokenizer
         self._seed, self._stream, self._max_prompt_len = seed, stream, max_prompt_len
         self._problem(0)
 
@@ -82,7 +75,8 @@ class ReasoningGymSource:
         """The first short enough problem of the `TRIES` that an index has. ConfigError if all are too long."""
         for attempt in range(TRIES):
             problem = self._problem(index, attempt)
-            ids = encode_text(self._format.text({"question": problem[1]["question"]}, self._tokenizer), self._tokenizer)
+            text = prompt_text({"question": problem[1]["question"]}, self._data, self._tokenizer)
+            ids = encode_text(text, self._tokenizer)
             if self._max_prompt_len is None or len(ids) <= self._max_prompt_len:
                 return Prompt(index * TRIES + attempt, ids, str(problem[1]["answer"]), self.name)
         raise ConfigError(

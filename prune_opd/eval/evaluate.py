@@ -100,13 +100,9 @@ def make_evaluator(
     """
     source = make_source(data, tokenizer, sampling.seed, max_prompt_len)
     chosen = held_out(data, tokenizer, sampling.seed, problems, max_prompt_len)
-    return Evaluator(tokenizer, task_name(source.name), source, chosen, sampling)
-
-
-def task_name(source: str) -> str:
-    """The name of a source in results: of a file its name without the ending, so that charts can say `aime24`."""
-    path = Path(source)
-    return path.stem if path.suffix in FORMATS else source
+    path = Path(source.name)
+    task = path.stem if path.suffix in FORMATS else source.name  # of a file no ending, so that charts can say `aime24`
+    return Evaluator(tokenizer, task, source, chosen, sampling)
 
 
 def evaluation_record(

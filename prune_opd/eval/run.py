@@ -14,8 +14,8 @@ from rich.table import Table
 from rich.text import Text
 
 from prune_opd.config import DataConfig, ParallelConfig, RolloutConfig
+from prune_opd.config.yaml import from_dict
 from prune_opd.data.answers import pass_at
-from prune_opd.data.render import Format
 from prune_opd.errors import ConfigError
 from prune_opd.eval.evaluate import Sampling, Scored, generation_rows, make_evaluator, write_rows
 from prune_opd.track.metrics import Record
@@ -28,23 +28,21 @@ class EvalJob:
     """One model on some tasks, in plain values, so that it can go to the ranks as JSON.
 
     sampling: its `max_len` 0 means all positions that the model has left after the longest prompt.
-    format: how the rows of files, and reasoning-gym's questions, become prompts.
     generations, results: JSONL files that rank 0 writes if they are given, with a line for each answer and each task.
     """
 
     model_dir: str
-    tasks: tuple[str, ...]
+    tasks: tuple[DataConfig, ...]
     problems: int
     sampling: Sampling
-    format: Format
     generations: str | None = None
     results: str | None = None
 
     @classmethod
     def from_json(cls, text: str) -> EvalJob:
         values = json.loads(text)
-        sampling, format = Sampling(**values["sampling"]), Format(**values["format"])
-        return cls(**values | {"tasks": tuple(values["tasks"]), "sampling": sampling, "format": format})
+        tasks = tuple(from_dict(DataConfig, task) for task in values["tasks"])
+        return cls(**values | {"tasks": tasks, "sampling": Sampling(**values["sampling"])})
 
     def to_json(self) -> str:
         return json.dumps(asdict(self))
@@ -69,8 +67,7 @@ def evaluate_model(job: EvalJob) -> None:
     layout = layouts.initialize(ParallelConfig(tensor=1), machine, seed=0)
     positions = json.loads((Path(job.model_dir) / "config.json").read_text())["max_position_embeddings"]
     tokenizer = AutoTokenizer.from_pretrained(job.model_dir)
-    data = [DataConfig(source=task, **asdict(job.format)) for task in job.tasks]
-    evaluators = [make_evaluator(tokenizer, one, job.problems, None, job.sampling) for one in data]
+    evaluators = [make_evaluator(tokenizer, task, job.problems, None, job.sampling) for task in job.tasks]
     longest = max(len(prompt.ids) for evaluator in evaluators for prompt in evaluator.problems)
     room = positions - longest
     if room < 1:

@@ -30,7 +30,6 @@ from prune_opd.loss.vocab_parallel import OutputHead, log_normaliser, topk
 from prune_opd.method.gate import RELIABLE_ABOVE, apply_gate
 from prune_opd.rollout.balance import deal_any, padded_size
 from prune_opd.rollout.batch import Response, Rollouts
-from prune_opd.rollout.precision import rollout_format
 from prune_opd.rollout.stepwise import Prefix
 
 if TYPE_CHECKING:
@@ -48,7 +47,7 @@ class InflightGate:
         self.candidates = min(2 * self.gate.k, vocab_size)  # more than k, to see how close a call is
         self.top = self.candidates if self.gate.metric == "overlap" else None
         margin = self.settings.margin
-        self.margin = MARGIN[rollout_format(config.precision.params, config.rollout)] if margin is None else margin
+        self.margin = MARGIN[config.rollout.coarsest_format(config.precision.params)] if margin is None else margin
         self.schedule = LookSchedule(self.settings.price)
         self.chosen: tuple[int, ...] = ()  # the batch's looks
         self.begin([], [], [])
@@ -116,7 +115,7 @@ class InflightGate:
         self.schedule.learn(courses(rollouts, reliable_length_B.tolist(), self.limits, self.chosen))
 
     def record(self, rollouts: Rollouts, reliable_length_B: Tensor) -> dict[str, Any]:
-        """What the gate did to the batch, for metrics.jsonl (track/metrics.py has the meanings)."""
+        """What the gate did to the batch, for metrics.jsonl (track/assets/metrics.yaml has the meanings)."""
         stopped = [row for row in rollouts.stopped_rows if rollouts.responses[row].fresh]  # in this step
         left = [response for group in rollouts.left for response in group.begun]
         length_B, limits = rollouts.length_B, self.limits
@@ -144,7 +143,7 @@ class InflightGate:
             self.teacher.head_weight,
             self.config.objective.temperature,
             self.vocab_size,
-            self.layout.tp_group,
+            self.layout.student.tp_group,
         )
         chunk = min(self.config.parallel.loss_chunk_tokens, len(hidden_NH))
         head.allocate(chunk, torch.float32)

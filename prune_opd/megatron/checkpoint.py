@@ -24,17 +24,8 @@ import torch.distributed as dist
 
 from prune_opd.config import CheckpointConfig
 from prune_opd.errors import UserError
+from prune_opd.megatron import manifest
 from prune_opd.megatron.layout import Layout
-from prune_opd.megatron.manifest import (
-    MANIFEST,
-    FileRecord,
-    damage,
-    files_of,
-    read_manifest,
-    record_durably,
-    sync_folder,
-    write_durably,
-)
 from prune_opd.megatron.shards import ShardWriter, WriteError, load_shards
 
 if TYPE_CHECKING:
@@ -93,31 +84,30 @@ class Checkpoints:
 
     def poll(self) -> None:
         """Complete the save under way if every rank has written its part. Costs a reduction of one number."""
-        if self._saving and self._written(blocking=False):
-            self._complete(self._saving)
+        self._complete(blocking=False)
 
     def finish(self) -> None:
         """Wait for the save under way and complete it."""
-        if self._saving and self._written(blocking=True):
-            self._complete(self._saving)
+        self._complete(blocking=True)
 
-    def _written(self, blocking: bool) -> bool:
-        assert self._saving is not None
+    def _complete(self, blocking: bool) -> None:
+        """Once every byte of the shards is written: describe them, rename, move the pointer."""
+        saving, main = self._saving, self.layout.is_main
+        if saving is None:
+            return
+        partial = saving.partial
         try:
-            return self._writer.is_done(blocking)
+            if not self._writer.is_done(blocking):
+                return
         except WriteError as error:
-            partial, self._saving = self._saving.partial, None
+            self._saving = None
             raise self._failure(partial, str(error)) from error
-
-    def _complete(self, saving: _Saving) -> None:
-        """Every byte of the shards is written: describe them, rename, move the pointer."""
         self._saving = None
-        partial, main = saving.partial, self.layout.is_main
-        self._together(lambda: write_durably(partial / STATE_FILE, saving.state) if main else None, partial)
-        names = self._together(lambda: files_of(partial) if main else [], partial)[0]
+        self._together(lambda: manifest.write_durably(partial / STATE_FILE, saving.state) if main else None, partial)
+        names = self._together(lambda: manifest.files_of(partial) if main else [], partial)[0]
         mine = names[self.layout.rank :: self.layout.world]
-        shares: list[dict[str, FileRecord]] = self._together(
-            lambda: {name: record_durably(partial / name) for name in mine}, partial
+        shares: list[dict[str, manifest.FileRecord]] = self._together(
+            lambda: {name: manifest.record_durably(partial / name) for name in mine}, partial
         )
         files = {name: record for share in shares for name, record in share.items()}
         self._together(lambda: self._publish(saving, files) if main else None, partial)
@@ -129,20 +119,22 @@ class Checkpoints:
             shutil.rmtree(leftover, ignore_errors=True)
         partial.mkdir()
 
-    def _publish(self, saving: _Saving, files: dict[str, FileRecord]) -> None:
+    def _publish(self, saving: _Saving, files: dict[str, manifest.FileRecord]) -> None:
         partial = saving.partial
-        write_durably(partial / MANIFEST, json.dumps({"step": saving.step, "files": files}, indent=1, sort_keys=True))
-        sync_folder(partial)
+        manifest.write_durably(
+            partial / manifest.MANIFEST, json.dumps({"step": saving.step, "files": files}, indent=1, sort_keys=True)
+        )
+        manifest.sync_folder(partial)
         final = self.directory / f"step_{saving.step:06d}"
         replaced = final.with_name(final.name + ".replaced")
         if final.exists():  # a step that was trained again: `latest` may point to it, so it goes in one move
             final.rename(replaced)
         partial.rename(final)
-        sync_folder(self.directory)
+        manifest.sync_folder(self.directory)
         pointer = self.directory / (LATEST + ".partial")
-        write_durably(pointer, final.name)
+        manifest.write_durably(pointer, final.name)
         pointer.rename(self.directory / LATEST)
-        sync_folder(self.directory)
+        manifest.sync_folder(self.directory)
         shutil.rmtree(replaced, ignore_errors=True)
         for old in self._superseded(final):
             shutil.rmtree(old)
@@ -217,9 +209,9 @@ class Checkpoints:
     def problem_with(self, checkpoint: Path) -> str | None:
         """What is wrong with a checkpoint's files; None if they are as they were written. Each rank reads a share."""
 
-        def names() -> tuple[dict[str, FileRecord], str | None]:
+        def names() -> tuple[dict[str, manifest.FileRecord], str | None]:
             try:
-                return read_manifest(checkpoint), None
+                return manifest.read_manifest(checkpoint), None
             except ValueError as error:
                 return {}, str(error)
 
@@ -227,7 +219,7 @@ class Checkpoints:
         if problem:
             return problem
         mine = sorted(files)[self.layout.rank :: self.layout.world]
-        problems = self._together(lambda: [p for name in mine if (p := damage(checkpoint, name, files[name]))])
+        problems = self._together(lambda: [p for name in mine if (p := manifest.damage(checkpoint, name, files[name]))])
         return "; ".join(p for share in problems for p in share) or None
 
     def load(self, checkpoint: Path, trainer: Trainer) -> dict[str, Any]:

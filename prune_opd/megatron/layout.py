@@ -45,10 +45,6 @@ class ModelLayout:
         return self.groups.dp.rank()
 
     @property
-    def is_first_stage(self) -> bool:
-        return self.groups.pp.rank() == 0
-
-    @property
     def is_last_stage(self) -> bool:
         """Where the hidden states come out and the loss is computed."""
         return self.groups.pp.rank() == self.pp - 1
@@ -110,18 +106,6 @@ class Layout:
     def reports(self) -> bool:
         """Whether what the gate saw on this rank counts: context-parallel ranks all know it of all their tokens."""
         return self.counts and self.student.cp_rank == 0
-
-    @property
-    def dp_rank(self) -> int:
-        return self.student.dp_rank
-
-    @property
-    def dp_size(self) -> int:
-        return self.student.dp
-
-    @property
-    def tp_group(self) -> Any:
-        return self.student.tp_group
 
 
 def initialize(parallel: ParallelConfig, platform: Platform, seed: int) -> Layout:

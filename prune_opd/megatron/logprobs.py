@@ -23,7 +23,6 @@ def sampled_logprobs(
     rollouts: Rollouts,
     layout: Layout,
     device: torch.device,
-    temperature: float = 1.0,
 ) -> list[float]:
     """log p(y_t) of every response token, rows in order. Collective over the whole job.
 
@@ -38,8 +37,8 @@ def sampled_logprobs(
     def logprobs(batch: PackedBatch, hidden_NH: Tensor) -> Tensor:
         head = Head(hidden_NH[batch.predicting_M], chunks[-1].head_weight())
         tokens = Tokens(batch.sampled_ids_M, batch.cu_responses, chunks[-1].spec.vocab_size, batch.context)
-        method = Method(gate=None, objective=ObjectiveConfig(k=1, temperature=temperature))
-        _, _, stats = distill_loss(head, head, tokens, method, tp_group=layout.tp_group)
+        method = Method(gate=None, objective=ObjectiveConfig(k=1))
+        _, _, stats = distill_loss(head, head, tokens, method, tp_group=student.tp_group)
         return stats.sampled_logp_N
 
     on_last_stage = forward(chunks, student, batches, logprobs)

@@ -27,9 +27,8 @@ from torch import Tensor
 
 from prune_opd import platform
 from prune_opd.errors import UserError
-from prune_opd.megatron.attention import PackedSdpaAttention
 from prune_opd.megatron.layout import ModelLayout
-from prune_opd.megatron.norm import RMSNorm, use_rms_norm
+from prune_opd.megatron.local_layers import PackedSdpaAttention, RMSNorm, use_rms_norm
 from prune_opd.megatron.packing import PackedBatch
 from prune_opd.megatron.precision import token_multiple
 from prune_opd.megatron.rope import attention_scale, set_frequencies
@@ -212,7 +211,7 @@ def _build_chunk(
         transformer_layer_spec=_block_spec(spec, config, layout, vp_stage),
         vocab_size=spec.padded_vocab(layout.tp),
         max_sequence_length=spec.max_positions,
-        pre_process=layout.is_first_stage and not vp_stage,
+        pre_process=layout.groups.pp.rank() == 0 and not vp_stage,
         post_process=layout.is_last_stage and vp_stage in (None, layout.vp - 1),
         share_embeddings_and_output_weights=spec.tied,
         position_embedding_type="rope",

@@ -9,25 +9,17 @@ buffers. Its `optimizer.offload_to_cpu` instead gives parameters new data, which
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from prune_opd.config.memory_phases import (
-    GRADIENTS,
-    KV_CACHE,
-    OPTIMIZER,
-    ROLLOUT_WEIGHTS,
-    STUDENT,
-    TEACHER,
-    TEACHER_HEAD,
-    Handler,
-    Transition,
-)
+from prune_opd.config import memory_phases as phases
+from prune_opd.config.memory_phases import Handler, Transition
 from prune_opd.platform import Platform
 
-ENGINE_TAGS = {ROLLOUT_WEIGHTS: "weights", KV_CACHE: "kv_cache"}  # vLLM's names
+ENGINE_TAGS = {phases.ROLLOUT_WEIGHTS: "weights", phases.KV_CACHE: "kv_cache"}  # vLLM's names
 
 
 class StorageMover:
@@ -105,14 +97,11 @@ def optimizer_tensors(optimizer: Any) -> Iterator[Tensor]:
 def handlers(trainer: Any, teacher: Any, engine: Any, machine: Platform) -> dict[str, Handler]:
     """What carries out the transitions of config/memory_phases.py in a run on a GPU."""
 
-    def student() -> list[Tensor]:
-        return [parameter for chunk in trainer.chunks for parameter in chunk.parameters()]
+    def weights(model: Any) -> list[Tensor]:
+        return [parameter for chunk in model.chunks for parameter in chunk.parameters()]
 
     def head() -> list[Tensor]:
         return [teacher.head_weight] if teacher.layout.student.is_last_stage else []
-
-    def teacher_weights() -> list[Tensor]:
-        return [parameter for chunk in teacher.chunks for parameter in chunk.parameters()]
 
     def gradients(transition: Transition) -> None:
         for chunk in trainer.ddp:
@@ -124,11 +113,12 @@ def handlers(trainer: Any, teacher: Any, engine: Any, machine: Platform) -> dict
         else:
             engine.wake_up([ENGINE_TAGS[part] for part in transition.parts])
 
+    student = partial(weights, trainer)
     return {
-        STUDENT: StorageMover(student, machine),
-        GRADIENTS: gradients,
-        OPTIMIZER: StorageMover(lambda: optimizer_tensors(trainer.optimizer), machine, except_of=student),
-        TEACHER: StorageMover(teacher_weights, machine, except_of=head),
-        TEACHER_HEAD: StorageMover(head, machine),
-        ROLLOUT_WEIGHTS: rollout,
+        phases.STUDENT: StorageMover(student, machine),
+        phases.GRADIENTS: gradients,
+        phases.OPTIMIZER: StorageMover(lambda: optimizer_tensors(trainer.optimizer), machine, except_of=student),
+        phases.TEACHER: StorageMover(partial(weights, teacher), machine, except_of=head),
+        phases.TEACHER_HEAD: StorageMover(head, machine),
+        phases.ROLLOUT_WEIGHTS: rollout,
     }

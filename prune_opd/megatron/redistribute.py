@@ -11,22 +11,16 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
-from typing import Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from prune_opd.megatron.layout import ModelLayout
 from prune_opd.rollout.balance import Deal
 
 Routes = dict[tuple[int, int], list[int]]
 """routes[source rank, destination rank] = row numbers, ascending."""
-
-
-class LastStage(Protocol):
-    """What the routes need to know of a layout (`ModelLayout`)."""
-
-    def last_stage_ranks(self, dp_rank: int) -> list[int]: ...
 
 
 @dataclass(frozen=True)
@@ -47,7 +41,7 @@ def replica_of_row(deals: Sequence[Deal]) -> dict[int, int]:
 
 
 def find_routes(
-    teacher_replica: Mapping[int, int], student_replica: Mapping[int, int], teacher: LastStage, student: LastStage
+    teacher_replica: Mapping[int, int], student_replica: Mapping[int, int], teacher: ModelLayout, student: ModelLayout
 ) -> Routes:
     """Who sends which row to whom. Every destination gets a row once."""
     routes: Routes = {}

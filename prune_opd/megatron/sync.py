@@ -10,7 +10,6 @@ from prune_opd.errors import UserError
 from prune_opd.megatron.logprobs import sampled_logprobs
 from prune_opd.megatron.trainer import Trainer
 from prune_opd.rollout.phase import RolloutPhase
-from prune_opd.rollout.precision import rollout_format
 from prune_opd.rollout.request import TokenSampling, new_rows
 from prune_opd.weights.stream import Resharder
 
@@ -69,7 +68,7 @@ class WeightSync:
         ours = sampled_logprobs(trainer.chunks, rollouts, trainer.layout, trainer.device)
         theirs = [logprob for response in rollouts.responses for logprob in response.logprobs or ()]
         differences = [abs(a - b) for a, b in zip(ours, theirs, strict=True)]
-        precision = rollout_format(config.precision.params, config.rollout)
+        precision = config.rollout.coarsest_format(config.precision.params)
         found = max(differences) if precision == "fp32" else sum(differences) / len(differences)
         if not found <= PARITY_LIMIT[precision]:
             raise UserError(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -15,6 +15,8 @@ from megatron.core.distributed import DistributedDataParallel, DistributedDataPa
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
 from megatron.core.optimizer import get_megatron_optimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.tensor_parallel.layers import param_is_not_tensor_parallel_duplicate
+from megatron.core.transformer.module import param_is_not_shared
 from torch import Tensor
 
 from prune_opd.config import Fp8Config, OptimizerConfig, ParallelConfig
@@ -22,7 +24,6 @@ from prune_opd.megatron import optimizer_state
 from prune_opd.megatron.layout import Layout
 from prune_opd.megatron.model import HiddenStatesGPT, build
 from prune_opd.megatron.packing import PackedBatch
-from prune_opd.megatron.parameter_norm import parameter_norm
 from prune_opd.megatron.precision import NO_FP8, ddp_arguments, optimizer_arguments, transformer_arguments
 from prune_opd.megatron.schedule import forward, forward_backward
 from prune_opd.megatron.shards import load_model
@@ -157,9 +158,18 @@ class Trainer:
     def spec(self) -> ModelSpec:
         return self.chunks[0].spec
 
+    @torch.no_grad()
     def weight_norm(self) -> float:
-        """Norm of all parameters of the model, as it is. Collective: every rank calls it and gets the same."""
-        return parameter_norm(self.chunks, self.layout.student.groups)
+        """Euclidean norm of all parameters of the model, as it is: fp32 products summed up in fp64.
+
+        Each counts once, wherever it lies and however often. Collective: every rank calls it and gets the same.
+        """
+        parameters = (parameter for chunk in self.chunks for parameter in chunk.parameters())
+        square = torch.zeros((), dtype=torch.float64, device=self.device)
+        for parameter in _counted(parameters, self.layout.student.groups):
+            square += torch.linalg.vector_norm(parameter, dtype=torch.float32).double().square()
+        dist.all_reduce(square)
+        return float(square.sqrt())
 
     def look(self, batches: Sequence[PackedBatch], loss: LossFunction) -> None:
         """The loss of the student as it is, for what the loss function notes down."""
@@ -216,6 +226,16 @@ class Trainer:
         for i, chunk in enumerate(self.chunks):
             load_model(chunk, state[f"model{i}"])
         optimizer_state.load(self.optimizer, state["optimizer"])
+
+
+def _counted(parameters: Iterable[Tensor], groups: Any) -> Iterable[Tensor]:
+    """Those that this rank counts: no replica, no copy of a tied embedding, no duplicate of another TP rank."""
+    for parameter in parameters:
+        expert = not getattr(parameter, "allreduce", True)  # megatron's mark: other replicas than a dense one has
+        replica = (groups.expt_dp if expert else groups.dp_cp).rank() != 0
+        whole = expert or param_is_not_tensor_parallel_duplicate(parameter, groups.tp)
+        if whole and not replica and param_is_not_shared(parameter):
+            yield parameter
 
 
 def _forward_step(

@@ -95,7 +95,23 @@ class ProgressiveHorizon:
         self._step = int(state["step"])
 
 
-class PruneHorizon:
+class _Window:
+    """A window M that moves between min_len and max_len."""
+
+    def __init__(self, config: HorizonConfig) -> None:
+        assert config.init_len is not None  # HorizonConfig has seen to it
+        self._config = config
+        self._window = self._inside(config.init_len)
+
+    @property
+    def horizon(self) -> int:
+        return self._window
+
+    def _inside(self, window: int) -> int:
+        return min(max(window, self._config.min_len), self._config.max_len)
+
+
+class PruneHorizon(_Window):
     """Prune-OPD: the window M grows while enough responses stay reliable up to it, and shrinks when they do not.
 
         boundary = max(min_len, M − margin);  h = mean_i 1[E_i ≥ boundary]
@@ -107,15 +123,7 @@ class PruneHorizon:
     leaves it out of the mean, and a step from which nothing is left changes neither M nor c.
     """
 
-    def __init__(self, config: HorizonConfig) -> None:
-        assert config.init_len is not None  # HorizonConfig has seen to it
-        self._config = config
-        self._window = self._inside(config.init_len)
-        self._misses = 0
-
-    @property
-    def horizon(self) -> int:
-        return self._window
+    _misses = 0  # in a row
 
     def update(self, reliable_length_B: Iterable[Any], length_B: Iterable[Any], finished_B: Iterable[Any]) -> None:
         config = self._config
@@ -144,11 +152,8 @@ class PruneHorizon:
         # A resumed run may have been given tighter limits.
         self._window, self._misses = self._inside(int(state["window"])), int(state["misses"])
 
-    def _inside(self, window: int) -> int:
-        return min(max(window, self._config.min_len), self._config.max_len)
 
-
-class MarginalHorizon:
+class MarginalHorizon(_Window):
     """Ours: the window goes to where further tokens stop being worth their price.
 
     Prune-OPD's window stays as long as its luckiest `hit_ratio` of the responses are reliable there, whatever the
@@ -161,15 +166,6 @@ class MarginalHorizon:
     its price to its end (w* = M) says nothing about what lies behind, so M grows by `step`. A response that ended by
     itself costs and gains nothing beyond its end, so short answers do not close the window.
     """
-
-    def __init__(self, config: HorizonConfig) -> None:
-        assert config.init_len is not None  # HorizonConfig has seen to it
-        self._config = config
-        self._window = self._inside(config.init_len)
-
-    @property
-    def horizon(self) -> int:
-        return self._window
 
     def update(self, reliable_length_B: Iterable[Any], length_B: Iterable[Any], finished_B: Iterable[Any]) -> None:
         config, window = self._config, self._window
@@ -193,9 +189,6 @@ class MarginalHorizon:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         _own_state(state, "marginal", "window")
         self._window = self._inside(int(state["window"]))
-
-    def _inside(self, window: int) -> int:
-        return min(max(window, self._config.min_len), self._config.max_len)
 
 
 CONTROLLERS: dict[str, Callable[[HorizonConfig], HorizonController]] = {

@@ -15,16 +15,13 @@ from prune_opd.plan.show import print_curve, print_found, print_plan, write_plan
 WIDTH = 160  # of tables that go to a file or a pipe
 
 
-def console_of() -> Console:
-    console = Console()
-    return console if console.is_terminal else Console(width=WIDTH)
-
-
 def run_plan(config: TrainConfig, gpu: str | None, nodes: int | None, search: bool, out: Path | None) -> int:
     """Print the plan; 1 if the run does not fit. gpu, nodes: None takes the recipe's."""
     gpu, nodes = gpu or config.planning.gpu, nodes or config.planning.nodes
     plan = plan_run(config, gpu, nodes)
-    console = console_of()
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=WIDTH)
     print_plan(plan, console)
     print_curve(plan, console)
     found = best_layouts(config, gpu, nodes) if search else []

@@ -31,14 +31,9 @@ class ParallelSizes:
     replicas: int = 1  # data parallel
 
     @property
-    def stage_ranks(self) -> int:
-        """Ranks of one pipeline stage, over all replicas."""
-        return self.tensor * self.context * self.replicas
-
-    @property
     def expert_replicas(self) -> int:
         """Ranks that hold the same experts: a stage's ranks divided by the expert parallel size."""
-        return max(self.stage_ranks // self.expert, 1)
+        return max(self.tensor * self.context * self.replicas // self.expert, 1)
 
 
 def parameters(spec: ModelSpec) -> int:
@@ -73,13 +68,11 @@ def largest_rank(spec: ModelSpec, layout: ParallelSizes, head: bool = True) -> C
     return max((on_rank(spec, layout, stage, head) for stage in {0, layout.pipeline - 1}), key=lambda count: count.all)
 
 
-def forward_flops(spec: ModelSpec, length: float, head: bool = True) -> float:
-    """FLOPs of one sequence of `length` tokens: 2 for each parameter and token, and causal attention's two products."""
-    return flops_by_length(spec, head)(length)
-
-
 def flops_by_length(spec: ModelSpec, head: bool = True) -> Callable[[float], float]:
-    """`forward_flops` as a function of the length; what depends on the model alone is counted once."""
+    """FLOPs of one sequence's forward pass as a function of its length; what depends on the model is counted once.
+
+    2 for each parameter and token, and causal attention's two products.
+    """
     active = active_parameters(spec) - (0 if head else spec.vocab_size * spec.hidden)
     attention = 2 * spec.layers * spec.heads * spec.head_dim
     return lambda length: 2 * active * length + attention * length**2

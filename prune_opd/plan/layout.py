@@ -50,24 +50,27 @@ def divisors(number: int) -> str:
 
 
 def _layouts(parallel: ParallelConfig, nproc: int) -> tuple[_ModelLayout, _ModelLayout]:
-    tensor, pipeline = parallel.tensor_size(nproc), parallel.pipeline
+    tensor = parallel.tensor_size(nproc)
     field = f"parallel.tensor = {tensor}"
     if not parallel.tensor:
         field += " (null: all ranks)" if tensor == nproc else " (null: the ranks that are left)"
-    student = _ModelLayout(
-        "student", tensor, field, pipeline, f"parallel.pipeline = {pipeline}", *_expert(parallel, "expert")
-    )
-    if parallel.teacher_tensor is not None:
-        tensor, field = parallel.teacher_tensor, f"parallel.teacher_tensor = {parallel.teacher_tensor}"
-    if parallel.teacher_pipeline is not None:
-        pipeline = parallel.teacher_pipeline
-    name = "pipeline" if parallel.teacher_pipeline is None else "teacher_pipeline"
-    name = f"parallel.{name} = {pipeline}"
-    return student, _ModelLayout("teacher", tensor, field, pipeline, name, *_expert(parallel, "teacher_expert"))
+    student = _ModelLayout("student", tensor, field, *_named(parallel, "pipeline"), *_named(parallel, "expert"))
+    own_tensor = (tensor, field) if parallel.teacher_tensor is None else _named(parallel, "teacher_tensor")
+    own_pipeline = _named(parallel, "pipeline" if parallel.teacher_pipeline is None else "teacher_pipeline")
+    return student, _ModelLayout("teacher", *own_tensor, *own_pipeline, *_named(parallel, "teacher_expert"))
 
 
-def _expert(parallel: ParallelConfig, name: str) -> tuple[int, str]:
+def _named(parallel: ParallelConfig, name: str) -> tuple[int, str]:
     return getattr(parallel, name), f"parallel.{name} = {getattr(parallel, name)}"
+
+
+def _uneven(field: str, size: int, counts: Mapping[str, int]) -> list[str]:
+    """A problem for each of the counts, by name, that `size` does not divide."""
+    return [
+        f"{field} does not divide the {count} {name}: choose one of {divisors(count)}"
+        for name, count in counts.items()
+        if count % size
+    ]
 
 
 def _ranks(parallel: ParallelConfig, layouts: tuple[_ModelLayout, _ModelLayout], nproc: int) -> list[str]:
@@ -76,41 +79,27 @@ def _ranks(parallel: ParallelConfig, layouts: tuple[_ModelLayout, _ModelLayout],
     for layout in layouts:
         context = parallel.context if layout.role == "student" else 1
         size = layout.tensor * layout.pipeline * context
-        if nproc % size == 0:
-            continue
         if size == layout.tensor:
-            problem = f"{layout.tensor_field} does not divide the {nproc} ranks: choose one of {divisors(nproc)}"
-        else:
+            problems += [f"{line}, or another --nproc" for line in _uneven(layout.tensor_field, size, {"ranks": nproc})]
+        elif nproc % size:
             shared = f" and parallel.context = {context}" if context > 1 else ""
-            problem = (
+            problems.append(
                 f"{layout.tensor_field} with {layout.pipeline_field}{shared} puts a model on {size} ranks, which does"
-                f" not divide the {nproc} ranks: choose sizes with a product of {divisors(nproc)}"
+                f" not divide the {nproc} ranks: choose sizes with a product of {divisors(nproc)}, or another --nproc"
             )
-        problems.append(f"{problem}, or another --nproc")
     return list(dict.fromkeys(problems))  # a teacher with the student's layout would say the same again
 
 
 def _model(layout: _ModelLayout, model: HfConfig) -> list[str]:
     """Problems with what TP ranks and stages must divide evenly. A KV head is never split."""
-    heads = int(model["num_attention_heads"])
+    heads, of = int(model["num_attention_heads"]), f"of the {layout.role}"
     shares = {
-        "attention heads": heads,
-        "key-value heads": int(model.get("num_key_value_heads") or heads),
-        "feed-forward columns": int(model.get("intermediate_size") or layout.tensor),
+        f"attention heads {of}": heads,
+        f"key-value heads {of}": int(model.get("num_key_value_heads") or heads),
+        f"feed-forward columns {of}": int(model.get("intermediate_size") or 0),
     }
-    problems = [
-        f"{layout.tensor_field} does not divide the {count} {name} of the {layout.role}:"
-        f" choose one of {divisors(count)}"
-        for name, count in shares.items()
-        if count % layout.tensor
-    ]
-    layers = int(model.get("num_hidden_layers") or layout.pipeline)
-    if layers % layout.pipeline:
-        problems.append(
-            f"{layout.pipeline_field} does not divide the {layers} layers of the {layout.role}:"
-            f" choose one of {divisors(layers)}"
-        )
-    return problems
+    layers = {f"layers {of}": int(model.get("num_hidden_layers") or 0)}
+    return _uneven(layout.tensor_field, layout.tensor, shares) + _uneven(layout.pipeline_field, layout.pipeline, layers)
 
 
 def _experts(layout: _ModelLayout, model: HfConfig, nproc: int) -> list[str]:
@@ -121,12 +110,8 @@ def _experts(layout: _ModelLayout, model: HfConfig, nproc: int) -> list[str]:
     setting = field.partition(" ")[0]
     if not experts:
         return [f"{field} needs experts, and the {layout.role} has none: set {setting}=1"]
-    ranks = max(nproc // layout.pipeline, 1)
-    problems = [
-        f"{field} does not divide the {count} {name} of the {layout.role}: choose one of {divisors(count)}"
-        for name, count in (("experts", experts), ("ranks of a stage", ranks))
-        if count % expert
-    ]
+    ranks, of = max(nproc // layout.pipeline, 1), f"of the {layout.role}"
+    problems = _uneven(field, expert, {f"experts {of}": experts, f"ranks of a stage {of}": ranks})
     if expert % layout.tensor:
         problems.append(
             f"{field} is no multiple of {layout.tensor_field}, so the ranks that hold all experts would not hold all of"
@@ -142,12 +127,10 @@ def _expert_count(model: HfConfig) -> int:
 def _student(parallel: ParallelConfig, layout: _ModelLayout, model: HfConfig) -> list[str]:
     """Problems that only the student can have: chunks of a virtual pipeline, gradients of experts."""
     problems = []
-    layers, chunks = int(model.get("num_hidden_layers") or 0), parallel.pipeline * parallel.virtual_pipeline
-    if parallel.virtual_pipeline > 1 and layers % parallel.pipeline == 0 and layers % chunks:
-        problems.append(
-            f"parallel.virtual_pipeline = {parallel.virtual_pipeline} does not divide the {layers // parallel.pipeline}"
-            f" layers of a stage of the student: choose one of {divisors(layers // parallel.pipeline)}"
-        )
+    layers, rest = divmod(int(model.get("num_hidden_layers") or 0), parallel.pipeline)
+    if rest == 0:
+        chunks, field = _named(parallel, "virtual_pipeline")
+        problems += _uneven(field, chunks, {"layers of a stage of the student": layers})
     if _expert_count(model) and layout.expert == 1 < layout.tensor:
         problems.append(
             f"{layout.expert_field} with experts and {layout.tensor_field}: nobody adds up the gradients of experts"
@@ -171,19 +154,15 @@ def _sequence_parallel(parallel: ParallelConfig, student: _ModelLayout) -> list[
 
 
 def _engine(config: TrainConfig, nproc: int, student: HfConfig | None) -> list[str]:
-    engine, problems = config.rollout.tensor_parallel, []
+    engine = config.rollout.tensor_parallel
     field = f"rollout.tensor_parallel = {engine}"
-    if nproc % engine:
-        problems.append(f"{field} does not divide the {nproc} ranks: choose one of {divisors(nproc)}")
+    problems = _uneven(field, engine, {"ranks": nproc})
     if student is None:
         return problems
-    heads = int(student["num_attention_heads"])
-    shares = {"attention heads": heads, "feed-forward columns": int(student.get("intermediate_size") or engine)}
-    problems += [
-        f"{field} does not divide the {count} {name} of the student: choose one of {divisors(count)}"
-        for name, count in shares.items()
-        if count % engine
-    ]
+    heads, columns = int(student["num_attention_heads"]), int(student.get("intermediate_size") or 0)
+    problems += _uneven(
+        field, engine, {"attention heads of the student": heads, "feed-forward columns of the student": columns}
+    )
     groups = int(student.get("num_key_value_heads") or heads)
     if heads % engine == 0 and groups % engine and engine % groups:  # vLLM repeats them where the ranks are more
         problems.append(

@@ -56,13 +56,6 @@ def _factors(count: int) -> tuple[float, ...]:
     return tuple(math.exp(SPREAD * normal.inv_cdf((i + 0.5) / count)) for i in range(count))
 
 
-def lengths_of(config: TrainConfig) -> Lengths:
-    planned = config.planning.response_length
-    return Lengths.of(
-        planned if planned is not None else DEFAULT_SHARE * config.horizon.max_len, config.horizon.max_len
-    )
-
-
 def mean_horizon(config: TrainConfig) -> float:
     """The mean of the horizon over the run's steps [tokens]."""
     steps = steps_by_horizon(config)

@@ -46,7 +46,9 @@ def plan_memory(setting: Setting) -> MemoryPlan:
     parts = part_bytes(setting)
     resident = resident_parts(setting)
     work = working_bytes(setting)
-    cache = cache_bytes(setting.student, _cache_dtype(setting), setting.config.rollout.tensor_parallel)
+    rollout = setting.config.rollout
+    cache_value = setting.weight_bytes if rollout.kv_cache_dtype == "auto" else 1  # bytes
+    cache = cache_bytes(setting.student, cache_value, rollout.tensor_parallel)
     return MemoryPlan(
         parts=parts,
         resident={phase: sum(parts[part] for part in there) for phase, there in resident.items()}
@@ -113,8 +115,7 @@ def resident_parts(setting: Setting) -> dict[str, frozenset[str]]:
     found = {}
     for phase in (*STEP, *STEP):
         for transition in phases.transitions(memory, there, phase):
-            leaves = transition.action in ("away", "sleep")
-            there = there - set(transition.parts) if leaves else there | set(transition.parts)
+            there = transition.resident_after(there)
         found[phase] = there
     return found
 
@@ -229,7 +230,3 @@ def layer_bytes(spec: ModelSpec, tensor: int, sequence_parallel: bool) -> float:
     else:
         feed_forward = 10 * spec.ffn / tensor
     return 8 * spec.hidden / shared + attention + feed_forward
-
-
-def _cache_dtype(setting: Setting) -> int:
-    return setting.weight_bytes if setting.config.rollout.kv_cache_dtype == "auto" else 1

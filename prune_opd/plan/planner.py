@@ -9,7 +9,7 @@ from prune_opd.config import TrainConfig
 from prune_opd.model_spec import model_config
 from prune_opd.plan.layout import layout_problems
 from prune_opd.plan.lengths import assumptions, mean_horizon, steps_by_horizon, strategies
-from prune_opd.plan.memory import MemoryPlan, largest_fit, plan_memory, problems
+from prune_opd.plan.memory import MemoryPlan, plan_memory, problems
 from prune_opd.plan.setting import Setting, setting_of
 from prune_opd.plan.time import StepTime, evaluation_seconds, mean_step, step_time
 
@@ -103,11 +103,6 @@ def structure(config: TrainConfig, world: int) -> list[str]:
     return layout_problems(config, world, {role: model_config(role, getattr(config, role)) for role in MODELS})
 
 
-def largest(plan: Plan) -> tuple[int, int]:
-    """The largest micro-batch and the largest horizon that fit [tokens]; see `largest_fit`."""
-    return largest_fit(plan.setting)
-
-
 def curve(config: TrainConfig, gpu: str, grow: bool) -> dict[int, StepTime]:
     """A step at the mean horizon, by number of GPUs (8 to 1024). Numbers that the layout does not divide are left out.
 
@@ -127,7 +122,3 @@ def curve(config: TrainConfig, gpu: str, grow: bool) -> dict[int, StepTime]:
         if memory.cache_tokens > 0:
             found[gpus] = step_time(setting, mean_horizon(sized), memory.cache_tokens)
     return found
-
-
-def dominant(step: StepTime) -> str:
-    return max(step.seconds, key=lambda phase: step.seconds[phase])

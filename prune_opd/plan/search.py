@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 from prune_opd.config import TrainConfig
 from prune_opd.config.memory_phases import ENGINE, GRADIENTS, STUDENT, TEACHER
+from prune_opd.config.yaml import on_one_line
 from prune_opd.plan.lengths import mean_horizon, steps_by_horizon
 from prune_opd.plan.memory import plan_memory, problems
 from prune_opd.plan.planner import structure
@@ -25,6 +26,12 @@ CHUNKS = (1, 2, 4)  # parallel.virtual_pipeline
 CONTEXTS = SIZES
 SHARE = "rollout.gpu_memory_utilization"
 SHARES = (0.3, 0.4, 0.5, 0.6, 0.7)
+UNCUT = {  # student, teacher and engine whole on every rank
+    **dict.fromkeys(("parallel.tensor", "parallel.pipeline", "parallel.virtual_pipeline"), 1),
+    **dict.fromkeys(("parallel.context", "parallel.expert", "rollout.tensor_parallel"), 1),
+    **dict.fromkeys(("parallel.teacher_tensor", "parallel.teacher_pipeline", "parallel.teacher_expert"), 1),
+    "parallel.sequence_parallel": False,
+}
 TRIED = 20_000  # combinations whose memory is worked out, at most
 
 
@@ -68,7 +75,7 @@ def best_layouts(config: TrainConfig, gpu: str, nodes: int, count: int = 5) -> l
         memory = plan_memory(candidate)
         if not problems(candidate, memory):
             total = mean_step(candidate, steps_by_horizon(candidate.config), memory.cache_tokens).total
-            found.append(Found(total, tuple(f"{key}={_plain(value)}" for key, value in changes.items())))
+            found.append(Found(total, tuple(f"{key}={on_one_line(value)}" for key, value in changes.items())))
             seen.add(layout)
             if len(found) == count:
                 break
@@ -115,8 +122,7 @@ def _timed(
     horizon = mean_horizon(setting.config)
     longest = setting.config.rollout.max_prompt_len + setting.config.horizon.max_len
     for changes in candidates:
-        neutral = {"parallel.teacher_tensor": 1, "parallel.teacher_pipeline": 1, "parallel.teacher_expert": 1}
-        alone = _changed(setting, {"rollout.tensor_parallel": 1, **_whole(changes), **neutral, **changes})
+        alone = _changed(setting, UNCUT | changes)
         if structure(alone.config, alone.world):
             continue
         memory = plan_memory(alone)
@@ -124,7 +130,8 @@ def _timed(
             continue
         seconds = step_time(alone, horizon, memory.cache_tokens, phases).seconds
         start = sum(memory.parts[part] for part in parts)
-        found.append(Part(round(sum(seconds.values()), 3), start, _cuts(changes), changes))
+        cuts = sum(value for value in changes.values() if isinstance(value, int | float))
+        found.append(Part(round(sum(seconds.values()), 3), start, cuts, changes))
     return found
 
 
@@ -136,14 +143,6 @@ def _smallest(engines: list[Part]) -> list[Part]:
     return list(first.values())
 
 
-def _whole(changes: dict[str, Any]) -> dict[str, Any]:
-    """Settings of an uncut student, for a candidate that has none."""
-    if "parallel.tensor" in changes:
-        return {}
-    names = ("tensor", "pipeline", "expert", "virtual_pipeline", "context")
-    return {f"parallel.{name}": 1 for name in names} | {"parallel.sequence_parallel": False}
-
-
 def _changed(setting: Setting, changes: dict[str, Any]) -> Setting:
     parts: dict[str, dict[str, Any]] = {}
     for key, value in changes.items():
@@ -152,11 +151,3 @@ def _changed(setting: Setting, changes: dict[str, Any]) -> Setting:
     config = setting.config
     made = {part: replace(getattr(config, part), **values) for part, values in parts.items()}
     return replace(setting, config=replace(config, **made))
-
-
-def _cuts(changes: dict[str, Any]) -> float:
-    return sum(value for value in changes.values() if isinstance(value, int | float))
-
-
-def _plain(value: Any) -> str:
-    return str(value).lower() if isinstance(value, bool) else str(value)

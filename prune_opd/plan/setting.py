@@ -8,7 +8,7 @@ from prune_opd.config import TrainConfig
 from prune_opd.model_spec import ModelSpec, model_config
 from prune_opd.plan.counts import ParallelSizes
 from prune_opd.plan.hardware import GPUS_PER_NODE, Gpu, gpu_named
-from prune_opd.plan.lengths import Lengths, lengths_of
+from prune_opd.plan.lengths import DEFAULT_SHARE, Lengths
 
 WEIGHT_BYTES = {"bf16": 2, "fp32": 4}
 
@@ -64,4 +64,6 @@ def setting_of(config: TrainConfig, gpu: str, nodes: int) -> Setting:
     models = {role: model_config(role, getattr(config, role)) for role in ("student", "teacher")}
     specs = {role: ModelSpec.of(model, f"{role} = {getattr(config, role)!r}") for role, model in models.items()}
     world = nodes * config.parallel.nproc
-    return Setting(config, specs["student"], specs["teacher"], chosen, world, lengths_of(config))
+    longest = config.horizon.max_len
+    lengths = Lengths.of(config.planning.response_length or DEFAULT_SHARE * longest, longest)
+    return Setting(config, specs["student"], specs["teacher"], chosen, world, lengths)

@@ -9,7 +9,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from prune_opd.plan.planner import Plan, curve, dominant, largest
+from prune_opd.plan.memory import largest_fit
+from prune_opd.plan.planner import Plan, curve
 from prune_opd.plan.search import Found
 from prune_opd.plan.time import PHASES, StepTime
 
@@ -23,7 +24,7 @@ def print_plan(plan: Plan, console: Console) -> None:
         console.print(f"assumed: {line}", highlight=False)
     console.print(_memory_table(plan))
     console.print(_time_table(plan))
-    batch, length = largest(plan)
+    batch, length = largest_fit(setting)
     cache = plan.memory.cache_tokens
     console.print(
         f"largest that fits: parallel.microbatch_tokens {batch}, horizon.max_len {length}; "
@@ -52,7 +53,7 @@ def print_curve(plan: Plan, console: Console) -> None:
         for gpus, step in steps.items():
             seconds = [f"{step.seconds[phase]:.1f}" for phase in PHASES]
             cost = f"{step.total * gpus / 3600:.2f}"
-            table.add_row(str(gpus), *seconds, f"{step.tokens / step.total:.0f}", cost, dominant(step))
+            table.add_row(str(gpus), *seconds, f"{step.tokens / step.total:.0f}", cost, step.longest)
         console.print(table)
 
 

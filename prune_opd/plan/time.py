@@ -11,7 +11,6 @@ from prune_opd.plan.counts import (
     active_parameters,
     cache_bytes,
     flops_by_length,
-    forward_flops,
     largest_rank,
     parameters,
     touched_parameters,
@@ -43,6 +42,11 @@ class StepTime:
     @property
     def total(self) -> float:
         return sum(self.seconds.values())
+
+    @property
+    def longest(self) -> str:
+        """The phase that takes most of it."""
+        return max(self.seconds, key=lambda phase: self.seconds[phase])
 
 
 def step_time(setting: Setting, horizon: float, cache_tokens: float, phases: Sequence[str] = PHASES) -> StepTime:
@@ -98,7 +102,7 @@ def rollout_seconds(setting: Setting, horizon: float, prompt: float, cache_token
     mean = sum(lengths) / waiting
     at_once = int(max(min(waiting, rollout.max_num_seqs, cache_tokens // (prompt + mean / 2)), 1))
     prefill = (
-        waiting / rollout.responses * forward_flops(spec, prompt) / _flops(setting, rollout.quantization is not None)
+        waiting / rollout.responses * flops_by_length(spec)(prompt) / _flops(setting, rollout.quantization is not None)
     )
     prefill /= rollout.tensor_parallel
     queued = (waiting - at_once) / at_once * mean * _decode_step(setting, at_once, prompt + mean / 2)

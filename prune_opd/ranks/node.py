@@ -49,11 +49,6 @@ def torchrun_arguments(ranks: int, env: Mapping[str, str]) -> list[str]:
     # fmt: on
 
 
-def last_checkpoint(run_dir: Path) -> Path:
-    """The checkpoint that the run's `latest` names."""
-    return run_dir / "checkpoints" / (run_dir / "checkpoints" / "latest").read_text(encoding="utf-8").strip()
-
-
 class Supervisor:
     """Runs one child at a time and passes signals on to it."""
 
@@ -134,7 +129,8 @@ def main(argv: list[str] | None = None) -> int:
     if arguments.export_to is None:
         return run_node(arguments.recipe, arguments.run_dir.absolute(), arguments.ranks)
     export = [sys.executable, "-m", "prune_opd.cli", "export"]
-    checkpoint = last_checkpoint(arguments.run_dir)
+    checkpoints = arguments.run_dir / "checkpoints"
+    checkpoint = checkpoints / (checkpoints / "latest").read_text(encoding="utf-8").strip()
     return Supervisor().run(
         [*export, str(checkpoint), str(arguments.export_to)], rank_environment({"HF_HUB_OFFLINE": "1"} | os.environ)
     )

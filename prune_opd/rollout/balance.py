@@ -94,7 +94,7 @@ def padded_size(tokens: int, multiple: int) -> int:
 def packing_record(
     lengths: Sequence[int], deals: Sequence[Deal], multiple: int = 1, row_multiple: int = 1
 ) -> dict[str, float]:
-    """What packing saved, for a step record of metrics.jsonl (track/metrics.py has the meanings).
+    """What packing saved, for a step record of metrics.jsonl (track/assets/metrics.yaml has the meanings).
 
     lengths: tokens of every row of the global batch. deals: one for each update. multiple, row_multiple: the tokens of
     a micro-batch, and of each of its rows, are padded to a multiple of these.

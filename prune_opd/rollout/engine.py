@@ -22,7 +22,6 @@ from prune_opd.errors import UserError
 from prune_opd.platform import Platform, untouched_rng
 from prune_opd.rollout.batch import Response, Rollouts
 from prune_opd.rollout.long_tail import Race, deal_to_engines
-from prune_opd.rollout.precision import rollout_arguments
 from prune_opd.rollout.request import NOTHING, Row, TokenSampling
 from prune_opd.rollout.stepwise import StepLoop, Watch, run_together
 
@@ -214,6 +213,15 @@ class RolloutEngine:
         """End the engine. vLLM also ends torch.distributed with it, so this is the last thing a rank does together."""
         dist.barrier()
         self.llm.llm_engine.engine_core.shutdown()
+
+
+def rollout_arguments(rollout: RolloutConfig, sleep_level: int = 0) -> dict[str, Any]:
+    """Number formats, of vLLM's `EngineArgs` (and `LLM`). sleep_level: 0: it will not be put to sleep."""
+    return {
+        "quantization": rollout.quantization,
+        "kv_cache_dtype": rollout.kv_cache_dtype,
+        "enable_sleep_mode": sleep_level > 0,
+    }
 
 
 def _settings(row: Row, sampling: TokenSampling) -> dict[str, Any]:

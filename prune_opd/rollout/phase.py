@@ -13,20 +13,14 @@ from prune_opd.rollout.request import TokenSampling
 from prune_opd.rollout.stepwise import Watch
 
 
-def same_limits(horizon: int, responses: int, step: int) -> list[int]:
-    """Most tokens of each response of a step: the horizon."""
-    return [horizon] * responses
-
-
 class RolloutPhase:
     """Makes the rollouts of one step after the other."""
 
     def __init__(self, config: TrainConfig, engine: RolloutEngine, sampler: Sampler) -> None:
         self.config, self.engine, self.sampler = config, engine, sampler
         self.long_tail = LongTail(config.rollout, sampler.endless)
-        self.limits: Callable[[int, int, int], list[int]] = (
-            same_limits  # (horizon, responses, step) → most tokens of each response
-        )
+        # (horizon, responses, step) → most tokens of each response
+        self.limits: Callable[[int, int, int], list[int]] = lambda horizon, responses, step: [horizon] * responses
 
     def generate(self, horizon: int, step: int, watch: Watch | None = None) -> Rollouts:
         """The rollouts of step number `step`: of the groups that wait from the step before, and of new prompts.

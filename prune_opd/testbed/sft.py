@@ -35,7 +35,7 @@ def run(config: SftConfig) -> None:
     from prune_opd.weights.stream import export_hf
 
     layout = layouts.initialize(config.parallel, machine, config.seed)
-    if layout.dp_size != layout.world:
+    if layout.student.dp != layout.world:
         raise ConfigError("parallel: supervised training is data parallel only, set tensor=1 and all others to 1")
     output = Path(config.output)
     start = Path(config.init) if config.init else output.with_name(output.name + ".init")
@@ -79,7 +79,7 @@ def _run_stage(
         first = step * stage.batch
         examples = [
             ledger.example(stage.corpus, stage.seed, i)
-            for i in range(first + layout.dp_rank, first + stage.batch, layout.dp_size)
+            for i in range(first + layout.student.dp_rank, first + stage.batch, layout.student.dp)
         ]
         prompts, responses = zip(*examples, strict=True)
         batches = pack(prompts, responses, range(len(examples)), config.parallel.microbatch_tokens, machine.device)

@@ -8,7 +8,6 @@ import os
 import sys
 from collections import deque
 from collections.abc import Sequence
-from types import TracebackType
 from typing import TextIO
 
 from rich import box
@@ -29,7 +28,7 @@ _PHASE_STYLES = dict(zip(PHASES.values(), ("cyan", "blue", "magenta", "yellow"),
 
 
 class RunConsole:
-    """The console of one training process. Use as a context manager, so that the display ends with the run.
+    """The console of one training process. `close` it, so that the display ends with the run.
 
     Args:
         name: the run's name.
@@ -112,14 +111,6 @@ class RunConsole:
         if self._live is not None:
             self._live.stop()
             self._live = None
-
-    def __enter__(self) -> RunConsole:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     # ---------------------------------------------------------------------------------------------- terminal
 

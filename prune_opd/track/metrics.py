@@ -2,105 +2,26 @@
 
 The file is the record of a run: console, wandb and report only show what is in it. A *step record* (steps 1..N) is
 written after each optimizer step; an *evaluation line* carries the `eval_*` keys under the number of steps finished by
-then, so the evaluation before training has step 0. `METRICS` says what each key means.
+then, so the evaluation before training has step 0. `meanings` says what each key means.
 """
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Any
+
+import yaml
 
 from prune_opd.errors import UserError
 
 Record = dict[str, Any]
 
 FILE_NAME = "metrics.jsonl"
-
-METRICS: dict[str, str] = {
-    "step": "finished optimizer steps: step records are 1..steps, the evaluation before training has 0",
-    "horizon": "response tokens the rollouts of this step were allowed (M) [tokens]",
-    "overlap": "mean top-k overlap O of student and teacher over the response tokens [0..1]",
-    "event_rate": "share of response tokens that are drift events (B) [0..1]",
-    "reliable_length": "mean number of response tokens whose reliability R is above zero (E) [tokens]",
-    "response_length": "mean length of the generated responses [tokens]",
-    "finished_rate": "share of responses that ended by themselves, not by the horizon or the gate [0..1]",
-    "weight_mean": "mean training weight of the response tokens: W [0..1 + w_base], times that of a weighting and, for"
-    " stale tokens, the clipped ratio, where there are such [1]",
-    "pruned_inflight": "responses that the in-flight gate stopped while they were generated [count]",
-    "tokens_avoided": "estimate of the tokens that those responses would still have got: up to the mean length of the"
-    " batch's other responses that went past the cut, or to the horizon where none did [tokens]",
-    "tokens_dropped": "tokens that were generated after a cut, before it was decided, and thrown away [tokens]",
-    "teacher_tokens_inflight": "tokens (prompts included) that the teacher read at the looks [tokens]",
-    "teacher_tokens_reused": "of those, the tokens whose hidden states the loss took over: stopped responses [tokens]",
-    "inflight_checks": "teacher passes in flight: each packs the responses that have reached a look [count]",
-    "inflight_too_early": "stopped responses whose last token still has R > 0 in the loss's own gate, so they were cut"
-    " too early: 0 unless rollout.inflight.stop_events asks for it, or the rollouts have a coarse format [count]",
-    "time_inflight": "the in-flight gate's part of time_rollout: teacher passes and decisions [s]",
-    "overlap_by_position": "mean overlap in bins of equal width over max_len; null where no token fell [0..1]",
-    "weight_by_position": "mean weight W in the same bins; null where no token fell [0..1 + w_base]",
-    "lengths_by_position": "number of responses whose last token lies in each of those bins [count]",
-    "rollout_digest": "hash of this step's response tokens: equal digests are equal rollouts [text]",
-    "tokens_generated": "response tokens generated in this step [tokens]",
-    "tokens_trained": "response tokens that entered the loss [tokens]",
-    "tokens_full": "estimate of the tokens the same responses would have cost at the full horizon, from the mean"
-    " response length of the last evaluation; null if there was none [tokens]",
-    "padding_waste_padded": "share of the tokens that would be padding if every row (prompt and response) were padded"
-    " to the longest of the batch [0..1]",
-    "padding_waste_packed": "share of the tokens that is padding with packing: it fills micro-batches up to a multiple"
-    " [0..1]",
-    "dp_imbalance": "tokens of the data-parallel rank with the most, divided by the ranks' mean; 1 is balanced [1]",
-    "loss": "distillation loss, one token mean over the global batch; a policy gradient's is a surrogate that may be"
-    " negative (with several updates a batch, PPO's) [nats per token]",
-    "divergence": "what the objective measures between student and teacher, unweighted token mean; of topk_reverse_kl"
-    " the reverse KL on the support, of sampled_token its one-sample estimate [nats per token]",
-    "ratio_mean": "mean ratio of a candidate's probability to that of the policy that sampled the batch; only with"
-    " optimizer.updates_per_batch > 1 and an objective with rewards [1]",
-    "clip_fraction": "share of the candidates whose gradient the ratio's clip has taken away; only where there is a"
-    " ratio [0..1]",
-    "prompts_left": "prompts that were started but not kept, since enough others were complete first; only with"
-    " rollout.oversample > 1 [count]",
-    "tokens_left": "tokens generated for those prompts: lost, or the start of the next step with rollout.partial"
-    " [tokens]",
-    "stale_tokens": "response tokens of this batch that an older student has sampled in an earlier step; only with"
-    " rollout.oversample > 1 [tokens]",
-    "stale_ratio_mean": "mean ratio of a stale token's probability to that with which it was sampled, before the clip;"
-    " only where there are stale tokens [1]",
-    "stale_clip_fraction": "share of the stale tokens whose ratio the clip has changed; only where there are"
-    " any [0..1]",
-    "grad_norm": "norm of the gradient before clipping [1]",
-    "weight_norm": "norm of all of the student's parameters, whatever ranks they lie on, after the step [1]",
-    "lr": "learning rate of the step [1]",
-    "updates_skipped": "updates of the step that were left out because a loss or gradient was not finite [count]",
-    "time_sync": "moving the student's weights into the rollout engine [s]",
-    "time_rollout": "generating the responses [s]",
-    "time_teacher": "the teacher's forward pass [s]",
-    "time_train": "the student's forward and backward passes and the optimizer step [s]",
-    "time_step": "the whole training step, without evaluation and checkpoints [s]",
-    "cpu_sync": "CPU seconds of rank 0's process, all threads, in the phase that time_sync times [s]",
-    "cpu_rollout": "the same of the rollout [s]",
-    "cpu_teacher": "the same of the teacher's pass [s]",
-    "cpu_train": "the same of the student's passes and the optimizer step [s]",
-    "cpu_step": "the same of the whole training step [s]",
-    "memory_sync": "device memory of rank 0 in the phase that time_sync times: what torch had allocated at its peak;"
-    " on a CPU the memory of the process that is resident at its end [bytes]",
-    "memory_rollout": "the same of the rollout [bytes]",
-    "memory_teacher": "the same of the teacher's pass [bytes]",
-    "memory_train": "the same of the student's passes and the optimizer step [bytes]",
-    "eval_<task>": "accuracy on held-out problems of the task (avg@samples) [0..1]",
-    "eval_<task>_stderr": "standard error of that accuracy [0..1]",
-    "eval_<task>_low": "lower end of its 95 % confidence interval [0..1]",
-    "eval_<task>_high": "upper end of its 95 % confidence interval [0..1]",
-    "eval_<task>_pass": "share of the problems with at least one right sample (pass@samples) [0..1]",
-    "eval_response_length": "mean length of the evaluation's responses, over its tasks [tokens]",
-    "time_eval": "the evaluation [s]",
-}
-"""Every key of metrics.jsonl with its meaning and unit; `<task>` stands for the name of an evaluation task."""
 
 PHASES: dict[str, str] = {
     "time_sync": "weight sync",
@@ -114,12 +35,17 @@ _EVAL_PREFIX, _STDERR_SUFFIX = "eval_", "_stderr"
 _EVAL_SUFFIXES = (_STDERR_SUFFIX, "_low", "_high", "_pass")
 
 
+@functools.cache
+def meanings() -> dict[str, str]:
+    """Every key of metrics.jsonl with its meaning and unit; `<task>` stands for the name of an evaluation task."""
+    text = (Path(__file__).parent / "assets" / "metrics.yaml").read_text(encoding="utf-8")
+    return dict(yaml.safe_load(text))
+
+
 def meaning(key: str) -> str | None:
-    """The entry of `METRICS` for a key as it is written (`eval_ledger` is `eval_<task>`), None if there is none."""
-    if key in METRICS:
-        return METRICS[key]
+    """The meaning of a key as it is written (`eval_ledger` is `eval_<task>`), None if there is none."""
     pattern = re.sub(rf"^eval_(.+?)({'|'.join(_EVAL_SUFFIXES)})?$", r"eval_<task>\2", key)
-    return METRICS.get(pattern) if pattern != key else None
+    return meanings().get(key) or meanings().get(pattern)
 
 
 def is_evaluation(record: Record) -> bool:
@@ -172,14 +98,6 @@ class MetricsLog:
     def close(self) -> None:
         self._file.close()
 
-    def __enter__(self) -> MetricsLog:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
 
 def read_metrics(path: Path) -> tuple[list[Record], list[Record]]:
     """The step records and the evaluation lines of a metrics file, each in order of writing.
@@ -194,7 +112,7 @@ def read_metrics(path: Path) -> tuple[list[Record], list[Record]]:
         raise UserError(f"{path} does not exist: give a run directory whose training has logged at least one step")
     steps: dict[int, Record] = {}
     evaluations: dict[int, Record] = {}
-    for record in _records(path):
+    for record in read_records(path):
         kind = evaluations if is_evaluation(record) else steps
         kind[record["step"]] = kind.get(record["step"], {}) | record
     return list(steps.values()), list(evaluations.values())
@@ -206,31 +124,29 @@ def read_records(path: Path) -> list[Record]:
     Raises:
         UserError: a line before the last is not a JSON object with a step.
     """
-    return list(_records(path))
-
-
-def _records(path: Path) -> Iterator[Record]:
     lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
     while lines and not lines[-1].strip():
         lines.pop()
+    records = []
     for number, line in enumerate(lines, start=1):
         try:
             record = json.loads(line)
         except ValueError:
             record = None
         if isinstance(record, dict) and isinstance(record.get("step"), int):
-            yield record
+            records.append(record)
         elif number < len(lines):
             raise UserError(
                 f"{path} line {number} is not a metrics record (a JSON object with a step): remove that line"
             )
+    return records
 
 
 def _truncate(path: Path, keep_through: int) -> None:
     """Keeps the lines of steps <= keep_through. The file is replaced in one move: a kill leaves the old or the new."""
     temporary = path.with_name(path.name + ".tmp")
     with temporary.open("w", encoding="utf-8") as file:
-        file.writelines(_dumps(record) + "\n" for record in _records(path) if record["step"] <= keep_through)
+        file.writelines(_dumps(record) + "\n" for record in read_records(path) if record["step"] <= keep_through)
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)

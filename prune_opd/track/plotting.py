@@ -6,6 +6,7 @@ import io
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
@@ -23,7 +24,7 @@ BLUE, ORANGE, GREEN, PURPLE, RED, TEAL, GREY = (
     "#56b4e9",
     "#a3adb8",
 )
-INK, MUTED, GRID = "#1f2933", "#5f6b7a", "#e6eaef"
+INK, MUTED = "#1f2933", "#5f6b7a"
 CYCLE = (BLUE, ORANGE, GREEN, PURPLE, RED, TEAL, "#1f2933", "#8a949f")
 PHASE_COLOURS = {
     "weight sync": TEAL,
@@ -35,31 +36,7 @@ PHASE_COLOURS = {
 }
 """One colour a phase, the same in every chart; blue and orange are the two that dominate a step."""
 
-STYLE = {
-    "font.family": "sans-serif",
-    "font.size": 9,
-    "text.color": INK,
-    "text.parse_math": False,  # a dollar sign in a run's name is a dollar sign
-    "axes.edgecolor": "#c3cad3",
-    "axes.labelcolor": MUTED,
-    "axes.labelsize": 9,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "grid.color": GRID,
-    "grid.linewidth": 0.8,
-    "xtick.color": MUTED,
-    "ytick.color": MUTED,
-    "xtick.labelsize": 8.5,
-    "ytick.labelsize": 8.5,
-    "lines.linewidth": 1.8,
-    "lines.markersize": 4.5,
-    "legend.frameon": False,
-    "legend.fontsize": 8.5,
-    "figure.facecolor": "white",
-    "savefig.facecolor": "white",
-}
+STYLE = Path(__file__).with_name("assets") / "report.mplstyle"
 
 SIZE = (6.2, 3.3)  # inches, of one chart
 _DPI = 170
@@ -77,7 +54,7 @@ class Chart:
 
 def png(chart: Chart) -> bytes:
     """The chart alone as a PNG, without its title (the page shows that)."""
-    with mpl.rc_context(STYLE):
+    with mpl.rc_context(fname=STYLE):
         figure = Figure(figsize=SIZE, dpi=_DPI, layout=ConstrainedLayoutEngine(w_pad=0.08, h_pad=0.06))
         chart.draw(figure)
         return _bytes(figure)
@@ -85,7 +62,7 @@ def png(chart: Chart) -> bytes:
 
 def overview_png(title: str, subtitle: str, charts: Sequence[Chart], columns: int = 2) -> bytes:
     """All charts on one page as a PNG, with their titles."""
-    with mpl.rc_context(STYLE):
+    with mpl.rc_context(fname=STYLE):
         rows = max(1, math.ceil(len(charts) / columns))
         height = rows * (SIZE[1] + 0.35)
         head = 0.85

@@ -99,13 +99,11 @@ def _facts(run: RunData) -> str:
 
 def _details(run: RunData, charts: str) -> str:
     note = "" if run.tasks else '<p class="note">This run has no evaluation, so nothing here shows success.</p>'
-    return f"{note}{_configuration(run)}{charts}"
-
-
-def _configuration(run: RunData) -> str:
-    if run.config_text is None:
-        return '<p class="note">The run directory has no config.yaml.</p>'
-    return f"<details><summary>Configuration (config.yaml)</summary><pre>{escape(run.config_text)}</pre></details>"
+    config = '<p class="note">The run directory has no config.yaml.</p>'
+    if run.config_text is not None:
+        text = escape(run.config_text)
+        config = f"<details><summary>Configuration (config.yaml)</summary><pre>{text}</pre></details>"
+    return note + config + charts
 
 
 def _comparison_table(runs: list[RunData]) -> str:

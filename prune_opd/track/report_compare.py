@@ -6,6 +6,7 @@ from collections import Counter
 from functools import partial
 from typing import Any
 
+from prune_opd.track.metrics import total
 from prune_opd.track.plotting import (
     CYCLE,
     MUTED,
@@ -76,16 +77,16 @@ def _accuracy_charts(runs: list[RunData], tasks: list[str]) -> list[Chart]:
 
 
 def _compare_accuracy(fig: Any, runs: list[RunData], task: str, over: str) -> None:
-    unit, size = time_unit(max(run.seconds_until(run.summary.steps) for run in runs))
-    if over == "tokens":
-        unit, size = "", 1.0
-    ax = axes(fig, f"training time [{unit}]" if unit else "response tokens generated so far", "accuracy")
+    label, size, key = "response tokens generated so far", 1.0, "tokens_generated"
+    if over == "seconds":
+        unit, size = time_unit(max(total(run.steps, "time_step") for run in runs))
+        label, key = f"training time [{unit}]", "time_step"
+    ax = axes(fig, label, "accuracy")
     for i, run in enumerate(runs):
-        x, y, error = run.accuracy(task, run.tokens_until if over == "tokens" else run.seconds_until)
+        x, y, error = run.accuracy(task, run.until(key))
         x = [value / size for value in x]
         if x:
-            style = {"color": CYCLE[i % len(CYCLE)], "linestyle": _line(i), "label": _short(run.name)}
-            ax.errorbar(x, y, yerr=error, marker="o", capsize=3, elinewidth=1, **style)
+            ax.errorbar(x, y, yerr=error, marker="o", capsize=3, elinewidth=1, **_style(i, run))
     accuracy_axis(ax)
     if over == "tokens":
         count_axis(ax.xaxis)
@@ -97,11 +98,10 @@ def _compare_series(fig: Any, runs: list[RunData], key: str) -> None:
     for i, run in enumerate(runs):
         if not run.has(key):
             continue
-        style = {"color": CYCLE[i % len(CYCLE)], "linestyle": _line(i), "label": _short(run.name)}
         if key == "horizon":
-            ax.step(run.step_numbers(), run.series(key), where="mid", **style)
+            ax.step(run.step_numbers(), run.series(key), where="mid", **_style(i, run))
         else:
-            trend(ax, run.step_numbers(), run.series(key), **style)
+            trend(ax, run.step_numbers(), run.series(key), **_style(i, run))
     if key == "horizon":
         from_zero(ax)
         count_axis(ax.yaxis)
@@ -145,8 +145,9 @@ def _run_rows(ax: Any, names: list[str]) -> None:
     ax.tick_params(axis="y", length=0)
 
 
-def _line(index: int) -> Any:
-    return ("-", "--", ":", "-.")[index // len(CYCLE) % 4]
+def _style(index: int, run: RunData) -> dict[str, Any]:
+    line = ("-", "--", ":", "-.")[index // len(CYCLE) % 4]
+    return {"color": CYCLE[index % len(CYCLE)], "linestyle": line, "label": _short(run.name)}
 
 
 def _short(name: str) -> str:

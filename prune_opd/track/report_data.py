@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 
 from prune_opd.errors import UserError
-from prune_opd.track.metrics import FILE_NAME, Record, Summary, read_metrics, summarise
+from prune_opd.track.metrics import FILE_NAME, Record, Summary, read_metrics, summarise, total
 from prune_opd.track.redact import redact
 from prune_opd.track.samples import FILE_NAME as SAMPLES
 from prune_opd.track.samples import read_samples
@@ -51,16 +51,9 @@ class RunData:
         width = max((len(row) for row in rows), default=0)
         return [[number(v) for v in row] + [math.nan] * (width - len(row)) for row in rows]
 
-    def tokens_until(self, step: int) -> float:
-        """Response tokens generated in the steps up to and including this one."""
-        return self._until("tokens_generated", step)
-
-    def seconds_until(self, step: int) -> float:
-        """Training seconds (evaluation not included) up to and including this step."""
-        return self._until("time_step", step)
-
-    def _until(self, key: str, step: int) -> float:
-        return sum(r.get(key) or 0 for r in self.steps if r["step"] <= step)
+    def until(self, key: str) -> Callable[[int], float]:
+        """A key added up over the steps up to and including a given one: tokens generated, training seconds."""
+        return lambda step: total([r for r in self.steps if r["step"] <= step], key)
 
     def accuracy(
         self, task: str, x: Callable[[int], float] = float

@@ -11,32 +11,19 @@ from pathlib import Path
 
 from prune_opd.track.plotting import Chart, png
 
-_ASSETS = Path(__file__).with_name("assets")
 
-_PAGE = """<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta http-equiv="Content-Security-Policy" content="{policy}">
-<link rel="icon" href="data:,">
-<title>{title}</title>
-<style>{style}</style>
-</head>
-<body>
-{body}
-<script>{script}</script>
-</body>
-</html>
-"""
+def asset(name: str) -> str:
+    """A file of the page's: its frame, its style, its script."""
+    return Path(__file__).with_name("assets").joinpath(name).read_text(encoding="utf-8")
 
 
 def write_page(title: str, body: list[str], out: Path) -> None:
     """Write a page from its parts in HTML. The browser fetches nothing and runs no script but ours."""
-    style, script = ((_ASSETS / name).read_text(encoding="utf-8") for name in ("report.css", "report.js"))
+    style, script = asset("report.css"), asset("report.js")
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode("ascii")
     policy = f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{digest}'"
-    page = _PAGE.format(policy=policy, title=escape(title), style=style, body="\n".join(body), script=script)
+    values = {"policy": policy, "title": escape(title), "style": style, "body": "\n".join(body), "script": script}
+    page = asset("page.html").format(**values)
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(page, encoding="utf-8")
 
@@ -49,16 +36,12 @@ def grid(charts: Sequence[Chart], folder: Path | None = None) -> str:
         if folder is not None:
             folder.mkdir(parents=True, exist_ok=True)
             (folder / f"{place:02d}-{_slug(chart.title)}.png").write_bytes(image)
-        cards.append(_card(chart, image))
+        title, source = escape(chart.title), base64.b64encode(image).decode("ascii")
+        cards.append(
+            f'<figure><h3>{title}</h3><img alt="{title}" src="data:image/png;base64,{source}">'
+            f"<figcaption>{escape(chart.caption)}</figcaption></figure>"
+        )
     return '<div class="grid">' + "".join(cards) + "</div>"
-
-
-def _card(chart: Chart, image: bytes) -> str:
-    return (
-        f"<figure><h3>{escape(chart.title)}</h3>"
-        f'<img alt="{escape(chart.title)}" src="data:image/png;base64,{base64.b64encode(image).decode("ascii")}">'
-        f"<figcaption>{escape(chart.caption)}</figcaption></figure>"
-    )
 
 
 def _slug(title: str) -> str:

@@ -110,26 +110,12 @@ def _overlap_caption(run: RunData) -> str:
     return "Overlap should rise and events fall as student and teacher agree. Overlap is not success: " + accuracy
 
 
-def _losses(fig: Any, run: RunData) -> None:
-    curves = (
-        ("divergence", "divergence", GREEN),
-        ("loss", "loss", BLUE),
-        ("grad_norm", "gradient norm", ORANGE),
-        ("weight_norm", "weight norm", PURPLE),
-    )
-    _panels(fig, run, *curves, share=False)
-
-
-def _weights(fig: Any, run: RunData) -> None:
-    curves = (("weight_mean", "mean weight", TEAL), ("finished_rate", "finished", GREEN))
-    _panels(fig, run, *curves, share=True)
-
-
-def _panels(fig: Any, run: RunData, *wanted: tuple[str, str, str], share: bool) -> None:
-    """One panel for each (key, label, colour) that the run has. share: from 0 to at least 1."""
-    panels = [panel for panel in wanted if run.has(panel[0])]
-    all_axes = fig.subplots(len(panels), 1, sharex=True, squeeze=False)[:, 0]
-    for ax, (key, label, colour) in zip(all_axes, panels, strict=True):
+def _panels(fig: Any, run: RunData, curves: dict[str, tuple[str, str]], share: bool) -> None:
+    """One panel for each key that the run has. curves: its label and colour. share: from 0 to at least 1."""
+    keys = [key for key in curves if run.has(key)]
+    all_axes = fig.subplots(len(keys), 1, sharex=True, squeeze=False)[:, 0]
+    for ax, key in zip(all_axes, keys, strict=True):
+        label, colour = curves[key]
         trend(ax, run.step_numbers(), run.series(key), color=colour)
         ax.set_ylabel(label)
         ax.ticklabel_format(axis="y", useOffset=False)
@@ -159,17 +145,9 @@ def _packing(fig: Any, run: RunData) -> None:
 def _accuracy(fig: Any, run: RunData, over: str) -> None:
     ax = axes(fig, "step" if over == "step" else "response tokens generated so far", "accuracy")
     for i, task in enumerate(run.tasks):
-        x, y, error = run.accuracy(task, float if over == "step" else run.tokens_until)
-        ax.errorbar(
-            x,
-            y,
-            yerr=error,
-            color=_TASK_COLOURS[i % len(_TASK_COLOURS)],
-            marker="o",
-            capsize=3,
-            elinewidth=1,
-            label=task,
-        )
+        x, y, error = run.accuracy(task, float if over == "step" else run.until("tokens_generated"))
+        style = {"color": _TASK_COLOURS[i % len(_TASK_COLOURS)], "label": task}
+        ax.errorbar(x, y, yerr=error, marker="o", capsize=3, elinewidth=1, **style)
     accuracy_axis(ax)
     count_axis(ax.xaxis)
     legend(ax, ncols=4)
@@ -223,6 +201,13 @@ def _mean(records: list[dict[str, Any]], key: str) -> float:
 
 # -------------------------------------------------------------------------------------------- the charts of a report
 
+_LOSSES = {
+    "divergence": ("divergence", GREEN),
+    "loss": ("loss", BLUE),
+    "grad_norm": ("gradient norm", ORANGE),
+    "weight_norm": ("weight norm", PURPLE),
+}
+_WEIGHTS = {"weight_mean": ("mean weight", TEAL), "finished_rate": ("finished", GREEN)}
 _ACCURACY = "accuracy"  # among what a chart needs: an evaluation, where all others are keys of a step record
 
 
@@ -299,7 +284,7 @@ _CHARTS = (
     _Kind(
         "Loss, divergence and norms",
         ("loss",),
-        _losses,
+        partial(_panels, curves=_LOSSES, share=False),
         "Divergence is the reverse KL per token on the support, unweighted. Loss is a policy-gradient surrogate that "
         "may be negative; both move with the horizon, so judge a run by accuracy. Spikes in the gradient norm (before "
         "clipping) come first when a run diverges; the norm of all weights should move slowly.",
@@ -320,7 +305,7 @@ _CHARTS = (
     _Kind(
         "Mean weight and finished responses",
         ("weight_mean",),
-        _weights,
+        partial(_panels, curves=_WEIGHTS, share=True),
         "Mean weight: how much of what was generated trains. Finished: the share of responses that ended by "
         "themselves; near 100% the horizon no longer cuts anything.",
     ),

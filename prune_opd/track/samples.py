@@ -52,7 +52,32 @@ def sampled_rows(track: TrackConfig, step: int, steps: int, responses: int, stop
 
 def sample_records(step: int, horizon: int, rollouts: Rollouts, stats: BatchStats, tokenizer: Any) -> list[Record]:
     """The lines of the rows that `stats` has watched; `stats` must be reduced."""
-    return [_record(step, horizon, row, rollouts, stats, tokenizer) for row in stats.watched]
+    records = []
+    for row, seen_4T in zip(stats.watched, stats.tokens_W4T, strict=True):
+        prompt, response = rollouts.prompts[row], rollouts.responses[row]
+        reliable = stats.reliable_length_B[row].item()
+        seen = seen_4T[:, : len(response.ids)].tolist()
+        overlap, event, weight, divergence = seen if math.isfinite(reliable) else [[math.nan] * len(response.ids)] * 4
+        records.append(
+            {
+                "step": step,
+                "row": row,
+                "problem": prompt.index,
+                "source": prompt.source,
+                "horizon": horizon,
+                "prompt": redact(_decode(tokenizer, prompt.ids)),
+                "tokens": redact_tokens(token_texts(response.ids, tokenizer)),
+                "overlap": _rounded(overlap),
+                "weight": _rounded(weight),
+                "divergence": _rounded(divergence),
+                "events": [place for place, value in enumerate(event) if value == 1],
+                "reliable_length": int(reliable) if math.isfinite(reliable) else None,
+                "finished": response.finished,
+                "stopped": response.stopped,
+                "dropped": response.dropped,
+            }
+        )
+    return records
 
 
 def read_samples(path: Path) -> list[Record]:
@@ -109,30 +134,6 @@ def ending(record: Record) -> str:
     if record["stopped"]:
         return f"stopped in flight, {record['dropped']} tokens dropped"
     return "ended by itself" if record["finished"] else "cut by the horizon"
-
-
-def _record(step: int, horizon: int, row: int, rollouts: Rollouts, stats: BatchStats, tokenizer: Any) -> Record:
-    prompt, response = rollouts.prompts[row], rollouts.responses[row]
-    reliable = stats.reliable_length_B[row].item()
-    seen = stats.tokens_W4T[stats.watched.index(row), :, : len(response.ids)].tolist()
-    overlap, event, weight, divergence = seen if math.isfinite(reliable) else [[math.nan] * len(response.ids)] * 4
-    return {
-        "step": step,
-        "row": row,
-        "problem": prompt.index,
-        "source": prompt.source,
-        "horizon": horizon,
-        "prompt": redact(_decode(tokenizer, prompt.ids)),
-        "tokens": redact_tokens(token_texts(response.ids, tokenizer)),
-        "overlap": _rounded(overlap),
-        "weight": _rounded(weight),
-        "divergence": _rounded(divergence),
-        "events": [place for place, value in enumerate(event) if value == 1],
-        "reliable_length": int(reliable) if math.isfinite(reliable) else None,
-        "finished": response.finished,
-        "stopped": response.stopped,
-        "dropped": response.dropped,
-    }
 
 
 def _decode(tokenizer: Any, ids: Sequence[int]) -> str:

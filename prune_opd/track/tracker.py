@@ -6,7 +6,6 @@ The training loop speaks to a `Tracker` on rank 0 and to a `NullTracker` on the 
 from __future__ import annotations
 
 from pathlib import Path
-from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from prune_opd.config import TrainConfig
@@ -24,7 +23,7 @@ class NullTracker:
     """The tracker of the ranks that track nothing, and the interface of the one that does. A context manager."""
 
     def step(self, record: Record) -> None:
-        """Takes the record of a finished optimizer step (keys: `metrics.METRICS`)."""
+        """Takes the record of a finished optimizer step (keys: `metrics.meanings`)."""
 
     def samples(self, step: int, horizon: int, rollouts: Rollouts, stats: BatchStats) -> None:
         """Takes the responses of a finished step that `stats` has watched, after the step's record."""
@@ -35,16 +34,14 @@ class NullTracker:
     def note(self, text: str) -> None:
         """Takes a sentence for whoever watches the run."""
 
-    def close(self) -> None:
-        """Ends the tracking. Safe to call twice."""
+    def close(self, exit_code: int = 0) -> None:
+        """Ends the tracking. Safe to call twice. exit_code: not 0 after a failure."""
 
     def __enter__(self) -> NullTracker:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
+    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
+        self.close(exit_code=0 if kind is None else 1)
 
 
 class Tracker(NullTracker):
@@ -99,16 +96,8 @@ class Tracker(NullTracker):
     def note(self, text: str) -> None:
         self._console.note(text)
 
-    def close(self) -> None:
+    def close(self, exit_code: int = 0) -> None:
         """Prints the summary and writes the report. A report that fails is a note, never the run's failure."""
-        self._close(exit_code=0)
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._close(exit_code=0 if kind is None else 1)
-
-    def _close(self, exit_code: int) -> None:
         if not self._open:
             return
         self._open = False

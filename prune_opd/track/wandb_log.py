@@ -7,7 +7,6 @@ sent online past its last checkpoint stays there, and the server drops the resum
 
 from __future__ import annotations
 
-import logging
 import os
 import secrets
 from collections.abc import Callable, Sequence
@@ -40,7 +39,7 @@ class WandbRun:
     def log(self, record: Record) -> None:
         """Sends one record of metrics.jsonl, under its own `step`."""
         self._last = record
-        self._log(lambda: flatten(record), record["step"])
+        self._attempt("logging", lambda run: run.log(flatten(record), step=record["step"]))
 
     def log_samples(self, records: Sequence[Record]) -> None:
         """Sends lines of samples.jsonl, after the record of their step: a table, and the tokens coloured by overlap.
@@ -52,29 +51,21 @@ class WandbRun:
         step = records[0]["step"]
         if self._last.get("overlap_by_position"):
             self._curves.append((step, self._last["overlap_by_position"]))
-        self._log(lambda: _samples(records) | _curve_chart(self._curves), step)
-
-    def _log(self, values: Callable[[], dict[str, Any]], step: int) -> None:
-        if self._run is None:
-            return
-        try:
-            self._run.log(values(), step=step)
-        except Exception as error:  # whatever wandb raises, training goes on
-            self._give_up("logging", error)
+        self._attempt("logging", lambda run: run.log(_samples(records) | _curve_chart(self._curves), step=step))
 
     def finish(self, exit_code: int = 0) -> None:
         """Closes the run. Safe to call twice."""
+        self._attempt("finishing", lambda run: run.finish(exit_code=exit_code))
+        self._run = None
+
+    def _attempt(self, doing: str, action: Callable[[Any], None]) -> None:
         if self._run is None:
             return
         try:
-            self._run.finish(exit_code=exit_code)
-        except Exception as error:
-            self._give_up("finishing", error)
-        self._run = None
-
-    def _give_up(self, doing: str, error: Exception) -> None:
-        self._run = None
-        self._warn(f"wandb stopped while {doing} ({_brief(error)}): the run goes on, metrics.jsonl has everything")
+            action(self._run)
+        except Exception as error:  # whatever wandb raises, training goes on
+            self._run = None
+            self._warn(f"wandb stopped while {doing} ({_brief(error)}): the run goes on, metrics.jsonl has everything")
 
 
 def start(
@@ -84,7 +75,7 @@ def start(
     name: str,
     *,
     resume: bool = True,
-    warn: Warn | None = None,
+    warn: Warn,
 ) -> WandbRun:
     """Starts wandb for a run directory; never raises: online falls back to offline, and that to nothing.
 
@@ -94,9 +85,8 @@ def start(
         track: mode (offline, online, disabled) and project.
         name: the run's display name.
         resume: continue the id stored in the run directory, if there is one; False takes a new id.
-        warn: takes the one sentence about a failure; a logging warning by default.
+        warn: takes the one sentence about a failure.
     """
-    warn = warn or logging.getLogger(__name__).warning
     if track.wandb == "disabled":
         return WandbRun(None, warn)
     modes = ["online", "offline"] if track.wandb == "online" else ["offline"]

@@ -163,18 +163,13 @@ class _Sent:
     flight: Flight
 
 
-def hf_stream(chunks: Sequence[ModelChunk], bucket_mb: float = BUCKET_MB) -> Iterator[tuple[str, Tensor]]:
-    """One pass of a `Resharder`'s stream, in the order of `entries`."""
-    return Resharder(chunks, bucket_mb, in_order=True).stream()
-
-
 def export_hf(chunks: Sequence[ModelChunk], source_dir: str | Path, out_dir: str | Path, *, write: bool) -> None:
     """Write a Hugging Face directory that transformers and vLLM load: weights of `chunks`, the rest from `source_dir`.
 
     Collective; only the rank with `write` touches the disk. Bit-equal to the model's parameters.
     """
     writer = HfDirectoryWriter(Path(out_dir), Path(source_dir), MAX_FILE_BYTES) if write else None
-    for name, tensor in hf_stream(chunks):
+    for name, tensor in Resharder(chunks, in_order=True).stream():
         if writer:
             writer.add(name, tensor)
     if writer:

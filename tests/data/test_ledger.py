@@ -25,7 +25,7 @@ shares = st.sampled_from([0.0, 0.2, 1.0])
 
 def solve(corpus: CorpusConfig, seed: int, index: int) -> tuple[Problem, list[str]]:
     problem = Ledger(corpus.min_steps, corpus.max_steps).problem(seed, index)
-    return problem, ledger.worked_solution(problem, np.random.default_rng([seed, index]), corpus)
+    return problem, ledger.worked_solution(problem, np.random.default_rng([seed, index]), corpus)[0]
 
 
 def bookings(words: list[str]) -> list[tuple[int, int, int, int]]:
@@ -149,7 +149,7 @@ def test_error_rates_are_those_asked_for() -> None:
     rng = np.random.default_rng(0)
 
     def rate(corpus: CorpusConfig, wrong: Any) -> float:
-        rows = [row for _ in range(150) for row in bookings(ledger.worked_solution(problem, rng, corpus))]
+        rows = [row for _ in range(150) for row in bookings(ledger.worked_solution(problem, rng, corpus)[0])]
         return float(np.mean([wrong(*row) for row in rows]))
 
     slip = CorpusConfig(slip=0.1)

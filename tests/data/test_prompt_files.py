@@ -11,8 +11,17 @@ import pytest
 from prune_opd.config import DataConfig
 from prune_opd.data.files import FileSource
 from prune_opd.data.prompts import held_out, make_source
-from prune_opd.data.render import Format
+from prune_opd.data.render import prompt_text
 from prune_opd.errors import ConfigError
+
+
+def file_source(path: Path, tokenizer: Any, **settings: Any) -> FileSource:
+    return FileSource(DataConfig(source=str(path), **settings), tokenizer)
+
+
+def of_file(**settings: Any) -> DataConfig:
+    return DataConfig(source="rows.jsonl", **settings)
+
 
 ROWS = [{"question": "1 + 1?", "answer": "2"}, {"question": "2 + 2?", "answer": "4"}]
 
@@ -72,24 +81,24 @@ def test_a_split_is_chosen_by_name_and_train_if_there_is_one(byte_tokenizer: Any
     write_parquet(tmp_path / "data" / "train-00000-of-00002.parquet", ROWS[:1])
     write_parquet(tmp_path / "data" / "train-00001-of-00002.parquet", ROWS[1:])
     write_parquet(tmp_path / "data" / "test-00000-of-00001.parquet", [{"question": "3?", "answer": "3"}])
-    sizes = {split: FileSource(tmp_path, byte_tokenizer, split=split).size for split in (None, "train", "test")}
+    sizes = {split: file_source(tmp_path, byte_tokenizer, split=split).size for split in (None, "train", "test")}
     assert sizes == {None: 2, "train": 2, "test": 1}
     with pytest.raises(ConfigError, match=r"data.split = 'dev': .* has 'test', 'train'"):
-        FileSource(tmp_path, byte_tokenizer, split="dev")
+        file_source(tmp_path, byte_tokenizer, split="dev")
 
 
 def test_a_dictionary_of_saved_datasets_has_its_splits(byte_tokenizer: Any, tmp_path: Path) -> None:
     for split, rows in (("train", ROWS), ("test", ROWS[:1])):
         write_saved(tmp_path / "both" / split, rows)
     (tmp_path / "both" / "dataset_dict.json").write_text(json.dumps({"splits": ["train", "test"]}))
-    assert FileSource(tmp_path / "both", byte_tokenizer).size == 2
-    assert FileSource(tmp_path / "both", byte_tokenizer, split="test").size == 1
+    assert file_source(tmp_path / "both", byte_tokenizer).size == 2
+    assert file_source(tmp_path / "both", byte_tokenizer, split="test").size == 1
 
 
 def test_a_bad_row_of_a_parquet_file_is_named_by_file_and_row(byte_tokenizer: Any, tmp_path: Path) -> None:
     path = write_parquet(tmp_path / "a.parquet", [*ROWS, {"question": " ", "answer": "1"}])
     with pytest.raises(ConfigError, match=r"a.parquet:3: \"question\" = ' ': give text that is not empty"):
-        FileSource(path, byte_tokenizer)
+        file_source(path, byte_tokenizer)
 
 
 @pytest.mark.parametrize("name", ["a.parquet", "saved/data.arrow"])
@@ -101,12 +110,12 @@ def test_a_file_that_is_not_what_its_name_says_is_refused(name: str, byte_tokeni
         (path.parent / "state.json").write_text(json.dumps({"_data_files": [{"filename": path.name}]}))
         path = path.parent
     with pytest.raises(ConfigError, match=r"is not (a Parquet|an Arrow) file"):
-        FileSource(path, byte_tokenizer)
+        file_source(path, byte_tokenizer)
 
 
 def test_a_directory_without_prompts_is_refused(byte_tokenizer: Any, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"has no .jsonl or .parquet files"):
-        FileSource(tmp_path, byte_tokenizer)
+        file_source(tmp_path, byte_tokenizer)
 
 
 # ---------------------------------------------------------------------------------------------------- columns
@@ -125,7 +134,7 @@ def test_a_directory_without_prompts_is_refused(byte_tokenizer: Any, tmp_path: P
 def test_the_columns_of_published_benchmarks_are_understood(
     row: dict[str, Any], byte_tokenizer: Any, tmp_path: Path
 ) -> None:
-    source = FileSource(write_jsonl(tmp_path / "bench.jsonl", [row]), byte_tokenizer)
+    source = file_source(write_jsonl(tmp_path / "bench.jsonl", [row]), byte_tokenizer)
     (prompt,) = source.prompts
     assert byte_tokenizer.decode(list(prompt.ids)) == "<user>Q</><assistant>"
     assert source.score("so it is \\boxed{27}", prompt) and not source.score("so it is \\boxed{28}", prompt)
@@ -137,54 +146,54 @@ def test_the_columns_of_published_benchmarks_are_understood(
 @pytest.mark.parametrize(
     ("row", "format", "text"),
     [
-        ({"prompt": "as it is"}, Format(), "as it is"),
-        ({"prompt": "P"}, Format(suffix=" Box it."), "P Box it."),
-        ({"prompt": "P"}, Format(chat=True), "<user>P</><assistant>"),
-        ({"question": "Q"}, Format(chat=False, suffix="!"), "Q!"),
-        ({"question": "Q"}, Format(suffix=" Box it."), "<user>Q Box it.</><assistant>"),
-        ({"question": "Q"}, Format(system_prompt="S"), "<system>S</><user>Q</><assistant>"),
-        ({"question": "Q"}, Format(thinking=True), "<user>Q</><assistant>"),
-        ({"question": "Q"}, Format(thinking=False), "<user>Q</><assistant><think></think>"),
+        ({"prompt": "as it is"}, of_file(), "as it is"),
+        ({"prompt": "P"}, of_file(suffix=" Box it."), "P Box it."),
+        ({"prompt": "P"}, of_file(chat=True), "<user>P</><assistant>"),
+        ({"question": "Q"}, of_file(chat=False, suffix="!"), "Q!"),
+        ({"question": "Q"}, of_file(suffix=" Box it."), "<user>Q Box it.</><assistant>"),
+        ({"question": "Q"}, of_file(system_prompt="S"), "<system>S</><user>Q</><assistant>"),
+        ({"question": "Q"}, of_file(thinking=True), "<user>Q</><assistant>"),
+        ({"question": "Q"}, of_file(thinking=False), "<user>Q</><assistant><think></think>"),
         (
             {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}] * 1
              + [{"role": "user", "content": "c"}]},
-            Format(suffix="!"),
+            of_file(suffix="!"),
             "<user>a</><assistant>b</><user>c!</><assistant>",
         ),
     ],
 )  # fmt: skip
-def test_a_row_is_rendered_as_set(row: dict[str, Any], format: Format, text: str, byte_tokenizer: Any) -> None:
-    assert format.text(row, byte_tokenizer) == text
+def test_a_row_is_rendered_as_set(row: dict[str, Any], format: DataConfig, text: str, byte_tokenizer: Any) -> None:
+    assert prompt_text(row, format, byte_tokenizer) == text
 
 
 @pytest.mark.parametrize(
     ("row", "format", "message"),
     [
-        ({"prompt": "P"}, Format(system_prompt="S"), "data.system_prompt = 'S' has no place"),
-        ({"prompt": "P"}, Format(thinking=False), "data.thinking = False has no place"),
-        ({"messages": [{"role": "user", "content": "a"}]}, Format(chat=False), '"messages" need the chat template'),
+        ({"prompt": "P"}, of_file(system_prompt="S"), "data.system_prompt = 'S' has no place"),
+        ({"prompt": "P"}, of_file(thinking=False), "data.thinking = False has no place"),
+        ({"messages": [{"role": "user", "content": "a"}]}, of_file(chat=False), '"messages" need the chat template'),
         (
             {"messages": [{"role": "system", "content": "a"}, {"role": "user", "content": "b"}]},
-            Format(system_prompt="S"),
+            of_file(system_prompt="S"),
             "a system turn of its own",
         ),
     ],
 )
 def test_settings_that_a_row_has_no_place_for_are_refused(
-    row: dict[str, Any], format: Format, message: str, byte_tokenizer: Any
+    row: dict[str, Any], format: DataConfig, message: str, byte_tokenizer: Any
 ) -> None:
     with pytest.raises(ConfigError, match=message):
-        format.text(row, byte_tokenizer)
+        prompt_text(row, format, byte_tokenizer)
 
 
 def test_a_template_without_the_switch_is_not_silently_left_thinking(byte_tokenizer: Any) -> None:
     byte_tokenizer.chat_template = "{% for turn in messages %}{{ turn.content }}{% endfor %}"
     with pytest.raises(ConfigError, match=r"data.thinking = False: .* has no such switch"):
-        Format(thinking=False).text({"question": "Q"}, byte_tokenizer)
+        prompt_text({"question": "Q"}, of_file(thinking=False), byte_tokenizer)
 
 
 def test_a_chat_without_a_template_is_refused_and_a_question_goes_as_it_is(byte_tokenizer: Any) -> None:
     byte_tokenizer.chat_template = None
-    assert Format().text({"question": "Q"}, byte_tokenizer) == "Q"
+    assert prompt_text({"question": "Q"}, of_file(), byte_tokenizer) == "Q"
     with pytest.raises(ConfigError, match=r"data.chat = true needs a chat template"):
-        Format(chat=True).text({"question": "Q"}, byte_tokenizer)
+        prompt_text({"question": "Q"}, of_file(chat=True), byte_tokenizer)

@@ -40,6 +40,10 @@ def write(path: Path, *rows: Any) -> Path:
     return path
 
 
+def file_source(path: Path, tokenizer: Any, max_prompt_len: int | None = None, **settings: Any) -> FileSource:
+    return FileSource(DataConfig(source=str(path), **settings), tokenizer, max_prompt_len)
+
+
 class Numbers:
     """A source of `size` prompts that are told apart by their index."""
 
@@ -140,28 +144,28 @@ GOOD = {"prompt": "<bos> 4 <ask>"}
 def test_bad_row_is_refused_with_file_and_line(tokenizer: Any, tmp_path: Path, row: Any, message: str) -> None:
     path = write(tmp_path / "bad.jsonl", GOOD, "", row, GOOD)
     with pytest.raises(ConfigError, match=f"bad.jsonl:3: .*{message}"):
-        FileSource(path, tokenizer, max_prompt_len=5)
+        file_source(path, tokenizer, max_prompt_len=5)
 
 
 def test_wrong_encoding_is_refused_with_file_and_line(tokenizer: Any, tmp_path: Path) -> None:
     path = tmp_path / "latin1.jsonl"
     path.write_bytes(b'{"prompt": "4"}\n{"prompt": "4", "note": "\xe9"}\n')
     with pytest.raises(ConfigError, match=r"latin1\.jsonl:2: not valid JSON"):
-        FileSource(path, tokenizer)
+        file_source(path, tokenizer)
 
 
 def test_messages_without_a_chat_template_are_refused(tokenizer: Any, tmp_path: Path) -> None:
     path = write(tmp_path / "chat.jsonl", {"messages": [{"role": "user", "content": "4"}]})
     tokenizer.chat_template = None
     with pytest.raises(ConfigError, match=r"chat\.jsonl:1: .*chat template"):
-        FileSource(path, tokenizer)
+        file_source(path, tokenizer)
 
 
 def test_failing_chat_template_is_reported_with_file_and_line(tokenizer: Any, tmp_path: Path) -> None:
     path = write(tmp_path / "chat.jsonl", {"messages": [{"role": "user", "content": "4"}]})
     tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"
     with pytest.raises(ConfigError, match=r"chat\.jsonl:1: .*roles must alternate"):
-        FileSource(path, tokenizer)
+        file_source(path, tokenizer)
 
 
 def rows_of(places: Iterable[str]) -> list[int]:
@@ -181,14 +185,14 @@ def bad_file(path: Path) -> Path:
 
 def test_all_bad_rows_are_named_and_counted(tokenizer: Any, tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as refusal:
-        FileSource(bad_file(tmp_path / "bad.jsonl"), tokenizer)
+        file_source(bad_file(tmp_path / "bad.jsonl"), tokenizer)
     *rows, count = str(refusal.value).splitlines()
     assert [row.partition(": ")[0].rpartition(":")[2] for row in rows] == ["2", "3", "4"]
     assert count.endswith("3 of 5 rows are bad: correct them, or leave them out with data.bad_rows=skip")
 
 
 def test_bad_rows_can_be_skipped_and_are_remembered_by_line(tokenizer: Any, tmp_path: Path) -> None:
-    source = FileSource(bad_file(tmp_path / "bad.jsonl"), tokenizer, skip_bad_rows=True)
+    source = file_source(bad_file(tmp_path / "bad.jsonl"), tokenizer, bad_rows="skip")
     assert (source.size, rows_of(source.places), rows_of(source.skipped)) == (2, [1, 5], [2, 3, 4])
     assert source.get(1).index == 1
     assert source.skipped_summary().startswith("3 of 5 rows are bad, lines 2, 3, 4 (line 2: not valid JSON")
@@ -196,12 +200,12 @@ def test_bad_rows_can_be_skipped_and_are_remembered_by_line(tokenizer: Any, tmp_
 
 def test_a_file_of_which_nothing_is_left_is_refused(tokenizer: Any, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"has no prompts \(1 of 1 rows are bad, lines 1 "):
-        FileSource(write(tmp_path / "bad.jsonl", {"prompt": ""}), tokenizer, skip_bad_rows=True)
+        file_source(write(tmp_path / "bad.jsonl", {"prompt": ""}), tokenizer, bad_rows="skip")
 
 
 def test_empty_file_is_refused(tokenizer: Any, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="has no prompts"):
-        FileSource(write(tmp_path / "empty.jsonl", "", ""), tokenizer)
+        file_source(write(tmp_path / "empty.jsonl", "", ""), tokenizer)
 
 
 def test_missing_file_names_the_setting_the_value_and_the_remedy(tokenizer: Any, tmp_path: Path) -> None:
@@ -209,7 +213,7 @@ def test_missing_file_names_the_setting_the_value_and_the_remedy(tokenizer: Any,
     with pytest.raises(ConfigError, match=r"data\.source = .*nowhere\.jsonl.* no such file; give the path"):
         make_source(DataConfig(source=str(missing)), tokenizer, 0, 64)
     with pytest.raises(ConfigError, match="there is no such file or directory"):
-        FileSource(missing, tokenizer)
+        file_source(missing, tokenizer)
 
 
 @pytest.mark.parametrize(
@@ -232,7 +236,7 @@ def test_file_of_another_kind_is_told_what_it_should_be(tokenizer: Any, tmp_path
 
 
 def test_jsonl_answers_are_scored_as_mathematics(tokenizer: Any, tmp_path: Path) -> None:
-    source = FileSource(write(tmp_path / "math.jsonl", GOOD), tokenizer)
+    source = file_source(write(tmp_path / "math.jsonl", GOOD), tokenizer)
     half = Prompt(0, (1,), "0.5", "math")
     assert source.score("so \\boxed{\\frac{1}{2}}", half)
     assert not source.score("so \\boxed{\\frac{1}{3}}", half)

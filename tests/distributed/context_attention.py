@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 
-from prune_opd.megatron.attention import PackedSdpaAttention
+from prune_opd.megatron.local_layers import PackedSdpaAttention
 from prune_opd.megatron.packing import zigzag
 
 

@@ -131,7 +131,7 @@ def look(run: Any, rollouts: Rollouts, kept: Any = None) -> Any:
 
     batch, stats = run.train_batch(rollouts), run.new_stats(rollouts)
     hidden = run.teacher.hidden(rollouts, batch.deals, kept)
-    loss = gated_loss(run.config, run.teacher, hidden, run.vocab_size, run.layout.tp_group, stats)
+    loss = gated_loss(run.config, run.teacher, hidden, run.vocab_size, run.layout.student.tp_group, stats)
     run.trainer.look(batch.microbatches, loss)
     stats.reduce(run.layout.reports)
     return stats
@@ -139,6 +139,6 @@ def look(run: Any, rollouts: Rollouts, kept: Any = None) -> Any:
 
 def whole_parameters(chunks: Any) -> dict[str, Tensor]:
     """Every parameter as a whole Hugging Face tensor, detached from the model."""
-    from prune_opd.weights.stream import hf_stream
+    from prune_opd.weights.stream import Resharder
 
-    return {name: tensor.clone() for name, tensor in hf_stream(chunks)}
+    return {name: tensor.clone() for name, tensor in Resharder(chunks, in_order=True).stream()}

@@ -49,7 +49,7 @@ def whole_state(trainer: Any) -> dict[str, Tensor]:
     from prune_opd.weights.cut import WHOLE
     from prune_opd.weights.mapping import entries
 
-    (model,), group = trainer.chunks, trainer.layout.tp_group
+    (model,), group = trainer.chunks, trainer.layout.student.tp_group
     name_of = {id(parameter): name for name, parameter in model.named_parameters()}
     (adam,) = (part.optimizer for part in getattr(trainer.optimizer, "chained_optimizers", [trainer.optimizer]))
     kinds: dict[str, dict[str, Tensor]] = {"parameter": {}, "exp_avg": {}, "exp_avg_sq": {}}
@@ -98,17 +98,17 @@ def save(run: Any, step: int) -> None:
 
 def failed_saves(run: Any) -> dict[str, Any]:
     """Saves that break off: while the checkpoint is written, and when it is complete but `latest` has not moved."""
-    from prune_opd.megatron import checkpoint
+    from prune_opd.megatron import manifest
 
     checkpoints = run.checkpoints
     last = str(checkpoints.latest())
     steps = []
-    record_durably, checkpoint.record_durably = checkpoint.record_durably, disk_full
+    record_durably, manifest.record_durably = manifest.record_durably, disk_full
     try:
         save(run, 90)
     except UserError as error:
         steps.append(str(error))
-    checkpoint.record_durably = record_durably
+    manifest.record_durably = record_durably
     leftover = list(checkpoints.directory.glob("*.partial"))
     no_file = checkpoints.directory / "latest.partial"
     no_file.mkdir()

@@ -194,7 +194,7 @@ def main(models: Path, out: Path) -> None:
     machine = platform.prepare()
     from prune_opd.megatron import layout as layouts
     from prune_opd.megatron import model
-    from prune_opd.megatron.attention import PackedSdpaAttention
+    from prune_opd.megatron.local_layers import PackedSdpaAttention
     from prune_opd.weights.stream import export_hf
     from tests.distributed.context_attention import GatheredSdpaAttention
 

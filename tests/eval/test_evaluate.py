@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from prune_opd.config import DataConfig
 from prune_opd.data.prompt import Prompt
-from prune_opd.data.render import Format
 from prune_opd.eval.evaluate import Evaluator, Sampling, evaluation_record
 from prune_opd.eval.run import EvalJob, result, results_table
 from prune_opd.rollout.batch import Response, Rollouts
@@ -103,6 +103,6 @@ def test_the_table_has_a_row_a_model_and_a_column_a_task() -> None:
 
 
 def test_a_job_crosses_to_the_ranks_unchanged() -> None:
-    format = Format(chat=True, system_prompt="Reason.", suffix=" Box it.", thinking=False)
-    job = EvalJob("model", ("ledger", "a.jsonl"), 8, SAMPLING, format, results="r.jsonl")
+    file = DataConfig(source="a.jsonl", chat=True, system_prompt="Reason.", suffix=" Box it.", thinking=False)
+    job = EvalJob("model", (DataConfig(), file), 8, SAMPLING, results="r.jsonl")
     assert EvalJob.from_json(job.to_json()) == job

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 
@@ -29,7 +30,12 @@ class Ranks:
         return list(range(first, first + self.tp))
 
 
-RANKS = {"tp4": Ranks(4, 1, 1), "tp2 pp2": Ranks(2, 2, 1), "tp2 dp2": Ranks(2, 1, 2), "pp2 dp2": Ranks(1, 2, 2)}
+RANKS: dict[str, Any] = {
+    "tp4": Ranks(4, 1, 1),
+    "tp2 pp2": Ranks(2, 2, 1),
+    "tp2 dp2": Ranks(2, 1, 2),
+    "pp2 dp2": Ranks(1, 2, 2),
+}
 
 
 def test_every_row_belongs_to_the_replica_that_it_was_dealt_to() -> None:

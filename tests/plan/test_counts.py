@@ -11,7 +11,7 @@ from prune_opd.plan.counts import (
     ParallelSizes,
     active_parameters,
     cache_bytes,
-    forward_flops,
+    flops_by_length,
     on_rank,
     parameters,
     touched_parameters,
@@ -62,8 +62,8 @@ def test_the_ranks_of_a_layout_hold_the_whole_model(name: str) -> None:
 
 def test_flops_are_two_per_parameter_and_the_attention() -> None:
     model = spec("Qwen/Qwen3-8B")
-    assert forward_flops(model, 1) == pytest.approx(2 * active_parameters(model), rel=1e-3)
-    short, long = (forward_flops(model, length) / length for length in (1000, 10000))
+    assert flops_by_length(model)(1) == pytest.approx(2 * active_parameters(model), rel=1e-3)
+    short, long = (flops_by_length(model)(length) / length for length in (1000, 10000))
     assert long - short == pytest.approx(2 * 36 * 32 * 128 * 9000)
 
 

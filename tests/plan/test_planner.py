@@ -14,8 +14,8 @@ from prune_opd.config.overrides import apply_overrides
 from prune_opd.config.recipe import list_recipes, load_recipe
 from prune_opd.errors import ConfigError
 from prune_opd.plan import search
-from prune_opd.plan.memory import plan_memory, problems
-from prune_opd.plan.planner import Plan, curve, dominant, largest, plan_run
+from prune_opd.plan.memory import largest_fit, plan_memory, problems
+from prune_opd.plan.planner import Plan, curve, plan_run
 from prune_opd.plan.search import best_layouts
 from prune_opd.plan.setting import setting_of
 from prune_opd.plan.time import step_time, train_seconds
@@ -128,7 +128,7 @@ def test_what_does_not_fit_is_named_with_its_phase_and_a_remedy() -> None:
 
 def test_the_largest_that_fits_fits_and_the_next_does_not() -> None:
     found = plan(SEVEN)
-    tokens, length = largest(found)
+    tokens, length = largest_fit(found.setting)
     for key, value in (("parallel.microbatch_tokens", tokens), ("horizon.max_len", length)):
         assert not plan(SEVEN, f"{key}={value}").problems
     assert plan(SEVEN, f"parallel.microbatch_tokens={tokens + 512}").problems
@@ -188,7 +188,7 @@ def test_with_a_fixed_batch_gpu_hours_grow_and_the_longest_response_remains() ->
     steps = curve(config, "h100", grow=False)
     cost = [step.total * gpus for gpus, step in steps.items()]
     assert cost == sorted(cost)
-    assert dominant(steps[1024]) == "rollout"
+    assert steps[1024].longest == "rollout"
     assert steps[1024].seconds["rollout"] > config.planning.mean_horizon * 0.002  # no step is shorter than its overhead
 
 

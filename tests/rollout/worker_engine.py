@@ -69,9 +69,9 @@ class Checks:
         return result
 
     def load(self, model: Any) -> None:
-        from prune_opd.weights.stream import hf_stream
+        from prune_opd.weights.stream import Resharder
 
-        self.watched("load", lambda: self.engine.load(hf_stream(model)))
+        self.watched("load", lambda: self.engine.load(Resharder(model, in_order=True).stream()))
 
     def generate(self, prompts: Sequence[Prompt], responses: int = RESPONSES, **changes: Any) -> Rollouts:
         rows = new_rows(prompts, responses, changes.pop("max_tokens", MAX_TOKENS))

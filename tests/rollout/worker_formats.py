@@ -20,7 +20,7 @@ from prune_opd.config import Fp8Config, ParallelConfig, RolloutConfig
 from prune_opd.config.rollout import KV_CACHE_DTYPES, QUANTIZATIONS
 from prune_opd.errors import UserError
 from prune_opd.megatron.precision import ddp_arguments, optimizer_arguments, transformer_arguments
-from prune_opd.rollout.precision import rollout_arguments
+from prune_opd.rollout.engine import rollout_arguments
 from prune_opd.rollout.request import TokenSampling, new_rows
 from tests.rollout.worker_engine import make_prompts
 
@@ -113,9 +113,9 @@ class Engine:
         )
 
     def load(self, chunks: Any) -> None:
-        from prune_opd.weights.stream import hf_stream
+        from prune_opd.weights.stream import Resharder
 
-        self.engine.load(hf_stream(chunks))
+        self.engine.load(Resharder(chunks, in_order=True).stream())
 
     def tokens(self) -> list[list[int]]:
         rollouts = self.engine.generate(new_rows(make_prompts(), 2, MAX_TOKENS), TokenSampling(seed=3, step=1))

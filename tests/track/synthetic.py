@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import random
 import sys
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -53,14 +54,14 @@ def write_run(
     run_dir.mkdir(parents=True, exist_ok=True)
     (run_dir / "config.yaml").write_text(yaml.safe_dump(to_dict(config), sort_keys=False), encoding="utf-8")
     rng = random.Random(seed)
-    with MetricsLog(run_dir / FILE_NAME, keep_through=None) as log:
+    with closing(MetricsLog(run_dir / FILE_NAME, keep_through=None)) as log:
         if evaluate_every:
             log.write(evaluation_record(0, steps, rng))
         for step in range(1, steps + 1):
             log.write(step_record(step, steps, strategy, rng, evaluated=evaluate_every > 0))
             if evaluate_every and (step % evaluate_every == 0 or step == steps):
                 log.write(evaluation_record(step, steps, rng))
-    with MetricsLog(run_dir / samples.FILE_NAME, keep_through=None) as log:
+    with closing(MetricsLog(run_dir / samples.FILE_NAME, keep_through=None)) as log:
         for step in sorted({1, max(1, steps // 2), steps}):
             for kind in ("finished", "horizon", "stopped"):
                 log.write(sample_record(step, kind, planted))

@@ -2,6 +2,7 @@
 
 import io
 import re
+from contextlib import closing
 from typing import TextIO
 
 import pytest
@@ -23,7 +24,7 @@ class Terminal(io.StringIO):
 def show(file: TextIO, name: str = "run", total: int = 4) -> None:
     steps = [step_record(s, total) for s in range(1, total + 1)]
     evaluations = [evaluation_record(0, total), evaluation_record(total, total)]
-    with RunConsole(name, total, 1, file=file) as console:
+    with closing(RunConsole(name, total, 1, file=file)) as console:
         console.evaluation(evaluations[0])
         for record in steps:
             console.step(record)
@@ -82,7 +83,7 @@ def test_an_ascii_log_file_does_not_end_the_run() -> None:
 
 def test_a_step_line_survives_a_record_with_step_only() -> None:
     file = io.StringIO()
-    with RunConsole("run", 3, 1, file=file) as console:
+    with closing(RunConsole("run", 3, 1, file=file)) as console:
         console.step({"step": 1})
     assert file.getvalue() == "step 1/3  eta ?\n"
 
@@ -91,14 +92,14 @@ def test_saved_tokens_are_cumulative_over_a_resume() -> None:
     half = {"step": 1, "tokens_generated": 50, "tokens_full": 100}
     none = {"step": 2, "tokens_generated": 300, "tokens_full": 300}
     file = io.StringIO()
-    with RunConsole("run", 2, 2, history=[half], file=file) as console:
+    with closing(RunConsole("run", 2, 2, history=[half], file=file)) as console:
         console.step(none)
     assert "saved 12.5%" in file.getvalue()
 
 
 def test_eta_is_the_mean_step_time_of_what_remains() -> None:
     file = io.StringIO()
-    with RunConsole("run", 11, 1, file=file) as console:
+    with closing(RunConsole("run", 11, 1, file=file)) as console:
         console.step({"step": 1, "time_step": 30.0})
     assert "eta 5 m 00 s" in file.getvalue()
 

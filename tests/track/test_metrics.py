@@ -3,6 +3,7 @@
 import json
 import math
 import random
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -10,11 +11,11 @@ import pytest
 from synthetic import evaluation_record, step_record, write_run
 
 from prune_opd.errors import UserError
-from prune_opd.track.metrics import FILE_NAME, METRICS, MetricsLog, meaning, read_metrics, summarise
+from prune_opd.track.metrics import FILE_NAME, MetricsLog, meaning, meanings, read_metrics, summarise
 
 
 def written(path: Path, records: list[dict]) -> Path:
-    with MetricsLog(path, keep_through=None) as log:
+    with closing(MetricsLog(path, keep_through=None)) as log:
         for record in records:
             log.write(record)
     return path
@@ -53,13 +54,16 @@ def test_every_line_is_on_disk_before_write_returns(tmp_path: Path) -> None:
 
 
 def test_a_record_without_a_step_is_refused(tmp_path: Path) -> None:
-    with MetricsLog(tmp_path / FILE_NAME, keep_through=None) as log, pytest.raises(ValueError, match="integer step"):
+    with (
+        closing(MetricsLog(tmp_path / FILE_NAME, keep_through=None)) as log,
+        pytest.raises(ValueError, match="integer step"),
+    ):
         log.write({"loss": 1.0})
 
 
 def test_resume_drops_later_steps_and_keeps_evaluations_up_to_the_checkpoint(tmp_path: Path) -> None:
     path = write_run(tmp_path, steps=10, evaluate_every=2) / FILE_NAME
-    with MetricsLog(path, keep_through=4) as log:
+    with closing(MetricsLog(path, keep_through=4)) as log:
         log.write(step_record(5, 10))
     steps, evaluations = read_metrics(path)
     assert [r["step"] for r in steps] == [1, 2, 3, 4, 5]
@@ -68,7 +72,7 @@ def test_resume_drops_later_steps_and_keeps_evaluations_up_to_the_checkpoint(tmp
 
 
 def test_resume_of_a_run_without_metrics_starts_a_file(tmp_path: Path) -> None:
-    with MetricsLog(tmp_path / "run" / FILE_NAME, keep_through=7) as log:
+    with closing(MetricsLog(tmp_path / "run" / FILE_NAME, keep_through=7)) as log:
         log.write({"step": 8, "loss": 1.0})
     assert [r["step"] for r in read_metrics(tmp_path / "run" / FILE_NAME)[0]] == [8]
 
@@ -86,7 +90,7 @@ def test_a_torn_last_line_is_left_out_and_gone_after_resume(tmp_path: Path, torn
     with path.open("ab") as file:
         file.write(torn.encode("utf-8", "surrogateescape"))
     assert [r["step"] for r in read_metrics(path)[0]] == [1, 2]
-    with MetricsLog(path, keep_through=2) as log:
+    with closing(MetricsLog(path, keep_through=2)) as log:
         log.write({"step": 3, "loss": 3.0})
     assert [r["step"] for r in read_metrics(path)[0]] == [1, 2, 3]
 
@@ -94,7 +98,7 @@ def test_a_torn_last_line_is_left_out_and_gone_after_resume(tmp_path: Path, torn
 def test_a_whole_last_line_without_its_newline_is_kept(tmp_path: Path) -> None:
     path = written(tmp_path / FILE_NAME, [{"step": 1, "loss": 1.0}])
     path.write_text(path.read_text().rstrip("\n"))
-    with MetricsLog(path, keep_through=1) as log:
+    with closing(MetricsLog(path, keep_through=1)) as log:
         log.write({"step": 2, "loss": 2.0})
     assert [r["step"] for r in read_metrics(path)[0]] == [1, 2]
 
@@ -117,14 +121,14 @@ def test_a_missing_file_is_a_user_error(tmp_path: Path) -> None:
 
 def test_every_key_written_is_documented() -> None:
     for key in {**step_record(1, 10), **evaluation_record(0, 10)}:
-        assert meaning(key), f"{key} is not in METRICS"
-    assert meaning("eval_ledger") == METRICS["eval_<task>"]
-    assert meaning("eval_aime_24_stderr") == METRICS["eval_<task>_stderr"]
+        assert meaning(key), f"{key} is not in metrics.yaml"
+    assert meaning("eval_ledger") == meanings()["eval_<task>"]
+    assert meaning("eval_aime_24_stderr") == meanings()["eval_<task>_stderr"]
     assert meaning("nonsense") is None
 
 
 def test_every_documented_key_has_a_unit() -> None:
-    for key, text in METRICS.items():
+    for key, text in meanings().items():
         assert key == "step" or text.endswith("]"), key
 
 

@@ -3,6 +3,7 @@
 import json
 import re
 import warnings
+from contextlib import closing
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
@@ -124,11 +125,11 @@ def test_a_run_with_little_to_show_still_has_a_report(tmp_path: Path, case: str)
     elif case == "damaged config":
         (run / "config.yaml").write_text("name: [\n")
     elif case == "evaluation only":
-        with MetricsLog(run / FILE_NAME, keep_through=None) as log:
+        with closing(MetricsLog(run / FILE_NAME, keep_through=None)) as log:
             log.write(evaluation_record(0, 3))
     elif case == "diverged":
         nothing = {"loss": float("nan"), "grad_norm": float("inf"), "overlap_by_position": None, "overlap": None}
-        with MetricsLog(run / FILE_NAME, keep_through=None) as log:
+        with closing(MetricsLog(run / FILE_NAME, keep_through=None)) as log:
             log.write({**step_record(1, 2), "overlap_by_position": [None] * 16})
             log.write({**step_record(2, 2), **nothing})
     with warnings.catch_warnings():

@@ -69,12 +69,12 @@ def test_an_offline_run_holds_what_was_logged_and_a_resumed_one_continues_its_id
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     records = [evaluation_record(0, 4), *(step_record(s, 4) for s in (1, 2)), evaluation_record(2, 4)]
-    run = wandb_log.start(tmp_path, {"gate": {"k": 16}}, OFFLINE, "first")
+    run = wandb_log.start(tmp_path, {"gate": {"k": 16}}, OFFLINE, "first", warn=print)
     for record in records:
         run.log(record)
     run.finish()
     run.finish()
-    resumed = wandb_log.start(tmp_path, {"gate": {"k": 16}}, OFFLINE, "first")
+    resumed = wandb_log.start(tmp_path, {"gate": {"k": 16}}, OFFLINE, "first", warn=print)
     resumed.log(step_record(3, 4))
     resumed.finish(exit_code=1)
     assert capfd.readouterr() == ("", "")
@@ -118,7 +118,7 @@ def test_a_new_run_in_an_old_directory_takes_a_new_id(tmp_path: Path) -> None:
 
 
 def test_disabled_makes_nothing(tmp_path: Path) -> None:
-    run = wandb_log.start(tmp_path, {}, TrackConfig(wandb="disabled"), "run")
+    run = wandb_log.start(tmp_path, {}, TrackConfig(wandb="disabled"), "run", warn=print)
     run.log(step_record(1, 1))
     run.finish()
     assert list(tmp_path.iterdir()) == []

@@ -88,7 +88,7 @@ def measure(recipe: str, model: str, problems: int, seed: int, bins: int) -> dic
 
     corpus = gold_corpus(teacher_dir)
     gold = [
-        encode(worked_solution(source.task.problem(seed, i, "held_out"), random_stream("corpus", seed, i), corpus))
+        encode(worked_solution(source.task.problem(seed, i, "held_out"), random_stream("corpus", seed, i), corpus)[0])
         for i in range(problems)
     ]
     models = [build(d, layout.student, torch.float32, trainable=False)[0] for d in (model_dir, teacher_dir)]

@@ -1,4 +1,4 @@
-"""Core attention for packed sequences where there is no Transformer Engine: torch's SDPA, segment by segment.
+"""What layers are made of where there is no Transformer Engine: core attention for packed sequences, and RMSNorm.
 
 `model.layer_spec` chooses. With Transformer Engine a layer gets megatron-core's `TEDotProductAttention`, which hands
 what `PackedBatch.attention_segments` says (`qkv_format="thd"`, int32 `cu_seqlens` on the device) to TE's flash or fused
@@ -14,6 +14,8 @@ import torch.nn.functional as F
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.torch_norm import WrappedTorchNorm
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
@@ -61,3 +63,26 @@ class PackedSdpaAttention(MegatronModule):
         grouped = q.shape[1] != k.shape[1]
         out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=self.softmax_scale, enable_gqa=grouped)
         return out[0].transpose(0, 1).flatten(1)
+
+
+class RMSNorm(torch.nn.RMSNorm):
+    """torch's norm, with a weight that says whether its gradient is a part only, to be summed over the TP group.
+
+    megatron-core's own wrapper of torch's norms refuses sequence parallelism.
+    """
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: Any) -> None:
+        super().__init__(hidden_size, eps=eps)
+        weight: Any = self.weight
+        weight.sequence_parallel = config.sequence_parallel
+
+
+def use_rms_norm(layer: ModuleSpec) -> bool:
+    """Put `RMSNorm` where a local layer spec has megatron-core's wrapper; False for a spec that has other norms."""
+    found = False
+    for submodules in (layer.submodules, layer.submodules.self_attention.submodules):
+        for slot, module in vars(submodules).items():
+            if module is WrappedTorchNorm:
+                setattr(submodules, slot, RMSNorm)
+                found = True
+    return found
