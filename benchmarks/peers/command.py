@@ -141,31 +141,32 @@ def make_config(contender: Contender, settings: Settings) -> TrainConfig:
 
 def _take_turns(settings: Settings, folder: Path, console: Console) -> dict[str, list[dict[str, Any]]]:
     """Start every contender, wait until all are built, and let one at a time go on for a turn. Returns their steps."""
-    found: dict[str, list[tuple[dict[str, Any], ...]]] = {contender.name: [] for contender in CONTENDERS}
     with ThreadPoolExecutor(len(CONTENDERS)) as pool, ExitStack() as stack:
         contests = {}
         for contender in CONTENDERS:
-            home, steps = folder / contender.name, _steps(contender, settings)
-            request = {"folder": str(home), "steps": steps, "threads": contender.threads}
+            home, threads = folder / contender.name, contender.threads
+            request = {"folder": str(home), "steps": _steps(contender, settings), "threads": threads}
             request["save_at"] = settings.save_at if contender.steps is None else ()
-            how = {"ranks": contender.ranks, "threads": contender.threads, "env": contender.env}
-            contest = Contest(pool, contender.name, contender.module, home, request=request, **how)
+            how = {"request": request, "ranks": contender.ranks, "threads": threads, "env": contender.env}
+            contest = Contest(pool, contender.name, contender.module, home, **how)
             contests[contender.name] = stack.enter_context(closing(contest))
         for contest in contests.values():
-            contest.wait_until_built()
-        for turn, end in enumerate(turn_ends(settings)):
+            contest.wait_for(1)
+        for turn, end in enumerate(ends := turn_ends(settings)):
             for contender in rotated(CONTENDERS, turn):
-                contest, last = contests[contender.name], min(end, _steps(contender, settings))
-                if contest.steps < last:
-                    console.print(f"{contender.name}: to step {last} of {_steps(contender, settings)}")
-                    found[contender.name] += zip(*contest.go_on(last), strict=True)
-    return {
-        contender.name: join_ranks(
-            found[contender.name],
-            read_metrics(folder / contender.name / "run" / "metrics.jsonl")[0] if contender.module == OURS else None,
-        )
-        for contender in CONTENDERS
-    }
+                steps = _steps(contender, settings)
+                if turn == 0 or ends[turn - 1] < steps:
+                    console.print(f"{contender.name}: to step {min(end, steps)} of {steps}")
+                    contests[contender.name].go_on(min(end, steps))
+        return {
+            contender.name: join_ranks(
+                contests[contender.name].steps(),
+                read_metrics(folder / contender.name / "run" / "metrics.jsonl")[0]
+                if contender.module == OURS
+                else None,
+            )
+            for contender in CONTENDERS
+        }
 
 
 def _steps(contender: Contender, settings: Settings) -> int:

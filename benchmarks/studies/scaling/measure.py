@@ -21,6 +21,7 @@ from typing import Any
 import torch.distributed as dist
 
 from benchmarks.common import answer, cpu_time, model_shape, peak_memory, reset_peak, write_model
+from benchmarks.studies.scaling.work import work
 from prune_opd import loop, platform
 from prune_opd.config import (
     CheckpointConfig,
@@ -36,6 +37,7 @@ from prune_opd.config import (
 )
 from prune_opd.config.memory_phases import MemoryPhases
 from prune_opd.method.horizon import make_controller
+from prune_opd.plan.counts import parameters
 from prune_opd.rollout.engine import ENVIRONMENT
 from prune_opd.rollout.phase import RolloutPhase
 from prune_opd.run import Run, prepare
@@ -99,6 +101,7 @@ def config_of(folder: Path, points: Sequence[tuple[int, int]], steps: int) -> Tr
 
 
 def one_step(run: Run, watch: PhaseWatch, records: LastRecord, imported: int) -> dict[str, Any]:
+    """What a step took, and the work that it was, of all ranks together."""
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)  # what the step before freed would hide what this one takes
     dist.barrier()
@@ -106,13 +109,15 @@ def one_step(run: Run, watch: PhaseWatch, records: LastRecord, imported: int) ->
     before = reset_peak()
     loop.step(run)
     highest = peak_memory()
+    prompt = mean(len(run.rollout.sampler.source.get(index).ids) for index in range(16))
     return {
         "wall_s": {key.removeprefix("time_"): v for key, v in records.record.items() if key.startswith("time_")},
         "cpu_s": watch.take(),
         "step_bytes": highest - before,
         "held_bytes": highest - imported,
         "tokens": records.record["tokens_generated"],
-        "response_length": records.record["response_length"],
+        "response_length": (response := records.record["response_length"]),
+        "work": work(run.trainer.spec, run.config.rollout.prompts, prompt, response, run.layout.world),
     }
 
 
@@ -135,9 +140,8 @@ def take_turns(run: Run, points: Sequence[tuple[int, int]], rounds: int, importe
     for _ in range(rounds):
         for at, (batch, length) in enumerate(points):
             steps[at].append(go(batch, length))
-    prompt = mean(len(run.rollout.sampler.source.get(index).ids) for index in range(16))
     return {
-        "prompt_length": prompt,
+        "parameters": parameters(run.trainer.spec),
         "points": [
             {"batch": batch, "length": length, "steps": taken}
             for (batch, length), taken in zip(points, steps, strict=True)
