@@ -15,7 +15,6 @@ evaluated by one process, on problems that no recipe was chosen on. No torch on 
 
 from __future__ import annotations
 
-import itertools
 import tempfile
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -25,6 +24,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+import numpy as np
 from rich.console import Console
 
 from benchmarks.common import (
@@ -261,11 +261,7 @@ def compare(measured: dict[str, Any], accuracies: dict[str, Any]) -> dict[str, A
 
 def accuracy_at(curve: Sequence[dict[str, Any]], tokens: float) -> float:
     """A curve's accuracy after `tokens` generated tokens, on the straight line between the evaluations around it."""
-    for before, after in itertools.pairwise(curve):
-        if tokens <= after["tokens"]:
-            share = (tokens - before["tokens"]) / (after["tokens"] - before["tokens"])
-            return float(before["accuracy"] + share * (after["accuracy"] - before["accuracy"]))
-    return float(curve[-1]["accuracy"])
+    return float(np.interp(tokens, *([point[name] for point in curve] for name in ("tokens", "accuracy"))))
 
 
 # ---------------------------------------------------------------------------------------------------- printing

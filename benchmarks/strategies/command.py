@@ -19,7 +19,7 @@ import typer
 from benchmarks.common import Report
 from benchmarks.strategies.plan import FIRST_SEED, METHODS, Settings, choose, pair_recipe, plan, sweep_plan
 from benchmarks.strategies.results import in_points, markdown, pair_rows, sweep_rows, verdicts
-from benchmarks.strategies.runs import collect, run_all
+from benchmarks.strategies.runs import run_all
 from prune_opd.check.run import check_train
 from prune_opd.errors import ConfigError, UserError
 
@@ -33,8 +33,6 @@ NAMES = ", ".join(method.name for method in METHODS)
 Methods = Annotated[list[str] | None, typer.Option(metavar="NAME", help=f"Again for more; one of {NAMES}.")]
 Set = Annotated[list[str] | None, typer.Option(metavar="KEY=VALUE", help="Of the recipe, before a method changes it.")]
 Jobs = Annotated[int, typer.Option(min=1, help="Runs side by side, one core each.")]
-Steps = Annotated[int | None, typer.Option(min=1, help="Of every run.", show_default="the recipe's")]
-OnlyFinished = Annotated[bool, typer.Option("--only-finished", help="Run nothing: draw what is finished.")]
 SweepSeeds = Annotated[int, typer.Option(min=0, help="Runs of every point of the γ and k sweeps, on the last pair.")]
 
 
@@ -45,16 +43,14 @@ def run(
     seeds: Seeds = 3,
     methods: Methods = None,
     jobs: Jobs = 2,
-    steps: Steps = None,
     set: Set = None,
     sweep_seeds: SweepSeeds = 1,
-    only_finished: OnlyFinished = False,
 ) -> int:
     """Run what is not there yet in the folder beside `path`; write JSON, HTML, PNGs and markdown. Returns 0.
 
     Raises ConfigError or UserError before the first run for a pair or a method that cannot run.
     """
-    settings = QUICK if quick else Settings(steps=steps)
+    settings = QUICK if quick else Settings()
     if jobs > len(os.sched_getaffinity(0)):
         raise ConfigError(f"--jobs {jobs} is more than this process has cores ({len(os.sched_getaffinity(0))})")
     recipes = {pair: pair_recipe(pair, set or ()) for pair in dict.fromkeys(pairs or PAIRS)}
@@ -70,9 +66,7 @@ def run(
         raise UserError("\n".join(sorted(problems)))
 
     began, report = time.time(), Report(path, quick, settings)
-    results = collect(specs, folder) if only_finished else run_all(specs, folder, jobs, report.console)
-    if not results:
-        raise UserError(f"{folder} has no finished run of these settings: leave out --only-finished")
+    results = run_all(specs, folder, jobs, report.console)
     found: dict[str, Any] = {}
     for pair, recipe in recipes.items():
         rows = pair_rows(pair, chosen, results)
@@ -117,6 +111,4 @@ def notes(pair: dict[str, Any], seeds: list[int], settings: Settings) -> list[st
         for other in row["gaps"]
         if other != "full"
     ]
-    partial = [row["title"] for row in pair["rows"] if len(row["seeds"]) < len(seeds)]
-    lines += [f"Not all seeds: {', '.join(partial)}."] if partial else []
     return lines

@@ -21,7 +21,7 @@ from rich.console import Console
 from benchmarks.common import last_words
 from benchmarks.strategies.plan import RunSpec
 from benchmarks.strategies.rank import Wanted
-from prune_opd.errors import ConfigError, UserError
+from prune_opd.errors import UserError
 from prune_opd.process import rank_environment
 from prune_opd.track.metrics import FILE_NAME, Record, read_metrics
 
@@ -41,10 +41,10 @@ class _Running:
 def finished(wanted: Wanted, folder: Path) -> tuple[list[Record], list[Record]] | None:
     """Step records and evaluations of the run in the folder; None if it is another one or not finished."""
     try:
-        if not wanted.same(Wanted.read(folder)):
+        if Wanted.read(folder) != wanted:
             return None
         steps, evaluations = read_metrics(folder / FILE_NAME)
-    except (ConfigError, UserError, OSError, ValueError, TypeError):  # none yet, or another version's
+    except (UserError, OSError, ValueError):  # none yet, or another version's
         return None
     complete = len(steps) == wanted.config.steps and evaluations and evaluations[-1]["step"] == wanted.config.steps
     return (steps, evaluations) if complete else None
@@ -54,11 +54,7 @@ def resolved(spec: RunSpec, specs: Sequence[RunSpec], folder: Path) -> Wanted | 
     """What the run's process is given; None while a control waits for the run whose windows it replays."""
     if not spec.method.replays:
         return Wanted(spec.config, spec.problems_between)
-    (source,) = [
-        other
-        for other in specs
-        if (other.pair, other.method.name, other.seed) == (spec.pair, spec.method.against, spec.seed)
-    ]
+    (source,) = [other for other in specs if other.key == f"{spec.pair}/{spec.method.against}/{spec.seed}"]
     records = finished(Wanted(source.config, source.problems_between), folder / source.key)
     if records is None:
         return None
@@ -103,26 +99,19 @@ def run_all(
         for run in running:
             run.process.kill()
             run.process.wait()
-    return collect(specs, folder)
+    return [(spec, *records) for spec in specs if (records := records_of(spec, specs, folder))]
 
 
-def collect(specs: Sequence[RunSpec], folder: Path) -> list[Result]:
-    """The records of the runs that are finished, in the plan's order."""
-    results = []
-    for spec in specs:
-        wanted = resolved(spec, specs, folder)
-        records = finished(wanted, folder / spec.key) if wanted else None
-        if records is not None:
-            results.append((spec, *records))
-    return results
+def records_of(spec: RunSpec, specs: Sequence[RunSpec], folder: Path) -> tuple[list[Record], list[Record]] | None:
+    """Step records and evaluations of a run that is finished."""
+    wanted = resolved(spec, specs, folder)
+    return finished(wanted, folder / spec.key) if wanted else None
 
 
 def _check(run: _Running, specs: Sequence[RunSpec], folder: Path) -> None:
-    where = folder / run.spec.key
-    wanted = resolved(run.spec, specs, folder)
-    if run.process.returncode == 0 and wanted is not None and finished(wanted, where):
+    if run.process.returncode == 0 and records_of(run.spec, specs, folder):
         return
-    log = where / "log.txt"
+    log = folder / run.spec.key / "log.txt"
     said = last_words(log.read_text(errors="replace") if log.exists() else "")
     raise UserError(f"run {run.spec.key} failed with exit code {run.process.returncode} ({log}): {said}")
 
