@@ -26,6 +26,7 @@ from typing import Any
 import psutil
 
 from prune_opd.errors import REQUEUE_EXIT_CODE
+from prune_opd.track.metrics import FILE_NAME, read_records
 
 RSS_GROWTH = 0.02  # at most, between the medians of the first and the last stretch of steps
 SETTINGS = (
@@ -48,23 +49,9 @@ def start(steps: int, run_dir: Path) -> subprocess.Popen[bytes]:
 
 def records(run_dir: Path) -> list[dict[str, Any]]:
     """metrics.jsonl without what depends on the clock."""
-    try:
-        lines = (run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    except FileNotFoundError:
-        return []
-    found = []
-    for line in lines:
-        try:
-            found.append(
-                {
-                    key: value
-                    for key, value in json.loads(line).items()
-                    if not key.startswith(("time_", "cpu_", "memory_"))
-                }
-            )
-        except ValueError:  # the line that is being written
-            break
-    return found
+    path, timed = run_dir / FILE_NAME, ("time_", "cpu_", "memory_")
+    found = read_records(path) if path.exists() else []
+    return [{key: value for key, value in record.items() if not key.startswith(timed)} for record in found]
 
 
 def step_of(run_dir: Path) -> int:

@@ -30,7 +30,7 @@ from prune_opd.config.recipe import load_recipe
 from prune_opd.config.yaml import save_config
 from prune_opd.errors import ConfigError, UserError
 from prune_opd.ranks.launcher import start_ranks
-from prune_opd.track.metrics import FILE_NAME, read_metrics
+from prune_opd.track.metrics import FILE_NAME, read_metrics, total
 
 # Set before any pair was measured with this command.
 ERRORS_APART = 2.0  # accuracies differ if they are this many standard errors of their difference apart
@@ -70,7 +70,7 @@ class Verdict:
 def verdicts(models: Mapping[str, Result]) -> list[Verdict]:
     """The four tests on the measurements of teacher, before, half and after (measure.py)."""
     teacher, before, half, after = (models[name] for name in ("teacher", "before", "half", "after"))
-    gold, events = _filled(before["gold"], "overlap"), _filled(before["gold"], "events")
+    gold, events = ([before["gold"][name][i] for i in _parts(before["gold"])] for name in ("overlap", "events"))
     decays, how = decay(before)
     still, how_half = decay(half)
     learnt = _above(after, before)
@@ -104,10 +104,6 @@ def decay(model: Result) -> tuple[bool, str]:
 
 def _parts(curves: Result) -> list[int]:
     return [i for i, tokens in enumerate(curves["tokens"]) if tokens >= LEAST_TOKENS]
-
-
-def _filled(curves: Result, name: str) -> list[float]:
-    return [curves[name][i] for i in _parts(curves)]
 
 
 def _above(better: Result, worse: Result) -> bool:
@@ -148,31 +144,21 @@ def run(path: Path, quick: bool, pair: Annotated[str, typer.Argument(metavar="PA
                 (models[model],) = measure("benchmarks.studies.pair_check.measure", request, f"measuring {model}")
         steps, _ = read_metrics(folder / "run" / FILE_NAME)
     tests = verdicts(models)
-    totals = {
-        "steps": len(steps),
-        "tokens_generated": sum(step["tokens_generated"] for step in steps),
-        "time_step": sum(step["time_step"] for step in steps),
-    }
-    thresholds = {
-        "errors_apart": ERRORS_APART,
-        "gold_overlap": GOLD_OVERLAP,
-        "gold_events": GOLD_EVENTS,
-        "decay": DECAY,
-        "least_tokens": LEAST_TOKENS,
-    }
+    totals = {"steps": len(steps), **{key: total(steps, key) for key in ("tokens_generated", "time_step")}}
+    names = ("ERRORS_APART", "GOLD_OVERLAP", "GOLD_EVENTS", "DECAY", "LEAST_TOKENS")
     report.write(
         benchmark="pair-check",
         pair=config.name,
         gate=asdict(config.gate) if config.gate else None,
         max_len=config.horizon.max_len,
-        thresholds=thresholds,
+        thresholds={name.lower(): globals()[name] for name in names},
         tests=[asdict(test) for test in tests],
         full_opd=totals,
         models=models,
     )
     picture = report.path.with_suffix(".png")
     picture.write_bytes(_chart(config, models))
-    title = f"{config.name}: full OPD, {totals['steps']} steps, {totals['tokens_generated']} tokens"
+    title = f"{config.name}: full OPD, {totals['steps']} steps, {totals['tokens_generated']:.0f} tokens"
     rows = [(test.test, "pass" if test.passed else "FAIL", test.numbers) for test in tests]
     report.console.print(table(title, ("test", "", "numbers"), rows, left=3))
     report.name_files(picture)

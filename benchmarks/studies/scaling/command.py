@@ -130,7 +130,6 @@ def _points(launch: dict[str, Any]) -> Iterator[tuple[Place, Point]]:
     ranks = launch["ranks"]
     for at, first in enumerate(ranks[0]["points"]):
         steps = list(zip(*(rank["points"][at]["steps"] for rank in ranks), strict=True))
-        cpu = {phase: median(sum(rank["cpu_s"][phase] for rank in of) for of in steps) for phase in PHASES}
         place = Place(launch["model"], launch["world"], first["batch"], first["length"])
         yield (
             place,
@@ -141,8 +140,11 @@ def _points(launch: dict[str, Any]) -> Iterator[tuple[Place, Point]]:
                 "length": median(
                     of[0]["response_length"] for of in steps
                 ),  # of the average one: some end by themselves
-                "wall_s": {name: median(of[0]["wall_s"][name] for of in steps) for name in (*PHASES, "step")},
-                "cpu_s": cpu | {"step": sum(cpu.values())},
+                "wall_s": {name: median(of[0]["wall_s"][name] for of in steps) for name in first["steps"][0]["wall_s"]},
+                "cpu_s": {
+                    name: median(sum(rank["cpu_s"][name] for rank in of) for of in steps)
+                    for name in first["steps"][0]["cpu_s"]
+                },
                 "step_bytes": median(max(rank["step_bytes"] for rank in of) for of in steps),
                 "held_bytes": median(max(rank["held_bytes"] for rank in of) for of in steps),
                 "work": {phase: median(of[0]["work"][phase] for of in steps) for phase in PHASES},
