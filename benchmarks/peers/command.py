@@ -29,7 +29,6 @@ from rich.console import Console
 
 from benchmarks.common import (
     BENCH_PACKAGES,
-    MIB,
     Report,
     Target,
     has_trl,
@@ -261,7 +260,7 @@ def compare(measured: dict[str, Any], accuracies: dict[str, Any]) -> dict[str, A
 
 def accuracy_at(curve: Sequence[dict[str, Any]], tokens: float) -> float:
     """A curve's accuracy after `tokens` generated tokens, on the straight line between the evaluations around it."""
-    return float(np.interp(tokens, *([point[name] for point in curve] for name in ("tokens", "accuracy"))))
+    return float(np.interp(tokens, [at["tokens"] for at in curve], [at["accuracy"] for at in curve]))
 
 
 # ---------------------------------------------------------------------------------------------------- printing
@@ -273,42 +272,30 @@ def print_result(result: dict[str, Any], console: Console) -> None:
         f"{result['recipe']}, {settings['steps']} updates, the first {settings['warmup']} of each contender not timed, "
         f"turns of {settings['turn']}; {load(result['environment'])}"
     )
-    columns: tuple[str, ...] = (
-        "",
-        "tokens/s",
-        f"÷ {result['best_trl']}",
-        "step s",
-        "CPU s / 1000 tokens",
-        "peak memory MiB",
-        "steps",
-    )
+    columns = {
+        "": "{name}",
+        "tokens/s": "{tokens_per_s:.0f}",
+        f"÷ {result['best_trl']}": "{ratio:.2f}",
+        "step s": "{step_s:.2f}",
+        "CPU s / 1000 tokens": "{cpu_s_per_1000_tokens:.3f}",
+        "peak memory MiB": "{peak_bytes!m:.0f}",
+        "steps": "{timed_steps}",
+        "our phases, s": "{phases}",
+    }
+    rows = []
+    for name, row in result["contenders"].items():
+        phases = ", ".join(f"{phase.removeprefix('time_')} {time:.2f}" for phase, time in row["phases_s"].items())
+        rows.append({"name": name, "ratio": result["ratios"][name], "phases": phases, **row})
+    console.print(table("a whole step", columns, rows))
+    columns = {"": "{name}", "updates": "{step}", "tokens": "{tokens:,}", "accuracy": "{accuracy:.1%} ± {stderr:.1%}"}
+    at_equal = result["accuracy_at_equal_tokens"]
+    columns[f"after {result['equal_tokens']:,} tokens"] = "{at_equal:.1%}"
     rows = [
-        (
-            name,
-            f"{row['tokens_per_s']:.0f}",
-            f"{result['ratios'][name]:.2f}",
-            f"{row['step_s']:.2f}",
-            f"{row['cpu_s_per_1000_tokens']:.3f}",
-            f"{row['peak_bytes'] / MIB:.0f}",
-            row["timed_steps"],
-            ", ".join(f"{phase.removeprefix('time_')} {time:.2f}" for phase, time in row["phases_s"].items()),
-        )
-        for name, row in result["contenders"].items()
-    ]
-    console.print(table("a whole step", (*columns, "our phases, s"), rows))
-    steps = [point["step"] for point in next(iter(result["curves"].values()))]
-    at_equal = f"after {result['equal_tokens']:,} tokens"
-    rows = [
-        (
-            name,
-            *(f"{100 * point['accuracy']:.1f} ± {100 * point['stderr']:.1f} %" for point in curve),
-            f"{curve[-1]['tokens']:,}",
-            f"{100 * result['accuracy_at_equal_tokens'][name]:.1f} %",
-        )
+        {"name": name, "at_equal": at_equal[name] if point is curve[-1] else None, **point}
         for name, curve in result["curves"].items()
+        for point in curve
     ]
-    names = ("", *(f"{step} updates" for step in steps), "tokens at the end", at_equal)
-    console.print(table(f"accuracy, {settings['problems']} held-out problems at T = 1", names, rows))
+    console.print(table(f"accuracy, {settings['problems']} held-out problems at T = 1", columns, rows))
     print_targets(result["targets"], console)
     learned = "[green]yes[/]" if result["trl_learned"] else "[red]no[/]"
     console.print(f"  {learned}   TRL's student learned (3 standard errors)")

@@ -133,7 +133,7 @@ def pair_rows(pair: str, methods: Iterable[Method], results: Sequence[Result]) -
             saved = [1 - run[name] / runs["full", seed][name] for seed, run in mine.items() if ("full", seed) in runs]
             row[f"saved_{name}"] = fmean(saved) if saved else None
         row["gaps"] = {}  # accuracy minus another method's, over the seeds that both have
-        for other in {"full": None, method.against: None}:
+        for other in dict.fromkeys(("full", method.against or "full")):
             gaps = [
                 run["accuracy"] - runs[other, seed]["accuracy"] for seed, run in mine.items() if (other, seed) in runs
             ]
@@ -233,10 +233,10 @@ def _compatible_verdicts(pair: str, max_len: int, by_name: dict[str, Any], row: 
 
 def truncation_at(tokens: float, by_name: dict[str, Any]) -> float | None:
     """Accuracy of a fixed window at this cost in generated tokens, linear between the two windows around it."""
-    points = sorted((by_name[n]["tokens_generated"], by_name[n]["accuracy"]) for n in TRUNCATED if n in by_name)
+    points = sorted((by_name[name] for name in TRUNCATED if name in by_name), key=lambda row: row["tokens_generated"])
     if not points:
         return None
-    return float(np.interp(tokens, *zip(*points, strict=True)))
+    return float(np.interp(tokens, [at["tokens_generated"] for at in points], [at["accuracy"] for at in points]))
 
 
 # ---------------------------------------------------------------------------------------------------- tables

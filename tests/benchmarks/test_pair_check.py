@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.studies.pair_check.command import LEAST_TOKENS, QUICK, full_opd, verdicts
+from benchmarks.studies.pair_check.command import LIMITS, QUICK, full_opd, verdicts
 from benchmarks.studies.pair_check.measure import curves
 from prune_opd.errors import ConfigError
 
@@ -61,7 +61,7 @@ def test_full_opd_has_to_learn_and_to_have_drift_left_at_half_time() -> None:
 
 def test_parts_with_too_few_tokens_say_nothing() -> None:
     before = model(0.1, [0.9, 0.9, 0.9, 0.1])
-    before["own"]["tokens"][-1] = LEAST_TOKENS - 1
+    before["own"]["tokens"][-1] = LIMITS.least_tokens - 1
     assert not passed(before=before)[2]
 
 

@@ -215,5 +215,5 @@ def test_the_tables_show_rates_accuracies_and_the_verdict() -> None:
     out = io.StringIO()
     peers.print_result(result, Console(file=out, width=160))
     text = out.getvalue()
-    assert "÷ trl" in text and "trl_one_process" in text and "50.0 ± 1.0 %" in text
+    assert "÷ trl" in text and "trl_one_process" in text and "50.0% ± 1.0%" in text
     assert "miss  tokens per second, ours_opd / trl: 1.43 (≥ 1.5)" in text

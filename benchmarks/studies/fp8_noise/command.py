@@ -91,22 +91,23 @@ def _print(name: str, result: dict[str, Any], console: Console) -> None:
     errors = ", ".join(f"{key} {value:.2%}" for key, value in result["hidden_error"].items() if key != "bf16")
     console.print(f"error of the last hidden states, relative to bf16: {errors}", soft_wrap=True)
     thresholds = list(result["pairs"][0]["by_k"][0]["event_rate"])
-    columns = ("student", "teacher", "k", "overlap", "1 %", "5 %", *(f"γ = {t}" for t in thresholds))
-    events = table("events per token, and tokens until 100 events (reliability 0 at w_drop = .01)", columns, (), left=2)
-    for pair in result["pairs"]:
-        for row in pair["by_k"]:
-            rates = [_rate(row["event_rate"][t], row["tokens_to_zero"][t]) for t in thresholds]
-            numbers = [f"{row[column]:.3f}" for column in ("overlap", "overlap_q01", "overlap_q05")]
-            names = (pair["student"], pair["teacher"]) if row is pair["by_k"][0] else ("", "")
-            events.add_row(*names, str(row["k"]), *numbers, *rates, end_section=row is pair["by_k"][-1])
-    console.print(events)
-    ks = [str(row["k"]) for row in result["pairs"][0]["by_k"]]
+    columns = {"student": "{student}", "teacher": "{teacher}", "k": "{k}", "overlap": "{overlap:.3f}"}
+    columns |= {"1 %": "{overlap_q01:.3f}", "5 %": "{overlap_q05:.3f}"}
+    columns |= {f"γ = {threshold}": f"{{rates[{threshold}]}}" for threshold in thresholds}
     rows = [
-        (recipe, *("none" if by_k[k] is None else f"{by_k[k]:g}" for k in ks))
+        {**pair, **row, "rates": {t: _rate(row["event_rate"][t], row["tokens_to_zero"][t]) for t in thresholds}}
+        for pair in result["pairs"]
+        for row in pair["by_k"]
+    ]
+    title = "events per token, and tokens until 100 events (reliability 0 at w_drop = .01)"
+    console.print(table(title, columns, rows, left=2))
+    ks = [row["k"] for row in result["pairs"][0]["by_k"]]
+    rows = [
+        {"recipe": recipe} | {f"k{k}": "none" if by_k[str(k)] is None else f"{by_k[str(k)]:g}" for k in ks}
         for recipe, by_k in result["recommended"].items()
     ]
     title = f"largest γ with at most {RARE:.1%} events against bf16"
-    console.print(table(title, ("", *(f"k = {k}" for k in ks)), rows))
+    console.print(table(title, {"": "{recipe}"} | {f"k = {k}": f"{{k{k}}}" for k in ks}, rows))
 
 
 def _rate(rate: float, tokens: float | None) -> str:

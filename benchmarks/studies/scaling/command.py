@@ -15,9 +15,9 @@ from statistics import median
 from typing import Any, NamedTuple
 
 from rich.console import Console
-from rich.progress import Progress
+from rich.progress import track
 
-from benchmarks.common import MIB, Report, load, measure, table
+from benchmarks.common import Report, load, measure, table
 from benchmarks.studies.scaling.work import AXES, PHASES, SLACK, Growth, growth
 
 TIMEOUT = 600  # seconds a launch may take
@@ -73,10 +73,12 @@ def run(path: Path, quick: bool, rounds: int = 2) -> int:
     """
     settings = QUICK if quick else Settings(rounds=rounds)
     report = Report(path, quick, settings)
-    raw = []
-    with Progress(console=report.console, transient=True) as bar:
-        for (model, ranks), points in bar.track(launches(settings).items(), description="measuring"):
-            raw.append(_measure(model, ranks, points, settings))
+    raw = [
+        _measure(model, ranks, points, settings)
+        for (model, ranks), points in track(
+            launches(settings).items(), "measuring", console=report.console, transient=True
+        )
+    ]
     points = {place: point for launch in raw for place, point in _points(launch)}
     axes = {axis: [points[place] for place in places] for axis, places in axes_of(settings).items()}
     growths = [found for axis, points in axes.items() for found in _growths(axis, points)]
@@ -175,14 +177,11 @@ def _print(result: dict[str, Any], growths: Sequence[Growth], console: Console) 
         f"{load(result['environment'])}"
     )
     for axis, points in result["axes"].items():
+        seconds = {"step s": "{wall_s[step]:.2f}", "CPU s": "{cpu_s[step]:.2f}"}
+        seconds |= {f"{phase} CPU s": f"{{cpu_s[{phase}]:.2f}}" for phase in PHASES}
         memory = "held_bytes" if axis == "parameters" else "step_bytes"
-        rows = []
-        for point in points:
-            cpu = point["cpu_s"]
-            seconds = [point["wall_s"]["step"], cpu["step"], *(cpu[phase] for phase in PHASES)]
-            rows.append([f"{point[axis]:,.0f}", *(f"{s:.2f}" for s in seconds), f"{point[memory] / MIB:.0f}"])
-        names = (AXES[axis], "step s", "CPU s", *(f"{phase} CPU s" for phase in PHASES), "memory MiB")
-        drawn = table(f"against {AXES[axis]}", names, rows, left=0)
+        names = {AXES[axis]: f"{{{axis}:,.0f}}", **seconds, "memory MiB": f"{{{memory}!m:.0f}}"}
+        drawn = table(f"against {AXES[axis]}", names, points, left=0)
         found = {one.what: one for one in growths if one.axis == axis}
         drawn.add_section()
         drawn.add_row("slope (last two)", "", "", *(str(found[what]) for what in columns))
