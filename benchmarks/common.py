@@ -19,9 +19,10 @@ import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import psutil
+import typer
 from rich.console import Console
 from rich.table import Table
 
@@ -32,6 +33,9 @@ from prune_opd.process import end_with_parent, rank_environment
 BENCH_PACKAGES = Path(__file__).resolve().parents[1] / ".venv-bench"  # trl and what it needs: `make setup-bench`
 MIB = 2**20
 T = TypeVar("T")
+BENCH = Path("bench")
+Out = Annotated[Path, typer.Option(metavar="DIR", help="Where NAME.json goes.")]
+Quick = Annotated[bool, typer.Option("--quick", help="A small size that only shows that it works.")]
 
 
 # ---------------------------------------------------------------------------------------------------- processes

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 
 import typer
 
-from launch.cluster import Cluster, load_cluster
+from launch.cluster import load_cluster
 from launch.jobs import Submission, plan_jobs, sweep_lines
 from prune_opd.errors import UserError
 
@@ -51,7 +51,8 @@ def submit(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the scripts; change nothing.")] = False,
 ) -> int:
     """Train a recipe on a cluster and wait for the end; the exit code is the job's."""
-    where = _with_nodes(load_cluster(cluster), nodes)
+    where = load_cluster(cluster)
+    where = dataclasses.replace(where, nodes=nodes or where.nodes)
     for override in overrides or []:
         if "=" not in override:
             raise UserError(f"override {override!r} is not a setting: write it as dotted.key=value")
@@ -101,10 +102,6 @@ def cancel(name: Name) -> int:
     experiments = _experiment(_home())
     experiments.cancel(experiments.find(name))
     return 0
-
-
-def _with_nodes(cluster: Cluster, nodes: int | None) -> Cluster:
-    return cluster if nodes is None else dataclasses.replace(cluster, nodes=nodes)
 
 
 def _home() -> str:

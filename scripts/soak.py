@@ -10,7 +10,6 @@ Writes OUT/soak.json and exits with 1 if something did not hold.
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import random
@@ -24,6 +23,7 @@ from statistics import median, mode
 from typing import Any
 
 import psutil
+import typer
 
 from prune_opd.errors import REQUEUE_EXIT_CODE
 from prune_opd.track.metrics import FILE_NAME, read_records
@@ -140,37 +140,31 @@ def disturbed(steps: int, run_dir: Path, kills: int, draw: random.Random) -> lis
     return log
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--steps", type=int, default=300)
-    parser.add_argument("--kills", type=int, default=12)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, default=Path("runs/soak"))
-    arguments = parser.parse_args()
-    shutil.rmtree(arguments.out, ignore_errors=True)
-    arguments.out.mkdir(parents=True)
+def main(steps: int = 300, kills: int = 12, seed: int = 0, out: Path = Path("runs/soak")) -> None:
+    shutil.rmtree(out, ignore_errors=True)
+    out.mkdir(parents=True)
     began = time.monotonic()
-    samples = left_alone(arguments.steps, arguments.out / "left_alone")
-    log = disturbed(arguments.steps, arguments.out / "disturbed", arguments.kills, random.Random(arguments.seed))
-    alone, hurt = (records(arguments.out / name) for name in ("left_alone", "disturbed"))
-    steady = {rank: steadiness(of_rank, arguments.steps) for rank, of_rank in samples.items()}
+    samples = left_alone(steps, out / "left_alone")
+    log = disturbed(steps, out / "disturbed", kills, random.Random(seed))
+    alone, hurt = (records(out / name) for name in ("left_alone", "disturbed"))
+    steady = {rank: steadiness(of_rank, steps) for rank, of_rank in samples.items()}
     held = {
         "same metrics": alone == hurt,
         "memory flat": all(found["rss_growth"] <= RSS_GROWTH for found in steady.values()),
         "files constant": all(len(set(found["files"])) == 1 for found in steady.values()),
         "threads constant": all(len(set(found["threads"])) == 1 for found in steady.values()),
     }
-    found = {"steps": arguments.steps, "seconds": time.monotonic() - began, "ends": log, "ranks": steady, "held": held}
-    (arguments.out / "soak.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    found = {"steps": steps, "seconds": time.monotonic() - began, "ends": log, "ranks": steady, "held": held}
+    (out / "soak.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     for line in log:
         print(f"after step {line['step']}: {line['how']}, exit code {line['code']}")
     for rank, of_rank in steady.items():
         first, last = of_rank["rss_mib"]
         growth, files, threads = of_rank["rss_growth"], of_rank["files"], of_rank["threads"]
         print(f"rank {rank}: {first:.0f} → {last:.0f} MiB ({growth:+.2%}), files {files}, threads {threads}")
-    print(f"{arguments.steps} steps, {len(log)} ends, {found['seconds']:.0f} s: " + json.dumps(held))
-    return 0 if all(held.values()) else 1
+    print(f"{steps} steps, {len(log)} ends, {found['seconds']:.0f} s: " + json.dumps(held))
+    raise typer.Exit(0 if all(held.values()) else 1)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    typer.run(main)

@@ -8,14 +8,26 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
 from statistics import median
 from typing import Any
 
 from rich.console import Console
 from rich.progress import track
 
-from benchmarks.common import Report, Target, has_trl, load, measure, print_targets, rotated, table, with_trl
+from benchmarks.common import (
+    BENCH,
+    Out,
+    Quick,
+    Report,
+    Target,
+    has_trl,
+    load,
+    measure,
+    print_targets,
+    rotated,
+    table,
+    with_trl,
+)
 
 CONTENDERS = ("ours", "ours_no_buffer", "naive", "trl", "floor")
 SAME_LOSS = 1e-4  # relative
@@ -57,10 +69,10 @@ QUICK = Settings(
 )
 
 
-def run(path: Path, quick: bool) -> int:
+def run(out: Out = BENCH, quick: Quick = False) -> int:
     """Measure, write the JSON file, print the tables. Returns 0 whether or not the targets are reached."""
     settings = QUICK if quick else Settings()
-    report = Report(path, quick, settings)
+    report = Report(out / "loss.json", quick, settings)
     raw = _measure_all(settings, report.console)
     result = report.write(
         environment=report.environment(torch=raw[0]["torch"], threads=raw[0]["threads"]),

@@ -28,7 +28,10 @@ import numpy as np
 from rich.console import Console
 
 from benchmarks.common import (
+    BENCH,
     BENCH_PACKAGES,
+    Out,
+    Quick,
     Report,
     Target,
     has_trl,
@@ -99,7 +102,7 @@ QUICK = Settings(
 )
 
 
-def run(path: Path, quick: bool) -> int:
+def run(out: Out = BENCH, quick: Quick = False) -> int:
     """Measure, write the JSON file, print the tables. Returns 0 whether or not the target is reached.
 
     Raises `UserError` when TRL or the tiny models are missing, or a contender ends early.
@@ -110,7 +113,7 @@ def run(path: Path, quick: bool) -> int:
     configs = {contender.name: make_config(contender, settings) for contender in CONTENDERS}
     if problems := check_train(configs["ours_prune"], 2, None, "never"):
         raise UserError("\n".join(problems))
-    report = Report(path, quick, settings)
+    report = Report(out / "peers.json", quick, settings)
     with tempfile.TemporaryDirectory(prefix="prune-opd-") as name:
         folder = Path(name)
         for contender, config in configs.items():

@@ -10,14 +10,13 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from statistics import median
 from typing import Any
 
 from rich.console import Console
 from rich.progress import track
 
-from benchmarks.common import MIB, Report, Target, load, measure, print_targets, table
+from benchmarks.common import BENCH, MIB, Out, Quick, Report, Target, load, measure, print_targets, table
 
 RANKS = 2
 TRANSPORTS = ("collective", "shared")
@@ -52,10 +51,10 @@ class Settings:
 QUICK = Settings(layers=2, hidden=128, vocab=512, bucket_mb=0.5, rounds=1, launches=(("tp2", 1), ("pp2", 2)))
 
 
-def run(path: Path, quick: bool) -> int:
+def run(out: Out = BENCH, quick: Quick = False) -> int:
     """Measure, write the JSON file, print the tables. Returns 0 whether or not the targets are reached."""
     settings = QUICK if quick else Settings()
-    report = Report(path, quick, settings)
+    report = Report(out / "reshard.json", quick, settings)
     raw: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory(prefix="prune-opd-") as folder:
         for student, rollout_tp in track(settings.launches, "measuring", console=report.console, transient=True):

@@ -11,12 +11,11 @@ from __future__ import annotations
 import os
 import time
 from dataclasses import asdict
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from benchmarks.common import Report
+from benchmarks.common import BENCH, Out, Quick, Report
 from benchmarks.strategies.plan import FIRST_SEED, METHODS, Settings, choose, pair_recipe, plan, sweep_plan
 from benchmarks.strategies.results import in_points, markdown, pair_rows, sweep_rows, verdicts
 from benchmarks.strategies.runs import run_all
@@ -37,16 +36,16 @@ SweepSeeds = Annotated[int, typer.Option(min=0, help="Runs of every point of the
 
 
 def run(
-    path: Path,
-    quick: bool,
     pairs: Pairs = None,
+    out: Out = BENCH,
+    quick: Quick = False,
     seeds: Seeds = 3,
     methods: Methods = None,
     jobs: Jobs = 2,
     set: Set = None,
     sweep_seeds: SweepSeeds = 1,
 ) -> int:
-    """Run what is not there yet in the folder beside `path`; write JSON, HTML, PNGs and markdown. Returns 0.
+    """Run what is not there yet in DIR/strategies; write JSON, HTML, PNGs and markdown. Returns 0.
 
     Raises ConfigError or UserError before the first run for a pair or a method that cannot run.
     """
@@ -60,7 +59,7 @@ def run(
     swept_pair = list(recipes)[-1]
     swept_seeds = [] if quick or "prune" not in {method.name for method in chosen} else numbers[:sweep_seeds]
     specs += sweep_plan(swept_pair, recipes[swept_pair], swept_seeds, settings)
-    folder = path.with_suffix("")
+    path, folder = out / "strategies.json", out / "strategies"
     problems = {line for spec in specs for line in check_train(spec.config, 1, None, "never")}
     if problems:
         raise UserError("\n".join(sorted(problems)))

@@ -48,7 +48,7 @@ def test_without_trl_the_error_names_the_target_that_installs_it(
 ) -> None:
     monkeypatch.setattr(peers, "has_trl", lambda: False)
     with pytest.raises(UserError, match="make setup-bench"):
-        peers.run(tmp_path / "bench" / "peers.json", quick=True)
+        peers.run(tmp_path / "bench", quick=True)
     assert not (tmp_path / "bench").exists()
 
 

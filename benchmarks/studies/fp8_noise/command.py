@@ -20,7 +20,7 @@ from typing import Any
 
 from rich.console import Console
 
-from benchmarks.common import Report, measure, table
+from benchmarks.common import BENCH, Out, Quick, Report, measure, table
 from prune_opd.config.paths import tiny_model
 from prune_opd.config.recipe import load_recipe
 from prune_opd.errors import UserError
@@ -43,7 +43,7 @@ class Settings:
 QUICK = Settings(problems=0, random=(128, 4, 512), tokens=256, microbatch=128)
 
 
-def run(path: Path, quick: bool) -> int:
+def run(out: Out = BENCH, quick: Quick = False) -> int:
     """Measure, write the JSON file, print the tables. UserError if the tiny teacher is not there."""
     settings = QUICK if quick else Settings()
     requests: dict[str, dict[str, Any]] = {}
@@ -54,7 +54,7 @@ def run(path: Path, quick: bool) -> int:
         own = {"model": str(teacher), "problems": settings.problems, "max_len": settings.max_len}
         requests["tiny teacher, own rollouts"] = own
     requests["random weights, random tokens"] = {"random": settings.random, "tokens": settings.tokens}
-    report = Report(path, quick, settings)
+    report = Report(out / "fp8-noise.json", quick, settings)
     models = {}
     for name, request in requests.items():
         with report.console.status(f"measuring: {name}"):
@@ -72,14 +72,13 @@ def run(path: Path, quick: bool) -> int:
 def _recommended(pairs: list[dict[str, Any]]) -> dict[str, dict[str, float | None]]:
     """The largest γ whose events against bf16 are rare, by number format and k; None where there is no such γ."""
     return {
-        pair["student"]: {str(row["k"]): _largest(row["event_rate"]) for row in pair["by_k"]}
+        pair["student"]: {
+            str(row["k"]): max((float(t) for t, rate in row["event_rate"].items() if rate <= RARE), default=None)
+            for row in pair["by_k"]
+        }
         for pair in pairs
         if pair["teacher"] == "bf16"
     }
-
-
-def _largest(event_rate: dict[str, float]) -> float | None:
-    return max((float(threshold) for threshold, rate in event_rate.items() if rate <= RARE), default=None)
 
 
 # ---------------------------------------------------------------------------------------------------- printing

@@ -24,7 +24,7 @@ from typing import Annotated, Any
 
 import typer
 
-from benchmarks.common import Report, measure, table
+from benchmarks.common import BENCH, Out, Quick, Report, measure, table
 from prune_opd.config import EvalConfig, TrainConfig
 from prune_opd.config.recipe import load_recipe
 from prune_opd.config.yaml import save_config
@@ -124,11 +124,11 @@ def _percent(model: Result) -> str:
 # ---------------------------------------------------------------------------------------------------- running
 
 
-def run(path: Path, quick: bool, pair: Annotated[str, typer.Argument(metavar="PAIR")]) -> int:
-    """Run the pair's full OPD, measure, write `path` and a PNG beside it. 1 if a test fails."""
+def run(pair: Annotated[str, typer.Argument(metavar="PAIR")], out: Out = BENCH, quick: Quick = False) -> int:
+    """Run the pair's full OPD, measure, write the JSON file and a PNG beside it. 1 if a test fails."""
     settings = QUICK if quick else Settings()
     config = full_opd(pair, settings)
-    report = Report(path.with_name(f"{path.stem}-{config.name}.json"), quick, settings)
+    report = Report(out / f"pair-check-{config.name}.json", quick, settings)
     with tempfile.TemporaryDirectory(prefix="prune-opd-") as name:
         folder = Path(name)
         save_config(config, folder / "recipe.yaml")

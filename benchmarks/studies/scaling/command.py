@@ -10,14 +10,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from itertools import groupby
-from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
 
 from rich.console import Console
 from rich.progress import track
 
-from benchmarks.common import Report, load, measure, table
+from benchmarks.common import BENCH, Out, Quick, Report, load, measure, table
 from benchmarks.studies.scaling.work import AXES, PHASES, SLACK, Growth, growth
 
 TIMEOUT = 600  # seconds a launch may take
@@ -66,13 +65,13 @@ QUICK = Settings(
 )
 
 
-def run(path: Path, quick: bool, rounds: int = 2) -> int:
+def run(out: Out = BENCH, quick: Quick = False, rounds: int = 2) -> int:
     """Measure, write the JSON file and the PNG beside it, print the tables. Returns 0 however fast anything grows.
 
     rounds: steps of each point; the quick size takes one.
     """
     settings = QUICK if quick else Settings(rounds=rounds)
-    report = Report(path, quick, settings)
+    report = Report(out / "scaling.json", quick, settings)
     raw = [
         _measure(model, ranks, points, settings)
         for (model, ranks), points in track(
@@ -84,7 +83,7 @@ def run(path: Path, quick: bool, rounds: int = 2) -> int:
     growths = [found for axis, points in axes.items() for found in _growths(axis, points)]
     growth_records = [asdict(found) | {"too_fast": found.too_fast} for found in growths]
     result = report.write(axes=axes, growth=growth_records, raw=raw)
-    picture = path.with_suffix(".png")
+    picture = report.path.with_suffix(".png")
     picture.write_bytes(_picture(result, growths))
     _print(result, growths, report.console)
     report.name_files(picture)
