@@ -66,7 +66,7 @@ def submit(
             for name, text in _experiment(folder).dry_run(submission.title, jobs, where).items():
                 print(f"# ---- {name}\n{text.replace(folder, home)}")
         return 0
-    experiments = _experiment(_home())
+    experiments = _experiment()
     from launch.executors import check_secrets
 
     check_secrets(where)
@@ -80,7 +80,7 @@ def submit(
 @app.command()
 def status(name: Name) -> int:
     """A line per job; exit code 0 only if none has failed."""
-    experiments = _experiment(_home())
+    experiments = _experiment()
     found = experiments.states(experiments.find(name))
     print("\n".join(experiments.describe(state) for state in found))
     return int(experiments.first_failure(state for state in found if state.ended))
@@ -91,7 +91,7 @@ def logs(
     name: Name, job: Annotated[str | None, typer.Argument(metavar="JOB", help="Of the experiment.")] = None
 ) -> int:
     """What the ranks wrote, all attempts."""
-    experiments = _experiment(_home())
+    experiments = _experiment()
     print(experiments.logs(experiments.find(name), job))
     return 0
 
@@ -99,7 +99,7 @@ def logs(
 @app.command()
 def cancel(name: Name) -> int:
     """Cancel every job of an experiment that has not ended."""
-    experiments = _experiment(_home())
+    experiments = _experiment()
     experiments.cancel(experiments.find(name))
     return 0
 
@@ -108,9 +108,9 @@ def _home() -> str:
     return os.environ.get(HOME) or str(REPOSITORY / "runs" / "launch")
 
 
-def _experiment(home: str) -> Any:
+def _experiment(home: str | None = None) -> Any:
     """launch.experiment, with NeMo-Run's home set before NeMo-Run is imported."""
-    os.environ[HOME] = home
+    os.environ[HOME] = home or _home()
     logging.getLogger().setLevel(logging.WARNING)
     import launch.experiment
 

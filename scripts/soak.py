@@ -58,14 +58,9 @@ def step_of(run_dir: Path) -> int:
     return max((record["step"] for record in records(run_dir)), default=0)
 
 
-def agent_of(launcher: int) -> psutil.Process | None:
-    children = psutil.Process(launcher).children()
-    return children[0] if children else None
-
-
-def ranks_of(launcher: int) -> list[psutil.Process]:
-    agent = agent_of(launcher)
-    return sorted(agent.children(), key=lambda process: process.pid) if agent else []
+def agent_and_ranks(launcher: int) -> list[psutil.Process]:
+    agent = psutil.Process(launcher).children()[:1]
+    return agent + sorted((rank for one in agent for rank in one.children()), key=lambda process: process.pid)
 
 
 # ---------------------------------------------------------------------------------------------------- left alone
@@ -78,7 +73,7 @@ def left_alone(steps: int, run_dir: Path) -> dict[int, dict[int, Sample]]:
         step = step_of(run_dir)
         if step > last:
             last = step
-            for rank, of in enumerate(ranks_of(process.pid)):
+            for rank, of in enumerate(agent_and_ranks(process.pid)[1:]):
                 try:
                     sample = {"rss": of.memory_info().rss, "files": of.num_fds(), "threads": of.num_threads()}
                 except psutil.Error:
@@ -105,7 +100,7 @@ def steadiness(samples: dict[int, Sample], steps: int) -> dict[str, Any]:
 
 def disturb(process: subprocess.Popen[bytes], draw: random.Random) -> str:
     """End the run from outside, in one of the ways in which clusters end runs. Returns which."""
-    ranks, agent = ranks_of(process.pid), agent_of(process.pid)
+    agent, *ranks = agent_and_ranks(process.pid) or [None]
     how = draw.choice(("rank 0 killed", "rank 1 killed", "agent killed", "all killed", "SIGTERM", "SIGUSR1"))
     if how.startswith("rank") and len(ranks) == 2:
         os.kill(ranks[int(how[5])].pid, signal.SIGKILL)

@@ -182,7 +182,6 @@ def _growth(raw: list[dict[str, Any]], settings: Settings) -> list[dict[str, Any
     for line in lines:
         line["time_per_token_ratio"] = line["wall_s"] / line["tokens"] / (first["wall_s"] / first["tokens"])
         line["cpu_per_token_ratio"] = line["cpu_s"] / line["tokens"] / (first["cpu_s"] / first["tokens"])
-        line["extra_ratio"] = line["extra_bytes"] / first["extra_bytes"]
     return lines
 
 

@@ -143,8 +143,8 @@ def make_config(contender: Contender, settings: Settings) -> TrainConfig:
 
 def _take_turns(settings: Settings, folder: Path, console: Console) -> dict[str, list[dict[str, Any]]]:
     """Start every contender, wait until all are built, and let one at a time go on for a turn. Returns their steps."""
+    contests, found = {}, {}
     with ThreadPoolExecutor(len(CONTENDERS)) as pool, ExitStack() as stack:
-        contests = {}
         for contender in CONTENDERS:
             home, threads = folder / contender.name, contender.threads
             request = {"folder": str(home), "steps": _steps(contender, settings), "threads": threads}
@@ -160,15 +160,11 @@ def _take_turns(settings: Settings, folder: Path, console: Console) -> dict[str,
                 if turn == 0 or ends[turn - 1] < steps:
                     console.print(f"{contender.name}: to step {min(end, steps)} of {steps}")
                     contests[contender.name].go_on(min(end, steps))
-        return {
-            contender.name: join_ranks(
-                contests[contender.name].steps(),
-                read_metrics(folder / contender.name / "run" / "metrics.jsonl")[0]
-                if contender.module == OURS
-                else None,
-            )
-            for contender in CONTENDERS
-        }
+        for contender in CONTENDERS:
+            path = folder / contender.name / "run" / "metrics.jsonl"
+            metrics = read_metrics(path)[0] if contender.module == OURS else None
+            found[contender.name] = join_ranks(contests[contender.name].steps(), metrics)
+    return found
 
 
 def _steps(contender: Contender, settings: Settings) -> int:

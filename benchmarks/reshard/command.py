@@ -56,9 +56,13 @@ def run(out: Out = BENCH, quick: Quick = False) -> int:
     settings = QUICK if quick else Settings()
     report = Report(out / "reshard.json", quick, settings)
     raw: list[dict[str, Any]] = []
+    shape = (settings.layers, settings.hidden, settings.vocab)
     with tempfile.TemporaryDirectory(prefix="prune-opd-") as folder:
         for student, rollout_tp in track(settings.launches, "measuring", console=report.console, transient=True):
-            ranks = _measure(folder, student, rollout_tp, settings)
+            request = {"folder": folder, "layout": student, "rollout_tp": rollout_tp}
+            request |= {"shape": shape, "bucket_mb": settings.bucket_mb, "rounds": settings.rounds}
+            what = f"student {student} with rollout TP {rollout_tp}"
+            ranks = measure("benchmarks.reshard.measure", request, what, ranks=RANKS, timeout=TIMEOUT)
             raw.append({"student": student, "rollout_tp": rollout_tp, "ranks": ranks})
     result = report.write(
         environment=report.environment(torch=raw[0]["ranks"][0]["torch"]),
@@ -68,20 +72,6 @@ def run(out: Out = BENCH, quick: Quick = False) -> int:
     _print(result, report.console)
     report.name_files()
     return 0
-
-
-def _measure(folder: str, student: str, rollout_tp: int, settings: Settings) -> list[dict[str, Any]]:
-    """One launch: what each rank measured. UserError if it did not come to its end."""
-    request = {
-        "folder": folder,
-        "layout": student,
-        "rollout_tp": rollout_tp,
-        "shape": (settings.layers, settings.hidden, settings.vocab),
-        "bucket_mb": settings.bucket_mb,
-        "rounds": settings.rounds,
-    }
-    what = f"student {student} with rollout TP {rollout_tp}"
-    return measure("benchmarks.reshard.measure", request, what, ranks=RANKS, timeout=TIMEOUT)
 
 
 # ---------------------------------------------------------------------------------------------------- comparing

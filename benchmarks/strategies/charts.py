@@ -25,6 +25,7 @@ from prune_opd.track.plotting import (
 from prune_opd.track.report import grid, write_page
 
 Row = dict[str, Any]
+SWEPT = "Prune-OPD (w_base 0, hit_if_reliable), all else the recipe's."
 MARKERS = "osD^v<>P*XphHd"
 DYNAMIC = ("full", "prune_paper", "prune_w0", "prune", "prune_top_p", "marginal", "popd", "inflight")
 
@@ -36,7 +37,7 @@ def write_charts(path: Path) -> Path:
     for pair, found in result["pairs"].items():
         charts = pair_charts(found["rows"])
         swept = result["sweeps"]["rows"] if pair == result["sweeps"]["pair"] else {}
-        charts += [sweep_chart(name, rows) for name, rows in swept.items()]
+        charts += [Chart(f"Sweep of {name}", SWEPT, partial(_sweep, rows=rows)) for name, rows in swept.items()]
         judged = "".join(f"<li>{escape(verdict['text'])}</li>" for verdict in found["verdicts"])
         body += [f"<h2>{escape(pair)}</h2>", _table(found["rows"]), f"<ul>{judged}</ul>"]
         for name, rows in swept.items():
@@ -72,11 +73,6 @@ def pair_charts(rows: Sequence[Row]) -> list[Chart]:
         chart("Drift events", "Share of the generated tokens.", _series, moving, key="event_rate", label="share"),
         chart("Overlap by position, first step and last", bins, _positions, few),
     ]
-
-
-def sweep_chart(setting: str, rows: Sequence[Row]) -> Chart:
-    caption = "Prune-OPD (w_base 0, hit_if_reliable), all else the recipe's."
-    return Chart(f"Sweep of {setting}", caption, partial(_sweep, rows=rows))
 
 
 def _style(index: int) -> dict[str, Any]:

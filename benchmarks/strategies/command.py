@@ -23,7 +23,7 @@ from prune_opd.check.run import check_train
 from prune_opd.errors import ConfigError, UserError
 
 PAIRS = ("tiny_compatible", "tiny_drift")
-QUICK = Settings(problems=8, problems_between=4, evaluations=1, steps=2, prompts=4)
+QUICK = Settings(problems=8, problems_between=4, evaluations=1, overrides=("steps=2", "rollout.prompts=4"))
 QUICK_METHODS = ["full", "prune", "random"]
 
 Pairs = Annotated[list[str] | None, typer.Argument(metavar="[PAIR …]", help=f"Recipes; {' and '.join(PAIRS)} if none.")]
@@ -52,7 +52,7 @@ def run(
     settings = QUICK if quick else Settings()
     if jobs > len(os.sched_getaffinity(0)):
         raise ConfigError(f"--jobs {jobs} is more than this process has cores ({len(os.sched_getaffinity(0))})")
-    recipes = {pair: pair_recipe(pair, set or ()) for pair in dict.fromkeys(pairs or PAIRS)}
+    recipes = {pair: pair_recipe(pair, [*settings.overrides, *(set or ())]) for pair in dict.fromkeys(pairs or PAIRS)}
     chosen = choose(QUICK_METHODS if quick and not methods else methods)
     numbers = [FIRST_SEED + i for i in range(1 if quick else seeds)]
     specs = plan(recipes, chosen, numbers, settings)
@@ -72,7 +72,7 @@ def run(
         judged = [] if quick else verdicts(pair, recipe.horizon.max_len, rows)
         found[pair] = {
             "max_len": recipe.horizon.max_len,
-            "steps": settings.steps or recipe.steps,
+            "steps": recipe.steps,
             "rows": rows,
             "verdicts": [{**asdict(verdict), "text": str(verdict)} for verdict in judged],
         }
@@ -99,10 +99,7 @@ def notes(pair: dict[str, Any], seeds: list[int], settings: Settings) -> list[st
         f"{len(seeds)} seeds, {pair['steps']} steps, one rank on one core a run; accuracy on {settings.problems} fresh "
         "problems a seed at T = 1, mean ± standard error over the seeds; tokens are response tokens, seconds CPU (wall "
         "clock) of the whole training; saved: against full OPD of the same seed, seconds = rollout + teacher + train.",
-        *(
-            f"Before: {row['accuracy_before']:.1%} on the first {settings.problems_between}."
-            for row in pair["rows"][:1]
-        ),
+        f"Before: {pair['rows'][0]['accuracy_before']:.1%} on the first {settings.problems_between}.",
     ]
     lines += [
         f"{row['title']}: {in_points(row['gaps'][other])} points to {other} (same seeds)."

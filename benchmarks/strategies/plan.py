@@ -74,8 +74,7 @@ class Settings:
     problems: int = 512  # of the last evaluation
     problems_between: int = 128  # of those before: they only draw the curves
     evaluations: int = 3  # after the one at the start, the last one included
-    steps: int | None = None  # None: the recipe's
-    prompts: int | None = None  # a step; None: the recipe's
+    overrides: tuple[str, ...] = ()  # of the recipes
 
 
 @dataclass(frozen=True)
@@ -133,16 +132,13 @@ def method_config(recipe: TrainConfig, method: Method, common: Sequence[str] = (
 
 def run_config(recipe: TrainConfig, method: Method, seed: int, settings: Settings) -> TrainConfig:
     """The config of one run: one rank, no files but its metrics, the benchmark's evaluation problems."""
-    steps = settings.steps or recipe.steps
     common = [
         f"name={recipe.name}-{method.name}",
-        f"steps={steps}",
         f"seed={seed}",
-        f"rollout.prompts={settings.prompts or recipe.rollout.prompts}",
         "parallel.nproc=1",
         f"evaluation.seed={EVALUATION_SEEDS + seed}",
         f"evaluation.problems={settings.problems}",
-        f"evaluation.every={-(-steps // settings.evaluations)}",
+        f"evaluation.every={-(-recipe.steps // settings.evaluations)}",
         "evaluation.generations=0",
         "checkpoint.every=0",
         "checkpoint.last=false",

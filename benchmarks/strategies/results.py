@@ -7,7 +7,7 @@ accuracy: runs of one seed share data and problems, so their difference is known
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from statistics import fmean, stdev
 from typing import Any
@@ -94,7 +94,6 @@ def run_numbers(steps: list[Record], evaluations: list[Record]) -> dict[str, Any
         "accuracy_before": evaluations[0][key],
         "accuracy": evaluations[-1][key],
         "accuracy_stderr_of_problems": evaluations[-1][f"{key}_stderr"],
-        "response_length": evaluations[-1]["eval_response_length"],
         "tokens_generated": generated(steps),
         "tokens_trained": total(steps, "tokens_trained"),
         "wall_s": sum(total(steps, f"time_{phase}") for phase in COST),
@@ -102,7 +101,6 @@ def run_numbers(steps: list[Record], evaluations: list[Record]) -> dict[str, Any
         "phases_wall_s": {phase: total(steps, f"time_{phase}") for phase in PHASES},
         "phases_cpu_s": {phase: total(steps, f"cpu_{phase}") for phase in PHASES},
         "step": step_numbers(steps),
-        "final_horizon": steps[-1]["horizon"],
         "curve": curve,
         "horizon": [record["horizon"] for record in steps],
         "overlap": [record["overlap"] for record in steps],
@@ -139,7 +137,7 @@ def pair_rows(pair: str, methods: Iterable[Method], results: Sequence[Result]) -
             ]
             if gaps and other != method.name:
                 row["gaps"][other] = mean_and_error(gaps)
-        row["final_horizons"] = [run["final_horizon"] for run in own]
+        row["final_horizons"] = [run["horizon"][-1] for run in own]
         rows.append(row)
     return rows
 
@@ -290,21 +288,21 @@ STEP_LINES = {
 
 
 def markdown(title: str, rows: Sequence[dict[str, Any]], judged: Sequence[Verdict], notes: Sequence[str]) -> str:
-    """The table, its notes and its verdicts as Markdown."""
-    lines = [f"### {title}", "", "| " + " | ".join(COLUMNS) + " |", "|---|" + "--:|" * (len(COLUMNS) - 1)]
-    lines += ["| " + " | ".join(cell(row) for cell in COLUMNS.values()) + " |" for row in rows]
-    lines += _step_table(rows)
+    """The tables, their notes and their verdicts as Markdown."""
+    lines = [f"### {title}", "", *_table(COLUMNS, ([cell(row) for cell in COLUMNS.values()] for row in rows))]
+    stopping = {name for row in rows if (name := row["method"]) in STOPPING}
+    shown = [row for row in rows if row["method"] in stopping | {STOPPING[name] for name in stopping}]
+    if shown:  # a step with an in-flight stop and without, a column a method
+        steps = (
+            [label, *(f"{row['step'][key]:,.{digits}f}" for row in shown)]
+            for label, (key, digits) in STEP_LINES.items()
+        )
+        lines += ["", *_table(["a step", *(row["method"] for row in shown)], steps)]
     lines += ["", *(f"{note}  " for note in notes), "", *(f"- {verdict}" for verdict in judged), ""]
     return "\n".join(lines)
 
 
-def _step_table(rows: Sequence[dict[str, Any]]) -> list[str]:
-    """A step with an in-flight stop and without, a column a method; nothing if no method stops in flight."""
-    stopping = [row["method"] for row in rows if row["method"] in STOPPING]
-    shown = [row for row in rows if row["method"] in {*stopping, *(STOPPING[name] for name in stopping)}]
-    if not shown:
-        return []
-    lines = ["", "| a step | " + " | ".join(row["method"] for row in shown) + " |", "|---|" + "--:|" * len(shown)]
-    for label, (key, digits) in STEP_LINES.items():
-        lines.append(f"| {label} | " + " | ".join(f"{row['step'][key]:,.{digits}f}" for row in shown) + " |")
-    return lines
+def _table(head: Collection[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    """Lines of a Markdown table whose first column holds names."""
+    written = ["| " + " | ".join(cells) + " |" for cells in (head, *rows)]
+    return [written[0], "|---|" + "--:|" * (len(head) - 1), *written[1:]]

@@ -12,7 +12,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,14 +27,6 @@ from prune_opd.track.metrics import FILE_NAME, Record, read_metrics
 POLL_SECONDS = 0.2
 Start = Callable[[RunSpec, Wanted, Path, int], "subprocess.Popen[Any]"]
 Result = tuple[RunSpec, list[Record], list[Record]]
-
-
-@dataclass
-class _Running:
-    spec: RunSpec
-    process: subprocess.Popen[Any]
-    core: int
-    started: float
 
 
 def finished(wanted: Wanted, folder: Path) -> tuple[list[Record], list[Record]] | None:
@@ -71,7 +62,8 @@ def run_all(
         UserError: a run failed; those beside it are ended, and what is finished stays for the next time.
     """
     start = start or start_run
-    pending, running = list(specs), list[_Running]()
+    pending = list(specs)
+    running: dict[int, tuple[RunSpec, subprocess.Popen[Any], float]] = {}  # by core, with the time of its start
     free = sorted(os.sched_getaffinity(0))[:jobs]
     done = 0
     try:
@@ -84,21 +76,22 @@ def run_all(
                 elif wanted is not None and free:
                     pending.remove(spec)
                     core = free.pop(0)
-                    running.append(_Running(spec, start(spec, wanted, folder / spec.key, core), core, time.monotonic()))
+                    running[core] = spec, start(spec, wanted, folder / spec.key, core), time.monotonic()
                 if not free:
                     break
-            for run in [run for run in running if run.process.poll() is not None]:
-                running.remove(run)
-                free.append(run.core)
-                _check(run, specs, folder)
-                done += 1
-                seconds = time.monotonic() - run.started
-                console.print(f"{done}/{len(specs)}  {run.spec.key}  {seconds:.0f} s", highlight=False)
+            for core, (spec, process, started) in list(running.items()):
+                if process.poll() is not None:
+                    del running[core]
+                    free.append(core)
+                    _check(spec, process.returncode, specs, folder)
+                    done += 1
+                    seconds = time.monotonic() - started
+                    console.print(f"{done}/{len(specs)}  {spec.key}  {seconds:.0f} s", highlight=False)
             time.sleep(POLL_SECONDS if running else 0)
     finally:
-        for run in running:
-            run.process.kill()
-            run.process.wait()
+        for _, process, _ in running.values():
+            process.kill()
+            process.wait()
     return [(spec, *records) for spec in specs if (records := records_of(spec, specs, folder))]
 
 
@@ -108,12 +101,12 @@ def records_of(spec: RunSpec, specs: Sequence[RunSpec], folder: Path) -> tuple[l
     return finished(wanted, folder / spec.key) if wanted else None
 
 
-def _check(run: _Running, specs: Sequence[RunSpec], folder: Path) -> None:
-    if run.process.returncode == 0 and records_of(run.spec, specs, folder):
+def _check(spec: RunSpec, code: int, specs: Sequence[RunSpec], folder: Path) -> None:
+    if code == 0 and records_of(spec, specs, folder):
         return
-    log = folder / run.spec.key / "log.txt"
+    log = folder / spec.key / "log.txt"
     said = last_words(log.read_text(errors="replace") if log.exists() else "")
-    raise UserError(f"run {run.spec.key} failed with exit code {run.process.returncode} ({log}): {said}")
+    raise UserError(f"run {spec.key} failed with exit code {code} ({log}): {said}")
 
 
 def start_run(spec: RunSpec, wanted: Wanted, where: Path, core: int) -> subprocess.Popen[Any]:

@@ -143,11 +143,8 @@ class Fake:
         return subprocess.Popen([sys.executable, "-c", f"raise SystemExit({code})"])
 
 
-SMALL = Settings(steps=2)
-
-
 def small_plan(*names: str) -> list[RunSpec]:
-    return plan({"tiny_compatible": recipe()}, choose(names), SEEDS[:2], SMALL)
+    return plan({"tiny_compatible": pair_recipe("tiny_compatible", ["steps=2"])}, choose(names), SEEDS[:2], Settings())
 
 
 def test_a_finished_run_is_not_repeated_and_another_config_is(tmp_path: Path) -> None:

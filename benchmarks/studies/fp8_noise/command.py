@@ -91,15 +91,9 @@ def _print(name: str, result: dict[str, Any], console: Console) -> None:
     console.print(f"error of the last hidden states, relative to bf16: {errors}", soft_wrap=True)
     thresholds = list(result["pairs"][0]["by_k"][0]["event_rate"])
     columns = {"student": "{student}", "teacher": "{teacher}", "k": "{k}", "overlap": "{overlap:.3f}"}
-    columns |= {"1 %": "{overlap_q01:.3f}", "5 %": "{overlap_q05:.3f}"}
-    columns |= {f"γ = {threshold}": f"{{rates[{threshold}]}}" for threshold in thresholds}
-    rows = [
-        {**pair, **row, "rates": {t: _rate(row["event_rate"][t], row["tokens_to_zero"][t]) for t in thresholds}}
-        for pair in result["pairs"]
-        for row in pair["by_k"]
-    ]
-    title = "events per token, and tokens until 100 events (reliability 0 at w_drop = .01)"
-    console.print(table(title, columns, rows, left=2))
+    columns |= {f"γ = {threshold}": f"{{event_rate[{threshold}]:.2%}}" for threshold in thresholds}
+    rows = [{**pair, **row} for pair in result["pairs"] for row in pair["by_k"]]
+    console.print(table("overlap, and events per token", columns, rows, left=2))
     ks = [row["k"] for row in result["pairs"][0]["by_k"]]
     rows = [
         {"recipe": recipe} | {f"k{k}": "none" if by_k[str(k)] is None else f"{by_k[str(k)]:g}" for k in ks}
@@ -107,7 +101,3 @@ def _print(name: str, result: dict[str, Any], console: Console) -> None:
     ]
     title = f"largest γ with at most {RARE:.1%} events against bf16"
     console.print(table(title, {"": "{recipe}"} | {f"k = {k}": f"{{k{k}}}" for k in ks}, rows))
-
-
-def _rate(rate: float, tokens: float | None) -> str:
-    return "0" if tokens is None else f"{rate:.2%} ({tokens:,.0f})"

@@ -72,12 +72,9 @@ def run(out: Out = BENCH, quick: Quick = False, rounds: int = 2) -> int:
     """
     settings = QUICK if quick else Settings(rounds=rounds)
     report = Report(out / "scaling.json", quick, settings)
-    raw = [
-        _measure(model, ranks, points, settings)
-        for (model, ranks), points in track(
-            launches(settings).items(), "measuring", console=report.console, transient=True
-        )
-    ]
+    raw, todo = [], list(launches(settings).items())
+    for (model, ranks), places in track(todo, "measuring", console=report.console, transient=True):
+        raw.append(_measure(model, ranks, places, settings))
     points = {place: point for launch in raw for place, point in _points(launch)}
     axes = {axis: [points[place] for place in places] for axis, places in axes_of(settings).items()}
     growths = [found for axis, points in axes.items() for found in _growths(axis, points)]
