@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.common import cpu_time, measure, peak_memory, rank
+from prune_opd.errors import UserError
 
 POLL_SECONDS = 0.2
 TIMEOUT = 7200  # seconds of a contender, waiting included
@@ -51,18 +52,18 @@ class Contest:
     def __init__(self, pool: ThreadPoolExecutor, name: str, module: str, folder: Path, **how: Any) -> None:
         """`how` is what `common.measure` takes; the contender answers with the steps of its rank."""
         self._due = [folder / f"due-{number}" for number in range(how["ranks"] or 1)]
-        self._turn = folder / "turn"
+        self._name, self._turn = name, folder / "turn"
         self._turn.write_text("0")
         self._process: Future[list[list[Step]]] = pool.submit(
             measure, module, what=f"contender {name}", timeout=TIMEOUT, **how
         )
 
     def wait_for(self, step: int) -> None:
-        """Until every rank waits for its turn to take `step`, or the contender has ended. Raises how it failed."""
+        """Until every rank waits to begin `step`, or the contender has ended. Raises how it failed, or ended early."""
         while not self._process.done() and not all(due.exists() and _number(due) >= step for due in self._due):
             time.sleep(POLL_SECONDS)
-        if self._process.done():
-            self._process.result()
+        if self._process.done() and len(self._process.result()[0]) < step - 1:
+            raise UserError(f"contender {self._name} ended before its last step")
 
     def go_on(self, last: int) -> None:
         """One turn, to the end of step `last`. Raises how the contender failed, if it does."""
