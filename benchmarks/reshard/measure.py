@@ -62,7 +62,7 @@ class Bare:
         sizes = [0] * len(self.ranks)
         for item in bucket.items:
             if not item.everywhere:
-                total = sum(torch.Size(shape).numel() for shape in item.shapes) * item.dtype.itemsize
+                total = sum(torch.Size(shape).numel() for shape in item.entry.shapes) * item.dtype.itemsize
                 for owner in item.owners:
                     sizes[owner] += total // item.count
         return sizes
