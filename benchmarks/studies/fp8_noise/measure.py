@@ -93,13 +93,8 @@ def compare(student: Measured, teacher: Measured) -> list[dict[str, Any]]:
     rows = []
     for k in KS:
         overlap_M = overlap_ratio(student.top_MK[:, :k], teacher.top_MK[:, :k])
-        rows.append(
-            {
-                "k": k,
-                "overlap": overlap_M.double().mean().item(),
-                "event_rate": {g: overlap_events(overlap_M, k, g).double().mean().item() for g in THRESHOLDS},
-            }
-        )
+        rates = {g: overlap_events(overlap_M, k, g).double().mean().item() for g in THRESHOLDS}
+        rows.append({"k": k, "overlap": overlap_M.double().mean().item(), "event_rate": rates})
     return rows
 
 
