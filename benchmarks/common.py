@@ -9,16 +9,20 @@ import importlib.util
 import json
 import os
 import platform
+import re
 import resource
 import signal
+import string
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
+import psutil
+import typer
 from rich.console import Console
 from rich.table import Table
 
@@ -29,6 +33,9 @@ from prune_opd.process import end_with_parent, rank_environment
 BENCH_PACKAGES = Path(__file__).resolve().parents[1] / ".venv-bench"  # trl and what it needs: `make setup-bench`
 MIB = 2**20
 T = TypeVar("T")
+BENCH = Path("bench")
+Out = Annotated[Path, typer.Option(metavar="DIR", help="Where NAME.json goes.")]
+Quick = Annotated[bool, typer.Option("--quick", help="A small size that only shows that it works.")]
 
 
 # ---------------------------------------------------------------------------------------------------- processes
@@ -202,30 +209,35 @@ class Report:
 
 
 def environment() -> dict[str, Any]:
-    cpu = [line.split(":")[1].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")]
-    memory = [int(line.split()[1]) for line in _lines("/proc/meminfo") if line.startswith("MemTotal")]
+    cpu = re.search(r"^model name\s*: (.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
     return {
         "cpus": os.cpu_count(),
-        "cpu": cpu[0] if cpu else platform.processor(),
-        "memory_gib": round(memory[0] / MIB, 1) if memory else None,
+        "cpu": cpu[1] if cpu else platform.processor(),
+        "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
         "python": platform.python_version(),
     }
-
-
-def _lines(path: str) -> list[str]:
-    return Path(path).read_text().splitlines() if os.path.exists(path) else []
 
 
 # ---------------------------------------------------------------------------------------------------- printing
 
 
-def table(title: str, columns: Iterable[str], rows: Iterable[Iterable[Any]], left: int = 1) -> Table:
-    """A table whose first `left` columns hold names, the others numbers."""
+class _Cell(string.Formatter):
+    """`str.format` in which `{bytes!m}` is in MiB, and None is nothing."""
+
+    def convert_field(self, value: Any, conversion: Any) -> Any:
+        return value / MIB if conversion == "m" else super().convert_field(value, conversion)
+
+    def format_field(self, value: Any, format_spec: str) -> str:
+        return "" if value is None else str(super().format_field(value, format_spec))
+
+
+def table(title: str, columns: Mapping[str, str], rows: Iterable[Mapping[str, Any]], left: int = 1) -> Table:
+    """A table of records. columns: heading → how a cell is written, as in `_Cell`; the first `left` are names."""
     found = Table(title=title, title_justify="left")
-    for i, column in enumerate(columns):
-        found.add_column(column, justify="left" if i < left else "right")
+    for i, heading in enumerate(columns):
+        found.add_column(heading, justify="left" if i < left else "right")
     for row in rows:
-        found.add_row(*map(str, row))
+        found.add_row(*(_Cell().vformat(form, (), row) for form in columns.values()))
     return found
 
 

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 
 import typer
 
-from launch.cluster import Cluster, load_cluster
+from launch.cluster import load_cluster
 from launch.jobs import Submission, plan_jobs, sweep_lines
 from prune_opd.errors import UserError
 
@@ -51,7 +51,8 @@ def submit(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the scripts; change nothing.")] = False,
 ) -> int:
     """Train a recipe on a cluster and wait for the end; the exit code is the job's."""
-    where = _with_nodes(load_cluster(cluster), nodes)
+    where = load_cluster(cluster)
+    where = dataclasses.replace(where, nodes=nodes or where.nodes)
     for override in overrides or []:
         if "=" not in override:
             raise UserError(f"override {override!r} is not a setting: write it as dotted.key=value")
@@ -65,7 +66,7 @@ def submit(
             for name, text in _experiment(folder).dry_run(submission.title, jobs, where).items():
                 print(f"# ---- {name}\n{text.replace(folder, home)}")
         return 0
-    experiments = _experiment(_home())
+    experiments = _experiment()
     from launch.executors import check_secrets
 
     check_secrets(where)
@@ -79,7 +80,7 @@ def submit(
 @app.command()
 def status(name: Name) -> int:
     """A line per job; exit code 0 only if none has failed."""
-    experiments = _experiment(_home())
+    experiments = _experiment()
     found = experiments.states(experiments.find(name))
     print("\n".join(experiments.describe(state) for state in found))
     return int(experiments.first_failure(state for state in found if state.ended))
@@ -90,7 +91,7 @@ def logs(
     name: Name, job: Annotated[str | None, typer.Argument(metavar="JOB", help="Of the experiment.")] = None
 ) -> int:
     """What the ranks wrote, all attempts."""
-    experiments = _experiment(_home())
+    experiments = _experiment()
     print(experiments.logs(experiments.find(name), job))
     return 0
 
@@ -98,22 +99,18 @@ def logs(
 @app.command()
 def cancel(name: Name) -> int:
     """Cancel every job of an experiment that has not ended."""
-    experiments = _experiment(_home())
+    experiments = _experiment()
     experiments.cancel(experiments.find(name))
     return 0
-
-
-def _with_nodes(cluster: Cluster, nodes: int | None) -> Cluster:
-    return cluster if nodes is None else dataclasses.replace(cluster, nodes=nodes)
 
 
 def _home() -> str:
     return os.environ.get(HOME) or str(REPOSITORY / "runs" / "launch")
 
 
-def _experiment(home: str) -> Any:
+def _experiment(home: str | None = None) -> Any:
     """launch.experiment, with NeMo-Run's home set before NeMo-Run is imported."""
-    os.environ[HOME] = home
+    os.environ[HOME] = home or _home()
     logging.getLogger().setLevel(logging.WARNING)
     import launch.experiment
 

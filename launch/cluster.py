@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import difflib
 import re
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, cast
 
 import yaml
 
+from prune_opd.config.checks import Checked, Count, CountOrZero
+from prune_opd.config.yaml import from_dict
 from prune_opd.errors import ConfigError
 
 CLUSTERS = Path(__file__).parent / "clusters"
@@ -20,7 +21,7 @@ FROM_ENVIRONMENT = "environment"
 
 
 @dataclass(frozen=True)
-class Ssh:
+class Ssh(Checked, name="ssh"):
     """A login node that jobs are submitted through; without it this machine submits them."""
 
     host: str
@@ -31,15 +32,15 @@ class Ssh:
 
 
 @dataclass(frozen=True)
-class Cluster:
+class Cluster(Checked, name=""):
     """Where and how jobs run. Times are Slurm's [days-]HH:MM:SS."""
 
-    kind: str  # slurm | local | docker
+    kind: Literal["slurm", "local", "docker"]
     workdir: str | None = None  # the folder that the job changes to: recipes and relative paths are found there
     python: str = "python"  # the interpreter of the jobs, with prune_opd or a workdir that holds it
     run_root: str = "runs"  # run directories are made in it
-    nodes: int = 1
-    ranks_per_node: int = 8  # one per GPU
+    nodes: Count = 1
+    ranks_per_node: Count = 8  # one per GPU
     gpus_per_node: int | None = None
     account: str | None = None
     partition: str | None = None
@@ -49,21 +50,17 @@ class Cluster:
     exclusive: bool = False
     mem: str | None = None
     time: str = "04:00:00"
-    signal_before_end: int = 300  # seconds; training saves and asks to be queued again
-    max_requeues: int = 20
+    signal_before_end: CountOrZero = 300  # seconds; training saves and asks to be queued again
+    max_requeues: CountOrZero = 20
     container_image: str | None = None  # of pyxis: a .sqsh file or an image name; of docker: an image name
-    container_mounts: list[str] = field(default_factory=list)  # SOURCE:TARGET[:ro]
-    srun_args: list[str] = field(default_factory=list)
+    container_mounts: tuple[str, ...] = ()  # SOURCE:TARGET[:ro]
+    srun_args: tuple[str, ...] = ()
     environment: dict[str, str] = field(default_factory=dict)
     secrets: dict[str, str] = field(default_factory=dict)  # NAME: environment, or the path of a file that holds it
     ssh: Ssh | None = None
 
     def __post_init__(self) -> None:
-        if self.kind not in ("slurm", "local", "docker"):
-            raise ConfigError(f"kind = {self.kind!r} is not known: choose slurm, local or docker")
-        for name, lowest in (("nodes", 1), ("ranks_per_node", 1), ("signal_before_end", 0), ("max_requeues", 0)):
-            if getattr(self, name) < lowest:
-                raise ConfigError(f"{name} = {getattr(self, name)} is too small: give at least {lowest}")
+        super().__post_init__()
         if not TIME.fullmatch(self.time):
             raise ConfigError(f"time = {self.time!r} is no time limit: write it as 'HH:MM:SS' or 'D-HH:MM:SS', quoted")
         if self.kind == "slurm" and not self.account:
@@ -112,47 +109,18 @@ def load_cluster(name_or_path: str) -> Cluster:
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ConfigError(f"cluster {path}: it cannot be read as YAML ({' '.join(str(error).split())})") from error
     try:
-        return _build(Cluster, data, "")
+        _check_texts("", data)
+        return cast(Cluster, from_dict(Cluster, data))
     except ConfigError as error:
         raise ConfigError(f"cluster {path}: {error}") from error
 
 
-def _build(kind: type[Any], data: Any, prefix: str) -> Any:
-    if not isinstance(data, dict):
-        raise ConfigError(f"{prefix.rstrip('.') or 'the file'} must hold settings, one `name: value` a line")
-    known = {entry.name: entry for entry in fields(kind)}
-    for name in data:
-        if name not in known:
-            near = difflib.get_close_matches(str(name), known, n=1, cutoff=0.0)[0]
-            raise ConfigError(f"there is no setting {prefix}{name}: did you mean {prefix}{near}?")
-    values = {name: _value(f"{prefix}{name}", str(known[name].type), value) for name, value in data.items()}
-    for name, entry in known.items():
-        if name not in values and entry.default is MISSING and entry.default_factory is MISSING:
-            raise ConfigError(f"{prefix}{name} is missing")
-    return kind(**values)
-
-
-def _value(name: str, hint: str, value: Any) -> Any:
-    """The value if it has the annotated type; `hint` is the annotation's text."""
-    wanted, _, optional = hint.partition(" | ")
-    if value is None and optional:
-        return None
-    if wanted == "Ssh":
-        return _build(Ssh, value, f"{name}.")
-    if wanted == "dict[str, str]" and isinstance(value, dict):
-        return {_text(f"{name}: the name", key): _text(f"{name}.{key}", text) for key, text in value.items()}
-    if wanted == "list[str]" and isinstance(value, list):
-        return [_text(name, text) for text in value]
-    plain = {"str": str, "int": int, "bool": bool}.get(wanted)
-    if plain is None or type(value) is not plain:
-        right = {"str": "a text (quote it)", "int": "an integer", "bool": "true or false", "list[str]": "a list"}
-        raise ConfigError(f"{name} = {value!r} has the wrong type: give {right.get(wanted, 'names with values')}")
-    return _text(name, value) if plain is str else value
-
-
-def _text(name: str, value: Any) -> str:
-    if not isinstance(value, str):
-        raise ConfigError(f"{name} = {value!r} has the wrong type: give a text (quote it)")
-    if "\n" in value or "\0" in value:
+def _check_texts(name: str, value: Any) -> None:
+    """No line breaks, since most texts go into job scripts; and a variable's message must not repeat the others."""
+    parts = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, part in parts:
+        _check_texts(f"{name}.{key}".lstrip("."), part)
+    if isinstance(value, str) and ("\n" in value or "\0" in value):
         raise ConfigError(f"{name} holds a line break: write it on one line")
-    return value
+    if name.startswith(("environment.", "secrets.")) and not isinstance(value, str):
+        raise ConfigError(f"{name} has the wrong type: give a text (quote it)")

@@ -87,13 +87,9 @@ def _quoted(value: str) -> str:
 
 def check_secrets(cluster: Cluster) -> None:
     """Raises UserError if a secret that comes from this environment is not set."""
-    for name in _own_secrets(cluster):
-        if not os.environ.get(name):
+    for name, source in cluster.secrets.items():
+        if source == FROM_ENVIRONMENT and not os.environ.get(name):
             raise UserError(f"secrets.{name} is to come from the environment, and it is not set: export {name}")
-
-
-def _own_secrets(cluster: Cluster) -> list[str]:
-    return [name for name, source in cluster.secrets.items() if source == FROM_ENVIRONMENT]
 
 
 def _tunnel(cluster: Cluster) -> Any:

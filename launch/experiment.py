@@ -152,15 +152,15 @@ def _shell_code(text: str) -> int:
 
 def wait(experiment: Any, say: Any) -> list[State]:
     """Follow all jobs to their end; `say` gets a line whenever one changes."""
-    seen: dict[str, State] = {}
+    before: list[State] = []
     while True:
         now = states(experiment)
         for state in now:
-            if state != seen.get(state.name):
-                seen[state.name] = state
+            if state not in before:
                 say(describe(state))
         if all(state.ended for state in now):
             return now
+        before = now
         time.sleep(POLL)
 
 

@@ -6,13 +6,10 @@ but nothing heavy: `.venv-docs` has no torch.
 
 from __future__ import annotations
 
-import ast
 import dataclasses
 import inspect
-import io
 import re
 import sys
-import tokenize
 import typing
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -56,26 +53,20 @@ def settings(config: type) -> list[Setting]:
 
 
 def field_comments(config: type) -> dict[str, str]:
-    """Field → what its comments say, empty if there are none."""
-    source = inspect.getsource(config)
-    comments: dict[int, str] = {}
-    alone: set[int] = set()
-    for token in tokenize.generate_tokens(io.StringIO(source).readline):
-        if token.type == tokenize.COMMENT:
-            comments[token.start[0]] = token.string.lstrip("# ").strip()
-            if not token.line[: token.start[1]].strip():
-                alone.add(token.start[0])
-    (tree,) = ast.parse(source).body
-    assert isinstance(tree, ast.ClassDef)
-    found = {}
-    for node in tree.body:
-        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
-            first = node.lineno
-            while first - 1 in alone:
-                first -= 1
-            lines = range(first, (node.end_lineno or node.lineno) + 1)
-            found[node.target.id] = " ".join(comments[line] for line in lines if line in comments)
-    return found
+    """Field → what its comments say, those right above it and those beside it; empty if there are none."""
+    found: dict[str, list[str]] = {}
+    above: list[str] = []
+    for line in inspect.getsource(config).splitlines():
+        code, _, comment = line.partition("# ")
+        if code.startswith("    def "):
+            break
+        field = re.match(r"    ([a-z]\w*): ", code)
+        if field:
+            found[field[1]] = above
+        if code.strip() and found:
+            found[list(found)[-1]] += [comment] if comment else []
+        above = [*above, comment] if comment and not code.strip() else []
+    return {name: " ".join(comments).strip() for name, comments in found.items()}
 
 
 def _as_typed(meaning: str) -> str:

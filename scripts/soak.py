@@ -10,7 +10,6 @@ Writes OUT/soak.json and exits with 1 if something did not hold.
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import random
@@ -24,8 +23,10 @@ from statistics import median, mode
 from typing import Any
 
 import psutil
+import typer
 
 from prune_opd.errors import REQUEUE_EXIT_CODE
+from prune_opd.track.metrics import FILE_NAME, read_records
 
 RSS_GROWTH = 0.02  # at most, between the medians of the first and the last stretch of steps
 SETTINGS = (
@@ -48,37 +49,18 @@ def start(steps: int, run_dir: Path) -> subprocess.Popen[bytes]:
 
 def records(run_dir: Path) -> list[dict[str, Any]]:
     """metrics.jsonl without what depends on the clock."""
-    try:
-        lines = (run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    except FileNotFoundError:
-        return []
-    found = []
-    for line in lines:
-        try:
-            found.append(
-                {
-                    key: value
-                    for key, value in json.loads(line).items()
-                    if not key.startswith(("time_", "cpu_", "memory_"))
-                }
-            )
-        except ValueError:  # the line that is being written
-            break
-    return found
+    path, timed = run_dir / FILE_NAME, ("time_", "cpu_", "memory_")
+    found = read_records(path) if path.exists() else []
+    return [{key: value for key, value in record.items() if not key.startswith(timed)} for record in found]
 
 
 def step_of(run_dir: Path) -> int:
     return max((record["step"] for record in records(run_dir)), default=0)
 
 
-def agent_of(launcher: int) -> psutil.Process | None:
-    children = psutil.Process(launcher).children()
-    return children[0] if children else None
-
-
-def ranks_of(launcher: int) -> list[psutil.Process]:
-    agent = agent_of(launcher)
-    return sorted(agent.children(), key=lambda process: process.pid) if agent else []
+def agent_and_ranks(launcher: int) -> list[psutil.Process]:
+    agent = psutil.Process(launcher).children()[:1]
+    return agent + sorted((rank for one in agent for rank in one.children()), key=lambda process: process.pid)
 
 
 # ---------------------------------------------------------------------------------------------------- left alone
@@ -91,7 +73,7 @@ def left_alone(steps: int, run_dir: Path) -> dict[int, dict[int, Sample]]:
         step = step_of(run_dir)
         if step > last:
             last = step
-            for rank, of in enumerate(ranks_of(process.pid)):
+            for rank, of in enumerate(agent_and_ranks(process.pid)[1:]):
                 try:
                     sample = {"rss": of.memory_info().rss, "files": of.num_fds(), "threads": of.num_threads()}
                 except psutil.Error:
@@ -118,7 +100,7 @@ def steadiness(samples: dict[int, Sample], steps: int) -> dict[str, Any]:
 
 def disturb(process: subprocess.Popen[bytes], draw: random.Random) -> str:
     """End the run from outside, in one of the ways in which clusters end runs. Returns which."""
-    ranks, agent = ranks_of(process.pid), agent_of(process.pid)
+    agent, *ranks = agent_and_ranks(process.pid) or [None]
     how = draw.choice(("rank 0 killed", "rank 1 killed", "agent killed", "all killed", "SIGTERM", "SIGUSR1"))
     if how.startswith("rank") and len(ranks) == 2:
         os.kill(ranks[int(how[5])].pid, signal.SIGKILL)
@@ -153,37 +135,31 @@ def disturbed(steps: int, run_dir: Path, kills: int, draw: random.Random) -> lis
     return log
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--steps", type=int, default=300)
-    parser.add_argument("--kills", type=int, default=12)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, default=Path("runs/soak"))
-    arguments = parser.parse_args()
-    shutil.rmtree(arguments.out, ignore_errors=True)
-    arguments.out.mkdir(parents=True)
+def main(steps: int = 300, kills: int = 12, seed: int = 0, out: Path = Path("runs/soak")) -> None:
+    shutil.rmtree(out, ignore_errors=True)
+    out.mkdir(parents=True)
     began = time.monotonic()
-    samples = left_alone(arguments.steps, arguments.out / "left_alone")
-    log = disturbed(arguments.steps, arguments.out / "disturbed", arguments.kills, random.Random(arguments.seed))
-    alone, hurt = (records(arguments.out / name) for name in ("left_alone", "disturbed"))
-    steady = {rank: steadiness(of_rank, arguments.steps) for rank, of_rank in samples.items()}
+    samples = left_alone(steps, out / "left_alone")
+    log = disturbed(steps, out / "disturbed", kills, random.Random(seed))
+    alone, hurt = (records(out / name) for name in ("left_alone", "disturbed"))
+    steady = {rank: steadiness(of_rank, steps) for rank, of_rank in samples.items()}
     held = {
         "same metrics": alone == hurt,
         "memory flat": all(found["rss_growth"] <= RSS_GROWTH for found in steady.values()),
         "files constant": all(len(set(found["files"])) == 1 for found in steady.values()),
         "threads constant": all(len(set(found["threads"])) == 1 for found in steady.values()),
     }
-    found = {"steps": arguments.steps, "seconds": time.monotonic() - began, "ends": log, "ranks": steady, "held": held}
-    (arguments.out / "soak.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    found = {"steps": steps, "seconds": time.monotonic() - began, "ends": log, "ranks": steady, "held": held}
+    (out / "soak.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     for line in log:
         print(f"after step {line['step']}: {line['how']}, exit code {line['code']}")
     for rank, of_rank in steady.items():
         first, last = of_rank["rss_mib"]
         growth, files, threads = of_rank["rss_growth"], of_rank["files"], of_rank["threads"]
         print(f"rank {rank}: {first:.0f} → {last:.0f} MiB ({growth:+.2%}), files {files}, threads {threads}")
-    print(f"{arguments.steps} steps, {len(log)} ends, {found['seconds']:.0f} s: " + json.dumps(held))
-    return 0 if all(held.values()) else 1
+    print(f"{steps} steps, {len(log)} ends, {found['seconds']:.0f} s: " + json.dumps(held))
+    raise typer.Exit(0 if all(held.values()) else 1)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    typer.run(main)

@@ -8,17 +8,30 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
 from statistics import median
 from typing import Any
 
 from rich.console import Console
-from rich.progress import Progress
+from rich.progress import track
 
-from benchmarks.common import MIB, Report, Target, has_trl, load, measure, print_targets, rotated, table, with_trl
+from benchmarks.common import (
+    BENCH,
+    Out,
+    Quick,
+    Report,
+    Target,
+    has_trl,
+    load,
+    measure,
+    print_targets,
+    rotated,
+    table,
+    with_trl,
+)
 
 CONTENDERS = ("ours", "ours_no_buffer", "naive", "trl", "floor")
 SAME_LOSS = 1e-4  # relative
+MEMORY = {"peak extra memory MiB": "{extra_bytes!m:.0f}"}
 
 
 @dataclass(frozen=True)
@@ -56,10 +69,10 @@ QUICK = Settings(
 )
 
 
-def run(path: Path, quick: bool) -> int:
+def run(out: Out = BENCH, quick: Quick = False) -> int:
     """Measure, write the JSON file, print the tables. Returns 0 whether or not the targets are reached."""
     settings = QUICK if quick else Settings()
-    report = Report(path, quick, settings)
+    report = Report(out / "loss.json", quick, settings)
     raw = _measure_all(settings, report.console)
     result = report.write(
         environment=report.environment(torch=raw[0]["torch"], threads=raw[0]["threads"]),
@@ -87,14 +100,10 @@ def _measure_all(settings: Settings, console: Console) -> list[dict[str, Any]]:
     ]
     for _ in range(settings.growth_rounds):
         rounds += [("growth", "ours", settings.growth_vocab, tokens) for tokens in settings.growth_tokens]
-    raw = []
-    with Progress(console=console, transient=True) as progress:
-        task = progress.add_task("measuring", total=len(rounds))
-        for part, name, vocab, tokens in rounds:
-            progress.update(task, description=f"{name}, {tokens} tokens, vocabulary {vocab}")
-            raw.append({"part": part, **_measure(name, vocab, tokens, settings)})
-            progress.advance(task)
-    return raw
+    return [
+        {"part": part, **_measure(name, vocab, tokens, settings)}
+        for part, name, vocab, tokens in track(rounds, "measuring", console=console, transient=True)
+    ]
 
 
 def _measure(contender: str, vocab: int, tokens: int, settings: Settings) -> dict[str, Any]:
@@ -130,11 +139,8 @@ def _medians(rows: Iterable[dict[str, Any]]) -> dict[str, Any]:
 def _compare(raw: list[dict[str, Any]], vocab: int) -> dict[str, Any]:
     """Medians and ratios at one vocabulary, and the targets that apply."""
     rows = [row for row in raw if row["part"] == "contest" and row["vocab"] == vocab]
-    by_name = {
-        name: _medians(row for row in rows if row["contender"] == name)
-        for name in CONTENDERS
-        if any(row["contender"] == name for row in rows)
-    }
+    ran = [name for name in CONTENDERS if any(row["contender"] == name for row in rows)]
+    by_name = {name: _medians(row for row in rows if row["contender"] == name) for name in ran}
     ours, naive, floor = by_name["ours"], by_name["naive"], by_name["floor"]
     apart = abs(ours["loss"] - naive["loss"]) / abs(naive["loss"])
     ratios = {
@@ -167,15 +173,15 @@ def _compare(raw: list[dict[str, Any]], vocab: int) -> dict[str, Any]:
 
 def _growth(raw: list[dict[str, Any]], settings: Settings) -> list[dict[str, Any]]:
     """Ours by number of tokens. Time per token and memory are also given relative to the fewest tokens."""
-    lines = []
-    for tokens in settings.growth_tokens:
-        line = _medians(row for row in raw if row["part"] == "growth" and row["tokens"] == tokens)
-        lines.append({"tokens": tokens, **line})
+    rows = [row for row in raw if row["part"] == "growth"]
+    lines = [
+        {"tokens": tokens, **_medians(row for row in rows if row["tokens"] == tokens)}
+        for tokens in settings.growth_tokens
+    ]
     first = lines[0]
     for line in lines:
         line["time_per_token_ratio"] = line["wall_s"] / line["tokens"] / (first["wall_s"] / first["tokens"])
         line["cpu_per_token_ratio"] = line["cpu_s"] / line["tokens"] / (first["cpu_s"] / first["tokens"])
-        line["extra_ratio"] = line["extra_bytes"] / first["extra_bytes"]
     return lines
 
 
@@ -190,18 +196,9 @@ def _print(result: dict[str, Any], console: Console) -> None:
         f"{settings['rounds']} rounds × {settings['repeats']} calls; {load(environment)}"
     )
     for part in result["vocabularies"]:
-        rows = [
-            (
-                name,
-                f"{row['wall_s']:.2f}",
-                f"{row['cpu_s']:.2f}",
-                f"{row['extra_bytes'] / MIB:.0f}",
-                "" if row["loss"] is None else f"{row['loss']:.6g}",
-            )
-            for name, row in part["contenders"].items()
-        ]
-        title = f"vocabulary {part['vocab']}, chunks of {part['chunk']} tokens"
-        console.print(table(title, ("", "time s", "CPU s", "peak extra memory MiB", "loss"), rows))
+        columns = {"": "{name}", "time s": "{wall_s:.2f}", "CPU s": "{cpu_s:.2f}", **MEMORY, "loss": "{loss:.6g}"}
+        rows = [{"name": name, **row} for name, row in part["contenders"].items()]
+        console.print(table(f"vocabulary {part['vocab']}, chunks of {part['chunk']} tokens", columns, rows))
         print_targets(part["targets"], console)
         same = "[green]same[/]" if part["same_loss"] else "[red]not the same[/]"
         console.print(f"  {same}  loss of ours and naive, {part['loss_apart']:.1e} apart")
@@ -209,15 +206,11 @@ def _print(result: dict[str, Any], console: Console) -> None:
             console.print(f"        {name.replace('_', ' ')}: {ratio:.2f}")
     for name, reason in result["skipped"].items():
         console.print(f"  [yellow]skipped[/]  {name}: {reason}")
-    columns = ("tokens", "time s", "time per token ÷ first", "CPU per token ÷ first", "peak extra memory MiB")
-    rows = [
-        (
-            str(line["tokens"]),
-            f"{line['wall_s']:.2f}",
-            f"{line['time_per_token_ratio']:.2f}",
-            f"{line['cpu_per_token_ratio']:.2f}",
-            f"{line['extra_bytes'] / MIB:.0f}",
-        )
-        for line in result["growth"]
-    ]
-    console.print(table(f"growth of ours, vocabulary {settings['growth_vocab']}", columns, rows, left=0))
+    columns = {
+        "tokens": "{tokens}",
+        "time s": "{wall_s:.2f}",
+        "time per token ÷ first": "{time_per_token_ratio:.2f}",
+        "CPU per token ÷ first": "{cpu_per_token_ratio:.2f}",
+        **MEMORY,
+    }
+    console.print(table(f"growth of ours, vocabulary {settings['growth_vocab']}", columns, result["growth"], left=0))

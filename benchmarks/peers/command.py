@@ -15,7 +15,6 @@ evaluated by one process, on problems that no recipe was chosen on. No torch on 
 
 from __future__ import annotations
 
-import itertools
 import tempfile
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -25,11 +24,14 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+import numpy as np
 from rich.console import Console
 
 from benchmarks.common import (
+    BENCH,
     BENCH_PACKAGES,
-    MIB,
+    Out,
+    Quick,
     Report,
     Target,
     has_trl,
@@ -100,7 +102,7 @@ QUICK = Settings(
 )
 
 
-def run(path: Path, quick: bool) -> int:
+def run(out: Out = BENCH, quick: Quick = False) -> int:
     """Measure, write the JSON file, print the tables. Returns 0 whether or not the target is reached.
 
     Raises `UserError` when TRL or the tiny models are missing, or a contender ends early.
@@ -111,7 +113,7 @@ def run(path: Path, quick: bool) -> int:
     configs = {contender.name: make_config(contender, settings) for contender in CONTENDERS}
     if problems := check_train(configs["ours_prune"], 2, None, "never"):
         raise UserError("\n".join(problems))
-    report = Report(path, quick, settings)
+    report = Report(out / "peers.json", quick, settings)
     with tempfile.TemporaryDirectory(prefix="prune-opd-") as name:
         folder = Path(name)
         for contender, config in configs.items():
@@ -141,31 +143,28 @@ def make_config(contender: Contender, settings: Settings) -> TrainConfig:
 
 def _take_turns(settings: Settings, folder: Path, console: Console) -> dict[str, list[dict[str, Any]]]:
     """Start every contender, wait until all are built, and let one at a time go on for a turn. Returns their steps."""
-    found: dict[str, list[tuple[dict[str, Any], ...]]] = {contender.name: [] for contender in CONTENDERS}
+    contests, found = {}, {}
     with ThreadPoolExecutor(len(CONTENDERS)) as pool, ExitStack() as stack:
-        contests = {}
         for contender in CONTENDERS:
-            home, steps = folder / contender.name, _steps(contender, settings)
-            request = {"folder": str(home), "steps": steps, "threads": contender.threads}
+            home, threads = folder / contender.name, contender.threads
+            request = {"folder": str(home), "steps": _steps(contender, settings), "threads": threads}
             request["save_at"] = settings.save_at if contender.steps is None else ()
-            how = {"ranks": contender.ranks, "threads": contender.threads, "env": contender.env}
-            contest = Contest(pool, contender.name, contender.module, home, request=request, **how)
+            how = {"request": request, "ranks": contender.ranks, "threads": threads, "env": contender.env}
+            contest = Contest(pool, contender.name, contender.module, home, **how)
             contests[contender.name] = stack.enter_context(closing(contest))
         for contest in contests.values():
-            contest.wait_until_built()
-        for turn, end in enumerate(turn_ends(settings)):
+            contest.wait_for(1)
+        for turn, end in enumerate(ends := turn_ends(settings)):
             for contender in rotated(CONTENDERS, turn):
-                contest, last = contests[contender.name], min(end, _steps(contender, settings))
-                if contest.steps < last:
-                    console.print(f"{contender.name}: to step {last} of {_steps(contender, settings)}")
-                    found[contender.name] += zip(*contest.go_on(last), strict=True)
-    return {
-        contender.name: join_ranks(
-            found[contender.name],
-            read_metrics(folder / contender.name / "run" / "metrics.jsonl")[0] if contender.module == OURS else None,
-        )
-        for contender in CONTENDERS
-    }
+                steps = _steps(contender, settings)
+                if turn == 0 or ends[turn - 1] < steps:
+                    console.print(f"{contender.name}: to step {min(end, steps)} of {steps}")
+                    contests[contender.name].go_on(min(end, steps))
+        for contender in CONTENDERS:
+            path = folder / contender.name / "run" / "metrics.jsonl"
+            metrics = read_metrics(path)[0] if contender.module == OURS else None
+            found[contender.name] = join_ranks(contests[contender.name].steps(), metrics)
+    return found
 
 
 def _steps(contender: Contender, settings: Settings) -> int:
@@ -260,11 +259,7 @@ def compare(measured: dict[str, Any], accuracies: dict[str, Any]) -> dict[str, A
 
 def accuracy_at(curve: Sequence[dict[str, Any]], tokens: float) -> float:
     """A curve's accuracy after `tokens` generated tokens, on the straight line between the evaluations around it."""
-    for before, after in itertools.pairwise(curve):
-        if tokens <= after["tokens"]:
-            share = (tokens - before["tokens"]) / (after["tokens"] - before["tokens"])
-            return float(before["accuracy"] + share * (after["accuracy"] - before["accuracy"]))
-    return float(curve[-1]["accuracy"])
+    return float(np.interp(tokens, [at["tokens"] for at in curve], [at["accuracy"] for at in curve]))
 
 
 # ---------------------------------------------------------------------------------------------------- printing
@@ -276,42 +271,30 @@ def print_result(result: dict[str, Any], console: Console) -> None:
         f"{result['recipe']}, {settings['steps']} updates, the first {settings['warmup']} of each contender not timed, "
         f"turns of {settings['turn']}; {load(result['environment'])}"
     )
-    columns: tuple[str, ...] = (
-        "",
-        "tokens/s",
-        f"÷ {result['best_trl']}",
-        "step s",
-        "CPU s / 1000 tokens",
-        "peak memory MiB",
-        "steps",
-    )
+    columns = {
+        "": "{name}",
+        "tokens/s": "{tokens_per_s:.0f}",
+        f"÷ {result['best_trl']}": "{ratio:.2f}",
+        "step s": "{step_s:.2f}",
+        "CPU s / 1000 tokens": "{cpu_s_per_1000_tokens:.3f}",
+        "peak memory MiB": "{peak_bytes!m:.0f}",
+        "steps": "{timed_steps}",
+        "our phases, s": "{phases}",
+    }
+    rows = []
+    for name, row in result["contenders"].items():
+        phases = ", ".join(f"{phase.removeprefix('time_')} {time:.2f}" for phase, time in row["phases_s"].items())
+        rows.append({"name": name, "ratio": result["ratios"][name], "phases": phases, **row})
+    console.print(table("a whole step", columns, rows))
+    columns = {"": "{name}", "updates": "{step}", "tokens": "{tokens:,}", "accuracy": "{accuracy:.1%} ± {stderr:.1%}"}
+    at_equal = result["accuracy_at_equal_tokens"]
+    columns[f"after {result['equal_tokens']:,} tokens"] = "{at_equal:.1%}"
     rows = [
-        (
-            name,
-            f"{row['tokens_per_s']:.0f}",
-            f"{result['ratios'][name]:.2f}",
-            f"{row['step_s']:.2f}",
-            f"{row['cpu_s_per_1000_tokens']:.3f}",
-            f"{row['peak_bytes'] / MIB:.0f}",
-            row["timed_steps"],
-            ", ".join(f"{phase.removeprefix('time_')} {time:.2f}" for phase, time in row["phases_s"].items()),
-        )
-        for name, row in result["contenders"].items()
-    ]
-    console.print(table("a whole step", (*columns, "our phases, s"), rows))
-    steps = [point["step"] for point in next(iter(result["curves"].values()))]
-    at_equal = f"after {result['equal_tokens']:,} tokens"
-    rows = [
-        (
-            name,
-            *(f"{100 * point['accuracy']:.1f} ± {100 * point['stderr']:.1f} %" for point in curve),
-            f"{curve[-1]['tokens']:,}",
-            f"{100 * result['accuracy_at_equal_tokens'][name]:.1f} %",
-        )
+        {"name": name, "at_equal": at_equal[name] if point is curve[-1] else None, **point}
         for name, curve in result["curves"].items()
+        for point in curve
     ]
-    names = ("", *(f"{step} updates" for step in steps), "tokens at the end", at_equal)
-    console.print(table(f"accuracy, {settings['problems']} held-out problems at T = 1", names, rows))
+    console.print(table(f"accuracy, {settings['problems']} held-out problems at T = 1", columns, rows))
     print_targets(result["targets"], console)
     learned = "[green]yes[/]" if result["trl_learned"] else "[red]no[/]"
     console.print(f"  {learned}   TRL's student learned (3 standard errors)")

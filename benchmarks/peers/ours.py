@@ -10,12 +10,12 @@ import shutil
 from pathlib import Path
 
 from benchmarks.common import answer
-from benchmarks.peers.turns import Turns
+from benchmarks.peers.turns import Step, Turns
 from prune_opd.config import TrainConfig
 from prune_opd.config.yaml import load_config
 
 
-def train(address: str, folder: str, steps: int, save_at: list[int], threads: int) -> None:
+def train(folder: str, steps: int, save_at: list[int], threads: int) -> list[Step]:
     """All steps of `folder`/config.yaml; the students of the steps in `save_at` go to `folder`/hf-STEP."""
     from prune_opd.loop import step
     from prune_opd.run import prepare
@@ -24,7 +24,7 @@ def train(address: str, folder: str, steps: int, save_at: list[int], threads: in
     config = load_config(home / "config.yaml")
     assert isinstance(config, TrainConfig)
     run = prepare(config, home / "run", "never")
-    turns = Turns(address)
+    turns = Turns(home)
     for number in range(1, steps + 1):
         turns.begin(number)
         step(run)
@@ -33,8 +33,8 @@ def train(address: str, folder: str, steps: int, save_at: list[int], threads: in
             run.export()
             if run.layout.is_main:
                 shutil.move(home / "run" / "hf", home / f"hf-{number}")
-    turns.hand_in()
     run.rollout.engine.close()
+    return turns.steps
 
 
 if __name__ == "__main__":

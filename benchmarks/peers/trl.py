@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.common import answer, rank
-from benchmarks.peers.turns import Turns
+from benchmarks.peers.turns import Step, Turns
 from prune_opd.config import OptimizerConfig, TrainConfig
 from prune_opd.config.yaml import load_config
 from prune_opd.errors import UserError
@@ -28,19 +28,21 @@ def learning_rate_factor(optimizer: OptimizerConfig, total: int, update: int) ->
     return floor + (1 - floor) * left
 
 
-def train(address: str, folder: str, steps: int, save_at: list[int], threads: int) -> None:
+def train(folder: str, steps: int, save_at: list[int], threads: int) -> list[Step]:
     """All steps of `folder`/config.yaml; the students of the steps in `save_at` go to `folder`/hf-STEP."""
     import torch
 
     torch.set_num_threads(threads)
-    config = load_config(Path(folder) / "config.yaml")
+    home = Path(folder)
+    config = load_config(home / "config.yaml")
     assert isinstance(config, TrainConfig)
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(config.student, padding_side="left")
-    trainer = make_trainer(config, tokenizer, Path(folder), steps)
-    trainer.add_callback(_taking_turns(trainer, address, Path(folder), save_at))
+    trainer, turns = make_trainer(config, tokenizer, home, steps), Turns(home)
+    trainer.add_callback(_taking_turns(trainer, turns, home, save_at))
     trainer.train()
+    return turns.steps
 
 
 def make_trainer(config: TrainConfig, tokenizer: Any, folder: Path, steps: int) -> Any:
@@ -109,27 +111,21 @@ def prompt_rows(config: TrainConfig, tokenizer: Any, steps: int) -> list[dict[st
     return [{"prompt": text} for text in texts]
 
 
-def _taking_turns(trainer: Any, address: str, folder: Path, save_at: list[int]) -> Any:
+def _taking_turns(trainer: Any, turns: Turns, folder: Path, save_at: list[int]) -> Any:
     """A callback that waits for each step's turn, times it from generation to the optimizer, and saves the student."""
     from transformers import TrainerCallback
 
     class TakingTurns(TrainerCallback):
-        def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-            self.turns = Turns(address)
-
         def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-            self.turns.begin(state.global_step + 1)
+            turns.begin(state.global_step + 1)
 
         def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             masks = [batch["completion_mask"] for batch in trainer._buffered_inputs]
-            self.turns.end(state.global_step, tokens=sum(int(mask.sum()) for mask in masks))  # this rank's
+            turns.end(state.global_step, tokens=sum(int(mask.sum()) for mask in masks))  # this rank's
             if state.global_step in save_at and rank() == 0:
                 out = folder / f"hf-{state.global_step}"
                 trainer.accelerator.unwrap_model(trainer.model).save_pretrained(out)
                 trainer.processing_class.save_pretrained(out)
-
-        def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-            self.turns.hand_in()
 
     return TakingTurns()
 

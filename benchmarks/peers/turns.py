@@ -1,99 +1,83 @@
 """How the contenders of `prune-opd bench peers` take turns of a few steps each.
 
-All of them stay up for the whole benchmark, and one at a time works; the others wait without using the machine.
+All of them stay up for the whole benchmark, and one at a time works; the others look into their folder now and then.
 
-    benchmark (Contest)                      a rank (Turns)
-    waits for all connections          ◀──   builds everything, then connects
-    sends the last step of the turn    ──▶   works on to the end of that step
-    gets the turn's records            ◀──   hands them in and waits for the next turn
+    FOLDER/turn        written by the benchmark (Contest): the last step that the contender's ranks may take
+    FOLDER/due-RANK    written by a rank (Turns): the step that it waits to begin; all before it is done
 
-A side that ends closes its connections, so the other learns of it at once. No torch here.
+A contender whose last step is done ends, which is the end of its last turn. Where the benchmark ends early it takes
+`turn` away, and who waits ends, too. No torch here.
 """
 
 from __future__ import annotations
 
-import socket
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
-from multiprocessing.connection import Client, Connection
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common import cpu_time, measure, peak_memory
+from benchmarks.common import cpu_time, measure, peak_memory, rank
 from prune_opd.errors import UserError
 
-POLL_SECONDS = 0.5
+POLL_SECONDS = 0.2
 TIMEOUT = 7200  # seconds of a contender, waiting included
 
 Step = dict[str, float]
 
 
 class Turns:
-    """A rank's side: it waits until a step is due, and measures the step from `begin` to `end`."""
+    """A rank's side: it waits until a step is due, and measures the step from `begin` to `end` into `steps`."""
 
-    def __init__(self, address: str) -> None:
-        self._benchmark = Client(address)
-        self._allowed, self._steps = 0, list[Step]()
+    def __init__(self, folder: Path) -> None:
+        self.steps: list[Step] = []
+        self._turn, self._due = folder / "turn", folder / f"due-{rank()}"
         self._wall = self._cpu = 0.0
 
     def begin(self, step: int) -> None:
-        """Wait until `step` is due. EOFError when the benchmark is gone."""
-        if step > self._allowed:
-            if self._steps:
-                self.hand_in()
-            self._allowed = self._benchmark.recv()
+        """Wait until `step` is due. FileNotFoundError when the benchmark is gone."""
+        self._due.write_text(str(step))
+        while _number(self._turn) < step:
+            time.sleep(POLL_SECONDS)
         self._wall, self._cpu = time.perf_counter(), cpu_time()
 
     def end(self, step: int, **record: float) -> None:
         """The step is over; `record` is added to it. CPU seconds are of all threads, the peak of the whole process."""
         wall, cpu = time.perf_counter() - self._wall, cpu_time() - self._cpu
-        self._steps.append({"step": step, "wall_s": wall, "cpu_s": cpu, "peak_bytes": peak_memory(), **record})
-
-    def hand_in(self) -> None:
-        """The turn is over, and all that belongs to it is there. A rank calls this itself after its last step only."""
-        self._benchmark.send(self._steps)
-        self._steps = []
+        self.steps.append({"step": step, "wall_s": wall, "cpu_s": cpu, "peak_bytes": peak_memory(), **record})
 
 
 class Contest:
     """The benchmark's side of one contender: it starts when this is made, and ends by itself after its last step."""
 
     def __init__(self, pool: ThreadPoolExecutor, name: str, module: str, folder: Path, **how: Any) -> None:
-        """`how` is what `common.measure` takes; its `request` gets the address to connect to."""
-        self.name, self.ranks, self.steps = name, how["ranks"] or 1, 0
-        self._server = socket.socket(socket.AF_UNIX)
-        self._server.bind(str(folder / "turns"))
-        self._server.listen()
-        self._server.settimeout(POLL_SECONDS)
-        self._connections: list[Connection] = []
-        request: dict[str, Any] = how.pop("request") | {"address": str(folder / "turns")}
-        self._process: Future[Any] = pool.submit(measure, module, request, f"contender {name}", timeout=TIMEOUT, **how)
+        """`how` is what `common.measure` takes; the contender answers with the steps of its rank."""
+        self._due = [folder / f"due-{number}" for number in range(how["ranks"] or 1)]
+        self._name, self._turn = name, folder / "turn"
+        self._turn.write_text("0")
+        self._process: Future[list[list[Step]]] = pool.submit(
+            measure, module, what=f"contender {name}", timeout=TIMEOUT, **how
+        )
 
-    def wait_until_built(self) -> None:
-        """UserError if the contender ends before that."""
-        while len(self._connections) < self.ranks:
-            if self._process.done():
-                raise self._failure()
-            with suppress(TimeoutError):
-                self._connections.append(Connection(self._server.accept()[0].detach()))
+    def wait_for(self, step: int) -> None:
+        """Until every rank waits to begin `step`, or the contender has ended. Raises how it failed, or ended early."""
+        while not self._process.done() and not all(due.exists() and _number(due) >= step for due in self._due):
+            time.sleep(POLL_SECONDS)
+        if self._process.done() and len(self._process.result()[0]) < step - 1:
+            raise UserError(f"contender {self._name} ended before its last step")
 
-    def go_on(self, last: int) -> list[list[Step]]:
-        """One turn, to the end of step `last`: the steps of each rank. UserError if the contender ends before that."""
-        try:
-            for connection in self._connections:
-                connection.send(last)
-            steps = [connection.recv() for connection in self._connections]
-        except (EOFError, OSError):
-            raise self._failure() from None
-        self.steps = last
-        return steps
+    def go_on(self, last: int) -> None:
+        """One turn, to the end of step `last`. Raises how the contender failed, if it does."""
+        self._turn.write_text(str(last))
+        self.wait_for(last + 1)
+
+    def steps(self) -> list[tuple[Step, ...]]:
+        """Every step as each rank measured it, after the last turn."""
+        return list(zip(*self._process.result(), strict=True))
 
     def close(self) -> None:
         """What still waits for a turn ends."""
-        for connection in self._connections:
-            connection.close()
-        self._server.close()
+        self._turn.unlink()
 
-    def _failure(self) -> BaseException:
-        return self._process.exception() or UserError(f"contender {self.name} ended before its last step")
+
+def _number(path: Path) -> int:
+    return int(path.read_text() or 0)  # empty while it is being written

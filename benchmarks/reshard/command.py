@@ -10,18 +10,30 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from statistics import median
 from typing import Any
 
 from rich.console import Console
-from rich.progress import Progress
+from rich.progress import track
 
-from benchmarks.common import MIB, Report, Target, load, measure, print_targets, table
+from benchmarks.common import BENCH, MIB, Out, Quick, Report, Target, load, measure, print_targets, table
 
 RANKS = 2
 TRANSPORTS = ("collective", "shared")
 TIMEOUT = 900  # seconds a launch may take
+COLUMNS = {
+    "": "{name}",
+    "time s": "{wall:.3f}",
+    "CPU s of all ranks": "{cpu:.3f}",
+    "÷ bare": "{bare:.2f}",
+    "÷ reload": "{reload:.2f}",
+}
+TARGETS = {  # of each transport: limit, and whether it is the least
+    "speed of the stream / bare broadcasts": (0.8, True),
+    "stream with reload / larger of the two": (1.2, False),
+    "memory of the stream in buckets": (2, False),
+    "memory of stream with reload beyond the reload's in buckets": (2, False),
+}
 
 
 @dataclass(frozen=True)
@@ -39,17 +51,18 @@ class Settings:
 QUICK = Settings(layers=2, hidden=128, vocab=512, bucket_mb=0.5, rounds=1, launches=(("tp2", 1), ("pp2", 2)))
 
 
-def run(path: Path, quick: bool) -> int:
+def run(out: Out = BENCH, quick: Quick = False) -> int:
     """Measure, write the JSON file, print the tables. Returns 0 whether or not the targets are reached."""
     settings = QUICK if quick else Settings()
-    report = Report(path, quick, settings)
+    report = Report(out / "reshard.json", quick, settings)
     raw: list[dict[str, Any]] = []
-    with (
-        tempfile.TemporaryDirectory(prefix="prune-opd-") as folder,
-        Progress(console=report.console, transient=True) as bar,
-    ):
-        for student, rollout_tp in bar.track(settings.launches, description="measuring"):
-            ranks = _measure(folder, student, rollout_tp, settings)
+    shape = (settings.layers, settings.hidden, settings.vocab)
+    with tempfile.TemporaryDirectory(prefix="prune-opd-") as folder:
+        for student, rollout_tp in track(settings.launches, "measuring", console=report.console, transient=True):
+            request = {"folder": folder, "layout": student, "rollout_tp": rollout_tp}
+            request |= {"shape": shape, "bucket_mb": settings.bucket_mb, "rounds": settings.rounds}
+            what = f"student {student} with rollout TP {rollout_tp}"
+            ranks = measure("benchmarks.reshard.measure", request, what, ranks=RANKS, timeout=TIMEOUT)
             raw.append({"student": student, "rollout_tp": rollout_tp, "ranks": ranks})
     result = report.write(
         environment=report.environment(torch=raw[0]["ranks"][0]["torch"]),
@@ -59,20 +72,6 @@ def run(path: Path, quick: bool) -> int:
     _print(result, report.console)
     report.name_files()
     return 0
-
-
-def _measure(folder: str, student: str, rollout_tp: int, settings: Settings) -> list[dict[str, Any]]:
-    """One launch: what each rank measured. UserError if it did not come to its end."""
-    request = {
-        "folder": folder,
-        "layout": student,
-        "rollout_tp": rollout_tp,
-        "shape": (settings.layers, settings.hidden, settings.vocab),
-        "bucket_mb": settings.bucket_mb,
-        "rounds": settings.rounds,
-    }
-    what = f"student {student} with rollout TP {rollout_tp}"
-    return measure("benchmarks.reshard.measure", request, what, ranks=RANKS, timeout=TIMEOUT)
 
 
 # ---------------------------------------------------------------------------------------------------- comparing
@@ -88,7 +87,6 @@ def _compare(launch: dict[str, Any], settings: Settings, quick: bool) -> dict[st
         for name in names
     }
     ratios: dict[str, float] = {}
-    targets = []
     for name in TRANSPORTS:
         together = wall[f"{name} + reload"]
         alone, beyond = (
@@ -103,29 +101,18 @@ def _compare(launch: dict[str, Any], settings: Settings, quick: bool) -> dict[st
             f"{name}: memory of the stream in buckets": alone,
             f"{name}: memory of stream with reload beyond the reload's in buckets": beyond,
         }
-        if not quick:
-            targets += [
-                Target(f"{name}: {text}", ratios[f"{name}: {text}"], limit, at_least)
-                for text, limit, at_least in (
-                    ("speed of the stream / bare broadcasts", 0.8, True),
-                    ("stream with reload / larger of the two", 1.2, False),
-                    ("memory of the stream in buckets", 2, False),
-                    ("memory of stream with reload beyond the reload's in buckets", 2, False),
-                )
-            ]
     if "all-gather" in wall:
         ratios["bare broadcasts' speed / bare all-gathers'"] = wall["all-gather"] / wall["bare"]
+    limits = {} if quick else {f"{name}: {text}": TARGETS[text] for name in TRANSPORTS for text in TARGETS}
     return {
         "student": launch["student"],
         "rollout_tp": launch["rollout_tp"],
-        "parameters": ranks[0]["parameters"],
-        "model_bytes": ranks[0]["model_bytes"],
-        "moved_bytes": ranks[0]["moved_bytes"],
+        **{name: ranks[0][name] for name in ("parameters", "model_bytes", "moved_bytes")},
         "wall_s": wall,
         "cpu_s": cpu,
         "memory": {name: [rank["memory"][name] for rank in ranks] for name in TRANSPORTS},
         "ratios": ratios,
-        "targets": [target.record() for target in targets],
+        "targets": [Target(name, ratios[name], *limit).record() for name, limit in limits.items()],
     }
 
 
@@ -143,11 +130,11 @@ def _print(result: dict[str, Any], console: Console) -> None:
     for launch in result["launches"]:
         wall, cpu = launch["wall_s"], launch["cpu_s"]
         rows = [
-            (name, f"{s:.3f}", f"{cpu[name]:.3f}", f"{s / wall['bare']:.2f}", f"{s / wall['reload']:.2f}")
+            {"name": name, "wall": s, "cpu": cpu[name], "bare": s / wall["bare"], "reload": s / wall["reload"]}
             for name, s in wall.items()
         ]
         title = f"student {launch['student'].upper()} → rollout TP{launch['rollout_tp']}"
-        console.print(table(title, ("", "time s", "CPU s of all ranks", "÷ bare", "÷ reload"), rows))
+        console.print(table(title, COLUMNS, rows))
         print_targets(launch["targets"], console)
         for name, ratio in launch["ratios"].items():
             console.print(f"        {name}: {ratio:.3f}")

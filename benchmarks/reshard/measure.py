@@ -62,7 +62,7 @@ class Bare:
         sizes = [0] * len(self.ranks)
         for item in bucket.items:
             if not item.everywhere:
-                total = sum(torch.Size(shape).numel() for shape in item.shapes) * item.dtype.itemsize
+                total = sum(torch.Size(shape).numel() for shape in item.entry.shapes) * item.dtype.itemsize
                 for owner in item.owners:
                     sizes[owner] += total // item.count
         return sizes
@@ -163,7 +163,7 @@ def compare(chunks: list[Any], engine: Any, bucket_mb: float, rounds: int) -> di
                 checksum_share[name.split()[0]].append(sum(checking) / result["wall_s"])
 
     memory: dict[str, dict[str, list[int]]] = {
-        name: {"stream_bytes": [], "sync_beyond_reload_bytes": [], "buffers": []} for name in TRANSPORTS
+        name: {"stream_bytes": [], "sync_beyond_reload_bytes": []} for name in TRANSPORTS
     }
     for resharder in resharders.values():
         resharder.release()
@@ -175,7 +175,6 @@ def compare(chunks: list[Any], engine: Any, bucket_mb: float, rounds: int) -> di
             memory[name]["stream_bytes"].append(highest - before)
             _, highest = peak(contenders[f"{name} + reload"])
             memory[name]["sync_beyond_reload_bytes"].append(highest - of_reload)
-            memory[name]["buffers"].append(len(resharder._buffers))
             resharder.release()
     return {
         "times": times,
@@ -184,7 +183,6 @@ def compare(chunks: list[Any], engine: Any, bucket_mb: float, rounds: int) -> di
         "moved_bytes": bare.nbytes,
         "model_bytes": sum(tensor.nbytes for tensor in ready.values()),
         "parameters": sum(tensor.numel() for tensor in ready.values()),
-        "buckets": {name: [bucket.nbytes for bucket in r.buckets] for name, r in resharders.items()},
     }
 
 

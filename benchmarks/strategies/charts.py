@@ -10,7 +10,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from benchmarks.strategies.results import COLUMNS, cells, share, with_error
+from benchmarks.strategies.results import COLUMNS
 from prune_opd.track.plotting import (
     CYCLE,
     Chart,
@@ -25,6 +25,7 @@ from prune_opd.track.plotting import (
 from prune_opd.track.report import grid, write_page
 
 Row = dict[str, Any]
+SWEPT = "Prune-OPD (w_base 0, hit_if_reliable), all else the recipe's."
 MARKERS = "osD^v<>P*XphHd"
 DYNAMIC = ("full", "prune_paper", "prune_w0", "prune", "prune_top_p", "marginal", "popd", "inflight")
 
@@ -36,14 +37,11 @@ def write_charts(path: Path) -> Path:
     for pair, found in result["pairs"].items():
         charts = pair_charts(found["rows"])
         swept = result["sweeps"]["rows"] if pair == result["sweeps"]["pair"] else {}
-        charts += [sweep_chart(name, rows) for name, rows in swept.items()]
+        charts += [Chart(f"Sweep of {name}", SWEPT, partial(_sweep, rows=rows)) for name, rows in swept.items()]
         judged = "".join(f"<li>{escape(verdict['text'])}</li>" for verdict in found["verdicts"])
-        body += [f"<h2>{escape(pair)}</h2>", _table(list(COLUMNS), cells(found["rows"])), f"<ul>{judged}</ul>"]
+        body += [f"<h2>{escape(pair)}</h2>", _table(found["rows"]), f"<ul>{judged}</ul>"]
         for name, rows in swept.items():
-            body += [
-                f"<h3>Sweep of {escape(name)}</h3>",
-                _table(["value", *_SWEEP], [_sweep_cells(row) for row in rows]),
-            ]
+            body += [f"<h3>Sweep of {escape(name)}</h3>", _table(rows)]
         body.append(grid(charts))
         picture = overview_png(f"Strategies on {pair}", f"seeds {result['seeds']}", charts)
         (path.with_suffix("") / f"{pair}.png").write_bytes(picture)
@@ -75,11 +73,6 @@ def pair_charts(rows: Sequence[Row]) -> list[Chart]:
         chart("Drift events", "Share of the generated tokens.", _series, moving, key="event_rate", label="share"),
         chart("Overlap by position, first step and last", bins, _positions, few),
     ]
-
-
-def sweep_chart(setting: str, rows: Sequence[Row]) -> Chart:
-    caption = "Prune-OPD (w_base 0, hit_if_reliable), all else the recipe's."
-    return Chart(f"Sweep of {setting}", caption, partial(_sweep, rows=rows))
 
 
 def _style(index: int) -> dict[str, Any]:
@@ -148,16 +141,7 @@ def _sweep(figure: Any, rows: Sequence[Row]) -> None:
     legend(ax)
 
 
-_SWEEP = ("accuracy", "tokens saved", "CPU s saved", "last window")
-
-
-def _sweep_cells(row: Row) -> list[str]:
-    saved = [share(row["saved_tokens_generated"]), share(row["saved_cpu_s"])]
-    accuracy = with_error(row["accuracy"], row["accuracy_stderr"])
-    return [f"{row['value']:g}", accuracy, *saved, f"{fmean(row['final_horizons']):.0f}"]
-
-
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [f"<tr>{''.join(f'<th>{escape(name)}</th>' for name in head)}</tr>"]
-    lines += [f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in row)}</tr>" for row in rows]
+def _table(rows: Sequence[Row]) -> str:
+    lines = [f"<tr>{''.join(f'<th>{escape(name)}</th>' for name in COLUMNS)}</tr>"]
+    lines += [f"<tr>{''.join(f'<td>{escape(cell(row))}</td>' for cell in COLUMNS.values())}</tr>" for row in rows]
     return f'<div class="wide"><table class="compare">{"".join(lines)}</table></div>'

@@ -11,20 +11,19 @@ from __future__ import annotations
 import os
 import time
 from dataclasses import asdict
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from benchmarks.common import Report
+from benchmarks.common import BENCH, Out, Quick, Report
 from benchmarks.strategies.plan import FIRST_SEED, METHODS, Settings, choose, pair_recipe, plan, sweep_plan
 from benchmarks.strategies.results import in_points, markdown, pair_rows, sweep_rows, verdicts
-from benchmarks.strategies.runs import collect, run_all
+from benchmarks.strategies.runs import run_all
 from prune_opd.check.run import check_train
 from prune_opd.errors import ConfigError, UserError
 
 PAIRS = ("tiny_compatible", "tiny_drift")
-QUICK = Settings(problems=8, problems_between=4, evaluations=1, steps=2, prompts=4)
+QUICK = Settings(problems=8, problems_between=4, evaluations=1, overrides=("steps=2", "rollout.prompts=4"))
 QUICK_METHODS = ["full", "prune", "random"]
 
 Pairs = Annotated[list[str] | None, typer.Argument(metavar="[PAIR …]", help=f"Recipes; {' and '.join(PAIRS)} if none.")]
@@ -33,53 +32,47 @@ NAMES = ", ".join(method.name for method in METHODS)
 Methods = Annotated[list[str] | None, typer.Option(metavar="NAME", help=f"Again for more; one of {NAMES}.")]
 Set = Annotated[list[str] | None, typer.Option(metavar="KEY=VALUE", help="Of the recipe, before a method changes it.")]
 Jobs = Annotated[int, typer.Option(min=1, help="Runs side by side, one core each.")]
-Steps = Annotated[int | None, typer.Option(min=1, help="Of every run.", show_default="the recipe's")]
-OnlyFinished = Annotated[bool, typer.Option("--only-finished", help="Run nothing: draw what is finished.")]
 SweepSeeds = Annotated[int, typer.Option(min=0, help="Runs of every point of the γ and k sweeps, on the last pair.")]
 
 
 def run(
-    path: Path,
-    quick: bool,
     pairs: Pairs = None,
+    out: Out = BENCH,
+    quick: Quick = False,
     seeds: Seeds = 3,
     methods: Methods = None,
     jobs: Jobs = 2,
-    steps: Steps = None,
     set: Set = None,
     sweep_seeds: SweepSeeds = 1,
-    only_finished: OnlyFinished = False,
 ) -> int:
-    """Run what is not there yet in the folder beside `path`; write JSON, HTML, PNGs and markdown. Returns 0.
+    """Run what is not there yet in DIR/strategies; write JSON, HTML, PNGs and markdown. Returns 0.
 
     Raises ConfigError or UserError before the first run for a pair or a method that cannot run.
     """
-    settings = QUICK if quick else Settings(steps=steps)
+    settings = QUICK if quick else Settings()
     if jobs > len(os.sched_getaffinity(0)):
         raise ConfigError(f"--jobs {jobs} is more than this process has cores ({len(os.sched_getaffinity(0))})")
-    recipes = {pair: pair_recipe(pair, set or ()) for pair in dict.fromkeys(pairs or PAIRS)}
+    recipes = {pair: pair_recipe(pair, [*settings.overrides, *(set or ())]) for pair in dict.fromkeys(pairs or PAIRS)}
     chosen = choose(QUICK_METHODS if quick and not methods else methods)
     numbers = [FIRST_SEED + i for i in range(1 if quick else seeds)]
     specs = plan(recipes, chosen, numbers, settings)
     swept_pair = list(recipes)[-1]
     swept_seeds = [] if quick or "prune" not in {method.name for method in chosen} else numbers[:sweep_seeds]
     specs += sweep_plan(swept_pair, recipes[swept_pair], swept_seeds, settings)
-    folder = path.with_suffix("")
+    path, folder = out / "strategies.json", out / "strategies"
     problems = {line for spec in specs for line in check_train(spec.config, 1, None, "never")}
     if problems:
         raise UserError("\n".join(sorted(problems)))
 
     began, report = time.time(), Report(path, quick, settings)
-    results = collect(specs, folder) if only_finished else run_all(specs, folder, jobs, report.console)
-    if not results:
-        raise UserError(f"{folder} has no finished run of these settings: leave out --only-finished")
+    results = run_all(specs, folder, jobs, report.console)
     found: dict[str, Any] = {}
     for pair, recipe in recipes.items():
         rows = pair_rows(pair, chosen, results)
         judged = [] if quick else verdicts(pair, recipe.horizon.max_len, rows)
         found[pair] = {
             "max_len": recipe.horizon.max_len,
-            "steps": settings.steps or recipe.steps,
+            "steps": recipe.steps,
             "rows": rows,
             "verdicts": [{**asdict(verdict), "text": str(verdict)} for verdict in judged],
         }
@@ -106,10 +99,7 @@ def notes(pair: dict[str, Any], seeds: list[int], settings: Settings) -> list[st
         f"{len(seeds)} seeds, {pair['steps']} steps, one rank on one core a run; accuracy on {settings.problems} fresh "
         "problems a seed at T = 1, mean ± standard error over the seeds; tokens are response tokens, seconds CPU (wall "
         "clock) of the whole training; saved: against full OPD of the same seed, seconds = rollout + teacher + train.",
-        *(
-            f"Before: {row['accuracy_before']:.1%} on the first {settings.problems_between}."
-            for row in pair["rows"][:1]
-        ),
+        f"Before: {pair['rows'][0]['accuracy_before']:.1%} on the first {settings.problems_between}.",
     ]
     lines += [
         f"{row['title']}: {in_points(row['gaps'][other])} points to {other} (same seeds)."
@@ -117,6 +107,4 @@ def notes(pair: dict[str, Any], seeds: list[int], settings: Settings) -> list[st
         for other in row["gaps"]
         if other != "full"
     ]
-    partial = [row["title"] for row in pair["rows"] if len(row["seeds"]) < len(seeds)]
-    lines += [f"Not all seeds: {', '.join(partial)}."] if partial else []
     return lines

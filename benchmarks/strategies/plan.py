@@ -8,7 +8,7 @@ strategies (first window, step, γ, k, POPD's constants) stays as it is.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from benchmarks.common import rotated
 from prune_opd.config import TrainConfig
@@ -46,22 +46,6 @@ class Method:
     named_only: bool = False  # runs only when it is asked for
 
 
-@dataclass(frozen=True)
-class Point:
-    """One point of a sweep of Prune-OPD (`SWEPT`): the gate's k and γ, None where the recipe's stays."""
-
-    k: int
-    threshold: float | None = None
-
-    @property
-    def method(self) -> Method:
-        gamma = "" if self.threshold is None else f"_gamma_{self.threshold:g}"
-        named = "" if self.threshold is None else f", γ = {self.threshold:g}"
-        changes = () if self.threshold is None else (f"gate.threshold={self.threshold:g}",)
-        return Method(f"k_{self.k}{gamma}", f"k = {self.k}{named}", (*OURS, f"gate.k={self.k}", *changes))
-
-
-SWEPT = "prune"  # the project's own default: w_base 0, and a response that ends reliably is a hit
 METHODS = (
     Method("full", "full OPD", ()),
     Method("fixed", "fixed window, a third (the paper's 4096 of 12288)", (FIXED, "horizon.rho=0.3333")),
@@ -81,11 +65,6 @@ METHODS = (
     Method("replay", "control: POPD that replays Prune's windows", (), "prune", replays=True),
     Method("random", "control: random cuts with the mean of Prune's windows", (), "prune", replays=True, scatter=True),
 )
-# With few candidates few values of γ differ (k = 2 knows overlaps of 0, .5 and 1): γ is swept at k = 8.
-SWEEPS = {
-    "γ at k = 8": tuple(Point(8, threshold) for threshold in (0.3, 0.5, 0.7, 0.9)),
-    "k": tuple(Point(k) for k in (2, 4, 8, 16)),
-}
 
 
 @dataclass(frozen=True)
@@ -95,8 +74,7 @@ class Settings:
     problems: int = 512  # of the last evaluation
     problems_between: int = 128  # of those before: they only draw the curves
     evaluations: int = 3  # after the one at the start, the last one included
-    steps: int | None = None  # None: the recipe's
-    prompts: int | None = None  # a step; None: the recipe's
+    overrides: tuple[str, ...] = ()  # of the recipes
 
 
 @dataclass(frozen=True)
@@ -154,16 +132,13 @@ def method_config(recipe: TrainConfig, method: Method, common: Sequence[str] = (
 
 def run_config(recipe: TrainConfig, method: Method, seed: int, settings: Settings) -> TrainConfig:
     """The config of one run: one rank, no files but its metrics, the benchmark's evaluation problems."""
-    steps = settings.steps or recipe.steps
     common = [
         f"name={recipe.name}-{method.name}",
-        f"steps={steps}",
         f"seed={seed}",
-        f"rollout.prompts={settings.prompts or recipe.rollout.prompts}",
         "parallel.nproc=1",
         f"evaluation.seed={EVALUATION_SEEDS + seed}",
         f"evaluation.problems={settings.problems}",
-        f"evaluation.every={-(-steps // settings.evaluations)}",
+        f"evaluation.every={-(-recipe.steps // settings.evaluations)}",
         "evaluation.generations=0",
         "checkpoint.every=0",
         "checkpoint.last=false",
@@ -194,17 +169,29 @@ def plan(
 
 
 def sweep_plan(pair: str, recipe: TrainConfig, seeds: Sequence[int], settings: Settings) -> list[RunSpec]:
-    """The sweeps' runs on one pair. A point at the recipe's own gate is not run again: it is the run of `SWEPT`."""
-    methods = dict.fromkeys(swept_method(recipe, point) for points in SWEEPS.values() for point in points)
+    """The sweeps' runs on one pair, each gate once; the recipe's own is among the methods and is not run again."""
+    methods = {method.name: method for points in sweeps(recipe).values() for method in points.values()}
     return [
-        run_spec(pair, recipe, method, seed, settings) for seed in seeds for method in methods if method.name != SWEPT
+        run_spec(pair, recipe, method, seed, settings)
+        for seed in seeds
+        for method in methods.values()
+        if method not in METHODS
     ]
 
 
-def swept_method(recipe: TrainConfig, point: Point) -> Method:
-    """The method whose run is this point on a pair: `SWEPT` where the gate is the recipe's; equal gates share one."""
+def sweeps(recipe: TrainConfig) -> dict[str, dict[float, Method]]:
+    """The sweeps of the gate's γ and k around Prune-OPD as the project has it: value → method."""
     assert recipe.gate is not None  # pair_recipe has seen to it
-    own = recipe.gate.threshold
-    if point.k == recipe.gate.k and point.threshold in (None, own):
-        return next(method for method in METHODS if method.name == SWEPT)
-    return replace(point, threshold=None).method if point.threshold == own else point.method
+    own = (recipe.gate.k, recipe.gate.threshold)
+
+    def method(k: int, threshold: float) -> Method:
+        if (k, threshold) == own:
+            return next(method for method in METHODS if method.name == "prune")
+        changes = (*OURS, f"gate.k={k}", f"gate.threshold={threshold}")
+        return Method(f"k_{k}_gamma_{threshold:g}", f"k = {k}, γ = {threshold:g}", changes)
+
+    # With few candidates few values of γ differ (k = 2 knows overlaps of 0, .5 and 1): γ is swept at k = 8.
+    return {
+        "γ at k = 8": {threshold: method(8, threshold) for threshold in (0.3, 0.5, 0.7, 0.9)},
+        "k": {k: method(k, own[1]) for k in (2, 4, 8, 16)},
+    }

@@ -12,15 +12,16 @@ import json
 import random
 import signal
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, cast
 
 from prune_opd.cli.worker import protect_files, run_reported
-from prune_opd.config import TrainConfig
-from prune_opd.config.yaml import config_differences, load_config, save_config
+from prune_opd.config import HorizonConfig, TrainConfig, to_dict
+from prune_opd.config.yaml import from_dict
 from prune_opd.eval.evaluate import Evaluator, Scored
+from prune_opd.method.horizon import ProgressiveHorizon
 from prune_opd.process import end_with_parent
 from prune_opd.ranks.signals import Interruption
 
@@ -38,42 +39,24 @@ class Wanted:
     scatter: bool = False  # each response has a random limit around its window
 
     def write(self, folder: Path) -> None:
-        save_config(self.config, folder / "wanted.yaml")
-        (folder / "beside.json").write_text(json.dumps(self._beside()), encoding="utf-8")
+        (folder / "wanted.json").write_text(json.dumps(to_dict(self)), encoding="utf-8")
 
     @staticmethod
     def read(folder: Path) -> Wanted:
-        """What `write` wrote. ConfigError, OSError, ValueError or TypeError where it is not that."""
-        config = load_config(folder / "wanted.yaml")
-        assert isinstance(config, TrainConfig)
-        beside = json.loads((folder / "beside.json").read_text(encoding="utf-8"))
-        return Wanted(config, **{**beside, "windows": tuple(beside["windows"])})
-
-    def same(self, other: Wanted) -> bool:
-        return not config_differences(self.config, other.config) and self._beside() == other._beside()
-
-    def _beside(self) -> dict[str, Any]:
-        return {"problems_between": self.problems_between, "windows": self.windows, "scatter": self.scatter}
+        """What `write` wrote. ConfigError, OSError or ValueError where it is not that."""
+        return cast(Wanted, from_dict(Wanted, json.loads((folder / "wanted.json").read_text(encoding="utf-8"))))
 
 
-class Replay:
-    """A horizon controller: the given windows one after the other; the last one stays."""
+class Replay(ProgressiveHorizon):
+    """POPD with the given windows, one after the other; the last one stays."""
 
-    def __init__(self, windows: tuple[int, ...], max_len: int) -> None:
-        self._windows, self._step = [min(window, max_len) for window in windows], 0
+    def __init__(self, config: HorizonConfig, windows: tuple[int, ...]) -> None:
+        super().__init__(config)
+        self._windows = windows
 
     @property
     def horizon(self) -> int:
-        return self._windows[min(self._step, len(self._windows) - 1)]
-
-    def update(self, reliable_length_B: Iterable[Any], length_B: Iterable[Any], finished_B: Iterable[Any]) -> None:
-        self._step += 1
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"step": self._step}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._step = int(state["step"])
+        return min(self._windows[min(self._step, len(self._windows) - 1)], self._config.max_len)
 
 
 def scattered(max_len: int, seed: int) -> Callable[[int, int, int], list[int]]:
@@ -115,7 +98,7 @@ def train(folder: Path) -> int:
         for whole in run.evaluators
     ]
     if wanted.windows:
-        run.controller = Replay(wanted.windows, config.horizon.max_len)
+        run.controller = Replay(config.horizon, wanted.windows)
     if wanted.scatter:
         run.rollout.limits = scattered(config.horizon.max_len, config.seed)
     return train_to_end(run, interruption)

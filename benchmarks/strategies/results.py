@@ -7,13 +7,14 @@ accuracy: runs of one seed share data and problems, so their difference is known
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from statistics import fmean, stdev
 from typing import Any
 
-from benchmarks.strategies.plan import METHODS, STOP, SWEEPS, Method, swept_method
+import numpy as np
+
+from benchmarks.strategies.plan import METHODS, STOP, Method, sweeps
 from benchmarks.strategies.runs import Result
 from prune_opd.config import TrainConfig
 from prune_opd.track.metrics import Record, task_names, total
@@ -93,7 +94,6 @@ def run_numbers(steps: list[Record], evaluations: list[Record]) -> dict[str, Any
         "accuracy_before": evaluations[0][key],
         "accuracy": evaluations[-1][key],
         "accuracy_stderr_of_problems": evaluations[-1][f"{key}_stderr"],
-        "response_length": evaluations[-1]["eval_response_length"],
         "tokens_generated": generated(steps),
         "tokens_trained": total(steps, "tokens_trained"),
         "wall_s": sum(total(steps, f"time_{phase}") for phase in COST),
@@ -101,7 +101,6 @@ def run_numbers(steps: list[Record], evaluations: list[Record]) -> dict[str, Any
         "phases_wall_s": {phase: total(steps, f"time_{phase}") for phase in PHASES},
         "phases_cpu_s": {phase: total(steps, f"cpu_{phase}") for phase in PHASES},
         "step": step_numbers(steps),
-        "final_horizon": steps[-1]["horizon"],
         "curve": curve,
         "horizon": [record["horizon"] for record in steps],
         "overlap": [record["overlap"] for record in steps],
@@ -119,34 +118,28 @@ def pair_rows(pair: str, methods: Iterable[Method], results: Sequence[Result]) -
     }
     rows = []
     for method in methods:
-        seeds = sorted(seed for name, seed in runs if name == method.name)
-        if not seeds:
+        mine = {seed: run for (name, seed), run in sorted(runs.items()) if name == method.name}
+        if not mine:
             continue
-        mine = [runs[method.name, seed] for seed in seeds]
-        row: dict[str, Any] = {"method": method.name, "title": method.title, "seeds": seeds, "runs": mine}
+        row: dict[str, Any] = {"method": method.name, "title": method.title, "seeds": list(mine)}
+        row["runs"] = own = list(mine.values())
         for name in ("accuracy", "accuracy_before", "tokens_generated", "tokens_trained", "wall_s", "cpu_s"):
-            row[name], row[f"{name}_stderr"] = mean_and_error([run[name] for run in mine])
-        for kind in ("phases_wall_s", "phases_cpu_s"):
-            row[kind] = {phase: fmean(run[kind][phase] for run in mine) for phase in PHASES}
+            row[name], row[f"{name}_stderr"] = mean_and_error([run[name] for run in own])
+        for kind in ("phases_wall_s", "phases_cpu_s", "step"):
+            row[kind] = {name: fmean(run[kind][name] for run in own) for name in own[0][kind]}
         for name in ("tokens_generated", "wall_s", "cpu_s"):
-            saved = [
-                1 - runs[method.name, seed][name] / runs["full", seed][name] for seed in seeds if ("full", seed) in runs
-            ]
+            saved = [1 - run[name] / runs["full", seed][name] for seed, run in mine.items() if ("full", seed) in runs]
             row[f"saved_{name}"] = fmean(saved) if saved else None
-        row["step"] = {name: fmean(run["step"][name] for run in mine) for name in mine[0]["step"]}
-        others = [other for other in ("full", method.against) if other is not None and other != method.name]
-        row["gaps"] = {other: gap for other in others if (gap := _gap(runs, method.name, other, seeds)) is not None}
-        row["final_horizons"] = [run["final_horizon"] for run in mine]
+        row["gaps"] = {}  # accuracy minus another method's, over the seeds that both have
+        for other in dict.fromkeys(("full", method.against or "full")):
+            gaps = [
+                run["accuracy"] - runs[other, seed]["accuracy"] for seed, run in mine.items() if (other, seed) in runs
+            ]
+            if gaps and other != method.name:
+                row["gaps"][other] = mean_and_error(gaps)
+        row["final_horizons"] = [run["horizon"][-1] for run in own]
         rows.append(row)
     return rows
-
-
-def _gap(
-    runs: dict[tuple[str, int], dict[str, Any]], name: str, other: str, seeds: Iterable[int]
-) -> tuple[float, float | None] | None:
-    """Accuracy minus that of another method, over the seeds that both have; None without any."""
-    gaps = [runs[name, seed]["accuracy"] - runs[other, seed]["accuracy"] for seed in seeds if (other, seed) in runs]
-    return mean_and_error(gaps) if gaps else None
 
 
 def sweep_rows(
@@ -154,16 +147,12 @@ def sweep_rows(
 ) -> dict[str, list[dict[str, Any]]]:
     """The rows of every sweep in the order of its values, over `seeds`."""
     of_seeds = [result for result in results if result[0].seed in seeds]
-    swept = {spec.method.name: spec.method for spec, _, _ in of_seeds if spec.pair == pair}
-    by_name = {row["method"]: row for row in pair_rows(pair, swept.values(), of_seeds)}
-    sweeps: dict[str, list[dict[str, Any]]] = {}
-    for name, points in SWEEPS.items() if seeds else ():
-        for point in points:
-            value = point.k if point.threshold is None else point.threshold
-            row = by_name.get(swept_method(recipe, point).name)
-            if row is not None:
-                sweeps.setdefault(name, []).append({**row, "value": value})
-    return sweeps
+    found: dict[str, list[dict[str, Any]]] = {}
+    for name, points in sweeps(recipe).items():
+        values = {method.name: value for value, method in points.items()}
+        if rows := pair_rows(pair, points.values(), of_seeds):
+            found[name] = [{**row, "value": values[row["method"]]} for row in rows]
+    return found
 
 
 # ---------------------------------------------------------------------------------------------------- verdicts
@@ -242,15 +231,10 @@ def _compatible_verdicts(pair: str, max_len: int, by_name: dict[str, Any], row: 
 
 def truncation_at(tokens: float, by_name: dict[str, Any]) -> float | None:
     """Accuracy of a fixed window at this cost in generated tokens, linear between the two windows around it."""
-    points = sorted((by_name[n]["tokens_generated"], by_name[n]["accuracy"]) for n in TRUNCATED if n in by_name)
+    points = sorted((by_name[name] for name in TRUNCATED if name in by_name), key=lambda row: row["tokens_generated"])
     if not points:
         return None
-    if tokens <= points[0][0]:
-        return float(points[0][1])
-    for (x0, y0), (x1, y1) in pairwise(points):
-        if tokens <= x1:
-            return float(y0 + (y1 - y0) * (tokens - x0) / (x1 - x0)) if x1 > x0 else float(max(y0, y1))
-    return float(points[-1][1])
+    return float(np.interp(tokens, [at["tokens_generated"] for at in points], [at["accuracy"] for at in points]))
 
 
 # ---------------------------------------------------------------------------------------------------- tables
@@ -273,17 +257,13 @@ COLUMNS: dict[str, Cell] = {
 """Accuracy, and its gap to full OPD of the same seed, are mean ± standard error. Seconds are CPU (wall clock)."""
 
 
-def with_error(value: float, error: float | None) -> str:
-    return f"{value:.1%}" + ("" if error is None else f" ± {100 * error:.1f}")
+def with_error(value: float, error: float | None, form: str = ".1f", unit: str = "%") -> str:
+    return f"{100 * value:{form}}{unit}" + ("" if error is None else f" ± {100 * error:.1f}")
 
 
-def in_points(gap: Sequence[float | None] | None) -> str:
+def in_points(gap: tuple[float, float | None] | None) -> str:
     """A gap in accuracy as percentage points."""
-    if gap is None:
-        return "–"
-    value, error = gap
-    assert value is not None
-    return f"{100 * value:+.1f}" + ("" if error is None else f" ± {100 * error:.1f}")
+    return "–" if gap is None else with_error(*gap, "+.1f", "")
 
 
 def share(value: float | None) -> str:
@@ -307,26 +287,22 @@ STEP_LINES = {
 }
 
 
-def cells(rows: Sequence[dict[str, Any]]) -> list[list[str]]:
-    return [[cell(row) for cell in COLUMNS.values()] for row in rows]
-
-
 def markdown(title: str, rows: Sequence[dict[str, Any]], judged: Sequence[Verdict], notes: Sequence[str]) -> str:
-    """The table, its notes and its verdicts as Markdown."""
-    lines = [f"### {title}", "", "| " + " | ".join(COLUMNS) + " |", "|---|" + "--:|" * (len(COLUMNS) - 1)]
-    lines += ["| " + " | ".join(row) + " |" for row in cells(rows)]
-    lines += _step_table(rows)
+    """The tables, their notes and their verdicts as Markdown."""
+    lines = [f"### {title}", "", *_table(COLUMNS, ([cell(row) for cell in COLUMNS.values()] for row in rows))]
+    stopping = {name for row in rows if (name := row["method"]) in STOPPING}
+    shown = [row for row in rows if row["method"] in stopping | {STOPPING[name] for name in stopping}]
+    if shown:  # a step with an in-flight stop and without, a column a method
+        steps = (
+            [label, *(f"{row['step'][key]:,.{digits}f}" for row in shown)]
+            for label, (key, digits) in STEP_LINES.items()
+        )
+        lines += ["", *_table(["a step", *(row["method"] for row in shown)], steps)]
     lines += ["", *(f"{note}  " for note in notes), "", *(f"- {verdict}" for verdict in judged), ""]
     return "\n".join(lines)
 
 
-def _step_table(rows: Sequence[dict[str, Any]]) -> list[str]:
-    """A step with an in-flight stop and without, a column a method; nothing if no method stops in flight."""
-    stopping = [row["method"] for row in rows if row["method"] in STOPPING]
-    shown = [row for row in rows if row["method"] in {*stopping, *(STOPPING[name] for name in stopping)}]
-    if not shown:
-        return []
-    lines = ["", "| a step | " + " | ".join(row["method"] for row in shown) + " |", "|---|" + "--:|" * len(shown)]
-    for label, (key, digits) in STEP_LINES.items():
-        lines.append(f"| {label} | " + " | ".join(f"{row['step'][key]:,.{digits}f}" for row in shown) + " |")
-    return lines
+def _table(head: Collection[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    """Lines of a Markdown table whose first column holds names."""
+    written = ["| " + " | ".join(cells) + " |" for cells in (head, *rows)]
+    return [written[0], "|---|" + "--:|" * (len(head) - 1), *written[1:]]

@@ -12,7 +12,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ from rich.console import Console
 from benchmarks.common import last_words
 from benchmarks.strategies.plan import RunSpec
 from benchmarks.strategies.rank import Wanted
-from prune_opd.errors import ConfigError, UserError
+from prune_opd.errors import UserError
 from prune_opd.process import rank_environment
 from prune_opd.track.metrics import FILE_NAME, Record, read_metrics
 
@@ -30,21 +29,13 @@ Start = Callable[[RunSpec, Wanted, Path, int], "subprocess.Popen[Any]"]
 Result = tuple[RunSpec, list[Record], list[Record]]
 
 
-@dataclass
-class _Running:
-    spec: RunSpec
-    process: subprocess.Popen[Any]
-    core: int
-    started: float
-
-
 def finished(wanted: Wanted, folder: Path) -> tuple[list[Record], list[Record]] | None:
     """Step records and evaluations of the run in the folder; None if it is another one or not finished."""
     try:
-        if not wanted.same(Wanted.read(folder)):
+        if Wanted.read(folder) != wanted:
             return None
         steps, evaluations = read_metrics(folder / FILE_NAME)
-    except (ConfigError, UserError, OSError, ValueError, TypeError, KeyError):  # none yet, or another version's
+    except (UserError, OSError, ValueError):  # none yet, or another version's
         return None
     complete = len(steps) == wanted.config.steps and evaluations and evaluations[-1]["step"] == wanted.config.steps
     return (steps, evaluations) if complete else None
@@ -54,11 +45,7 @@ def resolved(spec: RunSpec, specs: Sequence[RunSpec], folder: Path) -> Wanted | 
     """What the run's process is given; None while a control waits for the run whose windows it replays."""
     if not spec.method.replays:
         return Wanted(spec.config, spec.problems_between)
-    (source,) = [
-        other
-        for other in specs
-        if (other.pair, other.method.name, other.seed) == (spec.pair, spec.method.against, spec.seed)
-    ]
+    (source,) = [other for other in specs if other.key == f"{spec.pair}/{spec.method.against}/{spec.seed}"]
     records = finished(Wanted(source.config, source.problems_between), folder / source.key)
     if records is None:
         return None
@@ -75,7 +62,8 @@ def run_all(
         UserError: a run failed; those beside it are ended, and what is finished stays for the next time.
     """
     start = start or start_run
-    pending, running = list(specs), list[_Running]()
+    pending = list(specs)
+    running: dict[int, tuple[RunSpec, subprocess.Popen[Any], float]] = {}  # by core, with the time of its start
     free = sorted(os.sched_getaffinity(0))[:jobs]
     done = 0
     try:
@@ -88,43 +76,37 @@ def run_all(
                 elif wanted is not None and free:
                     pending.remove(spec)
                     core = free.pop(0)
-                    running.append(_Running(spec, start(spec, wanted, folder / spec.key, core), core, time.monotonic()))
+                    running[core] = spec, start(spec, wanted, folder / spec.key, core), time.monotonic()
                 if not free:
                     break
-            for run in [run for run in running if run.process.poll() is not None]:
-                running.remove(run)
-                free.append(run.core)
-                _check(run, specs, folder)
-                done += 1
-                seconds = time.monotonic() - run.started
-                console.print(f"{done}/{len(specs)}  {run.spec.key}  {seconds:.0f} s", highlight=False)
+            for core, (spec, process, started) in list(running.items()):
+                if process.poll() is not None:
+                    del running[core]
+                    free.append(core)
+                    _check(spec, process.returncode, specs, folder)
+                    done += 1
+                    seconds = time.monotonic() - started
+                    console.print(f"{done}/{len(specs)}  {spec.key}  {seconds:.0f} s", highlight=False)
             time.sleep(POLL_SECONDS if running else 0)
     finally:
-        for run in running:
-            run.process.kill()
-            run.process.wait()
-    return collect(specs, folder)
+        for _, process, _ in running.values():
+            process.kill()
+            process.wait()
+    return [(spec, *records) for spec in specs if (records := records_of(spec, specs, folder))]
 
 
-def collect(specs: Sequence[RunSpec], folder: Path) -> list[Result]:
-    """The records of the runs that are finished, in the plan's order."""
-    results = []
-    for spec in specs:
-        wanted = resolved(spec, specs, folder)
-        records = finished(wanted, folder / spec.key) if wanted else None
-        if records is not None:
-            results.append((spec, *records))
-    return results
+def records_of(spec: RunSpec, specs: Sequence[RunSpec], folder: Path) -> tuple[list[Record], list[Record]] | None:
+    """Step records and evaluations of a run that is finished."""
+    wanted = resolved(spec, specs, folder)
+    return finished(wanted, folder / spec.key) if wanted else None
 
 
-def _check(run: _Running, specs: Sequence[RunSpec], folder: Path) -> None:
-    where = folder / run.spec.key
-    wanted = resolved(run.spec, specs, folder)
-    if run.process.returncode == 0 and wanted is not None and finished(wanted, where):
+def _check(spec: RunSpec, code: int, specs: Sequence[RunSpec], folder: Path) -> None:
+    if code == 0 and records_of(spec, specs, folder):
         return
-    log = where / "log.txt"
+    log = folder / spec.key / "log.txt"
     said = last_words(log.read_text(errors="replace") if log.exists() else "")
-    raise UserError(f"run {run.spec.key} failed with exit code {run.process.returncode} ({log}): {said}")
+    raise UserError(f"run {spec.key} failed with exit code {code} ({log}): {said}")
 
 
 def start_run(spec: RunSpec, wanted: Wanted, where: Path, core: int) -> subprocess.Popen[Any]:

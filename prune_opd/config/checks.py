@@ -117,6 +117,8 @@ def fits(value: Any, hint: Any) -> bool:
     if typing.get_origin(hint) is tuple:
         part = bare(typing.get_args(hint)[0])
         return isinstance(value, list | tuple) and all(fits(one, part) for one in value)
+    if typing.get_origin(hint) is dict:  # of texts: a launcher's variables
+        return isinstance(value, dict) and all(isinstance(text, str) for pair in value.items() for text in pair)
     if typing.get_origin(hint) is typing.Literal:
         return isinstance(value, str)
     if isinstance(value, bool):
@@ -126,7 +128,7 @@ def fits(value: Any, hint: Any) -> bool:
 
 def wanted(name: str, annotated: Any) -> str:
     """What a setting takes, in words."""
-    names = {int: "an integer", float: "a number", bool: "true or false"}
+    names = {int: "an integer", float: "a number", bool: "true or false", dict[str, str]: "names with texts"}
     hint = bare(annotated)
     if dataclasses.is_dataclass(hint):
         words = f"its settings one by one, as in {name}.{dataclasses.fields(hint)[0].name}=…"

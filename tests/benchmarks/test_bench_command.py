@@ -10,6 +10,7 @@ import typer
 from typer.testing import CliRunner
 
 from benchmarks import cli as bench
+from benchmarks.common import BENCH, Out, Quick
 from prune_opd.cli.main import app
 from prune_opd.errors import ConfigError
 
@@ -17,9 +18,9 @@ CALLS: list[dict[str, Any]] = []
 
 
 def declared(
-    path: Path, quick: bool, pairs: Annotated[list[str] | None, typer.Argument()] = None, seeds: int = 3
+    pairs: Annotated[list[str] | None, typer.Argument()] = None, out: Out = BENCH, quick: Quick = False, seeds: int = 3
 ) -> int:
-    CALLS.append({"path": path, "quick": quick, "pairs": pairs, "seeds": seeds})
+    CALLS.append({"out": out, "quick": quick, "pairs": pairs, "seeds": seeds})
     return 7
 
 
@@ -33,12 +34,12 @@ def test_arguments_and_options_in_any_order_reach_the_benchmark_and_its_exit_cod
     answer = CliRunner().invoke(app, ["bench", "declared", "one", "--seeds", "5", "two", "--out", "there", "--quick"])
     assert answer.exit_code == 7
     (call,) = CALLS
-    assert call == {"path": Path("there/declared.json"), "quick": True, "pairs": ["one", "two"], "seeds": 5}
+    assert call == {"out": Path("there"), "quick": True, "pairs": ["one", "two"], "seeds": 5}
 
 
 def test_what_is_left_out_has_the_benchmarks_own_default() -> None:
     assert bench.run_benchmark(["declared"]) == 7
-    assert CALLS[0]["path"] == Path("bench/declared.json")
+    assert CALLS[0]["out"] == Path("bench")
     assert (CALLS[0]["quick"], CALLS[0]["seeds"], CALLS[0]["pairs"] or None) == (False, 3, None)
 
 

@@ -100,20 +100,15 @@ def test_fp8_is_noisier_than_bf16_and_touches_what_it_should(result: dict[str, A
     for recipe in ("tensorwise", "delayed", "blockwise"):
         assert error[recipe] > 2 * error["fp32"] > 0
     assert error["tensorwise, ends bf16"] < error["tensorwise"]  # two layers of four are exact
-    assert error["tensorwise and head"] == error["tensorwise"]  # the head comes after the hidden states
-    assert rows(result, "tensorwise and head") != rows(result, "tensorwise")
 
 
-def test_events_and_lengths_follow_from_the_overlap(result: dict[str, Any]) -> None:
+def test_events_follow_from_the_overlap(result: dict[str, Any]) -> None:
     for pair in result["pairs"]:
         for row in pair["by_k"]:
             rates = [row["event_rate"][t] for t in ("0.5", "0.6", "0.7", "0.8", "0.9")]
             assert rates == sorted(rates)
             if row["k"] == 1:  # an event is a token whose one id differs
                 assert rates == pytest.approx([1 - row["overlap"]] * 5, abs=1e-6)
-            for rate, tokens in zip(rates, row["tokens_to_zero"].values(), strict=True):
-                assert tokens is None if rate == 0 else tokens == pytest.approx(100 / rate)
-            assert row["overlap_q01"] <= row["overlap_q05"] <= 1
 
 
 def test_the_recommended_threshold_is_the_largest_with_rare_events(result: dict[str, Any]) -> None:

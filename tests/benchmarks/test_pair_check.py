@@ -7,9 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.studies.pair_check.command import LEAST_TOKENS, QUICK, full_opd, verdicts
-from benchmarks.studies.pair_check.measure import curves, reliable_lengths
-from prune_opd.config import GateConfig
+from benchmarks.studies.pair_check.command import LIMITS, QUICK, full_opd, verdicts
+from benchmarks.studies.pair_check.measure import curves
 from prune_opd.errors import ConfigError
 
 FLAT, FALLING = [0.9, 0.9, 0.9, 0.9], [0.9, 0.8, 0.7, 0.6]
@@ -62,7 +61,7 @@ def test_full_opd_has_to_learn_and_to_have_drift_left_at_half_time() -> None:
 
 def test_parts_with_too_few_tokens_say_nothing() -> None:
     before = model(0.1, [0.9, 0.9, 0.9, 0.1])
-    before["own"]["tokens"][-1] = LEAST_TOKENS - 1
+    before["own"]["tokens"][-1] = LIMITS.least_tokens - 1
     assert not passed(before=before)[2]
 
 
@@ -70,12 +69,6 @@ def test_curves_are_means_by_position_in_the_response() -> None:
     overlap, event = torch.tensor([1.0, 0.0, 1.0, 0.5]), torch.tensor([False, True, False, True])
     result = curves(overlap, event, [1, 3], bins=2, max_len=4)
     assert result == {"overlap": [2 / 3, 0.5], "events": [1 / 3, 1.0], "tokens": [3, 1]}
-
-
-def test_reliable_length_ends_before_the_event_that_takes_reliability_to_zero() -> None:
-    events = torch.tensor([0, 1, 0, 1, 1, 0, 0, 0, 0], dtype=torch.bool)
-    assert reliable_lengths(events, [6, 3], GateConfig(w_drop=0.5)) == [3, 3]
-    assert reliable_lengths(events, [6, 3], GateConfig(w_drop=0.2)) == [6, 3]
 
 
 def test_the_full_opd_of_a_recipe_is_all_full_rollouts_and_keeps_its_half_time() -> None:

@@ -48,7 +48,7 @@ def test_without_trl_the_error_names_the_target_that_installs_it(
 ) -> None:
     monkeypatch.setattr(peers, "has_trl", lambda: False)
     with pytest.raises(UserError, match="make setup-bench"):
-        peers.run(tmp_path / "bench" / "peers.json", quick=True)
+        peers.run(tmp_path / "bench", quick=True)
     assert not (tmp_path / "bench").exists()
 
 
@@ -92,15 +92,15 @@ from pathlib import Path
 from benchmarks.common import answer
 from benchmarks.peers.turns import Turns
 
-def train(address, folder, steps, fail_at):
-    turns = Turns(address)
+def train(folder, steps, fail_at):
+    turns = Turns(Path(folder))
     for step in range(1, steps + 1):
         turns.begin(step)
         Path(folder, "begun").write_text(str(step))
         assert step != fail_at, "it broke"
         turns.end(step, tokens=7)
         Path(folder, "saved").write_text(str(step))
-    turns.hand_in()
+    return turns.steps
 
 answer(train)
 """
@@ -121,19 +121,20 @@ def contest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., An
 
 def test_a_contender_goes_on_to_the_end_of_its_turn_and_waits(contest: Callable[..., Any], tmp_path: Path) -> None:
     with ThreadPoolExecutor() as pool, contest(pool, steps=3) as one:
-        one.wait_until_built()
+        one.wait_for(1)
         assert not (tmp_path / "begun").exists()
-        for last, steps in ((2, [1, 2]), (3, [3])):
-            (records,) = one.go_on(last)
-            assert [record["step"] for record in records] == steps
+        for last in (2, 3):
+            one.go_on(last)
             assert (tmp_path / "begun").read_text() == (tmp_path / "saved").read_text() == str(last)
-            for record in records:
-                assert record["tokens"] == 7 and record["wall_s"] >= 0 and record["peak_bytes"] > 0
+        for step, (record,) in enumerate(one.steps(), 1):
+            assert record["step"] == step
+            assert record["tokens"] == 7 and record["wall_s"] >= 0 and record["peak_bytes"] > 0
+        assert len(one.steps()) == 3
 
 
 def test_a_contender_that_fails_ends_the_benchmark_with_its_last_words(contest: Callable[..., Any]) -> None:
     with ThreadPoolExecutor() as pool, contest(pool, steps=3, fail_at=2) as one:
-        one.wait_until_built()
+        one.wait_for(1)
         with pytest.raises(UserError, match=r"contender one failed with exit code 1.*it broke"):
             one.go_on(2)
 
@@ -141,7 +142,7 @@ def test_a_contender_that_fails_ends_the_benchmark_with_its_last_words(contest: 
 def test_contenders_that_wait_end_with_the_benchmark(contest: Callable[..., Any], tmp_path: Path) -> None:
     """The pool waits for its threads, and they wait for the contenders: this would never end otherwise."""
     with ThreadPoolExecutor() as pool, contest(pool, steps=3) as one:
-        one.wait_until_built()
+        one.wait_for(1)
         one.go_on(1)
     assert (tmp_path / "begun").read_text() == "1"
 
@@ -214,5 +215,5 @@ def test_the_tables_show_rates_accuracies_and_the_verdict() -> None:
     out = io.StringIO()
     peers.print_result(result, Console(file=out, width=160))
     text = out.getvalue()
-    assert "÷ trl" in text and "trl_one_process" in text and "50.0 ± 1.0 %" in text
+    assert "÷ trl" in text and "trl_one_process" in text and "50.0% ± 1.0%" in text
     assert "miss  tokens per second, ours_opd / trl: 1.43 (≥ 1.5)" in text

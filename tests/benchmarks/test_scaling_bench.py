@@ -8,11 +8,13 @@ from typing import Any
 
 import pytest
 
-from benchmarks.common import model_shape
-from benchmarks.studies.scaling.command import QUICK, Settings, _axes, _launches
-from benchmarks.studies.scaling.work import PHASES, SLACK, Growth, growth, shape_of, slope, work
+from benchmarks.studies.scaling.command import QUICK, Settings, axes_of, launches
+from benchmarks.studies.scaling.work import PHASES, SLACK, Growth, growth, slope, work
+from prune_opd.model_spec import ModelSpec, published
+from prune_opd.plan.counts import parameters
 from tests.forked.command import run_command
 
+SPEC = ModelSpec.of(next(iter(published().values())), "published")
 X = (64.0, 128.0, 256.0, 512.0, 1024.0)
 
 
@@ -34,48 +36,28 @@ def test_what_grows_with_its_work_or_slower_is_not_reported() -> None:
     assert Growth("length", "train", slope=1.5, last=1.0, work_slope=1.0, work_last=1.0).too_fast
 
 
-def test_the_count_has_the_parameters_of_the_model() -> None:
-    shape = shape_of(model_shape(3, 256), 4096)
-    per_layer = 256 * 256 + 2 * 128 * 256 + 256 * 256 + 3 * 256 * 768
-    assert shape.parameters == 3 * per_layer + 4096 * 256
-
-
 def test_work_is_linear_in_rows_and_between_linear_and_quadratic_in_length() -> None:
-    shape = shape_of(model_shape(3, 256), 4096)
     for phase in ("rollout", "teacher", "train"):
-        once, twice = (work(shape, rows, 20, 128, 2)[phase] for rows in (8, 16))
+        once, twice = (work(SPEC, rows, 20, 128, 2)[phase] for rows in (8, 16))
         assert twice == 2 * once
-        assert 1 < slope(X, [work(shape, 8, 0, x, 2)[phase] for x in X]) < 2
-    assert work(shape, 8, 20, 128, 2)["sync"] == work(shape, 16, 20, 1024, 2)["sync"] == 2 * shape.parameters
+        assert 1 < slope(X, [work(SPEC, 8, 0, x, 2)[phase] for x in X]) < 2
+    assert work(SPEC, 8, 20, 128, 2)["sync"] == work(SPEC, 16, 20, 1024, 2)["sync"] == 2 * parameters(SPEC)
 
 
 def test_the_launches_hold_every_point_of_every_axis() -> None:
     settings = Settings()
-    points = [
-        {
-            "parameters": hidden,
-            "model": [layers, hidden],
-            "ranks": ranks,
-            "batch": batch,
-            "limit": limit,
-            "length": limit,
-        }
-        for (layers, hidden), ranks, measured in _launches(settings)
-        for batch, limit in measured
-    ]
-    axes = _axes(settings, points)
-    assert tuple(point["limit"] for point in axes["length"]) == settings.lengths
-    assert tuple(point["batch"] for point in axes["batch"]) == settings.batches
-    assert tuple(tuple(point["model"]) for point in axes["parameters"]) == settings.models
-    assert tuple(point["ranks"] for point in axes["ranks"]) == settings.ranks
-    assert [point["batch"] for point in axes["ranks"]] == [
-        settings.batch,
-        2 * settings.batch,
-    ]  # rows of each rank: same
-    varied = {"length": {"limit"}, "batch": {"batch"}, "parameters": {"model"}, "ranks": {"ranks", "batch"}}
-    for axis, found in axes.items():
-        for key in {"model", "ranks", "batch", "limit"} - varied[axis]:
-            assert len({str(point[key]) for point in found}) == 1
+    axes = axes_of(settings)
+    measured = {(*launch, *point) for launch, points in launches(settings).items() for point in points}
+    assert {place for places in axes.values() for place in places} == measured
+    assert tuple(place.length for place in axes["length"]) == settings.lengths
+    assert tuple(place.batch for place in axes["batch"]) == settings.batches
+    assert tuple(place.model for place in axes["parameters"]) == settings.models
+    assert tuple(place.ranks for place in axes["ranks"]) == settings.ranks
+    assert [place.batch for place in axes["ranks"]] == [settings.batch, 2 * settings.batch]  # rows of each rank: same
+    varied = {"length": {"length"}, "batch": {"batch"}, "parameters": {"model"}, "ranks": {"ranks", "batch"}}
+    for axis, places in axes.items():
+        for key in {"model", "ranks", "batch", "length"} - varied[axis]:
+            assert len({str(getattr(place, key)) for place in places}) == 1
 
 
 # ---------------------------------------------------------------------------------------------------- the command
@@ -117,7 +99,7 @@ def test_every_phase_is_measured_on_every_rank(result: dict[str, Any]) -> None:
         assert len(launch["ranks"]) == launch["world"]
         for rank in launch["ranks"]:
             for step in (step for point in rank["points"] for step in point["steps"]):
-                assert set(step["cpu_s"]) == set(PHASES)
+                assert set(step["cpu_s"]) == {*PHASES, "step"}
                 assert all(step["wall_s"][phase] > 0 for phase in PHASES)
                 assert step["held_bytes"] > 0
 

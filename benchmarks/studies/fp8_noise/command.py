@@ -20,7 +20,7 @@ from typing import Any
 
 from rich.console import Console
 
-from benchmarks.common import Report, measure, table
+from benchmarks.common import BENCH, Out, Quick, Report, measure, table
 from prune_opd.config.paths import tiny_model
 from prune_opd.config.recipe import load_recipe
 from prune_opd.errors import UserError
@@ -43,7 +43,7 @@ class Settings:
 QUICK = Settings(problems=0, random=(128, 4, 512), tokens=256, microbatch=128)
 
 
-def run(path: Path, quick: bool) -> int:
+def run(out: Out = BENCH, quick: Quick = False) -> int:
     """Measure, write the JSON file, print the tables. UserError if the tiny teacher is not there."""
     settings = QUICK if quick else Settings()
     requests: dict[str, dict[str, Any]] = {}
@@ -54,7 +54,7 @@ def run(path: Path, quick: bool) -> int:
         own = {"model": str(teacher), "problems": settings.problems, "max_len": settings.max_len}
         requests["tiny teacher, own rollouts"] = own
     requests["random weights, random tokens"] = {"random": settings.random, "tokens": settings.tokens}
-    report = Report(path, quick, settings)
+    report = Report(out / "fp8-noise.json", quick, settings)
     models = {}
     for name, request in requests.items():
         with report.console.status(f"measuring: {name}"):
@@ -72,14 +72,13 @@ def run(path: Path, quick: bool) -> int:
 def _recommended(pairs: list[dict[str, Any]]) -> dict[str, dict[str, float | None]]:
     """The largest γ whose events against bf16 are rare, by number format and k; None where there is no such γ."""
     return {
-        pair["student"]: {str(row["k"]): _largest(row["event_rate"]) for row in pair["by_k"]}
+        pair["student"]: {
+            str(row["k"]): max((float(t) for t, rate in row["event_rate"].items() if rate <= RARE), default=None)
+            for row in pair["by_k"]
+        }
         for pair in pairs
         if pair["teacher"] == "bf16"
     }
-
-
-def _largest(event_rate: dict[str, float]) -> float | None:
-    return max((float(threshold) for threshold, rate in event_rate.items() if rate <= RARE), default=None)
 
 
 # ---------------------------------------------------------------------------------------------------- printing
@@ -91,23 +90,14 @@ def _print(name: str, result: dict[str, Any], console: Console) -> None:
     errors = ", ".join(f"{key} {value:.2%}" for key, value in result["hidden_error"].items() if key != "bf16")
     console.print(f"error of the last hidden states, relative to bf16: {errors}", soft_wrap=True)
     thresholds = list(result["pairs"][0]["by_k"][0]["event_rate"])
-    columns = ("student", "teacher", "k", "overlap", "1 %", "5 %", *(f"γ = {t}" for t in thresholds))
-    events = table("events per token, and tokens until 100 events (reliability 0 at w_drop = .01)", columns, (), left=2)
-    for pair in result["pairs"]:
-        for row in pair["by_k"]:
-            rates = [_rate(row["event_rate"][t], row["tokens_to_zero"][t]) for t in thresholds]
-            numbers = [f"{row[column]:.3f}" for column in ("overlap", "overlap_q01", "overlap_q05")]
-            names = (pair["student"], pair["teacher"]) if row is pair["by_k"][0] else ("", "")
-            events.add_row(*names, str(row["k"]), *numbers, *rates, end_section=row is pair["by_k"][-1])
-    console.print(events)
-    ks = [str(row["k"]) for row in result["pairs"][0]["by_k"]]
+    columns = {"student": "{student}", "teacher": "{teacher}", "k": "{k}", "overlap": "{overlap:.3f}"}
+    columns |= {f"γ = {threshold}": f"{{event_rate[{threshold}]:.2%}}" for threshold in thresholds}
+    rows = [{**pair, **row} for pair in result["pairs"] for row in pair["by_k"]]
+    console.print(table("overlap, and events per token", columns, rows, left=2))
+    ks = [row["k"] for row in result["pairs"][0]["by_k"]]
     rows = [
-        (recipe, *("none" if by_k[k] is None else f"{by_k[k]:g}" for k in ks))
+        {"recipe": recipe} | {f"k{k}": "none" if by_k[str(k)] is None else f"{by_k[str(k)]:g}" for k in ks}
         for recipe, by_k in result["recommended"].items()
     ]
     title = f"largest γ with at most {RARE:.1%} events against bf16"
-    console.print(table(title, ("", *(f"k = {k}" for k in ks)), rows))
-
-
-def _rate(rate: float, tokens: float | None) -> str:
-    return "0" if tokens is None else f"{rate:.2%} ({tokens:,.0f})"
+    console.print(table(title, {"": "{recipe}"} | {f"k = {k}": f"{{k{k}}}" for k in ks}, rows))

@@ -24,21 +24,27 @@ from typing import Annotated, Any
 
 import typer
 
-from benchmarks.common import Report, measure, table
+from benchmarks.common import BENCH, Out, Quick, Report, measure, table
 from prune_opd.config import EvalConfig, TrainConfig
 from prune_opd.config.recipe import load_recipe
 from prune_opd.config.yaml import save_config
 from prune_opd.errors import ConfigError, UserError
 from prune_opd.ranks.launcher import start_ranks
-from prune_opd.track.metrics import FILE_NAME, read_metrics
+from prune_opd.track.metrics import FILE_NAME, read_metrics, total
 
-# Set before any pair was measured with this command.
-ERRORS_APART = 2.0  # accuracies differ if they are this many standard errors of their difference apart
-GOLD_OVERLAP = 0.65  # least overlap on gold text, at every position
-GOLD_EVENTS = 0.05  # and most events per token there
-DECAY = 0.10  # least fall of overlap on own rollouts, first to last part, and least distance from gold text there
-LEAST_TOKENS = 200  # fewer in a part of the response, and its mean says nothing
 
+@dataclass(frozen=True)
+class Limits:
+    """Set before any pair was measured with this command."""
+
+    errors_apart: float = 2.0  # accuracies differ if they are this many standard errors of their difference apart
+    gold_overlap: float = 0.65  # least overlap on gold text, at every position
+    gold_events: float = 0.05  # and most events per token there
+    decay: float = 0.10  # least fall of overlap on own rollouts, first to last part, and distance from gold text there
+    least_tokens: int = 200  # fewer in a part of the response, and its mean says nothing
+
+
+LIMITS = Limits()
 SEED = 30_000  # of the problems: neither a training run's nor an evaluation's
 Result = dict[str, Any]
 
@@ -70,7 +76,7 @@ class Verdict:
 def verdicts(models: Mapping[str, Result]) -> list[Verdict]:
     """The four tests on the measurements of teacher, before, half and after (measure.py)."""
     teacher, before, half, after = (models[name] for name in ("teacher", "before", "half", "after"))
-    gold, events = _filled(before["gold"], "overlap"), _filled(before["gold"], "events")
+    gold, events = ([before["gold"][name][i] for i in _parts(before["gold"])] for name in ("overlap", "events"))
     decays, how = decay(before)
     still, how_half = decay(half)
     learnt = _above(after, before)
@@ -78,7 +84,7 @@ def verdicts(models: Mapping[str, Result]) -> list[Verdict]:
         Verdict("1 teacher beats student", _above(teacher, before), f"{_percent(teacher)} against {_percent(before)}"),
         Verdict(
             "2 overlap high on gold text",
-            bool(gold) and min(gold) >= GOLD_OVERLAP and max(events) <= GOLD_EVENTS,
+            bool(gold) and min(gold) >= LIMITS.gold_overlap and max(events) <= LIMITS.gold_events,
             f"least {min(gold, default=math.nan):.2f}, most events {max(events, default=math.nan):.3f} a token",
         ),
         Verdict("3 overlap decays on own rollouts", decays, how),
@@ -91,28 +97,24 @@ def verdicts(models: Mapping[str, Result]) -> list[Verdict]:
 
 
 def decay(model: Result) -> tuple[bool, str]:
-    """Whether overlap on own rollouts falls by DECAY from first to last part and ends DECAY below gold text there."""
+    """Whether overlap on own rollouts falls enough from first to last part and ends as far below gold text there."""
     own, gold = model["own"], model["gold"]
-    parts = [i for i in _parts(own) if gold["tokens"][i] >= LEAST_TOKENS]
+    parts = [i for i in _parts(own) if gold["tokens"][i] >= LIMITS.least_tokens]
     if len(parts) < 2:
         return False, "too few tokens"
     first, last = own["overlap"][parts[0]], own["overlap"][parts[-1]]
     beside = gold["overlap"][parts[-1]]
     text = f"{first:.2f} to {last:.2f}, on gold text {beside:.2f} there"
-    return min(first, beside) - last >= DECAY, text
+    return min(first, beside) - last >= LIMITS.decay, text
 
 
 def _parts(curves: Result) -> list[int]:
-    return [i for i, tokens in enumerate(curves["tokens"]) if tokens >= LEAST_TOKENS]
-
-
-def _filled(curves: Result, name: str) -> list[float]:
-    return [curves[name][i] for i in _parts(curves)]
+    return [i for i, tokens in enumerate(curves["tokens"]) if tokens >= LIMITS.least_tokens]
 
 
 def _above(better: Result, worse: Result) -> bool:
     apart = better["accuracy"] - worse["accuracy"]
-    return bool(apart > ERRORS_APART * math.hypot(better["stderr"], worse["stderr"]))
+    return bool(apart > LIMITS.errors_apart * math.hypot(better["stderr"], worse["stderr"]))
 
 
 def _percent(model: Result) -> str:
@@ -122,11 +124,11 @@ def _percent(model: Result) -> str:
 # ---------------------------------------------------------------------------------------------------- running
 
 
-def run(path: Path, quick: bool, pair: Annotated[str, typer.Argument(metavar="PAIR")]) -> int:
-    """Run the pair's full OPD, measure, write `path` and a PNG beside it. 1 if a test fails."""
+def run(pair: Annotated[str, typer.Argument(metavar="PAIR")], out: Out = BENCH, quick: Quick = False) -> int:
+    """Run the pair's full OPD, measure, write the JSON file and a PNG beside it. 1 if a test fails."""
     settings = QUICK if quick else Settings()
     config = full_opd(pair, settings)
-    report = Report(path.with_name(f"{path.stem}-{config.name}.json"), quick, settings)
+    report = Report(out / f"pair-check-{config.name}.json", quick, settings)
     with tempfile.TemporaryDirectory(prefix="prune-opd-") as name:
         folder = Path(name)
         save_config(config, folder / "recipe.yaml")
@@ -148,33 +150,22 @@ def run(path: Path, quick: bool, pair: Annotated[str, typer.Argument(metavar="PA
                 (models[model],) = measure("benchmarks.studies.pair_check.measure", request, f"measuring {model}")
         steps, _ = read_metrics(folder / "run" / FILE_NAME)
     tests = verdicts(models)
-    totals = {
-        "steps": len(steps),
-        "tokens_generated": sum(step["tokens_generated"] for step in steps),
-        "time_step": sum(step["time_step"] for step in steps),
-    }
-    thresholds = {
-        "errors_apart": ERRORS_APART,
-        "gold_overlap": GOLD_OVERLAP,
-        "gold_events": GOLD_EVENTS,
-        "decay": DECAY,
-        "least_tokens": LEAST_TOKENS,
-    }
+    totals = {"steps": len(steps), **{key: total(steps, key) for key in ("tokens_generated", "time_step")}}
     report.write(
         benchmark="pair-check",
         pair=config.name,
         gate=asdict(config.gate) if config.gate else None,
         max_len=config.horizon.max_len,
-        thresholds=thresholds,
+        thresholds=asdict(LIMITS),
         tests=[asdict(test) for test in tests],
         full_opd=totals,
         models=models,
     )
     picture = report.path.with_suffix(".png")
     picture.write_bytes(_chart(config, models))
-    title = f"{config.name}: full OPD, {totals['steps']} steps, {totals['tokens_generated']} tokens"
-    rows = [(test.test, "pass" if test.passed else "FAIL", test.numbers) for test in tests]
-    report.console.print(table(title, ("test", "", "numbers"), rows, left=3))
+    title = f"{config.name}: full OPD, {totals['steps']} steps, {totals['tokens_generated']:.0f} tokens"
+    rows = [{**vars(test), "said": "pass" if test.passed else "FAIL"} for test in tests]
+    report.console.print(table(title, {"test": "{test}", "": "{said}", "numbers": "{numbers}"}, rows, left=3))
     report.name_files(picture)
     return 0 if all(test.passed for test in tests) else 1
 

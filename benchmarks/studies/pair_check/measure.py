@@ -7,10 +7,9 @@ The top-k ids, overlap and events are the product's own (loss/vocab_parallel.py,
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import replace
-from fractions import Fraction
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +19,13 @@ from torch import Tensor
 from benchmarks.common import answer
 from benchmarks.studies.fp8_noise.measure import top_ids
 from prune_opd import platform
-from prune_opd.config import CorpusConfig, GateConfig, ParallelConfig, SftConfig, TrainConfig
+from prune_opd.config import CorpusConfig, ParallelConfig, SftConfig, TrainConfig
 from prune_opd.config.yaml import load_config
 from prune_opd.data.answers import avg_at_k, score_responses
 from prune_opd.data.ledger import encode, random_stream, worked_solution
 from prune_opd.data.tasks import LedgerSource
 from prune_opd.errors import UserError
-from prune_opd.method.gate import overlap_events, overlap_ratio
+from prune_opd.method.gate import apply_gate_packed, overlap_events, overlap_ratio
 
 Rows = Sequence[Sequence[int]]
 
@@ -54,13 +53,6 @@ def curves(overlap_M: Tensor, event_M: Tensor, lengths: Sequence[int], bins: int
         return [t / n if n else None for t, n in zip(total.tolist(), count.tolist(), strict=True)]
 
     return {"overlap": means(overlap_M), "events": means(event_M), "tokens": [int(n) for n in count.tolist()]}
-
-
-def reliable_lengths(event_M: Tensor, lengths: Sequence[int], gate: GateConfig) -> list[int]:
-    """E of each response: its tokens before the event that takes its reliability to 0."""
-    spent = math.ceil(1 / Fraction(str(gate.w_drop))) if gate.w_drop else math.inf
-    rows = event_M.long().split(list(lengths))
-    return [int((row.cumsum(0) < spent).sum()) for row in rows]
 
 
 def measure(recipe: str, model: str, problems: int, seed: int, bins: int) -> dict[str, Any]:
@@ -104,7 +96,8 @@ def measure(recipe: str, model: str, problems: int, seed: int, bins: int) -> dic
         overlap_M = overlap_ratio(*sides)
         event_M = overlap_events(overlap_M, gate.k, gate.threshold)
         lengths = [len(responses[row]) for batch in batches for row in batch.rows]
-        reliable = sorted(reliable_lengths(event_M, lengths, gate))
+        starts = list(accumulate(lengths, initial=0))
+        reliable = sorted(apply_gate_packed(event_M, starts, gate).reliable_length_B.tolist())
         tenths = {str(q): reliable[min(len(reliable) * q // 100, len(reliable) - 1)] for q in (10, 25, 50, 75, 90)}
         return {**curves(overlap_M, event_M, lengths, bins, max_len), "reliable_length": tenths}
 

@@ -7,21 +7,30 @@ the machine disturbs less than the wall clock) stands that of the work it has to
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
+from itertools import groupby
 from statistics import median
-from typing import Any
+from typing import Any, NamedTuple
 
 from rich.console import Console
-from rich.progress import Progress
+from rich.progress import track
 
-from benchmarks.common import MIB, Report, load, measure, model_shape, table
-from benchmarks.studies.scaling.work import AXES, PHASES, SLACK, Growth, growth, shape_of, work
+from benchmarks.common import BENCH, Out, Quick, Report, load, measure, table
+from benchmarks.studies.scaling.work import AXES, PHASES, SLACK, Growth, growth
 
 TIMEOUT = 600  # seconds a launch may take
 Model = tuple[int, int]  # layers, hidden size
 Point = dict[str, Any]
+
+
+class Place(NamedTuple):
+    """Where a point is measured."""
+
+    model: Model
+    ranks: int
+    batch: int
+    length: int  # the limit of a response
 
 
 @dataclass(frozen=True)
@@ -56,22 +65,22 @@ QUICK = Settings(
 )
 
 
-def run(path: Path, quick: bool, rounds: int = 2) -> int:
+def run(out: Out = BENCH, quick: Quick = False, rounds: int = 2) -> int:
     """Measure, write the JSON file and the PNG beside it, print the tables. Returns 0 however fast anything grows.
 
     rounds: steps of each point; the quick size takes one.
     """
     settings = QUICK if quick else Settings(rounds=rounds)
-    report = Report(path, quick, settings)
-    raw = []
-    with Progress(console=report.console, transient=True) as bar:
-        for model, ranks, points in bar.track(_launches(settings), description="measuring"):
-            raw.append(_measure(model, ranks, points, settings))
-    axes = _axes(settings, [point for launch in raw for point in _points(launch, settings.vocab)])
+    report = Report(out / "scaling.json", quick, settings)
+    raw, todo = [], list(launches(settings).items())
+    for (model, ranks), places in track(todo, "measuring", console=report.console, transient=True):
+        raw.append(_measure(model, ranks, places, settings))
+    points = {place: point for launch in raw for place, point in _points(launch)}
+    axes = {axis: [points[place] for place in places] for axis, places in axes_of(settings).items()}
     growths = [found for axis, points in axes.items() for found in _growths(axis, points)]
     growth_records = [asdict(found) | {"too_fast": found.too_fast} for found in growths]
     result = report.write(axes=axes, growth=growth_records, raw=raw)
-    picture = path.with_suffix(".png")
+    picture = report.path.with_suffix(".png")
     picture.write_bytes(_picture(result, growths))
     _print(result, growths, report.console)
     report.name_files(picture)
@@ -81,14 +90,26 @@ def run(path: Path, quick: bool, rounds: int = 2) -> int:
 # ---------------------------------------------------------------------------------------------------- measuring
 
 
-def _launches(settings: Settings) -> list[tuple[Model, int, list[tuple[int, int]]]]:
-    """Model, ranks, and the (batch, length) that it is measured at."""
-    base = (settings.batch, settings.length)
-    most = max(settings.ranks)
-    sweep = {base, *((settings.batch, n) for n in settings.lengths), *((n, settings.length) for n in settings.batches)}
-    others = [(model, most, [base]) for model in settings.models if model != settings.base]
-    fewer = [(settings.base, ranks, [base]) for ranks in settings.ranks if ranks != most]
-    return [(settings.base, most, sorted(sweep)), *others, *fewer]
+def axes_of(settings: Settings) -> dict[str, list[Place]]:
+    """The places of each axis, ascending; an axis with a single one is left out. The ranks' have the same rows each."""
+    base = Place(settings.base, max(settings.ranks), settings.batch, settings.length)
+    rows = settings.batch // min(settings.ranks)
+    axes = {
+        "length": [base._replace(length=length) for length in settings.lengths],
+        "batch": [base._replace(batch=batch) for batch in settings.batches],
+        "parameters": [base._replace(model=model) for model in settings.models],
+        "ranks": [base._replace(ranks=ranks, batch=ranks * rows) for ranks in settings.ranks],
+    }
+    return {axis: places for axis, places in axes.items() if len(places) > 1}
+
+
+def launches(settings: Settings) -> dict[tuple[Model, int], list[tuple[int, int]]]:
+    """Model and ranks → the (batch, length) that they are measured at."""
+    places = sorted({place for places in axes_of(settings).values() for place in places})
+    return {
+        launch: [(place.batch, place.length) for place in of_launch]
+        for launch, of_launch in groupby(places, key=lambda place: (place.model, place.ranks))
+    }
 
 
 def _measure(model: Model, ranks: int, points: Sequence[tuple[int, int]], settings: Settings) -> dict[str, Any]:
@@ -102,59 +123,31 @@ def _measure(model: Model, ranks: int, points: Sequence[tuple[int, int]], settin
 # ---------------------------------------------------------------------------------------------------- comparing
 
 
-def _points(launch: dict[str, Any], vocab: int) -> list[Point]:
+def _points(launch: dict[str, Any]) -> Iterator[tuple[Place, Point]]:
     """Medians over the steps of each point: wall clock of the first rank, CPU seconds of all, memory of the largest."""
-    ranks, model = launch["ranks"], shape_of(model_shape(*launch["model"]), vocab)
-    points = []
+    ranks = launch["ranks"]
     for at, first in enumerate(ranks[0]["points"]):
         steps = list(zip(*(rank["points"][at]["steps"] for rank in ranks), strict=True))
-        response = median(of[0]["response_length"] for of in steps)
-        cpu = {phase: median(sum(rank["cpu_s"][phase] for rank in of) for of in steps) for phase in PHASES}
-        points.append(
+        place = Place(launch["model"], launch["world"], first["batch"], first["length"])
+        yield (
+            place,
             {
-                "parameters": model.parameters,
-                "model": list(launch["model"]),
-                "ranks": launch["world"],
-                "batch": first["batch"],
-                "limit": first["length"],
-                "length": response,  # of the average response: some end by themselves
-                "wall_s": {name: median(of[0]["wall_s"][name] for of in steps) for name in (*PHASES, "step")},
-                "cpu_s": cpu | {"step": sum(cpu.values())},
+                **place._asdict(),
+                "parameters": ranks[0]["parameters"],
+                "limit": place.length,
+                "length": median(
+                    of[0]["response_length"] for of in steps
+                ),  # of the average one: some end by themselves
+                "wall_s": {name: median(of[0]["wall_s"][name] for of in steps) for name in first["steps"][0]["wall_s"]},
+                "cpu_s": {
+                    name: median(sum(rank["cpu_s"][name] for rank in of) for of in steps)
+                    for name in first["steps"][0]["cpu_s"]
+                },
                 "step_bytes": median(max(rank["step_bytes"] for rank in of) for of in steps),
                 "held_bytes": median(max(rank["held_bytes"] for rank in of) for of in steps),
-                "work": work(model, first["batch"], ranks[0]["prompt_length"], response, launch["world"]),
-            }
+                "work": {phase: median(of[0]["work"][phase] for of in steps) for phase in PHASES},
+            },
         )
-    return points
-
-
-def _axes(settings: Settings, points: Sequence[Point]) -> dict[str, list[Point]]:
-    """The points of each axis, ascending. An axis with a single point is left out."""
-    base = {
-        "limit": settings.length,
-        "batch": settings.batch,
-        "model": list(settings.base),
-        "ranks": max(settings.ranks),
-    }
-    found = {}
-    for axis in AXES:
-        if axis == "ranks":
-            on = [point for point in points if _is(point, base | _same_rows(settings, point["ranks"]))]
-        else:
-            free = {"length": "limit", "parameters": "model"}.get(axis, axis)
-            on = [point for point in points if _is(point, base | {free: point[free]})]
-        if len(on) > 1:
-            found[axis] = sorted(on, key=lambda point: point[axis])
-    return found
-
-
-def _is(point: Point, wanted: dict[str, Any]) -> bool:
-    return all(point[key] == value for key, value in wanted.items())
-
-
-def _same_rows(settings: Settings, ranks: int) -> dict[str, int]:
-    """Ranks, and a batch that gives each as many rows as `settings.batch` gives the fewest ranks."""
-    return {"ranks": ranks, "batch": settings.batch * ranks // min(settings.ranks)}
 
 
 def _growths(axis: str, points: Sequence[Point]) -> list[Growth]:
@@ -180,14 +173,11 @@ def _print(result: dict[str, Any], growths: Sequence[Growth], console: Console) 
         f"{load(result['environment'])}"
     )
     for axis, points in result["axes"].items():
+        seconds = {"step s": "{wall_s[step]:.2f}", "CPU s": "{cpu_s[step]:.2f}"}
+        seconds |= {f"{phase} CPU s": f"{{cpu_s[{phase}]:.2f}}" for phase in PHASES}
         memory = "held_bytes" if axis == "parameters" else "step_bytes"
-        rows = []
-        for point in points:
-            cpu = point["cpu_s"]
-            seconds = [point["wall_s"]["step"], cpu["step"], *(cpu[phase] for phase in PHASES)]
-            rows.append([f"{point[axis]:,.0f}", *(f"{s:.2f}" for s in seconds), f"{point[memory] / MIB:.0f}"])
-        names = (AXES[axis], "step s", "CPU s", *(f"{phase} CPU s" for phase in PHASES), "memory MiB")
-        drawn = table(f"against {AXES[axis]}", names, rows, left=0)
+        names = {AXES[axis]: f"{{{axis}:,.0f}}", **seconds, "memory MiB": f"{{{memory}!m:.0f}}"}
+        drawn = table(f"against {AXES[axis]}", names, points, left=0)
         found = {one.what: one for one in growths if one.axis == axis}
         drawn.add_section()
         drawn.add_row("slope (last two)", "", "", *(str(found[what]) for what in columns))

@@ -20,22 +20,22 @@ from typing import Any
 
 import torch.distributed as dist
 
-from benchmarks.common import answer, cpu_time, model_shape, peak_memory, reset_peak, write_model
+from benchmarks.common import answer, model_shape, peak_memory, reset_peak, write_model
+from benchmarks.studies.scaling.work import PHASES, work
 from prune_opd import loop, platform
 from prune_opd.config import (
     CheckpointConfig,
     DataConfig,
     EvalConfig,
     HorizonConfig,
-    MemoryConfig,
     ParallelConfig,
     PrecisionConfig,
     RolloutConfig,
     TrackConfig,
     TrainConfig,
 )
-from prune_opd.config.memory_phases import MemoryPhases
 from prune_opd.method.horizon import make_controller
+from prune_opd.plan.counts import parameters
 from prune_opd.rollout.engine import ENVIRONMENT
 from prune_opd.rollout.phase import RolloutPhase
 from prune_opd.run import Run, prepare
@@ -43,31 +43,6 @@ from prune_opd.track.tracker import NullTracker
 
 PROMPT = 32  # tokens at most: short ones, so that the responses are what grows
 DATA = DataConfig(source="ledger", min_steps=5, max_steps=5)
-
-
-class PhaseWatch(MemoryPhases):
-    """CPU seconds by phase: a phase lasts until the next one is entered. What ends a step counts as training."""
-
-    def __init__(self) -> None:
-        super().__init__(MemoryConfig())
-        self.seconds: dict[str, float] = {}
-        self._now, self._since = "", 0.0
-
-    def enter(self, phase: str) -> None:
-        super().enter(phase)
-        self._charge(phase)
-
-    def take(self) -> dict[str, float]:
-        """What the phases took since the last time."""
-        self._charge("")
-        taken, self.seconds = self.seconds, {}
-        return taken
-
-    def _charge(self, phase: str) -> None:
-        now = cpu_time()
-        if self._now:
-            self.seconds[self._now] = self.seconds.get(self._now, 0.0) + now - self._since
-        self._now, self._since = phase, now
 
 
 class LastRecord(NullTracker):
@@ -98,21 +73,23 @@ def config_of(folder: Path, points: Sequence[tuple[int, int]], steps: int) -> Tr
     )
 
 
-def one_step(run: Run, watch: PhaseWatch, records: LastRecord, imported: int) -> dict[str, Any]:
+def one_step(run: Run, records: LastRecord, imported: int) -> dict[str, Any]:
+    """What a step took, and the work that it was, of all ranks together."""
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)  # what the step before freed would hide what this one takes
     dist.barrier()
-    watch.take()
     before = reset_peak()
     loop.step(run)
     highest = peak_memory()
+    prompt = mean(len(run.rollout.sampler.source.get(index).ids) for index in range(16))
     return {
-        "wall_s": {key.removeprefix("time_"): v for key, v in records.record.items() if key.startswith("time_")},
-        "cpu_s": watch.take(),
+        "wall_s": {phase: records.record[f"time_{phase}"] for phase in (*PHASES, "step")},
+        "cpu_s": {phase: records.record[f"cpu_{phase}"] for phase in (*PHASES, "step")},
         "step_bytes": highest - before,
         "held_bytes": highest - imported,
         "tokens": records.record["tokens_generated"],
-        "response_length": records.record["response_length"],
+        "response_length": (response := records.record["response_length"]),
+        "work": work(run.trainer.spec, run.config.rollout.prompts, prompt, response, run.layout.world),
     }
 
 
@@ -120,7 +97,6 @@ def take_turns(run: Run, points: Sequence[tuple[int, int]], rounds: int, importe
     """The points take turns, round after round, after one small step that pays for the parity check and cold caches."""
     config = run.config
     run.tracker = records = LastRecord()
-    run.phases.memory = watch = PhaseWatch()
 
     def go(batch: int, length: int) -> dict[str, Any]:
         run.config = replace(
@@ -128,16 +104,15 @@ def take_turns(run: Run, points: Sequence[tuple[int, int]], rounds: int, importe
         )
         run.controller = make_controller(run.config.horizon)
         run.rollout = RolloutPhase(run.config, run.rollout.engine, run.rollout.sampler)
-        return one_step(run, watch, records, imported)
+        return one_step(run, records, imported)
 
     go(*min(points))
     steps: list[list[dict[str, Any]]] = [[] for _ in points]
     for _ in range(rounds):
         for at, (batch, length) in enumerate(points):
             steps[at].append(go(batch, length))
-    prompt = mean(len(run.rollout.sampler.source.get(index).ids) for index in range(16))
     return {
-        "prompt_length": prompt,
+        "parameters": parameters(run.trainer.spec),
         "points": [
             {"batch": batch, "length": length, "steps": taken}
             for (batch, length), taken in zip(points, steps, strict=True)

@@ -12,45 +12,23 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import linear_regression
 
-from prune_opd.config import ModelShape
+from prune_opd.model_spec import ModelSpec
+from prune_opd.plan.counts import flops_by_length, parameters
 
 PHASES = ("sync", "rollout", "teacher", "train")
 AXES = {"length": "response length", "batch": "batch", "parameters": "parameters", "ranks": "ranks"}
 SLACK = 0.2  # by which a measured slope may be above that of the work: noise, and caches that no longer hold
 
 
-@dataclass(frozen=True)
-class Shape:
-    """What the count needs of a model. attention: width of all query heads. body: parameters of the layers."""
-
-    layers: int
-    attention: int
-    body: int
-    head: int  # parameters of the output matrix, which is tied to the embedding
-
-    @property
-    def parameters(self) -> int:
-        return self.body + self.head
-
-
-def shape_of(model: ModelShape, vocab: int) -> Shape:
-    """The shape of a model; norms are left out."""
-    q, kv = model.heads * model.head_dim, model.kv_heads * model.head_dim
-    per_layer = model.hidden * (2 * q + 2 * kv + 3 * model.ffn)
-    return Shape(model.layers, q, model.layers * per_layer, vocab * model.hidden)
-
-
-def work(shape: Shape, rows: int, prompt: float, response: float, ranks: int) -> dict[str, float]:
+def work(spec: ModelSpec, rows: int, prompt: float, response: float, ranks: int) -> dict[str, float]:
     """The work of each phase, all ranks together: `rows` responses of `response` tokens each after prompts of `prompt`.
 
-    Causal attention over n tokens is half of n². The weights go whole to every rank's engine.
+    The weights go whole to every rank's engine.
     """
-    length = prompt + response
-    attention = rows * 2 * shape.layers * shape.attention * length**2
-    forward = rows * length * 2 * shape.body + attention
-    sampled = rows * response * 2 * shape.head
+    forward = rows * flops_by_length(spec, head=False)(prompt + response)
+    sampled = rows * response * 2 * spec.vocab_size * spec.hidden
     return {
-        "sync": ranks * shape.parameters,
+        "sync": ranks * parameters(spec),
         "rollout": forward + sampled,
         "teacher": forward,
         "train": 3 * forward + 4 * sampled,  # the loss: the student's logits, their two gradients, the teacher's logits
