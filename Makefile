@@ -29,7 +29,7 @@ TEST_SETUP = setup setup-te-test setup-launch setup-slurm-test setup-browser-tes
 test: test-packages $(TEST_SETUP) ## Set up, lint, run all tests, print the line coverage
 	@bash scripts/test.sh
 
-test-fast: setup ## Only the tests that start no ranks (about a minute)
+test-fast: setup ## Only the tests that start no ranks (about three minutes)
 	$(BIN)/pytest -m "not ranks"
 
 test-packages: ## Say which Debian packages `make test` is about to install, if any
