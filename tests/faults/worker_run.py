@@ -93,9 +93,9 @@ def arm(fault: str, step: int) -> None:
 
         loop.gated_loss = with_hook
     elif fault == "kill in save":
-        from prune_opd.megatron import checkpoint
+        from prune_opd.megatron import manifest
 
-        before(checkpoint, "record_durably", when_its_step_has_come(kill, after_calls=1))  # shards, but no manifest
+        before(manifest, "record_durably", when_its_step_has_come(kill, after_calls=1))  # shards, but no manifest
     elif fault != "none":
         from prune_opd.megatron.teacher import Teacher
 
