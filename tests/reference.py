@@ -24,13 +24,17 @@ VOCAB = 61
 GATE = GateConfig(k=6, threshold=0.5, w_drop=0.15)
 OBJECTIVE = ObjectiveConfig(k=6)
 NO_WEIGHTING = WeightingConfig()
-# Every objective, support and weight of method.md §1.
+SUPPORTS = ("student", "teacher", "union", "intersection")
+# Every objective, support, weight and tail of method.md §1 and §7.
 OBJECTIVES = [
     *(
         ObjectiveConfig(k=6, support=support, weight=weight)
-        for support in ("student", "teacher", "union", "intersection")
+        for support in SUPPORTS
         for weight in ("student_p", "teacher_p", "none")
     ),
+    *(ObjectiveConfig(k=6, support=support, tail="bucket") for support in SUPPORTS),
+    *(ObjectiveConfig(k=6, support=support, tail="centred") for support in SUPPORTS),
+    *(ObjectiveConfig(k=6, weight=weight, tail="centred") for weight in ("teacher_p", "none")),
     ObjectiveConfig("sampled_token", k=6),
     ObjectiveConfig("local_support_matching", k=6),
     ObjectiveConfig("topk_forward_kl", k=6),
@@ -48,7 +52,8 @@ WEIGHTINGS = [
 def describe(objective: ObjectiveConfig) -> str:
     """A name for a case."""
     details = {"topk_reverse_kl": f" {objective.support} {objective.weight}", "full_vocab_jsd": f" {objective.beta:g}"}
-    return objective.name + details.get(objective.name, "")
+    tail = "" if objective.tail == "none" else f" {objective.tail}"
+    return objective.name + details.get(objective.name, "") + tail
 
 
 class Reference(NamedTuple):
@@ -61,6 +66,7 @@ class Reference(NamedTuple):
     divergence: list[float]
     reliable_length: list[int]
     length: list[int]
+    outside: dict[str, list[float]]  # what has no part in the loss, by its name in GateStats
 
 
 def top_ids(logits_V: Tensor, k: int) -> list[int]:
@@ -113,6 +119,8 @@ def token_loss(
             "none": torch.ones(len(ids), dtype=torch.float64),
         }[objective.weight]
         gap_K = logp_V[ids] - logq_V[ids]
+        if objective.tail != "none":
+            return tailed_loss(objective, ids, p_V, q_V, weight)
         reward_K = (-weight * share_K * gap_K).detach()
         return -(reward_K * logp_V[ids]).sum(), (share_K * gap_K).sum()
     if objective.name == "sampled_token":
@@ -130,6 +138,48 @@ def token_loss(
         value = objective.beta * (q_V * (q_V / m_V).log()).sum()
         value = value + (1 - objective.beta) * (p_V * (p_V / m_V).log()).sum()
     return weight * value, value
+
+
+def tailed_loss(
+    objective: ObjectiveConfig, ids: list[int], p_V: Tensor, q_V: Tensor, weight: float
+) -> tuple[Tensor, Tensor]:
+    """As `token_loss`: its value is −Σ r log p, its gradient autograd's of the divergence that the tail makes exact."""
+    rest = [v for v in range(len(p_V)) if v not in ids]
+    p_K, q_K = p_V[ids], q_V[ids]
+    share_K = {"student_p": p_K / p_K.sum(), "teacher_p": q_K / q_K.sum(), "none": torch.ones_like(p_K)}[
+        objective.weight
+    ]
+    if objective.tail == "bucket":
+        share_K, exact = p_K, (p_K * (p_K / q_K).log()).sum()
+        baseline = torch.zeros((), dtype=torch.float64)
+        if rest:
+            baseline = (p_V[rest].sum() / q_V[rest].sum()).log()
+            exact = exact + p_V[rest].sum() * baseline
+    else:
+        p_bar_K, q_bar_K = p_K / p_K.sum(), q_K / q_K.sum()
+        exact = (share_K * (p_bar_K / q_bar_K).log()).sum()
+        baseline = (share_K * (p_K / q_K).log()).sum() / share_K.sum()
+    slope_K = (weight * share_K * ((p_K / q_K).log() - baseline)).detach()
+    if objective.weight != "student_p":  # no divergence has these slopes as its gradient
+        return (slope_K * p_K.log()).sum(), exact
+    return (slope_K * p_K.log()).sum().detach() + weight * (exact - exact.detach()), exact
+
+
+def outside_of(
+    gate_k: int, sampled: int, student_V: Tensor, teacher_V: Tensor, logp_V: Tensor, logq_V: Tensor
+) -> dict[str, float]:
+    """What is said about a token beside the loss."""
+    ids = top_ids(student_V, gate_k)
+    p_V, q_V = logp_V.exp(), logq_V.exp()
+    return {
+        "reverse_kl_N": float((p_V * (logp_V - logq_V)).sum()),
+        "student_entropy_N": -float((p_V * logp_V).sum()),
+        "teacher_entropy_N": -float((q_V * logq_V).sum()),
+        "student_mass_N": float(p_V[ids].sum()),
+        "teacher_mass_N": float(q_V[ids].sum()),
+        "acceptance_N": sum(min(float(p_V[v]), float(q_V[v])) for v in ids),
+        "teacher_logp_N": float(logq_V[sampled]),
+    }
 
 
 def weighted(
@@ -193,6 +243,13 @@ def reference_loss(
             event = False
             if gate is not None and gate.metric == "overlap":
                 event = shared < gate.threshold * gate.k - 1e-9
+            elif gate is not None and gate.metric in ("acceptance", "shared_mass"):
+                students, teachers = top_ids(student_NV[t], gate.k), top_ids(teacher_NV[t], gate.k)
+                p_V, q_V = logp_NV[t].exp(), logq_NV[t].exp()
+                if gate.metric == "acceptance":
+                    event = float(torch.minimum(p_V, q_V)[students].sum()) < gate.threshold
+                else:
+                    event = float(p_V[sorted({*students} & {*teachers})].sum()) < gate.threshold
             elif gate is not None:
                 accepted = nucleus(logq_NV[t], top_ids(teacher_NV[t], gate.k), gate.top_p)
                 event = int(sampled_ids_N[t]) not in accepted
@@ -218,8 +275,10 @@ def reference_loss(
                 ratio = math.exp(float(logp_NV[t, y]) - float(stale_logp_N[t]))
                 factor = min(max(ratio, 1 - objective.clip), 1 + objective.clip)
                 weights[t], gate_weights[t] = weights[t] * factor, gate_weights[t] * factor
-    loss_sum, divergences = student_NV.sum() * 0, []
+    loss_sum, divergences, outside = student_NV.sum() * 0, [], []
     for t, y in enumerate(sampled_ids_N.tolist()):
+        with torch.no_grad():
+            outside.append(outside_of(overlap_k, y, student_NV[t], teacher_NV[t], logp_NV[t], logq_NV[t]))
         surrogate, divergence = token_loss(objective, y, student_NV[t], teacher_NV[t], weights[t])
         loss_sum = loss_sum + surrogate
         divergences.append(divergence.item())
@@ -238,6 +297,7 @@ def reference_loss(
         divergence=divergences,
         reliable_length=reliable_lengths,
         length=[end - begin for begin, end in pairwise(cu_seqlens)],
+        outside={name: [of_token[name] for of_token in outside] for name in (outside[0] if outside else {})},
     )
 
 
@@ -263,8 +323,15 @@ def reference_update(
             if objective.name == "topk_reverse_kl" and objective.weight != "none" and ids:
                 of = old_V if objective.weight == "student_p" else logq_V
                 share_K = of[ids].exp() / of[ids].exp().sum()
+            baseline = 0.0
+            rest = [v for v in range(size) if v not in ids]
+            if objective.tail == "bucket":
+                share_K = old_V[ids].exp()
+                baseline = float((old_V[rest].exp().sum() / logq_V[rest].exp().sum()).log()) if rest else 0.0
+            elif objective.tail == "centred" and ids:
+                baseline = float((share_K * (old_V[ids] - logq_V[ids])).sum() / share_K.sum())
             for share, v in zip(share_K, ids, strict=True):
-                reward = -weights[t] * share * (old_V[v] - logq_V[v])
+                reward = -weights[t] * share * (old_V[v] - logq_V[v] - baseline)
                 ratio = (logp_V[v] - old_V[v]).exp()
                 surrogate = torch.min(ratio * reward, ratio.clamp(1 - objective.clip, 1 + objective.clip) * reward)
                 if reward < 0:

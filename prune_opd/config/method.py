@@ -26,8 +26,9 @@ from prune_opd.errors import ConfigError
 class GateConfig(Checked, name="gate"):
     """The drift gate (Prune-OPD §3; method symbols O, γ, B, C, R, W). Defaults are the paper's."""
 
-    # overlap: O_t < threshold | teacher_top_p: the sampled token is outside the teacher's nucleus
-    metric: Literal["overlap", "teacher_top_p"] = "overlap"
+    # overlap: O_t < threshold | teacher_top_p: the sampled token is outside the teacher's nucleus | ours:
+    # acceptance: Σ min(p, q) over the student's top k < threshold | shared_mass: p's mass on the shared ids < threshold
+    metric: Literal["overlap", "teacher_top_p", "acceptance", "shared_mass"] = "overlap"
     k: Count = 16  # size of both top-k sets
     threshold: Share = 0.7  # γ, strict
     w_drop: Share = 0.01  # lost reliability per event
@@ -101,6 +102,9 @@ class ObjectiveConfig(Checked, name="objective"):
     support: Literal["student", "teacher", "union", "intersection"] = "student"  # topk_reverse_kl: whose top-k
     # topk_reverse_kl: of a candidate; none: every candidate counts 1
     weight: Literal["student_p", "teacher_p", "none"] = "student_p"
+    # topk_reverse_kl: what becomes of the ids outside the support: none: the published form, which leaks mass to them |
+    # bucket: one more outcome | centred: neither raised nor lowered
+    tail: Literal["none", "bucket", "centred"] = "none"
     beta: Annotated[float, Interval(gt=0, lt=1)] = 0.5  # full_vocab_jsd: the teacher's share of the mixture
     clip: ShareAboveZero = (
         0.2  # of the ratio p / p_old, where a batch serves several updates (optimizer.updates_per_batch)
@@ -111,13 +115,18 @@ class ObjectiveConfig(Checked, name="objective"):
     def __post_init__(self) -> None:
         super().__post_init__()
         one_of("objective.name", self.name, OBJECTIVES)
-        owners = {"support": "topk_reverse_kl", "weight": "topk_reverse_kl", "beta": "full_vocab_jsd"}
+        owners = {"beta": "full_vocab_jsd"} | dict.fromkeys(("support", "weight", "tail"), "topk_reverse_kl")
         for setting, owner in owners.items():
             if self.name != owner and getattr(self, setting) != getattr(ObjectiveConfig, setting):
                 raise ConfigError(
                     f"objective.{setting} = {getattr(self, setting)!r} is a setting of {owner}, and "
                     f"objective.name = {self.name} has none: leave it out"
                 )
+        if self.tail == "bucket" and self.weight != "student_p":
+            raise ConfigError(
+                f"objective.tail = bucket weighs by the student's probabilities, and objective.weight = {self.weight} "
+                "does not: take objective.weight=student_p, or objective.tail=centred"
+            )
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,8 @@
 """One chunk of the fused loss: what both models say about its tokens, and the student's gradient from it.
 
 `score_chunk` goes from hidden states to log-probabilities at a few candidates (and over this rank's columns of the
-vocabulary where something asks for them), `chunk_loss` to the loss and its derivative in them, and `Gradients` goes
-back. See loss/distill.py for the whole picture.
+vocabulary where the objective is on all of it), `chunk_loss` to the loss and its derivative in them, and `Gradients`
+goes back. See loss/distill.py for the whole picture.
 """
 
 from __future__ import annotations
@@ -21,16 +21,25 @@ from prune_opd.loss.inputs import Method
 from prune_opd.loss.vocab_parallel import (
     OutputHead,
     VocabShard,
-    exp_sum_,
     group_size,
     local_columns,
     local_gather,
     sum_together,
     topk_together,
 )
-from prune_opd.method.gate import events
-from prune_opd.method.objective import Candidates, candidates, clipped_policy_loss, on_vocabulary, token_loss, top_k
-from prune_opd.method.weighting import Signals, needs_vocabulary, needs_whole_response, vocabulary_sums
+from prune_opd.loss.vocab_sums import Apart, VocabSums, vocab_sums_
+from prune_opd.method.gate import Agreement, Views, judge
+from prune_opd.method.objective import (
+    Candidates,
+    Pair,
+    candidates,
+    clipped_policy_loss,
+    has_rest,
+    on_vocabulary,
+    token_loss,
+    top_k,
+)
+from prune_opd.method.weighting import Signals
 
 
 class AtCandidates(NamedTuple):
@@ -40,13 +49,13 @@ class AtCandidates(NamedTuple):
     valid_NK: Tensor | None
     student_logp_NK: Tensor
     teacher_logp_NK: Tensor
+    log_rest: Pair | None = None  # log of both models' mass [N] on all other ids, where the objective asks for it
 
 
 class Scores(NamedTuple):
     """One chunk as both models score it. Log-probabilities are over the full vocabulary."""
 
-    overlap_N: Tensor
-    event_N: Tensor
+    agreement: Agreement
     sampled_logp_N: Tensor
     signals: Signals
     at: list[AtCandidates]  # one an objective
@@ -66,73 +75,76 @@ def score_chunk(
     method: Method,
     *,
     old: OldPolicy | None = None,
-    ahead: bool = False,
 ) -> Scores:
     """The tokens of `part` through both output heads.
 
-    old: take the candidates of its policy gradient, if it has one. ahead: this is the pass before, for what needs whole
-    responses. A weighting's sums over the vocabulary are taken in the pass that uses them.
+    old: take the candidates of its policy gradient, if it has one.
     """
-    objectives, gate_k, sampled_N = method.objectives, method.gate_k, sampled_ids_N[part]
-    sums = needs_vocabulary(method.weighting) and needs_whole_response(method.weighting) == ahead
-    in_logs = sums or on_vocabulary(method.objective)
-    student_logits_NV, teacher_logits_NV = student.logits(part), teacher.logits(part)
-    student_top, teacher_top = topk_together(
-        (student_logits_NV, teacher_logits_NV), max(gate_k, *map(top_k, objectives)), (student.shard, teacher.shard)
-    )
-    chosen = [candidates(objective, sampled_N, student_top.ids_NK, teacher_top.ids_NK) for objective in objectives]
+    objectives, k, sampled_N = method.objectives, method.gate_k, sampled_ids_N[part]
+    in_logs = on_vocabulary(method.objective)
+    logits, shards = (student.logits(part), teacher.logits(part)), (student.shard, teacher.shard)
+    tops = topk_together(logits, max(k, *map(top_k, objectives)), shards)
+    student_ids_NK, teacher_ids_NK = (top.ids_NK for top in tops)
+    chosen = [candidates(objective, sampled_N, student_ids_NK, teacher_ids_NK) for objective in objectives]
     if old is not None and old.reward_NK is not None:
         chosen[0] = old.candidates
-    ids_NK = torch.cat([sampled_N[:, None], *(of_objective.ids_NK for of_objective in chosen)], dim=1)
+    ids = [sampled_N[:, None], student_ids_NK[:, :k], *(of_objective.ids_NK for of_objective in chosen)]
+    ids_NK = torch.cat(ids, dim=1)
 
     # All is read off the logits before they turn, in place, into something else. A top-k's first is the maximum.
-    student_at_NK = local_gather(student_logits_NV, ids_NK, student.shard)
-    teacher_at_NK = local_gather(teacher_logits_NV, ids_NK, teacher.shard)
-    student_max_N1, teacher_max_N1 = student_top.values_NK[:, :1], teacher_top.values_NK[:, :1]
-    student_at_NK, teacher_at_NK, student_total_N1, teacher_total_N1 = sum_together(
-        (
-            student_at_NK,
-            teacher_at_NK,
-            exp_sum_(student_logits_NV.clone() if in_logs else student_logits_NV, student_max_N1),
-            exp_sum_(teacher_logits_NV.clone() if in_logs else teacher_logits_NV, teacher_max_N1),
-        ),
-        student.shard.group,
-    )
+    at = [local_gather(logits_NV, ids_NK, shard) for logits_NV, shard in zip(logits, shards, strict=True)]
+    maxima = tops[0].values_NK[:, :1], tops[1].values_NK[:, :1]
+    apart = _apart(chosen[0], shards) if has_rest(method.objective) else None
+    mine = vocab_sums_(logits, maxima, shards, in_logs, apart)
+    given = [part for part in mine if part is not None]
+    *at, sums_NS = sum_together([*at, torch.cat(given, dim=1)], student.shard.group)
+    sums = VocabSums(*sums_NS.split(1, dim=1))
     # logit − max − log Σ: with max + log Σ as one number, large logits would cost digits of small log-probabilities.
-    student_log_N1, teacher_log_N1 = student_total_N1.log(), teacher_total_N1.log()
-    student_logp_NK = student_at_NK - student_max_N1 - student_log_N1
-    teacher_logp_NK = teacher_at_NK - teacher_max_N1 - teacher_log_N1
-    if in_logs:
-        student_logits_NV.sub_(student_max_N1).sub_(student_log_N1)
-        teacher_logits_NV.sub_(teacher_max_N1).sub_(teacher_log_N1)
-
-    overlap_N, event_N = events(
-        sampled_N,
-        student_top.ids_NK[:, :gate_k],
-        teacher_top.ids_NK[:, :gate_k],
-        teacher_top.values_NK[:, :gate_k] - teacher_max_N1 - teacher_log_N1,
-        method.gate,
+    logs = sums.student_total_N1.log(), sums.teacher_total_N1.log()
+    student_logp_NK, teacher_logp_NK = (
+        at_NK - maximum_N1 - log_N1 for at_NK, maximum_N1, log_N1 in zip(at, maxima, logs, strict=True)
     )
-    signals = Signals(teacher_logp_NK[:, 0] - student_logp_NK[:, 0])
-    if sums:
-        valid = student.shard.valid
-        mine_N3 = vocabulary_sums(student_logits_NV[:, :valid], teacher_logits_NV[:, :valid])
-        signals = Signals(signals.advantage_N, *sum_together([mine_N3], student.shard.group)[0].unbind(1))
-    widths = [1, *(of_objective.ids_NK.shape[1] for of_objective in chosen)]
-    student_at, teacher_at = student_logp_NK.split(widths, dim=1)[1:], teacher_logp_NK.split(widths, dim=1)[1:]
+    if in_logs:
+        for logits_NV, log_N1 in zip(logits, logs, strict=True):
+            logits_NV.sub_(log_N1)
+
+    widths = [part.shape[1] for part in ids]
+    (student_y_N1, student_k_NK, *student_at), (teacher_y_N1, teacher_k_NK, *teacher_at) = (
+        logp_NK.split(widths, dim=1) for logp_NK in (student_logp_NK, teacher_logp_NK)
+    )
+    views = Views(
+        sampled_ids=sampled_N,
+        student_ids=student_ids_NK[:, :k],
+        student_logp=student_k_NK,
+        teacher_logp_there=teacher_k_NK,
+        teacher_ids=teacher_ids_NK[:, :k],
+        teacher_logp=tops[1].values_NK[:, :k] - maxima[1] - logs[1],
+    )
+    rests = [sums.log_rest(), *(None for _ in chosen[1:])]
     return Scores(
-        overlap_N=overlap_N,
-        event_N=event_N,
-        sampled_logp_N=student_logp_NK[:, 0],
-        signals=signals,
-        at=[AtCandidates(*where, logp, logq) for where, logp, logq in zip(chosen, student_at, teacher_at, strict=True)],
-        student_NV=student_logits_NV,
-        student_total_N1=student_total_N1,
-        teacher_NV=teacher_logits_NV,
+        agreement=judge(views, method.gate),
+        sampled_logp_N=student_y_N1[:, 0],
+        signals=Signals((teacher_y_N1 - student_y_N1)[:, 0], *sums.entropies(), sums.reverse_kl()),
+        at=[
+            AtCandidates(*where, logp_NK, logq_NK, log_rest)
+            for where, logp_NK, logq_NK, log_rest in zip(chosen, student_at, teacher_at, rests, strict=True)
+        ],
+        student_NV=logits[0],
+        student_total_N1=sums.student_total_N1,
+        teacher_NV=logits[1],
         in_logs=in_logs,
         shard=student.shard,
-        finite_2=torch.cat([student_log_N1, teacher_log_N1], dim=1).isfinite().all(dim=0),
+        finite_2=torch.cat(logs, dim=1).isfinite().all(dim=0),
     )
+
+
+def _apart(chosen: Candidates, shards: tuple[VocabShard, VocabShard]) -> tuple[Apart, Apart]:
+    """Where this rank has the candidates of a token, for either model."""
+    valid_NK = True if chosen.valid_NK is None else chosen.valid_NK
+    (student_NK, student_mine_NK), (teacher_NK, teacher_mine_NK) = (
+        local_columns(chosen.ids_NK, shard) for shard in shards
+    )
+    return Apart(student_NK, student_mine_NK & valid_NK), Apart(teacher_NK, teacher_mine_NK & valid_NK)
 
 
 # ---------------------------------------------------------------------------------------------------- loss
@@ -204,7 +216,7 @@ def chunk_loss(
         loss = ChunkLoss(loss_N, divergence_N, none_N0, columns.grad_logp_NK, total_N)
     else:
         loss_N, slope_NK, divergence_N, reward_NK = token_loss(
-            objective, at.student_logp_NK, at.teacher_logp_NK, weight_N, at.valid_NK
+            objective, at.student_logp_NK, at.teacher_logp_NK, weight_N, at.valid_NK, at.log_rest
         )
         loss = ChunkLoss(loss_N, divergence_N, slope_NK, reward_NK=reward_NK)
         if old is not None and old.reward_NK is not None:

@@ -23,8 +23,9 @@ the logits are there: no matrix product is computed twice and nothing of size to
 What needs a whole response first (`weight_normalisation = mean`, iw_opd, tip) takes a pass before for that alone, and
 so does a gate over context-parallel ranks, each of which has a part of every response (loss/context.py).
 
-An objective on the whole vocabulary has every column of a rank as its candidates; its sums are all-reduced, and a chunk
-of log-probabilities of both models is alive beside the logits. Where both models' vocabularies are padded differently,
+An objective on the whole vocabulary has every column of a rank as its candidates, and its sums are all-reduced. The
+normalisers' pass also sums what tells whether a run is well, whatever the objective (loss/vocab_sums.py): the exact
+reverse KL and both entropies. Where both models' vocabularies are padded differently,
 the teacher's weight is first exchanged so that a rank holds the same ids of both (`OutputHead.align`).
 
 A caller that keeps a gradient buffer of the output weight (megatron's `main_grad`) has the weight gradient added to it
@@ -48,7 +49,7 @@ from prune_opd.loss.stats import GateStats, TokenRecord
 from prune_opd.loss.token_weights import TokenWeights
 from prune_opd.loss.vocab_parallel import OutputHead
 from prune_opd.method.objective import on_vocabulary
-from prune_opd.method.weighting import needs_vocabulary
+from prune_opd.method.weighting import needs_reverse_kl
 
 
 def distill_loss(
@@ -103,7 +104,7 @@ def distill_loss(
         parts = _parts(len(tokens.sampled_ids_N), chunk)
         heads = (student_head, teacher_head, tokens.sampled_ids_N)
         if old is None and weights.needs_ahead:
-            weights.look_ahead(score_chunk(*heads, part, method, ahead=True) for part in parts)
+            weights.look_ahead(score_chunk(*heads, part, method) for part in parts)
         for part in parts:
             old_part = None if old is None else old.part(part)
             scores = score_chunk(*heads, part, method, old=old_part)
@@ -129,7 +130,7 @@ def _parts(tokens: int, chunk: int) -> list[slice]:
 def _allocate(student: OutputHead, teacher: OutputHead, method: Method, chunk: int) -> torch.dtype:
     """Make both heads ready for chunks; the dtype of their logits, at least fp32."""
     dtype = torch.promote_types(torch.promote_types(student.dtype, teacher.dtype), torch.float32)
-    if on_vocabulary(method.objective) or needs_vocabulary(method.weighting):
+    if on_vocabulary(method.objective) or needs_reverse_kl(method.weighting):
         teacher.align(student.shard.rows)
     for head in (student, teacher):
         head.allocate(min(chunk, len(head.hidden_NH)), dtype)

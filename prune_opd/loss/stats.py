@@ -16,7 +16,10 @@ from prune_opd.loss.inputs import Method, Tokens, raise_if_broken
 from prune_opd.method.gate import apply_gate_packed
 from prune_opd.method.objective import Candidates
 
-PER_TOKEN = ("overlap", "event", "weight", "divergence")
+PER_TOKEN = ("overlap", "event", "weight", "divergence")  # kept of the watched rows, token by token
+# Whether the student is coming nearer to its teacher, whatever the objective looks at; means in a step record.
+OUTSIDE = ("reverse_kl", "student_entropy", "teacher_entropy", "support_mass", "support_mass_teacher", "acceptance")
+SUMMED = (*PER_TOKEN, *OUTSIDE, "teacher_logp", "gap", "gap_squared")
 
 
 @dataclass(frozen=True)
@@ -31,7 +34,14 @@ class GateStats:
     reliability_N: Tensor  # R
     weight_N: Tensor  # of the objective: W, times the weighting's
     sampled_logp_N: Tensor  # student's log p(y_t)
-    divergence_N: Tensor  # of the objective, before any weight [nats]
+    divergence_N: Tensor  # of the objective, before any weight: not the full KL, unless that is the objective [nats]
+    reverse_kl_N: Tensor  # over the whole vocabulary; NaN where ranks have not the same ids of both models [nats]
+    student_entropy_N: Tensor  # over the whole vocabulary [nats]
+    teacher_entropy_N: Tensor
+    student_mass_N: Tensor  # p of the student's top k ids, together
+    teacher_mass_N: Tensor  # q of the same ids
+    acceptance_N: Tensor  # Σ min(p, q) of the same ids
+    teacher_logp_N: Tensor  # teacher's log q(y_t)
     reliable_length_B: Tensor  # E, int64
     length_B: Tensor  # int64
     ratio_N: Tensor | None = None  # p / p_old, mean of a token's candidates; None without an old policy or rewards
@@ -53,9 +63,14 @@ class TokenRecord:
     def add(self, scores: Scores, weights: list[Tensor], loss: ChunkLoss) -> None:
         """Take in the next chunk, with the objectives' weights."""
         moved = [] if loss.ratio_N is None or loss.clipped_N is None else [loss.ratio_N, loss.clipped_N]
+        seen, signals = scores.agreement, scores.signals
+        outside = [signals.reverse_kl_N, signals.student_entropy_N, signals.teacher_entropy_N]
+        outside += [seen.student_mass, seen.teacher_mass, seen.acceptance]
         # A copy: a view would hold the log-probabilities of all candidates.
         sampled_logp_N = scores.sampled_logp_N.clone()
-        self._values.append([scores.overlap_N, scores.event_N, weights[0], sampled_logp_N, loss.divergence_N, *moved])
+        teacher_logp_N = sampled_logp_N + signals.advantage_N
+        values = [seen.overlap, seen.event, weights[0], sampled_logp_N, loss.divergence_N]
+        self._values.append([*values, *outside, teacher_logp_N, *moved])
         self._finite_2 &= scores.finite_2
         if self._keep:
             at = scores.at[0]
@@ -74,7 +89,9 @@ class TokenRecord:
             whole = context.whole([*values_N, *stale], self._dtype)
             values_N, stale = whole[: len(values_N)], whole[len(values_N) :]
         raise_if_broken(broken_3, vocab_size)
-        overlap_N, event_N, weight_N, sampled_logp_N, divergence_N, *moved = values_N
+        (overlap_N, event_N, weight_N, sampled_logp_N, divergence_N), more = values_N[:5], values_N[5:]
+        (*outside, teacher_logp_N), moved = more[: len(OUTSIDE) + 1], more[len(OUTSIDE) + 1 :]
+        reverse_kl_N, student_entropy_N, teacher_entropy_N, student_mass_N, teacher_mass_N, acceptance_N = outside
         ratio_N, clipped_N = moved or (None, None)
         reliability_N, _, reliable_length_B = apply_gate_packed(event_N, offsets, method.gate, self._dtype)
         return GateStats(
@@ -84,6 +101,13 @@ class TokenRecord:
             weight_N=weight_N,
             sampled_logp_N=sampled_logp_N,
             divergence_N=divergence_N,
+            reverse_kl_N=reverse_kl_N,
+            student_entropy_N=student_entropy_N,
+            teacher_entropy_N=teacher_entropy_N,
+            student_mass_N=student_mass_N,
+            teacher_mass_N=teacher_mass_N,
+            acceptance_N=acceptance_N,
+            teacher_logp_N=teacher_logp_N,
             reliable_length_B=reliable_length_B,
             length_B=torch.tensor(offsets, device=event_N.device).diff(),
             ratio_N=ratio_N,
@@ -105,7 +129,7 @@ class BatchStats:
         shape = (len(self.watched), len(PER_TOKEN), max_len)
         self.tokens_W4T = torch.zeros(shape, dtype=torch.float64, device=device)  # PER_TOKEN of the watched rows
         self.reliable_length_B = torch.zeros(responses, dtype=torch.float64, device=device)
-        self.sums = torch.zeros(len(PER_TOKEN), bins, dtype=torch.float64, device=device)
+        self.sums = torch.zeros(len(SUMMED), bins, dtype=torch.float64, device=device)
         self.count = torch.zeros(bins, dtype=torch.float64, device=device)
         self.ratio_3 = torch.zeros(3, dtype=torch.float64, device=device)  # sums of ratio and clipped, tokens
         self.stale_3 = torch.zeros(3, dtype=torch.float64, device=device)  # the same of an older student's tokens
@@ -117,10 +141,13 @@ class BatchStats:
         start_B = length_B.cumsum(0) - length_B
         position_N = torch.arange(len(stats.overlap_N), device=length_B.device) - start_B.repeat_interleave(length_B)
         bin_N = (position_N * self.bins // self.max_len).clamp_max(self.bins - 1)
-        values = (stats.overlap_N, stats.event_N, stats.weight_N, stats.divergence_N)
-        value_4N = torch.stack([value_N.double() for value_N in values])
-        for i, value_N in enumerate(value_4N):
-            self.sums[i].index_add_(0, bin_N, value_N)
+        values = [stats.overlap_N, stats.event_N, stats.weight_N, stats.divergence_N, stats.reverse_kl_N]
+        values += [stats.student_entropy_N, stats.teacher_entropy_N, stats.student_mass_N, stats.teacher_mass_N]
+        gap_N = stats.sampled_logp_N.double() - stats.teacher_logp_N.double()
+        values += [stats.acceptance_N, stats.teacher_logp_N, gap_N, gap_N**2]
+        value_SN = torch.stack([value_N.double() for value_N in values])
+        self.sums.index_add_(1, bin_N, value_SN)
+        value_4N = value_SN[: len(PER_TOKEN)]
         self.count.index_add_(0, bin_N, torch.ones_like(bin_N, dtype=torch.float64))
         if stats.stale_ratio_N is not None and stats.stale_clipped_N is not None:
             stale_N = ~stats.stale_ratio_N.isnan()
@@ -158,19 +185,27 @@ class BatchStats:
 
     def record(self) -> dict[str, Any]:
         """The gate's part of a step record in metrics.jsonl."""
-        overlap, event, weight, divergence = (self.sums.sum(1) / self.count.sum().clamp_min(1)).tolist()
+        tokens = self.count.sum().clamp_min(1)
+        mean = dict(zip(SUMMED, (self.sums.sum(1) / tokens).tolist(), strict=True))
+        variance = max(mean["gap_squared"] - mean["gap"] ** 2, 0)
+        known = not math.isnan(mean["reverse_kl"])
         ratio, clipped, updated = self.ratio_3.tolist()
         moved = {"ratio_mean": ratio / updated, "clip_fraction": clipped / updated} if updated else {}
         ratio, clipped, stale = self.stale_3.tolist()
         corrected = {"stale_ratio_mean": ratio / stale, "stale_clip_fraction": clipped / stale} if stale else {}
         return {
-            "overlap": overlap,
-            "event_rate": event,
-            "weight_mean": weight,
-            "divergence": divergence,
+            "overlap": mean["overlap"],
+            "event_rate": mean["event"],
+            "weight_mean": mean["weight"],
+            "divergence": mean["divergence"],
+            **{name: mean[name] for name in (*OUTSIDE, "teacher_logp")},
+            "reverse_kl": mean["reverse_kl"] if known else None,
+            "reverse_kl_sampled": mean["gap"],
+            "reverse_kl_sampled_stderr": math.sqrt(variance / float(tokens)),
             "reliable_length": self.reliable_length_B.mean().item(),
             "overlap_by_position": self._curve(self.sums[PER_TOKEN.index("overlap")]),
             "weight_by_position": self._curve(self.sums[PER_TOKEN.index("weight")]),
+            "reverse_kl_by_position": self._curve(self.sums[SUMMED.index("reverse_kl" if known else "gap")]),
             **moved,
             **corrected,
         }

@@ -38,9 +38,9 @@ class TokenWeights:
 
     def look_ahead(self, chunks: Iterable[Scores]) -> None:
         """Take in the events and signals of all chunks. Collective over the context-parallel group, if there is one."""
-        events, signals = zip(*((scores.event_N, scores.signals) for scores in chunks), strict=True)
-        given = [signal_N for signal_N in Signals.concatenate(signals) if signal_N is not None]
-        event_N, *given = self._whole([torch.cat(events), *(given if self._weighting_ahead else [])])
+        events, signals = zip(*((scores.agreement.event, scores.signals) for scores in chunks), strict=True)
+        given = list(Signals.concatenate(signals)) if self._weighting_ahead else []
+        event_N, *given = self._whole([torch.cat(events), *given])
         if self._gate_ahead:
             gate = apply_gate_packed(event_N, self._offsets, self._method.gate, self._dtype)
             self._gate_N = self._own(gate.weight_BT)
@@ -50,7 +50,7 @@ class TokenWeights:
 
     def next(self, part: slice, scores: Scores) -> list[Tensor]:
         """Weight of every token of the next chunk, [n] for each objective."""
-        gate_N = self._running.advance(scores.event_N)[1] if self._gate_N is None else self._gate_N[part]
+        gate_N = self._running.advance(scores.agreement.event)[1] if self._gate_N is None else self._gate_N[part]
         weights = [gate_N if self._weighting_N is None else gate_N * self._weighting_N[part]]
         weights += [gate_N * added_on(self._method.weighting, scores.signals) for _ in self._method.objectives[1:]]
         if self._tokens.stale_logp_N is not None:

@@ -176,11 +176,6 @@ def local_columns(ids_NK: Tensor, shard: VocabShard) -> tuple[Tensor, Tensor]:
     return column_NK.masked_fill(~mine_NK, 0), mine_NK
 
 
-def exp_sum_(logits_NV: Tensor, maximum_N1: Tensor) -> Tensor:
-    """Replace logits by exp(logits − maximum), in place, and return their row sums [N, 1] (of this rank's columns)."""
-    return logits_NV.sub_(maximum_N1).exp_().sum(dim=-1, keepdim=True)
-
-
 # ---------------------------------------------------------------------------------------------------- over the group
 
 

@@ -2,9 +2,9 @@
 
     top-k of both models ─▶ O_t overlap ─▶ B_t event ─▶ C_t events so far ─▶ R_t reliability ─▶ W_t weight
                                                                               └─▶ E_i reliable length
-    └────────────────── `events` ──────────────────┘ └──────────── `apply_gate`, `PackedGate` ───────────┘
+    └────────────────── `judge` ───────────────────┘ └──────────── `apply_gate`, `PackedGate` ───────────┘
 
-The gate is causal and never recovers: C only counts up along a response, so R and W only fall. `events` judges each
+The gate is causal and never recovers: C only counts up along a response, so R and W only fall. `judge` looks at each
 token alone. `apply_gate` counts along whole responses as padded rows; `PackedGate` takes them packed end to end and in
 pieces, as the loss sees them. Both use the one formula in `_reliability` and `_weight`. Nothing here has a gradient.
 """
@@ -24,11 +24,25 @@ from prune_opd.config import GateConfig
 RELIABLE_ABOVE = 1e-8  # ε of the paper: a token counts as reliable while R_t > ε
 
 
-class Events(NamedTuple):
-    """Which tokens the teacher did not expect. Padded: [B, T]; packed: [N]."""
+class Views(NamedTuple):
+    """What both models find probable at some tokens: top-k ids, most probable first, and full-vocabulary logs there."""
 
-    overlap_BT: Tensor  # O, float32, 0..1
-    event_BT: Tensor  # B, bool
+    sampled_ids: Tensor  # y, integer [...]
+    student_ids: Tensor  # [..., k]
+    student_logp: Tensor  # log p at student_ids
+    teacher_logp_there: Tensor  # log q at student_ids
+    teacher_ids: Tensor  # [..., k]
+    teacher_logp: Tensor  # log q at teacher_ids
+
+
+class Agreement(NamedTuple):
+    """How far both models agree on each token. Padded: [B, T]; packed: [N]."""
+
+    overlap: Tensor  # O, float32, 0..1
+    event: Tensor  # B, bool
+    student_mass: Tensor  # Σ p over the student's top k
+    teacher_mass: Tensor  # Σ q there
+    acceptance: Tensor  # Σ min(p, q) there: the share of the student's tokens that the teacher would accept
 
 
 class Gate(NamedTuple):
@@ -39,30 +53,32 @@ class Gate(NamedTuple):
     reliable_length_B: Tensor  # E, int64, in tokens
 
 
-def events(
-    sampled_ids_BT: Tensor,
-    student_ids_BTK: Tensor,
-    teacher_ids_BTK: Tensor,
-    teacher_logp_BTK: Tensor,
-    gate: GateConfig | None,
-) -> Events:
-    """Overlap O and event B of every token, from what both models find most probable (Prune-OPD §3.1, method.md §2).
+def judge(views: Views, gate: GateConfig | None) -> Agreement:
+    """Overlap O, event B and shared mass of every token (Prune-OPD §3.1, method.md §2 and §7).
 
         overlap          B_t = 1[O_t < γ],  O_t = |K^S ∩ K^T| / k
         teacher_top_p    B_t = 1[y_t outside the teacher's nucleus]
+        acceptance       B_t = 1[Σ_{v ∈ K^S} min(p_v, q_v) < γ]: ours, blind to the order of a tail that has no mass
+        shared_mass      B_t = 1[Σ_{v ∈ K^S ∩ K^T} p_v < γ]: ours
 
-    sampled_ids_BT: y, integer [...]. student_ids_BTK, teacher_ids_BTK: each model's k most probable ids [..., k], most
-    probable first, with k = gate.k. teacher_logp_BTK: full-vocabulary log-probabilities of the teacher's. With gate
-    None any k will do, and nothing is an event. ValueError when the shapes do not fit together.
+    views: with k = gate.k. With gate None any k will do, and nothing is an event. ValueError when the shapes do not
+    fit together.
     """
-    overlap_BT = overlap_ratio(student_ids_BTK, teacher_ids_BTK)
+    overlap_BT = overlap_ratio(views.student_ids, views.teacher_ids)
+    student_BTK, teacher_BTK = views.student_logp.exp(), views.teacher_logp_there.exp()
+    acceptance_BT = torch.minimum(student_BTK, teacher_BTK).sum(-1)
     if gate is None:
         event_BT = torch.zeros_like(overlap_BT, dtype=torch.bool)
     elif gate.metric == "overlap":
         event_BT = overlap_events(overlap_BT, gate.k, gate.threshold)
+    elif gate.metric == "acceptance":
+        event_BT = acceptance_BT < gate.threshold
+    elif gate.metric == "shared_mass":
+        shared_BTK = (views.student_ids.unsqueeze(-1) == views.teacher_ids.unsqueeze(-2)).any(-1)
+        event_BT = (student_BTK * shared_BTK).sum(-1) < gate.threshold
     else:
-        event_BT = top_p_reject(sampled_ids_BT, teacher_ids_BTK, teacher_logp_BTK, gate.top_p)
-    return Events(overlap_BT, event_BT)
+        event_BT = top_p_reject(views.sampled_ids, views.teacher_ids, views.teacher_logp, gate.top_p)
+    return Agreement(overlap_BT, event_BT, student_BTK.sum(-1), teacher_BTK.sum(-1), acceptance_BT)
 
 
 def overlap_ratio(student_ids_BTK: Tensor, teacher_ids_BTK: Tensor) -> Tensor:

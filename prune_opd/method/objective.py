@@ -1,6 +1,6 @@
 """Per-token objectives: the mathematics of one token's loss, with no model, vocabulary shard or group in it.
 
-    topk_reverse_kl          −Σ_j r_j log p_j,  r_j = −W w_j sg(log p_j − log q_j)     on a support of top-k ids
+    topk_reverse_kl          −Σ_j r_j log p_j,  r_j = −W w_j sg(log p_j − log q_j − b) on a support of top-k ids
     sampled_token            −r log p(y),       r = −W sg(log p(y) − log q(y))         on the sampled token alone
     local_support_matching   W Σ_j p̄_j (log p̄_j − log q̄_j)                            on the teacher's top-k
     topk_forward_kl          W Σ_j q̄_j (log q̄_j − log p_j)                            on the teacher's top-k
@@ -8,8 +8,9 @@
     full_vocab_jsd           W [β Σ_v q_v log(q_v / m_v) + (1 − β) Σ_v p_v log(p_v / m_v)],  m = β q + (1 − β) p
 
 p student, q teacher, both over the full vocabulary; p̄, q̄ renormalised on the candidates; W the training weight, a
-constant; sg stop-gradient. The first two are policy gradients: a reward a candidate, and a ratio to the policy that
-sampled the batch when it has moved since (`clipped_policy_loss`). The others are divergences that are differentiated.
+constant; sg stop-gradient; b the baseline that `tail` chooses, 0 as published (`topk_reverse_kl`). The first two are
+policy gradients: a reward a candidate, and a ratio to the policy that sampled the batch when it has moved since
+(`clipped_policy_loss`). The others are divergences that are differentiated.
 
 An objective sees log-probabilities at K candidates a token and returns the loss and its derivative in the student's
 log p_j. The fused loss (loss/distill.py) does the rest and knows no objective by name: `candidates` says where to look,
@@ -85,37 +86,96 @@ def candidates(
 
 # ---------------------------------------------------------------------------------------------------- policy gradients
 
+Pair = tuple[Tensor, Tensor]  # of the student, of the teacher
+
+
+class Terms(NamedTuple):
+    """slope_NK: −r_j / W, the derivative in log p_j. divergence_N: the number to watch, unweighted [nats]."""
+
+    slope_NK: Tensor
+    divergence_N: Tensor
+
+
+def has_rest(config: ObjectiveConfig) -> bool:
+    """Whether the objective needs the mass of all ids that are not candidates."""
+    return config.name == "topk_reverse_kl" and config.tail == "bucket"
+
 
 def topk_reverse_kl(
-    student_logp_NK: Tensor, teacher_logp_NK: Tensor, config: ObjectiveConfig, valid_NK: Tensor | None = None
-) -> Tensor:
-    """Terms w_j (log p_j − log q_j) of the reverse KL on a support (Prune-OPD §2, method.md §1).
+    student_logp_NK: Tensor,
+    teacher_logp_NK: Tensor,
+    config: ObjectiveConfig,
+    valid_NK: Tensor | None = None,
+    log_rest: Pair | None = None,
+) -> Terms:
+    """The reverse KL on a support K (Prune-OPD §2, method.md §1 and §7): slopes w_j (δ_j − b), δ_j = log p_j − log q_j.
 
     w_j = p_j / Σ_i p_i over the support (student_p), q_j / Σ_i q_i (teacher_p), or 1 (none).
+
+        tail      b                               what is descended
+        none      0                               the published form. Its slopes sum to the divergence, so that while
+                                                  it is positive every id outside the support is raised, whatever the
+                                                  teacher says of it: mass leaks out of the support
+        bucket    δ_rest = log p_rest / q_rest    with w_j = p_j: exactly the KL of p and q with all other ids as one
+                                                  outcome, Σ_K p δ + p_rest δ_rest: 0 only where both agree on K
+        centred   Σ_j w_j δ_j / Σ_j w_j           slopes sum to 0; with student_p exactly KL(p̄ ‖ q̄), both renormalised
+                                                  on K: what lies outside is neither raised nor lowered
+
+    log_rest: log p_rest, log q_rest [N], for `bucket`.
     """
     gap_NK = student_logp_NK - teacher_logp_NK
+    if log_rest is not None:
+        share_NK = _only(student_logp_NK.exp(), valid_NK)
+        baseline_N = log_rest[0] - log_rest[1]
+        divergence_N = _only(share_NK * gap_NK, valid_NK).sum(dim=-1) + log_rest[0].exp() * baseline_N
+        return Terms(_only(share_NK * (gap_NK - baseline_N.unsqueeze(-1)), valid_NK), divergence_N)
+    weight_NK = _weights(student_logp_NK, teacher_logp_NK, config, valid_NK)
+    slope_NK = _only(weight_NK * gap_NK, valid_NK)
+    divergence_N = slope_NK.sum(dim=-1)
+    if config.tail == "none":
+        return Terms(slope_NK, divergence_N)
+    total_N = weight_NK.sum(dim=-1)
+    mean_N = torch.where(total_N > 0, divergence_N / total_N, 0)
+    outside_N = _log_mass(student_logp_NK, valid_NK) - _log_mass(teacher_logp_NK, valid_NK)
+    divergence_N = torch.where(total_N > 0, divergence_N - total_N * outside_N, 0)
+    return Terms(_only(weight_NK * (gap_NK - mean_N.unsqueeze(-1)), valid_NK), divergence_N)
+
+
+def _weights(
+    student_logp_NK: Tensor, teacher_logp_NK: Tensor, config: ObjectiveConfig, valid_NK: Tensor | None
+) -> Tensor:
+    """w_j of the support's ids, 0 of others."""
     if config.weight == "none":
-        return _only(gap_NK, valid_NK)
+        return _only(torch.ones_like(student_logp_NK), valid_NK)
     logp_NK = student_logp_NK if config.weight == "student_p" else teacher_logp_NK
     if valid_NK is not None:
         logp_NK = logp_NK.masked_fill(~valid_NK, -math.inf)
     # A softmax over the support is p renormalised on it. Of an empty one it is not a number, and `_only` drops it.
-    return _only(logp_NK.softmax(dim=-1) * gap_NK, valid_NK)
+    return _only(logp_NK.softmax(dim=-1), valid_NK)
+
+
+def _log_mass(logp_NK: Tensor, valid_NK: Tensor | None) -> Tensor:
+    return (logp_NK if valid_NK is None else logp_NK.masked_fill(~valid_NK, -math.inf)).logsumexp(dim=-1)
 
 
 def sampled_token(
-    student_logp_NK: Tensor, teacher_logp_NK: Tensor, config: ObjectiveConfig, valid_NK: Tensor | None = None
-) -> Tensor:
+    student_logp_NK: Tensor,
+    teacher_logp_NK: Tensor,
+    config: ObjectiveConfig,
+    valid_NK: Tensor | None = None,
+    log_rest: Pair | None = None,
+) -> Terms:
     """log p(y) − log q(y): a one-sample estimate of the reverse KL, of either sign (POPD/TOPD)."""
-    return student_logp_NK - teacher_logp_NK
+    gap_NK = student_logp_NK - teacher_logp_NK
+    return Terms(gap_NK, gap_NK.sum(dim=-1))
 
 
 def _only(terms_NK: Tensor, valid_NK: Tensor | None) -> Tensor:
     return terms_NK if valid_NK is None else terms_NK.masked_fill(~valid_NK, 0)
 
 
-_Terms = Callable[[Tensor, Tensor, ObjectiveConfig, Tensor | None], Tensor]
-_POLICY_GRADIENTS: dict[str, _Terms] = {"topk_reverse_kl": topk_reverse_kl, "sampled_token": sampled_token}
+_PolicyGradient = Callable[[Tensor, Tensor, ObjectiveConfig, Tensor | None, Pair | None], Terms]
+_POLICY_GRADIENTS: dict[str, _PolicyGradient] = {"topk_reverse_kl": topk_reverse_kl, "sampled_token": sampled_token}
 
 
 def has_rewards(config: ObjectiveConfig) -> bool:
@@ -207,14 +267,18 @@ def token_loss(
     teacher_logp_NK: Tensor,
     weight_N: Tensor,
     valid_NK: Tensor | None = None,
+    log_rest: Pair | None = None,
 ) -> TokenLoss:
-    """The configured objective at its candidates' log-probabilities over the full vocabulary. weight_N: W_t."""
+    """The configured objective at its candidates' log-probabilities over the full vocabulary. weight_N: W_t.
+
+    log_rest: both models' log mass [N] on all other ids, where `has_rest`.
+    """
     weight_N1 = weight_N.unsqueeze(-1)
     if has_rewards(config):
-        term_NK = _POLICY_GRADIENTS[config.name](student_logp_NK, teacher_logp_NK, config, valid_NK)
-        reward_NK = -weight_N1 * term_NK
+        terms = _POLICY_GRADIENTS[config.name](student_logp_NK, teacher_logp_NK, config, valid_NK, log_rest)
+        reward_NK = -weight_N1 * terms.slope_NK
         # ∂ℓ/∂log p_j = −r_j: no "+ 1" term, nothing through the renormaliser.
-        return TokenLoss(-(reward_NK * student_logp_NK).sum(dim=-1), -reward_NK, term_NK.sum(dim=-1), reward_NK)
+        return TokenLoss(-(reward_NK * student_logp_NK).sum(dim=-1), -reward_NK, terms.divergence_N, reward_NK)
     value_N, slope_NK = _DIVERGENCES[config.name](student_logp_NK, teacher_logp_NK, config)
     return TokenLoss(weight_N * value_N, weight_N1 * slope_NK, value_N, None)
 

@@ -47,29 +47,26 @@ def stale_correction(logp_N: Tensor, sampled_logp_N: Tensor, clip: float) -> Ten
 
 
 class Signals(NamedTuple):
-    """What the weightings are made of, per token. The last three only where `needs_vocabulary` [nats]."""
+    """What the weightings are made of, per token [nats]."""
 
     advantage_N: Tensor  # log q(y_t) − log p(y_t)
-    student_entropy_N: Tensor | None = None
-    teacher_entropy_N: Tensor | None = None
-    divergence_N: Tensor | None = None  # reverse KL over the vocabulary
+    student_entropy_N: Tensor
+    teacher_entropy_N: Tensor
+    reverse_kl_N: Tensor  # over the vocabulary; NaN where it is not known, which is not where `needs_reverse_kl`
 
     def part(self, part: slice) -> Signals:
         """Slice of these tokens, in float64."""
-        advantage_N, *others = self
-        return Signals(advantage_N[part].double(), *(None if o is None else o[part].double() for o in others))
+        return Signals(*(signal_N[part].double() for signal_N in self))
 
     @staticmethod
     def concatenate(chunks: Sequence[Signals]) -> Signals:
         """Concatenate the chunks' signals."""
-        advantage_N, *others = (None if s[0] is None else torch.cat(s) for s in zip(*chunks, strict=True))
-        assert advantage_N is not None
-        return Signals(advantage_N, *others)
+        return Signals(*(torch.cat(signal) for signal in zip(*chunks, strict=True)))
 
 
-def needs_vocabulary(config: WeightingConfig) -> bool:
-    """Whether the weighting needs sums over the whole vocabulary."""
-    return config.name in ("tip", "entropy_aware")
+def needs_reverse_kl(config: WeightingConfig) -> bool:
+    """Whether the weighting needs the reverse KL over the vocabulary, for which ranks need the same ids of both."""
+    return config.name == "tip"
 
 
 def needs_whole_response(config: WeightingConfig) -> bool:
@@ -86,21 +83,7 @@ def added_objective(config: WeightingConfig) -> ObjectiveConfig | None:
 
 def added_on(config: WeightingConfig, signals: Signals) -> Tensor:
     """EOPD: where the teacher is uncertain, bool [N]."""
-    assert signals.teacher_entropy_N is not None
     return signals.teacher_entropy_N > config.entropy_threshold
-
-
-def vocabulary_sums(student_logp_NV: Tensor, teacher_logp_NV: Tensor) -> Tensor:
-    """Student entropy, teacher entropy and reverse KL [N, 3] of the columns at hand: add them up over the group."""
-    student_NV, teacher_NV = student_logp_NV.exp(), teacher_logp_NV.exp()
-    return torch.stack(
-        [
-            -(student_NV * student_logp_NV).sum(dim=-1),
-            -(teacher_NV * teacher_logp_NV).sum(dim=-1),
-            (student_NV * (student_logp_NV - teacher_logp_NV)).sum(dim=-1),
-        ],
-        dim=1,
-    )
 
 
 def response_weights(config: WeightingConfig, signals: Signals, cu_seqlens: Sequence[int]) -> Tensor:
@@ -120,10 +103,9 @@ def _iw_opd(config: WeightingConfig, signals: Signals) -> Tensor:
 
 
 def _tip(config: WeightingConfig, signals: Signals) -> Tensor:
-    assert signals.student_entropy_N is not None and signals.divergence_N is not None
     entropy_T = signals.student_entropy_N
     entropy_T = _min_max(entropy_T.clamp(max=entropy_T.quantile(ENTROPY_CUT)))
-    divergence_T = _min_max(signals.divergence_N)
+    divergence_T = _min_max(signals.reverse_kl_N)
     # The Soft-OR ĥ + δ̂ − ĥ δ̂ in the form that is exactly 1 where either is: the highest of both tie, the earlier wins.
     score_T = 1 - (1 - entropy_T) * (1 - divergence_T)
     kept = max(math.floor(config.retain * len(score_T) + 1e-9), 1)  # 0.29 · 100 is a little less than 29

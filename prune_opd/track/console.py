@@ -17,7 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 from rich.table import Table
 from rich.text import Text
 
-from prune_opd.track.metrics import PHASES, Record, Summary, summarise, task_names, total
+from prune_opd.track.metrics import PHASES, Record, Summary, full_kl, summarise, task_names, total
 
 _PLAIN_WIDTH = 100
 _ETA_WINDOW = 20  # steps whose mean time predicts the rest
@@ -174,9 +174,9 @@ class RunConsole:
     def _values(self, record: Record) -> list[tuple[str, str]]:
         formats = (("horizon", "horizon", "{}"), ("overlap", "overlap", "{:.3f}"), ("events", "event_rate", "{:.1%}"))
         values = [(label, form.format(record[key])) for label, key, form in formats if record.get(key) is not None]
-        for key in ("loss", "divergence"):
-            if record.get(key) is not None:
-                values.append((key, f"{record[key]:.3g}"))
+        for label, value in (("loss", record.get("loss")), ("full KL", full_kl(record))):
+            if value is not None:
+                values.append((label, f"{value:.3g}"))
         if self._full:
             values.append(("saved", f"{1 - self._generated / self._full:.1%}"))
         if record.get("time_step") and record.get("tokens_generated"):
@@ -212,6 +212,9 @@ def summary_rows(summary: Summary) -> list[tuple[str, str]]:
         else:
             text += f"  (step {accuracy.first_step} only)"
         rows.append((f"accuracy, {accuracy.task}", text))
+    if summary.full_kl is not None:
+        first, last = summary.full_kl
+        rows.append(("full reverse KL to the teacher", f"{first:.3g} → {last:.3g} nats per token"))
     rows.append(("tokens generated", f"{summary.tokens_generated:,}"))
     if summary.tokens_full is not None and summary.saved is not None:
         rows.append(("tokens at the full horizon", f"{summary.tokens_full:,} (estimated)"))

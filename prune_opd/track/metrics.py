@@ -62,6 +62,12 @@ def task_names(evaluation: Record) -> list[str]:
     ]
 
 
+def full_kl(step: Record) -> float | None:
+    """A step's reverse KL over the whole vocabulary [nats]: exact where known, else estimated from the samples."""
+    exact = step.get("reverse_kl")
+    return exact if exact is not None else step.get("reverse_kl_sampled")
+
+
 class MetricsLog:
     """The append-only writer of a file of records (metrics.jsonl, samples.jsonl). Lines are flushed one by one.
 
@@ -193,6 +199,7 @@ class Summary:
     stopped: int  # responses that the in-flight gate stopped
     tokens_avoided: int  # estimate: what those would still have cost
     teacher_tokens_inflight: int
+    full_kl: tuple[float, float] | None  # reverse KL over the vocabulary, of the first step and of the last
     padding: tuple[float, float] | None  # mean share of padding: rows padded to the longest, and packed
     seconds: float
     phases: dict[str, float]  # label -> seconds: the phases, other, evaluation; those that took no time are left out
@@ -202,6 +209,7 @@ def summarise(steps: list[Record], evaluations: list[Record]) -> Summary:
     """Adds a run up. Either list may be empty."""
     estimated = [r for r in steps if r.get("tokens_full")]
     full = sum(r["tokens_full"] for r in estimated)
+    kls = [kl for kl in map(full_kl, steps) if kl is not None]
     phases = {label: total(steps, key) for key, label in PHASES.items()}
     phases["other"] = max(0.0, total(steps, "time_step") - sum(phases.values()))
     phases["evaluation"] = total(evaluations, "time_eval")
@@ -215,6 +223,7 @@ def summarise(steps: list[Record], evaluations: list[Record]) -> Summary:
         stopped=int(total(steps, "pruned_inflight")),
         tokens_avoided=round(total(steps, "tokens_avoided")),
         teacher_tokens_inflight=int(total(steps, "teacher_tokens_inflight")),
+        full_kl=(kls[0], kls[-1]) if kls else None,
         padding=_padding(steps),
         seconds=sum(phases.values()),
         phases={label: seconds for label, seconds in phases.items() if seconds > 0},

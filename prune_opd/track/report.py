@@ -69,6 +69,8 @@ def _headlines(run: RunData, tasks: int | None = None) -> list[tuple[str, str]]:
         rows.append((f"accuracy, {accuracy.task}", f"{accuracy.before:.1%}{after}"))
     if summary.saved is not None:
         rows.append(("tokens saved (est.)", f"{summary.saved:.1%}"))
+    if summary.full_kl is not None:
+        rows.append(("full reverse KL", "{:.3g} → {:.3g}".format(*summary.full_kl)))
     overlap = [r["overlap"] for r in run.steps if r.get("overlap") is not None]
     if overlap:
         rows.append(("mean overlap", f"{overlap[0]:.2f} → {overlap[-1]:.2f}"))
@@ -99,6 +101,9 @@ def _facts(run: RunData) -> str:
 
 def _details(run: RunData, charts: str) -> str:
     note = "" if run.tasks else '<p class="note">This run has no evaluation, so nothing here shows success.</p>'
+    warned = [step for step in run.steps if step.get("warning")]
+    if warned:
+        note += f'<p class="warning">Warning, last at step {warned[-1]["step"]}: {escape(warned[-1]["warning"])}.</p>'
     config = '<p class="note">The run directory has no config.yaml.</p>'
     if run.config_text is not None:
         text = escape(run.config_text)
@@ -126,6 +131,7 @@ def _row_rank(name: str) -> int:
     starts = (
         "steps",
         "accuracy",
+        "full reverse KL",
         "tokens generated",
         "tokens at",
         "tokens saved",

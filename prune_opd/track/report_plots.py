@@ -203,9 +203,16 @@ def _mean(records: list[dict[str, Any]], key: str) -> float:
 
 _LOSSES = {
     "divergence": ("divergence", GREEN),
+    "reverse_kl": ("full KL", TEAL),
     "loss": ("loss", BLUE),
     "grad_norm": ("gradient norm", ORANGE),
     "weight_norm": ("weight norm", PURPLE),
+}
+_OUTSIDE = {
+    "student_entropy": ("student entropy", BLUE),
+    "teacher_entropy": ("teacher entropy", ORANGE),
+    "support_mass": ("mass of p's top k", GREEN),
+    "support_mass_teacher": ("q's mass there", PURPLE),
 }
 _WEIGHTS = {"weight_mean": ("mean weight", TEAL), "finished_rate": ("finished", GREEN)}
 _ACCURACY = "accuracy"  # among what a chart needs: an evaluation, where all others are keys of a step record
@@ -285,9 +292,23 @@ _CHARTS = (
         "Loss, divergence and norms",
         ("loss",),
         partial(_panels, curves=_LOSSES, share=False),
-        "Divergence is the reverse KL per token on the support, unweighted. Loss is a policy-gradient surrogate that "
-        "may be negative; both move with the horizon, so judge a run by accuracy. Spikes in the gradient norm (before "
-        "clipping) come first when a run diverges; the norm of all weights should move slowly.",
+        "Divergence is what the objective looks at, unweighted; the full KL is the reverse KL over the whole "
+        "vocabulary, and should fall with it. Loss is a policy-gradient surrogate that may be negative; all move with "
+        "the horizon, so judge a run by accuracy. Spikes in the gradient norm (before clipping) come first when a run "
+        "diverges; the norm of all weights should move slowly.",
+    ),
+    _Kind(
+        "Entropy [nats] and mass of the best ids",
+        ("student_entropy",),
+        partial(_panels, curves=_OUTSIDE, share=False),
+        "On the student's own text. The student's entropy should move towards the teacher's. Mass that leaves the "
+        "student's best ids while its entropy rises is a leak: the text becomes word salad.",
+    ),
+    _Kind(
+        "Full reverse KL by position: early, middle, late",
+        ("reverse_kl_by_position",),
+        partial(profile, key="reverse_kl_by_position", ylabel="nats per token", from_zero=True),
+        "How far the student is from its teacher along the response. Later curves should lie lower.",
     ),
     _Kind(
         "Accuracy over generated tokens [%]",

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from prune_opd.config import TrainConfig
 from prune_opd.track import samples, wandb_log
 from prune_opd.track.console import RunConsole
+from prune_opd.track.health import warnings
 from prune_opd.track.metrics import FILE_NAME, MetricsLog, Record, read_metrics
 from prune_opd.track.tensorboard_log import TensorBoardLog
 
@@ -66,8 +67,9 @@ class Tracker(NullTracker):
         self._run_dir, self._report, self._tokenizer = run_dir, config.track.report, tokenizer
         self._log = MetricsLog(run_dir / FILE_NAME, keep_through=resume_step or None)
         self._samples = MetricsLog(run_dir / samples.FILE_NAME, keep_through=resume_step or None)
-        history, _ = read_metrics(self._log.path)
-        self._console = RunConsole(config.name, config.steps, resume_step + 1, history=history)
+        self._steps, _ = read_metrics(self._log.path)
+        self._warned: set[str] = set()
+        self._console = RunConsole(config.name, config.steps, resume_step + 1, history=self._steps)
         self._wandb = wandb_log.start(
             run_dir, config_dict, config.track, config.name, resume=resume_step > 0, warn=self._console.note
         )
@@ -76,8 +78,15 @@ class Tracker(NullTracker):
         self._open = True
 
     def step(self, record: Record) -> None:
+        self._steps.append(record)
+        found = warnings(self._steps)
+        if found:
+            record["warning"] = "; ".join(found.values())
         self._log.write(record)
         self._console.step(record)
+        for kind in found.keys() - self._warned:  # once: the numbers in it change every step
+            self._console.note(f"warning: {found[kind]}")
+        self._warned |= found.keys()
         self._wandb.log(record)
         self._tensorboard.log(record)
 

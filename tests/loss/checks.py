@@ -50,4 +50,6 @@ def assert_agrees(
     close(stats.weight_N, reference.weight)
     close(stats.sampled_logp_N, reference.sampled_logp)
     close(stats.divergence_N, reference.divergence)
+    for name, expected in reference.outside.items():
+        close(getattr(stats, name), expected)
     return stats

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from random import Random
+from typing import Any
 
 import pytest
 import torch
@@ -13,9 +14,10 @@ from torch import Tensor
 from prune_opd.config import GateConfig
 from prune_opd.method.gate import (
     PackedGate,
+    Views,
     apply_gate,
     apply_gate_packed,
-    events,
+    judge,
     overlap_events,
     overlap_ratio,
     top_p_reject,
@@ -85,19 +87,52 @@ def test_the_nucleus_is_all_k_when_p_is_never_reached() -> None:
         assert top_p_reject(torch.tensor([sampled]), teacher_ids, teacher_logp, 0.95).item() == rejected
 
 
+def views(student_p: list[list[float]], teacher_p: list[list[float]], sampled: list[int]) -> Views:
+    """The top 2 of both models, from whole distributions."""
+    student_NV, teacher_NV = torch.tensor(student_p), torch.tensor(teacher_p)
+    student, teacher = student_NV.topk(2), teacher_NV.topk(2)
+    there = teacher_NV.gather(1, student.indices).log()
+    logs = student.values.log(), teacher.values.log()
+    return Views(torch.tensor(sampled), student.indices, logs[0], there, teacher.indices, logs[1])
+
+
+# Three tokens over four ids. The models agree; share one id of two; share none.
+VIEWS = views(
+    [[0.6, 0.3, 0.06, 0.04], [0.6, 0.3, 0.06, 0.04], [0.5, 0.3, 0.15, 0.05]],
+    [[0.3, 0.6, 0.06, 0.04], [0.7, 0.05, 0.2, 0.05], [0.1, 0.05, 0.15, 0.7]],
+    [0, 0, 0],
+)
+
+
 def test_events_are_those_of_the_configured_metric_and_none_without_a_gate() -> None:
-    student_ids, teacher_ids = torch.tensor([[7, 3], [7, 3], [5, 6]]), torch.tensor([[3, 7], [7, 9], [7, 9]])
-    teacher_logp, sampled = torch.tensor([0.6, 0.3]).log().expand(3, 2), torch.tensor([7, 7, 9])
-    found = {
-        metric: events(sampled, student_ids, teacher_ids, teacher_logp, GateConfig(metric, k=2, top_p=0.5))
-        for metric in ("overlap", "teacher_top_p")
-    }
-    assert found["overlap"].event_BT.tolist() == [False, True, True]  # 2, 1 and 0 of 2 shared
-    assert found["teacher_top_p"].event_BT.tolist() == [True, False, True]  # the first id has the nucleus to itself
-    without = events(sampled, student_ids, teacher_ids, teacher_logp, None)
-    assert not without.event_BT.any() and without.event_BT.dtype == torch.bool
-    for one in (*found.values(), without):
-        assert one.overlap_BT.tolist() == [1.0, 0.5, 0.0]
+    def of(metric: Any, threshold: float = 0.7) -> list[bool]:
+        gate = GateConfig(metric, k=2, threshold=threshold, top_p=0.5)
+        found = judge(VIEWS, gate)
+        assert found.overlap.tolist() == [1.0, 0.5, 0.0]
+        return found.event.tolist()
+
+    assert of("overlap") == [False, True, True]
+    assert of("teacher_top_p") == [True, False, True]  # the first id has the nucleus to itself
+    # min(p, q) of the student's best two: .3 + .3, .6 + .05, .1 + .05
+    assert of("acceptance", 0.62) == [True, False, True] and of("acceptance", 0.2) == [False, False, True]
+    assert of("shared_mass", 0.62) == [False, True, True] and of("shared_mass", 0.5) == [False, False, True]
+    without = judge(VIEWS, None)
+    assert not without.event.any() and without.event.dtype == torch.bool
+    assert without.overlap.tolist() == [1.0, 0.5, 0.0]
+
+
+def test_the_masses_are_those_of_the_students_best_ids() -> None:
+    found = judge(VIEWS, None)
+    assert found.student_mass.tolist() == pytest.approx([0.9, 0.9, 0.8])
+    assert found.teacher_mass.tolist() == pytest.approx([0.9, 0.75, 0.15])
+    assert found.acceptance.tolist() == pytest.approx([0.6, 0.65, 0.15])
+
+
+def test_acceptance_is_blind_to_the_order_of_a_tail_without_mass_and_the_overlap_is_not() -> None:
+    """Two sure models: the same first token, and what comes second is noise."""
+    sure = views([[0.98, 0.015, 0.005]], [[0.98, 0.005, 0.015]], [0])
+    assert judge(sure, GateConfig(k=2)).event.tolist() == [True]
+    assert judge(sure, GateConfig("acceptance", k=2)).event.tolist() == [False]
 
 
 # ---------------------------------------------------------------------------------------------------- weights
