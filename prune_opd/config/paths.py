@@ -43,6 +43,11 @@ def tiny_model_dir(name: str, config_digest: str) -> Path:
     return cache_dir() / "tiny" / config_digest / name
 
 
+def real_pair_dir() -> Path:
+    """The cached folder of the real pretrained pair, teacher/, student/ and data/: `make real-pair` fills it."""
+    return cache_dir() / "real-pair"
+
+
 def shipped_models_dir() -> Path:
     """The folder of the tiny models that come with the package, NAME/ each, and of their `index.json`."""
     return Path(__file__).resolve().parent.parent / "testbed" / "models"

@@ -1,0 +1,108 @@
+"""`prune-opd bench judge MODEL …`: students against their teacher over the whole vocabulary, by transformers alone.
+
+An outside judge: nothing of the training code is used. Every model answers held-out prompts at T = 1, and the teacher
+answers them once. Along both texts, at every response token, in nats:
+
+    reverse KL    sum over the vocabulary of p (log p - log q), p of the student and q of the teacher
+    forward KL    the same with the two exchanged
+    entropies     of student and teacher
+    top-16 mass   what the student gives to its 16 likeliest tokens, and what the teacher gives to them
+    NLL           -log p of the teacher's text
+
+A mean is over tokens; its ± is the standard error over prompts. The models are directories in the format of Hugging
+Face, for instance RUN/hf or an export. Without --teacher and --prompts it takes those of the real pair
+(`make real-pair`). Writes DIR/judge.json.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from benchmarks.common import BENCH, Out, Quick, Report, measure, table
+from prune_opd.config.paths import real_pair_dir
+from prune_opd.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What is measured. The defaults are the benchmark; QUICK only shows that it works."""
+
+    prompts: int = 32  # of all files together, the first of each file
+    tokens: int = 64  # at most, of a response
+    greedy: int = 4  # prompts whose greedy answers are kept as text
+    batch: int = 8  # rows whose logits are held at a time
+    seed: int = 1234  # of the responses
+
+
+QUICK = Settings(prompts=4, tokens=8, greedy=2)
+OWN = {
+    "model": "{name}",
+    "reverse KL": "{own[reverse_kl]:.3f} ± {own[reverse_kl_stderr]:.3f}",
+    "forward KL": "{own[forward_kl]:.3f}",
+    "entropy": "{own[student_entropy]:.2f}",
+    "teacher's": "{own[teacher_entropy]:.2f}",
+    "top-16 mass": "{own[student_top_mass]:.3f}",
+    "teacher's there": "{own[teacher_mass_there]:.3f}",
+    "tokens": "{own[tokens]}",
+    "finished": "{finished:.0%}",
+}
+TEACHER = {
+    "model": "{name}",
+    "reverse KL": "{given[reverse_kl]:.3f}",
+    "forward KL": "{given[forward_kl]:.3f} ± {given[forward_kl_stderr]:.3f}",
+    "NLL": "{given[nll]:.3f}",
+    "entropy": "{given[student_entropy]:.2f}",
+    "teacher's": "{given[teacher_entropy]:.2f}",
+    "top-16 mass": "{given[student_top_mass]:.3f}",
+}
+
+
+def run(
+    models: Annotated[list[Path], typer.Argument(metavar="MODEL …", help="Model directories.")],
+    teacher: Annotated[Path | None, typer.Option(metavar="DIR", help="Default: the real pair's.")] = None,
+    prompts: Annotated[list[Path] | None, typer.Option(metavar="FILE", help="Repeatable: .jsonl prompt files.")] = None,
+    rows: Annotated[int, typer.Option("--rows", metavar="N", help="Prompts of all files together.")] = Settings.prompts,
+    threads: Annotated[int, typer.Option(metavar="N", help="Cores.")] = 1,
+    out: Out = BENCH,
+    quick: Quick = False,
+) -> int:
+    """Measure the models one after another, print two tables and greedy answers, write the JSON file."""
+    pair = real_pair_dir()
+    settings = QUICK if quick else replace(Settings(), prompts=rows)
+    teacher = teacher or pair / "teacher"
+    files = prompts or [pair / "data" / f"{name}_held_out.jsonl" for name in ("chat", "arithmetic")]
+    for directory in (teacher, *models):
+        if not (directory / "config.json").is_file():
+            hint = ": run make real-pair" if pair in directory.parents else ""
+            raise ConfigError(f"{directory} is no model directory, it has no config.json{hint}")
+    for file in files:
+        if not file.is_file():
+            raise ConfigError(f"there is no prompt file {file}{': run make real-pair' if pair in file.parents else ''}")
+    report = Report(out / "judge.json", quick, settings)
+    request = {
+        "models": [str(model) for model in models],
+        "teacher": str(teacher),
+        "files": [str(file) for file in files],
+        **asdict(settings),
+    }
+    with report.console.status(f"judging {len(models)} models"):
+        (result,) = measure("benchmarks.studies.judge.measure", request, "judging", threads=threads)
+    report.write(teacher=str(teacher), files=request["files"], **result)
+    found: list[dict[str, Any]] = [{**row, "name": _short(row["model"])} for row in result["models"]]
+    size = f"{result['prompts']} prompts, at most {settings.tokens} tokens, T = 1"
+    report.console.print(table(f"the model's own text: {size}", OWN, found))
+    report.console.print(table(f"the teacher's text: {size}", TEACHER, found))
+    for row in found:
+        report.console.print(f"[bold]{row['name']}[/], greedy")
+        for sample in row["greedy"]:
+            report.console.print(f"  {sample['prompt']!r}\n    → {sample['response']!r}", markup=False, highlight=False)
+    report.name_files()
+    return 0
+
+
+def _short(model: str) -> str:
+    return "/".join(Path(model).parts[-2:])

@@ -1,0 +1,173 @@
+"""The measurements of `prune-opd bench judge`, with transformers and nothing of the product's training or loss."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.common import answer, cpu_time
+from prune_opd.config.paths import cache_dir
+
+TOP = 16
+
+
+@dataclass(frozen=True)
+class Text:
+    """One response a prompt, left-padded prompts and right-padded responses."""
+
+    ids: Tensor  # [rows, prompt + response]
+    mask: Tensor  # the same shape: 1 where there is a token
+    start: int  # the width of the prompts
+
+    def part(self, first: int, count: int) -> Text:
+        rows = slice(first, first + count)
+        return Text(self.ids[rows], self.mask[rows], self.start)
+
+
+def compare(student_NV: Tensor, teacher_NV: Tensor, sampled_N: Tensor) -> dict[str, Tensor]:
+    """What is measured at each of N tokens, in nats, from log-probabilities over the vocabulary."""
+    p_NV, q_NV = student_NV.exp(), teacher_NV.exp()
+    difference_NV = student_NV - teacher_NV
+    top = student_NV.topk(min(TOP, student_NV.shape[1])).indices
+    return {
+        "reverse_kl": (p_NV * difference_NV).sum(1),
+        "forward_kl": -(q_NV * difference_NV).sum(1),
+        "student_entropy": -(p_NV * student_NV).sum(1),
+        "teacher_entropy": -(q_NV * teacher_NV).sum(1),
+        "student_top_mass": p_NV.gather(1, top).sum(1),
+        "teacher_mass_there": q_NV.gather(1, top).sum(1),
+        "nll": -student_NV.gather(1, sampled_N[:, None])[:, 0],
+        "teacher_nll": -teacher_NV.gather(1, sampled_N[:, None])[:, 0],
+    }
+
+
+def summary(values: dict[str, Tensor], lengths: Sequence[int]) -> dict[str, Any]:
+    """Means over tokens and their standard errors over rows (`lengths` tokens each: a ratio of sums)."""
+    found: dict[str, Any] = {"tokens": sum(lengths)}
+    length_R = torch.tensor(lengths, dtype=torch.double)
+    for name, value_N in values.items():
+        total_R = torch.stack([row.double().sum() for row in value_N.split(list(lengths))])
+        mean = total_R.sum() / length_R.sum()
+        apart_R = (total_R - mean * length_R) / length_R.mean()
+        found[name] = float(mean)
+        found[f"{name}_stderr"] = float(apart_R.std() / len(lengths) ** 0.5) if len(lengths) > 1 else 0.0
+    return found
+
+
+@torch.inference_mode()
+def generate(model: Any, tokenizer: Any, texts: list[str], tokens: int, seed: int | None) -> Text:
+    """One response a text: sampled from the whole vocabulary at T = 1, or greedy without a seed."""
+    torch.manual_seed(seed or 0)
+    batch = tokenizer(texts, add_special_tokens=False, return_tensors="pt", padding=True, padding_side="left")
+    end, start = tokenizer.eos_token_id, batch.input_ids.shape[1]
+    how: dict[str, Any] = {"do_sample": False}
+    if seed is not None:
+        how = {"do_sample": True, "temperature": 1.0, "top_p": 1.0, "top_k": 0}
+    ids = model.generate(**batch, max_new_tokens=tokens, pad_token_id=end, eos_token_id=end, **how)
+    ended = (ids[:, start:] == end).long()
+    before_end = (ended.cumsum(1) - ended) == 0  # the end itself is a token of the response
+    return Text(ids, torch.cat([batch.attention_mask, before_end.long()], 1), start)
+
+
+@torch.inference_mode()
+def log_probabilities(model: Any, text: Text) -> Tensor:
+    """Of every response token [N, vocabulary], row after row."""
+    positions = (text.mask.cumsum(1) - 1).clamp_min(0)
+    width = text.ids.shape[1] - text.start
+    out = model(text.ids, attention_mask=text.mask, position_ids=positions, logits_to_keep=width + 1)
+    return out.logits[:, :-1][text.mask[:, text.start :].bool()].float().log_softmax(-1)
+
+
+def along(student: Any, teacher: Any, text: Text, batch: int) -> tuple[dict[str, Tensor], list[int]]:
+    """`compare` at every response token, and the responses' lengths."""
+    parts = []
+    for first in range(0, len(text.ids), batch):
+        part = text.part(first, batch)
+        sampled_N = part.ids[:, part.start :][part.mask[:, part.start :].bool()]
+        parts.append(compare(log_probabilities(student, part), log_probabilities(teacher, part), sampled_N))
+    lengths = text.mask[:, text.start :].sum(1).tolist()
+    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}, lengths
+
+
+def measure(
+    models: list[str], teacher: str, files: list[str], prompts: int, tokens: int, greedy: int, batch: int, seed: int
+) -> dict[str, Any]:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(teacher)
+    rows = [row for file in files for row in _rows(Path(file), prompts // len(files))]
+    turns = [row.get("messages") or [{"role": "user", "content": row["question"]}] for row in rows]
+    texts = [tokenizer.apply_chat_template(t, add_generation_prompt=True, tokenize=False) for t in turns]
+    start = cpu_time()
+    judge = _load(teacher)
+    given = _teacher_text(Path(teacher), judge, tokenizer, texts, tokens, seed)
+    shown = [i * len(texts) // greedy for i in range(greedy)]
+    found: dict[str, Any] = {"prompts": len(texts), "cpu_seconds_teacher": cpu_time() - start, "models": []}
+    for directory in models:
+        start, begun = cpu_time(), time.monotonic()
+        model = _load(directory)
+        own = generate(model, tokenizer, texts, tokens, seed + 1)
+        along_own, lengths = along(model, judge, own, batch)
+        along_given, given_lengths = along(model, judge, given, batch)
+        best = generate(model, tokenizer, [texts[i] for i in shown], tokens, None)
+        ended = own.ids[:, own.start :].eq(tokenizer.eos_token_id).any(1).double().mean()
+        found["models"].append(
+            {
+                "model": directory,
+                "own": summary(along_own, lengths),
+                "given": summary(along_given, given_lengths),
+                "finished": float(ended),
+                "greedy": [
+                    {"prompt": turns[i][-1]["content"], "response": response}
+                    for i, response in zip(shown, _responses(tokenizer, best), strict=True)
+                ],
+                "sampled": _responses(tokenizer, own),
+                "seconds": time.monotonic() - begun,
+                "cpu_seconds": cpu_time() - start,
+            }
+        )
+        del model
+    return found
+
+
+def _teacher_text(directory: Path, teacher: Any, tokenizer: Any, texts: list[str], tokens: int, seed: int) -> Text:
+    """The teacher's responses. They stay in the per-user cache: the same for every student judged later."""
+    weights = [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in sorted(directory.glob("*.safetensors"))]
+    key = hashlib.sha256(json.dumps([str(directory), weights, texts, tokens, seed]).encode()).hexdigest()[:16]
+    file = cache_dir() / "judge" / f"{key}.pt"
+    if file.is_file():
+        kept = torch.load(file, weights_only=True)
+        return Text(kept["ids"], kept["mask"], kept["start"])
+    text = generate(teacher, tokenizer, texts, tokens, seed)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    part = file.with_suffix(".part")
+    torch.save({"ids": text.ids, "mask": text.mask, "start": text.start}, part)
+    part.rename(file)
+    return text
+
+
+def _responses(tokenizer: Any, text: Text) -> list[str]:
+    pairs = zip(text.ids[:, text.start :], text.mask[:, text.start :].bool(), strict=True)
+    return [tokenizer.decode(ids[mask], skip_special_tokens=True) for ids, mask in pairs]
+
+
+def _rows(file: Path, count: int) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()[:count]]
+
+
+def _load(directory: str) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
+
+
+if __name__ == "__main__":
+    answer(measure)
