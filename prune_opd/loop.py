@@ -72,6 +72,7 @@ def step(run: Run) -> None:
             "step": number,
             "horizon": horizon,
             **stats.record(),
+            **run.calibration.record(),
             **batch.packing,
             "response_length": rollouts.tokens / len(rollouts.responses),
             "finished_rate": sum(rollouts.finished_B) / len(rollouts.responses),
@@ -81,11 +82,8 @@ def step(run: Run) -> None:
             "rollout_digest": rollouts.digest,
             "tokens_generated": rollouts.generated,
             "tokens_full": run.tokens_at_full_horizon(len(rollouts.responses)),
-            "tokens_trained": result.tokens,
-            "loss": result.loss,
-            "grad_norm": result.grad_norm,
+            **result.record(),
             "weight_norm": run.trainer.weight_norm(),
-            "lr": result.lr,
             "updates_skipped": len(batch.minibatches) - result.updates,
             **clock.record(),
         }
@@ -101,7 +99,8 @@ def train_on(run: Run, batch: TrainBatch, clock: PhaseClock) -> tuple[StepResult
         teacher_hidden = run.teacher.hidden(rollouts, batch.deals, kept)
     with clock("train"):
         stats = run.new_stats(rollouts)
-        loss = gated_loss(run.config, run.teacher, teacher_hidden, run.vocab_size, group, stats, several)
+        usual = run.calibration.usual
+        loss = gated_loss(run.config, run.teacher, teacher_hidden, run.vocab_size, group, stats, several, usual)
         if several:
             run.trainer.look(batch.microbatches, loss)  # at the policy that sampled the batch, before it moves
         result = run.trainer.step_through(batch.minibatches, loss)
@@ -109,6 +108,7 @@ def train_on(run: Run, batch: TrainBatch, clock: PhaseClock) -> tuple[StepResult
     run.check_updates(result, rollouts)
     if not result.skipped:
         run.controller.update(stats.reliable_length_B, rollouts.length_B, rollouts.finished_B)
+        run.calibration.update(stats.early_3.tolist())
     run.finished_steps += 1
     return result, stats
 

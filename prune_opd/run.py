@@ -19,6 +19,7 @@ from prune_opd.errors import ConfigError, UserError
 from prune_opd.eval.evaluate import Evaluator, Sampling, make_evaluator
 from prune_opd.inflight.gate import InflightGate
 from prune_opd.loss.stats import BatchStats
+from prune_opd.method.change_point import Calibration
 from prune_opd.method.horizon import HorizonController, make_controller
 from prune_opd.ranks.signals import Watchdog
 from prune_opd.rollout.batch import Rollouts
@@ -62,6 +63,7 @@ class Run:
     rollout: RolloutPhase
     sync: WeightSync
     controller: HorizonController
+    calibration: Calibration
     checkpoints: Checkpoints
     evaluators: list[Evaluator] = field(default_factory=list)  # one a task; none: no evaluation
     inflight: InflightGate | None = None
@@ -101,7 +103,8 @@ class Run:
         config, responses = self.config, len(rollouts.responses)
         step = self.finished_steps + 1
         watched = sampled_rows(config.track, step, config.steps, responses, rollouts.stopped_rows)
-        return BatchStats(responses, config.track.position_bins, config.horizon.max_len, self.machine.device, watched)
+        early, device = config.gate.early_tokens if config.gate else 0, self.machine.device
+        return BatchStats(responses, config.track.position_bins, config.horizon.max_len, device, watched, early)
 
     def check_updates(self, result: StepResult, rollouts: Rollouts) -> None:
         """Say which updates of this step were skipped, and where. Raises `UserError` after too many in a row."""
@@ -136,6 +139,7 @@ class Run:
             "config": to_dict(self.config),
             "schedule": self.trainer.schedule.state_dict(),
             "controller": self.controller.state_dict(),
+            "calibration": self.calibration.state_dict(),
             "sampler": self.rollout.sampler.state_dict(),
             "long_tail": self.rollout.long_tail.state_dict(),
             "inflight": self.inflight.schedule.state_dict() if self.inflight else None,
@@ -159,6 +163,8 @@ class Run:
                 anew[name] = f"the {name} starts anew: {error}"
         if "long_tail" in state and "sampler" not in anew:  # an older version's checkpoint has none
             self.rollout.long_tail.load_state_dict(state["long_tail"])
+        if "calibration" in state:  # an older version's checkpoint has none
+            self.calibration.load_state_dict(state["calibration"])
         if self.inflight and state.get("inflight"):
             self.inflight.schedule.load_state_dict(state["inflight"])
         self.full_response_length = state["full_response_length"]
@@ -224,6 +230,7 @@ def prepare(config: TrainConfig, run_dir: Path, resume: str, allow_config_change
         rollout=rollout,
         sync=WeightSync(config, trainer, rollout, phases.enter),
         controller=make_controller(config.horizon),
+        calibration=Calibration(config.gate),
         checkpoints=Checkpoints(run_dir / "checkpoints", config.checkpoint, layout),
         evaluators=_evaluators(config, tokenizer),
         inflight=inflight,

@@ -19,8 +19,10 @@ from torch import Tensor
 from prune_opd.config import GateConfig, ObjectiveConfig, WeightingConfig
 from prune_opd.loss import GateStats, Head, Method, Tokens, distill_loss
 from prune_opd.loss.context import ContextShard
+from prune_opd.method.change_point import Usual
 
 VOCAB = 61
+USUAL = Usual(0.75, 0.15)  # acceptance, for gates that look for a change point
 GATE = GateConfig(k=6, threshold=0.5, w_drop=0.15)
 OBJECTIVE = ObjectiveConfig(k=6)
 NO_WEIGHTING = WeightingConfig()
@@ -236,18 +238,23 @@ def reference_loss(
     overlap_k = objective.k if gate is None else gate.k
     overlaps, events, reliabilities, weights, reliable_lengths = [], [], [], [], []
     for begin, end in pairwise(cu_seqlens):
-        count, row_weights, reliable = 0, [], 0
+        count, row_weights, reliable, collected = 0, [], 0, 0.0
         for t in range(begin, end):
             shared = len(set(top_ids(student_NV[t], overlap_k)) & set(top_ids(teacher_NV[t], overlap_k)))
             overlaps.append(shared / overlap_k)
             event = False
             if gate is not None and gate.metric == "overlap":
                 event = shared < gate.threshold * gate.k - 1e-9
-            elif gate is not None and gate.metric in ("acceptance", "shared_mass"):
+            elif gate is not None and gate.metric != "teacher_top_p":
                 students, teachers = top_ids(student_NV[t], gate.k), top_ids(teacher_NV[t], gate.k)
                 p_V, q_V = logp_NV[t].exp(), logq_NV[t].exp()
+                accepted_mass = float(torch.minimum(p_V, q_V)[students].sum())
                 if gate.metric == "acceptance":
-                    event = float(torch.minimum(p_V, q_V)[students].sum()) < gate.threshold
+                    event = accepted_mass < gate.threshold
+                elif gate.metric == "change_point":
+                    z = min((USUAL.mean - accepted_mass) / USUAL.deviation, 3.0)
+                    collected = max(0.0, collected + z - gate.slack)
+                    event = collected >= gate.alarm
                 else:
                     event = float(p_V[sorted({*students} & {*teachers})].sum()) < gate.threshold
             elif gate is not None:
@@ -383,7 +390,7 @@ class Case:
             Head(self.student_hidden, self.student_weight),
             Head(self.teacher_hidden, self.teacher_weight),
             Tokens(self.sampled, offsets, self.vocab_size, context, self.stale_logp),
-            Method(gate, objective, weighting),
+            Method(gate, objective, weighting, USUAL),
             **options,
         )
 

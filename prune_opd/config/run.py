@@ -174,6 +174,11 @@ def check_inflight(config: TrainConfig) -> None:
             "rollout.inflight.mode = gate with gate.w_drop = 0: reliability never falls to 0; give w_drop a value, set "
             f"rollout.inflight.stop_events, {off}"
         )
+    if gate.metric not in ("overlap", "teacher_top_p"):
+        raise ConfigError(
+            f"rollout.inflight.mode = gate with gate.metric = {gate.metric}: which of its events no rounding decides "
+            f"is only known of overlap and teacher_top_p; take one of these, {off}"
+        )
     if gate.metric == "overlap" and gate.threshold == 0:
         raise ConfigError(
             "rollout.inflight.mode = gate with gate.threshold = 0: no overlap is below it, so nothing is ever stopped; "

@@ -103,11 +103,11 @@ def distill_loss(
         loss_sum = torch.zeros((), dtype=torch.float64, device=tokens.sampled_ids_N.device)
         parts = _parts(len(tokens.sampled_ids_N), chunk)
         heads = (student_head, teacher_head, tokens.sampled_ids_N)
-        if old is None and weights.needs_ahead:
+        if weights.needs_ahead(weighted=old is not None):
             weights.look_ahead(score_chunk(*heads, part, method) for part in parts)
         for part in parts:
             old_part = None if old is None else old.part(part)
-            scores = score_chunk(*heads, part, method, old=old_part)
+            scores = weights.judge(part, score_chunk(*heads, part, method, old=old_part))
             chunk_weights = weights.next(part, scores) if old_part is None else old_part.weights
             loss = chunk_loss(scores, method.objectives, chunk_weights, old_part)
             loss_sum += loss.loss_N.sum()

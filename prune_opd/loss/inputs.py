@@ -13,6 +13,7 @@ from prune_opd.config import GateConfig, ObjectiveConfig, WeightingConfig
 from prune_opd.errors import ConfigError, NotFiniteLogitsError
 from prune_opd.loss.context import ContextShard
 from prune_opd.loss.vocab_parallel import OutputHead
+from prune_opd.method.change_point import Usual
 from prune_opd.method.weighting import added_objective
 
 
@@ -47,6 +48,7 @@ class Method(NamedTuple):
     gate: GateConfig | None  # None for plain distillation: weight 1, no events
     objective: ObjectiveConfig  # its temperature divides both models' logits
     weighting: WeightingConfig = WeightingConfig()  # one of the literature, beside the gate
+    usual: Usual | None = None  # the pair's own measure, for a gate that looks for change points
 
     @property
     def objectives(self) -> list[ObjectiveConfig]:

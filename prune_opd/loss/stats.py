@@ -122,10 +122,20 @@ class BatchStats:
     """Sums over response tokens, also by position in the response (`bins` of equal width over `max_len` tokens).
 
     watched: rows of the global batch whose single tokens are kept too, for whoever wants to look at them.
+    early: first tokens of a response whose acceptance is summed for the gate's calibration.
     """
 
-    def __init__(self, responses: int, bins: int, max_len: int, device: torch.device, watched: Sequence[int] = ()):
-        self.bins, self.max_len, self.watched = bins, max_len, tuple(watched)
+    def __init__(
+        self,
+        responses: int,
+        bins: int,
+        max_len: int,
+        device: torch.device,
+        watched: Sequence[int] = (),
+        early: int = 0,
+    ):
+        self.bins, self.max_len, self.watched, self.early = bins, max_len, tuple(watched), early
+        self.early_3 = torch.zeros(3, dtype=torch.float64, device=device)  # tokens, Σ acceptance, Σ acceptance²
         shape = (len(self.watched), len(PER_TOKEN), max_len)
         self.tokens_W4T = torch.zeros(shape, dtype=torch.float64, device=device)  # PER_TOKEN of the watched rows
         self.reliable_length_B = torch.zeros(responses, dtype=torch.float64, device=device)
@@ -148,6 +158,8 @@ class BatchStats:
         value_SN = torch.stack([value_N.double() for value_N in values])
         self.sums.index_add_(1, bin_N, value_SN)
         value_4N = value_SN[: len(PER_TOKEN)]
+        early_N = stats.acceptance_N[position_N < self.early].double()
+        self.early_3 += torch.stack([torch.ones_like(early_N), early_N, early_N**2]).sum(1)
         self.count.index_add_(0, bin_N, torch.ones_like(bin_N, dtype=torch.float64))
         if stats.stale_ratio_N is not None and stats.stale_clipped_N is not None:
             stale_N = ~stats.stale_ratio_N.isnan()
@@ -174,14 +186,15 @@ class BatchStats:
 
         counts: whether this rank's sums are taken; each token must be in those of one rank (`Layout.reports`).
         """
-        parts = [self.reliable_length_B, self.sums, self.count, self.ratio_3, self.stale_3, self.tokens_W4T]
+        names = ("reliable_length_B", "sums", "count", "ratio_3", "stale_3", "early_3", "tokens_W4T")
+        parts = [getattr(self, name) for name in names]
         flat = torch.cat([part.flatten() for part in parts])
         if not counts:
             flat.zero_()
         dist.all_reduce(flat)
         whole = flat.split([part.numel() for part in parts])
-        views = [values.view_as(part) for values, part in zip(whole, parts, strict=True)]
-        self.reliable_length_B, self.sums, self.count, self.ratio_3, self.stale_3, self.tokens_W4T = views
+        for name, values, part in zip(names, whole, parts, strict=True):
+            setattr(self, name, values.view_as(part))
 
     def record(self) -> dict[str, Any]:
         """The gate's part of a step record in metrics.jsonl."""

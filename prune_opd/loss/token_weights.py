@@ -1,4 +1,4 @@
-"""The weight of every token in the loss: gate × weighting × correction of stale tokens, all of them constants."""
+"""Events and the weight of every token in the loss: gate × weighting × correction of stale tokens, all constants."""
 
 from __future__ import annotations
 
@@ -9,16 +9,17 @@ from torch import Tensor
 
 from prune_opd.loss.chunk import Scores
 from prune_opd.loss.inputs import Method, Tokens
+from prune_opd.method.change_point import ChangePoint
 from prune_opd.method.gate import PackedGate, apply_gate_packed
 from prune_opd.method.weighting import Signals, added_on, needs_whole_response, response_weights, stale_correction
 
 
 class TokenWeights:
-    """The objectives' weights, chunk by chunk in the order of the tokens.
+    """The objectives' weights, chunk by chunk in the order of the tokens: `judge` each chunk, then ask for its weights.
 
     The gate is a running count and needs no more than what came before. But its `mean` normalisation, the weightings
     iw_opd and tip, and a gate over responses that context-parallel ranks share need more of a response: where
-    `needs_ahead`, all chunks go through `look_ahead` first.
+    it `needs_ahead`, all chunks go through `look_ahead` first.
 
     offsets: the responses', on the host. dtype: of the weights.
     """
@@ -26,27 +27,42 @@ class TokenWeights:
     def __init__(self, tokens: Tokens, offsets: Sequence[int], method: Method, dtype: torch.dtype) -> None:
         self._tokens, self._offsets, self._method, self._dtype = tokens, offsets, method, dtype
         gate = method.gate
-        self._running = PackedGate(offsets, gate, tokens.sampled_ids_N.device, dtype)
+        self._device = tokens.sampled_ids_N.device
+        self._running, self._change = PackedGate(offsets, gate, self._device, dtype), self._change_point()
         self._gate_ahead = gate is not None and (gate.weight_normalisation == "mean" or tokens.context is not None)
+        self._event_N: Tensor | None = None  # of this rank's tokens
         self._weighting_ahead = needs_whole_response(method.weighting)
         self._gate_N: Tensor | None = None  # W, of this rank's tokens
         self._weighting_N: Tensor | None = None
 
-    @property
-    def needs_ahead(self) -> bool:
+    def needs_ahead(self, weighted: bool) -> bool:
+        """Whether the chunks must be looked at first. weighted: the weights are an older policy's and known."""
+        if weighted:
+            return self._change is not None and self._tokens.context is not None
         return self._gate_ahead or self._weighting_ahead
 
     def look_ahead(self, chunks: Iterable[Scores]) -> None:
         """Take in the events and signals of all chunks. Collective over the context-parallel group, if there is one."""
-        events, signals = zip(*((scores.agreement.event, scores.signals) for scores in chunks), strict=True)
+        seen, signals = zip(*((scores.agreement, scores.signals) for scores in chunks), strict=True)
         given = list(Signals.concatenate(signals)) if self._weighting_ahead else []
-        event_N, *given = self._whole([torch.cat(events), *given])
+        judged = [torch.cat([of_chunk.event for of_chunk in seen]), torch.cat([of.acceptance for of in seen])]
+        event_N, acceptance_N, *given = self._whole([*judged, *given])
+        if change := self._change_point():
+            event_N = change.advance(acceptance_N)
+            self._event_N = self._own(event_N)
         if self._gate_ahead:
             gate = apply_gate_packed(event_N, self._offsets, self._method.gate, self._dtype)
             self._gate_N = self._own(gate.weight_BT)
         if self._weighting_ahead:
             weight_N = response_weights(self._method.weighting, Signals(*given), self._offsets)
             self._weighting_N = self._own(weight_N.to(self._dtype))
+
+    def judge(self, part: slice, scores: Scores) -> Scores:
+        """The next chunk with the events of a gate that looks along responses."""
+        if self._change is None:
+            return scores
+        event_N = self._change.advance(scores.agreement.acceptance) if self._event_N is None else self._event_N[part]
+        return scores._replace(agreement=scores.agreement._replace(event=event_N))
 
     def next(self, part: slice, scores: Scores) -> list[Tensor]:
         """Weight of every token of the next chunk, [n] for each objective."""
@@ -58,6 +74,12 @@ class TokenWeights:
             correction_N = stale_correction(scores.sampled_logp_N, stale_logp_N, clip).to(self._dtype)
             weights = [weight_N * correction_N for weight_N in weights]
         return weights
+
+    def _change_point(self) -> ChangePoint | None:
+        gate = self._method.gate
+        if gate is None or gate.metric != "change_point":
+            return None
+        return ChangePoint(self._offsets, gate, self._method.usual, self._device)
 
     def _whole(self, values: Sequence[Tensor]) -> list[Tensor]:
         """Values [N] of this rank's tokens as those of all tokens."""

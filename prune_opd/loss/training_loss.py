@@ -15,6 +15,7 @@ from prune_opd.errors import NotFiniteLogitsError
 from prune_opd.loss import Head, Method, OldPolicy, Tokens, distill_loss
 from prune_opd.loss.context import ContextShard
 from prune_opd.loss.stats import BatchStats
+from prune_opd.method.change_point import Usual
 
 
 class Student(Protocol):
@@ -61,10 +62,12 @@ def gated_loss(
     tp_group: dist.ProcessGroup | None,
     stats: BatchStats,
     several: bool = False,
+    usual: Usual | None = None,
 ) -> Callable[[Student, MicroBatch, Tensor], tuple[Tensor, int]]:
     """The trainer's loss function for this step: `distill_loss` on the positions that predict a response token.
 
     vocab_size: ids that both models know. tp_group: the ranks that share the output matrices; None: there is one.
+    usual: the pair's own measure, of a gate that looks for change points (`Calibration`).
 
     What the gate saw goes to `stats`. With several updates a batch (method.md §1), the first call with a micro-batch
     notes down what is then fixed of it (`OldPolicy`: gate weights, and a policy gradient's candidates and rewards) and
@@ -87,7 +90,7 @@ def gated_loss(
                     teacher.head_weight,
                 ),
                 Tokens(batch.sampled_ids_M, batch.cu_responses, vocab_size, context, batch.stale_logp_M),
-                Method(config.gate, config.objective, config.weighting),
+                Method(config.gate, config.objective, config.weighting, usual),
                 tp_group=tp_group,
                 chunk=config.parallel.loss_chunk_tokens,
                 policy="keep" if several and old is None else old,

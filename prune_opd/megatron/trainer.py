@@ -63,6 +63,10 @@ class StepResult:
     updates: int = 1  # that were made
     skipped: tuple[tuple[NotFinite, ...], ...] = ()  # why, for each update that was not made
 
+    def record(self) -> dict[str, float]:
+        """The trainer's part of a step record."""
+        return {"tokens_trained": self.tokens, "loss": self.loss, "grad_norm": self.grad_norm, "lr": self.lr}
+
 
 class Trainer:
     """Owns the student's parameters, gradients and optimizer state.

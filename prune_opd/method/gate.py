@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from prune_opd.config import GateConfig
+from prune_opd.method.packed import Pieces
 
 RELIABLE_ABOVE = 1e-8  # ε of the paper: a token counts as reliable while R_t > ε
 
@@ -60,6 +61,7 @@ def judge(views: Views, gate: GateConfig | None) -> Agreement:
         teacher_top_p    B_t = 1[y_t outside the teacher's nucleus]
         acceptance       B_t = 1[Σ_{v ∈ K^S} min(p_v, q_v) < γ]: ours, blind to the order of a tail that has no mass
         shared_mass      B_t = 1[Σ_{v ∈ K^S ∩ K^T} p_v < γ]: ours
+        change_point     not from a token alone: `ChangePoint` makes it of the acceptance, and there is none here
 
     views: with k = gate.k. With gate None any k will do, and nothing is an event. ValueError when the shapes do not
     fit together.
@@ -67,7 +69,7 @@ def judge(views: Views, gate: GateConfig | None) -> Agreement:
     overlap_BT = overlap_ratio(views.student_ids, views.teacher_ids)
     student_BTK, teacher_BTK = views.student_logp.exp(), views.teacher_logp_there.exp()
     acceptance_BT = torch.minimum(student_BTK, teacher_BTK).sum(-1)
-    if gate is None:
+    if gate is None or gate.metric == "change_point":
         event_BT = torch.zeros_like(overlap_BT, dtype=torch.bool)
     elif gate.metric == "overlap":
         event_BT = overlap_events(overlap_BT, gate.k, gate.threshold)
@@ -171,15 +173,9 @@ class PackedGate:
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
     ) -> None:
-        offset_B1 = torch.tensor(cu_seqlens, dtype=torch.int64)
-        length_B = offset_B1.diff()
-        response_N = torch.repeat_interleave(torch.arange(len(length_B)), length_B)
+        self._pieces = Pieces(cu_seqlens, device)
         self.gate = gate
         self.dtype = dtype
-        self.length_B = length_B.to(device)
-        self.response_N = response_N.to(device)
-        self._start_N = offset_B1[:-1][response_N].to(device)
-        self._position = 0
         self._carried = torch.zeros((), dtype=torch.int64, device=device)  # C of the last token that was fed
 
     def advance(self, event_C: Tensor) -> tuple[Tensor, Tensor]:
@@ -187,31 +183,23 @@ class PackedGate:
 
         The weight is that of `none` or `base`; `mean` needs whole responses: see `apply_gate_packed`.
         """
-        begin, end = self._position, self._position + len(event_C)
-        if end > len(self.response_N):
-            raise ValueError(f"event brings the tokens to {end}, but cu_seqlens ends at {len(self.response_N)}")
-        self._position = end
-        start_C = self._start_N[begin:end]
-        total_C = event_C.long().cumsum(0)
-        # Events of this piece that lie before the token's own response, and events of its response in earlier pieces.
-        first_C = (start_C - begin).clamp(min=0)
-        earlier_C = (total_C - event_C.long())[first_C]
-        count_C = total_C - earlier_C + self._carried * (start_C < begin)
-        if end > begin:
+        count_C = self._pieces.take(len(event_C)).sum_in_response(event_C.long(), self._carried)
+        if len(event_C):
             self._carried = count_C[-1]
         reliability_C = _reliability(count_C, self.gate)
         return reliability_C.to(self.dtype), _weight(reliability_C, self.gate).to(self.dtype)
 
     def divide_by_mean(self, weight_N: Tensor) -> Tensor:
         """W over the mean W of its own response: no other response, micro-batch or rank has a part in it."""
-        total_B = torch.zeros(len(self.length_B), dtype=torch.float64, device=weight_N.device)
-        total_B.index_add_(0, self.response_N, weight_N.double())
-        return (weight_N.double() / _mean_or_one(total_B, self.length_B)[self.response_N]).to(self.dtype)
+        length_B, response_N = self._pieces.length_B, self._pieces.response_N
+        total_B = torch.zeros(len(length_B), dtype=torch.float64, device=weight_N.device)
+        total_B.index_add_(0, response_N, weight_N.double())
+        return (weight_N.double() / _mean_or_one(total_B, length_B)[response_N]).to(self.dtype)
 
     def reliable_length(self, reliability_N: Tensor) -> Tensor:
         """E_i = #{t : R_t > 1e-8} of every response, int64 [B]."""
-        length_B = torch.zeros_like(self.length_B)
-        return length_B.index_add_(0, self.response_N, (reliability_N > RELIABLE_ABOVE).long())
+        length_B = torch.zeros_like(self._pieces.length_B)
+        return length_B.index_add_(0, self._pieces.response_N, (reliability_N > RELIABLE_ABOVE).long())
 
 
 def apply_gate_packed(

@@ -22,10 +22,11 @@ from torch import Tensor
 
 from prune_opd.config import GateConfig, ObjectiveConfig, WeightingConfig
 from prune_opd.loss.context import ContextShard
-from tests.distributed.worker_distill import error, sharded, statistics_error, whole
+from tests.distributed.worker_distill import BUCKET, error, is_aligned, sharded, statistics_error, whole
 from tests.reference import GATE, NO_WEIGHTING, OBJECTIVE, WEIGHTINGS, Case, make_case, reference_update
 
 LONG = make_case(lengths=(9, 0, 1, 14, 0, 30))
+CHANGE_POINT = dataclasses.replace(GATE, metric="change_point", alarm=3.0)
 SHORT = make_case(lengths=(1,))  # leaves all ranks but one without a token
 
 
@@ -105,7 +106,8 @@ def compare(
         same &= bool(torch.isclose(stats.stale_ratio_N, alone.stale_ratio_N, rtol=1e-9, equal_nan=True).all())
         same &= torch.equal(stats.stale_clipped_N, alone.stale_clipped_N)
     errors = ranks.errors(loss, mine, context, reference.loss_sum, expected)
-    return {**errors, "statistics": statistics_error(stats, reference) if same else math.inf}
+    aligned = is_aligned(mine, ranks.tp_group, objective, weighting)
+    return {**errors, "statistics": statistics_error(stats, reference, aligned) if same else math.inf}
 
 
 def compare_update(ranks: Ranks, objective: ObjectiveConfig = OBJECTIVE, case: Case = LONG) -> dict[str, float]:
@@ -139,6 +141,9 @@ CASES: dict[str, Callable[[Ranks], dict[str, float]]] = {
     "mean weight": lambda ranks: compare(ranks, dataclasses.replace(GATE, weight_normalisation="mean")),
     "teacher top-p": lambda ranks: compare(ranks, GateConfig("teacher_top_p", k=9, w_drop=0.15, top_p=0.6)),
     "full vocabulary": lambda ranks: compare(ranks, objective=ObjectiveConfig("full_vocab_jsd", k=6)),
+    "bucket": lambda ranks: compare(ranks, objective=BUCKET),
+    "change point": lambda ranks: compare(ranks, CHANGE_POINT),
+    "change point, ranks without a token": lambda ranks: compare(ranks, CHANGE_POINT, case=SHORT),
     "stale tokens": lambda ranks: compare(ranks, case=LONG.stale()),
     "stale tokens, ranks without a token": lambda ranks: compare(ranks, case=SHORT.stale()),
     "ranks without a token": lambda ranks: compare(ranks, case=SHORT),
@@ -150,6 +155,7 @@ CASES: dict[str, Callable[[Ranks], dict[str, float]]] = {
         for gate in (GATE, None)
     },
     "moved student": compare_update,
+    "moved student, bucket": lambda ranks: compare_update(ranks, BUCKET),
     "moved student, full vocabulary": lambda ranks: compare_update(ranks, ObjectiveConfig("full_vocab_jsd", k=6)),
     "moved student, ranks without a token": lambda ranks: compare_update(ranks, case=SHORT),
 }

@@ -84,8 +84,14 @@ def gradient_errors(loss: Tensor, shard: Case, expected_loss: Tensor, expected: 
     }
 
 
+def is_aligned(shard: Case, group: dist.ProcessGroup, objective: ObjectiveConfig, weighting: WeightingConfig) -> bool:
+    """Whether a rank has the same token ids of both models: it needs them for some, and exchanges rows to get them."""
+    alike = len(shard.student_weight) == len(shard.teacher_weight) or dist.get_world_size(group) == 1
+    return alike or on_vocabulary(objective) or weighting.name == "tip"
+
+
 def statistics_error(stats: GateStats, reference: Reference, aligned: bool) -> float:
-    """The largest of the per-token statistics. aligned: whether a rank has the same token ids of both models."""
+    """The largest of the per-token statistics."""
     expected = {
         "overlap_N": reference.overlap,
         "reliability_N": reference.reliability,
@@ -133,8 +139,7 @@ def compare(
         and torch.equal(stats.overlap_N, alone.overlap_N)
     )
     errors = gradient_errors(loss, shard, reference.loss_sum, expected, group)
-    aligned = len(shard.student_weight) == len(shard.teacher_weight) or dist.get_world_size(group) == 1
-    aligned = aligned or on_vocabulary(objective) or weighting.name == "tip"  # these exchange the teacher's rows
+    aligned = is_aligned(shard, group, objective, weighting)
     return {**errors, "statistics": statistics_error(stats, reference, aligned) if same else math.inf}
 
 
@@ -286,6 +291,7 @@ CASES: dict[str, Callable[[dist.ProcessGroup], dict[str, float]]] = {
     "bucket without a rest": lambda group: compare(PLAIN, group, objective=dataclasses.replace(BUCKET, k=VOCAB)),
     "acceptance": lambda group: compare(PLAIN, group, dataclasses.replace(GATE, metric="acceptance")),
     "shared mass": lambda group: compare(PLAIN, group, dataclasses.replace(GATE, metric="shared_mass")),
+    "change point": lambda group: compare(PLAIN, group, dataclasses.replace(GATE, metric="change_point", alarm=3.0)),
     "151936 ids and 152064 rows": lambda group: compare(
         large_vocabulary_case(), group, objective=ObjectiveConfig("full_vocab_jsd"), chunk=3
     ),

@@ -28,6 +28,8 @@ from tests.reference import GATE, OBJECTIVES, VOCAB, describe, make_case
         dataclasses.replace(GATE, metric="teacher_top_p", top_p=1.0, k=20),
         dataclasses.replace(GATE, metric="acceptance"),
         dataclasses.replace(GATE, metric="shared_mass", k=11),
+        dataclasses.replace(GATE, metric="change_point", alarm=3.0),
+        dataclasses.replace(GATE, metric="change_point", alarm=3.0, weight_normalisation="mean"),
     ],
     ids=lambda gate: (
         "no gate" if gate is None else f"{gate.metric}-{gate.weight_normalisation}-k{gate.k}-b{gate.w_base:g}"
