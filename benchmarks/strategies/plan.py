@@ -24,6 +24,7 @@ W_DROP = "gate.w_drop={w_drop}"  # the recipe's
 FIXED, MARGINAL = "horizon.strategy=topd", ("horizon.strategy=marginal", W_DROP)
 PAPER = ("horizon.strategy=prune", W_DROP)
 OURS = (*PAPER, "horizon.finished_rows=hit_if_reliable")
+CHANGE_POINT = (*OURS, "gate.metric=change_point", "gate.k=16")  # the same on every pair
 STOP = (
     "rollout.inflight.mode=gate",
     "rollout.inflight.schedule=fixed",
@@ -56,6 +57,8 @@ METHODS = (
     Method("prune_w0", "Prune-OPD overlap, w_base 0", PAPER),
     Method("prune", "Prune-OPD overlap, w_base 0, hit_if_reliable", OURS),
     Method("prune_top_p", "Prune-OPD top-p, w_base 0, hit_if_reliable", (*OURS, "gate.metric=teacher_top_p")),
+    Method("change_point", "ours: change-point gate", CHANGE_POINT),
+    Method("acceptance", "ours: acceptance below .5", (*OURS, "gate.metric=acceptance", "gate.k=16"), named_only=True),
     Method("marginal", "ours: marginal window, w_base 0", MARGINAL),
     Method("marginal_paper", "ours: marginal window, w_base .5", (*MARGINAL, "gate.w_base=0.5")),
     Method("inflight", "Prune-OPD + in-flight stop (ours)", (*OURS, *STOP), "prune"),

@@ -89,9 +89,9 @@ class TokenRecord:
             whole = context.whole([*values_N, *stale], self._dtype)
             values_N, stale = whole[: len(values_N)], whole[len(values_N) :]
         raise_if_broken(broken_3, vocab_size)
-        (overlap_N, event_N, weight_N, sampled_logp_N, divergence_N), more = values_N[:5], values_N[5:]
-        (*outside, teacher_logp_N), moved = more[: len(OUTSIDE) + 1], more[len(OUTSIDE) + 1 :]
-        reverse_kl_N, student_entropy_N, teacher_entropy_N, student_mass_N, teacher_mass_N, acceptance_N = outside
+        overlap_N, event_N, weight_N, sampled_logp_N, divergence_N, *more = values_N
+        reverse_kl_N, student_entropy_N, teacher_entropy_N, *more = more
+        student_mass_N, teacher_mass_N, acceptance_N, teacher_logp_N, *moved = more
         ratio_N, clipped_N = moved or (None, None)
         reliability_N, _, reliable_length_B = apply_gate_packed(event_N, offsets, method.gate, self._dtype)
         return GateStats(
