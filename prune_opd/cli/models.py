@@ -86,7 +86,7 @@ def evaluate(
     if len(results) > 1:
         Console().print(results_table(results))
     for line in results:
-        for note in unreadable_notes(line["task"], readable(line), "--extract"):
+        for note in unreadable_notes(line["task"], readable(line), "--extract", line["model"]):
             typer.echo(note, err=True)
     return 0
 

@@ -247,13 +247,17 @@ def readable_answers(counts: tuple[int, int]) -> str:
     return "{} of {} answers readable".format(*counts)
 
 
-def unreadable_notes(task: str, counts: tuple[int, int] | None, setting: str = "evaluation.extract") -> list[str]:
+def unreadable_notes(
+    task: str, counts: tuple[int, int] | None, setting: str = "evaluation.extract", model: str = ""
+) -> list[str]:
     """A sentence if fewer than half of a task's answers could be read; the ledger's have only one form."""
     if counts is None or task == "ledger" or 2 * counts[0] >= counts[1]:
         return []
+    whose = f" of {model}" if model else ""
     return [
-        f"note: only {counts[0]} of {counts[1]} answers to {task} could be read, the others count as wrong: {setting} "
-        f"says where a response has its answer ({' | '.join(READERS)} | {REGEX}PATTERN); or it is cut off before"
+        f"note: only {counts[0]} of {counts[1]} answers{whose} to {task} could be read, the others count as wrong: "
+        f"{setting} says where a response has its answer ({' | '.join(READERS)} | {REGEX}PATTERN); it may also be cut "
+        "off before that"
     ]
 
 

@@ -129,7 +129,7 @@ def test_a_reader_is_chosen_on_the_command_line_as_it_is_written() -> None:
 
 def test_the_ledger_has_no_choice_of_readers_and_a_file_beside_it_does() -> None:
     run = tiny_compatible()
-    with pytest.raises(ConfigError, match="the ledger's answers have one form; set evaluation.extract=box"):
+    with pytest.raises(ConfigError, match=r"the ledger's answers have one form; set evaluation\.extract=box"):
         apply_overrides(run, ["evaluation.extract=choice"])
     assert apply_overrides(run, ["evaluation.extract=choice", "evaluation.sources=[ledger,a.jsonl]"])
 

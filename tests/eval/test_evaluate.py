@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from prune_opd.cli import models
 from prune_opd.config import DataConfig
 from prune_opd.data.prompt import Prompt
-from prune_opd.eval.evaluate import Evaluator, Sampling, evaluation_record, make_evaluator
+from prune_opd.eval.evaluate import Evaluator, Sampling, evaluation_record, make_evaluator, write_rows
 from prune_opd.eval.run import EvalJob, result, results_table
 from prune_opd.rollout.batch import Response, Rollouts
 from prune_opd.rollout.request import Row, TokenSampling
@@ -126,6 +127,33 @@ def test_a_file_s_answers_are_read_as_the_evaluator_was_told(tmp_path: Path) -> 
     for extract, read in (("box", None), ("box_or_last_number", "48")):
         source = make_evaluator(SpelledIds(), task, 1, None, SAMPLING, extract).source
         assert source.read("So, the final answer is 48.") == read
+
+
+def test_the_command_reads_what_was_asked_for_and_notes_whose_answers_it_could_not_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    jobs: list[EvalJob] = []
+
+    def ranks(nproc: int, command: str, text: str) -> int:
+        jobs.append(job := EvalJob.from_json(text))
+        lines = [
+            result(evaluator(task.source, [0]).run(Doubling()))  # type: ignore[arg-type]
+            | {"readable": float(job.model_dir == "b" or task.source == "fine")}
+            for task in job.tasks
+        ]
+        assert job.results is not None
+        write_rows(Path(job.results), lines)
+        return 0
+
+    monkeypatch.setattr(models, "on_ranks", ranks)
+    monkeypatch.setattr(models, "check_eval", lambda *args: [])
+    models.evaluate([Path("a"), Path("b")], ["fine", "gsm", "ledger"], extract="regex:is (.+)")
+    shown = capsys.readouterr()
+    assert "0 of 2 answers" in " ".join(shown.out.split()) and {job.extract for job in jobs} == {"regex:is (.+)"}
+    (note,) = shown.err.splitlines()
+    assert note.startswith("note: only 0 of 2 answers of a to gsm could be read, ") and "--extract says" in note
+    models.evaluate([Path("b")], ["gsm"])
+    assert jobs[-1].extract == "box_or_last_number"
 
 
 def test_a_job_crosses_to_the_ranks_unchanged() -> None:
