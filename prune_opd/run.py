@@ -270,6 +270,8 @@ def _evaluators(config: TrainConfig, tokenizer: Any) -> list[Evaluator]:
     sampling = Sampling(settings.samples, length, settings.temperature, settings.top_p, settings.seed)
     longest = config.rollout.max_prompt_len
     return [
-        make_evaluator(tokenizer, replace(config.data, source=source), settings.problems, longest, sampling)
+        make_evaluator(
+            tokenizer, replace(config.data, source=source), settings.problems, longest, sampling, settings.extract
+        )
         for source in settings.sources or config.data.sources
     ]

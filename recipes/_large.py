@@ -1,7 +1,7 @@
 """What the large pairs share beyond the papers' settings: FP8 in both models and in rollouts, longer first windows.
 
 They are the project's own, so the in-flight gate is on: the teacher looks at 1024, 2048, 4096 … tokens, where that paid
-in the last batches.
+in the last batches. Evaluations take the last number of a response that boxes none.
 """
 
 from dataclasses import replace
@@ -19,5 +19,6 @@ def large_base(name: str, student: str, teacher: str, *, nodes: int) -> TrainCon
         base,
         rollout=replace(base.rollout, quantization="fp8", inflight=INFLIGHT),
         precision=PrecisionConfig(params="bf16", student_fp8=FP8, teacher_fp8=FP8),
+        evaluation=replace(base.evaluation, extract="box_or_last_number"),
         planning=replace(base.planning, nodes=nodes),
     )

@@ -19,6 +19,7 @@ from prune_opd.check.machine import compiler_problems, machine_problems, writabl
 from prune_opd.check.tokenizer import tokenizer_problems, vocabulary_problems
 from prune_opd.config import Fp8Config, SftConfig, TrainConfig
 from prune_opd.config.changes import changes, is_harmless
+from prune_opd.config.run import extract_problem
 from prune_opd.data.prompts import source_problem
 from prune_opd.errors import ConfigError
 from prune_opd.megatron.precision import token_multiple
@@ -105,13 +106,17 @@ def check_sft(config: SftConfig, nproc: int) -> list[str]:
     return problems + _apex()
 
 
-def check_eval(model_dir: Path, tasks: Sequence[str], top_p: float, out: Path | None) -> list[str]:
+def check_eval(
+    model_dir: Path, tasks: Sequence[str], top_p: float, out: Path | None, extract: str = "box"
+) -> list[str]:
     """The problems of evaluating a Hugging Face directory, or a checkpoint, on tasks; see `check_train`."""
     problems: list[str] = []
     if not (model_dir / "state.json").is_file():
         problems += _model_problems(_read_model("MODEL_DIR", str(model_dir)))
     if top_p == 0:
         problems.append("--top-p = 0.0 leaves no token to sample: give more than 0, or --temperature 0 for greedy")
+    if problem := extract_problem("--extract", extract):
+        problems.append(problem)
     problems += [problem for task in tasks if (problem := source_problem("--task", task))]
     return problems + ([] if out is None else writable_problems("--out", out))
 

@@ -17,7 +17,8 @@ from prune_opd.config import DataConfig
 from prune_opd.errors import UserError
 from prune_opd.eval.evaluate import Sampling, write_rows
 from prune_opd.eval.run import SEED, EvalJob, results_table
-from prune_opd.track.metrics import Record
+from prune_opd.track.console import unreadable_notes
+from prune_opd.track.metrics import Record, readable
 
 
 def evaluate(
@@ -40,6 +41,14 @@ def evaluate(
     thinking: Annotated[
         bool | None, typer.Option("--thinking/--no-thinking", help="The chat template's switch.")
     ] = None,
+    extract: Annotated[
+        str,
+        typer.Option(
+            metavar="READER",
+            help="How answers are read (not the ledger's): box, as the papers do; last_number; box_or_last_number;"
+            " choice; regex:PATTERN. As evaluation.extract.",
+        ),
+    ] = "box_or_last_number",
     chat: Annotated[bool | None, typer.Option("--chat/--no-chat", help="Through the chat template, or not.")] = None,
     out: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Where eval.jsonl and every sampled answer go.")
@@ -50,7 +59,8 @@ def evaluate(
     sampling = Sampling(samples, max_len or 0, temperature, top_p, SEED)
     as_prompts: dict[str, Any] = {"chat": chat, "system_prompt": system_prompt, "suffix": suffix, "thinking": thinking}
     tasks = tuple(DataConfig(source=source, **as_prompts) for source in task)
-    refuse([problem for model_dir in model_dirs for problem in check_eval(model_dir, task, top_p, out)])
+    wrong = [problem for model_dir in model_dirs for problem in check_eval(model_dir, task, top_p, out, extract)]
+    refuse(list(dict.fromkeys(wrong)))  # what is wrong with a task is so for every model
     if is_rank() and (len(model_dirs) > 1 or _is_checkpoint(model_dirs[0])):
         raise UserError("eval under torchrun takes one Hugging Face directory: leave torchrun out and give --nproc")
     results: list[Record] = []
@@ -63,6 +73,7 @@ def evaluate(
                 tasks,
                 problems,
                 sampling,
+                extract,
                 None if answers is None else str(answers),
                 str(found),
             )
@@ -74,6 +85,9 @@ def evaluate(
         write_rows(out / "eval.jsonl", results)
     if len(results) > 1:
         Console().print(results_table(results))
+    for line in results:
+        for note in unreadable_notes(line["task"], readable(line), "--extract", line["model"]):
+            typer.echo(note, err=True)
     return 0
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
@@ -57,6 +58,25 @@ class DataConfig(Checked, name="data"):
         return self.mixture or (self.source,)
 
 
+READERS = ("box", "last_number", "box_or_last_number", "choice")
+REGEX = "regex:"
+
+
+def extract_problem(field: str, extract: str) -> str | None:
+    """Why answers cannot be read as `extract` says, in one line; None if they can (data/extract.py does it)."""
+    if extract in READERS:
+        return None
+    if not extract.startswith(REGEX):
+        return f"{field} = {extract!r} is not known: choose one of {', '.join(READERS)}, or {REGEX}PATTERN"
+    try:
+        pattern = re.compile(extract.removeprefix(REGEX))
+    except re.error as error:
+        return f"{field} = {extract!r} is no regular expression of Python ({error}): correct the pattern"
+    if any(not found[0] for text in ("", "The answer is 48.\n") for found in pattern.finditer(text)):
+        return f"{field} = {extract!r} matches empty text: let it ask for something, as in {REGEX}answer is (.+)"
+    return None
+
+
 @dataclass(frozen=True)
 class EvalConfig(Checked, name="evaluation"):
     """Accuracy on held-out problems, sampled by the rollout engine. `every` = 0: only before and after the run."""
@@ -68,8 +88,15 @@ class EvalConfig(Checked, name="evaluation"):
     top_p: ShareAboveZero = 1.0  # the sampling's nucleus; the papers have 0.95
     max_len: Count | None = None  # None: horizon.max_len
     seed: int = 777  # of the problems and of the sampling, the same at every evaluation
+    # where a response has its answer: box | last_number | box_or_last_number | choice | regex:PATTERN
+    extract: str = "box"
     sources: tuple[str, ...] = ()  # tasks and files with answers, as data.source; none: the training source, held out
     generations: CountOrZero = 64  # answers of each task that every evaluation leaves in generations/
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if problem := extract_problem("evaluation.extract", self.extract):
+            raise ConfigError(problem)
 
 
 @dataclass(frozen=True)
@@ -151,6 +178,11 @@ class TrainConfig(Checked, name=""):
                 f"gate = null with horizon.strategy = {self.horizon.strategy}: the window follows the gate's reliable "
                 "length; "
                 "set a gate or another strategy"
+            )
+        extract = self.evaluation.extract
+        if extract != "box" and set(self.evaluation.sources or self.data.sources) == {"ledger"}:
+            raise ConfigError(
+                f"evaluation.extract = {extract!r}: the ledger's answers have one form; set evaluation.extract=box"
             )
         check_inflight(self)
         check_long_tail(self)

@@ -134,18 +134,15 @@ def last_boxed(text: str) -> str | None:
     return None
 
 
-def math_equal(response_text: str, answer: str) -> bool:
-    r"""Whether the last `\boxed{...}` of a response equals the answer, given as LaTeX or plain text, as mathematics.
+def math_equal(given: str, answer: str) -> bool:
+    r"""Whether an answer that was read (extract.py) equals the right one, both LaTeX or plain text, as mathematics.
 
-    A response without a box is wrong, also if it mentions the number: cut-off reasoning mentions many. An answer that
-    cannot be compared within `COMPARE_SECONDS` is wrong.
+    Of the right one the last `\boxed{...}` counts, if it has one. An answer that cannot be compared within
+    `COMPARE_SECONDS` is wrong.
 
     Raises:
         RuntimeError: math-verify cannot be started.
     """
-    given = last_boxed(response_text)
-    if given is None:
-        return False
     given, wanted = _bare(given), _bare(last_boxed(answer) or answer)
     return given == wanted or _comparer().equal(given, wanted)
 

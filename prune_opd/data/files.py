@@ -6,6 +6,7 @@ from pathlib import Path
 
 from prune_opd.config import DataConfig
 from prune_opd.data.answers import math_equal
+from prune_opd.data.extract import read_answer
 from prune_opd.data.prompt import Prompt, Tokenizer
 from prune_opd.data.render import answer_of, encode_text, excerpt, prompt_text
 from prune_opd.data.rows import Row, read_rows
@@ -18,8 +19,8 @@ class FileSource:
     r"""The rows of a file (rows.py), all read, checked and encoded at the start, so that no bad row reaches a model.
 
     A row has a prompt (render.py) and optionally "answer" (a string or a number) and "source" (a name for metrics;
-    default: the file's). Other columns are ignored. No special tokens are added. Answers are scored by math-verify on
-    the last `\boxed{...}`.
+    default: the file's). Other columns are ignored. No special tokens are added. Answers are read as `extract` says
+    (extract.py) and scored by math-verify.
 
     data: its `source` is the file; bad_rows=skip leaves out rows that are broken, empty, longer than `max_prompt_len`
     or not UTF-8; `skipped` has them.
@@ -29,10 +30,13 @@ class FileSource:
             or no row is left.
     """
 
-    def __init__(self, data: DataConfig, tokenizer: Tokenizer, max_prompt_len: int | None = None) -> None:
+    def __init__(
+        self, data: DataConfig, tokenizer: Tokenizer, max_prompt_len: int | None = None, *, extract: str = "box"
+    ) -> None:
         self.path = Path(data.source)
         self.name = self.path.name
         self._data, self._tokenizer, self._max_prompt_len = data, tokenizer, max_prompt_len
+        self._extract = extract
         self.prompts: list[Prompt] = []
         self.places: list[str] = []  # file:row of each prompt, rows from 1
         self.skipped: dict[str, str] = {}  # file:row of each bad row → what is wrong with it
@@ -56,9 +60,13 @@ class FileSource:
     def get(self, index: int) -> Prompt:
         return self.prompts[index]
 
+    def read(self, response_text: str) -> str | None:
+        return read_answer(response_text, self._extract)
+
     def score(self, response_text: str, prompt: Prompt) -> bool:
         assert prompt.answer is not None
-        return math_equal(response_text, prompt.answer)
+        given = self.read(response_text)
+        return given is not None and math_equal(given, prompt.answer)
 
     def skipped_summary(self) -> str:
         """How many rows were bad, where, and the first reason."""

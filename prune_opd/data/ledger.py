@@ -156,11 +156,15 @@ class Ledger:
         deltas = tuple(DELTAS[choice] for choice in rng.integers(0, len(DELTAS), steps).tolist())
         return Problem(start, deltas, index)
 
-    def score(self, response_text: str, answer: str) -> bool:
-        r"""Whether the number after the last `\boxed` is the answer; braces and surrounding text do not matter."""
+    def read(self, response_text: str) -> str | None:
+        r"""The number after the last `\boxed`; braces and surrounding text do not matter. None if there is none."""
         _, boxed, after = response_text.rpartition(BOXED)
         number = _BOXED_NUMBER.match(after) if boxed else None
-        return number is not None and int(number[1]) == int(answer)
+        return None if number is None else number[1]
+
+    def score(self, response_text: str, answer: str) -> bool:
+        number = self.read(response_text)
+        return number is not None and int(number) == int(answer)
 
 
 # ---------------------------------------------------------------------------------------------------- worked solutions

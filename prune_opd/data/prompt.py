@@ -29,6 +29,10 @@ class PromptSource(Protocol):
 
     def get(self, index: int) -> Prompt: ...
 
+    def read(self, response_text: str) -> str | None:
+        """The answer that a response gives; None if none can be read, which is never right."""
+        ...
+
     def score(self, response_text: str, prompt: Prompt) -> bool:
         """Whether a response to a prompt of this source, which has an answer, is right."""
         ...

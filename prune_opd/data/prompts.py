@@ -60,11 +60,18 @@ def file_sources(sampler: Sampler) -> list[FileSource]:
 
 
 def make_source(
-    data: DataConfig, tokenizer: Tokenizer, seed: int, max_prompt_len: int | None = None, *, stream: str = "train"
+    data: DataConfig,
+    tokenizer: Tokenizer,
+    seed: int,
+    max_prompt_len: int | None = None,
+    *,
+    stream: str = "train",
+    extract: str = "box",
 ) -> LedgerSource | ReasoningGymSource | FileSource:
     """The source that `data.source` names: a procedural task (made with `seed`), a file or a dataset directory.
 
-    stream: of a procedural task's problems, "train" or "held_out".
+    stream: of a procedural task's problems, "train" or "held_out". extract: how answers are read (EvalConfig); the
+    ledger has a form of its own.
 
     Raises:
         ConfigError: there is no such task or file, or a prompt does not fit `max_prompt_len`.
@@ -81,8 +88,8 @@ def make_source(
             )
         return source
     if data.source.startswith(GYM):
-        return ReasoningGymSource(data, tokenizer, seed, max_prompt_len, stream=stream)
-    return FileSource(data, tokenizer, max_prompt_len)
+        return ReasoningGymSource(data, tokenizer, seed, max_prompt_len, stream=stream, extract=extract)
+    return FileSource(data, tokenizer, max_prompt_len, extract=extract)
 
 
 def held_out(

@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 from prune_opd.config import DataConfig
-from prune_opd.data.answers import last_boxed
+from prune_opd.data.extract import read_answer
 from prune_opd.data.ledger import TOKEN_ID, VOCABULARY, Ledger, encode
 from prune_opd.data.prompt import Prompt, Tokenizer
 from prune_opd.data.render import encode_text, prompt_text
@@ -44,6 +44,9 @@ class LedgerSource:
         problem = self.task.problem(self.seed, index, self.stream)
         return Prompt(index, tuple(encode(problem.prompt_words)), problem.answer, self.name)
 
+    def read(self, response_text: str) -> str | None:
+        return self.task.read(response_text)
+
     def score(self, response_text: str, prompt: Prompt) -> bool:
         assert prompt.answer is not None
         return self.task.score(response_text, prompt.answer)
@@ -53,7 +56,7 @@ class ReasoningGymSource:
     r"""Endless problems of a reasoning-gym task: `reasoning_gym/countdown`, `reasoning_gym/countdown?max_numbers=4`.
 
     After the question mark come settings of the task. The task's own scorer gets the response's last <answer>…</answer>
-    or, without one, its last `\boxed{...}`; a score of 1 is right. `stream`: as in LedgerSource.
+    or, without one, what `extract` reads (extract.py); a score of 1 is right. `stream`: as in LedgerSource.
 
     Raises:
         ConfigError: there is no such task, it has no such settings, or the tokenizer cannot encode a prompt.
@@ -62,9 +65,16 @@ class ReasoningGymSource:
     size = None
 
     def __init__(
-        self, data: DataConfig, tokenizer: Tokenizer, seed: int, max_prompt_len: int | None, *, stream: str
+        self,
+        data: DataConfig,
+        tokenizer: Tokenizer,
+        seed: int,
+        max_prompt_len: int | None,
+        *,
+        stream: str,
+        extract: str = "box",
     ) -> None:
-        self.name = data.source
+        self.name, self._extract = data.source, extract
         self._task, _, settings = self.name.removeprefix(GYM).partition("?")
         self._settings = _settings(self.name, settings)
         self._data, self._tokenizer = data, tokenizer
@@ -84,10 +94,13 @@ class ReasoningGymSource:
             f"{self._max_prompt_len} tokens: raise it, or set an easier task"
         )
 
+    def read(self, response_text: str) -> str | None:
+        tagged = re.findall(r"<answer>(.*?)</answer>", response_text, flags=re.S)
+        return tagged[-1].strip() if tagged else read_answer(response_text, self._extract)
+
     def score(self, response_text: str, prompt: Prompt) -> bool:
         dataset, entry = self._problem(*divmod(prompt.index, TRIES))
-        tagged = re.findall(r"<answer>(.*?)</answer>", response_text, flags=re.S)
-        answer = tagged[-1].strip() if tagged else last_boxed(response_text)
+        answer = self.read(response_text)
         return answer is not None and dataset.score_answer(answer, entry) >= 1
 
     def _problem(self, index: int, attempt: int = 0) -> tuple[Any, dict[str, Any]]:

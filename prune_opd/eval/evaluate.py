@@ -38,17 +38,24 @@ class Sampling:
 class Scored:
     """Sampled and scored answers to a task's problems, in order.
 
-    Row i of `rollouts` and `texts` is sample i % k of problem i // k; `correct` is indexed [problem][sample].
+    Row i of `rollouts`, `texts` and `answers` (what could be read of a text, or None) is sample i % k of problem
+    i // k; `correct` is indexed [problem][sample].
     """
 
     task: str
     rollouts: Rollouts
     texts: tuple[str, ...]
+    answers: tuple[str | None, ...]
     correct: tuple[tuple[bool, ...], ...]
 
     @property
     def accuracy(self) -> Accuracy:
         return avg_at_k(self.correct)
+
+    @property
+    def readable(self) -> float:
+        """Share of the responses that an answer could be read from."""
+        return sum(answer is not None for answer in self.answers) / len(self.answers)
 
     @property
     def mean_length(self) -> float:
@@ -87,18 +94,19 @@ class Evaluator:
         k = sampling.samples
         grouped = [texts[i : i + k] for i in range(0, len(texts), k)]
         correct = score_responses(self.source, self.problems, grouped)
-        return Scored(self.task, rollouts, tuple(texts), tuple(map(tuple, correct)))
+        answers = tuple(map(self.source.read, texts))
+        return Scored(self.task, rollouts, tuple(texts), answers, tuple(map(tuple, correct)))
 
 
 def make_evaluator(
-    tokenizer: Any, data: DataConfig, problems: int, max_prompt_len: int | None, sampling: Sampling
+    tokenizer: Any, data: DataConfig, problems: int, max_prompt_len: int | None, sampling: Sampling, extract: str
 ) -> Evaluator:
-    """The evaluator of `problems` held-out problems of `data.source`, or of all that a file has.
+    """The evaluator of `problems` held-out problems of `data.source`, or of all that a file has; `extract`: EvalConfig.
 
     Raises:
         ConfigError: there is no such task or file, a prompt does not fit `max_prompt_len`, a row has no answer.
     """
-    source = make_source(data, tokenizer, sampling.seed, max_prompt_len)
+    source = make_source(data, tokenizer, sampling.seed, max_prompt_len, extract=extract)
     chosen = held_out(data, tokenizer, sampling.seed, problems, max_prompt_len)
     path = Path(source.name)
     task = path.stem if path.suffix in FORMATS else source.name  # of a file no ending, so that charts can say `aime24`
@@ -122,6 +130,7 @@ def evaluation_record(
         record[f"{name}_stderr"] = accuracy.stderr
         record[f"{name}_low"], record[f"{name}_high"] = accuracy.interval
         record[f"{name}_pass"] = accuracy.pass_at_k
+        record[f"{name}_readable"], record[f"{name}_answers"] = result.readable, len(result.answers)
     record["eval_response_length"] = sum(result.mean_length for result in scored) / len(scored)
     if generations is not None and keep:
         rows = [
@@ -145,6 +154,7 @@ def generation_rows(scored: Scored, tokenizer: Any, keep: int | None = None) -> 
             "source": prompt.source,
             "prompt": tokenizer.decode(list(prompt.ids)),
             "response": text,
+            "read": scored.answers[i],
             "answer": prompt.answer,
             "correct": scored.correct[i // k][i % k],
             "tokens": len(response.ids),

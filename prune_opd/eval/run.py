@@ -18,7 +18,8 @@ from prune_opd.config.yaml import from_dict
 from prune_opd.data.answers import pass_at
 from prune_opd.errors import ConfigError
 from prune_opd.eval.evaluate import Sampling, Scored, generation_rows, make_evaluator, write_rows
-from prune_opd.track.metrics import Record
+from prune_opd.track.console import readable_answers
+from prune_opd.track.metrics import Record, readable
 
 SEED = 20_000  # unlike the training evaluation's seed: no recipe was chosen by its results on these problems
 
@@ -27,7 +28,7 @@ SEED = 20_000  # unlike the training evaluation's seed: no recipe was chosen by 
 class EvalJob:
     """One model on some tasks, in plain values, so that it can go to the ranks as JSON.
 
-    sampling: its `max_len` 0 means all positions that the model has left after the longest prompt.
+    sampling: its `max_len` 0 means all positions that the model has left after the longest prompt. extract: EvalConfig.
     generations, results: JSONL files that rank 0 writes if they are given, with a line for each answer and each task.
     """
 
@@ -35,6 +36,7 @@ class EvalJob:
     tasks: tuple[DataConfig, ...]
     problems: int
     sampling: Sampling
+    extract: str = "box"
     generations: str | None = None
     results: str | None = None
 
@@ -67,7 +69,7 @@ def evaluate_model(job: EvalJob) -> None:
     layout = layouts.initialize(ParallelConfig(tensor=1), machine, seed=0)
     positions = json.loads((Path(job.model_dir) / "config.json").read_text())["max_position_embeddings"]
     tokenizer = AutoTokenizer.from_pretrained(job.model_dir)
-    evaluators = [make_evaluator(tokenizer, task, job.problems, None, job.sampling) for task in job.tasks]
+    evaluators = [make_evaluator(tokenizer, task, job.problems, None, job.sampling, job.extract) for task in job.tasks]
     longest = max(len(prompt.ids) for evaluator in evaluators for prompt in evaluator.problems)
     room = positions - longest
     if room < 1:
@@ -94,7 +96,10 @@ def evaluate_model(job: EvalJob) -> None:
 
 
 def result(scored: Scored) -> Record:
-    """A task's printed results: avg@k, its standard error and 95 % interval, pass@1, 2, 4 … k, lengths in tokens."""
+    """A task's printed results: avg@k, its standard error and 95 % interval, pass@1, 2, 4 … k, lengths in tokens.
+
+    `readable` is the share of the `answers` that could be read.
+    """
     accuracy = scored.accuracy
     k = accuracy.k
     powers = [2**i for i in range(k.bit_length()) if 2**i < k]
@@ -105,13 +110,16 @@ def result(scored: Scored) -> Record:
         "interval": accuracy.interval,
         **{f"pass@{j}": pass_at(scored.correct, j) for j in [*powers, k]},
         "problems": accuracy.n_problems,
+        "answers": len(scored.answers),
+        "readable": scored.readable,
         "response_length": scored.mean_length,
         "finished": scored.finished,
     }
 
 
 def results_table(results: Sequence[Record]) -> Table:
-    """A row for each model, a column for each task: avg@k with its 95 % interval, pass@k in brackets."""
+    """A row for each model, a column for each task: avg@k with its 95 % interval, pass@k in brackets, below them how
+    many answers could be read."""
     tasks = list(dict.fromkeys(line["task"] for line in results))
     table = Table("model", *tasks, "response tokens")
     for model in dict.fromkeys(line["model"] for line in results):
@@ -124,5 +132,6 @@ def results_table(results: Sequence[Record]) -> Table:
 def _cell(line: Record) -> str:
     mean, passed = next(line[key] for key in line if key.startswith("avg@")), [k for k in line if k.startswith("pass@")]
     low, high = line["interval"]
+    counts = readable(line)
     best = f"  ({passed[-1]} {line[passed[-1]]:.1%})" if len(passed) > 1 else ""
-    return f"{mean:.1%}  {low:.1%} … {high:.1%}{best}"
+    return f"{mean:.1%}  {low:.1%} … {high:.1%}{best}" + (f"\n{readable_answers(counts)}" if counts else "")

@@ -17,7 +17,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 from rich.table import Table
 from rich.text import Text
 
-from prune_opd.track.metrics import PHASES, Record, Summary, full_kl, summarise, task_names, total
+from prune_opd.config.run import READERS, REGEX
+from prune_opd.track.metrics import PHASES, Record, Summary, full_kl, readable, summarise, task_names, total
 
 _PLAIN_WIDTH = 100
 _ETA_WINDOW = 20  # steps whose mean time predicts the rest
@@ -75,16 +76,24 @@ class RunConsole:
 
     def evaluation(self, record: Record) -> None:
         """Shows the accuracies of an evaluation, above the progress display."""
-        parts = [f"evaluation after step {record['step']}:"]
+        parts, notes = [f"evaluation after step {record['step']}:"], []
         for task in task_names(record):
             accuracy, error = record[f"eval_{task}"], record.get(f"eval_{task}_stderr")
+            counts = readable(record, f"eval_{task}_")
+            notes += unreadable_notes(task, counts)
             if accuracy is not None:
-                parts.append(f"{task} {accuracy:.1%}" + (f" +- {error:.1%}" if error is not None else ""))
+                parts.append(
+                    f"{task} {accuracy:.1%}"
+                    + (f" +- {error:.1%}" if error is not None else "")
+                    + (f" ({readable_answers(counts)})" if counts is not None else "")
+                )
         if record.get("eval_response_length") is not None:
             parts.append(f"response {record['eval_response_length']:.0f} tokens")
         if record.get("time_eval") is not None:
             parts.append(duration(record["time_eval"]))
         self._say(Text("  ".join(parts), style="bold green"))
+        for note in notes:
+            self._say(Text(note, style="yellow"))
 
     def note(self, text: str) -> None:
         """Shows a sentence, above the progress display."""
@@ -212,6 +221,8 @@ def summary_rows(summary: Summary) -> list[tuple[str, str]]:
         else:
             text += f"  (step {accuracy.first_step} only)"
         rows.append((f"accuracy, {accuracy.task}", text))
+        if counts := [f"{n} of {m}" for n, m in filter(None, (accuracy.readable_before, accuracy.readable_after))]:
+            rows.append((f"answers readable, {accuracy.task}", " → ".join(counts)))
     if summary.full_kl is not None:
         first, last = summary.full_kl
         rows.append(("full reverse KL to the teacher", f"{first:.3g} → {last:.3g} nats per token"))
@@ -232,6 +243,25 @@ def summary_rows(summary: Summary) -> list[tuple[str, str]]:
     for label, seconds in summary.phases.items():
         rows.append((f"  {label}", f"{duration(seconds)}  ({seconds / summary.seconds:.0%})"))
     return rows
+
+
+def readable_answers(counts: tuple[int, int]) -> str:
+    """For example: 40 of 48 answers readable."""
+    return "{} of {} answers readable".format(*counts)
+
+
+def unreadable_notes(
+    task: str, counts: tuple[int, int] | None, setting: str = "evaluation.extract", model: str = ""
+) -> list[str]:
+    """A sentence if fewer than half of a task's answers could be read; the ledger's have only one form."""
+    if counts is None or task == "ledger" or 2 * counts[0] >= counts[1]:
+        return []
+    whose = f" of {model}" if model else ""
+    return [
+        f"note: only {counts[0]} of {counts[1]} answers{whose} to {task} could be read, the others count as wrong: "
+        f"{setting} says where a response has its answer ({' | '.join(READERS)} | {REGEX}PATTERN); it may also be cut "
+        "off before that"
+    ]
 
 
 def duration(seconds: float) -> str:

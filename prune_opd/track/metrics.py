@@ -32,7 +32,7 @@ PHASES: dict[str, str] = {
 """The timed phases of a step, in the order in which they run; the rest of `time_step` is "other"."""
 
 _EVAL_PREFIX, _STDERR_SUFFIX = "eval_", "_stderr"
-_EVAL_SUFFIXES = (_STDERR_SUFFIX, "_low", "_high", "_pass")
+_EVAL_SUFFIXES = (_STDERR_SUFFIX, "_low", "_high", "_pass", "_readable", "_answers")
 
 
 @functools.cache
@@ -54,12 +54,18 @@ def is_evaluation(record: Record) -> bool:
 
 
 def task_names(evaluation: Record) -> list[str]:
-    """The tasks an evaluation line has an accuracy for, in its order."""
-    return [
-        key.removeprefix(_EVAL_PREFIX)
-        for key in evaluation
-        if key.startswith(_EVAL_PREFIX) and not key.endswith(_EVAL_SUFFIXES) and key != "eval_response_length"
-    ]
+    """The tasks an evaluation line has an accuracy for, in its order; one may be called `math_high`."""
+    further = {f"{key}{suffix}" for key in evaluation for suffix in _EVAL_SUFFIXES} | {"eval_response_length"}
+    return [key.removeprefix(_EVAL_PREFIX) for key in evaluation if key.startswith(_EVAL_PREFIX) and key not in further]
+
+
+def readable(line: Record, prefix: str = "") -> tuple[int, int] | None:
+    """(answers that could be read, all answers), from the keys `readable` and `answers` after `prefix`.
+
+    None for a line that is older than those keys.
+    """
+    share, answers = line.get(f"{prefix}readable"), line.get(f"{prefix}answers")
+    return None if share is None or answers is None else (round(share * answers), answers)
 
 
 def full_kl(step: Record) -> float | None:
@@ -184,6 +190,8 @@ class Accuracy:
     last_step: int
     after: float | None
     after_stderr: float | None
+    readable_before: tuple[int, int] | None = None  # answers that could be read, all answers
+    readable_after: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True)
@@ -262,6 +270,8 @@ def _accuracies(evaluations: list[Record]) -> list[Accuracy]:
                 last_step=last["step"],
                 after=again.get(key),
                 after_stderr=again.get(key + _STDERR_SUFFIX),
+                readable_before=readable(first, f"{key}_"),
+                readable_after=readable(again, f"{key}_"),
             )
         )
     return found

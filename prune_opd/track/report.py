@@ -6,7 +6,7 @@ from html import escape
 from pathlib import Path
 
 from prune_opd.errors import UserError
-from prune_opd.track.console import duration, summary_rows
+from prune_opd.track.console import duration, summary_rows, unreadable_notes
 from prune_opd.track.plotting import PHASE_COLOURS, overview_png
 from prune_opd.track.redact import redact
 from prune_opd.track.report_compare import comparison_charts
@@ -100,10 +100,12 @@ def _facts(run: RunData) -> str:
 
 
 def _details(run: RunData, charts: str) -> str:
-    note = "" if run.tasks else '<p class="note">This run has no evaluation, so nothing here shows success.</p>'
+    notes = [] if run.tasks else ["This run has no evaluation, so nothing here shows success."]
+    for accuracy in run.summary.accuracy:
+        notes += unreadable_notes(accuracy.task, accuracy.readable_after or accuracy.readable_before)
     warned = [step for step in run.steps if step.get("warning")]
-    if warned:
-        note += f'<p class="warning">Warning, last at step {warned[-1]["step"]}: {escape(warned[-1]["warning"])}.</p>'
+    notes += [f"Warning, last at step {step['step']}: {step['warning']}." for step in warned[-1:]]
+    note = "".join(f'<p class="note">{escape(sentence)}</p>' for sentence in notes)
     config = '<p class="note">The run directory has no config.yaml.</p>'
     if run.config_text is not None:
         text = escape(run.config_text)
@@ -127,10 +129,11 @@ def _comparison_table(runs: list[RunData]) -> str:
 
 
 def _row_rank(name: str) -> int:
-    """Where a summary row stands: steps, accuracies, tokens, padding, horizon, time, phases."""
+    """Where a summary row stands: steps, accuracies, answers, tokens, padding, horizon, time, phases."""
     starts = (
         "steps",
         "accuracy",
+        "answers readable",
         "full reverse KL",
         "tokens generated",
         "tokens at",

@@ -364,6 +364,8 @@ def test_an_evaluation_needs_a_model_and_a_task(tmp_path: Path) -> None:
     assert "MODEL_DIR = 'nowhere': there is no such directory" in only(
         check_eval(Path("nowhere"), ["ledger"], 1.0, None)
     )
+    wrong = only(check_eval(model, ["ledger"], 1.0, None, "regex:("))
+    assert wrong.startswith("--extract = 'regex:(' is no regular expression of Python (")
 
 
 # ---------------------------------------------------------------------------------------------------- the recipes

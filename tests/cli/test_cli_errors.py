@@ -236,6 +236,10 @@ def test_sft_if_missing_does_nothing_when_the_model_is_there(place: Workplace) -
         (["eval", "student", "--task", "ledger", "--task", "no.jsonl"], "--task = 'no.jsonl': there is no such file"),
         (["eval", "student", "--task", "ledger", "--top-p", "0"], "--top-p = 0.0 leaves no token to sample"),
         (["eval", "student", "--task", "ledgre"], "--task = 'ledgre' is no task: did you mean 'ledger'?"),
+        (
+            ["eval", "student", "student", "--task", "ledger", "--extract", "boxes"],
+            "--extract = 'boxes' is not known: ",
+        ),
         (["export", "nowhere", "out"], "CHECKPOINT = 'nowhere': there is no such directory"),
         (["export", "student", "teacher"], "OUT_DIR = 'teacher' is there already: choose a new directory"),
         (["report", "student"], ""),

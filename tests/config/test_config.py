@@ -11,7 +11,11 @@ import pytest
 
 from prune_opd import config as c
 from prune_opd.config.method import OBJECTIVES
+from prune_opd.config.overrides import apply_overrides
 from prune_opd.errors import ConfigError, UserError
+from prune_opd.recipes.qwen3_8b_from_32b_32xh100_fp8 import qwen3_8b_from_32b_32xh100_fp8
+from prune_opd.recipes.r1_1_5b_from_r1_7b_8xh100 import r1_1_5b_from_r1_7b_8xh100
+from prune_opd.recipes.tiny_compatible import tiny_compatible
 
 
 @pytest.mark.parametrize(
@@ -48,6 +52,7 @@ from prune_opd.errors import ConfigError, UserError
         (lambda: c.RolloutConfig(kv_cache_dtype="fp16"), "rollout.kv_cache_dtype", "'fp16'"),
         (lambda: c.MemoryConfig(sleep_level=3), "memory.sleep_level", "3"),
         (lambda: c.EvalConfig(samples=0), "evaluation.samples", "0"),
+        (lambda: c.EvalConfig(extract="boxed"), "evaluation.extract", "'boxed'"),
         (lambda: c.CheckpointConfig(keep=0), "checkpoint.keep", "0"),
         (lambda: c.TrackConfig(wandb="on"), "track.wandb", "'on'"),
         (lambda: c.TrackConfig(samples=-1), "track.samples", "-1"),
@@ -104,6 +109,34 @@ def test_a_whole_number_is_a_number_and_a_list_is_as_good_as_a_tuple(make: Calla
 def test_a_setting_that_the_objective_has_not_got_is_refused(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=f"^{message}"):
         c.ObjectiveConfig(**settings)
+
+
+@pytest.mark.parametrize("pattern", ["answer is (", "", "(\\d*)", "x?", "(?=4)", "$"])
+def test_a_pattern_that_reads_nothing_is_refused_with_its_remedy(pattern: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        c.EvalConfig(extract=f"regex:{pattern}")
+    assert str(error.value).startswith(f"evaluation.extract = {f'regex:{pattern}'!r} ")
+    assert str(error.value).endswith(
+        (": correct the pattern", ": let it ask for something, as in regex:answer is (.+)")
+    )
+
+
+def test_a_reader_is_chosen_on_the_command_line_as_it_is_written() -> None:
+    for extract in ("last_number", "box_or_last_number", "choice", r"regex:#### *(\S+)", "regex:answer: (.+)"):
+        changed = apply_overrides(c.EvalConfig(), [f"extract={extract}"])
+        assert changed.extract == extract
+
+
+def test_the_ledger_has_no_choice_of_readers_and_a_file_beside_it_does() -> None:
+    run = tiny_compatible()
+    with pytest.raises(ConfigError, match=r"the ledger's answers have one form; set evaluation\.extract=box"):
+        apply_overrides(run, ["evaluation.extract=choice"])
+    assert apply_overrides(run, ["evaluation.extract=choice", "evaluation.sources=[ledger,a.jsonl]"])
+
+
+def test_the_papers_recipes_read_boxes_and_the_projects_own_also_numbers() -> None:
+    paper, ours = r1_1_5b_from_r1_7b_8xh100(), qwen3_8b_from_32b_32xh100_fp8()
+    assert (paper.evaluation.extract, ours.evaluation.extract) == ("box", "box_or_last_number")
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)

@@ -226,6 +226,11 @@ def test_score_reads_the_number_after_the_last_box(text: str, right: bool) -> No
     assert Ledger().score(text, "17") is right
 
 
+@pytest.mark.parametrize(("text", "number"), [("\\boxed{ 8 } and 18", "8"), ("\\boxed 175", None), ("17", None)])
+def test_an_answer_is_readable_where_a_number_follows_the_last_box(text: str, number: str | None) -> None:
+    assert Ledger().read(text) == number
+
+
 # ---------------------------------------------------------------------------------------------------- tokenizer
 
 

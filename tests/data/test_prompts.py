@@ -54,6 +54,9 @@ class Numbers:
         assert index >= 0 and (self.size is None or index < self.size)
         return Prompt(index, (index,), None, self.name)
 
+    def read(self, response_text: str) -> str | None:
+        return response_text
+
     def score(self, response_text: str, prompt: Prompt) -> bool:
         return response_text == prompt.answer
 
@@ -240,6 +243,23 @@ def test_jsonl_answers_are_scored_as_mathematics(tokenizer: Any, tmp_path: Path)
     half = Prompt(0, (1,), "0.5", "math")
     assert source.score("so \\boxed{\\frac{1}{2}}", half)
     assert not source.score("so \\boxed{\\frac{1}{3}}", half)
+    assert not source.score("so it is 0.5.", half) and source.read("so it is 0.5.") is None
+
+
+@pytest.mark.parametrize(("extract", "right"), [("box", False), ("last_number", True), ("regex:is (.+)", True)])
+def test_an_answer_of_a_file_is_looked_for_where_the_setting_says(
+    tokenizer: Any, tmp_path: Path, extract: str, right: bool
+) -> None:
+    source = make_source(DataConfig(source=str(write(tmp_path / "m.jsonl", GOOD))), tokenizer, 0, extract=extract)
+    prompt = Prompt(0, (1,), "48", "m")
+    assert source.score("So, the final answer is 48.", prompt) is right
+    assert not source.score("So, the final answer is 47.", prompt)
+
+
+def test_the_ledger_reads_its_own_form_whatever_the_setting(tokenizer: Any) -> None:
+    source = make_source(DATA, tokenizer, 0, extract="last_number")
+    prompt = Prompt(0, (1,), "17", "ledger")
+    assert source.score("\\boxed 17 ; then 3", prompt) and source.read("then 17") is None
 
 
 # ---------------------------------------------------------------------------------------------------- held-out problems

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import reasoning_gym.utils
 from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
@@ -34,6 +35,21 @@ def test_a_gym_task_is_endless_repeatable_and_scored_by_its_own_scorer(byte_toke
         assert source.score(f"1, no: \\boxed{{{prompt.answer}}}", prompt)
         assert not source.score(f"<answer>{prompt.answer}</answer> no, <answer>x</answer>", prompt)
         assert not source.score(f"it is {prompt.answer}", prompt), "an answer has its marks"
+
+
+@pytest.mark.parametrize(
+    "text", ["<answer> 5 </answer>", "<answer>1</answer> no, <answer>\n2\n</answer>", "<answer></answer>", "<answer>"]
+)
+def test_an_answer_in_tags_is_what_reasoning_gym_itself_takes_out(byte_tokenizer: Any, text: str) -> None:
+    source = make_source(DataConfig(source=SUM), byte_tokenizer, 3, extract="choice")
+    assert source.read(text) == reasoning_gym.utils.extract_answer(text)
+
+
+def test_a_gym_answer_without_tags_is_looked_for_where_the_setting_says(byte_tokenizer: Any) -> None:
+    source = make_source(DataConfig(source=SUM), byte_tokenizer, 3, extract="last_number")
+    prompt = source.get(0)
+    assert source.score(f"it is {prompt.answer}.", prompt) and not source.score("it is 0.", prompt)
+    assert not source.score(f"<answer>0</answer> it is {prompt.answer}.", prompt)
 
 
 def test_training_and_held_out_problems_of_a_gym_task_differ(byte_tokenizer: Any) -> None:

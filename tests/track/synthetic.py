@@ -160,6 +160,8 @@ def evaluation_record(step: int, steps: int, rng: random.Random | None = None) -
         "step": step,
         "eval_ledger": accuracy,
         "eval_ledger_stderr": math.sqrt(accuracy * (1 - accuracy) / 256),
+        "eval_ledger_readable": (200 + round(50 * done)) / 256,
+        "eval_ledger_answers": 256,
         "eval_response_length": 300 - 50 * done,
         "time_eval": 14.0 + rng.uniform(0, 2),
     }

@@ -3,13 +3,13 @@
 import io
 import re
 from contextlib import closing
-from typing import TextIO
+from typing import Any, TextIO
 
 import pytest
 from rich.console import Console
 from synthetic import evaluation_record, step_record
 
-from prune_opd.track.console import RunConsole, duration, summary_table
+from prune_opd.track.console import RunConsole, duration, summary_table, unreadable_notes
 
 ESCAPE = "\x1b"
 
@@ -62,6 +62,38 @@ def test_notes_and_evaluations_are_shown_as_written() -> None:
     assert re.search(r"evaluation after step 4:  ledger \d+\.\d%", text)
 
 
+def evaluation_lines(record: dict[str, Any]) -> list[str]:
+    file = io.StringIO()
+    with closing(RunConsole("run", 4, 1, file=file)) as console:
+        console.evaluation(record)
+    return file.getvalue().splitlines()
+
+
+def test_an_accuracy_says_how_many_answers_could_be_read() -> None:
+    (line,) = evaluation_lines(evaluation_record(4, 4))
+    assert re.search(r"ledger \d+\.\d% \+- \d\.\d% \(250 of 256 answers readable\)", line)
+
+
+def test_a_line_from_before_answers_were_counted_is_shown_without() -> None:
+    (line,) = evaluation_lines({"step": 0, "eval_gsm": 0.0})
+    assert "gsm 0.0%" in line and "readable" not in line
+
+
+@pytest.mark.parametrize(("readable", "noted"), [(23, True), (24, False)])
+def test_fewer_than_half_of_the_answers_readable_is_told_with_the_setting(readable: int, noted: bool) -> None:
+    record = {"step": 0, "eval_gsm": 0.0, "eval_gsm_readable": readable / 48, "eval_gsm_answers": 48}
+    line, *notes = evaluation_lines(record)
+    assert f"gsm 0.0% ({readable} of 48 answers readable)" in line
+    assert len(notes) == noted
+    for note in notes:
+        assert "only 23 of 48 answers to gsm could be read" in note and "evaluation.extract" in note
+        assert "box_or_last_number" in note and "regex:PATTERN" in note
+
+
+def test_the_ledger_has_no_setting_to_be_told_of() -> None:
+    assert unreadable_notes("ledger", (0, 48)) == []
+
+
 def test_a_terminal_gets_a_live_display_that_shows_notes_above_it() -> None:
     text = shown(Terminal(), name="run [/weird] [bold]")
     assert ESCAPE in text
@@ -111,6 +143,7 @@ def test_summary_table_tells_estimates_as_such() -> None:
     text = captured.get()
     assert re.search(r"tokens saved .*\(estimated\)", text)
     assert re.search(r"padding +.*0\.2% of the tokens \(rows padded to the longest: \d+\.\d%\)", text)
+    assert re.search(r"answers readable, ledger.* 200 of 256 ", text)
     assert "step 0 only" in text and "final horizon" in text and "rollout" in text
 
 

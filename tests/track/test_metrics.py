@@ -11,7 +11,7 @@ import pytest
 from synthetic import evaluation_record, step_record, write_run
 
 from prune_opd.errors import UserError
-from prune_opd.track.metrics import FILE_NAME, MetricsLog, meaning, meanings, read_metrics, summarise
+from prune_opd.track.metrics import FILE_NAME, MetricsLog, meaning, meanings, read_metrics, summarise, task_names
 
 
 def written(path: Path, records: list[dict]) -> Path:
@@ -127,6 +127,13 @@ def test_every_key_written_is_documented() -> None:
     assert meaning("nonsense") is None
 
 
+def test_a_task_may_be_called_like_the_end_of_a_key() -> None:
+    line = {"step": 0, "eval_math_high": 0.1, "eval_math_high_high": 0.2, "eval_my_answers": 0.3}
+    line |= {"eval_math": 0.4, "eval_math_answers": 8, "eval_my_answers_answers": 4, "eval_response_length": 9.0}
+    assert task_names(line) == ["my_answers", "math"], "math_high beside math is the upper end of its interval"
+    assert task_names({"step": 0, "eval_math_high": 0.1, "eval_math_high_readable": 0.2}) == ["math_high"]
+
+
 def test_every_documented_key_has_a_unit() -> None:
     for key, text in meanings().items():
         assert key == "step" or text.endswith("]"), key
@@ -138,8 +145,8 @@ def test_summary_adds_up(tmp_path: Path) -> None:
         {"step": 2, "horizon": 72, "tokens_generated": 100, "tokens_full": 400, "time_rollout": 2.0, "time_step": 3.0},
     ]
     evaluations = [
-        {"step": 0, "eval_a": 0.1, "eval_a_stderr": 0.01, "time_eval": 2.0},
-        {"step": 2, "eval_a": 0.6, "eval_b": 0.5, "time_eval": 2.0},
+        {"step": 0, "eval_a": 0.1, "eval_a_stderr": 0.01, "time_eval": 2.0},  # from before answers were counted
+        {"step": 2, "eval_a": 0.6, "eval_a_readable": 5 / 6, "eval_a_answers": 6, "eval_b": 0.5, "time_eval": 2.0},
     ]
     summary = summarise(steps, evaluations)
     assert (summary.steps, summary.final_horizon, summary.tokens_generated) == (2, 72, 200)
@@ -147,7 +154,8 @@ def test_summary_adds_up(tmp_path: Path) -> None:
     assert summary.phases == {"rollout": 3.0, "other": 3.0, "evaluation": 4.0} and summary.seconds == 10.0
     a, b = summary.accuracy
     assert (a.before, a.after, a.first_step, a.last_step) == (0.1, 0.6, 0, 2)
-    assert (b.before, b.after) == (0.5, None)
+    assert (a.readable_before, a.readable_after) == (None, (5, 6))
+    assert (b.before, b.after, b.readable_before, b.readable_after) == (0.5, None, None, None)
 
 
 def test_padding_of_a_run_is_the_mean_of_the_steps_that_have_it() -> None:

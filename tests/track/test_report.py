@@ -140,6 +140,18 @@ def test_a_run_with_little_to_show_still_has_a_report(tmp_path: Path, case: str)
     assert "img" in page.tags
 
 
+def test_a_report_says_how_many_answers_could_be_read_and_notes_where_few_could(tmp_path: Path) -> None:
+    run = write_run(tmp_path, steps=3, evaluate_every=0)
+    first, last = evaluation_record(0, 3), evaluation_record(3, 3)
+    with closing(MetricsLog(run / FILE_NAME, keep_through=3)) as log:
+        log.write(first | {"eval_gsm": 0.0, "eval_gsm_readable": 40 / 48, "eval_gsm_answers": 48})
+        log.write(last | {"eval_gsm": 0.0, "eval_gsm_readable": 3 / 48, "eval_gsm_answers": 48})
+    write_report([run], run / "report.html")
+    page = Page((run / "report.html").read_text())
+    assert "200 of 256 → 250 of 256" in page.text and "40 of 48 → 3 of 48" in page.text
+    assert page.text.count("could be read") == 1 and "only 3 of 48 answers to gsm could be read" in page.text
+
+
 def test_a_long_run_is_drawn_with_a_moving_mean_and_grouped_bars(tmp_path: Path) -> None:
     write_report([write_run(tmp_path, steps=150, evaluate_every=0)], tmp_path / "report.html")
     assert (tmp_path / "report.png").stat().st_size > 50_000
