@@ -285,7 +285,7 @@ def _run_dir(config: TrainConfig, run_dir: Path, resume: str, allow_config_chang
     try:
         differences = [line for line in changes(config, run_dir, resume) if not is_harmless(line)]
     except ConfigError as error:
-        return [f"--run-dir {run_dir}: {error}; choose another directory"]
+        return [f"--run-dir {run_dir}: {'; '.join(str(error).splitlines())}; choose another directory"]
     if differences and not allow_config_change:
         more = len(differences) - SHOWN_DIFFERENCES
         shown = "; ".join(differences[:SHOWN_DIFFERENCES]) + (f"; and {more} more" if more > 0 else "")

@@ -1,18 +1,24 @@
 """Prompt files: formats, splits, column names, and what the model gets to read."""
 
 import json
+import shlex
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from typer.testing import CliRunner
 
+from prune_opd.cli import models as cli_models
+from prune_opd.cli.main import app
 from prune_opd.config import DataConfig
 from prune_opd.data.files import FileSource
 from prune_opd.data.prompts import held_out, make_source
 from prune_opd.data.render import prompt_text
 from prune_opd.errors import ConfigError
+from prune_opd.eval.run import EvalJob
+from tests.fake_models import write_model
 
 
 def file_source(path: Path, tokenizer: Any, **settings: Any) -> FileSource:
@@ -141,6 +147,32 @@ def test_the_columns_of_published_benchmarks_are_understood(
 
 
 # ---------------------------------------------------------------------------------------------------- rendering
+
+
+def documented(command: str) -> list[str]:
+    """The arguments of a command of docs/data.md that has a suffix, as a shell splits its line."""
+    lines = (Path(__file__).parents[2] / "docs" / "data.md").read_text(encoding="utf-8").splitlines()
+    (line,) = [line for line in lines if line.strip().startswith(f"prune-opd {command} ") and "suffix" in line]
+    return shlex.split(line)[1:]
+
+
+def test_the_documented_suffix_is_the_same_to_training_and_to_evaluation(
+    byte_tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("prompts.jsonl", "aime24.parquet"):
+        (write_jsonl if name.endswith("l") else write_parquet)(tmp_path / name, ROWS)
+    write_model(tmp_path / "MODEL_DIR")
+    byte_tokenizer.save_pretrained(tmp_path / "MODEL_DIR")
+    shown = CliRunner().invoke(app, documented("data inspect"))
+    text = "<user>1 + 1? Put the answer in a box.</><assistant><think></think>"
+    assert shown.exit_code == 0 and text in shown.output, shown.output
+
+    jobs: list[EvalJob] = []
+    monkeypatch.setattr(cli_models, "on_ranks", lambda nproc, command, job: jobs.append(EvalJob.from_json(job)) or 0)
+    assert CliRunner().invoke(app, documented("eval")).exit_code == 0
+    ((task,),) = [job.tasks for job in jobs]
+    assert texts(make_source(task, byte_tokenizer, 0), byte_tokenizer)[0] == text
 
 
 @pytest.mark.parametrize(

@@ -81,7 +81,7 @@ def test_the_first_the_last_and_every_so_many_steps_are_sampled(step: int, kept:
 
 @pytest.mark.parametrize("step", range(1, 20))
 def test_sampled_rows_are_of_every_source_of_a_mixture(step: int) -> None:
-    """In a batch of 8 prompts of which every second one is from the same source, rows 1, 3, 5, 7 are all of that one."""
+    """Rows 1, 3, 5, 7 of 8 are all of one source where two sources alternate."""
     track = TrackConfig(samples=4, samples_every=1)
     for batch in (prompts_of(*"ab" * 4), prompts_of(*"aaab" * 4), prompts_of(*"ab" * 4, responses=4)):
         sources = [batch[row].source for row in sampled_rows(track, step, 99, batch)]
