@@ -224,6 +224,31 @@ def test_a_template_without_the_switch_is_not_silently_left_thinking(byte_tokeni
         prompt_text({"question": "Q"}, of_file(thinking=False), byte_tokenizer)
 
 
+@pytest.mark.parametrize(
+    ("settings", "problem"),
+    [
+        ({"thinking": True}, "data.thinking = True: the tokenizer's chat template has no such switch; leave it out"),
+        ({"chat": False, "system_prompt": "S"}, "data.system_prompt = 'S' has no place in a prompt"),
+    ],
+)
+def test_what_is_wrong_with_a_setting_is_said_once_and_bad_rows_are_still_named(
+    settings: dict[str, Any], problem: str, byte_tokenizer: Any, tmp_path: Path
+) -> None:
+    byte_tokenizer.chat_template = "{% for turn in messages %}{{ turn.content }}{% endfor %}"
+    path = write_jsonl(tmp_path / "rows.jsonl", [{"question": " "}, *ROWS * 20])
+    with pytest.raises(ConfigError) as refusal:
+        file_source(path, byte_tokenizer, **settings)
+    setting, row = str(refusal.value).splitlines()
+    assert setting.startswith(f"{path}:2: {problem}") and setting.endswith(" (so in 40 of 41 rows)")
+    assert row.startswith(f"{path}:1: ") and "give text that is not empty" in row
+
+
+def test_rows_that_a_setting_does_not_go_with_can_be_skipped(byte_tokenizer: Any, tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "rows.jsonl", [{"prompt": "as it is"}, *ROWS])
+    source = file_source(path, byte_tokenizer, system_prompt="S", bad_rows="skip")
+    assert source.size == 2 and "1 of 3 rows are bad, lines 1 (line 1: data.system_prompt" in source.skipped_summary()
+
+
 def test_a_chat_without_a_template_is_refused_and_a_question_goes_as_it_is(byte_tokenizer: Any) -> None:
     byte_tokenizer.chat_template = None
     assert prompt_text({"question": "Q"}, of_file(), byte_tokenizer) == "Q"
