@@ -11,7 +11,7 @@ import yaml
 
 from prune_opd.config.checks import Checked, Count, CountOrZero
 from prune_opd.config.yaml import from_dict
-from prune_opd.errors import ConfigError
+from prune_opd.errors import ConfigError, located
 
 CLUSTERS = Path(__file__).parent / "clusters"
 TIME = re.compile(r"(\d+-)?\d{1,2}:\d{2}:\d{2}")
@@ -112,7 +112,7 @@ def load_cluster(name_or_path: str) -> Cluster:
         _check_texts("", data)
         return cast(Cluster, from_dict(Cluster, data))
     except ConfigError as error:
-        raise ConfigError(f"cluster {path}: {error}") from error
+        raise located(f"cluster {path}", error) from error
 
 
 def _check_texts(name: str, value: Any) -> None:

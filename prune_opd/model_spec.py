@@ -239,6 +239,25 @@ def _moe_spec(config: dict[str, Any]) -> MoeSpec | None:
     return MoeSpec(experts, hf["num_experts_per_tok"], hf["moe_intermediate_size"], hf["norm_topk_prob"], sparse)
 
 
+def gguf_problem(role: str, directory: str) -> str | None:
+    """How a GGUF file, or a directory of them without a config.json, becomes a model directory; None for all others.
+
+    role: the setting that names it. As transformers loads it the model counts as quantised, and so cannot be saved.
+    """
+    path = Path(directory)
+    files = [path] if path.is_file() else [] if (path / "config.json").is_file() else sorted(path.glob("*"))
+    file = next((file for file in files if file.suffix.lower() == ".gguf"), None)
+    if file is None:
+        return None
+    named = f"from_pretrained({str(file.parent)!r}, gguf_file={file.name!r})"
+    return (
+        f"{role} = {directory!r} is GGUF, which is not read here: convert it in Python with transformers and the "
+        f"packages gguf and accelerate: model = AutoModelForCausalLM.{named}; model.hf_quantizer = None; "
+        "del model.config.quantization_config; model.save_pretrained('MODEL_DIR'); "
+        f"AutoTokenizer.{named}.save_pretrained('MODEL_DIR')"
+    )
+
+
 def model_config(role: str, directory: str) -> dict[str, Any]:
     """The settings of a model, whether or not its weights are there. role: the setting that names it.
 
@@ -254,6 +273,8 @@ def model_config(role: str, directory: str) -> dict[str, Any]:
         if not isinstance(config, dict):
             raise ConfigError(f"{role} = {directory!r}: its config.json is not that of a causal language model")
         return config
+    if problem := gguf_problem(role, directory):
+        raise ConfigError(problem)
     name = "/".join(Path(directory).parts[-2:])
     if name not in (known := published()):
         raise ConfigError(

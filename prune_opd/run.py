@@ -102,7 +102,7 @@ class Run:
         """The next step's; it watches the rows that samples.jsonl gets."""
         config, responses = self.config, len(rollouts.responses)
         step = self.finished_steps + 1
-        watched = sampled_rows(config.track, step, config.steps, responses, rollouts.stopped_rows)
+        watched = sampled_rows(config.track, step, config.steps, rollouts.prompts, rollouts.stopped_rows)
         early, device = config.gate.early_tokens if config.gate else 0, self.machine.device
         return BatchStats(responses, config.track.position_bins, config.horizon.max_len, device, watched, early)
 

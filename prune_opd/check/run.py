@@ -23,7 +23,7 @@ from prune_opd.config.run import extract_problem
 from prune_opd.data.prompts import source_problem
 from prune_opd.errors import ConfigError
 from prune_opd.megatron.precision import token_multiple
-from prune_opd.model_spec import ModelSpec, model_config, not_built
+from prune_opd.model_spec import ModelSpec, gguf_problem, model_config, not_built
 from prune_opd.plan.layout import layout_problems
 from prune_opd.process import has_gpu
 from prune_opd.track.tensorboard_log import tensorboard_problems
@@ -142,9 +142,12 @@ class _Model:
 def _read_model(role: str, directory: str) -> _Model | str:
     """The model's config.json, or the problem with it."""
     path = Path(directory)
+    if problem := gguf_problem(role, directory):
+        return problem
     for name in ("config.json", "tokenizer.json"):
         if not (path / name).is_file():
-            what = f"there is no {name} in it" if path.is_dir() else "there is no such directory"
+            what = "it is a file" if path.is_file() else "there is no such directory"
+            what = f"there is no {name} in it" if path.is_dir() else what
             return (
                 f"{role} = {directory!r}: {what}; give a Hugging Face model directory"
                 " (`make tiny-models` makes those of the tiny recipes)"
@@ -290,7 +293,7 @@ def _run_dir(config: TrainConfig, run_dir: Path, resume: str, allow_config_chang
     try:
         differences = [line for line in changes(config, run_dir, resume) if not is_harmless(line)]
     except ConfigError as error:
-        return [f"--run-dir {run_dir}: {error}; choose another directory"]
+        return [f"--run-dir {run_dir}: {'; '.join(str(error).splitlines())}; choose another directory"]
     if differences and not allow_config_change:
         more = len(differences) - SHOWN_DIFFERENCES
         shown = "; ".join(differences[:SHOWN_DIFFERENCES]) + (f"; and {more} more" if more > 0 else "")

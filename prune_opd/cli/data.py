@@ -11,6 +11,7 @@ from rich.console import Console
 from prune_opd.config import DataConfig
 from prune_opd.config.overrides import apply_overrides
 from prune_opd.errors import UserError
+from prune_opd.model_spec import gguf_problem
 
 app = typer.Typer(help="Look at prompts, and convert published files of them.", no_args_is_help=True)
 
@@ -30,6 +31,8 @@ def inspect_data(
 
     from prune_opd.data.inspect import inspect
 
+    if problem := gguf_problem("--model", str(model)):
+        raise UserError(problem)
     if not (model / "tokenizer_config.json").is_file():
         raise UserError(f"--model {str(model)!r} has no tokenizer: give a Hugging Face model directory")
     config = apply_overrides(DataConfig(source=source), settings or [])

@@ -20,7 +20,7 @@ from typing import Annotated, Any
 
 from annotated_types import Interval
 
-from prune_opd.errors import ConfigError
+from prune_opd.errors import ConfigError, for_all
 
 Count = Annotated[int, Interval(ge=1)]
 CountOrZero = Annotated[int, Interval(ge=0)]
@@ -50,10 +50,10 @@ def check_fields(settings: Any, prefix: str) -> None:
 
     A list is as good as a tuple in a recipe, and becomes one: config.yaml reads it back as that.
     """
-    for name, hint in field_types(type(settings)).items():
-        value = getattr(settings, name)
-        _check(f"{prefix}{name}", value, hint)
-        if isinstance(value, list):
+    hints = field_types(type(settings))
+    for_all(lambda name: _check(f"{prefix}{name}", getattr(settings, name), hints[name]), hints)
+    for name in hints:
+        if isinstance(value := getattr(settings, name), list):
             object.__setattr__(settings, name, tuple(value))
 
 

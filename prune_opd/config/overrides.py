@@ -16,27 +16,44 @@ import yaml
 from prune_opd.config import to_dict
 from prune_opd.config.checks import bare, field_types, fits, is_list, is_part, may_be_none, wanted
 from prune_opd.config.yaml import from_dict, parse
-from prune_opd.errors import ConfigError
+from prune_opd.errors import ConfigError, for_all
 
 T = TypeVar("T")  # any frozen dataclass of settings
+
+NULLS = ("null", "Null", "NULL", "~")  # YAML's
+SYMBOLS = {  # what the papers call a setting
+    "γ": "gate.threshold",
+    "gamma": "gate.threshold",
+    "τ": "weighting.entropy_threshold",
+    "tau": "weighting.entropy_threshold",
+    "m_0": "horizon.init_len",
+    "h_0": "horizon.init_len",
+    "δh": "horizon.increment",
+    "δs": "horizon.interval",
+}
 
 
 def apply_overrides(config: T, overrides: list[str]) -> T:
     """A copy of `config` with `dotted.key=value` settings applied in order; values are YAML (`null`, `true`, `1e-4`).
 
+    A text that is not in quotes is taken as it stands, with the spaces around it.
+
     Raises ConfigError for a key that does not exist (with the nearest one), a value of the wrong type, a setting inside
-    a part that is null, and whatever the dataclasses refuse.
+    a part that is null, all of these in one, a line each; and for whatever the dataclasses refuse.
     """
     if not overrides:
         return config
     kind, tree = type(config), to_dict(config)
-    for override in overrides:
-        key, separator, text = override.partition("=")
-        if not separator or not key:
-            raise ConfigError(f"override {override!r} is not a setting: write it as dotted.key=value")
-        node, name, hint = _find(kind, tree, key)
-        node[name] = _value(key, text, hint)
+    for_all(lambda override: _apply(kind, tree, override), overrides)
     return typing.cast(T, from_dict(kind, tree))
+
+
+def _apply(kind: type, tree: dict[str, Any], override: str) -> None:
+    key, separator, text = override.partition("=")
+    if not separator or not key:
+        raise ConfigError(f"override {override!r} is not a setting: write it as dotted.key=value")
+    node, name, hint = _find(kind, tree, key)
+    node[name] = _value(key, text, hint)
 
 
 def _find(kind: type, tree: dict[str, Any], key: str) -> tuple[Any, Any, Any]:
@@ -78,9 +95,14 @@ def dotted_keys(annotated: Any, value: Any = None, prefix: str = "") -> list[str
 
 
 def _unknown_key(known: list[str], key: str) -> ConfigError:
-    same_leaf = [name for name in known if name.rpartition(".")[2] == key.rpartition(".")[2]]
+    part, _, leaf = key.rpartition(".")
+    symbols = difflib.get_close_matches(leaf.lower(), SYMBOLS, n=1, cutoff=0.8)
+    meant = [SYMBOLS[symbol] for symbol in symbols if SYMBOLS[symbol] in known]
+    same_leaf = [name for name in known if name.rpartition(".")[2] == leaf]
     near = (
-        difflib.get_close_matches(key, known, n=1, cutoff=0.8)
+        [name for name in meant if name.startswith(f"{part}.")]
+        or difflib.get_close_matches(key, known, n=1, cutoff=0.8)
+        or meant + same_leaf[: len(meant)]
         or difflib.get_close_matches(key, same_leaf, n=2, cutoff=0.0)
         or difflib.get_close_matches(key, known, n=1, cutoff=0.0)
     )
@@ -91,11 +113,13 @@ def _value(key: str, text: str, annotated: Any) -> Any:
     """What a command line says a setting is. Raises ConfigError where that is not of its type."""
     if "${" in text:
         raise ConfigError(f"{key} = {text!r}: nothing is put in for ${{…}}; write the value itself")
+    hint = bare(annotated)
+    if hint is str and not _is_yaml(text, may_be_none(annotated)):
+        return text
     try:
         value = parse(text)
     except (yaml.YAMLError, ValueError) as error:
         raise ConfigError(f"{key} = {text!r} is not valid YAML: quote the value, as in {key}='\"…\"'") from error
-    hint = bare(annotated)
     if value is None:
         right = may_be_none(annotated)
     elif is_list(hint):
@@ -111,6 +135,11 @@ def _value(key: str, text: str, annotated: Any) -> Any:
     if not right:
         raise ConfigError(f"{key} = {text!r} has the wrong type: give {wanted(key, annotated)}")
     return value
+
+
+def _is_yaml(text: str, may_be_null: bool) -> bool:
+    """Whether a text is to be read as YAML: in quotes or null. YAML would strip all others, and cut them at ` #`."""
+    return text.lstrip().startswith(("'", '"')) or text.strip() in NULLS or (may_be_null and not text)
 
 
 def _read(value: Any, hint: Any) -> Any:

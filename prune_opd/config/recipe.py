@@ -11,7 +11,7 @@ from pathlib import Path
 
 from prune_opd.config import RunConfig, SftConfig, TrainConfig
 from prune_opd.config.paths import recipes_dir
-from prune_opd.errors import ConfigError
+from prune_opd.errors import ConfigError, located
 
 
 def list_recipes() -> dict[str, str]:
@@ -34,7 +34,7 @@ def load_recipe(name_or_path: str) -> RunConfig:
         function = runpy.run_path(str(path), run_name=f"_recipe_{path.stem}").get(path.stem)
         config = function() if callable(function) else None
     except ConfigError as error:
-        raise ConfigError(f"recipe {path}: {error}") from error
+        raise located(f"recipe {path}", error) from error
     except Exception as error:
         raise ConfigError(_failure(path, error)) from error
     if not callable(function):

@@ -14,7 +14,7 @@ import yaml
 
 from prune_opd.config import RunConfig, SftConfig, TrainConfig, to_dict
 from prune_opd.config.checks import bare, field_types, fits, is_part, may_be_none, wanted
-from prune_opd.errors import ConfigError
+from prune_opd.errors import ConfigError, for_all, located
 
 C = TypeVar("C")  # a dataclass of settings
 
@@ -87,7 +87,7 @@ def config_from_dict(kind: type[C], data: Any, path: Path) -> C:
         config: C = from_dict(kind, _without_gone(data))
         return config
     except ConfigError as error:
-        raise ConfigError(f"{path}: {error}") from error
+        raise located(path, error) from error
 
 
 def _without_gone(data: Any) -> Any:
@@ -113,14 +113,18 @@ def from_dict(kind: Any, data: Any, prefix: str = "") -> Any:
     if not isinstance(data, dict):
         raise ConfigError(f"{data!r} stands where the settings of a {kind.__name__} belong")
     hints = field_types(kind)
-    for name in data:
+
+    def read(name: Any) -> Any:
         if name not in hints:
             near = difflib.get_close_matches(str(name), hints, n=1, cutoff=0.0)
             raise ConfigError(f"there is no setting {f'{prefix}{name}'!r}: did you mean {prefix}{near[0]}?")
+        return _value(f"{prefix}{name}", data[name], hints[name])
+
+    values = for_all(read, data)
     for field in dataclasses.fields(kind):
         if field.name not in data and field.default is field.default_factory is dataclasses.MISSING:
             raise ConfigError(f"{prefix}{field.name} is not set, and it has no default: give it a value")
-    return kind(**{name: _value(f"{prefix}{name}", value, hints[name]) for name, value in data.items()})
+    return kind(**dict(zip(data, values, strict=True)))
 
 
 def _value(key: str, value: Any, annotated: Any) -> Any:

@@ -8,7 +8,7 @@ from prune_opd.config import DataConfig
 from prune_opd.data.answers import math_equal
 from prune_opd.data.extract import read_answer
 from prune_opd.data.prompt import Prompt, Tokenizer
-from prune_opd.data.render import answer_of, encode_text, excerpt, prompt_text
+from prune_opd.data.render import SettingError, answer_of, encode_text, excerpt, prompt_text
 from prune_opd.data.rows import Row, read_rows
 from prune_opd.errors import ConfigError
 
@@ -26,8 +26,8 @@ class FileSource:
     or not UTF-8; `skipped` has them.
 
     Raises:
-        ConfigError: there are bad rows that are not to be skipped (it names the first ones, and how many there are),
-            or no row is left.
+        ConfigError: there are bad rows that are not to be skipped (it names the first ones, and how many there are; a
+            setting that rows have no place for once, with their number), or no row is left.
     """
 
     def __init__(
@@ -40,6 +40,7 @@ class FileSource:
         self.prompts: list[Prompt] = []
         self.places: list[str] = []  # file:row of each prompt, rows from 1
         self.skipped: dict[str, str] = {}  # file:row of each bad row → what is wrong with it
+        of_settings: set[str] = set()  # what is wrong and is no row's fault
         for file, number, row in read_rows(self.path, data.split):
             place = f"{file}:{number}"
             try:
@@ -47,8 +48,10 @@ class FileSource:
                 self.places.append(place)
             except ConfigError as error:
                 self.skipped[place] = str(error)
+                if isinstance(error, SettingError):
+                    of_settings.add(str(error))
         if self.skipped and data.bad_rows == "refuse":
-            raise ConfigError(self._refusal())
+            raise ConfigError(self._refusal(of_settings))
         if not self.prompts:
             bad = f" ({self.skipped_summary()})" if self.skipped else ""
             raise ConfigError(f"{self.path} has no prompts{bad}: give one JSON object a line")
@@ -77,13 +80,17 @@ class FileSource:
         first = places[0].rpartition(":")[2]
         return f"{len(places)} of {total} rows are bad, lines {where}{more} (line {first}: {self.skipped[places[0]]})"
 
-    def _refusal(self) -> str:
-        """One line for each of the first bad rows; the last one counts them if there are several."""
-        problems = [f"{place}: {problem}" for place, problem in list(self.skipped.items())[:SHOWN_ROWS]]
-        if len(self.skipped) > 1:
-            total = len(self.skipped) + len(self.prompts)
+    def _refusal(self, of_settings: set[str]) -> str:
+        """One line for each setting and each of the first bad rows; the last one counts those if there are several."""
+        total, problems = len(self.skipped) + len(self.prompts), []
+        for problem in sorted(of_settings):
+            places = [place for place, found in self.skipped.items() if found == problem]
+            problems.append(f"{places[0]}: {problem} (so in {len(places)} of {total} rows)")
+        bad = [f"{place}: {problem}" for place, problem in self.skipped.items() if problem not in of_settings]
+        problems += bad[:SHOWN_ROWS]
+        if len(bad) > 1:
             problems.append(
-                f"{self.path}: {len(self.skipped)} of {total} rows are bad: correct them, or leave them out with "
+                f"{self.path}: {len(bad)} of {total} rows are bad: correct them, or leave them out with "
                 "data.bad_rows=skip"
             )
         return "\n".join(problems)

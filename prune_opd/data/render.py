@@ -17,6 +17,10 @@ from prune_opd.errors import ConfigError
 PROMPT_COLUMNS = ("prompt", "messages", "problem", "question")
 
 
+class SettingError(ConfigError):
+    """A setting, or the tokenizer, that does not go with a row: it is said once for all rows that it is true of."""
+
+
 def prompt_text(row: Row, data: DataConfig, tokenizer: Tokenizer) -> str:
     """The prompt of a row, up to where the response begins, as chat, system_prompt, suffix and thinking of `data` ask.
 
@@ -33,18 +37,18 @@ def prompt_text(row: Row, data: DataConfig, tokenizer: Tokenizer) -> str:
         turns = [{"role": "user", "content": value}]
     template = bool(tokenizer.chat_template)
     if data.chat and not template:
-        raise ConfigError("data.chat = true needs a chat template, which the model's tokenizer lacks: leave it out")
+        raise SettingError("data.chat = true needs a chat template, which the model's tokenizer lacks: leave it out")
     if data.chat if data.chat is not None else template and column != "prompt":
         return _render(turns, data, tokenizer)
     if column == "messages":
-        raise ConfigError(
+        raise SettingError(
             '"messages" need a chat template, which the model\'s tokenizer lacks: give "prompt" instead'
             if data.chat is None
             else f'data.chat = {data.chat}: "messages" need the chat template; leave data.chat out'
         )
     for name in ("system_prompt", "thinking"):
         if getattr(data, name) is not None:
-            raise ConfigError(
+            raise SettingError(
                 f"data.{name} = {excerpt(getattr(data, name))} has no place in a prompt that does not go through "
                 "the chat template: set data.chat=true, or leave it out"
             )
@@ -53,14 +57,14 @@ def prompt_text(row: Row, data: DataConfig, tokenizer: Tokenizer) -> str:
 
 def _render(turns: list[Row], data: DataConfig, tokenizer: Tokenizer) -> str:
     if data.thinking is not None and "enable_thinking" not in tokenizer.chat_template:
-        raise ConfigError(
+        raise SettingError(
             f"data.thinking = {data.thinking}: the tokenizer's chat template has no such switch; leave it out"
         )
     if data.suffix:
         turns = [*turns[:-1], {**turns[-1], "content": turns[-1]["content"] + data.suffix}]
     if data.system_prompt is not None:
         if turns[0]["role"] == "system":
-            raise ConfigError("data.system_prompt is set, and the row has a system turn of its own: leave one out")
+            raise SettingError("data.system_prompt is set, and the row has a system turn of its own: leave one out")
         turns = [{"role": "system", "content": data.system_prompt}, *turns]
     options = {} if data.thinking is None else {"enable_thinking": data.thinking}
     try:

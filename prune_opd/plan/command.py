@@ -10,7 +10,7 @@ from prune_opd.config import TrainConfig
 from prune_opd.config.recipe import list_recipes, load_recipe
 from prune_opd.plan.planner import plan_run
 from prune_opd.plan.search import best_layouts
-from prune_opd.plan.show import print_curve, print_found, print_plan, write_plan
+from prune_opd.plan.show import digits, print_curve, print_found, print_plan, write_plan
 
 WIDTH = 160  # of tables that go to a file or a pipe
 
@@ -50,4 +50,4 @@ def _cost(name: str) -> tuple[str, str]:
     planning = config.planning
     gpus = f"{planning.nodes * config.parallel.nproc} × {planning.gpu}"
     plan = plan_run(config, planning.gpu, planning.nodes)
-    return gpus, f"{plan.hours(plan.planned):.1f} h" if not plan.problems else "does not fit"
+    return gpus, f"{digits(plan.hours(plan.planned), 1)} h" if not plan.problems else "does not fit"

@@ -44,9 +44,12 @@ DECODE_OVERHEAD = 0.002
 COLLECTIVE_EFFICIENCY = 0.80
 # Cost of one more rank in a ring [s]. Assumed: a few microseconds of latency in NCCL and the network, twice around.
 HOP_LATENCY = 10e-6
-# The rest of a step [s]: waking, offloading, tokenising, logging, checkpoints. Fitted to all the hours
-# together that docs/planner.md lists.
+# The rest of a step [s], fitted to all the hours together that docs/planner.md lists; time.py's overhead_seconds says
+# what it is, and what is left of it in smaller runs.
 STEP_OVERHEAD = 30.0
+# The least of those runs: parameters of student and teacher together, and tokens that a step's responses may have.
+FITTED_PARAMETERS = 3.5e9
+FITTED_TOKENS = 256 * 1024
 
 # Bytes that no part of the run accounts for: CUDA context, NCCL's buffers, the allocator's fragments. Assumed.
 RESERVED = 3 * GiB

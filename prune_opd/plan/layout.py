@@ -5,7 +5,8 @@ On most bad layouts megatron-core would fail inside a constructor, on all ranks 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,14 +28,30 @@ class _ModelLayout:
     expert_field: str
 
 
+@dataclass(frozen=True)
+class _Demand:
+    """A setting (`field`, in words), its value, and how many of something it must divide. role: whose they are."""
+
+    field: str
+    size: int
+    count: int
+    name: str
+    role: str = ""
+
+
 def layout_problems(config: TrainConfig, nproc: int, models: Mapping[str, HfConfig]) -> list[str]:
-    """What is wrong with the layout on `nproc` ranks, a line each. models: config.json by role, the readable ones."""
+    """What is wrong with the layout on `nproc` ranks, a line each. models: config.json by role, the readable ones.
+
+    A setting that must divide several numbers has one line, and the sizes that it names divide all of them.
+    """
     parallel = config.parallel
     student, teacher = layouts = _layouts(parallel, nproc)
-    problems = _ranks(parallel, layouts, nproc)
-    for layout in layouts:
-        if (model := models.get(layout.role)) is not None:
-            problems += _model(layout, model) + _experts(layout, model, nproc)
+    known = [(layout, models[layout.role]) for layout in layouts if layout.role in models]
+    demands = [demand for layout, model in known for demand in _model(layout, model)]
+    problems, of_ranks = _whole_replicas(parallel, layouts, nproc, demands)
+    problems += _uneven(demands + of_ranks)
+    for layout, model in known:
+        problems += _experts(layout, model, nproc)
     if "student" in models:
         problems += _student(parallel, student, models["student"])
     problems += _sequence_parallel(parallel, student)
@@ -42,11 +59,6 @@ def layout_problems(config: TrainConfig, nproc: int, models: Mapping[str, HfConf
     if not problems:
         problems += _batch(config, student, teacher, nproc)
     return problems
-
-
-def divisors(number: int) -> str:
-    """The divisors of a number, as text for an error's remedy."""
-    return ", ".join(str(i) for i in range(1, number + 1) if number % i == 0)
 
 
 def _layouts(parallel: ParallelConfig, nproc: int) -> tuple[_ModelLayout, _ModelLayout]:
@@ -64,42 +76,71 @@ def _named(parallel: ParallelConfig, name: str) -> tuple[int, str]:
     return getattr(parallel, name), f"parallel.{name} = {getattr(parallel, name)}"
 
 
-def _uneven(field: str, size: int, counts: Mapping[str, int]) -> list[str]:
-    """A problem for each of the counts, by name, that `size` does not divide."""
-    return [
-        f"{field} does not divide the {count} {name}: choose one of {divisors(count)}"
-        for name, count in counts.items()
-        if count % size
-    ]
+def _divisors(*numbers: int) -> list[int]:
+    """What divides all of these numbers."""
+    common = math.gcd(*numbers)
+    return [i for i in range(1, common + 1) if common % i == 0]
 
 
-def _ranks(parallel: ParallelConfig, layouts: tuple[_ModelLayout, _ModelLayout], nproc: int) -> list[str]:
-    """A replica takes tensor * pipeline (* context) ranks, and the job must be made of whole replicas."""
-    problems = []
+def _uneven(demands: Sequence[_Demand], fits: Callable[[int], bool] = lambda size: True) -> list[str]:
+    """A line for each setting that does not divide all it must, with the sizes that do (and fit, if any does)."""
+    lines = []
+    for field in dict.fromkeys(demand.field for demand in demands):
+        own = [demand for demand in demands if demand.field == field]
+        missed: dict[str, list[str]] = {}  # by what it is: of which models
+        for demand in own:
+            if demand.count % demand.size:
+                missed.setdefault(f"{demand.count} {demand.name}", []).append(demand.role)
+        if missed:
+            what = [f"{name} of the {' and the '.join(roles)}" if roles[0] else name for name, roles in missed.items()]
+            sizes = _divisors(*(demand.count for demand in own))
+            chosen = ", ".join(map(str, [size for size in sizes if fits(size)] or sizes))
+            if max(sizes) != math.gcd(*(demand.count for demand in own if demand.role)):  # the ranks leave fewer
+                chosen += ", or another --nproc"
+            lines.append(f"{field} does not divide the {' and the '.join(what)}: choose one of {chosen}")
+    return lines
+
+
+def _whole_replicas(
+    parallel: ParallelConfig, layouts: tuple[_ModelLayout, _ModelLayout], nproc: int, demands: list[_Demand]
+) -> tuple[list[str], list[_Demand]]:
+    """A replica takes tensor * pipeline (* context) ranks, and the job must be made of whole replicas.
+
+    demands: the models'. Returns the products of sizes that are wrong, a line each, and what the ranks demand of tensor
+    and pipeline where the product is right, or tensor is all there is of it.
+    """
+    problems, of_ranks = [], []
     for layout in layouts:
         context = parallel.context if layout.role == "student" else 1
         size = layout.tensor * layout.pipeline * context
-        if size == layout.tensor:
-            problems += [f"{line}, or another --nproc" for line in _uneven(layout.tensor_field, size, {"ranks": nproc})]
-        elif nproc % size:
-            shared = f" and parallel.context = {context}" if context > 1 else ""
-            problems.append(
-                f"{layout.tensor_field} with {layout.pipeline_field}{shared} puts a model on {size} ranks, which does"
-                f" not divide the {nproc} ranks: choose sizes with a product of {divisors(nproc)}, or another --nproc"
-            )
-    return list(dict.fromkeys(problems))  # a teacher with the student's layout would say the same again
+        sizes = {layout.tensor_field: layout.tensor, layout.pipeline_field: layout.pipeline}
+        if size == layout.tensor or nproc % size == 0:
+            of_ranks += [_Demand(field, own, max(nproc * own // size, 1), "ranks") for field, own in sizes.items()]
+            continue
+        possible = [1] if context == 1 else _divisors(nproc)
+        for field in sizes:
+            own_sizes = _divisors(nproc, *(demand.count for demand in demands if demand.field == field))
+            possible = [product * one for product in possible for one in own_sizes]
+        products = ", ".join(map(str, sorted({product for product in possible if nproc % product == 0})))
+        shared = f" and parallel.context = {context}" if context > 1 else ""
+        problems.append(
+            f"{layout.tensor_field} with {layout.pipeline_field}{shared} puts a model on {size} ranks, which does"
+            f" not divide the {nproc} ranks: choose sizes with a product of {products}, or another --nproc"
+        )
+    return list(dict.fromkeys(problems)), of_ranks  # a teacher with the student's layout would say the same again
 
 
-def _model(layout: _ModelLayout, model: HfConfig) -> list[str]:
-    """Problems with what TP ranks and stages must divide evenly. A KV head is never split."""
-    heads, of = int(model["num_attention_heads"]), f"of the {layout.role}"
+def _model(layout: _ModelLayout, model: HfConfig) -> list[_Demand]:
+    """What TP ranks and stages must divide evenly. A KV head is never split."""
+    heads, role = int(model["num_attention_heads"]), layout.role
     shares = {
-        f"attention heads {of}": heads,
-        f"key-value heads {of}": int(model.get("num_key_value_heads") or heads),
-        f"feed-forward columns {of}": int(model.get("intermediate_size") or 0),
+        "attention heads": heads,
+        "key-value heads": int(model.get("num_key_value_heads") or heads),
+        "feed-forward columns": int(model.get("intermediate_size") or 0),
     }
-    layers = {f"layers {of}": int(model.get("num_hidden_layers") or 0)}
-    return _uneven(layout.tensor_field, layout.tensor, shares) + _uneven(layout.pipeline_field, layout.pipeline, layers)
+    demands = [_Demand(layout.tensor_field, layout.tensor, count, name, role) for name, count in shares.items()]
+    layers = int(model.get("num_hidden_layers") or 0)
+    return [*demands, _Demand(layout.pipeline_field, layout.pipeline, layers, "layers", role)]
 
 
 def _experts(layout: _ModelLayout, model: HfConfig, nproc: int) -> list[str]:
@@ -110,8 +151,12 @@ def _experts(layout: _ModelLayout, model: HfConfig, nproc: int) -> list[str]:
     setting = field.partition(" ")[0]
     if not experts:
         return [f"{field} needs experts, and the {layout.role} has none: set {setting}=1"]
-    ranks, of = max(nproc // layout.pipeline, 1), f"of the {layout.role}"
-    problems = _uneven(field, expert, {f"experts {of}": experts, f"ranks of a stage {of}": ranks})
+    ranks = max(nproc // layout.pipeline, 1)
+    demands = [
+        _Demand(field, expert, experts, "experts", layout.role),
+        _Demand(field, expert, ranks, "ranks of a stage", layout.role),
+    ]
+    problems = _uneven(demands, lambda size: size % layout.tensor == 0)
     if expert % layout.tensor:
         problems.append(
             f"{field} is no multiple of {layout.tensor_field}, so the ranks that hold all experts would not hold all of"
@@ -130,7 +175,7 @@ def _student(parallel: ParallelConfig, layout: _ModelLayout, model: HfConfig) ->
     layers, rest = divmod(int(model.get("num_hidden_layers") or 0), parallel.pipeline)
     if rest == 0:
         chunks, field = _named(parallel, "virtual_pipeline")
-        problems += _uneven(field, chunks, {"layers of a stage of the student": layers})
+        problems += _uneven([_Demand(field, chunks, layers, "layers of a stage", "student")])
     if _expert_count(model) and layout.expert == 1 < layout.tensor:
         problems.append(
             f"{layout.expert_field} with experts and {layout.tensor_field}: nobody adds up the gradients of experts"
@@ -156,18 +201,23 @@ def _sequence_parallel(parallel: ParallelConfig, student: _ModelLayout) -> list[
 def _engine(config: TrainConfig, nproc: int, student: HfConfig | None) -> list[str]:
     engine = config.rollout.tensor_parallel
     field = f"rollout.tensor_parallel = {engine}"
-    problems = _uneven(field, engine, {"ranks": nproc})
+    demands = [_Demand(field, engine, nproc, "ranks")]
     if student is None:
-        return problems
+        return _uneven(demands)
     heads, columns = int(student["num_attention_heads"]), int(student.get("intermediate_size") or 0)
-    problems += _uneven(
-        field, engine, {"attention heads of the student": heads, "feed-forward columns of the student": columns}
-    )
     groups = int(student.get("num_key_value_heads") or heads)
-    if heads % engine == 0 and groups % engine and engine % groups:  # vLLM repeats them where the ranks are more
+    for count, name in ((heads, "attention heads"), (columns, "feed-forward columns")):
+        demands.append(_Demand(field, engine, count, name, "student"))
+
+    def fits(size: int) -> bool:
+        return groups % size == 0 or size % groups == 0  # vLLM repeats them where the ranks are more
+
+    problems = _uneven(demands, fits)
+    if heads % engine == 0 and not fits(engine):
+        sizes = ", ".join(str(size) for size in _divisors(nproc, heads, columns) if fits(size))
         problems.append(
             f"{field} neither divides the {groups} key-value heads of the student nor is a multiple of them:"
-            f" choose one of {divisors(groups)}"
+            f" choose one of {sizes}"
         )
     return problems
 

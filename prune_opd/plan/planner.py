@@ -104,14 +104,17 @@ def structure(config: TrainConfig, world: int) -> list[str]:
 
 
 def curve(config: TrainConfig, gpu: str, grow: bool) -> dict[int, StepTime]:
-    """A step at the mean horizon, by number of GPUs (8 to 1024). Numbers that the layout does not divide are left out.
+    """A step at the mean horizon, by number of GPUs: from 8, or the recipe's own if that is less, to 1024.
+
+    The recipe's own number and its doubles are among them. Numbers that the layout does not divide are left out.
 
     grow: the prompts of a step grow with the GPUs, from the recipe's number on its own nodes. Otherwise they stay the
     recipe's, and numbers of GPUs for which they are too few are left out as well.
     """
     own = config.planning.nodes * config.parallel.nproc
+    doubled = {own * 2**i for i in range(11) if i == 0 or own * 2**i <= CURVE_GPUS[-1]}
     found = {}
-    for gpus in CURVE_GPUS:
+    for gpus in sorted({*CURVE_GPUS, *doubled}):
         nodes, rest = divmod(gpus, config.parallel.nproc)
         prompts = max(config.rollout.prompts * gpus // own, 1) if grow else config.rollout.prompts
         sized = replace(config, rollout=replace(config.rollout, prompts=prompts))

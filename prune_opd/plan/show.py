@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,14 @@ from prune_opd.plan.search import Found
 from prune_opd.plan.time import PHASES, StepTime
 
 CURVES = {"growing batch": True, "fixed batch": False}
+MOST_DECIMALS = 4
+
+
+def digits(value: float, decimals: int) -> str:
+    """A positive number with so many decimals, and with more where that would leave less than two digits of it."""
+    if 0 < value < 10 ** (1 - decimals):
+        decimals = min(MOST_DECIMALS, 1 - math.floor(math.log10(value)))
+    return f"{value:.{decimals}f}"
 
 
 def print_plan(plan: Plan, console: Console) -> None:
@@ -40,7 +49,7 @@ def print_plan(plan: Plan, console: Console) -> None:
 def print_found(found: list[Found], console: Console) -> None:
     table = Table("s a step", "overrides", title="Fastest layouts that fit")
     for layout in found:
-        table.add_row(f"{layout.seconds:.1f}", " ".join(layout.overrides))
+        table.add_row(digits(layout.seconds, 1), " ".join(layout.overrides))
     console.print(table if found else "no layout fits: take more nodes, or memory.* offloads")
 
 
@@ -51,8 +60,8 @@ def print_curve(plan: Plan, console: Console) -> None:
         title = "batch grows with the GPUs" if grow else "the recipe's batch"
         table = Table("GPUs", *PHASES, "tokens/s", "GPU-h a step", "largest", title=f"Seconds of a step: {title}")
         for gpus, step in steps.items():
-            seconds = [f"{step.seconds[phase]:.1f}" for phase in PHASES]
-            cost = f"{step.total * gpus / 3600:.2f}"
+            seconds = [digits(step.seconds[phase], 1) for phase in PHASES]
+            cost = digits(step.total * gpus / 3600, 2)
             table.add_row(str(gpus), *seconds, f"{step.tokens / step.total:.0f}", cost, step.longest)
         console.print(table)
 
@@ -87,19 +96,19 @@ def _time_table(plan: Plan) -> Table:
     steps = plan.steps
     table = Table("", *steps, title="Time of a step, and of the run, by strategy (the recipe's first)")
     for phase in PHASES:
-        table.add_row(f"{phase} s", *(f"{step.seconds[phase]:.1f}" for step in steps.values()))
+        table.add_row(f"{phase} s", *(digits(step.seconds[phase], 1) for step in steps.values()))
     rows: dict[str, list[str]] = {
-        "step s": [f"{step.total:.1f}" for step in steps.values()],
+        "step s": [digits(step.total, 1) for step in steps.values()],
         "horizon": [f"{step.horizon:.0f}" for step in steps.values()],
         "response tokens/s": [f"{step.tokens / step.total:.0f}" for step in steps.values()],
-        "run h": [f"{plan.hours(step):.1f}" for step in steps.values()],
-        "run GPU-h": [f"{plan.gpu_hours(step):.0f}" for step in steps.values()],
+        "run h": [digits(plan.hours(step), 1) for step in steps.values()],
+        "run GPU-h": [digits(plan.gpu_hours(step), 0) for step in steps.values()],
     }
     for name, row in rows.items():
         table.add_row(name, *row)
     rollout = plan.setting.config.rollout
     unplanned = {"the in-flight gate": rollout.inflight.on, "over-sampling": rollout.oversample > 1}
-    table.caption = f"with {plan.evaluations} evaluations of {plan.evaluation:.0f} s" + "".join(
+    table.caption = f"with {plan.evaluations} evaluations of {digits(plan.evaluation, 0)} s" + "".join(
         f"; without {what}, its costs and savings" for what, used in unplanned.items() if used
     )
     return table

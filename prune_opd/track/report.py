@@ -9,7 +9,7 @@ from prune_opd.errors import UserError
 from prune_opd.track.console import duration, summary_rows, unreadable_notes
 from prune_opd.track.plotting import PHASE_COLOURS, overview_png
 from prune_opd.track.redact import redact
-from prune_opd.track.report_compare import comparison_charts
+from prune_opd.track.report_compare import ABSENT, comparison_charts, different_settings
 from prune_opd.track.report_data import RunData, load_runs
 from prune_opd.track.report_page import grid as grid
 from prune_opd.track.report_page import write_page as write_page
@@ -17,6 +17,7 @@ from prune_opd.track.report_plots import run_charts
 from prune_opd.track.report_viewer import viewer
 
 _OVERVIEW_CHARTS = 8
+_CUT = 60  # characters of a setting's value
 
 
 def write_report(run_dirs: list[Path], out: Path) -> None:
@@ -41,7 +42,7 @@ def write_report(run_dirs: list[Path], out: Path) -> None:
     for old in folder.glob("[0-9][0-9]-*.png"):
         old.unlink()
     if compared:
-        body += [_comparison_table(runs), grid(compared, folder), viewer(runs)]
+        body += [_settings_table(runs), _comparison_table(runs), grid(compared, folder), viewer(runs)]
         body += [f"<h2>{escape(run.name)}</h2>{_tiles(run)}{_details(run, grid(charts[run.name]))}" for run in runs]
     else:
         body += [_tiles(runs[0]), _facts(runs[0]), _details(runs[0], grid(charts[runs[0].name], folder)), viewer(runs)]
@@ -118,14 +119,28 @@ def _comparison_table(runs: list[RunData]) -> str:
     columns = [dict([("steps", f"{run.summary.steps:,}"), *summary_rows(run.summary)]) for run in runs]
     # The rows of a run have a fixed order; a row that only a later run has must keep its place in it.
     names = sorted(dict.fromkeys(name for column in columns for name in column), key=_row_rank)
-    head = "".join(f"<th>{escape(run.name)}</th>" for run in runs)
-    rows = "".join(
-        f"<tr><th>{_indented(name)}</th>"
-        + "".join(f"<td>{escape(column.get(name, '–'))}</td>" for column in columns)
-        + "</tr>"
-        for name in names
+    return _side_by_side(runs, "", {name: [column.get(name, ABSENT) for column in columns] for name in names})
+
+
+def _settings_table(runs: list[RunData]) -> str:
+    """What the runs were told, where that differs: a difference in figures has its reason there, or in chance."""
+    rows = {
+        key: [text if len(text) <= _CUT else f"{text[: _CUT - 1]}…" for text in values]
+        for key, values in different_settings(runs).items()
+    }
+    if not rows:
+        return '<p class="note">No setting of these runs is known to differ.</p>'
+    return _side_by_side(runs, "settings that differ", rows)
+
+
+def _side_by_side(runs: list[RunData], title: str, rows: dict[str, list[str]]) -> str:
+    """One column a run. rows: by name, with a value for each run."""
+    head = "".join(f"<th>{escape(name)}</th>" for name in (title, *(run.name for run in runs)))
+    body = "".join(
+        f"<tr><th>{_indented(name)}</th>" + "".join(f"<td>{escape(value)}</td>" for value in values) + "</tr>"
+        for name, values in rows.items()
     )
-    return f'<div class="wide"><table class="compare"><tr><th></th>{head}</tr>{rows}</table></div>'
+    return f'<div class="wide"><table class="compare"><tr>{head}</tr>{body}</table></div>'
 
 
 def _row_rank(name: str) -> int:

@@ -1,11 +1,13 @@
-"""The charts that put several runs side by side."""
+"""The charts that put several runs side by side, and the settings in which they differ."""
 
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
+from prune_opd.config.yaml import on_one_line
 from prune_opd.track.metrics import total
 from prune_opd.track.plotting import (
     CYCLE,
@@ -21,6 +23,32 @@ from prune_opd.track.plotting import (
     trend,
 )
 from prune_opd.track.report_data import RunData
+
+ABSENT = "–"  # what stands in a table where a run has nothing
+_NOTHING = object()  # a setting that a config.yaml of an older version has not got
+
+
+def different_settings(runs: list[RunData]) -> dict[str, list[str]]:
+    """Dotted key → each run's value as YAML, of the settings in which runs differ. Their names are left out.
+
+    A run without a config.yaml differs in nothing. A part that only some runs have (`gate`) is one setting.
+    """
+    known = [run for run in runs if run.config]
+    found = {}
+    for key, values in _differences([run.config | {"name": None} for run in known], ""):
+        texts = iter(ABSENT if value is _NOTHING else on_one_line(value) for value in values)
+        found[key] = [next(texts) if run.config else ABSENT for run in runs]
+    return found
+
+
+def _differences(values: list[Any], key: str) -> Iterator[tuple[str, list[Any]]]:
+    """The settings below `key` in which the values, one of each run, differ."""
+    if values and all(isinstance(value, dict) for value in values):
+        for name in dict.fromkeys(name for value in values for name in value):
+            below = [value.get(name, _NOTHING) for value in values]
+            yield from _differences(below, f"{key}.{name}" if key else str(name))
+    elif any(value != values[0] for value in values):
+        yield key, values
 
 
 def comparison_charts(runs: list[RunData]) -> list[Chart]:

@@ -29,6 +29,7 @@ class RunData:
     samples: list[Record]  # of samples.jsonl
     summary: Summary
     config_text: str | None
+    config: dict[str, Any]  # of config.yaml; empty if there is none that can be read
     max_len: int | None
 
     def has(self, key: str) -> bool:
@@ -111,6 +112,7 @@ def load_run(run_dir: Path) -> RunData:
         samples=read_samples(run_dir / SAMPLES),
         summary=summarise(steps, evaluations),
         config_text=text,
+        config=config,
         max_len=max_len if isinstance(max_len, int) and max_len > 0 else None,
     )
 

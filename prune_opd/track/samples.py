@@ -21,6 +21,7 @@ Values are null where the loss was not finite. Secrets are masked (`redact.py`).
 from __future__ import annotations
 
 import math
+import random
 from collections.abc import Sequence
 from html import escape
 from pathlib import Path
@@ -31,6 +32,7 @@ from prune_opd.track.metrics import Record, read_records
 from prune_opd.track.redact import redact, redact_tokens
 
 if TYPE_CHECKING:  # the command line draws reports, and torch takes seconds
+    from prune_opd.data.prompt import Prompt
     from prune_opd.loss.stats import BatchStats
     from prune_opd.rollout.batch import Rollouts
 
@@ -41,13 +43,34 @@ _DECIMALS = 4
 _CONTEXT = 6  # so many tokens before a token may change its text: spaces, characters of several tokens
 
 
-def sampled_rows(track: TrackConfig, step: int, steps: int, responses: int, stopped: Sequence[int] = ()) -> list[int]:
-    """The rows of this step's batch to keep: spread over the batch, up to half of them from the `stopped` ones."""
+def sampled_rows(
+    track: TrackConfig, step: int, steps: int, prompts: Sequence[Prompt], stopped: Sequence[int] = ()
+) -> list[int]:
+    """The rows of this step's batch to keep: drawn by the step's number, so the same ones on every rank.
+
+    All sources have as many rows among them as whole rows allow, and up to half of the rows are `stopped` ones. Rows at
+    even distances would not do: where two sources alternate, every second row is of the same one.
+
+    prompts: of each row of the batch.
+    """
     if step not in (1, steps) and step % track.samples_every:
         return []
-    of_stopped = spread(stopped, (track.samples + 1) // 2)
-    others = [row for row in range(responses) if row not in of_stopped]
-    return sorted(of_stopped + spread(others, track.samples - len(of_stopped)))
+    rows, were_stopped = list(range(len(prompts))), set(stopped)
+    random.Random(step).shuffle(rows)
+    chosen: list[int] = []
+    while rows and len(chosen) < track.samples:
+        taken = [prompts[row] for row in chosen]
+        wants_stopped = 2 * len(were_stopped.intersection(chosen)) < track.samples
+        ranks = [
+            (
+                sum(other.source == prompts[row].source for other in taken),
+                (row in were_stopped) != wants_stopped,
+                taken.count(prompts[row]),
+            )
+            for row in rows
+        ]
+        chosen.append(rows.pop(ranks.index(min(ranks))))
+    return sorted(chosen)
 
 
 def sample_records(step: int, horizon: int, rollouts: Rollouts, stats: BatchStats, tokenizer: Any) -> list[Record]:

@@ -11,7 +11,7 @@ import pytest
 
 from prune_opd.check import machine
 from prune_opd.check import run as check
-from prune_opd.check.run import check_eval, check_sft, check_train
+from prune_opd.check.run import check_eval, check_sft, check_structure, check_train
 from prune_opd.config import CorpusConfig, ParallelConfig, SftConfig, SftStage, TrainConfig
 from prune_opd.config.changes import HARMLESS
 from prune_opd.config.overrides import apply_overrides
@@ -49,6 +49,31 @@ def test_a_good_run_has_no_problem(pair: TrainConfig, nproc: int) -> None:
 def test_a_missing_model_says_how_the_tiny_ones_are_made(pair: TrainConfig, tmp_path: Path) -> None:
     line = only(problems(dataclasses.replace(pair, teacher=str(tmp_path / "nowhere"))))
     assert line.startswith("teacher = ") and "there is no such directory" in line and "`make tiny-models`" in line
+
+
+@pytest.mark.parametrize("named", ["the file", "its directory"])
+def test_gguf_is_refused_with_what_converts_it(pair: TrainConfig, tmp_path: Path, named: str) -> None:
+    folder = tmp_path / "gguf"
+    folder.mkdir()
+    (folder / "SmolLM2-135M.Q4_1.gguf").write_bytes(b"GGUF")
+    student = folder if named == "its directory" else folder / "SmolLM2-135M.Q4_1.gguf"
+    config = dataclasses.replace(pair, student=str(student))
+    for line in (only(problems(config)), only(check_structure(config, 2))):
+        assert line.startswith(f"student = {str(student)!r} is GGUF") and "no such" not in line
+        assert f"AutoModelForCausalLM.from_pretrained({str(folder)!r}, gguf_file='SmolLM2-135M.Q4_1.gguf')" in line
+        assert "save_pretrained" in line and "packages gguf and accelerate" in line
+    assert "is GGUF" in only(check_eval(student, ["ledger"], 1.0, None))
+
+
+def test_a_model_directory_with_a_gguf_file_in_it_is_a_model_directory(pair: TrainConfig) -> None:
+    (Path(pair.student) / "model.gguf").write_bytes(b"GGUF")
+    assert problems(pair) == []
+
+
+def test_a_file_that_is_there_is_not_called_missing(pair: TrainConfig, tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    line = only(problems(dataclasses.replace(pair, student=str(tmp_path / "model.safetensors"))))
+    assert "model.safetensors': it is a file; give a Hugging Face model directory" in line
 
 
 @pytest.mark.parametrize("name", ["config.json", "tokenizer.json"])
@@ -115,15 +140,16 @@ def test_unigram_vocabularies_are_compared_in_the_order_of_their_ids(tmp_path: P
 
 
 def test_tensor_parallel_must_divide_the_heads_of_both_models(pair: TrainConfig) -> None:
-    found = problems(pair, nproc=3)
-    assert len(found) == 4  # attention and key-value heads of two models
     field = "parallel.tensor = 3 (null: all ranks)"
-    assert found[0] == f"{field} does not divide the 4 attention heads of the student: choose one of 1, 2, 4"
+    heads = (
+        "the 4 attention heads of the student and the teacher and the 2 key-value heads of the student and the teacher"
+    )
+    assert only(problems(pair, nproc=3)) == f"{field} does not divide {heads}: choose one of 1, or another --nproc"
 
 
 def test_tensor_parallel_must_divide_the_key_value_heads(pair: TrainConfig) -> None:
-    found = problems(pair, "parallel.tensor=4", nproc=4)
-    assert [line.split(" does not divide the ")[1][:17] for line in found] == ["2 key-value heads"] * 2
+    line = only(problems(pair, "parallel.tensor=4", nproc=4))
+    assert line.endswith(" does not divide the 2 key-value heads of the student and the teacher: choose one of 1, 2")
 
 
 def test_tensor_parallel_must_divide_the_ranks(pair: TrainConfig) -> None:

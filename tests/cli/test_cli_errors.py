@@ -147,7 +147,7 @@ def test_a_recipe_of_the_other_kind(place: Workplace) -> None:
             f"{FP8} = 'hybrid' needs a CUDA GPU",
             f"set {FP8}=null",
         ),
-        (["--nproc", "3"], "parallel.tensor = 3 (null: all ranks) does not divide the 4 ", "choose one of 1, 2, 4"),
+        (["--nproc", "3"], "parallel.tensor = 3 (null: all ranks) does not divide the 4 ", "or another --nproc"),
         (["gate.k=33"], "gate.k = 33 is above the 32 vocabulary entries", "set at most 32"),
         (["--resume", "nowhere"], "--resume nowhere: there is no such checkpoint", "or auto, or never"),
         (["--run-dir", "student"], "--run-dir", "choose an empty directory"),

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from prune_opd.config import CorpusConfig, HorizonConfig, RunConfig, SftConfig, SftStage, TrainConfig, paths
-from prune_opd.config.overrides import apply_overrides
+from prune_opd.config import CorpusConfig, DataConfig, HorizonConfig, RunConfig, SftConfig, SftStage, TrainConfig, paths
+from prune_opd.config.overrides import SYMBOLS, apply_overrides, dotted_keys
 from prune_opd.config.recipe import list_recipes, load_recipe
 from prune_opd.config.yaml import config_differences, load_config, save_config
 from prune_opd.errors import ConfigError
@@ -172,12 +172,79 @@ def test_the_gate_can_be_taken_out_and_then_has_no_settings() -> None:
         ("gate.k.x", "gate.k"),
         ("k", "gate.k or objective.k"),
         ("optimiser.lr", "optimizer.lr"),
+        ("gate.gama", "gate.threshold"),
+        ("gate.gamma", "gate.threshold"),
+        ("gate.γ", "gate.threshold"),
+        ("γ", "gate.threshold"),
+        ("gamma", "gate.threshold or weighting.gamma"),
+        ("weighting.gama", "weighting.gamma"),
+        ("horizon.M_0", "horizon.init_len"),
     ],
 )
 def test_a_misspelt_key_is_answered_with_the_nearest(key: str, nearest: str) -> None:
     with pytest.raises(ConfigError) as error:
         apply_overrides(tiny(), [f"{key}=1"])
     assert str(error.value) == f"there is no setting {key!r}: did you mean {nearest}?"
+
+
+def test_every_symbol_stands_for_a_setting() -> None:
+    assert set(SYMBOLS.values()) <= set(dotted_keys(TrainConfig))
+
+
+def test_all_bad_keys_and_values_are_reported_at_once() -> None:
+    bad = ["gate.gama=.5", "steps=7", "optimiser.lr=1", "gate.k=four", "gate.gama=.6"]
+    with pytest.raises(ConfigError) as error:
+        apply_overrides(tiny(), bad)
+    assert [line.split(":")[0] for line in str(error.value).splitlines()] == [
+        "there is no setting 'gate.gama'",
+        "there is no setting 'optimiser.lr'",
+        "gate.k = 'four' has the wrong type",
+    ]
+    with pytest.raises(ConfigError) as error:
+        apply_overrides(tiny(), ["gate.k=0", "gate.threshold=7", "optimizer.lr=-1"])
+    assert [line.split(" is out of range")[0] for line in str(error.value).splitlines()] == [
+        "gate.k = 0",
+        "gate.threshold = 7.0",
+        "optimizer.lr = -1.0",
+    ]
+
+
+def test_a_damaged_config_yaml_has_its_path_before_each_of_its_mistakes(tmp_path: Path) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text("name: x\nstudent: s\nteacher: t\nsteps: 0\nhorizon: {strategie: full}\nwidth: 3\n")
+    with pytest.raises(ConfigError) as error:
+        load_config(path)
+    assert [line.split(": ")[:2] for line in str(error.value).splitlines()] == [
+        [str(path), "there is no setting 'horizon.strategie'"],
+        [str(path), "there is no setting 'width'"],
+    ]
+
+
+@pytest.mark.parametrize(
+    ("override", "suffix"),
+    [
+        ("data.suffix= Put the answer in a box.", " Put the answer in a box."),
+        ("data.suffix= Put it in \\boxed{}. ", " Put it in \\boxed{}. "),
+        ("data.suffix= End with #### and the answer: a number", " End with #### and the answer: a number"),
+        ("data.suffix=\n\nAnswer:", "\n\nAnswer:"),
+        ("data.suffix= ", " "),
+        ("data.suffix=", ""),
+        ("data.suffix=' Box it.'", " Box it."),
+        ('data.suffix="\\nBox it."', "\nBox it."),
+        ("data.suffix=- a: b: [c", "- a: b: [c"),
+    ],
+)
+def test_a_text_keeps_its_spaces_and_signs_and_quotes_are_yamls(override: str, suffix: str) -> None:
+    assert apply_overrides(DataConfig(source="x.jsonl"), [override.removeprefix("data.")]).suffix == suffix
+    config = dataclasses.replace(tiny(), data=DataConfig(source="x.jsonl"))
+    assert apply_overrides(config, [override]).data.suffix == suffix
+
+
+def test_a_text_that_may_be_null_still_can_be() -> None:
+    with_prompt = DataConfig(source="x.jsonl", system_prompt="Think.")
+    for text in ("null", "~", ""):
+        assert apply_overrides(with_prompt, [f"system_prompt={text}"]).system_prompt is None
+    assert apply_overrides(with_prompt, ["system_prompt='null'"]).system_prompt == "null"
 
 
 @pytest.mark.parametrize(

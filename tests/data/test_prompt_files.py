@@ -1,18 +1,24 @@
 """Prompt files: formats, splits, column names, and what the model gets to read."""
 
 import json
+import shlex
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from typer.testing import CliRunner
 
+from prune_opd.cli import models as cli_models
+from prune_opd.cli.main import app
 from prune_opd.config import DataConfig
 from prune_opd.data.files import FileSource
 from prune_opd.data.prompts import held_out, make_source
 from prune_opd.data.render import prompt_text
 from prune_opd.errors import ConfigError
+from prune_opd.eval.run import EvalJob
+from tests.fake_models import write_model
 
 
 def file_source(path: Path, tokenizer: Any, **settings: Any) -> FileSource:
@@ -143,6 +149,32 @@ def test_the_columns_of_published_benchmarks_are_understood(
 # ---------------------------------------------------------------------------------------------------- rendering
 
 
+def documented(command: str) -> list[str]:
+    """The arguments of a command of docs/data.md that has a suffix, as a shell splits its line."""
+    lines = (Path(__file__).parents[2] / "docs" / "data.md").read_text(encoding="utf-8").splitlines()
+    (line,) = [line for line in lines if line.strip().startswith(f"prune-opd {command} ") and "suffix" in line]
+    return shlex.split(line)[1:]
+
+
+def test_the_documented_suffix_is_the_same_to_training_and_to_evaluation(
+    byte_tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("prompts.jsonl", "aime24.parquet"):
+        (write_jsonl if name.endswith("l") else write_parquet)(tmp_path / name, ROWS)
+    write_model(tmp_path / "MODEL_DIR")
+    byte_tokenizer.save_pretrained(tmp_path / "MODEL_DIR")
+    shown = CliRunner().invoke(app, documented("data inspect"))
+    text = "<user>1 + 1? Put the answer in a box.</><assistant><think></think>"
+    assert shown.exit_code == 0 and text in shown.output, shown.output
+
+    jobs: list[EvalJob] = []
+    monkeypatch.setattr(cli_models, "on_ranks", lambda nproc, command, job: jobs.append(EvalJob.from_json(job)) or 0)
+    assert CliRunner().invoke(app, documented("eval")).exit_code == 0
+    ((task,),) = [job.tasks for job in jobs]
+    assert texts(make_source(task, byte_tokenizer, 0), byte_tokenizer)[0] == text
+
+
 @pytest.mark.parametrize(
     ("row", "format", "text"),
     [
@@ -190,6 +222,31 @@ def test_a_template_without_the_switch_is_not_silently_left_thinking(byte_tokeni
     byte_tokenizer.chat_template = "{% for turn in messages %}{{ turn.content }}{% endfor %}"
     with pytest.raises(ConfigError, match=r"data.thinking = False: .* has no such switch"):
         prompt_text({"question": "Q"}, of_file(thinking=False), byte_tokenizer)
+
+
+@pytest.mark.parametrize(
+    ("settings", "problem"),
+    [
+        ({"thinking": True}, "data.thinking = True: the tokenizer's chat template has no such switch; leave it out"),
+        ({"chat": False, "system_prompt": "S"}, "data.system_prompt = 'S' has no place in a prompt"),
+    ],
+)
+def test_what_is_wrong_with_a_setting_is_said_once_and_bad_rows_are_still_named(
+    settings: dict[str, Any], problem: str, byte_tokenizer: Any, tmp_path: Path
+) -> None:
+    byte_tokenizer.chat_template = "{% for turn in messages %}{{ turn.content }}{% endfor %}"
+    path = write_jsonl(tmp_path / "rows.jsonl", [{"question": " "}, *ROWS * 20])
+    with pytest.raises(ConfigError) as refusal:
+        file_source(path, byte_tokenizer, **settings)
+    setting, row = str(refusal.value).splitlines()
+    assert setting.startswith(f"{path}:2: {problem}") and setting.endswith(" (so in 40 of 41 rows)")
+    assert row.startswith(f"{path}:1: ") and "give text that is not empty" in row
+
+
+def test_rows_that_a_setting_does_not_go_with_can_be_skipped(byte_tokenizer: Any, tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "rows.jsonl", [{"prompt": "as it is"}, *ROWS])
+    source = file_source(path, byte_tokenizer, system_prompt="S", bad_rows="skip")
+    assert source.size == 2 and "1 of 3 rows are bad, lines 1 (line 1: data.system_prompt" in source.skipped_summary()
 
 
 def test_a_chat_without_a_template_is_refused_and_a_question_goes_as_it_is(byte_tokenizer: Any) -> None:

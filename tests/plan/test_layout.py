@@ -59,7 +59,12 @@ REFUSED: list[tuple[int, dict[str, Any], str]] = [
         {"tensor": 1, "context": 2},
         "parallel.tensor = 1 with parallel.pipeline = 1 and parallel.context = 2 puts a model on 2 ranks",
     ),
-    (8, {"tensor": 8}, "parallel.tensor = 8 does not divide the 4 key-value heads of the student: choose one of 1, 2"),
+    (
+        8,
+        {"tensor": 8},
+        "parallel.tensor = 8 does not divide the 4 key-value heads of the student and the teacher:"
+        " choose one of 1, 2, 4",
+    ),
     (
         8,
         {"tensor": 1, "teacher_tensor": 8},
@@ -70,7 +75,11 @@ REFUSED: list[tuple[int, dict[str, Any], str]] = [
         {"teacher_pipeline": 3},
         "parallel.tensor = 4 (null: all ranks) with parallel.teacher_pipeline = 3 puts a model",
     ),
-    (5, {"tensor": 1, "pipeline": 5}, "parallel.pipeline = 5 does not divide the 12 layers of the student: choose one"),
+    (
+        5,
+        {"tensor": 1, "pipeline": 5},
+        "parallel.pipeline = 5 does not divide the 12 layers of the student and the teacher: choose one of 1, or",
+    ),
     (
         4,
         {"tensor": 1, "pipeline": 4, "virtual_pipeline": 2},
@@ -104,10 +113,14 @@ def test_layouts_that_do_not_fit_are_refused(nproc: int, settings: dict[str, Any
 @pytest.mark.parametrize(
     ("settings", "beginning"),
     [
-        ({"tensor": 1, "expert": 3}, "parallel.expert = 3 does not divide the 8 experts of the student: choose one of"),
+        (
+            {"tensor": 1, "expert": 3},
+            "parallel.expert = 3 does not divide the 8 experts of the student and the 4 ranks of a stage of the"
+            " student: choose one of 1, 2, 4",
+        ),
         (
             {"tensor": 1, "pipeline": 2, "expert": 4},
-            "parallel.expert = 4 does not divide the 2 ranks of a stage of the",
+            "parallel.expert = 4 does not divide the 2 ranks of a stage of the student: choose one of 1, 2",
         ),
         (
             {"tensor": 4, "sequence_parallel": True, "expert": 2},
@@ -131,9 +144,20 @@ def test_experts_that_do_not_fit_are_refused(settings: dict[str, Any], beginning
 @pytest.mark.parametrize(
     ("ranks", "beginning"),
     [
-        (5, "rollout.tensor_parallel = 5 does not divide the 8 ranks: choose one of 1, 2, 4, 8"),
-        (8, "rollout.tensor_parallel = 8 does not divide the 12 feed-forward columns of the student"),
-        (3, "rollout.tensor_parallel = 3 neither divides the 4 key-value heads of the student nor is a multiple"),
+        (
+            5,
+            "rollout.tensor_parallel = 5 does not divide the 8 ranks and the 24 attention heads of the student and the"
+            " 12 feed-forward columns of the student: choose one of 1, 2, 4, or another --nproc",
+        ),
+        (
+            8,
+            "rollout.tensor_parallel = 8 does not divide the 12 feed-forward columns of the student: choose one of 1, ",
+        ),
+        (
+            3,
+            "rollout.tensor_parallel = 3 neither divides the 4 key-value heads of the student nor is a multiple of"
+            " them: choose one of 1, 2, 4",
+        ),
     ],
 )
 def test_engines_that_vllm_would_not_build_are_refused(ranks: int, beginning: str) -> None:
@@ -141,6 +165,59 @@ def test_engines_that_vllm_would_not_build_are_refused(ranks: int, beginning: st
     config = train_config(Path("student"), Path("teacher"), rollout=RolloutConfig(tensor_parallel=ranks))
     found = layout_problems(config, 8, {"student": student})
     assert any(line.startswith(beginning) for line in found), found
+
+
+SMOL = {"num_attention_heads": 9, "num_key_value_heads": 3, "num_hidden_layers": 30, "intermediate_size": 1536}
+SMOL_26 = SMOL | {"num_hidden_layers": 26}
+
+
+@pytest.mark.parametrize(
+    ("nproc", "parallel", "line"),
+    [
+        (
+            2,
+            {"tensor": 2},
+            "parallel.tensor = 2 does not divide the 9 attention heads of the student and the teacher and the 3"
+            " key-value heads of the student and the teacher: choose one of 1, or another --nproc",
+        ),
+        (
+            6,
+            {"tensor": 2},
+            "parallel.tensor = 2 does not divide the 9 attention heads of the student and the teacher and the 3"
+            " key-value heads of the student and the teacher: choose one of 1, 3",
+        ),
+        (2, {"tensor": 3}, "parallel.tensor = 3 does not divide the 2 ranks: choose one of 1, or another --nproc"),
+        (
+            4,
+            {"tensor": 1, "pipeline": 4},
+            "parallel.pipeline = 4 does not divide the 26 layers of the student and the 30 layers of the teacher:"
+            " choose one of 1, 2",
+        ),
+        (
+            4,
+            {"tensor": 3, "pipeline": 2},
+            "parallel.tensor = 3 with parallel.pipeline = 2 puts a model on 6 ranks, which does not divide the 4 ranks:"
+            " choose sizes with a product of 1, 2, or another --nproc",
+        ),
+    ],
+)
+def test_a_setting_has_one_line_and_every_size_that_it_names_fits(
+    nproc: int, parallel: dict[str, Any], line: str
+) -> None:
+    assert problems(nproc, SMOL_26, SMOL, **parallel) == [line]
+
+
+@pytest.mark.parametrize(
+    ("nproc", "others"), [(120, {}), (120, {"pipeline": 2}), (120, {"pipeline": 6}), (40, {"context": 2})]
+)
+def test_a_size_is_named_if_and_only_if_the_layout_with_it_has_no_problem(nproc: int, others: dict[str, int]) -> None:
+    student = {"num_attention_heads": 48, "num_key_value_heads": 12, "num_hidden_layers": 24, "intermediate_size": 960}
+    teacher = student | {"num_key_value_heads": 16, "num_hidden_layers": 36}
+    (line,) = problems(nproc, student, teacher, tensor=5, **others)
+    named = line.rpartition("choose one of ")[2].partition(", or")[0].split(", ")
+    sizes = range(1, nproc + 1)
+    fit = [size for size in sizes if not problems(nproc, student, teacher, tensor=size, batch=960, **others)]
+    assert [int(size) for size in named] == fit and len(fit) > 1
 
 
 def test_one_problem_is_told_once() -> None:

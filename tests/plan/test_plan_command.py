@@ -79,3 +79,5 @@ def test_a_recipe_outside_the_repository_is_checked_and_planned_by_its_path(tmp_
     assert run("check", path, "--structure") == (0, "ok\n")
     code, text = run("plan", path, "--gpu", "h100")
     assert code == 0, text
+    (hours,) = [line for line in text.splitlines() if "run GPU-h" in line]
+    assert all(0 < float(cell) < 1 for cell in hours.split("│")[2:-1])  # three steps of a tiny model, and no "0"

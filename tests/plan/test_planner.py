@@ -5,20 +5,24 @@ from __future__ import annotations
 import dataclasses
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from prune_opd.config import TrainConfig
+from prune_opd.config import HorizonConfig, ParallelConfig, RolloutConfig, TrainConfig
 from prune_opd.config import memory_phases as phases
 from prune_opd.config.overrides import apply_overrides
 from prune_opd.config.recipe import list_recipes, load_recipe
 from prune_opd.errors import ConfigError
 from prune_opd.plan import search
+from prune_opd.plan.hardware import STEP_OVERHEAD
 from prune_opd.plan.memory import largest_fit, plan_memory, problems
 from prune_opd.plan.planner import Plan, curve, plan_run
 from prune_opd.plan.search import best_layouts
 from prune_opd.plan.setting import setting_of
+from prune_opd.plan.show import digits
 from prune_opd.plan.time import step_time, train_seconds
+from tests.fake_models import train_config, write_model
 from tests.plan import published
 
 SMALL, SEVEN = "r1_1_5b_from_justrl_8xh100", "r1_7b_from_skywork_8xh100"
@@ -72,6 +76,55 @@ def test_popd_lies_where_its_constants_put_it() -> None:
     ours, slower = published.popd_hours(512, 8), published.popd_hours(256, 8)
     assert f"are {ours:.1f}, with 256 tokens every 8 steps {slower:.1f}" in docs
     assert slower < ours < published.TOPD_OPD
+
+
+def test_the_overhead_is_the_fitted_one_of_every_published_run() -> None:
+    """It shrinks only below what it was fitted to, whatever the strategy."""
+    for name in published.PAIRS:
+        for step in plan(name).steps.values():
+            assert step.seconds["overhead"] == pytest.approx(STEP_OVERHEAD)
+
+
+# ---------------------------------------------------------------------------------------------------- small models
+
+
+def small(folder: Path, layers: int = 26, **changes: Any) -> TrainConfig:
+    """The pair of SmolLM2-135M's shape in a run of a minute or two."""
+    shape: dict[str, Any] = {"model_type": "llama", "hidden_size": 576, "intermediate_size": 1536}
+    shape |= {"num_attention_heads": 9, "num_key_value_heads": 3, "vocab_size": 49152, "tie_word_embeddings": True}
+    models = [write_model(folder / f"{i}", num_hidden_layers=n, **shape) for i, n in enumerate((layers, 30))]
+    horizon = HorizonConfig(strategy="prune", max_len=96, min_len=16, init_len=48)
+    parallel = ParallelConfig(nproc=2, tensor=1)
+    return train_config(*models, **({"horizon": horizon, "parallel": parallel, "steps": 20} | changes))
+
+
+def test_the_overhead_of_a_small_model_is_small_and_grows_with_models_and_tokens(tmp_path: Path) -> None:
+    """Of 30 s a step with two models of .1 B parameters and 8 responses of 96 tokens nothing else was to be seen."""
+    step = plan_run(small(tmp_path / "a"), "h100", 1).planned.seconds["overhead"]
+    assert 0 < step < 1.5
+    rollout = RolloutConfig(prompts=64, responses=4)
+    more_tokens = plan_run(small(tmp_path / "b", rollout=rollout), "h100", 1).planned.seconds["overhead"]
+    longer = HorizonConfig(strategy="full", max_len=256, min_len=16)
+    more_length = plan_run(small(tmp_path / "c", horizon=longer), "h100", 1).planned.seconds["overhead"]
+    more_layers = plan_run(small(tmp_path / "d", layers=52), "h100", 1).planned.seconds["overhead"]
+    assert min(more_tokens, more_length, more_layers) > step
+
+
+def test_the_scaling_table_starts_at_the_recipes_own_gpus_and_has_them(tmp_path: Path) -> None:
+    for nproc, nodes, first in ((2, 1, [2, 4, 8, 16]), (3, 1, [3, 6, 12, 24]), (8, 3, [8, 16, 24, 32, 48])):
+        config = small(tmp_path / f"{nproc}", rollout=RolloutConfig(prompts=48, responses=4))
+        config = apply_overrides(config, [f"parallel.nproc={nproc}", f"planning.nodes={nodes}"])
+        assert list(curve(config, "h100", grow=True))[: len(first)] == first
+
+
+@pytest.mark.parametrize(
+    ("value", "decimals", "text"),
+    [(30.24, 1, "30.2"), (1.0, 1, "1.0"), (0.234, 1, "0.23"), (0.0021, 1, "0.0021"), (0.0, 1, "0.0"),
+     (1e-9, 1, "0.0000"), (0.434, 0, "0.43"), (3.21, 0, "3.2"), (45.7, 0, "46"),
+     (0.0123, 2, "0.012"), (1.234, 2, "1.23")],
+)  # fmt: skip
+def test_small_numbers_have_digits_and_large_ones_no_more_than_before(value: float, decimals: int, text: str) -> None:
+    assert digits(value, decimals) == text
 
 
 # ---------------------------------------------------------------------------------------------------- memory

@@ -5,6 +5,7 @@ import re
 import warnings
 from contextlib import closing
 from dataclasses import replace
+from html import unescape
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -108,6 +109,38 @@ def test_several_runs_are_compared_and_then_shown_one_by_one(several: str) -> No
     assert "Comparison of 2 Prune-OPD runs" in page.text
     assert page.tags.count("h2") == 3 and page.tags.count("details") == 2
     assert "Accuracy over generated tokens: ledger" in page.text and "Where the time went" in page.text
+
+
+def settings_table(text: str) -> dict[str, list[str]]:
+    """The rows of the comparison's first table, by setting."""
+    table = text[text.index("settings that differ") :].partition("</table>")[0]
+    cells = [[unescape(cell) for cell in re.findall("<t[hd]>(.*?)</t[hd]>", row)] for row in table.split("<tr>")[1:]]
+    return {name: values for name, *values in cells}
+
+
+def test_a_comparison_begins_with_the_settings_that_differ_and_no_others(tmp_path: Path) -> None:
+    runs = [
+        write_run(tmp_path / "a", name="one", steps=2, evaluate_every=0, student="models/" + 80 * "x"),
+        write_run(tmp_path / "b", name="two", steps=2, evaluate_every=0, strategy="full"),
+        write_run(tmp_path / "c", name="three", steps=2, evaluate_every=0),
+    ]
+    (runs[2] / "config.yaml").unlink()
+    write_report(runs, tmp_path / "comparison.html")
+    text = (tmp_path / "comparison.html").read_text()
+    rows = settings_table(text)
+    assert set(rows) == {"student", "gate", "horizon.strategy", "horizon.init_len"}
+    assert rows["horizon.strategy"] == ["prune", "full", "–"]
+    assert rows["gate"][1:] == ["null", "–"] and rows["gate"][0].startswith("{metric: overlap, k: 16")
+    assert len(rows["student"][0]) == 60 and rows["student"][0].endswith("…")
+    assert (
+        text.index("settings that differ") < text.index('class="compare"', text.index("</table>")) < text.index("<img")
+    )
+
+
+def test_runs_with_the_same_settings_say_so(tmp_path: Path) -> None:
+    runs = [write_run(tmp_path / name, name=name, steps=2, evaluate_every=0) for name in ("a", "b")]
+    write_report(runs, tmp_path / "comparison.html")
+    assert "No setting of these runs is known to differ." in (tmp_path / "comparison.html").read_text()
 
 
 def test_runs_of_the_same_name_are_told_apart(tmp_path: Path) -> None:

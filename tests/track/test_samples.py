@@ -69,17 +69,47 @@ def test_the_texts_of_the_tokens_join_to_the_response_also_where_a_character_is_
     assert token_texts([], tokenizer) == []
 
 
+def prompts_of(*sources: str, responses: int = 1) -> list[Prompt]:
+    """A batch whose prompts come from these sources, each with its responses."""
+    return [Prompt(i, (i,), None, source) for i, source in enumerate(sources) for _ in range(responses)]
+
+
 @pytest.mark.parametrize(("step", "kept"), [(1, True), (2, False), (10, True), (19, False), (20, True), (23, True)])
 def test_the_first_the_last_and_every_so_many_steps_are_sampled(step: int, kept: bool) -> None:
-    assert bool(sampled_rows(TrackConfig(samples=3, samples_every=10), step, 23, 8)) == kept
+    assert bool(sampled_rows(TrackConfig(samples=3, samples_every=10), step, 23, prompts_of(*"a" * 8))) == kept
 
 
-def test_sampled_rows_are_spread_over_the_batch_and_have_stopped_ones_among_them() -> None:
-    assert sampled_rows(TrackConfig(samples=4), 1, 9, 16) == [3, 7, 11, 15]
-    chosen = sampled_rows(TrackConfig(samples=4), 1, 9, 16, stopped=[2, 5, 6])
+@pytest.mark.parametrize("step", range(1, 20))
+def test_sampled_rows_are_of_every_source_of_a_mixture(step: int) -> None:
+    """Rows 1, 3, 5, 7 of 8 are all of one source where two sources alternate."""
+    track = TrackConfig(samples=4, samples_every=1)
+    for batch in (prompts_of(*"ab" * 4), prompts_of(*"aaab" * 4), prompts_of(*"ab" * 4, responses=4)):
+        sources = [batch[row].source for row in sampled_rows(track, step, 99, batch)]
+        assert sorted(sources) == ["a", "a", "b", "b"]
+    batch = prompts_of(*"abcd" * 4)
+    chosen = sampled_rows(track, step, 99, batch, stopped=[1, 5, 9])  # the stopped ones are all of source b
+    assert sorted(batch[row].source for row in chosen) == ["a", "b", "c", "d"] and set(chosen) & {1, 5, 9}
+
+
+def test_more_sources_than_samples_all_have_their_turn_over_the_steps() -> None:
+    track, batch = TrackConfig(samples=2, samples_every=1), prompts_of(*"abcdef")
+    seen = {batch[row].source for step in range(1, 30) for row in sampled_rows(track, step, 99, batch)}
+    assert seen == set("abcdef")
+
+
+def test_sampled_rows_are_spread_over_the_prompts_and_have_stopped_ones_among_them() -> None:
+    track, batch = TrackConfig(samples=4), prompts_of(*"a" * 4, responses=4)
+    assert len({batch[row] for row in sampled_rows(track, 1, 9, batch)}) == 4
+    chosen = sampled_rows(track, 1, 9, batch, stopped=[2, 5, 6])
     assert len(set(chosen)) == 4 and len(set(chosen) & {2, 5, 6}) == 2
-    assert sampled_rows(TrackConfig(samples=4), 1, 9, 2) == [0, 1]
-    assert sampled_rows(TrackConfig(samples=0), 1, 9, 16) == []
+    assert sampled_rows(track, 1, 9, prompts_of("a", "a")) == [0, 1]
+    assert sampled_rows(TrackConfig(samples=0), 1, 9, batch) == []
+
+
+def test_sampled_rows_are_the_same_for_everybody_who_asks() -> None:
+    track, batch = TrackConfig(samples=4), prompts_of(*"ab" * 32, responses=4)
+    assert sampled_rows(track, 10, 99, batch) == sampled_rows(track, 10, 99, batch)
+    assert sampled_rows(track, 10, 99, batch) != sampled_rows(track, 20, 99, batch)
 
 
 def test_a_record_has_each_token_as_the_loss_saw_it_whatever_micro_batch_it_was_in() -> None:
