@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from prune_opd.loss.vocab_parallel import VocabShard
+from prune_opd.loss.vocab_parallel import VocabShard, group_size
 
 BLOCKS = 64  # at most, in a chunk: the scratch memory is at least 1/64 of the logits
 BLOCK_LOGITS = 1 << 18  # and a block has at least so many, or one row
@@ -70,7 +70,7 @@ def vocab_sums_(
     teacher's become the latter. maxima: [N, 1] over the whole vocabulary. apart: see `VocabSums`.
     """
     (student_NV, teacher_NV), (student_shard, teacher_shard) = logits, shards
-    aligned = student_shard.group is None or student_shard.rows == teacher_shard.rows
+    aligned = group_size(student_shard.group) == 1 or student_shard.rows == teacher_shard.rows
     rows = max(-(-len(student_NV) // BLOCKS), BLOCK_LOGITS // max(student_NV.shape[1], teacher_NV.shape[1]), 1)
     rows = min(rows, len(student_NV))
     scratch = student_NV.new_empty(2, rows, max(student_shard.valid, teacher_shard.valid))
