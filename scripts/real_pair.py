@@ -142,7 +142,7 @@ def convert(folder: Path, source: Path = GGUF) -> None:
 class Student:
     """The damage and the healing."""
 
-    left_out: tuple[int, ...] = (10, 14, 18, 22)  # layers of the teacher
+    left_out: tuple[int, ...] = (12, 20)  # layers of the teacher
     prompts: int = 192  # of the training files, half of them arithmetic; the teacher answers each once
     tokens: int = 64  # at most, of an answer
     batch: int = 8  # answers a step; each is seen once
