@@ -7,10 +7,10 @@ answers them once. Along both texts, at every response token, in nats:
     forward KL    the same with the two exchanged
     entropies     of student and teacher
     top-16 mass   what the student gives to its 16 likeliest tokens, and what the teacher gives to them
-    NLL           -log p of the teacher's text
+    NLL           -log p of the text
 
-In the tables q is the teacher. A mean is over tokens; its ± is the standard error over prompts. The models are directories in the format of Hugging
-Face, for instance RUN/hf or an export. Without --teacher and --prompts it takes those of the real pair
+In the tables q is the teacher. A mean is over tokens; its ± is the standard error over prompts. The models are Hugging
+Face directories, for example RUN/hf or an export. Without --teacher and --prompts it takes those of the real pair
 (`make real-pair`). Writes DIR/judge.json.
 """
 
@@ -92,8 +92,8 @@ def run(
     found: list[dict[str, Any]] = [{**row, "name": _short(row["model"])} for row in result["models"]]
     size = f"{result['prompts']} prompts, at most {settings.tokens} tokens, T = 1"
     for text, title in TABLES.items():
-        rows_ = [{"name": row["name"], **row[text]} for row in found]
-        report.console.print(table(f"{title}: {size}", COLUMNS, rows_))
+        lines = [{"name": row["name"], **row[text]} for row in found]
+        report.console.print(table(f"{title}: {size}", COLUMNS, lines))
     for row in found:
         report.console.print(f"[bold]{row['name']}[/], greedy")
         for sample in row["greedy"]:

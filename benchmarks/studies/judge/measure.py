@@ -120,8 +120,7 @@ def measure(
 
     tokenizer = AutoTokenizer.from_pretrained(teacher)
     rows = [row for file in files for row in _rows(Path(file), prompts // len(files))]
-    turns = [row.get("messages") or [{"role": "user", "content": row["question"]}] for row in rows]
-    texts = [tokenizer.apply_chat_template(t, add_generation_prompt=True, tokenize=False) for t in turns]
+    texts = [_prompt(tokenizer, row) for row in rows]
     start = cpu_time()
     judge = _load(teacher)
     given = _teacher_text(Path(teacher), judge, tokenizer, texts, tokens, seed)
@@ -143,7 +142,7 @@ def measure(
                 "given": along_given,
                 "finished": float(ended),
                 "greedy": [
-                    {"prompt": turns[i][-1]["content"], "response": response}
+                    {"prompt": _asked(rows[i]), "response": response}
                     for i, response in zip(shown, _responses(tokenizer, best), strict=True)
                 ],
                 "sampled": _responses(tokenizer, own),
@@ -174,6 +173,21 @@ def _teacher_text(directory: Path, teacher: Any, tokenizer: Any, texts: list[str
 def _responses(tokenizer: Any, text: Text) -> list[str]:
     pairs = zip(text.ids[:, text.start :], text.mask[:, text.start :].bool(), strict=True)
     return [tokenizer.decode(ids[mask], skip_special_tokens=True) for ids, mask in pairs]
+
+
+def _prompt(tokenizer: Any, row: dict[str, Any]) -> str:
+    """The text that a model reads: a user's turn goes through the chat template if there is one."""
+    if "prompt" in row or tokenizer.chat_template is None:
+        return _asked(row)
+    turns = row.get("messages") or [{"role": "user", "content": _asked(row)}]
+    return str(tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False))
+
+
+def _asked(row: dict[str, Any]) -> str:
+    """The last turn, or the text of the first column that has one."""
+    if "messages" in row:
+        return str(row["messages"][-1]["content"])
+    return str(next(row[name] for name in ("prompt", "problem", "question") if name in row))
 
 
 def _rows(file: Path, count: int) -> list[dict[str, Any]]:
