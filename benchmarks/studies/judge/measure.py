@@ -27,6 +27,16 @@ class Text:
     mask: Tensor  # the same shape: 1 where there is a token
     start: int  # the width of the prompts
 
+    @property
+    def sampled(self) -> Tensor:
+        """The response tokens [N], row after row."""
+        return self.ids[:, self.start :][self.mask[:, self.start :].bool()]
+
+    @property
+    def lengths(self) -> list[int]:
+        """Response tokens of every row."""
+        return list(self.mask[:, self.start :].sum(1).tolist())
+
     def part(self, first: int, count: int) -> Text:
         rows = slice(first, first + count)
         return Text(self.ids[rows], self.mask[rows], self.start)
@@ -63,38 +73,44 @@ def summary(values: dict[str, Tensor], lengths: Sequence[int]) -> dict[str, Any]
 
 
 @torch.inference_mode()
-def generate(model: Any, tokenizer: Any, texts: list[str], tokens: int, seed: int | None) -> Text:
-    """One response a text: sampled from the whole vocabulary at T = 1, or greedy without a seed."""
+def generate(model: Any, tokenizer: Any, texts: list[str], tokens: int, seed: int | None) -> tuple[Text, Tensor]:
+    """One response a text, and the log-probabilities of its tokens as `log_probabilities` gives them.
+
+    Sampled from the whole vocabulary at T = 1, or greedy without a seed.
+    """
     torch.manual_seed(seed or 0)
     batch = tokenizer(texts, add_special_tokens=False, return_tensors="pt", padding=True, padding_side="left")
     end, start = tokenizer.eos_token_id, batch.input_ids.shape[1]
     how: dict[str, Any] = {"do_sample": False}
     if seed is not None:
         how = {"do_sample": True, "temperature": 1.0, "top_p": 1.0, "top_k": 0}
-    ids = model.generate(**batch, max_new_tokens=tokens, pad_token_id=end, eos_token_id=end, **how)
-    ended = (ids[:, start:] == end).long()
+    how |= {"pad_token_id": end, "eos_token_id": end, "output_logits": True, "return_dict_in_generate": True}
+    made = model.generate(**batch, max_new_tokens=tokens, **how)
+    ended = (made.sequences[:, start:] == end).long()
     before_end = (ended.cumsum(1) - ended) == 0  # the end itself is a token of the response
-    return Text(ids, torch.cat([batch.attention_mask, before_end.long()], 1), start)
+    text = Text(made.sequences, torch.cat([batch.attention_mask, before_end.long()], 1), start)
+    return text, torch.stack(made.logits, 1)[before_end].log_softmax(-1)
 
 
 @torch.inference_mode()
-def log_probabilities(model: Any, text: Text) -> Tensor:
-    """Of every response token [N, vocabulary], row after row."""
-    positions = (text.mask.cumsum(1) - 1).clamp_min(0)
-    width = text.ids.shape[1] - text.start
-    out = model(text.ids, attention_mask=text.mask, position_ids=positions, logits_to_keep=width + 1)
-    return out.logits[:, :-1][text.mask[:, text.start :].bool()].float().log_softmax(-1)
-
-
-def along(student: Any, teacher: Any, text: Text, batch: int) -> tuple[dict[str, Tensor], list[int]]:
-    """`compare` at every response token, and the responses' lengths."""
+def log_probabilities(model: Any, text: Text, batch: int) -> Tensor:
+    """Of every response token [N, vocabulary], row after row; `batch` rows at a time go through the model."""
     parts = []
     for first in range(0, len(text.ids), batch):
         part = text.part(first, batch)
-        sampled_N = part.ids[:, part.start :][part.mask[:, part.start :].bool()]
-        parts.append(compare(log_probabilities(student, part), log_probabilities(teacher, part), sampled_N))
-    lengths = text.mask[:, text.start :].sum(1).tolist()
-    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}, lengths
+        positions = (part.mask.cumsum(1) - 1).clamp_min(0)
+        width = part.ids.shape[1] - part.start
+        out = model(part.ids, attention_mask=part.mask, position_ids=positions, logits_to_keep=width + 1)
+        parts.append(out.logits[:, :-1][part.mask[:, part.start :].bool()].log_softmax(-1))
+    return torch.cat(parts)
+
+
+def along(student_NV: Tensor, teacher_NV: Tensor, text: Text) -> dict[str, Any]:
+    """The `summary` of `compare` over the response tokens."""
+    sampled_N, lengths = text.sampled, text.lengths
+    blocks = zip(*(x.split(256) for x in (student_NV, teacher_NV, sampled_N)), strict=True)  # for the memory
+    parts = [compare(*block) for block in blocks]
+    return summary({name: torch.cat([part[name] for part in parts]) for name in parts[0]}, lengths)
 
 
 def measure(
@@ -104,29 +120,29 @@ def measure(
 
     tokenizer = AutoTokenizer.from_pretrained(teacher)
     rows = [row for file in files for row in _rows(Path(file), prompts // len(files))]
-    turns = [row.get("messages") or [{"role": "user", "content": row["question"]}] for row in rows]
-    texts = [tokenizer.apply_chat_template(t, add_generation_prompt=True, tokenize=False) for t in turns]
+    texts = [_prompt(tokenizer, row) for row in rows]
     start = cpu_time()
     judge = _load(teacher)
     given = _teacher_text(Path(teacher), judge, tokenizer, texts, tokens, seed)
+    judge_given_NV = log_probabilities(judge, given, batch)
     shown = [i * len(texts) // greedy for i in range(greedy)]
     found: dict[str, Any] = {"prompts": len(texts), "cpu_seconds_teacher": cpu_time() - start, "models": []}
     for directory in models:
         start, begun = cpu_time(), time.monotonic()
         model = _load(directory)
-        own = generate(model, tokenizer, texts, tokens, seed + 1)
-        along_own, lengths = along(model, judge, own, batch)
-        along_given, given_lengths = along(model, judge, given, batch)
-        best = generate(model, tokenizer, [texts[i] for i in shown], tokens, None)
+        own, own_NV = generate(model, tokenizer, texts, tokens, seed + 1)
+        along_own = along(own_NV, log_probabilities(judge, own, batch), own)
+        along_given = along(log_probabilities(model, given, batch), judge_given_NV, given)
+        best, _ = generate(model, tokenizer, [texts[i] for i in shown], tokens, None)
         ended = own.ids[:, own.start :].eq(tokenizer.eos_token_id).any(1).double().mean()
         found["models"].append(
             {
                 "model": directory,
-                "own": summary(along_own, lengths),
-                "given": summary(along_given, given_lengths),
+                "own": along_own,
+                "given": along_given,
                 "finished": float(ended),
                 "greedy": [
-                    {"prompt": turns[i][-1]["content"], "response": response}
+                    {"prompt": _asked(rows[i]), "response": response}
                     for i, response in zip(shown, _responses(tokenizer, best), strict=True)
                 ],
                 "sampled": _responses(tokenizer, own),
@@ -134,7 +150,7 @@ def measure(
                 "cpu_seconds": cpu_time() - start,
             }
         )
-        del model
+        del model, own_NV
     return found
 
 
@@ -146,7 +162,7 @@ def _teacher_text(directory: Path, teacher: Any, tokenizer: Any, texts: list[str
     if file.is_file():
         kept = torch.load(file, weights_only=True)
         return Text(kept["ids"], kept["mask"], kept["start"])
-    text = generate(teacher, tokenizer, texts, tokens, seed)
+    text, _ = generate(teacher, tokenizer, texts, tokens, seed)
     file.parent.mkdir(parents=True, exist_ok=True)
     part = file.with_suffix(".part")
     torch.save({"ids": text.ids, "mask": text.mask, "start": text.start}, part)
@@ -157,6 +173,21 @@ def _teacher_text(directory: Path, teacher: Any, tokenizer: Any, texts: list[str
 def _responses(tokenizer: Any, text: Text) -> list[str]:
     pairs = zip(text.ids[:, text.start :], text.mask[:, text.start :].bool(), strict=True)
     return [tokenizer.decode(ids[mask], skip_special_tokens=True) for ids, mask in pairs]
+
+
+def _prompt(tokenizer: Any, row: dict[str, Any]) -> str:
+    """The text that a model reads: a user's turn goes through the chat template if there is one."""
+    if "prompt" in row or tokenizer.chat_template is None:
+        return _asked(row)
+    turns = row.get("messages") or [{"role": "user", "content": _asked(row)}]
+    return str(tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False))
+
+
+def _asked(row: dict[str, Any]) -> str:
+    """The last turn, or the text of the first column that has one."""
+    if "messages" in row:
+        return str(row["messages"][-1]["content"])
+    return str(next(row[name] for name in ("prompt", "problem", "question") if name in row))
 
 
 def _rows(file: Path, count: int) -> list[dict[str, Any]]:
