@@ -88,6 +88,7 @@ class Run:
         """The step's rollouts. The in-flight gate, if there is one, stops drifting responses on the way."""
         if self.inflight is not None:
             self.phases.enter("inflight")
+            self.inflight.usual = self.calibration.usual
         return self.rollout.generate(horizon, step, self.inflight)
 
     def train_batch(self, rollouts: Rollouts) -> TrainBatch:

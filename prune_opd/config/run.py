@@ -206,10 +206,16 @@ def check_inflight(config: TrainConfig) -> None:
             "rollout.inflight.mode = gate with gate.w_drop = 0: reliability never falls to 0; give w_drop a value, set "
             f"rollout.inflight.stop_events, {off}"
         )
-    if gate.metric not in ("overlap", "teacher_top_p"):
+    if gate.metric == "change_point" and config.objective.temperature != 1:
+        raise ConfigError(
+            f"rollout.inflight.mode = gate with gate.metric = change_point and objective.temperature = "
+            f"{config.objective.temperature:g}: the engine knows the student's probabilities at 1 only; set "
+            f"objective.temperature=1, or {off}"
+        )
+    if gate.metric in ("acceptance", "shared_mass"):
         raise ConfigError(
             f"rollout.inflight.mode = gate with gate.metric = {gate.metric}: which of its events no rounding decides "
-            f"is only known of overlap and teacher_top_p; take one of these, {off}"
+            f"is not known; take change_point, overlap or teacher_top_p, {off}"
         )
     if gate.metric == "overlap" and gate.threshold == 0:
         raise ConfigError(

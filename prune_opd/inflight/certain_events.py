@@ -9,6 +9,8 @@ counted here are a subset of the loss's, and R in flight is never below the loss
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -63,6 +65,19 @@ def certain_rejects(
         min(p * (1 + margin), 1.0),
     )
     return rejected_N & again_N & ~beyond_NC.any(-1)
+
+
+def greatest_acceptance(
+    student_ids_NC: Tensor, student_logp_NC: Tensor, teacher_logp_NC: Tensor, k: int, margin: float, vocab_size: int
+) -> Tensor:
+    """The largest acceptance Σ min(p, q) over the student's top k that the margin leaves open [N], at most 1.
+
+    ids, logp [N, C] of the student, descending; teacher_logp [N, C]: the teacher's at the same ids. Whatever the top k
+    is, it is among the C; where even the last of them may belong to it, nothing is known, and it is 1.
+    """
+    most_N = torch.minimum(student_logp_NC, teacher_logp_NC).exp().sum(-1) * math.exp(margin)
+    known_N = _Membership(student_logp_NC, k, margin, vocab_size).known_N
+    return torch.where(known_N, most_N.clamp(max=1), 1.0)
 
 
 class _Membership:

@@ -24,9 +24,10 @@ from prune_opd.config import GateConfig, InflightConfig, TrainConfig
 from prune_opd.config.rollout import MARGIN
 from prune_opd.data.prompt import Prompt
 from prune_opd.errors import UserError
-from prune_opd.inflight.certain_events import certain_overlap_events, certain_rejects
+from prune_opd.inflight.certain_events import certain_overlap_events, certain_rejects, greatest_acceptance
 from prune_opd.inflight.look_schedule import Course, LookSchedule
-from prune_opd.loss.vocab_parallel import OutputHead, log_normaliser, topk
+from prune_opd.loss.vocab_parallel import OutputHead, local_gather, log_normaliser, sum_together, topk
+from prune_opd.method.change_point import ChangePoint, Usual
 from prune_opd.method.gate import RELIABLE_ABOVE, apply_gate
 from prune_opd.rollout.balance import deal_any, padded_size
 from prune_opd.rollout.batch import Response, Rollouts
@@ -45,7 +46,8 @@ class InflightGate:
         self.config, self.gate, self.settings = config, config.gate, config.rollout.inflight
         self.teacher, self.layout, self.vocab_size = teacher, layout, vocab_size
         self.candidates = min(2 * self.gate.k, vocab_size)  # more than k, to see how close a call is
-        self.top = self.candidates if self.gate.metric == "overlap" else None
+        self.top = self.candidates if self.gate.metric in ("overlap", "change_point") else None
+        self.usual: Usual | None = None  # the pair's own measure, for a gate that looks for change points
         margin = self.settings.margin
         self.margin = MARGIN[config.rollout.coarsest_format(config.precision.params)] if margin is None else margin
         self.schedule = LookSchedule(self.settings.price)
@@ -68,7 +70,8 @@ class InflightGate:
 
         self.prompts, self.limits = list(prompt_of_row), list(max_tokens_of_row)
         self.ids = [list(begun.ids) for begun in begun_of_row]
-        self.events = [[False] * len(begun.ids) for begun in begun_of_row]  # on rank 0
+        # On rank 0, of every token: whether it is an event, or for change points its greatest acceptance.
+        self.evidence = [[float(self.gate.metric == "change_point")] * len(begun.ids) for begun in begun_of_row]
         self.kept: KeptHidden = KeptHidden()
         self.teacher_tokens = self.checks = 0
         self.seconds = 0.0
@@ -99,11 +102,11 @@ class InflightGate:
         lengths = [padded_size(length, student.row_multiple) for length in due.row_length_B]
         dealt = deal_any(lengths, range(len(prefixes)), student.dp, budget * student.cp)
         hidden, computed = self.teacher.look(due, [dealt])
-        events: dict[int, list[bool]] = {}
+        evidence: dict[int, list[float]] = {}
         if student.is_last_stage:
             mine = [row for rows in dealt[student.dp_rank] for row in rows]
-            events = self._events({row: prefixes[row] for row in mine}, hidden.of_row)
-        stopped = self._decide(prefixes, events if self.layout.reports else {})
+            evidence = self._evidence({row: prefixes[row] for row in mine}, hidden.of_row)
+        stopped = self._decide(prefixes, evidence if self.layout.reports else {})
         self._keep([i for i, prefix in enumerate(prefixes) if prefix.row in stopped], prefixes, computed)
         self.teacher_tokens += sum(due.row_length_B)
         self.checks += 1
@@ -131,8 +134,8 @@ class InflightGate:
         }
 
     @torch.no_grad()
-    def _events(self, prefixes: Mapping[int, Prefix], hidden_of: Mapping[int, Tensor]) -> dict[int, list[bool]]:
-        """Events at the new tokens of some rows, by their number among the due. Collective over student TP ranks."""
+    def _evidence(self, prefixes: Mapping[int, Prefix], hidden_of: Mapping[int, Tensor]) -> dict[int, list[float]]:
+        """Evidence at the new tokens of some rows, by their number among the due. Collective over student TP ranks."""
         if not prefixes:
             return {}
         new = {row: len(prefix.new_ids) for row, prefix in prefixes.items()}
@@ -149,11 +152,16 @@ class InflightGate:
         head.allocate(chunk, torch.float32)
         parts = [slice(first, first + chunk) for first in range(0, len(hidden_NH), chunk)]
         seen = _Seen(list(prefixes.values()), hidden_NH.device, self.vocab_size)
-        event_N = torch.cat([self._chunk_events(head, seen, part) for part in parts])
-        return {row: part.tolist() for row, part in zip(new, event_N.split(list(new.values())), strict=True)}
+        evidence_N = torch.cat([self._chunk_evidence(head, seen, part) for part in parts]).double()
+        return {row: part.tolist() for row, part in zip(new, evidence_N.split(list(new.values())), strict=True)}
 
-    def _chunk_events(self, head: OutputHead, seen: _Seen, part: slice) -> Tensor:
+    def _chunk_evidence(self, head: OutputHead, seen: _Seen, part: slice) -> Tensor:
         gate, logits_NV = self.gate, head.logits(part)
+        if gate.metric == "change_point":
+            ids_NC, logp_NC = seen.top(part)
+            (at_NC,) = sum_together([local_gather(logits_NV, ids_NC, head.shard)], head.shard.group)
+            teacher_logp_NC = at_NC - log_normaliser(logits_NV, head.shard)[:, None]
+            return greatest_acceptance(ids_NC, logp_NC, teacher_logp_NC, gate.k, self.margin, self.vocab_size)
         teacher = topk(logits_NV, self.candidates, head.shard)
         if gate.metric == "overlap":
             student_ids_NC, student_logp_NC = seen.top(part)
@@ -170,11 +178,11 @@ class InflightGate:
         logp_NC = teacher.values_NK - log_normaliser(logits_NV, head.shard)[:, None]
         return certain_rejects(seen.sampled_N[part], teacher.ids_NK, logp_NC, gate.k, gate.top_p, self.margin)
 
-    def _decide(self, prefixes: Sequence[Prefix], events: Mapping[int, list[bool]]) -> set[int]:
-        """Rank 0 hears of all events, decides, and tells everybody."""
+    def _decide(self, prefixes: Sequence[Prefix], evidence: Mapping[int, list[float]]) -> set[int]:
+        """Rank 0 hears of all evidence, decides, and tells everybody."""
         is_main = dist.get_rank() == 0
         gathered: list[Any] | None = [None] * dist.get_world_size() if is_main else None
-        dist.gather_object(dict(events), gathered)
+        dist.gather_object(dict(evidence), gathered)
         verdict: list[Any] = [None]
         if gathered is not None:
             verdict[0] = self._verdict(prefixes, {i: row for part in gathered for i, row in part.items()})
@@ -183,18 +191,25 @@ class InflightGate:
             raise UserError(verdict[0])
         return verdict[0]
 
-    def _verdict(self, prefixes: Sequence[Prefix], events: Mapping[int, list[bool]]) -> set[int] | str:
+    def _verdict(self, prefixes: Sequence[Prefix], evidence: Mapping[int, list[float]]) -> set[int] | str:
         stopped = set()
         for i, prefix in enumerate(prefixes):
-            if i not in events or len(events[i]) != len(prefix.new_ids):
+            if i not in evidence or len(evidence[i]) != len(prefix.new_ids):
                 return (
-                    f"the in-flight gate has {len(events.get(i, []))} events for the {len(prefix.new_ids)} new tokens "
+                    f"the in-flight gate has judged {len(evidence.get(i, []))} of the {len(prefix.new_ids)} new tokens "
                     f"of row {prefix.row}: the ranks disagree about who scores it; start again from the last checkpoint"
                 )
-            self.events[prefix.row] += events[i]
-            if is_spent(self.events[prefix.row], self.gate, self.settings):
+            self.evidence[prefix.row] += evidence[i]
+            if is_spent(self._events(self.evidence[prefix.row]), self.gate, self.settings):
                 stopped.add(prefix.row)
         return stopped
+
+    def _events(self, evidence: Sequence[float]) -> list[bool]:
+        """Events of a response so far."""
+        if self.gate.metric != "change_point":
+            return [value > 0 for value in evidence]
+        change = ChangePoint([0, len(evidence)], self.gate, self.usual)
+        return change.advance(torch.tensor(evidence, dtype=torch.float64)).tolist()  # type: ignore[no-any-return]
 
     def _keep(self, stopped: Sequence[int], prefixes: Sequence[Prefix], computed: KeptHidden) -> None:
         """Hold on to what the teacher knows of rows that end here: they are whole."""

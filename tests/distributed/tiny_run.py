@@ -68,6 +68,7 @@ def build_run(config: TrainConfig, layout: Any, run_dir: Path) -> Any:
     from prune_opd.megatron.sync import WeightSync
     from prune_opd.megatron.teacher import Teacher
     from prune_opd.megatron.trainer import Trainer
+    from prune_opd.method.change_point import Calibration
     from prune_opd.method.horizon import make_controller
     from prune_opd.rollout.phase import RolloutPhase
     from prune_opd.run import Phases, Run
@@ -87,6 +88,7 @@ def build_run(config: TrainConfig, layout: Any, run_dir: Path) -> Any:
         rollout=rollout,
         sync=WeightSync(config, trainer, rollout, phases.enter),
         controller=make_controller(config.horizon),
+        calibration=Calibration(config.gate),
         checkpoints=Checkpoints(run_dir / "checkpoints", config.checkpoint, layout),
         phases=phases,
     )
@@ -131,7 +133,8 @@ def look(run: Any, rollouts: Rollouts, kept: Any = None) -> Any:
 
     batch, stats = run.train_batch(rollouts), run.new_stats(rollouts)
     hidden = run.teacher.hidden(rollouts, batch.deals, kept)
-    loss = gated_loss(run.config, run.teacher, hidden, run.vocab_size, run.layout.student.tp_group, stats)
+    usual, group = run.calibration.usual, run.layout.student.tp_group
+    loss = gated_loss(run.config, run.teacher, hidden, run.vocab_size, group, stats, usual=usual)
     run.trainer.look(batch.microbatches, loss)
     stats.reduce(run.layout.reports)
     return stats

@@ -9,9 +9,16 @@ from typing import Any
 import pytest
 import torch
 
-from prune_opd.config import GateConfig, HorizonConfig, InflightConfig, RolloutConfig, WeightingConfig
+from prune_opd.config import (
+    GateConfig,
+    HorizonConfig,
+    InflightConfig,
+    ObjectiveConfig,
+    RolloutConfig,
+    WeightingConfig,
+)
 from prune_opd.errors import ConfigError
-from prune_opd.inflight.certain_events import certain_overlap_events, certain_rejects
+from prune_opd.inflight.certain_events import certain_overlap_events, certain_rejects, greatest_acceptance
 from prune_opd.inflight.gate import is_spent
 from prune_opd.method.gate import overlap_events, overlap_ratio, top_p_reject
 from tests.fake_models import train_config
@@ -45,6 +52,12 @@ def test_geometric_looks_add_up_to_less_than_two_passes(length: int) -> None:
         ({}, replace(ON, stop_events=3, price=0.1), "rollout.inflight.price = 0.1 with"),
         ({"gate": replace(GATE, weight_normalisation="mean")}, ON, "gate.weight_normalisation = mean"),
         ({"weighting": WeightingConfig(name="tip")}, ON, "weighting.name = tip"),
+        ({"gate": replace(GATE, metric="acceptance")}, ON, "gate.metric = acceptance"),
+        (
+            {"gate": replace(GATE, metric="change_point"), "objective": ObjectiveConfig(temperature=0.7)},
+            ON,
+            "objective.temperature = 0.7",
+        ),
     ],
 )
 def test_settings_that_could_never_stop_anything_are_refused(
@@ -139,3 +152,18 @@ def test_a_rejection_stands_if_no_error_within_the_margin_lets_the_token_in() ->
         draw = torch.Generator().manual_seed(seed)
         other = teacher + margin / 4 * (2 * torch.rand(teacher.shape, generator=draw) - 1)
         assert not (events & ~top_p_reject(sampled, *top(other, k), p)).any()
+
+
+def test_no_error_within_the_margin_gives_a_token_more_acceptance_than_the_greatest() -> None:
+    student, teacher = overlap_pair(4)
+    k, margin = 4, 0.2
+    ids, logp = top(student, 2 * k)
+    most = greatest_acceptance(ids, logp, teacher.gather(1, ids), k, margin, student.shape[1])
+    for seed in range(50):
+        draw = torch.Generator().manual_seed(seed)
+        off = [margin / 2 * (2 * torch.rand(student.shape, generator=draw) - 1) for _ in range(2)]
+        mine, other = student + off[0], teacher + off[1]
+        chosen = top(mine, k)[0]
+        acceptance = torch.minimum(mine.gather(1, chosen), other.gather(1, chosen)).exp().sum(-1)
+        assert (acceptance <= most + 1e-6).all()
+    assert (most < 1).any()  # it does say something
