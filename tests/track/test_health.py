@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from prune_opd.config import HorizonConfig, TrackConfig, TrainConfig
 from prune_opd.track.health import warnings
+from prune_opd.track.metrics import FILE_NAME, read_metrics
+from prune_opd.track.report import write_report
+from prune_opd.track.tracker import Tracker
 
 
 def steps(count: int, **curves: tuple[float, float]) -> list[dict[str, Any]]:
@@ -67,3 +72,22 @@ def test_a_kl_that_rises_at_the_same_positions_is_worse_and_one_at_new_positions
         opened = [0.5 * late, 0.5 * late, 1.6, None] if i > 3 else [0.5, 0.5, None, None]
         record["reverse_kl_by_position"] = opened
     assert warnings(records).keys() == kinds
+
+
+def test_a_warning_is_said_once_stands_in_the_records_and_heads_the_report(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    horizon, quiet = HorizonConfig("full", max_len=64, min_len=32), TrackConfig(wandb="disabled", report=False)
+    config = TrainConfig("run", "student", "teacher", 15, horizon, track=quiet)
+    records = steps(15, **COLLAPSE)
+    for done in (0, 12):  # stopped after step 12, and resumed
+        with Tracker(tmp_path, config, {}, resume_step=done, tokenizer=None) as tracker:
+            for record in records[done : done + 12]:
+                tracker.step(dict(record))
+    printed = capsys.readouterr().out
+    assert printed.count("warning: mass leaves the student's best ids") == 2  # once a process
+    said = ["warning" in record for record in read_metrics(tmp_path / FILE_NAME)[0]]
+    assert not any(said[:5]) and all(said[10:])
+    assert "full KL 0.92" in printed and "full reverse KL to the teacher" in printed
+    write_report([tmp_path], tmp_path / "report.html")
+    assert "Warning, last at step 15: the objective" in (tmp_path / "report.html").read_text()
