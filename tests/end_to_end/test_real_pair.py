@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 
+from prune_opd.config.paths import real_pair_dir
 from tests.distributed.ranks import run_ranks
 from tests.end_to_end.runs import BARE, forked, steps_of
 from tests.forked.client import REPOSITORY, environment
@@ -36,17 +37,21 @@ pytestmark = pytest.mark.skipif(
 )
 
 
+def make_pair() -> str:
+    """`make real-pair` with this test's student; what it said."""
+    command = [sys.executable, REPOSITORY / "scripts" / "real_pair.py", "--left-out", ",".join(map(str, range(2, 28)))]
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
 @pytest.fixture(scope="module")
-def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """The folder that `make real-pair` fills, in a cache of its own."""
-    cache = tmp_path_factory.mktemp("cache")
+def pair() -> Iterator[Path]:
+    """The pair in a cache of the tests, which stays: it is made anew when the script or the package has changed."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PRUNE_OPD_CACHE", str(cache))
-        left_out = ",".join(map(str, range(2, 28)))
-        command = [sys.executable, REPOSITORY / "scripts" / "real_pair.py", "--left-out", left_out]
-        done = subprocess.run(command, env=environment(), capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-        yield cache / "real-pair"
+        patch.setenv("PRUNE_OPD_CACHE", str(REPOSITORY / "build" / "real-pair-test"))
+        make_pair()
+        yield real_pair_dir()
 
 
 @pytest.fixture(scope="module")
@@ -102,7 +107,4 @@ def test_logits_of_the_import_and_of_the_export_are_those_of_transformers(
 def test_what_is_there_is_not_made_again(pair: Path) -> None:
     weights = pair / "teacher" / "model.safetensors"
     made = weights.stat().st_mtime_ns
-    command = [sys.executable, REPOSITORY / "scripts" / "real_pair.py"]
-    left_out = ",".join(map(str, range(2, 28)))
-    done = subprocess.run([*command, "--left-out", left_out], env=environment(), capture_output=True, text=True)
-    assert done.returncode == 0 and done.stdout.count("is there") == 3 and weights.stat().st_mtime_ns == made
+    assert make_pair().count("is there") == 3 and weights.stat().st_mtime_ns == made
