@@ -20,6 +20,7 @@ from benchmarks.reshard import command as reshard
 from benchmarks.strategies import command as strategies
 from benchmarks.studies.fp8_noise import command as fp8_noise
 from benchmarks.studies.judge import command as judge
+from benchmarks.studies.pair import command as pair
 from benchmarks.studies.pair_check import command as pair_check
 from benchmarks.studies.scaling import command as scaling
 from prune_opd.errors import ConfigError
@@ -31,6 +32,7 @@ BENCHMARKS: dict[str, Callable[..., int]] = {
     "peers": peers.run,
     "strategies": strategies.run,
     "scaling": scaling.run,
+    "pair": pair.run,
     "pair-check": pair_check.run,
     "judge": judge.run,
 }
