@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from benchmarks.studies.pair.command import pair_config
-from benchmarks.studies.pair.measure import along, gate_row, load
+from benchmarks.studies.pair.measure import MEANS, along, gate_row, load, summary, usual
 from benchmarks.studies.pair.rules import suggestions
 from benchmarks.studies.pair_check.command import QUICK, full_opd
 from prune_opd.config import GateConfig, ObjectiveConfig
@@ -72,6 +72,19 @@ def test_a_gate_row_says_what_its_events_find_and_keep() -> None:
     assert (row["responses"], row["begins"]) == (0.5, 1)
 
 
+def test_a_fall_of_acceptance_is_an_alarm_where_it_begins_and_the_early_tokens_set_what_is_usual() -> None:
+    lengths, falls = [64, 64], torch.tensor([0.9] * 40 + [0.1] * 24)
+    found = {name: torch.zeros(128) for name in MEANS} | {"acceptance": torch.cat([falls, torch.full((64,), 0.9)])}
+    found |= {name: torch.zeros(128, dtype=torch.bool) for name in ("event", "sure")}
+    gate = GateConfig(k=4)
+    normal = usual(found, lengths, gate)
+    assert normal.mean == pytest.approx(0.9)
+    text = summary(found, lengths, gate, normal, gamma=0.25, max_len=64)
+    alarm = {row["gate"]: row for row in text["gates"]}["change_point"]
+    assert (alarm["responses"], alarm["begins"]) == (0.5, 43)  # 2.5 a token: 8 is reached by the fourth
+    assert text["by_position"]["width"] == 16 and text["by_position"]["tokens"] == [32] * 4
+
+
 # ---------------------------------------------------------------------------------------------------- the command
 
 
@@ -95,6 +108,7 @@ def test_a_model_and_itself_agree_everywhere_and_the_command_says_so(prompts: Pa
         assert (text["overlap"], text["events"], text["reverse_kl"], text["forward_kl"]) == (1, 0, 0, 0)
         assert sum(text["by_position"]["tokens"]) == text["tokens"] > 4
         assert not any(gate["events"] for gate in text["gates"] if gate["gate"].startswith("overlap"))
+    assert result["gamma"] == 1
     assert all(0 < model["kl"] < 0.1 for model in result["bf16"].values())
     assert "gate.metric=overlap gate.threshold=0.7 gate.k=16" in done.stdout
 

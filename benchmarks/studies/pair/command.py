@@ -150,7 +150,8 @@ def pair_config(words: list[str], prompts: Path | None, max_len: int | None, k: 
         if prompts is None:
             raise ConfigError("--prompts is not set: give a file of prompts, or a recipe in place of the two models")
         horizon = HorizonConfig("full", max_len=Settings.max_len, min_len=1)
-        config = TrainConfig("pair", *names, 1, horizon, data=DataConfig(source=str(prompts)))
+        student, teacher = names
+        config = TrainConfig("pair", student, teacher, 1, horizon, data=DataConfig(source=str(prompts)))
     else:
         raise ConfigError(f"{len(names)} names ({', '.join(names)}): give STUDENT TEACHER, or one RECIPE")
     config = _one_process(apply_overrides(config, [word for word in words if OVERRIDE.match(word)]), max_len, k, seed)

@@ -123,7 +123,7 @@ def along(
         for *chunks, sampled_C in zip(*(x.split(CHUNK) for x in (*states, ids_N)), strict=True):
             heads = zip((student, teacher), chunks, strict=True)
             logits = [model.get_output_embeddings()(chunk)[:, :vocabulary].float() for model, chunk in heads]
-            parts.append(columns(*logits, sampled_C, gate, objective or ObjectiveConfig(k=gate.k)))
+            parts.append(columns(logits[0], logits[1], sampled_C, gate, objective or ObjectiveConfig(k=gate.k)))
     return {name: torch.cat([part[name] for part in parts]).cpu() for name in (*MEANS, "event", "sure")}
 
 
@@ -230,7 +230,8 @@ def measure(recipe: str, rows: int) -> dict[str, Any]:
         for number, (role, model) in enumerate(models.items())
     }
     lengths = {role: [len(response) for _, response in text] for role, text in texts.items()}
-    found = {role: along(*models.values(), text, gate, config.objective) for role, text in texts.items()}
+    pair = models["student"], models["teacher"]
+    found = {role: along(*pair, text, gate, config.objective) for role, text in texts.items()}
     normal = usual(found["student"], lengths["student"], gate)
     early = found["student"]["overlap"][positions(lengths["student"]) < gate.early_tokens]
     gamma = math.floor(1e4 * early.quantile(QUANTILE, interpolation="lower").item() + 1e-3) / 1e4  # as one writes it
