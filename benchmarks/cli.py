@@ -21,6 +21,7 @@ from benchmarks.strategies import command as strategies
 from benchmarks.studies.fp8_noise import command as fp8_noise
 from benchmarks.studies.judge import command as judge
 from benchmarks.studies.objectives import command as objectives
+from benchmarks.studies.pair import command as pair
 from benchmarks.studies.pair_check import command as pair_check
 from benchmarks.studies.scaling import command as scaling
 from prune_opd.errors import ConfigError
@@ -32,6 +33,7 @@ BENCHMARKS: dict[str, Callable[..., int]] = {
     "peers": peers.run,
     "strategies": strategies.run,
     "scaling": scaling.run,
+    "pair": pair.run,
     "pair-check": pair_check.run,
     "judge": judge.run,
     "objectives": objectives.run,

@@ -78,7 +78,10 @@ def answer(function: Callable[..., Any]) -> None:
     """The main program on the other side of `measure`."""
     end_with_parent(signal.SIGKILL)
     request, folder = sys.argv[1:]
-    result = function(**json.loads(request))
+    try:
+        result = function(**json.loads(request))
+    except UserError as error:
+        raise SystemExit(f"error: {error}") from None
     (Path(folder) / f"{rank()}.json").write_text(json.dumps(result))
 
 

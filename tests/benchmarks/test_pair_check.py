@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import torch
 
+from benchmarks.studies.pair.measure import curves
 from benchmarks.studies.pair_check.command import LIMITS, QUICK, full_opd, verdicts
-from benchmarks.studies.pair_check.measure import curves
 from prune_opd.errors import ConfigError
 
 FLAT, FALLING = [0.9, 0.9, 0.9, 0.9], [0.9, 0.8, 0.7, 0.6]

@@ -25,7 +25,7 @@ from typing import Annotated, Any
 import typer
 
 from benchmarks.common import BENCH, Out, Quick, Report, measure, table
-from prune_opd.config import EvalConfig, TrainConfig
+from prune_opd.config import EvalConfig, ParallelConfig, TrainConfig
 from prune_opd.config.recipe import load_recipe
 from prune_opd.config.yaml import save_config
 from prune_opd.errors import ConfigError, UserError
@@ -178,7 +178,8 @@ def full_opd(pair: str, settings: Settings) -> TrainConfig:
     config = load_recipe(pair)
     if not isinstance(config, TrainConfig) or config.data.source != "ledger" or config.gate is None:
         raise ConfigError(
-            f"PAIR = {pair!r} is no recipe that distils a ledger pair: take tiny_compatible or tiny_drift"
+            f"PAIR = {pair!r} is no recipe that distils a ledger pair with a gate: take tiny_compatible or tiny_drift; "
+            "`prune-opd bench pair` measures any pair"
         )
     steps = settings.steps or config.steps
     half = max(1, steps // 2)
@@ -187,7 +188,7 @@ def full_opd(pair: str, settings: Settings) -> TrainConfig:
         steps=steps,
         horizon=replace(config.horizon, strategy="full"),
         evaluation=EvalConfig(problems=0),
-        parallel=replace(config.parallel, nproc=1, tensor=1),
+        parallel=ParallelConfig(nproc=1, tensor=1, microbatch_tokens=config.parallel.microbatch_tokens),
         checkpoint=replace(config.checkpoint, every=half, keep=4, export_hf=True),
         track=replace(config.track, wandb="disabled"),
     )

@@ -2,7 +2,7 @@
 
 The model answers held-out problems at T = 1: its accuracy, and the overlap of its top-k with the teacher's at every
 token of those rollouts. The same overlap along worked solutions without a mistake shows what the position alone does.
-The top-k ids, overlap and events are the product's own (loss/vocab_parallel.py, method/gate.py), at the gate's k and γ.
+Sampling and comparing are those of `prune-opd bench pair` (pair/measure.py), at the recipe's gate.
 """
 
 from __future__ import annotations
@@ -13,21 +13,15 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from benchmarks.common import answer
-from benchmarks.studies.fp8_noise.measure import top_ids
-from prune_opd import platform
-from prune_opd.config import CorpusConfig, ParallelConfig, SftConfig, TrainConfig
+from benchmarks.studies.pair.measure import Row, along, curves, load, sample
+from prune_opd.config import CorpusConfig, SftConfig, TrainConfig
 from prune_opd.config.yaml import load_config
 from prune_opd.data.answers import avg_at_k, score_responses
 from prune_opd.data.ledger import encode, random_stream, worked_solution
 from prune_opd.data.tasks import LedgerSource
 from prune_opd.errors import UserError
-from prune_opd.method.gate import apply_gate_packed, overlap_events, overlap_ratio
-
-Rows = Sequence[Sequence[int]]
+from prune_opd.method.gate import apply_gate_packed
 
 
 def gold_corpus(teacher: Path) -> CorpusConfig:
@@ -39,77 +33,45 @@ def gold_corpus(teacher: Path) -> CorpusConfig:
     return replace(last, reverse=0.0, slip=0.0, slip_result=0.0, carry_bug=0.0, given=0.0, given_wrong=0.0)
 
 
-def curves(overlap_M: Tensor, event_M: Tensor, lengths: Sequence[int], bins: int, max_len: int) -> dict[str, Any]:
-    """Means by position, in `bins` of equal width over `max_len`; null where there are no tokens.
-
-    overlap_M, event_M: one value a response token, responses end to end, `lengths` tokens each.
-    """
-    position_M = torch.cat([torch.arange(length) for length in lengths])
-    bin_M = (position_M * bins // max_len).clamp_max(bins - 1)
-    count = torch.bincount(bin_M, minlength=bins).double()
-
-    def means(value_M: Tensor) -> list[float | None]:
-        total = torch.bincount(bin_M, weights=value_M.double(), minlength=bins)
-        return [t / n if n else None for t, n in zip(total.tolist(), count.tolist(), strict=True)]
-
-    return {"overlap": means(overlap_M), "events": means(event_M), "tokens": [int(n) for n in count.tolist()]}
-
-
 def measure(recipe: str, model: str, problems: int, seed: int, bins: int) -> dict[str, Any]:
     """The model in the directory `model` and the teacher of `recipe`, a resolved config file."""
-    machine = platform.prepare()
     from transformers import AutoTokenizer
 
-    from prune_opd.megatron import layout as layouts
-    from prune_opd.megatron.model import build
-    from prune_opd.megatron.packing import pack
-    from prune_opd.rollout.engine import RolloutEngine
-    from prune_opd.rollout.request import TokenSampling, new_rows
-
-    config, model_dir = load_config(Path(recipe)), Path(model)
+    config = load_config(Path(recipe))
     assert isinstance(config, TrainConfig) and config.gate is not None
-    gate, max_len, teacher_dir = config.gate, config.horizon.max_len, Path(config.teacher)
-    layout = layouts.initialize(ParallelConfig(tensor=1), machine, seed=0)
-    tokenizer = AutoTokenizer.from_pretrained(model_dir)
+    gate, max_len, tokenizer = config.gate, config.horizon.max_len, AutoTokenizer.from_pretrained(model)
     source = LedgerSource(tokenizer, config.data, seed, stream="held_out")
     prompts = [source.get(index) for index in range(problems)]
-    engine = RolloutEngine(str(model_dir), config.rollout, max_len, torch.float32, machine)
-    rollouts = engine.generate(new_rows(prompts, 1, max_len), TokenSampling(seed, step=0))
-    texts = tokenizer.batch_decode([list(ids) for ids in rollouts.response_ids], skip_special_tokens=True)
+    student, teacher = load(model), load(config.teacher)
+    own = sample(student, [prompt.ids for prompt in prompts], max_len, seed)
+    texts = tokenizer.batch_decode([list(response) for _, response in own], skip_special_tokens=True)
     accuracy = avg_at_k(score_responses(source, prompts, [[text] for text in texts]))
 
-    corpus = gold_corpus(teacher_dir)
-    gold = [
-        encode(worked_solution(source.task.problem(seed, i, "held_out"), random_stream("corpus", seed, i), corpus)[0])
-        for i in range(problems)
+    corpus = gold_corpus(Path(config.teacher))
+    gold: list[Row] = [
+        (
+            prompt.ids,
+            encode(
+                worked_solution(source.task.problem(seed, i, "held_out"), random_stream("corpus", seed, i), corpus)[0]
+            ),
+        )
+        for i, prompt in enumerate(prompts)
     ]
-    models = [build(d, layout.student, torch.float32, trainable=False)[0] for d in (model_dir, teacher_dir)]
 
-    def compared(responses: Rows) -> dict[str, Any]:
-        ids = rollouts.prompt_ids
-        batches = pack(ids, responses, range(len(ids)), config.parallel.microbatch_tokens, machine.device)
-        sides = []
-        with torch.no_grad():
-            for side in models:
-                hidden_MH = torch.cat([side(batch)[batch.predicting_M] for batch in batches])
-                sides.append(top_ids(hidden_MH, side.head_weight(), side.spec.vocab_size)[:, : gate.k])
-        overlap_M = overlap_ratio(*sides)
-        event_M = overlap_events(overlap_M, gate.k, gate.threshold)
-        lengths = [len(responses[row]) for batch in batches for row in batch.rows]
-        starts = list(accumulate(lengths, initial=0))
-        reliable = sorted(apply_gate_packed(event_M, starts, gate).reliable_length_B.tolist())
+    def compared(rows: Sequence[Row]) -> dict[str, Any]:
+        found, lengths = along(student, teacher, rows, gate), [len(response) for _, response in rows]
+        gated = apply_gate_packed(found["event"], [0, *accumulate(lengths)], gate)
+        reliable = sorted(gated.reliable_length_B.tolist())
         tenths = {str(q): reliable[min(len(reliable) * q // 100, len(reliable) - 1)] for q in (10, 25, 50, 75, 90)}
-        return {**curves(overlap_M, event_M, lengths, bins, max_len), "reliable_length": tenths}
+        return {**curves(found["overlap"], found["event"], lengths, bins, max_len), "reliable_length": tenths}
 
-    result = {
+    return {
         "accuracy": accuracy.mean,
         "stderr": accuracy.stderr,
-        "response_length": rollouts.tokens / problems,
+        "response_length": sum(len(response) for _, response in own) / problems,
         "gold": compared(gold),
-        "own": compared(rollouts.response_ids),
+        "own": compared(own),
     }
-    engine.close()  # not before: it takes the process groups with it
-    return result
 
 
 if __name__ == "__main__":
