@@ -85,8 +85,7 @@ def vocab_sums_(
         spare_RV = second[:, : l_RV.shape[1]]
         sums_NS[part, 2] = torch.mul(e_RV, l_RV, out=spare_RV).sum(dim=1)
         if aligned:
-            gap_RV = torch.sub(l_RV, m_RV, out=spare_RV)
-            sums_NS[part, 4] = gap_RV.mul_(e_RV).sum(dim=1)
+            sums_NS[part, 4] = sums_NS[part, 2] - torch.mul(e_RV, m_RV, out=spare_RV).sum(dim=1)
         _totals(e_RV, sums_NS[part], 0, None if apart is None else apart[0], part)
         if not keep_logs:
             l_RV.copy_(e_RV)
