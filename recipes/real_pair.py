@@ -31,7 +31,7 @@ def real_pair() -> TrainConfig:
         teacher=str(pair / "teacher"),
         steps=24,
         data=DataConfig(
-            mixture=[str(pair / "data" / f"{name}_train.jsonl") for name in ("chat", "arithmetic")], weights=[1, 1]
+            mixture=tuple(str(pair / "data" / f"{name}_train.jsonl") for name in ("chat", "arithmetic")), weights=(1, 1)
         ),
         rollout=RolloutConfig(prompts=8, responses=1, max_prompt_len=96, kv_cache_gb=0.5),
         horizon=HorizonConfig(strategy="prune", max_len=64, min_len=16, init_len=32, step=16, margin=8, patience=2),

@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import os
 import random
 import shutil
 import sys
@@ -122,9 +123,7 @@ def convert(folder: Path, source: Path = GGUF) -> None:
         sys.path.append(str(PACKAGES))  # behind .venv: transformers looks for gguf when it is imported
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
-    from transformers.utils import logging
 
-    logging.disable_progress_bar()
     where: dict[str, Any] = {"pretrained_model_name_or_path": source.parent, "gguf_file": source.name}
     model = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(**where)
@@ -140,9 +139,7 @@ def make_student(folder: Path, teacher: Path, left_out: tuple[int, ...]) -> None
     """Write the teacher, a Llama, without these decoder layers into `folder`. UserError for a layer that it has not."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
-    from transformers.utils import logging
 
-    logging.disable_progress_bar()
     model = AutoModelForCausalLM.from_pretrained(teacher, dtype=torch.float32)
     layers = model.model.layers
     if not left_out or not set(left_out) < set(range(len(layers))):
@@ -181,6 +178,7 @@ def main() -> int:
     parser.add_argument("--force", action="store_true", help="make everything anew")
     arguments = parser.parse_args()
     pair, force = real_pair_dir(), arguments.force
+    os.environ["TQDM_DISABLE"] = "1"  # before transformers is imported: no bars of its own
     try:
         left_out = tuple(int(layer) for layer in arguments.left_out.split(","))
     except ValueError:
