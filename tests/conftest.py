@@ -6,13 +6,31 @@ one fork server is enough. The other has all the rest, and Slurm's tests, which 
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # torch's threads would wait for one another beside the other process
+
 # Tests in these folders, and those of modules that have one of these functions, start ranks.
 FOLDERS = ("tests/benchmarks/", "tests/cluster/", "tests/distributed/", "tests/end_to_end/", "tests/faults/")
 STARTERS = ("run_ranks", "run_command", "start_ranks")
+# What scripts/test.sh asks for.
+RANKS, OTHERS = "ranks and not slurm", "slurm or not ranks"
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Do not even import what only the other process of `make test` runs."""
+    if collection_path.suffix != ".py" or config.option.markexpr not in (RANKS, OTHERS):
+        return None
+    name = f"{collection_path.relative_to(config.rootpath).as_posix()}"
+    of_ranks = name.startswith(FOLDERS)
+    if config.option.markexpr == OTHERS:
+        return True if of_ranks and not name.startswith("tests/cluster/") else None
+    text = collection_path.read_text(encoding="utf-8")
+    return None if of_ranks or any(starter in text for starter in STARTERS) else True
 
 
 @pytest.hookimpl(tryfirst=True)  # before -m chooses
