@@ -55,7 +55,7 @@ def config_of(models: Path, bad_rows: str = "skip") -> TrainConfig:
         data=DataConfig(source=str(prompts), bad_rows=bad_rows),
         checkpoint=CheckpointConfig(every=1, keep=3, export_hf=False),
         evaluation=EvalConfig(problems=0),
-        track=TrackConfig(wandb="disabled", position_bins=4),
+        track=TrackConfig(wandb="disabled", position_bins=4, report=False),
     )
 
 

@@ -85,7 +85,7 @@ def story(undisturbed: Path, tmp_path_factory: pytest.TempPathFactory) -> Story:
     launch.process.send_signal(signal.SIGUSR1)
     story.note("second signal", launch.ended(timeout=20))
 
-    with_wandb = replace(config, track=replace(config.track, wandb="offline"))
+    with_wandb = replace(config, track=replace(config.track, wandb="offline", report=True))
     umask = os.umask(0)
     keys = {"WANDB_API_KEY": PLANTED, "HF_TOKEN": PLANTED}
     story.note("none", ended_run(with_wandb, story.run_dir, **keys))
