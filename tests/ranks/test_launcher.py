@@ -96,21 +96,19 @@ def test_ranks_see_their_rank_and_a_quiet_environment(tmp_path: Path, monkeypatc
     text = "import os, sys\nfrom pathlib import Path\n"
     text += f"Path(sys.argv[1], os.environ['RANK']).write_text(' '.join(os.environ[n] for n in {names!r}))"
     env = {name: value for name, value in os.environ.items() if name not in names}
+    before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
     assert start_ranks([program(tmp_path, text), str(tmp_path)], 2, env | {"MINE": "yes"}) == 0
     assert [(tmp_path / rank).read_text(encoding="utf-8") for rank in "01"] == ["0 2 1 1 yes", "1 2 1 1 yes"]
+    assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before, "the caller's come back"
 
 
-def test_settings_of_the_user_win(tmp_path: Path) -> None:
-    text = "import os, sys; sys.exit(int(os.environ['OMP_NUM_THREADS']))"
-    assert start_ranks([program(tmp_path, text)], 1, os.environ | {"OMP_NUM_THREADS": "5"}) == 5
-
-
-def test_the_exit_code_of_the_failing_rank_passes_through_without_noise(
+def test_settings_of_the_user_win_and_the_exit_code_of_the_failing_rank_passes_through_without_noise(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    text = "import os, sys, time\nif os.environ['RANK'] == '1': sys.exit(7)\ntime.sleep(60)"
+    text = "import os, sys, time\nif os.environ['RANK'] == '1': sys.exit(int(os.environ['OMP_NUM_THREADS']))\n"
+    text += "time.sleep(60)"
     began = time.monotonic()
-    assert start_ranks([program(tmp_path, text)], 2, os.environ) == 7
+    assert start_ranks([program(tmp_path, text)], 2, os.environ | {"OMP_NUM_THREADS": "7"}) == 7
     assert time.monotonic() - began < 40  # the other rank was not waited for
     assert capfd.readouterr() == ("", "")
 
@@ -121,12 +119,6 @@ def test_a_killed_rank_is_reported_in_one_line(tmp_path: Path, capfd: pytest.Cap
     text += "time.sleep(60)"
     assert start_ranks([program(tmp_path, text)], 2, os.environ) == 128 + signal.SIGKILL
     assert capfd.readouterr().err == f"error: rank {killed} was ended by SIGKILL, perhaps for want of memory\n"
-
-
-def test_the_handlers_of_the_caller_come_back(tmp_path: Path) -> None:
-    before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
-    start_ranks([program(tmp_path, "")], 1, os.environ)
-    assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])

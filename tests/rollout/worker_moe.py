@@ -56,7 +56,8 @@ def main(folder: Path, width: int, compiled: bool) -> None:
     directories = {name: folder / name for name in "ab"}
     if dist.get_rank() == 0:
         for seed, directory in enumerate(directories.values()):
-            write_model(directory, "qwen3_moe", tied=False, seed=seed, moe_intermediate_size=width)
+            shape = {"moe_intermediate_size": width, "num_hidden_layers": 1 if compiled else 2}  # g++ takes its time
+            write_model(directory, "qwen3_moe", tied=False, seed=seed, **shape)
     dist.barrier()
     rollout = RolloutConfig(
         tensor_parallel=2, max_prompt_len=256, max_num_seqs=8, kv_cache_gb=0.01, enforce_eager=not compiled
