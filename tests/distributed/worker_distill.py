@@ -36,8 +36,8 @@ from tests.reference import (
     describe,
     make_case,
     reference_update,
-    top_ids,
 )
+from tests.reference_token import top_ids
 
 PLAIN = make_case()
 BUCKET = dataclasses.replace(OBJECTIVE, tail="bucket")
