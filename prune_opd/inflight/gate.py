@@ -209,7 +209,7 @@ class InflightGate:
         if self.gate.metric != "change_point":
             return [value > 0 for value in evidence]
         change = ChangePoint([0, len(evidence)], self.gate, self.usual)
-        return change.advance(torch.tensor(evidence, dtype=torch.float64)).tolist()  # type: ignore[no-any-return]
+        return change.advance(torch.tensor(evidence, dtype=torch.float64)).tolist()
 
     def _keep(self, stopped: Sequence[int], prefixes: Sequence[Prefix], computed: KeptHidden) -> None:
         """Hold on to what the teacher knows of rows that end here: they are whole."""
