@@ -158,8 +158,8 @@ class BatchStats:
         value_SN = torch.stack([value_N.double() for value_N in values])
         self.sums.index_add_(1, bin_N, value_SN)
         value_4N = value_SN[: len(PER_TOKEN)]
-        early_N = stats.acceptance_N[position_N < self.early].double()
-        self.early_3 += torch.stack([torch.ones_like(early_N), early_N, early_N**2]).sum(1)
+        early_N, acceptance_N = (position_N < self.early).double(), stats.acceptance_N.double()
+        self.early_3 += torch.stack([early_N, early_N * acceptance_N, early_N * acceptance_N**2]).sum(1)
         self.count.index_add_(0, bin_N, torch.ones_like(bin_N, dtype=torch.float64))
         if stats.stale_ratio_N is not None and stats.stale_clipped_N is not None:
             stale_N = ~stats.stale_ratio_N.isnan()

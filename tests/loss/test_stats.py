@@ -96,3 +96,28 @@ def test_an_empty_batch_has_numbers_and_no_curve() -> None:
     got = BatchStats(2, 3, 9, CPU).record()
     assert (got["overlap"], got["event_rate"], got["weight_mean"], got["reliable_length"]) == (0, 0, 0, 0)
     assert got["overlap_by_position"] == [None, None, None]
+
+
+def test_what_tells_of_the_run_is_a_token_mean_and_an_unknown_kl_is_null_with_its_estimate_beside() -> None:
+    count = 4
+    values = {field.name: torch.zeros(count) for field in fields(GateStats) if field.name.endswith("_N")}
+    values |= {
+        "sampled_logp_N": torch.tensor([-1.0, -1.0, -1.0, -1.0]),
+        "teacher_logp_N": torch.tensor([-1, -2, -3, -2.0]),
+    }
+    values |= {
+        "student_entropy_N": torch.tensor([1.0, 2.0, 3.0, 4.0]),
+        "acceptance_N": torch.tensor([0.2, 0.4, 0.6, 0.8]),
+    }
+    lengths = {"reliable_length_B": torch.tensor([3, 1]), "length_B": torch.tensor([3, 1])}
+    known = BatchStats(2, 1, 4, CPU, early=2)
+    known.add([0, 1], GateStats(**(values | lengths | {"reverse_kl_N": torch.full((count,), 0.5)})))
+    record = known.record()
+    assert record["reverse_kl"] == 0.5 and record["student_entropy"] == 2.5 and record["teacher_logp"] == -2
+    assert record["reverse_kl_sampled"] == 1
+    assert record["reverse_kl_sampled_stderr"] == pytest.approx((0.5 / 4) ** 0.5)  # variance .5 of four tokens
+    assert known.early_3.tolist() == pytest.approx([3, 0.2 + 0.4 + 0.8, 0.04 + 0.16 + 0.64])  # 2 of the first, 1 of 1
+    unknown = BatchStats(2, 1, 4, CPU)
+    unknown.add([0, 1], GateStats(**(values | lengths | {"reverse_kl_N": torch.full((count,), float("nan"))})))
+    assert unknown.record()["reverse_kl"] is None and unknown.record()["reverse_kl_by_position"] == [1.0]
+    assert not unknown.early_3.any()

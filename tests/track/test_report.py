@@ -88,7 +88,7 @@ def test_secrets_of_the_environment_and_of_known_shapes_are_masked(single: str, 
 
 def test_a_single_report_has_the_totals_and_every_chart(single: str, runs: list[Path]) -> None:
     page = Page(single)
-    assert page.tags.count("img") == page.tags.count("figcaption") == 15
+    assert page.tags.count("img") == page.tags.count("figcaption") == 17
     for text in (
         "tokens at the full horizon",
         "(estimated)",
