@@ -12,8 +12,7 @@ from prune_opd.track.health import warnings
 def steps(count: int, **curves: tuple[float, float]) -> list[dict[str, Any]]:
     """Records whose numbers go evenly from the first to the last of each pair."""
     return [
-        {"step": i + 1} | {name: a + (b - a) * i / (count - 1) for name, (a, b) in curves.items()}
-        for i in range(count)
+        {"step": i + 1} | {name: a + (b - a) * i / (count - 1) for name, (a, b) in curves.items()} for i in range(count)
     ]
 
 
