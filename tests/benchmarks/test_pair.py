@@ -69,7 +69,7 @@ def test_a_gate_row_says_what_its_events_find_and_keep() -> None:
     event, kl = torch.tensor([0, 1, 1, 0, 0]).bool(), torch.tensor([2.0, 2.0, 0.5, 0.0, 0.0])
     row = gate_row("g", event, kl, [4, 1], GateConfig(w_drop=0.5))  # R is 0 at a second event
     assert (row["events"], row["precision"], row["recall"], row["kept"]) == (0.4, 0.5, 0.5, 3 / 5)
-    assert (row["responses"], row["begins"]) == (0.5, 1)
+    assert (row["responses"], row["half_by"]) == (0.5, 1)
 
 
 def test_a_fall_of_acceptance_is_an_alarm_where_it_begins_and_the_early_tokens_set_what_is_usual() -> None:
@@ -81,7 +81,7 @@ def test_a_fall_of_acceptance_is_an_alarm_where_it_begins_and_the_early_tokens_s
     assert normal.mean == pytest.approx(0.9)
     text = summary(found, lengths, gate, normal, gamma=0.25, max_len=64)
     alarm = {row["gate"]: row for row in text["gates"]}["change_point"]
-    assert (alarm["responses"], alarm["begins"]) == (0.5, 43)  # 2.5 a token: 8 is reached by the fourth
+    assert (alarm["responses"], alarm["half_by"]) == (0.5, 43)  # 2.5 a token: 8 is reached by the fourth
     assert text["by_position"]["width"] == 16 and text["by_position"]["tokens"] == [32] * 4
 
 
@@ -144,15 +144,20 @@ def test_a_broken_prompt_is_named_without_a_traceback(tmp_path: Path) -> None:
 # ---------------------------------------------------------------------------------------------------- recipes
 
 
-def test_a_recipes_layout_is_of_no_matter(tmp_path: Path) -> None:
-    path = tmp_path / "piped.py"
+def recipe(folder: Path, change: str) -> Path:
+    """tiny_compatible with one part changed."""
+    path = folder / "changed.py"
     path.write_text(
         "from dataclasses import replace\n"
-        "from prune_opd.config import ParallelConfig\n"
+        "from prune_opd.config import DataConfig, ParallelConfig\n"
         "from prune_opd.recipes.tiny_compatible import tiny_compatible\n"
-        "def piped():\n"
-        "    return replace(tiny_compatible(), parallel=ParallelConfig(nproc=4, pipeline=2, tensor=2))\n"
+        f"def changed():\n    return replace(tiny_compatible(), {change})\n"
     )
+    return path
+
+
+def test_a_recipes_layout_is_of_no_matter(tmp_path: Path) -> None:
+    path = recipe(tmp_path, "parallel=ParallelConfig(nproc=4, pipeline=2, tensor=2)")
     config = pair_config([str(path), "gate.threshold=0.6"], None, None, None, 7)
     assert config.gate is not None and (config.gate.k, config.gate.threshold) == (4, 0.6)
     assert (config.horizon.max_len, config.data.source, config.seed) == (216, "ledger", 7)
@@ -160,9 +165,12 @@ def test_a_recipes_layout_is_of_no_matter(tmp_path: Path) -> None:
         assert (one.parallel.nproc, one.parallel.tensor, one.parallel.pipeline) == (1, 1, 1)
 
 
-def test_pair_check_names_the_command_for_other_pairs() -> None:
+@pytest.mark.parametrize(
+    "data", ["source='p.jsonl'", "mixture=('p.jsonl', 'q.jsonl')", "mixture=('ledger', 'p.jsonl')"]
+)
+def test_pair_check_names_the_command_for_other_pairs(data: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"^[^\n]*`prune-opd bench pair`[^\n]*$"):
-        full_opd("qwen3_4b_base_from_4b_8xh100", QUICK)
+        full_opd(str(recipe(tmp_path, f"data=DataConfig({data})")), QUICK)
 
 
 # ---------------------------------------------------------------------------------------------------- the rules
@@ -170,7 +178,7 @@ def test_pair_check_names_the_command_for_other_pairs() -> None:
 
 def result(**changes: Any) -> dict[str, Any]:
     """A healthy pair's numbers, some changed: `own_…` of the student's text, `false_…`, `drift_…` of gates, `bf16_…`"""
-    gate = {"responses": 0.0, "begins": None, "kept": 1.0}
+    gate = {"responses": 0.0, "half_by": None, "kept": 1.0}
     own: dict[str, Any] = {"early_events": 0.1, "noise_of_events": 0.1, "student_mass": 0.99, "gates": [gate]}
     given, bf16 = copy.deepcopy(own), {"events": 0.0, "kl": 1e-4}
     parts: dict[str, Any] = {"own": own, "false": given["gates"][0], "drift": gate, "bf16": bf16}
@@ -187,7 +195,7 @@ def result(**changes: Any) -> dict[str, Any]:
         ({"own_early_events": 0.31}, "gate.metric=change_point gate.k=16 precision.params=bf16"),
         ({"own_noise_of_events": 0.51}, "gate.metric=change_point gate.k=16 precision.params=bf16"),
         ({"own_student_mass": 0.9}, "objective.name=full_vocab_reverse_kl"),
-        ({"drift_responses": 0.5, "drift_begins": 40}, "horizon.init_len=40"),
+        ({"drift_responses": 0.5, "drift_half_by": 40}, "horizon.init_len=40"),
         ({"bf16_events": 0.002}, "precision.params=fp32"),
         ({"bf16_kl": 0.02}, "precision.params=fp32"),
     ],

@@ -70,7 +70,7 @@ GATES = {
     "precision": "{precision:.0%}",
     "recall": "{recall:.0%}",
     "responses": "{responses:.0%}",
-    "begins": "{begins}",
+    "half by": "{half_by}",
     "kept": "{kept:.0%}",
 }
 FORMATS = {"": "{role}", "overlap": "{overlap:.4f}", "events": "{events:.2%}", "KL": "{kl:.5f}"}
@@ -204,7 +204,7 @@ def _print(result: Mapping[str, Any], config: TrainConfig, console: Console) -> 
     gates = [{"text": row["text"] if not i else "", **gate} for row in rows for i, gate in enumerate(row["gates"])]
     console.print(
         table(
-            "gates: precision and recall for KL > 1; responses with an event, and its median place",
+            "gates: precision and recall for KL > 1; responses with an event, and the token by which half have one",
             GATES,
             gates,
             left=2,
@@ -212,4 +212,6 @@ def _print(result: Mapping[str, Any], config: TrainConfig, console: Console) -> 
     )
     formats = [{"role": role, **found} for role, found in result["bf16"].items()]
     console.print(table("bf16 against fp32, each model on its own text", FORMATS, formats))
-    console.print(f"γ of this pair: {result['gamma']:g} (5 % of the first {gate.early_tokens} tokens are below it)")
+    console.print(
+        f"γ of this pair: {result['gamma']:g} (at most 5 % of the first {gate.early_tokens} tokens are below it)"
+    )

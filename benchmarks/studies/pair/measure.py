@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import math
-import statistics
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import accumulate
@@ -154,14 +153,15 @@ def gate_row(name: str, event_N: Tensor, kl_N: Tensor, lengths: Sequence[int], g
     """What a gate with these events would do: how well they find a large KL, where they begin, what is kept (R > 0)."""
     large_N = kl_N > LARGE_KL
     reliable = apply_gate_packed(event_N, [0, *accumulate(lengths)], gate).reliable_length_B
-    begins = [int(event.long().argmax()) for event in event_N.split(list(lengths)) if event.any()]
+    begins = sorted(int(event.long().argmax()) for event in event_N.split(list(lengths)) if event.any())
+    half = -(-len(lengths) // 2)
     return {
         "gate": name,
         "events": share(event_N),
         "precision": share(event_N & large_N, event_N),
         "recall": share(event_N & large_N, large_N),
         "responses": len(begins) / len(lengths),
-        "begins": statistics.median_low(begins) if begins else None,
+        "half_by": begins[half - 1] if len(begins) >= half else None,
         "kept": int(reliable.sum()) / sum(lengths),
     }
 
@@ -188,9 +188,8 @@ def summary(
     event_N, kl_N, noise_N = found["event"], found["reverse_kl"], found["event"] & found["sure"]
     width = max(16, -(-max_len // 8))
     bins = -(-max_len // width)
-    events = {f"overlap < {at:g}": overlap_events(found["overlap"], gate.k, at) for at in THRESHOLDS["overlap"]}
-    for at in {gate.threshold, gamma} - {0}:
-        events.setdefault(f"overlap < {at:g}", overlap_events(found["overlap"], gate.k, at))
+    gammas = sorted({*THRESHOLDS["overlap"], gate.threshold, gamma} - {0}, reverse=True)
+    events = {f"overlap < {at:g}": overlap_events(found["overlap"], gate.k, at) for at in gammas}
     events |= {f"acceptance < {at:g}": found["acceptance"] < at for at in THRESHOLDS["acceptance"]}
     alarms = ChangePoint([0, *accumulate(lengths)], replace(gate, metric="change_point"), normal)
     events["change_point"] = alarms.advance(found["acceptance"])

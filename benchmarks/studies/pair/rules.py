@@ -1,11 +1,13 @@
 """From the numbers of `prune-opd bench pair` to settings: every rule, in one place.
 
-gate        change_point (ours) where γ fires from the first tokens on, before anything can have drifted, or mostly
-            where both models are sure of the same token; else overlap with γ. A warning where the change-point gate
-            stops the teacher's own text
-objective   full_vocab_reverse_kl where the student's top k leave out too much mass for the published form
-horizon     M_0 at the token where half of the responses that drift have begun to
-format      fp32 where bf16 alone makes events, or is a good part of what the pair differs by
+    gate        change_point (ours) where γ fires from the first tokens on, before anything can have drifted, or mostly
+                where both models are sure of the same token; else overlap with γ. A warning where the change-point gate
+                stops the teacher's own text
+    objective   full_vocab_reverse_kl where the student's top k leave out too much mass for the published form
+    horizon     M_0 at the token by which half of the responses have begun to drift, by the change-point gate
+    format      fp32 where bf16 alone makes events or a KL that counts
+
+A recipe takes the settings as they are printed. No training run has tested the limits.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ class Rules:
 
     busy: float = 0.30  # events in the student's first 16 tokens (gate.early_tokens), where nothing has drifted yet
     noise: float = 0.50  # of the events: where most are noise, their number says nothing
-    drifting: float = 0.05  # of the responses: with fewer alarms there is no drift, or no false alarm to speak of
+    false_alarms: float = 0.05  # of the teacher's own responses
     mass: float = 0.95  # of the student on its top k: with less the published objective moves mass out of it
     rounding: float = 1e-3  # events that bf16 alone makes
     rounding_kl: float = 0.01  # and its KL, in nats
@@ -61,7 +63,7 @@ def _gate(own: dict[str, Any], false: dict[str, Any], k: int, threshold: float) 
         settings = ("gate.metric=overlap", f"gate.threshold={threshold:g}", f"gate.k={k}")
         return [Suggestion(settings, f"{fires}, and {noise:.0%} of all events are noise")]
     found = [Suggestion(("gate.metric=change_point", f"gate.k={k}"), why)]
-    if false["responses"] > RULES.drifting:
+    if false["responses"] > RULES.false_alarms:
         warning = f"warning: the change-point gate also stops {false['responses']:.0%} of the teacher's own responses"
         found.append(Suggestion((), f"{warning}, with {false['kept']:.0%} of their tokens kept: raise gate.alarm"))
     return found
@@ -79,10 +81,10 @@ def _objective(own: dict[str, Any], k: int) -> Suggestion:
 
 
 def _horizon(change: dict[str, Any]) -> Suggestion:
-    if change["responses"] <= RULES.drifting:
-        return Suggestion((), f"horizon: {change['responses']:.0%} of the responses drift, so nothing bounds it")
-    why = f"{change['responses']:.0%} of the responses drift, half of them by token {change['begins']}"
-    return Suggestion((f"horizon.init_len={max(1, change['begins'])}",), why)
+    drift = f"{change['responses']:.0%} of the responses drift"
+    if change["half_by"] is None:
+        return Suggestion((), f"horizon: {drift}, fewer than half, so nothing bounds the first one")
+    return Suggestion((f"horizon.init_len={max(1, change['half_by'])}",), f"{drift}, half of all by that token")
 
 
 def _format(bf16: dict[str, dict[str, float]]) -> Suggestion:

@@ -176,7 +176,7 @@ def full_opd(pair: str, settings: Settings) -> TrainConfig:
     Its gate is for measuring; the run leaves it out. ConfigError for a recipe that distils no ledger pair.
     """
     config = load_recipe(pair)
-    if not isinstance(config, TrainConfig) or config.data.source != "ledger" or config.gate is None:
+    if not isinstance(config, TrainConfig) or config.data.sources != ("ledger",) or config.gate is None:
         raise ConfigError(
             f"PAIR = {pair!r} is no recipe that distils a ledger pair with a gate: take tiny_compatible or tiny_drift; "
             "`prune-opd bench pair` measures any pair"
