@@ -9,7 +9,7 @@ import pytest
 from typer.testing import CliRunner
 
 from prune_opd.cli.main import app
-from prune_opd.config import TrainConfig
+from prune_opd.config import SftConfig, TrainConfig
 from prune_opd.config.recipe import list_recipes, load_recipe
 from prune_opd.config.yaml import save_config
 from tests.fake_models import train_config, write_model
@@ -51,6 +51,8 @@ def test_every_recipe_passes_the_structural_check(name: str, tmp_path: Path) -> 
     config, overrides = load_recipe(name), []
     if isinstance(config, TrainConfig) and config.planning.gpu == "cpu":  # models that are made, not published
         overrides = [f"{role}={write_model(tmp_path / role)}" for role in ("student", "teacher")]
+    if isinstance(config, SftConfig) and config.init is not None:  # a model that another recipe makes
+        overrides = [f"init={write_model(tmp_path / 'init')}"]
     assert run("check", name, "--structure", *overrides) == (0, "ok\n")
 
 

@@ -94,13 +94,14 @@ def test_a_single_report_has_the_totals_and_every_chart(single: str, runs: list[
         "(estimated)",
         "rollout",
         "final horizon",
+        "full reverse KL to the teacher",
         "rows padded to the longest",
         "(step 0 → 12)",
     ):
         assert text in page.text, text
     assert "Overlap is not success: accuracy is beside it." in page.text
     pictures = [runs[0] / "report.png", *sorted((runs[0] / "report").iterdir())]
-    assert len(pictures) == 16 and pictures[5].name == "05-overlap-by-position-over-training.png"
+    assert len(pictures) == 18 and pictures[5].name == "05-overlap-by-position-over-training.png"
     assert all(picture.read_bytes().startswith(PNG_HEAD) for picture in pictures)
 
 
