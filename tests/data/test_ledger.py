@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from prune_opd.config import CorpusConfig
@@ -44,6 +44,7 @@ def bookings(words: list[str]) -> list[tuple[int, int, int, int]]:
 # ---------------------------------------------------------------------------------------------------- problems
 
 
+@settings(deadline=None)
 @given(seeds, indices)
 def test_prompt_spells_out_the_problem_and_the_answer_is_its_sum(seed: int, index: int) -> None:
     problem = Ledger(20, 40).problem(seed, index)
@@ -60,6 +61,7 @@ def test_problems_of_an_address_never_change() -> None:
     assert Ledger(2, 4).problem(7, 3) == Problem(start=49, deltas=(6, 8), index=3)
 
 
+@settings(deadline=None)
 @given(seeds, indices)
 def test_problems_do_not_depend_on_what_was_drawn_before(seed: int, index: int) -> None:
     task = Ledger(20, 40)
@@ -97,6 +99,7 @@ def test_seed_out_of_range_is_refused(seed: int) -> None:
 # ---------------------------------------------------------------------------------------------------- worked solutions
 
 
+@settings(deadline=None)
 @given(seeds, indices, shares)
 def test_solution_without_errors_is_right(seed: int, index: int, reverse: float) -> None:
     problem, words = solve(CorpusConfig(min_steps=1, max_steps=40, reverse=reverse), seed, index)
@@ -107,12 +110,14 @@ def test_solution_without_errors_is_right(seed: int, index: int, reverse: float)
     assert Ledger(1, 40).score(" ".join(words), problem.answer)
 
 
+@settings(deadline=None)
 @given(seeds, indices)
 def test_reverse_solutions_go_from_the_last_label_to_the_first(seed: int, index: int) -> None:
     problem, words = solve(CorpusConfig(min_steps=1, max_steps=40, reverse=1.0), seed, index)
     assert [label for label, *_ in bookings(words)] == list(range(len(problem.deltas), 0, -1))
 
 
+@settings(deadline=None)
 @given(seeds, indices, shares)
 def test_carry_bug_changes_results_only_at_tens_boundaries(seed: int, index: int, rate: float) -> None:
     problem, words = solve(CorpusConfig(min_steps=1, max_steps=40, carry_bug=rate), seed, index)
@@ -126,6 +131,7 @@ def test_carry_bug_changes_results_only_at_tens_boundaries(seed: int, index: int
             assert after in ((right, forgotten) if rate else (right,))
 
 
+@settings(deadline=None)
 @given(seeds, indices)
 def test_wrong_results_leave_labels_and_deltas_alone(seed: int, index: int) -> None:
     problem, words = solve(CorpusConfig(min_steps=1, max_steps=40, slip_result=1.0), seed, index)
@@ -134,6 +140,7 @@ def test_wrong_results_leave_labels_and_deltas_alone(seed: int, index: int) -> N
     assert all(after != (before + delta) % 100 for _, delta, before, after in rows)
 
 
+@settings(deadline=None)
 @given(seeds, indices)
 def test_messy_solutions_are_well_formed_bounded_and_go_on_from_each_slip(seed: int, index: int) -> None:
     corpus = CorpusConfig(min_steps=1, max_steps=40, slip=0.3, reverse=0.5)
@@ -173,6 +180,7 @@ def test_twenty_to_forty_bookings_give_105_to_205_response_tokens() -> None:
     assert lengths == set(range(105, 206, 5))
 
 
+@settings(deadline=None)
 @given(seeds, indices)
 def test_examples_are_deterministic_and_depend_on_seed_and_index(seed: int, index: int) -> None:
     corpus = CorpusConfig(min_steps=12, slip=0.1, carry_bug=0.1)
