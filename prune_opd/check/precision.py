@@ -148,7 +148,7 @@ def rollout_problems(rollout: RolloutConfig, params: str, model: dict[str, Any] 
             problems.append(f"{field} is for dense models on the CPU, and the student has experts: {remedy}")
     if rollout.kv_cache_dtype != "auto" and not gpu:
         field, remedy = f"rollout.kv_cache_dtype = {rollout.kv_cache_dtype!r}", "set rollout.kv_cache_dtype=auto"
-        if not _has_wide_vectors():
+        if not has_wide_vectors():
             problems.append(f"{field} needs a CPU with AVX-512 or AMX, or a GPU: {remedy}")
         if model is not None and head_dim(model) % CPU_FP8_HEAD_DIM:
             problems.append(
@@ -191,7 +191,8 @@ def cuda_of_torch() -> tuple[int, ...] | None:
     return None
 
 
-def _has_wide_vectors() -> bool:
+def has_wide_vectors() -> bool:
+    """Whether this CPU can have an FP8 KV cache in vLLM: AVX-512 or AMX."""
     cpu = Path("/proc/cpuinfo")
     flags = set(cpu.read_text(encoding="utf-8").split()) if cpu.exists() else set()
     return bool(flags & {"avx512f", "amx_tile"})

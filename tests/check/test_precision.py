@@ -205,13 +205,13 @@ def test_an_fp8_kv_cache_on_the_cpu_needs_wide_vectors_and_whole_heads(
     pair: TrainConfig, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(check, "has_gpu", lambda: False)
-    monkeypatch.setattr(precision, "_has_wide_vectors", lambda: True)
+    monkeypatch.setattr(precision, "has_wide_vectors", lambda: True)
     whole = dataclasses.replace(pair, student=str(write_model(tmp_path / "whole", head_dim=32)))
     assert problems(whole, "rollout.kv_cache_dtype=fp8") == []
     assert "head_dim that is a multiple of 32, and the student's is 16" in only(
         problems(pair, "rollout.kv_cache_dtype=fp8")
     )
-    monkeypatch.setattr(precision, "_has_wide_vectors", lambda: False)
+    monkeypatch.setattr(precision, "has_wide_vectors", lambda: False)
     assert "AVX-512" in only(problems(whole, "rollout.kv_cache_dtype=fp8_e5m2"))
 
 

@@ -16,6 +16,7 @@ from typing import Any, get_args
 import torch
 
 from prune_opd import platform
+from prune_opd.check.precision import has_wide_vectors
 from prune_opd.config import Fp8Config, ParallelConfig, RolloutConfig
 from prune_opd.config.rollout import KV_CACHE_DTYPES, QUANTIZATIONS
 from prune_opd.errors import UserError
@@ -96,14 +97,15 @@ def fp8_of_local_layers(models: Path, layout: Any) -> str:
 
 
 class Engine:
-    """A real engine with FP8 weights and an FP8 cache, and the trainer's student and teacher beside it."""
+    """A real engine with FP8 weights and, where the CPU can, an FP8 cache; the trainer's student and teacher beside it."""
 
     def __init__(self, models: Path, layout: Any, machine: platform.Platform):
         from prune_opd.megatron.model import build
         from prune_opd.rollout.engine import EngineOptions, RolloutEngine
 
+        kv_cache = "fp8" if has_wide_vectors() else "auto"  # vLLM refuses it on other CPUs
         rollout = RolloutConfig(
-            max_prompt_len=256, max_num_seqs=8, quantization="fp8_per_channel", kv_cache_dtype="fp8"
+            max_prompt_len=256, max_num_seqs=8, quantization="fp8_per_channel", kv_cache_dtype=kv_cache
         )
         self.layout, self.device = layout, machine.device
         options = EngineOptions(sleep_level=2)
