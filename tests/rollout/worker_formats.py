@@ -97,7 +97,7 @@ def fp8_of_local_layers(models: Path, layout: Any) -> str:
 
 
 class Engine:
-    """A real engine with FP8 weights and, where the CPU can, an FP8 cache; the trainer's student and teacher beside it."""
+    """A real engine with FP8 weights and, where the CPU can, an FP8 cache; the trainer's models beside it."""
 
     def __init__(self, models: Path, layout: Any, machine: platform.Platform):
         from prune_opd.megatron.model import build
