@@ -10,7 +10,8 @@ drifted yet, and Page's CUSUM test (Biometrika 41, 1954) looks for a lasting fal
     B_t = 1[S_t ≥ alarm]                             an event; `apply_gate` goes on from here
 
 slack = .5 is the test's usual constant for a shift of one deviation; alarm = 8 is above the usual 4 to 5, chosen by eye
-on training prompts of both tiny pairs, where 5 to 10 differ little. One odd token is no alarm: it counts 3, and fades. Nothing here has a gradient.
+on training prompts of both tiny pairs, where 5 to 10 differ little. One odd token is no alarm: it counts 3, and fades.
+Nothing here has a gradient.
 """
 
 from __future__ import annotations
