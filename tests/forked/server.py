@@ -239,10 +239,6 @@ def run_fresh(program: Callable[[], None]) -> int:
 
         numpy.random.seed()
         torch.default_generator.seed()
-    if "COVERAGE_PROCESS_START" in os.environ or "COVERAGE_PROCESS_CONFIG" in os.environ:
-        import coverage
-
-        coverage.process_startup()
     code = 0
     try:
         program()
