@@ -18,6 +18,7 @@ from torch.autograd.function import once_differentiable
 
 from prune_opd.config import ObjectiveConfig
 from prune_opd.loss.inputs import Method
+from prune_opd.loss.products import add_weight_gradient_, hidden_gradient
 from prune_opd.loss.vocab_parallel import (
     OutputHead,
     VocabShard,
@@ -250,9 +251,6 @@ def _against_old(
 # ---------------------------------------------------------------------------------------------------- gradients
 
 
-WEIGHT_ROWS = 8192  # of the weight gradient that are multiplied at a time where its dtype is not the inputs'
-
-
 class Gradients:
     """The student's two gradients, added up chunk by chunk; the weight's in the caller's buffer if there is one."""
 
@@ -260,12 +258,13 @@ class Gradients:
         self, student: OutputHead, want_hidden: bool, want_weight: bool, weight_grad_VH: Tensor | None = None
     ) -> None:
         self._student = student
-        self._hidden_NH = torch.empty_like(student.hidden_NH) if want_hidden else None
+        # At least fp32: in bf16 the sum over many chunks, or over the ranks' shards, would lose the small ones.
+        dtype = torch.promote_types(student.dtype, torch.float32)
+        of_hidden = dtype if group_size(student.shard.group) > 1 else student.dtype
+        self._hidden_NH = torch.empty_like(student.hidden_NH, dtype=of_hidden) if want_hidden else None
         self._in_buffer = weight_grad_VH is not None
         self._weight_VH = weight_grad_VH if want_weight else None
         if want_weight and weight_grad_VH is None:
-            # At least fp32: in bf16 the sum over many chunks would lose the small ones.
-            dtype = torch.promote_types(student.dtype, torch.float32)
             self._weight_VH = torch.zeros_like(student.weight_VH, dtype=dtype)
 
     def add(self, part: slice, scores: Scores, loss: ChunkLoss) -> None:
@@ -291,17 +290,10 @@ class Gradients:
         if loss.column_slope_NV is not None:
             grad_logits_NV[:, : student.shard.valid] += loss.column_slope_NV / student.temperature
         grad_logits_NV.scatter_add_(1, column_NK, coefficient_NK.masked_fill(~mine_NK, 0))
-        grad_logits_NV = grad_logits_NV.to(student.dtype)
         if self._hidden_NH is not None:
-            torch.mm(grad_logits_NV, student.weight_VH, out=self._hidden_NH[part])
+            self._hidden_NH[part] = hidden_gradient(grad_logits_NV, student.weight_VH)
         if self._weight_VH is not None:
-            if self._weight_VH.dtype == student.dtype:
-                self._weight_VH.addmm_(grad_logits_NV.t(), student.hidden_NH[part])
-            else:
-                # A product of another dtype cannot be added while it is formed: a few rows, not a second [V, H].
-                blocks = zip(self._weight_VH.split(WEIGHT_ROWS), grad_logits_NV.split(WEIGHT_ROWS, dim=1), strict=True)
-                for weight_RH, grad_logits_NR in blocks:
-                    weight_RH += grad_logits_NR.t() @ student.hidden_NH[part]
+            add_weight_gradient_(self._weight_VH, grad_logits_NV, student.hidden_NH[part])
 
     def finish(self) -> tuple[Tensor | None, Tensor | None]:
         """Hidden gradient, complete on every rank, and this rank's weight gradient, in the inputs' dtype.
@@ -312,9 +304,10 @@ class Gradients:
         if self._hidden_NH is not None and group_size(student.shard.group) > 1:
             # Each rank has gone through its own columns of the vocabulary only.
             dist.all_reduce(self._hidden_NH, group=student.shard.group)
+        hidden_NH = None if self._hidden_NH is None else self._hidden_NH.to(student.dtype)
         if self._weight_VH is None or self._in_buffer:
-            return self._hidden_NH, None
-        return self._hidden_NH, self._weight_VH.to(student.dtype)
+            return hidden_NH, None
+        return hidden_NH, self._weight_VH.to(student.dtype)
 
 
 class WithGradients(torch.autograd.Function):
