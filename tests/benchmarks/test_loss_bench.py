@@ -45,7 +45,9 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> Measured:
 def test_every_contender_is_measured_in_a_process_of_its_own(measured: Measured) -> None:
     contenders = {"ours", "ours_no_buffer", "naive", "floor"} | ({"trl"} - measured.result["skipped"].keys())
     assert measured.part["contenders"].keys() == contenders
-    assert len(measured.result["raw"]) == len(contenders) + len(measured.result["growth"])
+    in_bf16 = measured.result["bf16"][0]["contenders"]
+    assert in_bf16.keys() == {"ours", "floor"}
+    assert len(measured.result["raw"]) == len(contenders) + len(in_bf16) + len(measured.result["growth"])
     assert [line.endswith("True") for line in measured.imported].count(True) == len(measured.result["raw"])
     for row in measured.result["raw"]:
         assert all(seconds > 0 for seconds in row["wall_s"] + row["cpu_s"])
@@ -60,6 +62,17 @@ def test_ratios_are_those_of_the_medians(measured: Measured) -> None:
     assert ratios["extra_naive_over_ours_no_buffer"] == naive["extra_bytes"] / alone["extra_bytes"]
     assert ratios["time_ours_over_naive"] == ours["wall_s"] / naive["wall_s"]
     assert ratios["time_ours_over_floor"] == ours["wall_s"] / floor["wall_s"]
+
+
+def test_bf16_has_a_floor_of_its_own_and_the_same_loss(measured: Measured) -> None:
+    (part,) = measured.result["bf16"]
+    ours, floor = part["contenders"]["ours"], part["contenders"]["floor"]
+    assert part["ratios"]["time_ours_over_floor"] == ours["wall_s"] / floor["wall_s"]
+    assert part["ratios"]["cpu_ours_over_floor"] == ours["cpu_s"] / floor["cpu_s"]
+    in_fp32 = measured.part["contenders"]["ours"]  # of inputs that are not rounded to bf16
+    assert ours["loss"] != in_fp32["loss"]
+    assert ours["loss"] == pytest.approx(in_fp32["loss"], rel=0.05)
+    assert ours["grad_norms"] == pytest.approx(in_fp32["grad_norms"], rel=0.05)
 
 
 def test_ours_and_naive_compute_the_same_loss_and_gradients(measured: Measured) -> None:

@@ -34,7 +34,7 @@ def measure(objective: dict[str, Any], tokens: int, vocab: int, sizes: Sequence[
 
     def shard(tokens: int, vocab: int, chunk: int) -> Inputs:
         # Each rank draws its own rows; hidden states are the same on all, since they are drawn first.
-        inputs = make_inputs(tokens, vocab // ranks, sizes[0], sizes[1], chunk)
+        inputs = make_inputs(tokens, vocab // ranks, sizes, chunk)
         if rank:
             inputs.teacher_weight_VH.add_(torch.randn(1, generator=torch.Generator().manual_seed(rank)))
         inputs.student_weight_VH.grad = torch.empty_like(inputs.student_weight_VH).zero_()
