@@ -50,6 +50,7 @@ from prune_opd.recipes.tiny_compatible import tiny_compatible
         (lambda: c.PrecisionConfig(student_fp8=c.Fp8Config(amax_history=0)), "precision.student_fp8.amax_history", "0"),
         (lambda: c.RolloutConfig(quantization="e4m3"), "rollout.quantization", "'e4m3'"),
         (lambda: c.RolloutConfig(kv_cache_dtype="fp16"), "rollout.kv_cache_dtype", "'fp16'"),
+        (lambda: c.RolloutConfig(head_dtype="bf16"), "rollout.head_dtype", "'bf16'"),
         (lambda: c.MemoryConfig(sleep_level=3), "memory.sleep_level", "3"),
         (lambda: c.EvalConfig(samples=0), "evaluation.samples", "0"),
         (lambda: c.EvalConfig(extract="boxed"), "evaluation.extract", "'boxed'"),
