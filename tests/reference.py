@@ -213,7 +213,7 @@ def reference_update(
         logp_V, old_V, logq_V = (row[t].log_softmax(-1) for row in (moved_NV, old_NV, teacher_NV))
         if objective.name in ("topk_reverse_kl", "sampled_token"):
             ids = [y] if objective.name == "sampled_token" else support_of(objective, old_NV[t], teacher_NV[t])
-            share_K = torch.ones(len(ids), dtype=torch.float64)
+            share_K = torch.ones(len(ids), dtype=torch.float64) / max(len(ids), 1)
             if objective.name == "topk_reverse_kl" and objective.weight != "none" and ids:
                 of = old_V if objective.weight == "student_p" else logq_V
                 share_K = of[ids].exp() / of[ids].exp().sum()

@@ -57,7 +57,7 @@ def token_loss(
         share_K = {
             "student_p": p_V[ids] / p_V[ids].sum(),
             "teacher_p": q_V[ids] / q_V[ids].sum(),
-            "none": torch.ones(len(ids), dtype=torch.float64),
+            "none": torch.ones(len(ids), dtype=torch.float64) / len(ids),
         }[objective.weight]
         gap_K = logp_V[ids] - logq_V[ids]
         if objective.tail != "none":
@@ -87,7 +87,7 @@ def tailed_loss(
     """As `token_loss`: its value is −Σ r log p, its gradient autograd's of the divergence that the tail makes exact."""
     rest = [v for v in range(len(p_V)) if v not in ids]
     p_K, q_K = p_V[ids], q_V[ids]
-    share_K = {"student_p": p_K / p_K.sum(), "teacher_p": q_K / q_K.sum(), "none": torch.ones_like(p_K)}[
+    share_K = {"student_p": p_K / p_K.sum(), "teacher_p": q_K / q_K.sum(), "none": torch.ones_like(p_K) / len(ids)}[
         objective.weight
     ]
     if objective.tail == "bucket":

@@ -105,7 +105,7 @@ class ObjectiveConfig(Checked, name="objective"):
     name: str = "topk_reverse_kl"
     k: Count = 16  # candidates per token (of each model); the paper of local_support_matching has 32
     support: Literal["student", "teacher", "union", "intersection"] = "student"  # topk_reverse_kl: whose top-k
-    # topk_reverse_kl: of a candidate; none: every candidate counts 1
+    # topk_reverse_kl: of a candidate, 1 in sum over the support; none: uniform, 1 / |support|, as in the released code
     weight: Literal["student_p", "teacher_p", "none"] = "student_p"
     # topk_reverse_kl: what becomes of the ids outside the support: none: the published form, which leaks mass to them |
     # bucket: one more outcome | centred: neither raised nor lowered

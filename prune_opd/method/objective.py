@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 
 from prune_opd.config import ObjectiveConfig
+from prune_opd.method.sets import among
 
 # ---------------------------------------------------------------------------------------------------- candidates
 
@@ -41,13 +42,13 @@ class Candidates(NamedTuple):
 
 def _union(student_NK: Tensor, teacher_NK: Tensor) -> Candidates:
     """2k wide: the student's, then the teacher's where the student has not got them already."""
-    new_NK = ~(teacher_NK.unsqueeze(2) == student_NK.unsqueeze(1)).any(dim=2)
+    new_NK = ~among(teacher_NK, student_NK)
     return Candidates(torch.cat([student_NK, teacher_NK], dim=1), torch.cat([torch.ones_like(new_NK), new_NK], dim=1))
 
 
 def _intersection(student_NK: Tensor, teacher_NK: Tensor) -> Candidates:
     """k wide: the student's where the teacher has them too. There may be none: such a token has no loss."""
-    return Candidates(student_NK, (student_NK.unsqueeze(2) == teacher_NK.unsqueeze(1)).any(dim=2))
+    return Candidates(student_NK, among(student_NK, teacher_NK))
 
 
 _SUPPORTS: dict[str, Callable[[Tensor, Tensor], Candidates]] = {
@@ -110,7 +111,8 @@ def topk_reverse_kl(
 ) -> Terms:
     """The reverse KL on a support K (Prune-OPD §2, method.md §1 and §7): slopes w_j (δ_j − b), δ_j = log p_j − log q_j.
 
-    w_j = p_j / Σ_i p_i over the support (student_p), q_j / Σ_i q_i (teacher_p), or 1 (none).
+    w_j = p_j / Σ_i p_i over the support (student_p), q_j / Σ_i q_i (teacher_p), or 1 / |support| (none: uniform, as
+    the released code has it).
 
         tail      b                               what is descended
         none      0                               the published form. Its slopes sum to the divergence, so that while
@@ -146,12 +148,19 @@ def _weights(
 ) -> Tensor:
     """w_j of the support's ids, 0 of others."""
     if config.weight == "none":
-        return _only(torch.ones_like(student_logp_NK), valid_NK)
+        return _uniform(student_logp_NK, valid_NK)
     logp_NK = student_logp_NK if config.weight == "student_p" else teacher_logp_NK
     if valid_NK is not None:
         logp_NK = logp_NK.masked_fill(~valid_NK, -math.inf)
     # A softmax over the support is p renormalised on it. Of an empty one it is not a number, and `_only` drops it.
     return _only(logp_NK.softmax(dim=-1), valid_NK)
+
+
+def _uniform(logp_NK: Tensor, valid_NK: Tensor | None) -> Tensor:
+    """1 / |support| of the support's ids, 0 of others; all 0 of an empty one."""
+    if valid_NK is None:
+        return torch.full_like(logp_NK, 1 / max(logp_NK.shape[1], 1))
+    return valid_NK / valid_NK.sum(dim=-1, keepdim=True).clamp(min=1).to(logp_NK.dtype)
 
 
 def _log_mass(logp_NK: Tensor, valid_NK: Tensor | None) -> Tensor:

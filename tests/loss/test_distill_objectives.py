@@ -131,3 +131,15 @@ def test_the_objective_is_the_policy_gradient_of_method_md() -> None:
     assert loss.tolist() == pytest.approx([1.5 * math.log(2) * math.log(0.6)])
     assert torch.equal(grad, -reward)
     assert divergence.tolist() == pytest.approx([0.75 * math.log(2)])
+
+
+def test_the_weight_none_is_uniform_over_what_a_token_has_of_a_support() -> None:
+    """Worked by hand: p = (.6, .2, .1), q = (.3, .2, .4); all three count, then two, one, and none of them."""
+    logs = [torch.tensor([row]).double().log().expand(4, 3) for row in ([0.6, 0.2, 0.1], [0.3, 0.2, 0.4])]
+    valid_NK = torch.tensor([[True, True, True], [True, False, True], [False, True, False], [False, False, False]])
+    objective = ObjectiveConfig(support="intersection", weight="none")
+    got = token_loss(objective, *logs, torch.ones(4).double(), valid_NK)
+    two, fourth = math.log(2), math.log(1 / 4)
+    expected = [[two / 3, 0, fourth / 3], [two / 2, 0, fourth / 2], [0, 0, 0], [0, 0, 0]]
+    torch.testing.assert_close(got.grad_logp_NK, torch.tensor(expected).double())
+    torch.testing.assert_close(got.divergence_N, torch.tensor(expected).double().sum(1))
