@@ -7,6 +7,7 @@ goes back. See loss/distill.py for the whole picture.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -36,6 +37,7 @@ from prune_opd.method.objective import (
     candidates,
     clipped_policy_loss,
     has_rest,
+    is_priced,
     on_vocabulary,
     token_loss,
     top_k,
@@ -204,20 +206,29 @@ class ChunkLoss(NamedTuple):
 
 
 def chunk_loss(
-    scores: Scores, objectives: Sequence[ObjectiveConfig], weights: Sequence[Tensor], old: OldPolicy | None
+    scores: Scores,
+    objectives: Sequence[ObjectiveConfig],
+    weights: Sequence[Tensor],
+    old: OldPolicy | None,
+    credit_N: Tensor | None = None,
 ) -> ChunkLoss:
-    """The objectives at a chunk's scores, each with its weight [N]; the first against the old policy, if any."""
+    """The objectives at a chunk's scores, each with its weight [N]; the first against the old policy, if any.
+
+    credit_N: the first one's rewards, where later tokens have a part in them.
+    """
     objective, at, weight_N = objectives[0], scores.at[0], weights[0]
     if on_vocabulary(objective):
         valid = scores.shard.valid
+        if is_priced(objective):
+            price_(scores.teacher_NV, at, scores.shard, objective.outside_logp)
         columns = token_loss(objective, scores.student_NV[:, :valid], scores.teacher_NV[:, :valid], weight_N)
         mine_N3 = torch.stack([columns.loss_N, columns.divergence_N, columns.grad_logp_NK.sum(dim=1)], dim=1)
         loss_N, divergence_N, total_N = sum_together([mine_N3], scores.shard.group)[0].unbind(1)
-        none_N0 = at.student_logp_NK  # no candidates, so no slope in any
-        loss = ChunkLoss(loss_N, divergence_N, none_N0, columns.grad_logp_NK, total_N)
+        at_candidates_NK = torch.zeros_like(at.student_logp_NK)  # the columns have it all
+        loss = ChunkLoss(loss_N, divergence_N, at_candidates_NK, columns.grad_logp_NK, total_N)
     else:
         loss_N, slope_NK, divergence_N, reward_NK = token_loss(
-            objective, at.student_logp_NK, at.teacher_logp_NK, weight_N, at.valid_NK, at.log_rest
+            objective, at.student_logp_NK, at.teacher_logp_NK, weight_N, at.valid_NK, at.log_rest, credit_N
         )
         loss = ChunkLoss(loss_N, divergence_N, slope_NK, reward_NK=reward_NK)
         if old is not None and old.reward_NK is not None:
@@ -227,6 +238,15 @@ def chunk_loss(
         slope_NK = torch.cat([loss.slope_NK, more.grad_logp_NK], dim=1)
         loss = loss._replace(loss_N=loss.loss_N + more.loss_N, slope_NK=slope_NK)
     return loss
+
+
+def price_(teacher_NV: Tensor, at: AtCandidates, shard: VocabShard, outside_logp: float) -> None:
+    """Replace the teacher's log q by what is left of it: renormalised at the candidates, `outside_logp` elsewhere."""
+    column_NK, mine_NK = local_columns(at.ids_NK, shard)
+    inside_NK = at.teacher_logp_NK.log_softmax(dim=-1).masked_fill(~mine_NK, -math.inf)
+    # Ids of other ranks all point to column 0: a maximum with −inf leaves what is there.
+    teacher_NV.fill_(-math.inf).scatter_reduce_(1, column_NK, inside_NK, "amax")
+    teacher_NV.masked_fill_(teacher_NV == -math.inf, outside_logp)
 
 
 def _against_old(

@@ -104,7 +104,10 @@ def test_a_whole_number_is_a_number_and_a_list_is_as_good_as_a_tuple(make: Calla
         ),
         ({"name": "topk_forward_kl", "weight": "none"}, "objective.weight = 'none' is a setting of topk_reverse_kl"),
         ({"name": "full_vocab_reverse_kl", "beta": 0.1}, "objective.beta = 0.1 is a setting of full_vocab_jsd"),
-        ({"beta": 0.1}, "objective.beta = 0.1 is a setting of full_vocab_jsd, and objective.name = topk_reverse_kl"),
+        (
+            {"beta": 0.1},
+            "objective.beta = 0.1 is a setting of full_vocab_jsd and topk_jsd, and objective.name = topk_reverse_kl",
+        ),
     ],
 )
 def test_a_setting_that_the_objective_has_not_got_is_refused(settings: dict[str, Any], message: str) -> None:

@@ -43,6 +43,7 @@ from tests.reference_token import top_ids
 
 PLAIN = make_case()
 BUCKET = dataclasses.replace(OBJECTIVE, tail="bucket")
+DISCOUNTED = ObjectiveConfig("sampled_token", k=6, discount=0.9)
 
 
 def gradient_errors(loss: Tensor, shard: Case, expected_loss: Tensor, expected: Case, group: dist.ProcessGroup) -> dict:
@@ -242,6 +243,13 @@ CASES: dict[str, Callable[[dist.ProcessGroup], dict[str, float]]] = {
     "bfloat16": lambda group: compare(PLAIN, group, gate=None, dtype=torch.bfloat16),
     "no gate": lambda group: compare(PLAIN, group, gate=None),
     "temperature": lambda group: compare(PLAIN, group, objective=ObjectiveConfig(k=6, temperature=0.6)),
+    "teacher temperature": lambda group: compare(
+        PLAIN, group, objective=ObjectiveConfig("full_vocab_mixed_kl", k=6, temperature=0.6, teacher_temperature=1.4)
+    ),
+    "price, a shard of padding": lambda group: compare(
+        empty_shard_case(), group, objective=ObjectiveConfig("priced_reverse_kl", k=6)
+    ),
+    "stale tokens, discounted": lambda group: compare(PLAIN.stale(), group, objective=DISCOUNTED),
     "mean weight": lambda group: compare(PLAIN, group, dataclasses.replace(GATE, weight_normalisation="mean")),
     "teacher top-p": lambda group: compare(PLAIN, group, GateConfig("teacher_top_p", k=9, w_drop=0.15, top_p=0.6)),
     "k wider than a shard": lambda group: compare(PLAIN, group, dataclasses.replace(GATE, k=40), ObjectiveConfig(k=50)),
@@ -269,6 +277,7 @@ CASES: dict[str, Callable[[dist.ProcessGroup], dict[str, float]]] = {
     ),
     **of_every_kind(),
     "moved student": lambda group: compare_update(group, OBJECTIVE),
+    "moved student, discounted": lambda group: compare_update(group, DISCOUNTED),
     "moved student, union": lambda group: compare_update(group, dataclasses.replace(OBJECTIVE, support="union")),
     "moved student, bucket": lambda group: compare_update(group, BUCKET),
     "moved student, full vocabulary": lambda group: compare_update(group, ObjectiveConfig("full_vocab_jsd", k=6)),

@@ -1,6 +1,6 @@
 """What other systems compute, in their manner and in our words: padded rows, whole logits, autograd.
 
-The formulas were read in the released Prune-OPD code (commit bff2e00) and in its peers of August 2026 (TRL, Liger, verl,
+The formulas were read in the released Prune-OPD code (bff2e00) and in its peers of August 2026 (TRL, Liger, verl,
 NeMo-RL, ms-swift, slime, tinker), whose own functions have been run against ours; here they are written anew. Nothing
 comes from the package or from tests/reference.py, so a mistake would have to be made three times.
 """
@@ -86,7 +86,7 @@ def _released_events(
 
 # ---------------------------------------------------------------------------------------------------- the peers
 
-# A peer's loss of each token [N]: of both models' logits [N, V] over the temperature, the sampled ids [N], the settings.
+# A peer's loss of each token [N]: of both models' logits [N, V] over the temperature, sampled ids [N] and settings.
 PeerLoss = Callable[[Tensor, Tensor, Tensor, ObjectiveConfig], Tensor]
 
 
@@ -154,15 +154,79 @@ def k1_advantage(student_NV: Tensor, teacher_NV: Tensor, sampled_N: Tensor, conf
     return -(logq - logp).detach() * (logp - logp.detach()).exp()
 
 
+def gkd_forward(student_NV: Tensor, teacher_NV: Tensor, sampled_N: Tensor, config: ObjectiveConfig) -> Tensor:
+    """GKD at β = 0 (TRL, Liger, ms-swift; NeMo-RL's distributed cross entropy less the teacher's entropy)."""
+    return kl(teacher_NV.log_softmax(-1), student_NV.log_softmax(-1))
+
+
+def raw_forward(student_NV: Tensor, teacher_NV: Tensor, sampled_N: Tensor, config: ObjectiveConfig) -> Tensor:
+    """verl's forward_kl_topk: raw logs of both at the teacher's top-k, each held above, and a token's loss held."""
+    ids = best(teacher_NV, config)
+    logp, logq = (logits.log_softmax(-1).gather(-1, ids) for logits in (student_NV, teacher_NV))
+    if config.logp_min is not None:
+        logp, logq = logp.clamp_min(config.logp_min), logq.clamp_min(config.logp_min)
+    value = kl(logq, logp)
+    return value if config.loss_max is None else value.clamp(-config.loss_max, config.loss_max)
+
+
+def local_mixed(student_NV: Tensor, teacher_NV: Tensor, sampled_N: Tensor, config: ObjectiveConfig) -> Tensor:
+    """NeMo-RL's forward, reverse and mixed: both renormalised on the teacher's top-k."""
+    ids = best(teacher_NV, config)
+    logp, logq = (logits.gather(-1, ids).log_softmax(-1) for logits in (student_NV, teacher_NV))
+    share = 1.0 if config.name == "topk_forward_kl" else config.forward_share
+    return share * kl(logq, logp) + (1 - share) * kl(logp, logq)
+
+
+def zero_outside(student_NV: Tensor, teacher_NV: Tensor, sampled_N: Tensor, config: ObjectiveConfig) -> Tensor:
+    """NeMo-RL's reverse with zero_outside_topk: −H of the student's rest, less its mass times the log of nearly 0."""
+    ids = best(teacher_NV, config)
+    logs = student_NV.log_softmax(-1)
+    logp, logq = logs.gather(-1, ids), teacher_NV.gather(-1, ids).log_softmax(-1)
+    rest = (logs.exp() * logs).sum(-1) - (logp.exp() * logp).sum(-1)
+    return kl(logp, logq) + rest - config.outside_logp * (1 - logp.exp().sum(-1))
+
+
+def local_jsd(student_NV: Tensor, teacher_NV: Tensor, sampled_N: Tensor, config: ObjectiveConfig) -> Tensor:
+    """GKD on the logits at the teacher's top-k alone (ms-swift; TRL's asynchronous trainer without a tail)."""
+    ids = best(teacher_NV, config)
+    return gkd(student_NV.gather(-1, ids), teacher_NV.gather(-1, ids), sampled_N, config)
+
+
+def estimator(student_NV: Tensor, teacher_NV: Tensor, sampled_N: Tensor, config: ObjectiveConfig) -> Tensor:
+    """verl's k2 and k3, differentiated."""
+    y = sampled_N.unsqueeze(-1)
+    logp, logq = (logits.log_softmax(-1).gather(-1, y).squeeze(-1) for logits in (student_NV, teacher_NV))
+    if config.logp_min is not None:
+        logp, logq = logp.clamp_min(config.logp_min), logq.clamp_min(config.logp_min)
+    log_ratio = logq - logp
+    value = 0.5 * log_ratio.square() if config.name == "sampled_k2" else log_ratio.exp() - log_ratio - 1
+    return value if config.loss_max is None else value.clamp(-config.loss_max, config.loss_max)
+
+
 PEERS = {
     "GKD, beta .1": Peer(gkd, lambda k: ObjectiveConfig("full_vocab_jsd", k=k, beta=0.1)),
     "GKD, beta .5": Peer(gkd, lambda k: ObjectiveConfig("full_vocab_jsd", k=k)),
     "GKD, beta .9": Peer(gkd, lambda k: ObjectiveConfig("full_vocab_jsd", k=k, beta=0.9)),
+    "GKD, beta 0": Peer(gkd_forward, lambda k: ObjectiveConfig("full_vocab_forward_kl", k=k)),
     "GKD, beta 1": Peer(gkd_reverse, lambda k: ObjectiveConfig("full_vocab_reverse_kl", k=k)),
     "top-k cross entropy": Peer(cross_entropy, lambda k: ObjectiveConfig("topk_forward_kl", k=k)),
     "top-k reverse, both renormalised": Peer(local_reverse, lambda k: ObjectiveConfig("local_support_matching", k=k)),
     "top-k reverse with a tail": Peer(
         reverse_with_tail, lambda k: ObjectiveConfig(k=k, support="teacher", tail="bucket")
     ),
+    "raw top-k forward": Peer(raw_forward, lambda k: ObjectiveConfig("topk_forward_kl", k=k, renormalise="none")),
+    "raw top-k forward, clamped": Peer(
+        raw_forward,
+        lambda k: ObjectiveConfig("topk_forward_kl", k=k, renormalise="none", logp_min=-4.0, loss_max=0.5),
+    ),
+    "top-k forward, both renormalised": Peer(
+        local_mixed, lambda k: ObjectiveConfig("topk_forward_kl", k=k, renormalise="both")
+    ),
+    "top-k mixed": Peer(local_mixed, lambda k: ObjectiveConfig("topk_mixed_kl", k=k, forward_share=0.3)),
+    "top-k reverse, zero outside": Peer(zero_outside, lambda k: ObjectiveConfig("priced_reverse_kl", k=k)),
+    "top-k GKD": Peer(local_jsd, lambda k: ObjectiveConfig("topk_jsd", k=k, beta=0.3)),
+    "k2": Peer(estimator, lambda k: ObjectiveConfig("sampled_k2", k=k)),
+    "k3": Peer(estimator, lambda k: ObjectiveConfig("sampled_k3", k=k)),
+    "k3, clamped": Peer(estimator, lambda k: ObjectiveConfig("sampled_k3", k=k, logp_min=-6.0, loss_max=1.0)),
     "k1 as an advantage": Peer(k1_advantage, lambda k: ObjectiveConfig("sampled_token", k=k), surrogate=True),
 }

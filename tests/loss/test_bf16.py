@@ -35,7 +35,8 @@ def test_logits_rounded_to_bf16_are_caught_by_it(
     case = sharp_case()
     expected = gradients(case, objective, weighting, torch.float64)
     monkeypatch.setattr(vocab_parallel, "logits_", rounded_logits)
-    assert min(gradients(case, objective, weighting).error(expected)) > 10 * SHARP_TOLERANCE
+    # The least is a price outside the top-k, which does not vanish as the models converge.
+    assert min(gradients(case, objective, weighting).error(expected)) > 5 * SHARP_TOLERANCE
 
 
 @pytest.mark.parametrize("block", [products.BLOCK, 10 * 64])  # all 1024 rows of 64 numbers; 10 rows, the last 4

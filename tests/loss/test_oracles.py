@@ -138,6 +138,25 @@ def test_an_objective_is_that_of_its_peers(peer: Peer, seed: int, dtype: torch.d
         torch.testing.assert_close(stats.divergence_N.double(), value_N, rtol=tolerance, atol=10 * tolerance)
 
 
+@pytest.mark.parametrize("discount", [0.5, 1.0])
+@pytest.mark.parametrize("seed", range(5))
+def test_discounted_credit_is_that_of_its_peers(seed: int, discount: float) -> None:
+    """Log-ratios summed from the end of each response, as an advantage (tinker's cookbook, MiniLLM)."""
+    case = random_case(Random(seed))
+    ours, theirs = case.leaves(torch.float64), case.leaves(torch.float64)
+    loss = ours.fused(None, ObjectiveConfig("sampled_token", k=2, discount=discount), chunk=3)[0]
+    student_NV, teacher_NV = logits_of(theirs)
+    y = case.sampled.unsqueeze(-1)
+    logp_N, logq_N = (logits.log_softmax(-1).gather(-1, y).squeeze(-1) for logits in (student_NV, teacher_NV))
+    expected = torch.zeros(())
+    for begin, end in pairwise(case.offsets):
+        future = 0.0
+        for t in reversed(range(begin, end)):
+            future = float((logq_N[t] - logp_N[t]).detach()) + discount * future
+            expected = expected - future * (logp_N[t] - logp_N[t].detach()).exp()
+    assert_same_gradients(ours, theirs, loss, expected, torch.float64)
+
+
 @pytest.mark.parametrize("gamma", [0.5, 1.5])
 @pytest.mark.parametrize("seed", range(5))
 def test_iw_opd_is_that_of_its_peers(seed: int, gamma: float) -> None:
