@@ -1,4 +1,4 @@
-"""`prune-opd bench loss`: the fused loss against full logits, TRL's loss and the bare matrix products.
+"""`prune-opd bench loss`: the fused loss against full logits, other systems' losses and the bare matrix products.
 
 Every measurement is a process of its own (measure.py says how). The contenders take turns, round after round, so that
 what else the machine does falls on all of them; a ratio is that of two medians. No torch on this side.
@@ -20,7 +20,7 @@ from benchmarks.common import (
     Quick,
     Report,
     Target,
-    has_trl,
+    has_package,
     load,
     measure,
     print_targets,
@@ -29,7 +29,9 @@ from benchmarks.common import (
     with_trl,
 )
 
-CONTENDERS = ("ours", "ours_no_buffer", "naive", "trl", "floor")
+CONTENDERS = ("ours", "ours_no_buffer", "ours_full", "naive", "trl", "liger", "nemo_rl", "floor")
+PACKAGES = {"trl": "trl", "liger": "liger_kernel"}  # of the contenders that need one
+SAME_KIND = {"trl": "ours_full", "liger": "ours_full", "nemo_rl": "ours"}  # a rival → ours that does as much
 IN_BF16 = ("ours", "floor")
 SAME_LOSS = 1e-4  # relative
 OVER_FLOOR = 1.25  # time of ours over the floor's, at most
@@ -82,7 +84,7 @@ def run(out: Out = BENCH, quick: Quick = False) -> int:
         vocabularies=[{**_compare(raw, vocab), "chunk": settings.chunk(vocab)} for vocab in settings.vocabularies],
         bf16=[{**_compare_bf16(raw, vocab), "chunk": settings.chunk(vocab)} for vocab in settings.vocabularies],
         growth=_growth(raw, settings),
-        skipped={} if has_trl() else {"trl": "the package trl is not there: run `make setup-bench`"},
+        skipped=_missing(),
         raw=raw,
     )
     _print(result, report.console)
@@ -93,9 +95,18 @@ def run(out: Out = BENCH, quick: Quick = False) -> int:
 # ---------------------------------------------------------------------------------------------------- measuring
 
 
+def _missing() -> dict[str, str]:
+    """Contender → why it is left out."""
+    return {
+        contender: f"the package {package} is not there: run `make setup-bench`"
+        for contender, package in PACKAGES.items()
+        if not has_package(package)
+    }
+
+
 def _measure_all(settings: Settings, console: Console) -> list[dict[str, Any]]:
     """Every measurement, in the order it was taken."""
-    contenders = [name for name in CONTENDERS if name != "trl" or has_trl()]
+    contenders = [name for name in CONTENDERS if name not in _missing()]
     rounds = [
         (part, name, vocab, settings.tokens)
         for vocab in settings.vocabularies
@@ -178,12 +189,18 @@ def _compare(raw: list[dict[str, Any]], vocab: int) -> dict[str, Any]:
         "cpu_ours_over_naive": ours["cpu_s"] / naive["cpu_s"],
         "cpu_ours_over_floor": ours["cpu_s"] / floor["cpu_s"],
     }
-    if "trl" in by_name:
-        ratios["extra_trl_over_ours"] = by_name["trl"]["extra_bytes"] / ours["extra_bytes"]
-        ratios["time_ours_over_trl"] = ours["wall_s"] / by_name["trl"]["wall_s"]
+    for rival, name in SAME_KIND.items():
+        if rival in by_name:
+            theirs, same = by_name[rival], by_name[name]
+            ratios[f"extra_{rival}_over_{name}"] = theirs["extra_bytes"] / same["extra_bytes"]
+            ratios[f"time_{name}_over_{rival}"] = same["wall_s"] / theirs["wall_s"]
+            ratios[f"cpu_{name}_over_{rival}"] = same["cpu_s"] / theirs["cpu_s"]
     targets = []
     if vocab in Settings.vocabularies:  # not of the quick size
         targets.append(Target("time, ours / naive", ratios["time_ours_over_naive"], 1))
+        for rival, name in SAME_KIND.items():
+            if rival in by_name:
+                targets.append(Target(f"time, {name} / {rival}", ratios[f"time_{name}_over_{rival}"], 1))
         targets.append(Target("time, ours / floor", ratios["time_ours_over_floor"], OVER_FLOOR))
     if vocab == max(Settings.vocabularies):
         memory = "peak extra memory, naive / ours"

@@ -3,7 +3,8 @@
     ours            distill_loss with its default gate and objective
     ours_no_buffer  the same, where the weight has no gradient buffer yet: it allocates and returns its own gradient
     naive           the same loss written plainly: fp32 logits of all tokens × vocabulary of both models, autograd
-    trl             TRL's GKD loss at beta = 1 (reverse KL over the whole vocabulary: another loss), on the same logits
+    ours_full       distill_loss with full_vocab_reverse_kl and no gate: the loss of trl and liger
+    trl, liger, nemo_rl   those of other systems (rivals.py)
     floor           the matrix products of `ours` alone, in the same chunks: no loss can do without them; in bf16 they
                     are those whose sums stay in fp32 (prune_opd/loss/products.py), as ours needs them
 
@@ -25,12 +26,13 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from benchmarks.common import answer, cpu_time, peak_memory, reset_peak
+from benchmarks.loss import rivals
+from benchmarks.loss.rivals import Inputs
 from prune_opd.config import GateConfig, ObjectiveConfig
 from prune_opd.loss import Head, Method, Tokens, distill_loss
 from prune_opd.loss.products import add_weight_gradient_, hidden_gradient, logits_
@@ -40,28 +42,25 @@ RESPONSES = 4  # that the tokens are split into
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
-class Inputs(NamedTuple):
-    """What the loss takes. The student's two tensors want gradients; `_buffer` has the weight's buffer, if any."""
-
-    student_hidden_NH: Tensor
-    student_weight_VH: Tensor
-    teacher_hidden_NH: Tensor
-    teacher_weight_VH: Tensor
-    sampled_ids_N: Tensor
-    cu_seqlens: list[int]
-    chunk: int
-
-
 # ---------------------------------------------------------------------------------------------------- contenders
 
 
 def ours(x: Inputs) -> Tensor | None:
     """distill_loss as a training step calls it, but for the chunk size."""
+    return _fused(x, Method(GateConfig(), ObjectiveConfig()))
+
+
+def ours_full(x: Inputs) -> Tensor | None:
+    """The whole vocabulary's reverse KL, with no gate: what trl and liger compute."""
+    return _fused(x, Method(None, ObjectiveConfig("full_vocab_reverse_kl")))
+
+
+def _fused(x: Inputs, method: Method) -> Tensor:
     loss_sum, tokens, _ = distill_loss(
         Head(x.student_hidden_NH, x.student_weight_VH),
         Head(x.teacher_hidden_NH, x.teacher_weight_VH),
         Tokens(x.sampled_ids_N, x.cu_seqlens, vocab_size=len(x.student_weight_VH)),
-        Method(GateConfig(), ObjectiveConfig()),
+        method,
         chunk=x.chunk,
         weight_grad=_buffer(x),
     )
@@ -90,20 +89,6 @@ def naive(x: Inputs) -> Tensor | None:
     return loss_sum.detach() / len(x.sampled_ids_N)
 
 
-def trl(x: Inputs) -> Tensor | None:
-    """TRL's GKD loss, called as its trainer does: on both models' logits, [1, N, V]."""
-    from trl.experimental.gkd import GKDTrainer  # type: ignore[import-not-found]  # in .venv-bench
-
-    student_logits_1NV = (x.student_hidden_NH @ x.student_weight_VH.t()).unsqueeze(0)
-    with torch.no_grad():
-        teacher_logits_1NV = (x.teacher_hidden_NH @ x.teacher_weight_VH.t()).unsqueeze(0)
-    tokens = len(x.sampled_ids_N)
-    loss = GKDTrainer.generalized_jsd_loss(student_logits_1NV, teacher_logits_1NV, beta=1.0, num_items_in_batch=tokens)
-    del student_logits_1NV, teacher_logits_1NV
-    loss.backward()
-    return loss
-
-
 @torch.no_grad()
 def floor(x: Inputs) -> Tensor | None:
     """Both models' logits and the student's two gradients, of logits that stand for their own gradient."""
@@ -126,7 +111,10 @@ CONTENDERS: dict[str, Callable[[Inputs], Tensor | None]] = {
     "ours": ours,
     "ours_no_buffer": ours,
     "naive": naive,
-    "trl": trl,
+    "ours_full": ours_full,
+    "trl": rivals.trl,
+    "liger": rivals.liger,
+    "nemo_rl": rivals.nemo_rl,
     "floor": floor,
 }
 

@@ -9,7 +9,8 @@ import torch
 import torch.distributed as dist
 
 from benchmarks.common import answer, cpu_time, peak_memory, reset_peak
-from benchmarks.loss.measure import Inputs, make_inputs
+from benchmarks.loss.measure import make_inputs
+from benchmarks.loss.rivals import Inputs
 from prune_opd.config import GateConfig, ObjectiveConfig
 from prune_opd.loss import Head, Method, Tokens, distill_loss
 
