@@ -69,13 +69,13 @@ format: setup ## Format the code and apply the safe fixes of the linter
 check: setup ## Check RECIPE (default tiny_compatible) without training it
 	$(BIN)/prune-opd check $(RECIPE)
 
-setup-bench: setup ## Put what the benchmarks compare with (trl) into .venv-bench
+setup-bench: setup ## Put what the benchmarks compare with (trl, liger) into .venv-bench
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --upgrade --target .venv-bench -r requirements/bench.txt
 
 bench: setup ## Compare the strategies on the tiny pairs: bench/strategies.html (hours; goes on where it stopped)
 	$(BIN)/prune-opd bench strategies
 
-bench-loss: setup-bench ## Measure the loss against full logits, TRL and its floor: bench/loss.json (about 20 minutes)
+bench-loss: setup-bench ## Measure the loss against full logits, TRL, Liger, NeMo-RL and its floor: bench/loss.json (about 20 minutes)
 	$(BIN)/prune-opd bench loss
 
 bench-reshard: setup ## Measure the weight stream against bare collectives and the reload: bench/reshard.json

@@ -110,12 +110,17 @@ def rotated(items: Sequence[T], turn: int) -> list[T]:
     return [*items[shift:], *items[:shift]]
 
 
+def has_package(name: str) -> bool:
+    """Whether a contender's package is there, in this environment or in .venv-bench."""
+    return importlib.util.find_spec(name) is not None or (BENCH_PACKAGES / name).is_dir()
+
+
 def has_trl() -> bool:
-    return importlib.util.find_spec("trl") is not None or (BENCH_PACKAGES / "trl").is_dir()
+    return has_package("trl")
 
 
 def with_trl() -> dict[str, str]:
-    """What lets a process import TRL."""
+    """What lets a process import TRL, and what else is beside it."""
     path = os.pathsep.join(filter(None, [os.environ.get("PYTHONPATH"), str(BENCH_PACKAGES)]))
     return {"PYTHONPATH": path, "TRL_EXPERIMENTAL_SILENCE": "1"}
 

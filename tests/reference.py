@@ -43,6 +43,19 @@ OBJECTIVES = [
     ObjectiveConfig("full_vocab_reverse_kl", k=6),
     ObjectiveConfig("full_vocab_jsd", k=6),
     ObjectiveConfig("full_vocab_jsd", k=6, beta=0.9),
+    ObjectiveConfig("sampled_token", k=6, discount=0.9),
+    ObjectiveConfig("sampled_k2", k=6),
+    ObjectiveConfig("sampled_k2", k=6, logp_min=-4.0, loss_max=0.1),
+    ObjectiveConfig("sampled_k3", k=6),
+    ObjectiveConfig("sampled_k3", k=6, logp_min=-4.0, loss_max=0.1),
+    ObjectiveConfig("topk_forward_kl", k=6, renormalise="none"),
+    ObjectiveConfig("topk_forward_kl", k=6, renormalise="none", logp_min=-3.0, loss_max=0.3),
+    ObjectiveConfig("topk_forward_kl", k=6, renormalise="both"),
+    ObjectiveConfig("topk_mixed_kl", k=6, forward_share=0.3),
+    ObjectiveConfig("topk_jsd", k=6, beta=0.3),
+    ObjectiveConfig("priced_reverse_kl", k=6, outside_logp=-9.0),
+    ObjectiveConfig("full_vocab_forward_kl", k=6),
+    ObjectiveConfig("full_vocab_mixed_kl", k=6, forward_share=0.3),
 ]
 WEIGHTINGS = [
     WeightingConfig("entropy_aware", entropy_threshold=1.5, forward_k=9),
@@ -55,6 +68,9 @@ def describe(objective: ObjectiveConfig) -> str:
     """A name for a case."""
     details = {"topk_reverse_kl": f" {objective.support} {objective.weight}", "full_vocab_jsd": f" {objective.beta:g}"}
     tail = "" if objective.tail == "none" else f" {objective.tail}"
+    tail += "" if objective.renormalise == "q" else f" renormalise {objective.renormalise}"
+    tail += "" if objective.loss_max is None else " clamped"
+    tail += "" if not objective.discount else " discounted"
     return objective.name + details.get(objective.name, "") + tail
 
 
@@ -103,6 +119,26 @@ def weighted(
     return [weight * factor for weight, factor in zip(weights, factors, strict=True)]
 
 
+def credits_of(
+    objective: ObjectiveConfig,
+    weights: list[float],
+    cu_seqlens: Sequence[int],
+    sampled_ids_N: Tensor,
+    logp_NV: Tensor,
+    logq_NV: Tensor,
+) -> list[float]:
+    """Each token's weighted log-ratio and, discounted, those of its response's later tokens."""
+    rewards = [
+        w * float(logq_NV[t, y] - logp_NV[t, y])
+        for t, (w, y) in enumerate(zip(weights, sampled_ids_N.tolist(), strict=True))
+    ]
+    credits = [0.0] * len(rewards)
+    for begin, end in pairwise(cu_seqlens):
+        for t in range(begin, end):
+            credits[t] = sum(objective.discount ** (s - t) * rewards[s] for s in range(t, end))
+    return credits
+
+
 def scaled(values: list[float]) -> list[float]:
     """Onto 0..1."""
     low, high = min(values), max(values)
@@ -116,10 +152,11 @@ def reference_loss(
     sampled_ids_N, cu_seqlens, stale_logp_N = case.sampled, case.offsets, case.stale_logp
 
     def logits(hidden_NH: Tensor, weight_VH: Tensor) -> Tensor:
-        return hidden_NH.double() @ weight_VH[: case.vocab_size].double().T / objective.temperature
+        return hidden_NH.double() @ weight_VH[: case.vocab_size].double().T
 
-    student_NV = logits(case.student_hidden, case.student_weight)
+    student_NV = logits(case.student_hidden, case.student_weight) / objective.temperature
     teacher_NV = logits(case.teacher_hidden, case.teacher_weight).detach()
+    teacher_NV = teacher_NV / (objective.teacher_temperature or objective.temperature)
     logp_NV, logq_NV = student_NV.log_softmax(-1), teacher_NV.log_softmax(-1)
 
     overlap_k = objective.k if gate is None else gate.k
@@ -163,17 +200,21 @@ def reference_loss(
 
     gate_weights = weights
     weights = weighted(weighting, gate_weights, cu_seqlens, sampled_ids_N, logp_NV.detach(), logq_NV)
+    credits = credits_of(objective, weights, cu_seqlens, sampled_ids_N, logp_NV.detach(), logq_NV)
     if stale_logp_N is not None:
         for t, y in enumerate(sampled_ids_N.tolist()):
             if not math.isnan(stale_logp_N[t]):
                 ratio = math.exp(float(logp_NV[t, y]) - float(stale_logp_N[t]))
                 factor = min(max(ratio, 1 - objective.clip), 1 + objective.clip)
                 weights[t], gate_weights[t] = weights[t] * factor, gate_weights[t] * factor
+                credits[t] *= factor
     loss_sum, divergences, outside = student_NV.sum() * 0, [], []
     for t, y in enumerate(sampled_ids_N.tolist()):
         with torch.no_grad():
             outside.append(outside_of(overlap_k, y, student_NV[t], teacher_NV[t], logp_NV[t], logq_NV[t]))
         surrogate, divergence = token_loss(objective, y, student_NV[t], teacher_NV[t], weights[t])
+        if objective.discount:
+            surrogate = -credits[t] * logp_NV[t, y]
         loss_sum = loss_sum + surrogate
         divergences.append(divergence.item())
         if weighting.name == "entropy_aware":
@@ -208,12 +249,14 @@ def reference_update(
 
     moved_NV, old_NV = student(moved), student(old).detach()
     teacher_NV = (old.teacher_hidden.double() @ old.teacher_weight[:size].double().T / heat).detach()
+    logs = old_NV.log_softmax(-1), teacher_NV.log_softmax(-1)
+    credits = credits_of(objective, weights, old.offsets, old.sampled, *logs)
     loss_sum = moved_NV.sum() * 0
     for t, y in enumerate(moved.sampled.tolist()):
         logp_V, old_V, logq_V = (row[t].log_softmax(-1) for row in (moved_NV, old_NV, teacher_NV))
         if objective.name in ("topk_reverse_kl", "sampled_token"):
             ids = [y] if objective.name == "sampled_token" else support_of(objective, old_NV[t], teacher_NV[t])
-            share_K = torch.ones(len(ids), dtype=torch.float64)
+            share_K = torch.ones(len(ids), dtype=torch.float64) / max(len(ids), 1)
             if objective.name == "topk_reverse_kl" and objective.weight != "none" and ids:
                 of = old_V if objective.weight == "student_p" else logq_V
                 share_K = of[ids].exp() / of[ids].exp().sum()
@@ -226,6 +269,8 @@ def reference_update(
                 baseline = float((share_K * (old_V[ids] - logq_V[ids])).sum() / share_K.sum())
             for share, v in zip(share_K, ids, strict=True):
                 reward = -weights[t] * share * (old_V[v] - logq_V[v] - baseline)
+                if objective.discount:
+                    reward = torch.tensor(credits[t], dtype=torch.float64)
                 ratio = (logp_V[v] - old_V[v]).exp()
                 surrogate = torch.min(ratio * reward, ratio.clamp(1 - objective.clip, 1 + objective.clip) * reward)
                 if reward < 0:

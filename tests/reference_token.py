@@ -33,6 +33,30 @@ def forward_kl(logp_V: Tensor, logq_V: Tensor, ids: list[int]) -> Tensor:
     return (q * (q.log() - logp_V[ids])).sum()
 
 
+def clamped(logs: Tensor, least: float | None) -> Tensor:
+    return logs if least is None else logs.clamp(min=least)
+
+
+def mixed(log_p: Tensor, log_q: Tensor, forward_share: float) -> Tensor:
+    forward, reverse = (log_q.exp() * (log_q - log_p)).sum(), (log_p.exp() * (log_p - log_q)).sum()
+    return forward_share * forward + (1 - forward_share) * reverse
+
+
+def jsd(p: Tensor, q: Tensor, beta: float) -> Tensor:
+    m = beta * q + (1 - beta) * p
+    return beta * (q * (q / m).log()).sum() + (1 - beta) * (p * (p / m).log()).sum()
+
+
+def topk_forward(objective: ObjectiveConfig, log_p: Tensor, log_q: Tensor) -> Tensor:
+    """log_p, log_q: at the teacher's top-k."""
+    log_p, log_q = (clamped(logs, objective.logp_min) for logs in (log_p, log_q))
+    if objective.renormalise == "both":
+        log_p = (log_p.exp() / log_p.exp().sum()).log()
+    if objective.renormalise != "none":
+        log_q = (log_q.exp() / log_q.exp().sum()).log()
+    return (log_q.exp() * (log_q - log_p)).sum()
+
+
 def support_of(objective: ObjectiveConfig, student_V: Tensor, teacher_V: Tensor) -> list[int]:
     students, teachers = top_ids(student_V, objective.k), top_ids(teacher_V, objective.k)
     return {
@@ -57,7 +81,7 @@ def token_loss(
         share_K = {
             "student_p": p_V[ids] / p_V[ids].sum(),
             "teacher_p": q_V[ids] / q_V[ids].sum(),
-            "none": torch.ones(len(ids), dtype=torch.float64),
+            "none": torch.ones(len(ids), dtype=torch.float64) / len(ids),
         }[objective.weight]
         gap_K = logp_V[ids] - logq_V[ids]
         if objective.tail != "none":
@@ -71,13 +95,31 @@ def token_loss(
         p_K, q_K = p_V[teachers] / p_V[teachers].sum(), q_V[teachers] / q_V[teachers].sum()
         value = (p_K * (p_K / q_K).log()).sum()
     elif objective.name == "topk_forward_kl":
-        value = forward_kl(logp_V, logq_V, teachers)
+        value = topk_forward(objective, logp_V[teachers], logq_V[teachers])
+    elif objective.name == "topk_mixed_kl":
+        at_K = logp_V[teachers].log_softmax(-1), logq_V[teachers].log_softmax(-1)
+        value = mixed(*at_K, objective.forward_share)
+    elif objective.name == "topk_jsd":
+        value = jsd(p_V[teachers] / p_V[teachers].sum(), q_V[teachers] / q_V[teachers].sum(), objective.beta)
+    elif objective.name == "priced_reverse_kl":
+        priced_V = torch.full_like(logq_V, objective.outside_logp)
+        priced_V[teachers] = (q_V[teachers] / q_V[teachers].sum()).log()
+        value = (p_V * (logp_V - priced_V)).sum()
+    elif objective.name in ("sampled_k2", "sampled_k3"):
+        gap = clamped(logp_V[sampled], objective.logp_min) - clamped(logq_V[sampled], objective.logp_min)
+        value = gap**2 / 2 if objective.name == "sampled_k2" else (-gap).exp() + gap - 1
     elif objective.name == "full_vocab_reverse_kl":
         value = (p_V * (logp_V - logq_V)).sum()
+    elif objective.name == "full_vocab_forward_kl":
+        value = (q_V * (logq_V - logp_V)).sum()
+    elif objective.name == "full_vocab_mixed_kl":
+        value = mixed(logp_V, logq_V, objective.forward_share)
+    elif objective.name == "full_vocab_jsd":
+        value = jsd(p_V, q_V, objective.beta)
     else:
-        m_V = objective.beta * q_V + (1 - objective.beta) * p_V
-        value = objective.beta * (q_V * (q_V / m_V).log()).sum()
-        value = value + (1 - objective.beta) * (p_V * (p_V / m_V).log()).sum()
+        raise AssertionError(objective.name)
+    if objective.loss_max is not None:
+        value = value.clamp(-objective.loss_max, objective.loss_max)
     return weight * value, value
 
 
@@ -87,7 +129,7 @@ def tailed_loss(
     """As `token_loss`: its value is −Σ r log p, its gradient autograd's of the divergence that the tail makes exact."""
     rest = [v for v in range(len(p_V)) if v not in ids]
     p_K, q_K = p_V[ids], q_V[ids]
-    share_K = {"student_p": p_K / p_K.sum(), "teacher_p": q_K / q_K.sum(), "none": torch.ones_like(p_K)}[
+    share_K = {"student_p": p_K / p_K.sum(), "teacher_p": q_K / q_K.sum(), "none": torch.ones_like(p_K) / len(ids)}[
         objective.weight
     ]
     if objective.tail == "bucket":

@@ -1,4 +1,4 @@
-"""`prune-opd bench loss`: the fused loss against full logits, TRL's loss and the bare matrix products.
+"""`prune-opd bench loss`: the fused loss against full logits, other systems' losses and the bare matrix products.
 
 Every measurement is a process of its own (measure.py says how). The contenders take turns, round after round, so that
 what else the machine does falls on all of them; a ratio is that of two medians. No torch on this side.
@@ -20,7 +20,7 @@ from benchmarks.common import (
     Quick,
     Report,
     Target,
-    has_trl,
+    has_package,
     load,
     measure,
     print_targets,
@@ -29,8 +29,13 @@ from benchmarks.common import (
     with_trl,
 )
 
-CONTENDERS = ("ours", "ours_no_buffer", "naive", "trl", "floor")
+CONTENDERS = ("ours", "ours_no_buffer", "ours_full", "naive", "trl", "liger", "nemo_rl", "floor")
+PACKAGES = {"trl": "trl", "liger": "liger_kernel"}  # of the contenders that need one
+SAME_KIND = {"trl": "ours_full", "liger": "ours_full", "nemo_rl": "ours"}  # a rival → ours that does as much
+IN_BF16 = ("ours", "floor")
 SAME_LOSS = 1e-4  # relative
+OVER_FLOOR = 1.25  # time of ours over the floor's, at most
+TIMES = {"time": "wall", "cpu": "cpu"}
 MEMORY = {"peak extra memory MiB": "{extra_bytes!m:.0f}"}
 
 
@@ -77,8 +82,9 @@ def run(out: Out = BENCH, quick: Quick = False) -> int:
     result = report.write(
         environment=report.environment(torch=raw[0]["torch"], threads=raw[0]["threads"]),
         vocabularies=[{**_compare(raw, vocab), "chunk": settings.chunk(vocab)} for vocab in settings.vocabularies],
+        bf16=[{**_compare_bf16(raw, vocab), "chunk": settings.chunk(vocab)} for vocab in settings.vocabularies],
         growth=_growth(raw, settings),
-        skipped={} if has_trl() else {"trl": "the package trl is not there: run `make setup-bench`"},
+        skipped=_missing(),
         raw=raw,
     )
     _print(result, report.console)
@@ -89,24 +95,34 @@ def run(out: Out = BENCH, quick: Quick = False) -> int:
 # ---------------------------------------------------------------------------------------------------- measuring
 
 
+def _missing() -> dict[str, str]:
+    """Contender → why it is left out."""
+    return {
+        contender: f"the package {package} is not there: run `make setup-bench`"
+        for contender, package in PACKAGES.items()
+        if not has_package(package)
+    }
+
+
 def _measure_all(settings: Settings, console: Console) -> list[dict[str, Any]]:
     """Every measurement, in the order it was taken."""
-    contenders = [name for name in CONTENDERS if name != "trl" or has_trl()]
+    contenders = [name for name in CONTENDERS if name not in _missing()]
     rounds = [
-        ("contest", name, vocab, settings.tokens)
+        (part, name, vocab, settings.tokens)
         for vocab in settings.vocabularies
+        for part, names in (("contest", contenders), ("bf16", IN_BF16))
         for turn in range(settings.rounds)
-        for name in rotated(contenders, turn)
+        for name in rotated(names, turn)
     ]
     for _ in range(settings.growth_rounds):
         rounds += [("growth", "ours", settings.growth_vocab, tokens) for tokens in settings.growth_tokens]
     return [
-        {"part": part, **_measure(name, vocab, tokens, settings)}
+        {"part": part, **_measure(name, vocab, tokens, settings, "bf16" if part == "bf16" else "fp32")}
         for part, name, vocab, tokens in track(rounds, "measuring", console=console, transient=True)
     ]
 
 
-def _measure(contender: str, vocab: int, tokens: int, settings: Settings) -> dict[str, Any]:
+def _measure(contender: str, vocab: int, tokens: int, settings: Settings, dtype: str) -> dict[str, Any]:
     """One process: what was asked for, and what measure.py measured. UserError if it failed."""
     request = {
         "contender": contender,
@@ -116,10 +132,11 @@ def _measure(contender: str, vocab: int, tokens: int, settings: Settings) -> dic
         "chunk": settings.chunk(vocab),
         "threads": settings.threads,
         "repeats": settings.repeats,
+        "dtype": dtype,
     }
-    what = f"{contender} with {tokens} tokens and a vocabulary of {vocab}"
+    what = f"{contender} with {tokens} tokens and a vocabulary of {vocab} in {dtype}"
     (found,) = measure("benchmarks.loss.measure", request, what, threads=settings.threads, env=with_trl())
-    return {"contender": contender, "vocab": vocab, "tokens": tokens, **found}
+    return {"contender": contender, "vocab": vocab, "tokens": tokens, "dtype": dtype, **found}
 
 
 # ---------------------------------------------------------------------------------------------------- comparing
@@ -136,11 +153,32 @@ def _medians(rows: Iterable[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
+def _by_name(raw: list[dict[str, Any]], part: str, vocab: int) -> dict[str, dict[str, Any]]:
+    """Medians of the contenders that ran."""
+    rows = [row for row in raw if row["part"] == part and row["vocab"] == vocab]
+    ran = [name for name in CONTENDERS if any(row["contender"] == name for row in rows)]
+    return {name: _medians(row for row in rows if row["contender"] == name) for name in ran}
+
+
+def _compare_bf16(raw: list[dict[str, Any]], vocab: int) -> dict[str, Any]:
+    """Ours in bf16 against the products that it needs, with their sums in fp32: a floor of its own."""
+    by_name = _by_name(raw, "bf16", vocab)
+    ours, floor = by_name["ours"], by_name["floor"]
+    ratios = {f"{of}_ours_over_floor": ours[f"{key}_s"] / floor[f"{key}_s"] for of, key in TIMES.items()}
+    targets = []
+    if vocab in Settings.vocabularies:
+        targets.append(Target("time in bf16, ours / floor", ratios["time_ours_over_floor"], OVER_FLOOR))
+    return {
+        "vocab": vocab,
+        "contenders": by_name,
+        "ratios": ratios,
+        "targets": [target.record() for target in targets],
+    }
+
+
 def _compare(raw: list[dict[str, Any]], vocab: int) -> dict[str, Any]:
     """Medians and ratios at one vocabulary, and the targets that apply."""
-    rows = [row for row in raw if row["part"] == "contest" and row["vocab"] == vocab]
-    ran = [name for name in CONTENDERS if any(row["contender"] == name for row in rows)]
-    by_name = {name: _medians(row for row in rows if row["contender"] == name) for name in ran}
+    by_name = _by_name(raw, "contest", vocab)
     ours, naive, floor = by_name["ours"], by_name["naive"], by_name["floor"]
     apart = abs(ours["loss"] - naive["loss"]) / abs(naive["loss"])
     ratios = {
@@ -151,13 +189,19 @@ def _compare(raw: list[dict[str, Any]], vocab: int) -> dict[str, Any]:
         "cpu_ours_over_naive": ours["cpu_s"] / naive["cpu_s"],
         "cpu_ours_over_floor": ours["cpu_s"] / floor["cpu_s"],
     }
-    if "trl" in by_name:
-        ratios["extra_trl_over_ours"] = by_name["trl"]["extra_bytes"] / ours["extra_bytes"]
-        ratios["time_ours_over_trl"] = ours["wall_s"] / by_name["trl"]["wall_s"]
+    for rival, name in SAME_KIND.items():
+        if rival in by_name:
+            theirs, same = by_name[rival], by_name[name]
+            ratios[f"extra_{rival}_over_{name}"] = theirs["extra_bytes"] / same["extra_bytes"]
+            ratios[f"time_{name}_over_{rival}"] = same["wall_s"] / theirs["wall_s"]
+            ratios[f"cpu_{name}_over_{rival}"] = same["cpu_s"] / theirs["cpu_s"]
     targets = []
     if vocab in Settings.vocabularies:  # not of the quick size
         targets.append(Target("time, ours / naive", ratios["time_ours_over_naive"], 1))
-        targets.append(Target("time, ours / floor", ratios["time_ours_over_floor"], 1.25))
+        for rival, name in SAME_KIND.items():
+            if rival in by_name:
+                targets.append(Target(f"time, {name} / {rival}", ratios[f"time_{name}_over_{rival}"], 1))
+        targets.append(Target("time, ours / floor", ratios["time_ours_over_floor"], OVER_FLOOR))
     if vocab == max(Settings.vocabularies):
         memory = "peak extra memory, naive / ours"
         targets.insert(0, Target(memory, ratios["extra_naive_over_ours"], 25, at_least=True))
@@ -202,6 +246,14 @@ def _print(result: dict[str, Any], console: Console) -> None:
         print_targets(part["targets"], console)
         same = "[green]same[/]" if part["same_loss"] else "[red]not the same[/]"
         console.print(f"  {same}  loss of ours and naive, {part['loss_apart']:.1e} apart")
+        for name, ratio in part["ratios"].items():
+            console.print(f"        {name.replace('_', ' ')}: {ratio:.2f}")
+    for part in result["bf16"]:
+        columns = {"": "{name}", "time s": "{wall_s:.2f}", "CPU s": "{cpu_s:.2f}", **MEMORY}
+        rows = [{"name": name, **row} for name, row in part["contenders"].items()]
+        title = f"bf16, sums in fp32: vocabulary {part['vocab']}, chunks of {part['chunk']} tokens"
+        console.print(table(title, columns, rows))
+        print_targets(part["targets"], console)
         for name, ratio in part["ratios"].items():
             console.print(f"        {name.replace('_', ' ')}: {ratio:.2f}")
     for name, reason in result["skipped"].items():

@@ -3,8 +3,10 @@
     ours            distill_loss with its default gate and objective
     ours_no_buffer  the same, where the weight has no gradient buffer yet: it allocates and returns its own gradient
     naive           the same loss written plainly: fp32 logits of all tokens × vocabulary of both models, autograd
-    trl             TRL's GKD loss at beta = 1 (reverse KL over the whole vocabulary: another loss), on the same logits
-    floor           the matrix products of `ours` alone, in the same chunks: no loss can do without them
+    ours_full       distill_loss with full_vocab_reverse_kl and no gate: the loss of trl and liger
+    trl, liger, nemo_rl   those of other systems (rivals.py)
+    floor           the matrix products of `ours` alone, in the same chunks: no loss can do without them; in bf16 they
+                    are those whose sums stay in fp32 (prune_opd/loss/products.py), as ours needs them
 
 As in training, the weight's gradient buffer is there before the loss (but for `ours_no_buffer`), and every contender
 adds its gradient to it: autograd to `.grad`, ours through `weight_grad`. Likewise the loss that is back-propagated is
@@ -24,29 +26,20 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from benchmarks.common import answer, cpu_time, peak_memory, reset_peak
+from benchmarks.loss import rivals
+from benchmarks.loss.rivals import Inputs
 from prune_opd.config import GateConfig, ObjectiveConfig
 from prune_opd.loss import Head, Method, Tokens, distill_loss
+from prune_opd.loss.products import add_weight_gradient_, hidden_gradient, logits_
 from prune_opd.method.gate import apply_gate_packed, overlap_events, overlap_ratio
 
 RESPONSES = 4  # that the tokens are split into
-
-
-class Inputs(NamedTuple):
-    """What the loss takes. The student's two tensors want gradients; the weight's `.grad` is its buffer, if any."""
-
-    student_hidden_NH: Tensor
-    student_weight_VH: Tensor
-    teacher_hidden_NH: Tensor
-    teacher_weight_VH: Tensor
-    sampled_ids_N: Tensor
-    cu_seqlens: list[int]
-    chunk: int
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 # ---------------------------------------------------------------------------------------------------- contenders
@@ -54,13 +47,22 @@ class Inputs(NamedTuple):
 
 def ours(x: Inputs) -> Tensor | None:
     """distill_loss as a training step calls it, but for the chunk size."""
+    return _fused(x, Method(GateConfig(), ObjectiveConfig()))
+
+
+def ours_full(x: Inputs) -> Tensor | None:
+    """The whole vocabulary's reverse KL, with no gate: what trl and liger compute."""
+    return _fused(x, Method(None, ObjectiveConfig("full_vocab_reverse_kl")))
+
+
+def _fused(x: Inputs, method: Method) -> Tensor:
     loss_sum, tokens, _ = distill_loss(
         Head(x.student_hidden_NH, x.student_weight_VH),
         Head(x.teacher_hidden_NH, x.teacher_weight_VH),
         Tokens(x.sampled_ids_N, x.cu_seqlens, vocab_size=len(x.student_weight_VH)),
-        Method(GateConfig(), ObjectiveConfig()),
+        method,
         chunk=x.chunk,
-        weight_grad=x.student_weight_VH.grad,
+        weight_grad=_buffer(x),
     )
     loss_sum.backward()
     return loss_sum.detach() / tokens
@@ -87,35 +89,20 @@ def naive(x: Inputs) -> Tensor | None:
     return loss_sum.detach() / len(x.sampled_ids_N)
 
 
-def trl(x: Inputs) -> Tensor | None:
-    """TRL's GKD loss, called as its trainer does: on both models' logits, [1, N, V]."""
-    from trl.experimental.gkd import GKDTrainer  # type: ignore[import-not-found]  # in .venv-bench
-
-    student_logits_1NV = (x.student_hidden_NH @ x.student_weight_VH.t()).unsqueeze(0)
-    with torch.no_grad():
-        teacher_logits_1NV = (x.teacher_hidden_NH @ x.teacher_weight_VH.t()).unsqueeze(0)
-    tokens = len(x.sampled_ids_N)
-    loss = GKDTrainer.generalized_jsd_loss(student_logits_1NV, teacher_logits_1NV, beta=1.0, num_items_in_batch=tokens)
-    del student_logits_1NV, teacher_logits_1NV
-    loss.backward()
-    return loss
-
-
 @torch.no_grad()
 def floor(x: Inputs) -> Tensor | None:
     """Both models' logits and the student's two gradients, of logits that stand for their own gradient."""
-    student_logits_CV = x.student_weight_VH.new_empty(x.chunk, len(x.student_weight_VH))
-    teacher_logits_CV = x.teacher_weight_VH.new_empty(x.chunk, len(x.teacher_weight_VH))
-    grad_hidden_NH, grad_weight_VH = torch.empty_like(x.student_hidden_NH), x.student_weight_VH.grad
+    student_logits_CV = x.student_weight_VH.new_empty(x.chunk, len(x.student_weight_VH), dtype=torch.float32)
+    teacher_logits_CV = x.teacher_weight_VH.new_empty(x.chunk, len(x.teacher_weight_VH), dtype=torch.float32)
+    grad_hidden_NH, grad_weight_VH = torch.empty_like(x.student_hidden_NH), _buffer(x)
     assert grad_weight_VH is not None
     for begin in range(0, len(x.sampled_ids_N), x.chunk):
         part = slice(begin, begin + x.chunk)
         student_hidden_CH, teacher_hidden_CH = x.student_hidden_NH[part], x.teacher_hidden_NH[part]
-        logits_CV = student_logits_CV[: len(student_hidden_CH)]
-        torch.mm(student_hidden_CH, x.student_weight_VH.t(), out=logits_CV)
-        torch.mm(teacher_hidden_CH, x.teacher_weight_VH.t(), out=teacher_logits_CV[: len(teacher_hidden_CH)])
-        torch.mm(logits_CV, x.student_weight_VH, out=grad_hidden_NH[part])
-        grad_weight_VH.addmm_(logits_CV.t(), student_hidden_CH)
+        logits_CV = logits_(student_hidden_CH, x.student_weight_VH, student_logits_CV[: len(student_hidden_CH)])
+        logits_(teacher_hidden_CH, x.teacher_weight_VH, teacher_logits_CV[: len(teacher_hidden_CH)])
+        grad_hidden_NH[part] = hidden_gradient(logits_CV, x.student_weight_VH)
+        add_weight_gradient_(grad_weight_VH, logits_CV, student_hidden_CH)
     x.student_hidden_NH.grad = grad_hidden_NH
     return None
 
@@ -124,17 +111,22 @@ CONTENDERS: dict[str, Callable[[Inputs], Tensor | None]] = {
     "ours": ours,
     "ours_no_buffer": ours,
     "naive": naive,
-    "trl": trl,
+    "ours_full": ours_full,
+    "trl": rivals.trl,
+    "liger": rivals.liger,
+    "nemo_rl": rivals.nemo_rl,
     "floor": floor,
 }
 
 
-# ---------------------------------------------------------------------------------------------------- measuring
+# ---------------------------------------------------------------------------------------------------- inputs
 
 
-def make_inputs(tokens: int, vocab: int, student_size: int, teacher_size: int, chunk: int, seed: int = 0) -> Inputs:
+def make_inputs(
+    tokens: int, vocab: int, sizes: Sequence[int], chunk: int, dtype: torch.dtype = torch.float32
+) -> Inputs:
     """A student that sees a part of what its teacher sees: both models' top-k share some ids, as in training."""
-    random = torch.Generator().manual_seed(seed)
+    (student_size, teacher_size), random = sizes, torch.Generator().manual_seed(0)
     teacher_hidden_NH = torch.randn(tokens, teacher_size, generator=random)
     teacher_weight_VH = torch.randn(vocab, teacher_size, generator=random).mul_(2 * teacher_size**-0.5)
     teacher_hidden_NH[:, student_size:] /= 4
@@ -144,22 +136,27 @@ def make_inputs(tokens: int, vocab: int, student_size: int, teacher_size: int, c
     cu_seqlens = [tokens * response // RESPONSES for response in range(RESPONSES + 1)]
     # fmt: off
     return Inputs(
-        student_hidden_NH.requires_grad_(), student_weight_VH.requires_grad_(), teacher_hidden_NH, teacher_weight_VH,
-        sampled_ids_N, cu_seqlens, chunk,
+        student_hidden_NH.to(dtype).requires_grad_(), student_weight_VH.to(dtype).requires_grad_(),
+        teacher_hidden_NH.to(dtype), teacher_weight_VH.to(dtype), sampled_ids_N, cu_seqlens, chunk,
     )
     # fmt: on
 
 
+# ---------------------------------------------------------------------------------------------------- measuring
+
+
 def measure(
-    contender: str, tokens: int, vocab: int, sizes: Sequence[int], chunk: int, threads: int, repeats: int
+    contender: str, tokens: int, vocab: int, sizes: Sequence[int], chunk: int, threads: int, repeats: int, dtype: str
 ) -> dict[str, object]:
-    """Memory of one call, time of `repeats` more, and what they computed. sizes: hidden, of student and teacher."""
+    """Memory of one call, time of `repeats` more, and what they computed.
+
+    sizes: hidden, of student and teacher. dtype: of weights and hidden states, "fp32" or "bf16".
+    """
     Path("/proc/self/oom_score_adj").write_text("1000")  # should memory run out, this process is the one that goes
     torch.set_num_threads(threads)
-    student_size, teacher_size = sizes
-    inputs = make_inputs(tokens, vocab, student_size, teacher_size, chunk)
+    inputs = make_inputs(tokens, vocab, sizes, chunk, DTYPES[dtype])
     run, buffered = CONTENDERS[contender], contender != "ours_no_buffer"
-    toy = make_inputs(2 * RESPONSES, 64, student_size, teacher_size, RESPONSES)
+    toy = make_inputs(2 * RESPONSES, 64, sizes, RESPONSES, DTYPES[dtype])
     _forget_gradients(toy, buffered)
     run(toy)
 
@@ -167,7 +164,7 @@ def measure(
     before = reset_peak()
     loss = run(inputs)
     extra = peak_memory() - before
-    gradients = [inputs.student_hidden_NH.grad, inputs.student_weight_VH.grad]
+    gradients = [inputs.student_hidden_NH.grad, _buffer(inputs)]
     norms = [gradient.norm().item() for gradient in gradients if gradient is not None]
 
     wall, cpu = [], []
@@ -188,16 +185,26 @@ def measure(
     }
 
 
+def _buffer(x: Inputs) -> Tensor | None:
+    """The weight's gradient, fp32: `.grad`, or of a bf16 weight `main_grad`, as megatron-core has it."""
+    return getattr(x.student_weight_VH, "main_grad", x.student_weight_VH.grad)
+
+
 def _forget_gradients(inputs: Inputs, buffered: bool) -> None:
     """No gradient of the hidden states; the weight's buffer, if it has one, in memory and at zero."""
     inputs.student_hidden_NH.grad = None
     weight_VH = inputs.student_weight_VH
     if not buffered:
         weight_VH.grad = None
-    elif weight_VH.grad is None:
-        weight_VH.grad = torch.empty_like(weight_VH).zero_()  # torch.zeros would leave its pages to the first write
+        return
+    buffer_VH = _buffer(inputs)
+    if buffer_VH is None:
+        buffer_VH = torch.empty_like(weight_VH, dtype=torch.float32)  # torch.zeros would leave pages to the first write
+    buffer_VH.zero_()
+    if weight_VH.dtype == torch.float32:
+        weight_VH.grad = buffer_VH
     else:
-        weight_VH.grad.zero_()
+        weight_VH.main_grad = buffer_VH  # type: ignore[attr-defined]
 
 
 if __name__ == "__main__":

@@ -89,42 +89,73 @@ class HorizonConfig(Checked, name="horizon"):
 OBJECTIVES = (
     "topk_reverse_kl",
     "sampled_token",
+    "sampled_k2",
+    "sampled_k3",
     "local_support_matching",
     "topk_forward_kl",
+    "topk_mixed_kl",
+    "topk_jsd",
+    "priced_reverse_kl",
     "full_vocab_reverse_kl",
+    "full_vocab_forward_kl",
+    "full_vocab_mixed_kl",
     "full_vocab_jsd",
 )
+# Settings that only some objectives have.
+_OWNERS = {
+    **dict.fromkeys(("support", "weight", "tail"), ("topk_reverse_kl",)),
+    "discount": ("sampled_token",),
+    "beta": ("full_vocab_jsd", "topk_jsd"),
+    "forward_share": ("full_vocab_mixed_kl", "topk_mixed_kl"),
+    "renormalise": ("topk_forward_kl",),
+    "outside_logp": ("priced_reverse_kl",),
+    **dict.fromkeys(("logp_min", "loss_max"), ("sampled_k2", "sampled_k3", "topk_forward_kl")),
+}
 
 
 @dataclass(frozen=True)
 class ObjectiveConfig(Checked, name="objective"):
-    """The per-token objective (Prune-OPD §2; method/objective.py has the formulas). One global token mean, always."""
+    """The per-token objective (Prune-OPD §2; method/objective.py and divergences.py have the formulas).
 
-    # topk_reverse_kl | sampled_token | local_support_matching | topk_forward_kl |
-    # full_vocab_reverse_kl | full_vocab_jsd
+    One global token mean, always.
+    """
+
+    # topk_reverse_kl | sampled_token | sampled_k2 | sampled_k3 | local_support_matching | topk_forward_kl |
+    # topk_mixed_kl | topk_jsd | priced_reverse_kl | full_vocab_reverse_kl | full_vocab_forward_kl |
+    # full_vocab_mixed_kl | full_vocab_jsd
     name: str = "topk_reverse_kl"
     k: Count = 16  # candidates per token (of each model); the paper of local_support_matching has 32
     support: Literal["student", "teacher", "union", "intersection"] = "student"  # topk_reverse_kl: whose top-k
-    # topk_reverse_kl: of a candidate; none: every candidate counts 1
+    # topk_reverse_kl: of a candidate, 1 in sum over the support; none: uniform, 1 / |support|, as in the released code
     weight: Literal["student_p", "teacher_p", "none"] = "student_p"
     # topk_reverse_kl: what becomes of the ids outside the support: none: the published form, which leaks mass to them |
     # bucket: one more outcome | centred: neither raised nor lowered
     tail: Literal["none", "bucket", "centred"] = "none"
-    beta: Annotated[float, Interval(gt=0, lt=1)] = 0.5  # full_vocab_jsd: the teacher's share of the mixture
+    discount: Share = 0.0  # sampled_token: γ of the later tokens' rewards in a token's own; 0: its own alone
+    beta: Annotated[float, Interval(gt=0, lt=1)] = 0.5  # full_vocab_jsd, topk_jsd: the teacher's share of the mixture
+    # full_vocab_mixed_kl, topk_mixed_kl: of the forward KL; the reverse KL has the rest
+    forward_share: Annotated[float, Interval(gt=0, lt=1)] = 0.5
+    renormalise: Literal["q", "none", "both"] = "q"  # topk_forward_kl: on the teacher's top-k; none: raw q and p
+    outside_logp: Annotated[
+        float, Interval(lt=0)
+    ] = -100.0  # priced_reverse_kl: log q outside the teacher's top-k [nats]
+    # sampled_k2, sampled_k3, topk_forward_kl: log p and log q are taken as no less [nats]; verl has -10
+    logp_min: Annotated[float, Interval(lt=0)] | None = None
+    loss_max: Positive | None = None  # the same three: a token's divergence is held within ± this [nats]; verl has 10
     clip: ShareAboveZero = (
         0.2  # of the ratio p / p_old, where a batch serves several updates (optimizer.updates_per_batch)
     )
     dual_clip: Annotated[float, Interval(gt=1)] = 3.0  # largest ratio that a negative reward is multiplied by
     temperature: Positive = 1.0  # of both models' logits
+    teacher_temperature: Positive | None = None  # of the teacher's logits alone; null: the same
 
     def __post_init__(self) -> None:
         super().__post_init__()
         one_of("objective.name", self.name, OBJECTIVES)
-        owners = {"beta": "full_vocab_jsd"} | dict.fromkeys(("support", "weight", "tail"), "topk_reverse_kl")
-        for setting, owner in owners.items():
-            if self.name != owner and getattr(self, setting) != getattr(ObjectiveConfig, setting):
+        for setting, owners in _OWNERS.items():
+            if self.name not in owners and getattr(self, setting) != getattr(ObjectiveConfig, setting):
                 raise ConfigError(
-                    f"objective.{setting} = {getattr(self, setting)!r} is a setting of {owner}, and "
+                    f"objective.{setting} = {getattr(self, setting)!r} is a setting of {' and '.join(owners)}, and "
                     f"objective.name = {self.name} has none: leave it out"
                 )
         if self.tail == "bucket" and self.weight != "student_p":
@@ -132,6 +163,11 @@ class ObjectiveConfig(Checked, name="objective"):
                 f"objective.tail = bucket weighs by the student's probabilities, and objective.weight = {self.weight} "
                 "does not: take objective.weight=student_p, or objective.tail=centred"
             )
+
+    @property
+    def of_teacher(self) -> float:
+        """Temperature of the teacher's logits."""
+        return self.temperature if self.teacher_temperature is None else self.teacher_temperature
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from prune_opd.config.checks import Checked, Count, Positive, PositiveOrZero, Sh
 # vLLM's names. Quantised weights: they are quantised when they are loaded, and again at every reload.
 Quantization = Literal["fp8", "fp8_per_tensor", "fp8_per_channel", "fp8_per_block"]
 KvCacheDtype = Literal["auto", "fp8", "fp8_e4m3", "fp8_e5m2"]
+HeadDtype = Literal["auto", "fp32"]
 QUANTIZATIONS, KV_CACHE_DTYPES = get_args(Quantization), get_args(KvCacheDtype)
 # Two tokens whose scores are closer than this [nats] may be ordered differently by the engine and by the trainer. In
 # fp32 it is twice what the check after the first weight sync allows any token. Coarser formats have no such bound:
@@ -77,6 +78,9 @@ class RolloutConfig(Checked, name="rollout"):
     bucket_mb: Positive = 512  # of weights on their way from the trainer; two buckets exist at a time
     quantization: Quantization | None = None  # to FP8 at every load
     kv_cache_dtype: KvCacheDtype = "auto"  # auto: as the parameters; fp8 is e4m3
+    # logits are computed in it. auto: as the parameters, so a bf16 engine rounds its logits to 8 bits; fp32: as the
+    # trainer's, at no memory on a GPU, and on a CPU with a copy of the whole head in fp32 for every token
+    head_dtype: HeadDtype = "auto"
     inflight: InflightConfig = field(default_factory=InflightConfig)
     oversample: Annotated[float, Interval(ge=1, le=16)] = (
         1.0  # a step starts this times `prompts` and keeps the first complete ones

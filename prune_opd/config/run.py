@@ -236,12 +236,12 @@ def check_inflight(config: TrainConfig) -> None:
             f"the last look is at token {looks[-1]}: nothing is ever stopped; raise gate.w_drop, lower "
             f"rollout.inflight.stop_events, {off}"
         )
-    if gate.weight_normalisation == "mean" or config.weighting.name in ("iw_opd", "tip"):
-        field = (
-            "gate.weight_normalisation = mean"
-            if gate.weight_normalisation == "mean"
-            else f"weighting.name = {config.weighting.name}"
-        )
+    fields = {
+        "gate.weight_normalisation = mean": gate.weight_normalisation == "mean",
+        f"weighting.name = {config.weighting.name}": config.weighting.name in ("iw_opd", "tip"),
+        f"objective.discount = {config.objective.discount:g}": config.objective.discount > 0,
+    }
+    if field := next((field for field, needs_whole in fields.items() if needs_whole), None):
         raise ConfigError(
             f"rollout.inflight.mode = gate with {field}: weights depend on the whole response there, so a cut would "
             f"change the tokens before it; choose another, {off}"

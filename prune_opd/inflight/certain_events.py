@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from prune_opd.method.gate import overlap_events, top_p_reject
+from prune_opd.method.sets import among
 
 
 def certain_overlap_events(
@@ -34,9 +35,8 @@ def certain_overlap_events(
     """
     student = _Membership(student_logp_NC, k, margin, vocab_size)
     teacher = _Membership(teacher_logp_NC, k, margin, vocab_size)
-    same_NCC = student_ids_NC.unsqueeze(-1) == teacher_ids_NC.unsqueeze(-2)
-    student_shared_NC = (same_NCC & teacher.possible_NC.unsqueeze(-2)).any(-1)
-    teacher_shared_NC = (same_NCC & student.possible_NC.unsqueeze(-1)).any(-2)
+    student_shared_NC = among(student_ids_NC, teacher_ids_NC, teacher.possible_NC)
+    teacher_shared_NC = among(teacher_ids_NC, student_ids_NC, student.possible_NC)
     most_N = torch.minimum(student.most(student_shared_NC, k), teacher.most(teacher_shared_NC, k))
     return overlap_events(most_N / k, k, threshold) & student.known_N & teacher.known_N
 

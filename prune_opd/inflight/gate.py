@@ -144,7 +144,7 @@ class InflightGate:
             "teacher",
             hidden_NH,
             self.teacher.head_weight,
-            self.config.objective.temperature,
+            self.config.objective.of_teacher,
             self.vocab_size,
             self.layout.student.tp_group,
         )

@@ -7,6 +7,7 @@ goes back. See loss/distill.py for the whole picture.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -18,6 +19,7 @@ from torch.autograd.function import once_differentiable
 
 from prune_opd.config import ObjectiveConfig
 from prune_opd.loss.inputs import Method
+from prune_opd.loss.products import add_weight_gradient_, hidden_gradient
 from prune_opd.loss.vocab_parallel import (
     OutputHead,
     VocabShard,
@@ -35,6 +37,7 @@ from prune_opd.method.objective import (
     candidates,
     clipped_policy_loss,
     has_rest,
+    is_priced,
     on_vocabulary,
     token_loss,
     top_k,
@@ -203,20 +206,29 @@ class ChunkLoss(NamedTuple):
 
 
 def chunk_loss(
-    scores: Scores, objectives: Sequence[ObjectiveConfig], weights: Sequence[Tensor], old: OldPolicy | None
+    scores: Scores,
+    objectives: Sequence[ObjectiveConfig],
+    weights: Sequence[Tensor],
+    old: OldPolicy | None,
+    credit_N: Tensor | None = None,
 ) -> ChunkLoss:
-    """The objectives at a chunk's scores, each with its weight [N]; the first against the old policy, if any."""
+    """The objectives at a chunk's scores, each with its weight [N]; the first against the old policy, if any.
+
+    credit_N: the first one's rewards, where later tokens have a part in them.
+    """
     objective, at, weight_N = objectives[0], scores.at[0], weights[0]
     if on_vocabulary(objective):
         valid = scores.shard.valid
+        if is_priced(objective):
+            price_(scores.teacher_NV, at, scores.shard, objective.outside_logp)
         columns = token_loss(objective, scores.student_NV[:, :valid], scores.teacher_NV[:, :valid], weight_N)
         mine_N3 = torch.stack([columns.loss_N, columns.divergence_N, columns.grad_logp_NK.sum(dim=1)], dim=1)
         loss_N, divergence_N, total_N = sum_together([mine_N3], scores.shard.group)[0].unbind(1)
-        none_N0 = at.student_logp_NK  # no candidates, so no slope in any
-        loss = ChunkLoss(loss_N, divergence_N, none_N0, columns.grad_logp_NK, total_N)
+        at_candidates_NK = torch.zeros_like(at.student_logp_NK)  # the columns have it all
+        loss = ChunkLoss(loss_N, divergence_N, at_candidates_NK, columns.grad_logp_NK, total_N)
     else:
         loss_N, slope_NK, divergence_N, reward_NK = token_loss(
-            objective, at.student_logp_NK, at.teacher_logp_NK, weight_N, at.valid_NK, at.log_rest
+            objective, at.student_logp_NK, at.teacher_logp_NK, weight_N, at.valid_NK, at.log_rest, credit_N
         )
         loss = ChunkLoss(loss_N, divergence_N, slope_NK, reward_NK=reward_NK)
         if old is not None and old.reward_NK is not None:
@@ -226,6 +238,15 @@ def chunk_loss(
         slope_NK = torch.cat([loss.slope_NK, more.grad_logp_NK], dim=1)
         loss = loss._replace(loss_N=loss.loss_N + more.loss_N, slope_NK=slope_NK)
     return loss
+
+
+def price_(teacher_NV: Tensor, at: AtCandidates, shard: VocabShard, outside_logp: float) -> None:
+    """Replace the teacher's log q by what is left of it: renormalised at the candidates, `outside_logp` elsewhere."""
+    column_NK, mine_NK = local_columns(at.ids_NK, shard)
+    inside_NK = at.teacher_logp_NK.log_softmax(dim=-1).masked_fill(~mine_NK, -math.inf)
+    # Ids of other ranks all point to column 0: a maximum with −inf leaves what is there.
+    teacher_NV.fill_(-math.inf).scatter_reduce_(1, column_NK, inside_NK, "amax")
+    teacher_NV.masked_fill_(teacher_NV == -math.inf, outside_logp)
 
 
 def _against_old(
@@ -250,9 +271,6 @@ def _against_old(
 # ---------------------------------------------------------------------------------------------------- gradients
 
 
-WEIGHT_ROWS = 8192  # of the weight gradient that are multiplied at a time where its dtype is not the inputs'
-
-
 class Gradients:
     """The student's two gradients, added up chunk by chunk; the weight's in the caller's buffer if there is one."""
 
@@ -260,12 +278,13 @@ class Gradients:
         self, student: OutputHead, want_hidden: bool, want_weight: bool, weight_grad_VH: Tensor | None = None
     ) -> None:
         self._student = student
-        self._hidden_NH = torch.empty_like(student.hidden_NH) if want_hidden else None
+        # At least fp32: in bf16 the sum over many chunks, or over the ranks' shards, would lose the small ones.
+        dtype = torch.promote_types(student.dtype, torch.float32)
+        of_hidden = dtype if group_size(student.shard.group) > 1 else student.dtype
+        self._hidden_NH = torch.empty_like(student.hidden_NH, dtype=of_hidden) if want_hidden else None
         self._in_buffer = weight_grad_VH is not None
         self._weight_VH = weight_grad_VH if want_weight else None
         if want_weight and weight_grad_VH is None:
-            # At least fp32: in bf16 the sum over many chunks would lose the small ones.
-            dtype = torch.promote_types(student.dtype, torch.float32)
             self._weight_VH = torch.zeros_like(student.weight_VH, dtype=dtype)
 
     def add(self, part: slice, scores: Scores, loss: ChunkLoss) -> None:
@@ -291,17 +310,10 @@ class Gradients:
         if loss.column_slope_NV is not None:
             grad_logits_NV[:, : student.shard.valid] += loss.column_slope_NV / student.temperature
         grad_logits_NV.scatter_add_(1, column_NK, coefficient_NK.masked_fill(~mine_NK, 0))
-        grad_logits_NV = grad_logits_NV.to(student.dtype)
         if self._hidden_NH is not None:
-            torch.mm(grad_logits_NV, student.weight_VH, out=self._hidden_NH[part])
+            self._hidden_NH[part] = hidden_gradient(grad_logits_NV, student.weight_VH)
         if self._weight_VH is not None:
-            if self._weight_VH.dtype == student.dtype:
-                self._weight_VH.addmm_(grad_logits_NV.t(), student.hidden_NH[part])
-            else:
-                # A product of another dtype cannot be added while it is formed: a few rows, not a second [V, H].
-                blocks = zip(self._weight_VH.split(WEIGHT_ROWS), grad_logits_NV.split(WEIGHT_ROWS, dim=1), strict=True)
-                for weight_RH, grad_logits_NR in blocks:
-                    weight_RH += grad_logits_NR.t() @ student.hidden_NH[part]
+            add_weight_gradient_(self._weight_VH, grad_logits_NV, student.hidden_NH[part])
 
     def finish(self) -> tuple[Tensor | None, Tensor | None]:
         """Hidden gradient, complete on every rank, and this rank's weight gradient, in the inputs' dtype.
@@ -312,9 +324,10 @@ class Gradients:
         if self._hidden_NH is not None and group_size(student.shard.group) > 1:
             # Each rank has gone through its own columns of the vocabulary only.
             dist.all_reduce(self._hidden_NH, group=student.shard.group)
+        hidden_NH = None if self._hidden_NH is None else self._hidden_NH.to(student.dtype)
         if self._weight_VH is None or self._in_buffer:
-            return self._hidden_NH, None
-        return self._hidden_NH, self._weight_VH.to(student.dtype)
+            return hidden_NH, None
+        return hidden_NH, self._weight_VH.to(student.dtype)
 
 
 class WithGradients(torch.autograd.Function):

@@ -20,8 +20,8 @@ weights, and method/objective.py the objectives:
 
 The gate is a running count, so nothing of a later chunk is needed for an earlier one, and the gradient is formed while
 the logits are there: no matrix product is computed twice and nothing of size tokens × vocabulary outlives its chunk.
-What needs a whole response first (`weight_normalisation = mean`, iw_opd, tip) takes a pass before for that alone, and
-so does a gate over context-parallel ranks, each of which has a part of every response (loss/context.py).
+What needs a whole response first (`weight_normalisation = mean`, iw_opd, tip, a discount) takes a pass before for that
+alone, and so does a gate over context-parallel ranks, each of which has a part of every response (loss/context.py).
 
 An objective on the whole vocabulary has every column of a rank as its candidates, and its sums are all-reduced. The
 normalisers' pass also sums what tells whether a run is well, whatever the objective (loss/vocab_sums.py): the exact
@@ -87,7 +87,7 @@ def distill_loss(
     whose logits are not finite, and ValueError for sampled ids outside the vocabulary.
     """
     student_head = OutputHead("student", *student, method.objective.temperature, tokens.vocab_size, tp_group)
-    teacher_head = OutputHead("teacher", *teacher, method.objective.temperature, tokens.vocab_size, tp_group)
+    teacher_head = OutputHead("teacher", *teacher, method.objective.of_teacher, tokens.vocab_size, tp_group)
     check_options(chunk, policy)
     offsets = checked_offsets(student_head, teacher_head, tokens, method)
     if weight_grad is not None:
@@ -109,7 +109,7 @@ def distill_loss(
             old_part = None if old is None else old.part(part)
             scores = weights.judge(part, score_chunk(*heads, part, method, old=old_part))
             chunk_weights = weights.next(part, scores) if old_part is None else old_part.weights
-            loss = chunk_loss(scores, method.objectives, chunk_weights, old_part)
+            loss = chunk_loss(scores, method.objectives, chunk_weights, old_part, weights.credit(part, scores))
             loss_sum += loss.loss_N.sum()
             record.add(scores, chunk_weights, loss)
             gradients.add(part, scores, loss)

@@ -10,7 +10,9 @@ from torch import Tensor
 from prune_opd.loss.chunk import Scores
 from prune_opd.loss.inputs import Method, Tokens
 from prune_opd.method.change_point import ChangePoint
+from prune_opd.method.credit import discounted_credit
 from prune_opd.method.gate import PackedGate, apply_gate_packed
+from prune_opd.method.objective import has_credit
 from prune_opd.method.weighting import Signals, added_on, needs_whole_response, response_weights, stale_correction
 
 
@@ -18,8 +20,8 @@ class TokenWeights:
     """The objectives' weights, chunk by chunk in the order of the tokens: `judge` each chunk, then ask for its weights.
 
     The gate is a running count and needs no more than what came before. But its `mean` normalisation, the weightings
-    iw_opd and tip, and a gate over responses that context-parallel ranks share need more of a response: where
-    it `needs_ahead`, all chunks go through `look_ahead` first.
+    iw_opd and tip, an objective with a discount, and a gate over responses that context-parallel ranks share need more
+    of a response: where it `needs_ahead`, all chunks go through `look_ahead` first.
 
     offsets: the responses', on the host. dtype: of the weights.
     """
@@ -34,28 +36,34 @@ class TokenWeights:
         self._weighting_ahead = needs_whole_response(method.weighting)
         self._gate_N: Tensor | None = None  # W, of this rank's tokens
         self._weighting_N: Tensor | None = None
+        self._credited = has_credit(method.objective)
+        self._credit_N: Tensor | None = None  # of this rank's tokens
 
     def needs_ahead(self, weighted: bool) -> bool:
         """Whether the chunks must be looked at first. weighted: the weights are an older policy's and known."""
         if weighted:
             return self._change is not None and self._tokens.context is not None
-        return self._gate_ahead or self._weighting_ahead
+        return self._gate_ahead or self._weighting_ahead or self._credited
 
     def look_ahead(self, chunks: Iterable[Scores]) -> None:
         """Take in the events and signals of all chunks. Collective over the context-parallel group, if there is one."""
         seen, signals = zip(*((scores.agreement, scores.signals) for scores in chunks), strict=True)
-        given = list(Signals.concatenate(signals)) if self._weighting_ahead else []
+        given = list(Signals.concatenate(signals)) if self._weighting_ahead or self._credited else []
         judged = [torch.cat([of_chunk.event for of_chunk in seen]), torch.cat([of.acceptance for of in seen])]
         event_N, acceptance_N, *given = self._whole([*judged, *given])
         if change := self._change_point():
             event_N = change.advance(acceptance_N)
             self._event_N = self._own(event_N)
+        weight_N = apply_gate_packed(event_N, self._offsets, self._method.gate, self._dtype).weight_BT
         if self._gate_ahead:
-            gate = apply_gate_packed(event_N, self._offsets, self._method.gate, self._dtype)
-            self._gate_N = self._own(gate.weight_BT)
+            self._gate_N = self._own(weight_N)
         if self._weighting_ahead:
-            weight_N = response_weights(self._method.weighting, Signals(*given), self._offsets)
-            self._weighting_N = self._own(weight_N.to(self._dtype))
+            factor_N = response_weights(self._method.weighting, Signals(*given), self._offsets).to(self._dtype)
+            self._weighting_N, weight_N = self._own(factor_N), weight_N * factor_N
+        if self._credited:
+            reward_N = weight_N * Signals(*given).advantage_N
+            credit_N = discounted_credit(reward_N, self._offsets, self._method.objective.discount)
+            self._credit_N = self._own(credit_N.to(self._dtype))
 
     def judge(self, part: slice, scores: Scores) -> Scores:
         """The next chunk with the events of a gate that looks along responses."""
@@ -69,11 +77,26 @@ class TokenWeights:
         gate_N = self._running.advance(scores.agreement.event)[1] if self._gate_N is None else self._gate_N[part]
         weights = [gate_N if self._weighting_N is None else gate_N * self._weighting_N[part]]
         weights += [gate_N * added_on(self._method.weighting, scores.signals) for _ in self._method.objectives[1:]]
-        if self._tokens.stale_logp_N is not None:
-            stale_logp_N, clip = self._tokens.stale_logp_N[part], self._method.objective.clip
-            correction_N = stale_correction(scores.sampled_logp_N, stale_logp_N, clip).to(self._dtype)
+        if (correction_N := self._correction(part, scores)) is not None:
             weights = [weight_N * correction_N for weight_N in weights]
         return weights
+
+    def credit(self, part: slice, scores: Scores) -> Tensor | None:
+        """Rewards of these tokens with what later ones give to them; None where a token has its own alone.
+
+        Every reward has the gate's and the weighting's weight of its own token in it, before it is handed on; the
+        correction of a stale token is of its log-probability, so its whole credit has it.
+        """
+        if self._credit_N is None:
+            return None
+        correction_N = self._correction(part, scores)
+        return self._credit_N[part] if correction_N is None else self._credit_N[part] * correction_N
+
+    def _correction(self, part: slice, scores: Scores) -> Tensor | None:
+        if self._tokens.stale_logp_N is None:
+            return None
+        clip = self._method.objective.clip
+        return stale_correction(scores.sampled_logp_N, self._tokens.stale_logp_N[part], clip).to(self._dtype)
 
     def _change_point(self) -> ChangePoint | None:
         gate = self._method.gate

@@ -21,6 +21,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from prune_opd.errors import ConfigError
+from prune_opd.loss.products import logits_
 
 # Candidates taken beyond k, so that short ties at the k-th place (bf16 logits have many) are settled among them.
 TIE_MARGIN = 16
@@ -130,10 +131,7 @@ class OutputHead:
         """This rank's logits of some tokens, over temperature, padding at −inf; good until the next call."""
         hidden_CH = self.hidden_NH[part]
         logits_CV = self._logits_CV[: len(hidden_CH)]
-        if logits_CV.dtype == self.dtype:
-            torch.mm(hidden_CH, self.weight_VH.t(), out=logits_CV)
-        else:
-            logits_CV.copy_(hidden_CH @ self.weight_VH.t())
+        logits_(hidden_CH, self.weight_VH, logits_CV)
         if self.temperature != 1:
             logits_CV /= self.temperature
         return mask_padding_(logits_CV, self.shard)

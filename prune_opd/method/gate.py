@@ -21,6 +21,7 @@ from torch import Tensor
 
 from prune_opd.config import GateConfig
 from prune_opd.method.packed import Pieces
+from prune_opd.method.sets import among
 
 RELIABLE_ABOVE = 1e-8  # ε of the paper: a token counts as reliable while R_t > ε
 
@@ -76,7 +77,7 @@ def judge(views: Views, gate: GateConfig | None) -> Agreement:
     elif gate.metric == "acceptance":
         event_BT = acceptance_BT < gate.threshold
     elif gate.metric == "shared_mass":
-        shared_BTK = (views.student_ids.unsqueeze(-1) == views.teacher_ids.unsqueeze(-2)).any(-1)
+        shared_BTK = among(views.student_ids, views.teacher_ids)
         event_BT = (student_BTK * shared_BTK).sum(-1) < gate.threshold
     else:
         event_BT = top_p_reject(views.sampled_ids, views.teacher_ids, views.teacher_logp, gate.top_p)
@@ -94,8 +95,7 @@ def overlap_ratio(student_ids_BTK: Tensor, teacher_ids_BTK: Tensor) -> Tensor:
             f"student_ids {list(student_ids_BTK.shape)} and teacher_ids {list(teacher_ids_BTK.shape)} "
             "must have the same shape, with the k ≥ 1 ids of a token last"
         )
-    same_BTKK = student_ids_BTK.unsqueeze(-1) == teacher_ids_BTK.unsqueeze(-2)
-    return same_BTKK.flatten(-2).sum(-1).float() / student_ids_BTK.shape[-1]
+    return among(student_ids_BTK, teacher_ids_BTK).sum(-1).float() / student_ids_BTK.shape[-1]
 
 
 def overlap_events(overlap_BT: Tensor, k: int, threshold: float) -> Tensor:
@@ -112,7 +112,8 @@ def top_p_reject(sampled_ids_BT: Tensor, teacher_ids_BTK: Tensor, teacher_logp_B
     """B = 1[y ∉ nucleus of the teacher], bool: the `teacher_top_p` metric (Prune-OPD, method.md §2).
 
     The accept set is the teacher's tokens in descending order up to **and including** the first at which their
-    cumulative probability reaches p, and all k of them when it never does.
+    cumulative probability reaches p, and all k of them when it never does. p = 1 is all k: what rounding leaves of 1
+    is no reason to stop before.
 
     sampled_ids_BT: integer [...]. teacher_ids_BTK: integer [..., k], most probable first. teacher_logp_BTK: their
     full-vocabulary log-probabilities [..., k]. ValueError when the shapes do not fit together.
@@ -125,7 +126,7 @@ def top_p_reject(sampled_ids_BT: Tensor, teacher_ids_BTK: Tensor, teacher_logp_B
     if teacher_logp_BTK.dtype != torch.float64:
         teacher_logp_BTK = teacher_logp_BTK.float()
     # A few roundings of slack, so that 0.5 + 0.3 + 0.15 does reach 0.95.
-    reach = p - 8 * torch.finfo(teacher_logp_BTK.dtype).eps
+    reach = p - 8 * torch.finfo(teacher_logp_BTK.dtype).eps if p < 1 else math.inf
     probability_BTK = teacher_logp_BTK.double().exp()
     before_BTK = probability_BTK.cumsum(-1) - probability_BTK
     accepted_BTK = before_BTK < reach

@@ -1,16 +1,13 @@
 """Per-token objectives: the mathematics of one token's loss, with no model, vocabulary shard or group in it.
 
-    topk_reverse_kl          −Σ_j r_j log p_j,  r_j = −W w_j sg(log p_j − log q_j − b) on a support of top-k ids
-    sampled_token            −r log p(y),       r = −W sg(log p(y) − log q(y))         on the sampled token alone
-    local_support_matching   W Σ_j p̄_j (log p̄_j − log q̄_j)                            on the teacher's top-k
-    topk_forward_kl          W Σ_j q̄_j (log q̄_j − log p_j)                            on the teacher's top-k
-    full_vocab_reverse_kl    W Σ_v p_v (log p_v − log q_v)                             on the whole vocabulary
-    full_vocab_jsd           W [β Σ_v q_v log(q_v / m_v) + (1 − β) Σ_v p_v log(p_v / m_v)],  m = β q + (1 − β) p
+    topk_reverse_kl     −Σ_j r_j log p_j,  r_j = −W w_j sg(log p_j − log q_j − b) on a support of top-k ids
+    sampled_token       −r log p(y),       r = −W sg(log p(y) − log q(y))         on the sampled token alone
 
-p student, q teacher, both over the full vocabulary; p̄, q̄ renormalised on the candidates; W the training weight, a
-constant; sg stop-gradient; b the baseline that `tail` chooses, 0 as published (`topk_reverse_kl`). The first two are
-policy gradients: a reward a candidate, and a ratio to the policy that sampled the batch when it has moved since
-(`clipped_policy_loss`). The others are divergences that are differentiated.
+p student, q teacher, both over the full vocabulary; W the training weight, a constant; sg stop-gradient; b the baseline
+that `tail` chooses, 0 as published (`topk_reverse_kl`). These two are policy gradients: a reward a candidate, and a
+ratio to the policy that sampled the batch when it has moved since (`clipped_policy_loss`). With `discount` a sampled
+token's reward has those of later tokens in it (method/credit.py). All others are divergences that are differentiated
+(method/divergences.py has them and their formulas), times W.
 
 An objective sees log-probabilities at K candidates a token and returns the loss and its derivative in the student's
 log p_j. The fused loss (loss/distill.py) does the rest and knows no objective by name: `candidates` says where to look,
@@ -28,6 +25,8 @@ import torch
 from torch import Tensor
 
 from prune_opd.config import ObjectiveConfig
+from prune_opd.method.divergences import DIVERGENCES
+from prune_opd.method.sets import among
 
 # ---------------------------------------------------------------------------------------------------- candidates
 
@@ -41,13 +40,13 @@ class Candidates(NamedTuple):
 
 def _union(student_NK: Tensor, teacher_NK: Tensor) -> Candidates:
     """2k wide: the student's, then the teacher's where the student has not got them already."""
-    new_NK = ~(teacher_NK.unsqueeze(2) == student_NK.unsqueeze(1)).any(dim=2)
+    new_NK = ~among(teacher_NK, student_NK)
     return Candidates(torch.cat([student_NK, teacher_NK], dim=1), torch.cat([torch.ones_like(new_NK), new_NK], dim=1))
 
 
 def _intersection(student_NK: Tensor, teacher_NK: Tensor) -> Candidates:
     """k wide: the student's where the teacher has them too. There may be none: such a token has no loss."""
-    return Candidates(student_NK, (student_NK.unsqueeze(2) == teacher_NK.unsqueeze(1)).any(dim=2))
+    return Candidates(student_NK, among(student_NK, teacher_NK))
 
 
 _SUPPORTS: dict[str, Callable[[Tensor, Tensor], Candidates]] = {
@@ -56,17 +55,26 @@ _SUPPORTS: dict[str, Callable[[Tensor, Tensor], Candidates]] = {
     "union": _union,
     "intersection": _intersection,
 }
-_OWN_SUPPORT = {"local_support_matching": "teacher", "topk_forward_kl": "teacher"}
+_ON_VOCABULARY = ("full_vocab_reverse_kl", "full_vocab_forward_kl", "full_vocab_mixed_kl", "full_vocab_jsd")
+_ON_SAMPLED = ("sampled_token", "sampled_k2", "sampled_k3")
+_OWN_SUPPORT = dict.fromkeys(
+    ("local_support_matching", "topk_forward_kl", "topk_mixed_kl", "topk_jsd", "priced_reverse_kl"), "teacher"
+)
 
 
 def on_vocabulary(config: ObjectiveConfig) -> bool:
     """Whether the objective is a sum over the whole vocabulary, and not over a few candidates."""
-    return config.name in ("full_vocab_reverse_kl", "full_vocab_jsd")
+    return config.name in _ON_VOCABULARY or is_priced(config)
+
+
+def is_priced(config: ObjectiveConfig) -> bool:
+    """Whether it is on the whole vocabulary with a teacher that is known at the candidates only."""
+    return config.name == "priced_reverse_kl"
 
 
 def top_k(config: ObjectiveConfig) -> int:
     """How many of each model's best ids `candidates` needs."""
-    return 0 if on_vocabulary(config) or config.name == "sampled_token" else config.k
+    return 0 if config.name in (*_ON_VOCABULARY, *_ON_SAMPLED) else config.k
 
 
 def candidates(
@@ -74,11 +82,12 @@ def candidates(
 ) -> Candidates:
     """The candidates [N, K] of each token, out of what was sampled and both models' top-k ids.
 
-    student_ids_NK, teacher_ids_NK: most probable first, at least `top_k` wide. K = 0 for one on the whole vocabulary.
+    student_ids_NK, teacher_ids_NK: most probable first, at least `top_k` wide. K = 0 for one on the whole vocabulary,
+    but for a priced one.
     """
-    if on_vocabulary(config):
+    if config.name in _ON_VOCABULARY:
         return Candidates(sampled_ids_N.new_empty(len(sampled_ids_N), 0))
-    if config.name == "sampled_token":
+    if config.name in _ON_SAMPLED:
         return Candidates(sampled_ids_N.unsqueeze(1))
     support = _OWN_SUPPORT.get(config.name, config.support)
     return _SUPPORTS[support](student_ids_NK[:, : config.k], teacher_ids_NK[:, : config.k])
@@ -110,7 +119,8 @@ def topk_reverse_kl(
 ) -> Terms:
     """The reverse KL on a support K (Prune-OPD §2, method.md §1 and §7): slopes w_j (δ_j − b), δ_j = log p_j − log q_j.
 
-    w_j = p_j / Σ_i p_i over the support (student_p), q_j / Σ_i q_i (teacher_p), or 1 (none).
+    w_j = p_j / Σ_i p_i over the support (student_p), q_j / Σ_i q_i (teacher_p), or 1 / |support| (none: uniform, as
+    the released code has it).
 
         tail      b                               what is descended
         none      0                               the published form. Its slopes sum to the divergence, so that while
@@ -146,12 +156,19 @@ def _weights(
 ) -> Tensor:
     """w_j of the support's ids, 0 of others."""
     if config.weight == "none":
-        return _only(torch.ones_like(student_logp_NK), valid_NK)
+        return _uniform(student_logp_NK, valid_NK)
     logp_NK = student_logp_NK if config.weight == "student_p" else teacher_logp_NK
     if valid_NK is not None:
         logp_NK = logp_NK.masked_fill(~valid_NK, -math.inf)
     # A softmax over the support is p renormalised on it. Of an empty one it is not a number, and `_only` drops it.
     return _only(logp_NK.softmax(dim=-1), valid_NK)
+
+
+def _uniform(logp_NK: Tensor, valid_NK: Tensor | None) -> Tensor:
+    """1 / |support| of the support's ids, 0 of others; all 0 of an empty one."""
+    if valid_NK is None:
+        return torch.full_like(logp_NK, 1 / max(logp_NK.shape[1], 1))
+    return valid_NK / valid_NK.sum(dim=-1, keepdim=True).clamp(min=1).to(logp_NK.dtype)
 
 
 def _log_mass(logp_NK: Tensor, valid_NK: Tensor | None) -> Tensor:
@@ -183,65 +200,9 @@ def has_rewards(config: ObjectiveConfig) -> bool:
     return config.name in _POLICY_GRADIENTS
 
 
-# ---------------------------------------------------------------------------------------------------- divergences
-
-
-class Divergence(NamedTuple):
-    """value_N: the sum over the candidates at hand. slope_NK: its derivative in log p_j."""
-
-    value_N: Tensor
-    slope_NK: Tensor
-
-
-def local_support_matching(student_logp_NK: Tensor, teacher_logp_NK: Tensor, config: ObjectiveConfig) -> Divergence:
-    """Σ_j p̄_j log(p̄_j / q̄_j), the gradient going through p̄ and its renormaliser."""
-    local_logp_NK = student_logp_NK.log_softmax(dim=-1)
-    gap_NK = local_logp_NK - teacher_logp_NK.log_softmax(dim=-1)
-    share_NK = local_logp_NK.exp()
-    value_N = (share_NK * gap_NK).sum(dim=-1)
-    return Divergence(value_N, share_NK * (gap_NK - value_N.unsqueeze(-1)))
-
-
-def topk_forward_kl(student_logp_NK: Tensor, teacher_logp_NK: Tensor, config: ObjectiveConfig) -> Divergence:
-    """Σ_j q̄_j (log q̄_j − log p_j). Zero only where p has all its mass on the candidates: it draws it there."""
-    local_logq_NK = teacher_logp_NK.log_softmax(dim=-1)
-    share_NK = local_logq_NK.exp()
-    return Divergence((share_NK * (local_logq_NK - student_logp_NK)).sum(dim=-1), -share_NK)
-
-
-def full_vocab_reverse_kl(student_logp_NV: Tensor, teacher_logp_NV: Tensor, config: ObjectiveConfig) -> Divergence:
-    """Σ_v p_v (log p_v − log q_v).
-
-    The derivative in log p_v is p_v (log p_v − log q_v + 1). The + 1 is left out: over the whole vocabulary it gives
-    p_v − p_v Σ_u p_u = 0 to every logit, and without it a student that equals its teacher has a gradient of exactly 0.
-    """
-    term_NV = student_logp_NV.exp() * (student_logp_NV - teacher_logp_NV)
-    return Divergence(term_NV.sum(dim=-1), term_NV)
-
-
-def full_vocab_jsd(student_logp_NV: Tensor, teacher_logp_NV: Tensor, config: ObjectiveConfig) -> Divergence:
-    """Generalised Jensen-Shannon divergence (GKD, arXiv 2306.13649): β KL(q ‖ m) + (1 − β) KL(p ‖ m).
-
-    Its derivative in log p_v is (1 − β) p_v log(p_v / m_v). Toward β = 0 and 1, where it vanishes, JSD / β and
-    JSD / (1 − β) become the forward and the reverse KL.
-    """
-    beta, gap_NV = config.beta, teacher_logp_NV - student_logp_NV
-    # log(m / p), from the larger of both so that nothing overflows; exactly 0 where p = q.
-    below_NV = torch.log1p(beta * torch.expm1(gap_NV.clamp(max=0)))
-    above_NV = gap_NV + torch.log1p((1 - beta) * torch.expm1(-gap_NV.clamp(min=0)))
-    log_ratio_NV = torch.where(gap_NV <= 0, below_NV, above_NV)
-    slope_NV = -(1 - beta) * student_logp_NV.exp() * log_ratio_NV
-    teacher_NV = beta * teacher_logp_NV.exp() * (gap_NV - log_ratio_NV)
-    return Divergence((teacher_NV + slope_NV).sum(dim=-1), slope_NV)
-
-
-_Divergence = Callable[[Tensor, Tensor, ObjectiveConfig], Divergence]
-_DIVERGENCES: dict[str, _Divergence] = {
-    "local_support_matching": local_support_matching,
-    "topk_forward_kl": topk_forward_kl,
-    "full_vocab_reverse_kl": full_vocab_reverse_kl,
-    "full_vocab_jsd": full_vocab_jsd,
-}
+def has_credit(config: ObjectiveConfig) -> bool:
+    """Whether later tokens have a part in a token's reward."""
+    return config.discount > 0
 
 
 # ---------------------------------------------------------------------------------------------------- one token's loss
@@ -268,18 +229,20 @@ def token_loss(
     weight_N: Tensor,
     valid_NK: Tensor | None = None,
     log_rest: Pair | None = None,
+    credit_N: Tensor | None = None,
 ) -> TokenLoss:
     """The configured objective at its candidates' log-probabilities over the full vocabulary. weight_N: W_t.
 
-    log_rest: both models' log mass [N] on all other ids, where `has_rest`.
+    log_rest: both models' log mass [N] on all other ids, where `has_rest`. credit_N: the reward of a sampled token,
+    where `has_credit`, with the weights in it.
     """
     weight_N1 = weight_N.unsqueeze(-1)
     if has_rewards(config):
         terms = _POLICY_GRADIENTS[config.name](student_logp_NK, teacher_logp_NK, config, valid_NK, log_rest)
-        reward_NK = -weight_N1 * terms.slope_NK
+        reward_NK = -weight_N1 * terms.slope_NK if credit_N is None else credit_N.unsqueeze(-1)
         # ∂ℓ/∂log p_j = −r_j: no "+ 1" term, nothing through the renormaliser.
         return TokenLoss(-(reward_NK * student_logp_NK).sum(dim=-1), -reward_NK, terms.divergence_N, reward_NK)
-    value_N, slope_NK = _DIVERGENCES[config.name](student_logp_NK, teacher_logp_NK, config)
+    value_N, slope_NK = DIVERGENCES[config.name](student_logp_NK, teacher_logp_NK, config)
     return TokenLoss(weight_N * value_N, weight_N1 * slope_NK, value_N, None)
 
 

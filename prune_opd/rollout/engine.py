@@ -34,6 +34,7 @@ ENVIRONMENT = {
     "VLLM_LOGGING_LEVEL": "ERROR",
     "HF_HUB_OFFLINE": "1",
 }
+HEAD_DTYPES = {"fp32": "float32"}  # rollout.head_dtype → vLLM's name
 QUIET_LOGGERS = ("torch._library.triton",)  # "Triton not available", on every CPU start
 
 
@@ -217,7 +218,9 @@ class RolloutEngine:
 
 def rollout_arguments(rollout: RolloutConfig, sleep_level: int = 0) -> dict[str, Any]:
     """Number formats, of vLLM's `EngineArgs` (and `LLM`). sleep_level: 0: it will not be put to sleep."""
+    head = {} if rollout.head_dtype == "auto" else {"hf_overrides": {"head_dtype": HEAD_DTYPES[rollout.head_dtype]}}
     return {
+        **head,
         "quantization": rollout.quantization,
         "kv_cache_dtype": rollout.kv_cache_dtype,
         "enable_sleep_mode": sleep_level > 0,

@@ -10,6 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+
+from benchmarks.loss.measure import make_inputs
+from benchmarks.loss.rivals import nemo_rl
+from prune_opd.config import ObjectiveConfig
+from prune_opd.loss import Head, Method, Tokens, distill_loss
 
 COMMAND = Path(sys.executable).with_name("prune-opd")
 AT_EXIT = """
@@ -43,9 +49,12 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> Measured:
 
 
 def test_every_contender_is_measured_in_a_process_of_its_own(measured: Measured) -> None:
-    contenders = {"ours", "ours_no_buffer", "naive", "floor"} | ({"trl"} - measured.result["skipped"].keys())
+    contenders = {"ours", "ours_no_buffer", "ours_full", "naive", "nemo_rl", "floor"}
+    contenders |= {"trl", "liger"} - measured.result["skipped"].keys()
     assert measured.part["contenders"].keys() == contenders
-    assert len(measured.result["raw"]) == len(contenders) + len(measured.result["growth"])
+    in_bf16 = measured.result["bf16"][0]["contenders"]
+    assert in_bf16.keys() == {"ours", "floor"}
+    assert len(measured.result["raw"]) == len(contenders) + len(in_bf16) + len(measured.result["growth"])
     assert [line.endswith("True") for line in measured.imported].count(True) == len(measured.result["raw"])
     for row in measured.result["raw"]:
         assert all(seconds > 0 for seconds in row["wall_s"] + row["cpu_s"])
@@ -62,6 +71,17 @@ def test_ratios_are_those_of_the_medians(measured: Measured) -> None:
     assert ratios["time_ours_over_floor"] == ours["wall_s"] / floor["wall_s"]
 
 
+def test_bf16_has_a_floor_of_its_own_and_the_same_loss(measured: Measured) -> None:
+    (part,) = measured.result["bf16"]
+    ours, floor = part["contenders"]["ours"], part["contenders"]["floor"]
+    assert part["ratios"]["time_ours_over_floor"] == ours["wall_s"] / floor["wall_s"]
+    assert part["ratios"]["cpu_ours_over_floor"] == ours["cpu_s"] / floor["cpu_s"]
+    in_fp32 = measured.part["contenders"]["ours"]  # of inputs that are not rounded to bf16
+    assert ours["loss"] != in_fp32["loss"]
+    assert ours["loss"] == pytest.approx(in_fp32["loss"], rel=0.05)
+    assert ours["grad_norms"] == pytest.approx(in_fp32["grad_norms"], rel=0.05)
+
+
 def test_ours_and_naive_compute_the_same_loss_and_gradients(measured: Measured) -> None:
     naive = measured.part["contenders"]["naive"]
     assert measured.part["same_loss"]
@@ -70,6 +90,31 @@ def test_ours_and_naive_compute_the_same_loss_and_gradients(measured: Measured) 
         assert row["loss"] == pytest.approx(naive["loss"], rel=1e-4)
         assert row["grad_norms"] == pytest.approx(naive["grad_norms"], rel=1e-4)
         assert row["grad_norms"][0] > 0 and row["grad_norms"][1] > 0
+
+
+def test_rivals_are_held_against_ours_of_the_same_kind(measured: Measured) -> None:
+    ratios, rows = measured.part["ratios"], measured.part["contenders"]
+    assert ratios["time_ours_over_nemo_rl"] == rows["ours"]["wall_s"] / rows["nemo_rl"]["wall_s"]
+    assert ratios["extra_nemo_rl_over_ours"] == rows["nemo_rl"]["extra_bytes"] / rows["ours"]["extra_bytes"]
+    for rival in {"trl", "liger"} & rows.keys():
+        assert ratios[f"time_ours_full_over_{rival}"] == rows["ours_full"]["wall_s"] / rows[rival]["wall_s"]
+        assert rows[rival]["loss"] == pytest.approx(rows["ours_full"]["loss"], rel=1e-4)
+
+
+def test_the_form_of_nemo_rl_computes_the_loss_of_ours_on_the_teachers_top_k() -> None:
+    theirs, mine = (make_inputs(12, 64, (8, 16), 5) for _ in range(2))
+    value = nemo_rl(theirs, k=6)
+    loss, tokens, _ = distill_loss(
+        Head(mine.student_hidden_NH, mine.student_weight_VH),
+        Head(mine.teacher_hidden_NH, mine.teacher_weight_VH),
+        Tokens(mine.sampled_ids_N, mine.cu_seqlens, vocab_size=64),
+        Method(None, ObjectiveConfig("local_support_matching", k=6)),
+    )
+    loss.backward()
+    assert value is not None
+    torch.testing.assert_close(value, loss.detach() / tokens)
+    for got, expected in zip(theirs[:2], mine[:2], strict=True):
+        torch.testing.assert_close(got.grad, expected.grad, rtol=1e-4, atol=1e-5)
 
 
 def test_ours_needs_less_memory_than_full_logits(measured: Measured) -> None:

@@ -50,6 +50,7 @@ from prune_opd.recipes.tiny_compatible import tiny_compatible
         (lambda: c.PrecisionConfig(student_fp8=c.Fp8Config(amax_history=0)), "precision.student_fp8.amax_history", "0"),
         (lambda: c.RolloutConfig(quantization="e4m3"), "rollout.quantization", "'e4m3'"),
         (lambda: c.RolloutConfig(kv_cache_dtype="fp16"), "rollout.kv_cache_dtype", "'fp16'"),
+        (lambda: c.RolloutConfig(head_dtype="bf16"), "rollout.head_dtype", "'bf16'"),
         (lambda: c.MemoryConfig(sleep_level=3), "memory.sleep_level", "3"),
         (lambda: c.EvalConfig(samples=0), "evaluation.samples", "0"),
         (lambda: c.EvalConfig(extract="boxed"), "evaluation.extract", "'boxed'"),
@@ -103,7 +104,10 @@ def test_a_whole_number_is_a_number_and_a_list_is_as_good_as_a_tuple(make: Calla
         ),
         ({"name": "topk_forward_kl", "weight": "none"}, "objective.weight = 'none' is a setting of topk_reverse_kl"),
         ({"name": "full_vocab_reverse_kl", "beta": 0.1}, "objective.beta = 0.1 is a setting of full_vocab_jsd"),
-        ({"beta": 0.1}, "objective.beta = 0.1 is a setting of full_vocab_jsd, and objective.name = topk_reverse_kl"),
+        (
+            {"beta": 0.1},
+            "objective.beta = 0.1 is a setting of full_vocab_jsd and topk_jsd, and objective.name = topk_reverse_kl",
+        ),
     ],
 )
 def test_a_setting_that_the_objective_has_not_got_is_refused(settings: dict[str, Any], message: str) -> None:

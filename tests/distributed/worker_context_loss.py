@@ -22,7 +22,7 @@ from torch import Tensor
 
 from prune_opd.config import GateConfig, ObjectiveConfig, WeightingConfig
 from prune_opd.loss.context import ContextShard
-from tests.distributed.worker_distill import BUCKET, error, is_aligned, sharded, statistics_error, whole
+from tests.distributed.worker_distill import BUCKET, DISCOUNTED, error, is_aligned, sharded, statistics_error, whole
 from tests.reference import GATE, NO_WEIGHTING, OBJECTIVE, WEIGHTINGS, Case, make_case, reference_update
 
 LONG = make_case(lengths=(9, 0, 1, 14, 0, 30))
@@ -142,6 +142,9 @@ CASES: dict[str, Callable[[Ranks], dict[str, float]]] = {
     "teacher top-p": lambda ranks: compare(ranks, GateConfig("teacher_top_p", k=9, w_drop=0.15, top_p=0.6)),
     "full vocabulary": lambda ranks: compare(ranks, objective=ObjectiveConfig("full_vocab_jsd", k=6)),
     "bucket": lambda ranks: compare(ranks, objective=BUCKET),
+    "discounted": lambda ranks: compare(ranks, objective=DISCOUNTED),
+    "discounted, ranks without a token": lambda ranks: compare(ranks, objective=DISCOUNTED, case=SHORT),
+    "moved student, discounted": lambda ranks: compare_update(ranks, DISCOUNTED),
     "change point": lambda ranks: compare(ranks, CHANGE_POINT),
     "change point, ranks without a token": lambda ranks: compare(ranks, CHANGE_POINT, case=SHORT),
     "stale tokens": lambda ranks: compare(ranks, case=LONG.stale()),

@@ -24,6 +24,8 @@ from prune_opd.config import GateConfig, ObjectiveConfig, WeightingConfig
 from prune_opd.loss import GateStats
 from prune_opd.loss.vocab_parallel import VocabShard, local_gather, log_normaliser, sum_together, topk
 from prune_opd.method.objective import on_vocabulary
+from tests.distributed.bf16_cases import BF16_CASES
+from tests.distributed.shards import error, sharded, whole
 from tests.reference import (
     GATE,
     NO_WEIGHTING,
@@ -41,36 +43,7 @@ from tests.reference_token import top_ids
 
 PLAIN = make_case()
 BUCKET = dataclasses.replace(OBJECTIVE, tail="bucket")
-
-
-def shard_of(weight_VH: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """This rank's rows. A height that the group does not divide is padded, with rows that would win every top-k."""
-    ranks, rank = dist.get_world_size(group), dist.get_rank(group)
-    missing = -len(weight_VH) % ranks
-    weight_VH = torch.cat([weight_VH, torch.full((missing, weight_VH.shape[1]), 50.0, dtype=weight_VH.dtype)])
-    return weight_VH.chunk(ranks)[rank].clone()
-
-
-def sharded(case: Case, group: dist.ProcessGroup) -> Case:
-    return dataclasses.replace(
-        case,
-        student_weight=shard_of(case.student_weight, group),
-        teacher_weight=shard_of(case.teacher_weight, group),
-    )
-
-
-def whole(shard_VH: Tensor, rows: int, group: dist.ProcessGroup) -> Tensor:
-    """The group's shards one under the other, without the rows that `shard_of` has added."""
-    parts = [torch.empty_like(shard_VH) for _ in range(dist.get_world_size(group))]
-    dist.all_gather(parts, shard_VH.contiguous(), group=group)
-    return torch.cat(parts)[:rows]
-
-
-def error(got: Tensor, expected: Tensor) -> float:
-    if expected.numel() == 0:
-        return 0.0 if got.shape == expected.shape else math.inf
-    scale = max(expected.abs().max().item(), 1e-3)
-    return ((got.double() - expected.double()).abs().max() / scale).item()
+DISCOUNTED = ObjectiveConfig("sampled_token", k=6, discount=0.9)
 
 
 def gradient_errors(loss: Tensor, shard: Case, expected_loss: Tensor, expected: Case, group: dist.ProcessGroup) -> dict:
@@ -270,6 +243,13 @@ CASES: dict[str, Callable[[dist.ProcessGroup], dict[str, float]]] = {
     "bfloat16": lambda group: compare(PLAIN, group, gate=None, dtype=torch.bfloat16),
     "no gate": lambda group: compare(PLAIN, group, gate=None),
     "temperature": lambda group: compare(PLAIN, group, objective=ObjectiveConfig(k=6, temperature=0.6)),
+    "teacher temperature": lambda group: compare(
+        PLAIN, group, objective=ObjectiveConfig("full_vocab_mixed_kl", k=6, temperature=0.6, teacher_temperature=1.4)
+    ),
+    "price, a shard of padding": lambda group: compare(
+        empty_shard_case(), group, objective=ObjectiveConfig("priced_reverse_kl", k=6)
+    ),
+    "stale tokens, discounted": lambda group: compare(PLAIN.stale(), group, objective=DISCOUNTED),
     "mean weight": lambda group: compare(PLAIN, group, dataclasses.replace(GATE, weight_normalisation="mean")),
     "teacher top-p": lambda group: compare(PLAIN, group, GateConfig("teacher_top_p", k=9, w_drop=0.15, top_p=0.6)),
     "k wider than a shard": lambda group: compare(PLAIN, group, dataclasses.replace(GATE, k=40), ObjectiveConfig(k=50)),
@@ -297,11 +277,13 @@ CASES: dict[str, Callable[[dist.ProcessGroup], dict[str, float]]] = {
     ),
     **of_every_kind(),
     "moved student": lambda group: compare_update(group, OBJECTIVE),
+    "moved student, discounted": lambda group: compare_update(group, DISCOUNTED),
     "moved student, union": lambda group: compare_update(group, dataclasses.replace(OBJECTIVE, support="union")),
     "moved student, bucket": lambda group: compare_update(group, BUCKET),
     "moved student, full vocabulary": lambda group: compare_update(group, ObjectiveConfig("full_vocab_jsd", k=6)),
     "weight gradient in a buffer": lambda group: compare_buffer(PLAIN, group, torch.float64, chunk=4),
     "weight gradient in a buffer, float32": lambda group: compare_buffer(PLAIN, group, torch.float32, chunk=7),
+    **BF16_CASES,
     "no tokens": lambda group: compare(make_case(lengths=(0, 0)), group),
 }
 

@@ -52,6 +52,7 @@ def test_geometric_looks_add_up_to_less_than_two_passes(length: int) -> None:
         ({}, replace(ON, stop_events=3, price=0.1), "rollout.inflight.price = 0.1 with"),
         ({"gate": replace(GATE, weight_normalisation="mean")}, ON, "gate.weight_normalisation = mean"),
         ({"weighting": WeightingConfig(name="tip")}, ON, "weighting.name = tip"),
+        ({"objective": ObjectiveConfig("sampled_token", discount=0.9)}, ON, "objective.discount = 0.9"),
         ({"gate": replace(GATE, metric="acceptance")}, ON, "gate.metric = acceptance"),
         (
             {"gate": replace(GATE, metric="change_point"), "objective": ObjectiveConfig(temperature=0.7)},

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from prune_opd.config import ObjectiveConfig
-from prune_opd.loss import chunk
+from prune_opd.loss import products
 from tests.reference import OBJECTIVE, OBJECTIVES, VOCAB, Case, describe, make_case
 
 
@@ -49,11 +49,11 @@ def test_value_and_gradients_equal_those_without_a_buffer(
     assert case.student_weight.grad is None
 
 
-@pytest.mark.parametrize("rows", [8192, 10])  # multiplied at a time: all, and some that do not divide the 64
+@pytest.mark.parametrize("rows", [8192, 10])  # cast up at a time: all, and some that do not divide the 64
 def test_a_bf16_weight_adds_to_an_fp32_buffer_what_it_would_have_returned(
     rows: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(chunk, "WEIGHT_ROWS", rows)
+    monkeypatch.setattr(products, "BLOCK", 8 * rows)
     case = make_case().leaves(torch.bfloat16)
     _, hidden, weight = without(case)
     buffer = torch.zeros(weight.shape)

@@ -9,7 +9,8 @@ import torch
 import torch.distributed as dist
 
 from benchmarks.common import answer, cpu_time, peak_memory, reset_peak
-from benchmarks.loss.measure import Inputs, make_inputs
+from benchmarks.loss.measure import make_inputs
+from benchmarks.loss.rivals import Inputs
 from prune_opd.config import GateConfig, ObjectiveConfig
 from prune_opd.loss import Head, Method, Tokens, distill_loss
 
@@ -34,7 +35,7 @@ def measure(objective: dict[str, Any], tokens: int, vocab: int, sizes: Sequence[
 
     def shard(tokens: int, vocab: int, chunk: int) -> Inputs:
         # Each rank draws its own rows; hidden states are the same on all, since they are drawn first.
-        inputs = make_inputs(tokens, vocab // ranks, sizes[0], sizes[1], chunk)
+        inputs = make_inputs(tokens, vocab // ranks, sizes, chunk)
         if rank:
             inputs.teacher_weight_VH.add_(torch.randn(1, generator=torch.Generator().manual_seed(rank)))
         inputs.student_weight_VH.grad = torch.empty_like(inputs.student_weight_VH).zero_()

@@ -1,0 +1,29 @@
+"""Cases of worker_distill.py: bf16 gradients of a sharp and converged pair on vocabulary shards."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.distributed as dist
+
+from prune_opd.config import ObjectiveConfig, WeightingConfig
+from tests.distributed.shards import sharded, whole
+from tests.sharp import SHARP_CASES, Gradients, gradients, sharp_case
+
+SHARP = sharp_case()
+
+
+def compare_sharp(group: dist.ProcessGroup, objective: ObjectiveConfig, weighting: WeightingConfig) -> dict[str, float]:
+    """Both gradients against float64 of the same bf16 inputs on one rank; the errors are those of whole vectors."""
+    expected = gradients(SHARP, objective, weighting, torch.float64)
+    shard = gradients(sharded(SHARP, group), objective, weighting, tp_group=group)
+    got = Gradients(shard.hidden_NH, whole(shard.weight_VH, len(expected.weight_VH), group))
+    hidden, weight = got.error(expected)
+    return {"loss": 0.0, "hidden_gradient": hidden, "weight_gradient": weight, "statistics": 0.0}
+
+
+BF16_CASES: dict[str, Callable[[dist.ProcessGroup], dict[str, float]]] = {
+    f"{name}, sharp": lambda group, o=objective, w=weighting: compare_sharp(group, o, w)
+    for name, (objective, weighting) in SHARP_CASES.items()
+}
