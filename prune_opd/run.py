@@ -18,6 +18,7 @@ from prune_opd.data.sampler import Sampler
 from prune_opd.errors import ConfigError, UserError
 from prune_opd.eval.evaluate import Evaluator, Sampling, make_evaluator
 from prune_opd.inflight.gate import InflightGate
+from prune_opd.loss.mismatch import Mismatch
 from prune_opd.loss.stats import BatchStats
 from prune_opd.method.change_point import Calibration
 from prune_opd.method.horizon import HorizonController, make_controller
@@ -105,7 +106,10 @@ class Run:
         step = self.finished_steps + 1
         watched = sampled_rows(config.track, step, config.steps, rollouts.prompts, rollouts.stopped_rows)
         early, device = config.gate.early_tokens if config.gate else 0, self.machine.device
-        return BatchStats(responses, config.track.position_bins, config.horizon.max_len, device, watched, early)
+        bins, logprobs_B, mismatch = config.track.position_bins, rollouts.fresh_logprobs_B, None
+        if logprobs_B is not None and config.objective.temperature == 1:  # the engine's are those at temperature 1
+            mismatch = Mismatch(logprobs_B, rollouts.engine_B, config.objective.mismatch_bounds, device)
+        return BatchStats(responses, bins, config.horizon.max_len, device, watched, early, mismatch)
 
     def check_updates(self, result: StepResult, rollouts: Rollouts) -> None:
         """Say which updates of this step were skipped, and where. Raises `UserError` after too many in a row."""
@@ -121,6 +125,17 @@ class Run:
             self.tracker.note(text)
         if result.updates:
             self.skipped_in_a_row = 0
+
+    def check_mismatch(self, stats: BatchStats) -> None:
+        """Raise `UserError` on all ranks if an engine's rollouts were too far from the trainer (`max_mismatch`)."""
+        limit, worst = self.config.mismatch_limit, stats.mismatch.worst() if stats.mismatch else None
+        if limit is None or worst is None or worst[1] <= limit:
+            return
+        raise UserError(
+            f"step {self.finished_steps}: rollout engine {worst[0]} and the trainer differ by {worst[1]:.2e} nats on "
+            f"average in the log-probability of a sampled token (limit: {limit:g}): the weights in that engine are not "
+            "the student's; start again from the last checkpoint, or raise survival.max_mismatch for a coarser format"
+        )
 
     def inflight_record(self, rollouts: Rollouts, reliable_length_B: Tensor) -> dict[str, Any]:
         """The in-flight gate's part of a step record; it learns from the step for the next one."""

@@ -11,6 +11,7 @@ from prune_opd.loss.chunk import Scores
 from prune_opd.loss.inputs import Method, Tokens
 from prune_opd.method.change_point import ChangePoint
 from prune_opd.method.gate import PackedGate, apply_gate_packed
+from prune_opd.method.mismatch import engine_correction
 from prune_opd.method.weighting import Signals, added_on, needs_whole_response, response_weights, stale_correction
 
 
@@ -74,6 +75,14 @@ class TokenWeights:
             correction_N = stale_correction(scores.sampled_logp_N, stale_logp_N, clip).to(self._dtype)
             weights = [weight_N * correction_N for weight_N in weights]
         return weights
+
+    def corrected(self, part: slice, scores: Scores, weights: list[Tensor]) -> list[Tensor]:
+        """The weights of a chunk times the correction of `objective.mismatch`, which the gate never sees."""
+        engine_logp_N, objective = self._tokens.engine_logp_N, self._method.objective
+        if objective.mismatch == "none" or engine_logp_N is None:
+            return weights
+        correction_N = engine_correction(objective, scores.sampled_logp_N, engine_logp_N[part]).to(self._dtype)
+        return [weight_N * correction_N for weight_N in weights]
 
     def _change_point(self) -> ChangePoint | None:
         gate = self._method.gate
