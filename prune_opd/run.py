@@ -208,6 +208,7 @@ def prepare(config: TrainConfig, run_dir: Path, resume: str, allow_config_change
     from prune_opd.megatron.checkpoint import Checkpoints
     from prune_opd.megatron.model import dtype_of
     from prune_opd.megatron.offload import handlers
+    from prune_opd.megatron.self_test import check_teacher
     from prune_opd.megatron.sync import WeightSync
     from prune_opd.megatron.teacher import Teacher
     from prune_opd.megatron.trainer import Trainer
@@ -227,6 +228,7 @@ def prepare(config: TrainConfig, run_dir: Path, resume: str, allow_config_change
     teacher = Teacher(config.teacher, layout, dtype, machine.device, parallel.microbatch_tokens, teacher_fp8)
     longest = max(config.horizon.max_len, config.evaluation.max_len or 0)
     vocab_size = min(trainer.spec.vocab_size, teacher.spec.vocab_size)
+    tested = check_teacher(config, teacher, sampler, vocab_size)  # before an engine is built: that may take minutes
     inflight = InflightGate(config, teacher, layout, vocab_size) if config.rollout.inflight.on else None
     options = EngineOptions(memory.sleep_level, inflight.top or 0 if inflight else 0, parallel.timeout_minutes)
     engine = RolloutEngine(config.student, config.rollout, longest, dtype, machine, options)
@@ -255,6 +257,7 @@ def prepare(config: TrainConfig, run_dir: Path, resume: str, allow_config_change
     checkpoint, notes = _checkpoint_to_resume(resume, run.checkpoints)
     if checkpoint:
         notes += [f"resumed from {checkpoint}", *run.load_checkpoint(checkpoint, allow_config_change)]
+    notes += [tested] if tested else []
     notes += [f"{source.path}: {source.skipped_summary()}" for source in file_sources(sampler) if source.skipped]
     if layout.is_main:
         run_dir.mkdir(parents=True, exist_ok=True)

@@ -122,6 +122,8 @@ class SurvivalConfig(Checked, name="survival"):
     # nats; a step whose rollouts differ more than this from the trainer (mean of an engine's sampled tokens) ends the
     # run; null: by the format of the rollouts (MISMATCH_LIMIT); 0: never
     max_mismatch: PositiveOrZero | None = None
+    # prompts whose reference text the teacher scores before the first step: a wrong checkpoint is refused; 0: none
+    teacher_test: CountOrZero = 4
 
 
 @dataclass(frozen=True)

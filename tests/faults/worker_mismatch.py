@@ -70,7 +70,7 @@ def main(models: Path, out: Path, quantization: str) -> None:
         evaluation=EvalConfig(problems=0),
         checkpoint=CheckpointConfig(every=0, last=False, export_hf=False),
         track=TrackConfig(wandb="disabled", report=False, samples=0),
-        survival=SurvivalConfig(max_mismatch=0.0),
+        survival=SurvivalConfig(max_mismatch=0.0, teacher_test=0),
         optimizer=dataclasses.replace(train_config(models, 1).optimizer, lr=1e-3),
     )
     from prune_opd import platform
