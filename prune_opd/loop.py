@@ -82,7 +82,7 @@ def step(run: Run) -> None:
             **result.record(),
             "weight_norm": run.trainer.weight_norm(),
             "updates_skipped": len(batch.minibatches) - result.updates,
-            **clock.record(),
+            **run.timed(rollouts, horizon, clock.record()),
         }
     )
     run.tracker.samples(number, horizon, rollouts, stats)

@@ -22,6 +22,7 @@ from prune_opd.loss.mismatch import Mismatch
 from prune_opd.loss.stats import BatchStats
 from prune_opd.method.change_point import Calibration
 from prune_opd.method.horizon import HorizonController, make_controller
+from prune_opd.plan.speed import SpeedMeter
 from prune_opd.ranks.signals import Watchdog
 from prune_opd.rollout.batch import Rollouts
 from prune_opd.rollout.engine import EngineOptions, RolloutEngine
@@ -70,6 +71,7 @@ class Run:
     inflight: InflightGate | None = None
     phases: Phases = field(default_factory=Phases)
     tracker: NullTracker = field(default_factory=NullTracker)
+    meter: SpeedMeter | None = None
     finished_steps: int = 0
     skipped_in_a_row: int = 0  # updates
     full_response_length: float | None = None  # tokens; what a response costs at the full horizon (last evaluation)
@@ -143,6 +145,10 @@ class Run:
             return {"pruned_inflight": 0}
         self.inflight.learn(rollouts, reliable_length_B)
         return self.inflight.record(rollouts, reliable_length_B)
+
+    def timed(self, rollouts: Rollouts, horizon: int, times: dict[str, float]) -> dict[str, float]:
+        """The clock's part of a step record, and what it says of the speed."""
+        return times if self.meter is None else times | self.meter.record(rollouts, horizon, times)
 
     def tokens_at_full_horizon(self, responses: int) -> float | None:
         return None if self.full_response_length is None else responses * self.full_response_length
@@ -253,6 +259,7 @@ def prepare(config: TrainConfig, run_dir: Path, resume: str, allow_config_change
         evaluators=_evaluators(config, tokenizer),
         inflight=inflight,
         phases=phases,
+        meter=SpeedMeter(config, trainer.spec, teacher.spec, layout.world),
     )
     checkpoint, notes = _checkpoint_to_resume(resume, run.checkpoints)
     if checkpoint:

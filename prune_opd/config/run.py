@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 
 from annotated_types import Interval
 
-from prune_opd.config.checks import Checked, Count, CountOrZero, PositiveOrZero, ShareAboveZero, between
+from prune_opd.config.checks import Checked, Count, CountOrZero, Positive, PositiveOrZero, ShareAboveZero, between
 from prune_opd.config.method import GateConfig, HorizonConfig, ObjectiveConfig, WeightingConfig
 from prune_opd.config.rollout import MISMATCH_LIMIT, RolloutConfig
 from prune_opd.config.training import MemoryConfig, OptimizerConfig, ParallelConfig, PrecisionConfig
@@ -146,6 +146,8 @@ class PlanningConfig(Checked, name="planning"):
     gpu: Literal["cpu", "a100", "h100", "h200"] = "cpu"  # what the recipe is made for
     nodes: Count = 1  # of parallel.nproc ranks each
     response_length: Count | None = None  # mean tokens at the full horizon (`response_length` of a run's metrics)
+    # FLOP/s of a rank's device at its best, for the MFU in the metrics; null: bf16's of `gpu`, on a CPU no MFU
+    peak_flops: Positive | None = None
     mean_horizon: Count | None = None  # prune: mean of the window over the run (`horizon` in a run's metrics)
 
 
