@@ -154,6 +154,7 @@ def step_record(
         **{f"flops_{phase}": 3e14 for phase in ("rollout", "teacher", "train", "step")},
         **{f"mfu_{phase}": 0.3 for phase in ("rollout", "teacher", "train", "step")},
         **{"planned_time_train": 0.9 * train, "planned_mfu_train": 0.33},
+        **{"mismatch_mean": 0.01 + 0.002 * done, "mismatch_max": 0.4, "mismatch_mean_by_engine": [0.01, 0.012]},
         "time_sync": sync,
         "time_rollout": rollout,
         "time_teacher": teacher,
