@@ -74,21 +74,19 @@ def step(run: Run) -> None:
             **stats.record(),
             **run.calibration.record(),
             **batch.packing,
-            "response_length": rollouts.tokens / len(rollouts.responses),
-            "finished_rate": sum(rollouts.finished_B) / len(rollouts.responses),
+            **rollouts.record(),
             **run.inflight_record(rollouts, stats.reliable_length_B),
             **run.rollout.long_tail.record(rollouts),
             "lengths_by_position": stats.lengths(rollouts.length_B),
-            "rollout_digest": rollouts.digest,
-            "tokens_generated": rollouts.generated,
             "tokens_full": run.tokens_at_full_horizon(len(rollouts.responses)),
             **result.record(),
             "weight_norm": run.trainer.weight_norm(),
             "updates_skipped": len(batch.minibatches) - result.updates,
-            **clock.record(),
+            **run.timed(rollouts, horizon, clock.record()),
         }
     )
     run.tracker.samples(number, horizon, rollouts, stats)
+    run.check_mismatch(stats)
 
 
 def train_on(run: Run, batch: TrainBatch, clock: PhaseClock) -> tuple[StepResult, BatchStats]:

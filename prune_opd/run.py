@@ -18,9 +18,11 @@ from prune_opd.data.sampler import Sampler
 from prune_opd.errors import ConfigError, UserError
 from prune_opd.eval.evaluate import Evaluator, Sampling, make_evaluator
 from prune_opd.inflight.gate import InflightGate
+from prune_opd.loss.mismatch import Mismatch
 from prune_opd.loss.stats import BatchStats
 from prune_opd.method.change_point import Calibration
 from prune_opd.method.horizon import HorizonController, make_controller
+from prune_opd.plan.speed import SpeedMeter
 from prune_opd.ranks.signals import Watchdog
 from prune_opd.rollout.batch import Rollouts
 from prune_opd.rollout.engine import EngineOptions, RolloutEngine
@@ -69,6 +71,7 @@ class Run:
     inflight: InflightGate | None = None
     phases: Phases = field(default_factory=Phases)
     tracker: NullTracker = field(default_factory=NullTracker)
+    meter: SpeedMeter | None = None
     finished_steps: int = 0
     skipped_in_a_row: int = 0  # updates
     full_response_length: float | None = None  # tokens; what a response costs at the full horizon (last evaluation)
@@ -105,7 +108,10 @@ class Run:
         step = self.finished_steps + 1
         watched = sampled_rows(config.track, step, config.steps, rollouts.prompts, rollouts.stopped_rows)
         early, device = config.gate.early_tokens if config.gate else 0, self.machine.device
-        return BatchStats(responses, config.track.position_bins, config.horizon.max_len, device, watched, early)
+        bins, logprobs_B, mismatch = config.track.position_bins, rollouts.fresh_logprobs_B, None
+        if logprobs_B is not None and config.objective.temperature == 1:  # the engine's are those at temperature 1
+            mismatch = Mismatch(logprobs_B, rollouts.engine_B, config.objective.mismatch_bounds, device)
+        return BatchStats(responses, bins, config.horizon.max_len, device, watched, early, mismatch)
 
     def check_updates(self, result: StepResult, rollouts: Rollouts) -> None:
         """Say which updates of this step were skipped, and where. Raises `UserError` after too many in a row."""
@@ -122,12 +128,27 @@ class Run:
         if result.updates:
             self.skipped_in_a_row = 0
 
+    def check_mismatch(self, stats: BatchStats) -> None:
+        """Raise `UserError` on all ranks if an engine's rollouts were too far from the trainer (`max_mismatch`)."""
+        limit, worst = self.config.mismatch_limit, stats.mismatch.worst() if stats.mismatch else None
+        if limit is None or worst is None or worst[1] <= limit:
+            return
+        raise UserError(
+            f"step {self.finished_steps}: rollout engine {worst[0]} and the trainer differ by {worst[1]:.2e} nats on "
+            f"average in the log-probability of a sampled token (limit: {limit:g}): the weights in that engine are not "
+            "the student's; start again from the last checkpoint, or raise survival.max_mismatch for a coarser format"
+        )
+
     def inflight_record(self, rollouts: Rollouts, reliable_length_B: Tensor) -> dict[str, Any]:
         """The in-flight gate's part of a step record; it learns from the step for the next one."""
         if self.inflight is None:
             return {"pruned_inflight": 0}
         self.inflight.learn(rollouts, reliable_length_B)
         return self.inflight.record(rollouts, reliable_length_B)
+
+    def timed(self, rollouts: Rollouts, horizon: int, times: dict[str, float]) -> dict[str, float]:
+        """The clock's part of a step record, and what it says of the speed."""
+        return times if self.meter is None else times | self.meter.record(rollouts, horizon, times)
 
     def tokens_at_full_horizon(self, responses: int) -> float | None:
         return None if self.full_response_length is None else responses * self.full_response_length
@@ -193,6 +214,7 @@ def prepare(config: TrainConfig, run_dir: Path, resume: str, allow_config_change
     from prune_opd.megatron.checkpoint import Checkpoints
     from prune_opd.megatron.model import dtype_of
     from prune_opd.megatron.offload import handlers
+    from prune_opd.megatron.self_test import check_teacher
     from prune_opd.megatron.sync import WeightSync
     from prune_opd.megatron.teacher import Teacher
     from prune_opd.megatron.trainer import Trainer
@@ -212,6 +234,7 @@ def prepare(config: TrainConfig, run_dir: Path, resume: str, allow_config_change
     teacher = Teacher(config.teacher, layout, dtype, machine.device, parallel.microbatch_tokens, teacher_fp8)
     longest = max(config.horizon.max_len, config.evaluation.max_len or 0)
     vocab_size = min(trainer.spec.vocab_size, teacher.spec.vocab_size)
+    tested = check_teacher(config, teacher, sampler, vocab_size)  # before an engine is built: that may take minutes
     inflight = InflightGate(config, teacher, layout, vocab_size) if config.rollout.inflight.on else None
     options = EngineOptions(memory.sleep_level, inflight.top or 0 if inflight else 0, parallel.timeout_minutes)
     engine = RolloutEngine(config.student, config.rollout, longest, dtype, machine, options)
@@ -236,10 +259,12 @@ def prepare(config: TrainConfig, run_dir: Path, resume: str, allow_config_change
         evaluators=_evaluators(config, tokenizer),
         inflight=inflight,
         phases=phases,
+        meter=SpeedMeter(config, trainer.spec, teacher.spec, layout.world),
     )
     checkpoint, notes = _checkpoint_to_resume(resume, run.checkpoints)
     if checkpoint:
         notes += [f"resumed from {checkpoint}", *run.load_checkpoint(checkpoint, allow_config_change)]
+    notes += [tested] if tested else []
     notes += [f"{source.path}: {source.skipped_summary()}" for source in file_sources(sampler) if source.skipped]
     if layout.is_main:
         run_dir.mkdir(parents=True, exist_ok=True)

@@ -49,7 +49,7 @@ def start(steps: int, run_dir: Path) -> subprocess.Popen[bytes]:
 
 def records(run_dir: Path) -> list[dict[str, Any]]:
     """metrics.jsonl without what depends on the clock."""
-    path, timed = run_dir / FILE_NAME, ("time_", "cpu_", "memory_")
+    path, timed = run_dir / FILE_NAME, ("time_", "cpu_", "memory_", "flops_", "speed_", "mfu_")
     found = read_records(path) if path.exists() else []
     return [{key: value for key, value in record.items() if not key.startswith(timed)} for record in found]
 

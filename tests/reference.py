@@ -208,20 +208,21 @@ def reference_loss(
                 factor = min(max(ratio, 1 - objective.clip), 1 + objective.clip)
                 weights[t], gate_weights[t] = weights[t] * factor, gate_weights[t] * factor
                 credits[t] *= factor
+    factors = [mismatch_factor(case, objective, t, float(logp_NV[t, y])) for t, y in enumerate(sampled_ids_N.tolist())]
     loss_sum, divergences, outside = student_NV.sum() * 0, [], []
     for t, y in enumerate(sampled_ids_N.tolist()):
         with torch.no_grad():
             outside.append(outside_of(overlap_k, y, student_NV[t], teacher_NV[t], logp_NV[t], logq_NV[t]))
-        surrogate, divergence = token_loss(objective, y, student_NV[t], teacher_NV[t], weights[t])
+        surrogate, divergence = token_loss(objective, y, student_NV[t], teacher_NV[t], weights[t] * factors[t])
         if objective.discount:
-            surrogate = -credits[t] * logp_NV[t, y]
+            surrogate = -credits[t] * factors[t] * logp_NV[t, y]
         loss_sum = loss_sum + surrogate
         divergences.append(divergence.item())
         if weighting.name == "entropy_aware":
             entropy = -(logq_NV[t].exp() * logq_NV[t]).sum()
             if entropy > weighting.entropy_threshold:
                 added = forward_kl(logp_NV[t], logq_NV[t], top_ids(teacher_NV[t], weighting.forward_k))
-                loss_sum = loss_sum + gate_weights[t] * added
+                loss_sum = loss_sum + gate_weights[t] * factors[t] * added
     return Reference(
         loss_sum=loss_sum,
         overlap=overlaps,
@@ -234,6 +235,16 @@ def reference_loss(
         length=[end - begin for begin, end in pairwise(cu_seqlens)],
         outside={name: [of_token[name] for of_token in outside] for name in (outside[0] if outside else {})},
     )
+
+
+def mismatch_factor(case: Case, objective: ObjectiveConfig, t: int, logp: float) -> float:
+    """What objective.mismatch multiplies a token's loss by, and nothing else."""
+    if objective.mismatch == "none" or case.engine_logp is None or math.isnan(case.engine_logp[t]):
+        return 1.0
+    ratio = math.exp(logp - float(case.engine_logp[t]))
+    if objective.mismatch == "truncated":
+        return min(ratio, objective.mismatch_high or 2.0)
+    return ratio if objective.mismatch_low <= ratio <= (objective.mismatch_high or 5.0) else 0.0
 
 
 def reference_update(
@@ -298,6 +309,7 @@ class Case:
     offsets: list[int]
     vocab_size: int = VOCAB
     stale_logp: Tensor | None = None
+    engine_logp: Tensor | None = None
 
     def leaves(self, dtype: torch.dtype) -> Case:
         """A copy in `dtype` whose student tensors want a gradient."""
@@ -321,7 +333,7 @@ class Case:
         return distill_loss(
             Head(self.student_hidden, self.student_weight),
             Head(self.teacher_hidden, self.teacher_weight),
-            Tokens(self.sampled, offsets, self.vocab_size, context, self.stale_logp),
+            Tokens(self.sampled, offsets, self.vocab_size, context, self.stale_logp, self.engine_logp),
             Method(gate, objective, weighting, USUAL),
             **options,
         )
@@ -348,13 +360,24 @@ class Case:
 
     def stale(self, distance: float = 0.4) -> Case:
         """The same tokens, of which the first third of each response is from a student of before."""
-        draw = torch.Generator().manual_seed(9)
-        logits_NV = self.student_hidden.detach().double() @ self.student_weight.detach()[: self.vocab_size].double().T
-        now_N = logits_NV.log_softmax(-1).gather(1, self.sampled[:, None])[:, 0]
-        then_N = now_N + distance * torch.randn(len(now_N), generator=draw, dtype=torch.float64)
+        then_N = self._another(distance, seed=9)
         for begin, end in pairwise(self.offsets):
             then_N[begin + (end - begin + 2) // 3 : end] = math.nan
         return dataclasses.replace(self, stale_logp=then_N)
+
+    def mismatched(self, distance: float = 1.0) -> Case:
+        """The same tokens, from an engine whose probabilities are others; what is stale is not known of it."""
+        engine_N = self._another(distance, seed=10)
+        if self.stale_logp is not None:
+            engine_N[~self.stale_logp.isnan()] = math.nan
+        return dataclasses.replace(self, engine_logp=engine_N)
+
+    def _another(self, distance: float, seed: int) -> Tensor:
+        """Log-probabilities of the sampled tokens, off the student's by this much."""
+        draw = torch.Generator().manual_seed(seed)
+        logits_NV = self.student_hidden.detach().double() @ self.student_weight.detach()[: self.vocab_size].double().T
+        now_N = logits_NV.log_softmax(-1).gather(1, self.sampled[:, None])[:, 0]
+        return now_N + distance * torch.randn(len(now_N), generator=draw, dtype=torch.float64)
 
     def gradients(self) -> tuple[Tensor, Tensor]:
         """Of the student's hidden states and output weight, after a backward."""

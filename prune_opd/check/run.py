@@ -204,7 +204,13 @@ def _candidates(config: TrainConfig, models: list[_Model]) -> list[str]:
         sizes["gate.k"] = config.gate.k
     if config.weighting.name == "entropy_aware":
         sizes["weighting.forward_k"] = config.weighting.forward_k
-    return [
+    problems = []
+    if config.objective.name == "local_support_matching" and config.objective.k == 1:
+        problems.append(
+            "objective.k = 1 with objective.name = local_support_matching: on one token both distributions are the "
+            "same, so loss and gradient are always 0; set objective.k=32"
+        )
+    return problems + [
         f"{field} = {k} is above the {model.vocab_size} vocabulary entries of the {model.role}: set at most "
         f"{model.vocab_size}"
         for field, k in sizes.items()

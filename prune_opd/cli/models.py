@@ -13,17 +13,20 @@ from rich.console import Console
 from prune_opd.check.run import check_eval
 from prune_opd.cli.runs import refuse
 from prune_opd.cli.start import is_rank, on_ranks
-from prune_opd.config import DataConfig
 from prune_opd.errors import UserError
 from prune_opd.eval.evaluate import Sampling, write_rows
+from prune_opd.eval.inherit import EXTRACT, of_run
 from prune_opd.eval.run import SEED, EvalJob, results_table
 from prune_opd.track.console import unreadable_notes
 from prune_opd.track.metrics import Record, readable
 
+AS_RUN = "the run's"
+UNALIKE = "and are asked or read differently: give --suffix, --system-prompt, --thinking, --chat or --extract for all"
+
 
 def evaluate(
     model_dirs: Annotated[
-        list[Path], typer.Argument(metavar="MODEL_DIR", help="Hugging Face model directories, or a run's checkpoints.")
+        list[Path], typer.Argument(metavar="MODEL_DIR", help="Hugging Face directories, runs, or checkpoints of runs.")
     ],
     task: Annotated[
         list[str], typer.Option(metavar="FILE|NAME", help="As data.source, with answers; give it again for more.")
@@ -36,51 +39,69 @@ def evaluate(
     ] = None,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 1.0,
     top_p: Annotated[float, typer.Option(min=0.0, max=1.0)] = 1.0,
-    suffix: Annotated[str, typer.Option(help="After every problem; these four are as in data.*.")] = "",
-    system_prompt: Annotated[str | None, typer.Option(help="Before every problem.")] = None,
+    suffix: Annotated[
+        str | None, typer.Option(help="After every problem; these four are as in data.*.", show_default=AS_RUN)
+    ] = None,
+    system_prompt: Annotated[str | None, typer.Option(help="Before every problem.", show_default=AS_RUN)] = None,
     thinking: Annotated[
-        bool | None, typer.Option("--thinking/--no-thinking", help="The chat template's switch.")
+        bool | None,
+        typer.Option("--thinking/--no-thinking", help="The chat template's switch.", show_default=AS_RUN),
     ] = None,
     extract: Annotated[
-        str,
+        str | None,
         typer.Option(
             metavar="READER",
             help="How answers are read (not the ledger's): box, as the papers do; last_number; box_or_last_number;"
             " choice; regex:PATTERN. As evaluation.extract.",
+            show_default=f"the run's, else {EXTRACT}",
         ),
-    ] = "box_or_last_number",
-    chat: Annotated[bool | None, typer.Option("--chat/--no-chat", help="Through the chat template, or not.")] = None,
+    ] = None,
+    chat: Annotated[
+        bool | None,
+        typer.Option("--chat/--no-chat", help="Through the chat template, or not.", show_default=AS_RUN),
+    ] = None,
     out: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Where eval.jsonl and every sampled answer go.")
     ] = None,
     nproc: Annotated[int, typer.Option(min=1, help="Ranks on this node.")] = 1,
 ) -> int:
-    """Accuracy of models on tasks: avg@k with its 95 % interval, pass@k; several models or tasks make a table."""
+    """Accuracy of models on tasks: avg@k with its 95 % interval, pass@k; several models or tasks make a table.
+
+    A model of a run is asked and read as in that run (chat, system prompt, suffix, thinking, extract), but for what is
+    given here.
+    """
     sampling = Sampling(samples, max_len or 0, temperature, top_p, SEED)
-    as_prompts: dict[str, Any] = {"chat": chat, "system_prompt": system_prompt, "suffix": suffix, "thinking": thinking}
-    tasks = tuple(DataConfig(source=source, **as_prompts) for source in task)
-    wrong = [problem for model_dir in model_dirs for problem in check_eval(model_dir, task, top_p, out, extract)]
+    given: dict[str, Any] = {"chat": chat, "system_prompt": system_prompt, "suffix": suffix, "thinking": thinking}
+    found_models = [of_run(model_dir) for model_dir in model_dirs]
+    wrong = [
+        problem
+        for model in found_models
+        for problem in check_eval(model.model_dir, task, top_p, out, model.extract(extract))
+    ]
     refuse(list(dict.fromkeys(wrong)))  # what is wrong with a task is so for every model
-    if is_rank() and (len(model_dirs) > 1 or _is_checkpoint(model_dirs[0])):
+    forms = [(tuple(model.task(source, given) for source in task), model.extract(extract)) for model in found_models]
+    if len(set(forms)) > 1:
+        typer.echo(f"note: these models are of runs with different settings, {UNALIKE}", err=True)
+    if is_rank() and (len(model_dirs) > 1 or _is_checkpoint(found_models[0].model_dir)):
         raise UserError("eval under torchrun takes one Hugging Face directory: leave torchrun out and give --nproc")
     results: list[Record] = []
     with tempfile.TemporaryDirectory(prefix="prune-opd-") as folder:
         found = Path(folder) / "results.jsonl"
-        for number, model_dir in enumerate(model_dirs):
+        for number, (model, (tasks, reader)) in enumerate(zip(found_models, forms, strict=True)):
             answers = out / f"generations-{number}.jsonl" if out else None
             job = EvalJob(
-                str(_as_model(model_dir, Path(folder) / f"model-{number}")),
+                str(_as_model(model.model_dir, Path(folder) / f"model-{number}")),
                 tasks,
                 problems,
                 sampling,
-                extract,
+                reader,
                 None if answers is None else str(answers),
                 str(found),
             )
             if code := on_ranks(nproc, "eval", job.to_json()):
                 return code
             lines = found.read_text().splitlines() if found.exists() else []  # rank 0 writes them
-            results += [{**json.loads(line), "model": str(model_dir)} for line in lines]
+            results += [{**json.loads(line), "model": str(model_dirs[number])} for line in lines]
     if out and results:
         write_rows(out / "eval.jsonl", results)
     if len(results) > 1:

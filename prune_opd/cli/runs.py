@@ -8,6 +8,7 @@ from typing import Annotated, TypeVar
 
 import typer
 
+from prune_opd.check.notes import check_notes
 from prune_opd.check.run import check_everything, check_sft, check_structure, check_train
 from prune_opd.cli.start import is_rank, on_ranks, rank_count
 from prune_opd.cli.worker import is_main_rank
@@ -47,6 +48,8 @@ def train(
     refuse(check_train(config, ranks, looked_at, resume, allow_config_change))
     for line in changes(config, looked_at, resume) if looked_at else []:
         print(f"changed since the run began: {line}", flush=True)
+    for line in check_notes(config) if looked_at else []:
+        print(line, flush=True)
     if resume == "auto" and _is_finished(config, run_dir):
         print(f"{run_dir} is finished; to draw its report again: prune-opd report {run_dir}")
         return 0
@@ -65,7 +68,10 @@ def check(
         bool, typer.Option("--structure", help="Only what needs neither weights nor GPUs: layout, lengths, sizes.")
     ] = False,
 ) -> int:
-    """Every check of a recipe that needs no GPU: prints a line per problem and exits with 1, or prints ok."""
+    """Every check of a recipe that needs no GPU: prints a line per problem and exits with 1, or prints ok.
+
+    Before that come notes, which refuse nothing: what follows from settings that are seldom meant.
+    """
     config = apply_overrides(load_recipe(recipe), overrides or [])
     if not isinstance(config, TrainConfig):
         problems = check_sft(config, rank_count(nproc, config))
@@ -76,7 +82,8 @@ def check(
             if structure
             else check_everything(config, ranks, run_dir or _default_run_dir(config))
         )
-    print("\n".join(problems) or "ok")
+    notes = check_notes(config) if isinstance(config, TrainConfig) and not structure else []
+    print("\n".join([*notes, *(problems or ["ok"])]))
     return 1 if problems else 0
 
 

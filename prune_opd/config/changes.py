@@ -24,6 +24,8 @@ HARMLESS = (
     "rollout.enforce_eager",
     "rollout.kv_cache_gb",
     "rollout.gpu_memory_utilization",
+    "rollout.logprobs",
+    "rollout.parity_every",
 )
 NOT_HARMLESS = ("parallel.distributed_optimizer",)  # its checkpoints consist of other parts
 

@@ -148,6 +148,18 @@ class ObjectiveConfig(Checked, name="objective"):
     dual_clip: Annotated[float, Interval(gt=1)] = 3.0  # largest ratio that a negative reward is multiplied by
     temperature: Positive = 1.0  # of both models' logits
     teacher_temperature: Positive | None = None  # of the teacher's logits alone; null: the same
+    # a token's loss where trainer and rollout engine differ in its probability: none: as it is | truncated: times
+    # p / p_engine, at most mismatch_high | masked: times that, 0 where it is outside mismatch_low … mismatch_high
+    mismatch: Literal["none", "truncated", "masked"] = "none"
+    mismatch_low: Annotated[float, Interval(gt=0, lt=1)] = 0.5  # least usual ratio (IcePop's α)
+    mismatch_high: Annotated[float, Interval(gt=1)] | None = (
+        None  # largest usual ratio; null: 2 (C of TIS), with masked 5 (IcePop's β)
+    )
+
+    @property
+    def mismatch_bounds(self) -> tuple[float, float]:
+        """Least and largest usual ratio of the trainer's to the engine's probability of a sampled token."""
+        return self.mismatch_low, self.mismatch_high or (5.0 if self.mismatch == "masked" else 2.0)
 
     def __post_init__(self) -> None:
         super().__post_init__()

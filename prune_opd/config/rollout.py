@@ -7,7 +7,7 @@ from typing import Annotated, Literal, get_args
 
 from annotated_types import Interval
 
-from prune_opd.config.checks import Checked, Count, Positive, PositiveOrZero, ShareAboveZero
+from prune_opd.config.checks import Checked, Count, CountOrZero, Positive, PositiveOrZero, ShareAboveZero
 
 # vLLM's names. Quantised weights: they are quantised when they are loaded, and again at every reload.
 Quantization = Literal["fp8", "fp8_per_tensor", "fp8_per_channel", "fp8_per_block"]
@@ -18,6 +18,10 @@ QUANTIZATIONS, KV_CACHE_DTYPES = get_args(Quantization), get_args(KvCacheDtype)
 # fp32 it is twice what the check after the first weight sync allows any token. Coarser formats have no such bound:
 # single tokens of a sharp model are half a nat off, most of them far less.
 MARGIN = {"fp32": 2e-3, "bf16": 0.25, "fp8": 0.5}
+# Nats by which engine and trainer may differ in a sampled token's log-probability, on average over many tokens. In bf16
+# rounding alone puts single tokens of a sharp model off by half a nat, and wrong weights give several nats on average.
+# FP8 rollouts of the tiny pair are 0.16 off on average.
+MISMATCH_LIMIT = {"fp32": 1e-3, "bf16": 0.1, "fp8": 0.5}
 
 
 @dataclass(frozen=True)
@@ -82,6 +86,11 @@ class RolloutConfig(Checked, name="rollout"):
     # trainer's, at no memory on a GPU, and on a CPU with a copy of the whole head in fp32 for every token
     head_dtype: HeadDtype = "auto"
     inflight: InflightConfig = field(default_factory=InflightConfig)
+    # ask the engine for the log-probabilities of the sampled tokens: how far it is from the trainer, every step
+    logprobs: bool = True
+    parity_every: CountOrZero = (
+        0  # steps between two checks of the engine's log-probabilities; the first two syncs always are
+    )
     oversample: Annotated[float, Interval(ge=1, le=16)] = (
         1.0  # a step starts this times `prompts` and keeps the first complete ones
     )

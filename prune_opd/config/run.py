@@ -10,9 +10,9 @@ from typing import Annotated, Any, Literal
 
 from annotated_types import Interval
 
-from prune_opd.config.checks import Checked, Count, CountOrZero, PositiveOrZero, ShareAboveZero, between
+from prune_opd.config.checks import Checked, Count, CountOrZero, Positive, PositiveOrZero, ShareAboveZero, between
 from prune_opd.config.method import GateConfig, HorizonConfig, ObjectiveConfig, WeightingConfig
-from prune_opd.config.rollout import RolloutConfig
+from prune_opd.config.rollout import MISMATCH_LIMIT, RolloutConfig
 from prune_opd.config.training import MemoryConfig, OptimizerConfig, ParallelConfig, PrecisionConfig
 from prune_opd.errors import ConfigError
 
@@ -119,6 +119,11 @@ class SurvivalConfig(Checked, name="survival"):
     watchdog_minutes: PositiveOrZero = (
         30.0  # a phase that takes longer ends the run, with the stacks of all ranks; 0: never
     )
+    # nats; a step whose rollouts differ more than this from the trainer (mean of an engine's sampled tokens) ends the
+    # run; null: by the format of the rollouts (MISMATCH_LIMIT); 0: never
+    max_mismatch: PositiveOrZero | None = None
+    # prompts whose reference text the teacher scores before the first step: a wrong checkpoint is refused; 0: none
+    teacher_test: CountOrZero = 4
 
 
 @dataclass(frozen=True)
@@ -141,6 +146,8 @@ class PlanningConfig(Checked, name="planning"):
     gpu: Literal["cpu", "a100", "h100", "h200"] = "cpu"  # what the recipe is made for
     nodes: Count = 1  # of parallel.nproc ranks each
     response_length: Count | None = None  # mean tokens at the full horizon (`response_length` of a run's metrics)
+    # FLOP/s of a rank's device at its best, for the MFU in the metrics; null: bf16's of `gpu`, on a CPU no MFU
+    peak_flops: Positive | None = None
     mean_horizon: Count | None = None  # prune: mean of the window over the run (`horizon` in a run's metrics)
 
 
@@ -186,6 +193,13 @@ class TrainConfig(Checked, name=""):
             )
         check_inflight(self)
         check_long_tail(self)
+        check_mismatch(self)
+
+    @property
+    def mismatch_limit(self) -> float | None:
+        """Mean difference of engine and trainer that ends the run [nats]; None: none does."""
+        limit, rollout = self.survival.max_mismatch, self.rollout
+        return (MISMATCH_LIMIT[rollout.coarsest_format(self.precision.params)] if limit is None else limit) or None
 
 
 def check_inflight(config: TrainConfig) -> None:
@@ -267,6 +281,28 @@ def check_long_tail(config: TrainConfig) -> None:
             raise ConfigError(
                 f"rollout.partial = true with {name} = {value:g}: stale tokens are corrected by the ratio of both "
                 f"students' probabilities at temperature 1; set {name}=1, or rollout.partial=false"
+            )
+
+
+def check_mismatch(config: TrainConfig) -> None:
+    """ConfigError where the ratio of trainer and engine is not that of the policy which the tokens come from."""
+    field = f"objective.mismatch = {config.objective.mismatch}"
+    if config.objective.mismatch == "none":
+        return
+    if not config.rollout.logprobs:
+        raise ConfigError(
+            f"{field} with rollout.logprobs = false: the engine's log-probabilities are not known; set "
+            "rollout.logprobs=true, or objective.mismatch=none"
+        )
+    for name, value in (
+        ("objective.temperature", config.objective.temperature),
+        ("rollout.temperature", config.rollout.temperature),
+        ("rollout.top_p", config.rollout.top_p),
+    ):
+        if value != 1:
+            raise ConfigError(
+                f"{field} with {name} = {value:g}: the ratio is that of probabilities at temperature 1 over the whole "
+                f"vocabulary, and the tokens come from others then; set {name}=1, or objective.mismatch=none"
             )
 
 

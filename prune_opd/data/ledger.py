@@ -54,7 +54,7 @@ _zipf = 1 / np.arange(1, 13)
 _ZIPF_BOUNDS: Final[list[float]] = (np.cumsum(_zipf) / _zipf.sum())[:-1].tolist()
 
 # The first number of a random address. Never reuse or renumber one: all problems would change.
-STREAMS: Final = {"train": 1, "held_out": 2, "corpus": 3, "prompt_order": 4, "held_out_choice": 5}
+STREAMS: Final = {"train": 1, "held_out": 2, "corpus": 3, "prompt_order": 4, "held_out_choice": 5, "reference": 6}
 
 # The drift pair's table: a right word for each label and sign of its delta, and a wrong one. The order in which entries
 # become wrong spreads them over the labels, whatever their share: no stretch of a solution is free of them.

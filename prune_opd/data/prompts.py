@@ -12,10 +12,10 @@ import os
 from dataclasses import replace
 from pathlib import Path
 
-from prune_opd.config import DataConfig
+from prune_opd.config import CorpusConfig, DataConfig
 from prune_opd.data.files import FileSource
-from prune_opd.data.ledger import Ledger, random_stream
-from prune_opd.data.prompt import Prompt, Tokenizer
+from prune_opd.data.ledger import Ledger, encode, random_stream, worked_solution
+from prune_opd.data.prompt import Prompt, PromptSource, Tokenizer
 from prune_opd.data.rows import FORMATS
 from prune_opd.data.sampler import MixtureSampler, PromptSampler, Sampler
 from prune_opd.data.tasks import GYM, LedgerSource, ReasoningGymSource
@@ -90,6 +90,19 @@ def make_source(
     if data.source.startswith(GYM):
         return ReasoningGymSource(data, tokenizer, seed, max_prompt_len, stream=stream, extract=extract)
     return FileSource(data, tokenizer, max_prompt_len, extract=extract)
+
+
+def reference_text(source: PromptSource, index: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """(ids that stand before, ids of a text that any teacher of this source finds likely), for one of its prompts.
+
+    A worked solution without errors where the task has one (the ledger); else the prompt itself after its first token.
+    """
+    prompt = source.get(index)
+    if not isinstance(source, LedgerSource):
+        return prompt.ids[:1], prompt.ids[1:]
+    problem = source.task.problem(source.seed, index, source.stream)
+    words, _ = worked_solution(problem, random_stream("reference", source.seed, index), CorpusConfig())
+    return prompt.ids, tuple(encode(words))
 
 
 def held_out(

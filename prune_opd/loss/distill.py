@@ -108,10 +108,12 @@ def distill_loss(
         for part in parts:
             old_part = None if old is None else old.part(part)
             scores = weights.judge(part, score_chunk(*heads, part, method, old=old_part))
-            chunk_weights = weights.next(part, scores) if old_part is None else old_part.weights
+            chunk_weights = plain = weights.next(part, scores) if old_part is None else old_part.weights
+            if old_part is None:
+                chunk_weights = weights.corrected(part, scores, plain)
             loss = chunk_loss(scores, method.objectives, chunk_weights, old_part, weights.credit(part, scores))
             loss_sum += loss.loss_N.sum()
-            record.add(scores, chunk_weights, loss)
+            record.add(scores, chunk_weights, loss, plain[0])
             gradients.add(part, scores, loss)
         stats = record.stats(offsets, method)
         loss_sum = loss_sum.to(dtype)

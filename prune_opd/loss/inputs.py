@@ -40,6 +40,8 @@ class Tokens(NamedTuple):
     # multiplied by the ratio of the student's p(y_t) to that, clipped to 1 ± objective.clip, as a constant. In an
     # `OldPolicy` it is in the weights already.
     stale_logp_N: Tensor | None = None
+    # log p that the rollout engine gave the token, NaN at stale ones: what `objective.mismatch` corrects by.
+    engine_logp_N: Tensor | None = None
 
 
 class Method(NamedTuple):
@@ -82,7 +84,7 @@ def checked_offsets(student: OutputHead, teacher: OutputHead, tokens: Tokens, me
             raise ConfigError(
                 f"{name} = {k} is larger than vocab_size = {vocab_size}: there are not so many candidates"
             )
-    count, sampled_ids_N, stale_logp_N = len(student.hidden_NH), tokens.sampled_ids_N, tokens.stale_logp_N
+    count, sampled_ids_N = len(student.hidden_NH), tokens.sampled_ids_N
     if len(teacher.hidden_NH) != count:
         raise ValueError(
             f"teacher_hidden has {len(teacher.hidden_NH)} tokens and student_hidden {count}: "
@@ -93,10 +95,16 @@ def checked_offsets(student: OutputHead, teacher: OutputHead, tokens: Tokens, me
             f"sampled_ids is {sampled_ids_N.dtype} {list(sampled_ids_N.shape)}: "
             f"one integer id per token of student_hidden is needed, [{count}]"
         )
-    if stale_logp_N is not None and stale_logp_N.shape != sampled_ids_N.shape:
+    for name, logp_N in (("stale_logp", tokens.stale_logp_N), ("engine_logp", tokens.engine_logp_N)):
+        if logp_N is not None and logp_N.shape != sampled_ids_N.shape:
+            raise ValueError(
+                f"{name} is {list(logp_N.shape)} and sampled_ids {list(sampled_ids_N.shape)}: give one number for each "
+                "sampled token, NaN where there is none"
+            )
+    if method.objective.mismatch != "none" and tokens.engine_logp_N is None:
         raise ValueError(
-            f"stale_logp is {list(stale_logp_N.shape)} and sampled_ids {list(sampled_ids_N.shape)}: give one number "
-            "for each sampled token, NaN for those of this step"
+            f"objective.mismatch = {method.objective.mismatch} and no engine_logp: give the rollout engine's "
+            "log-probability of each sampled token"
         )
     if tokens.context is not None and len(tokens.context.index_N) != count:
         raise ValueError(

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from prune_opd.loss.chunk import ChunkLoss, OldPolicy, Scores
 from prune_opd.loss.inputs import Method, Tokens, raise_if_broken
+from prune_opd.loss.mismatch import Mismatch
 from prune_opd.method.gate import apply_gate_packed
 from prune_opd.method.objective import Candidates
 
@@ -32,7 +33,7 @@ class GateStats:
     overlap_N: Tensor  # O, always fp32; measured with objective.k where there is no gate
     event_N: Tensor  # B, bool
     reliability_N: Tensor  # R
-    weight_N: Tensor  # of the objective: W, times the weighting's
+    weight_N: Tensor  # of the objective: W, times the weighting's; without the correction of `objective.mismatch`
     sampled_logp_N: Tensor  # student's log p(y_t)
     divergence_N: Tensor  # of the objective, before any weight: not the full KL, unless that is the objective [nats]
     reverse_kl_N: Tensor  # over the whole vocabulary; NaN where ranks have not the same ids of both models [nats]
@@ -60,8 +61,8 @@ class TokenRecord:
         self._policies: list[OldPolicy] = []
         self._finite_2 = torch.ones(2, dtype=torch.bool, device=tokens.sampled_ids_N.device)
 
-    def add(self, scores: Scores, weights: list[Tensor], loss: ChunkLoss) -> None:
-        """Take in the next chunk, with the objectives' weights."""
+    def add(self, scores: Scores, weights: list[Tensor], loss: ChunkLoss, plain_N: Tensor) -> None:
+        """Take in the next chunk, with the objectives' weights; plain_N: the first's, before `objective.mismatch`."""
         moved = [] if loss.ratio_N is None or loss.clipped_N is None else [loss.ratio_N, loss.clipped_N]
         seen, signals = scores.agreement, scores.signals
         outside = [signals.reverse_kl_N, signals.student_entropy_N, signals.teacher_entropy_N]
@@ -69,7 +70,7 @@ class TokenRecord:
         # A copy: a view would hold the log-probabilities of all candidates.
         sampled_logp_N = scores.sampled_logp_N.clone()
         teacher_logp_N = sampled_logp_N + signals.advantage_N
-        values = [seen.overlap, seen.event, weights[0], sampled_logp_N, loss.divergence_N]
+        values = [seen.overlap, seen.event, plain_N, sampled_logp_N, loss.divergence_N]
         self._values.append([*values, *outside, teacher_logp_N, *moved])
         self._finite_2 &= scores.finite_2
         if self._keep:
@@ -79,7 +80,7 @@ class TokenRecord:
 
     def stats(self, offsets: Sequence[int], method: Method) -> GateStats:
         """Of all chunks, and of all ranks that share the tokens. ValueError for broken numbers, on all these ranks."""
-        sampled_ids_N, _, vocab_size, context, stale_logp_N = self._tokens
+        sampled_ids_N, _, vocab_size, context, stale_logp_N, _ = self._tokens
         values_N = [torch.cat(chunks) for chunks in zip(*self._values, strict=True)]
         stale = [] if stale_logp_N is None else [(values_N[3] - stale_logp_N).exp()]
         outside = ((sampled_ids_N < 0) | (sampled_ids_N >= vocab_size)).any()
@@ -123,6 +124,7 @@ class BatchStats:
 
     watched: rows of the global batch whose single tokens are kept too, for whoever wants to look at them.
     early: first tokens of a response whose acceptance is summed for the gate's calibration.
+    mismatch: the batch's, to be added up too.
     """
 
     def __init__(
@@ -133,8 +135,10 @@ class BatchStats:
         device: torch.device,
         watched: Sequence[int] = (),
         early: int = 0,
+        mismatch: Mismatch | None = None,
     ):
         self.bins, self.max_len, self.watched, self.early = bins, max_len, tuple(watched), early
+        self.mismatch = mismatch
         self.early_3 = torch.zeros(3, dtype=torch.float64, device=device)  # tokens, Σ acceptance, Σ acceptance²
         shape = (len(self.watched), len(PER_TOKEN), max_len)
         self.tokens_W4T = torch.zeros(shape, dtype=torch.float64, device=device)  # PER_TOKEN of the watched rows
@@ -160,6 +164,8 @@ class BatchStats:
         value_4N = value_SN[: len(PER_TOKEN)]
         early_N, acceptance_N = (position_N < self.early).double(), stats.acceptance_N.double()
         self.early_3 += torch.stack([early_N, early_N * acceptance_N, early_N * acceptance_N**2]).sum(1)
+        if self.mismatch is not None:
+            self.mismatch.add(rows, length_B, stats.sampled_logp_N)
         self.count.index_add_(0, bin_N, torch.ones_like(bin_N, dtype=torch.float64))
         if stats.stale_ratio_N is not None and stats.stale_clipped_N is not None:
             stale_N = ~stats.stale_ratio_N.isnan()
@@ -188,13 +194,14 @@ class BatchStats:
         """
         names = ("reliable_length_B", "sums", "count", "ratio_3", "stale_3", "early_3", "tokens_W4T")
         parts = [getattr(self, name) for name in names]
+        parts += [] if self.mismatch is None else [self.mismatch.sums_B6]
         flat = torch.cat([part.flatten() for part in parts])
         if not counts:
             flat.zero_()
         dist.all_reduce(flat)
         whole = flat.split([part.numel() for part in parts])
-        for name, values, part in zip(names, whole, parts, strict=True):
-            setattr(self, name, values.view_as(part))
+        for part, values in zip(parts, whole, strict=True):
+            part.copy_(values.view_as(part))
 
     def record(self) -> dict[str, Any]:
         """The gate's part of a step record in metrics.jsonl."""
@@ -221,6 +228,7 @@ class BatchStats:
             "reverse_kl_by_position": self._curve(self.sums[SUMMED.index("reverse_kl" if known else "gap")]),
             **moved,
             **corrected,
+            **(self.mismatch.record() if self.mismatch else {}),
         }
 
     def lengths(self, length_B: Sequence[int]) -> list[int]:

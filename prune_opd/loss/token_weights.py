@@ -12,6 +12,7 @@ from prune_opd.loss.inputs import Method, Tokens
 from prune_opd.method.change_point import ChangePoint
 from prune_opd.method.credit import discounted_credit
 from prune_opd.method.gate import PackedGate, apply_gate_packed
+from prune_opd.method.mismatch import engine_correction
 from prune_opd.method.objective import has_credit
 from prune_opd.method.weighting import Signals, added_on, needs_whole_response, response_weights, stale_correction
 
@@ -77,7 +78,7 @@ class TokenWeights:
         gate_N = self._running.advance(scores.agreement.event)[1] if self._gate_N is None else self._gate_N[part]
         weights = [gate_N if self._weighting_N is None else gate_N * self._weighting_N[part]]
         weights += [gate_N * added_on(self._method.weighting, scores.signals) for _ in self._method.objectives[1:]]
-        if (correction_N := self._correction(part, scores)) is not None:
+        if (correction_N := self._stale_correction(part, scores)) is not None:
             weights = [weight_N * correction_N for weight_N in weights]
         return weights
 
@@ -85,18 +86,31 @@ class TokenWeights:
         """Rewards of these tokens with what later ones give to them; None where a token has its own alone.
 
         Every reward has the gate's and the weighting's weight of its own token in it, before it is handed on; the
-        correction of a stale token is of its log-probability, so its whole credit has it.
+        corrections of a token are of its log-probability, so its whole credit has them.
         """
         if self._credit_N is None:
             return None
-        correction_N = self._correction(part, scores)
-        return self._credit_N[part] if correction_N is None else self._credit_N[part] * correction_N
+        credit_N = self._credit_N[part]
+        for correction_N in (self._stale_correction(part, scores), self._engine_correction(part, scores)):
+            credit_N = credit_N if correction_N is None else credit_N * correction_N
+        return credit_N
 
-    def _correction(self, part: slice, scores: Scores) -> Tensor | None:
+    def corrected(self, part: slice, scores: Scores, weights: list[Tensor]) -> list[Tensor]:
+        """The weights of a chunk times the correction of `objective.mismatch`, which the gate never sees."""
+        correction_N = self._engine_correction(part, scores)
+        return weights if correction_N is None else [weight_N * correction_N for weight_N in weights]
+
+    def _stale_correction(self, part: slice, scores: Scores) -> Tensor | None:
         if self._tokens.stale_logp_N is None:
             return None
         clip = self._method.objective.clip
         return stale_correction(scores.sampled_logp_N, self._tokens.stale_logp_N[part], clip).to(self._dtype)
+
+    def _engine_correction(self, part: slice, scores: Scores) -> Tensor | None:
+        engine_logp_N, objective = self._tokens.engine_logp_N, self._method.objective
+        if objective.mismatch == "none" or engine_logp_N is None:
+            return None
+        return engine_correction(objective, scores.sampled_logp_N, engine_logp_N[part]).to(self._dtype)
 
     def _change_point(self) -> ChangePoint | None:
         gate = self._method.gate

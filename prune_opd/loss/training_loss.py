@@ -51,6 +51,8 @@ class MicroBatch(Protocol):
     @property
     def stale_logp_M(self) -> Tensor | None: ...
     @property
+    def engine_logp_M(self) -> Tensor | None: ...
+    @property
     def context(self) -> ContextShard | None: ...
 
 
@@ -89,7 +91,14 @@ def gated_loss(
                     teacher_hidden_MH if context is None else teacher_hidden_MH[context.index_N],
                     teacher.head_weight,
                 ),
-                Tokens(batch.sampled_ids_M, batch.cu_responses, vocab_size, context, batch.stale_logp_M),
+                Tokens(
+                    batch.sampled_ids_M,
+                    batch.cu_responses,
+                    vocab_size,
+                    context,
+                    batch.stale_logp_M,
+                    batch.engine_logp_M,
+                ),
                 Method(config.gate, config.objective, config.weighting, usual),
                 tp_group=tp_group,
                 chunk=config.parallel.loss_chunk_tokens,

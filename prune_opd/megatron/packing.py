@@ -31,7 +31,8 @@ class PackedBatch:
     all, and `context` says which of the response tokens M are.
 
     stale_logp_M: log-probability that a token was sampled with by an older student, NaN at the others; None if all are
-    of this step.
+    of this step. engine_logp_M: log-probability that the rollout engine gave a token of this step, NaN at stale ones;
+    None if it was not asked.
     """
 
     rows: tuple[int, ...]
@@ -43,6 +44,7 @@ class PackedBatch:
     cu_responses: Tensor
     longest: int
     stale_logp_M: Tensor | None = None
+    engine_logp_M: Tensor | None = None
     context: ContextShard | None = None
 
     def attention_segments(self) -> PackedSeqParams:
@@ -98,13 +100,14 @@ def pack_rows(
     multiple: int = 1,
     context_group: dist.ProcessGroup | None = None,
     stale_logprobs: Sequence[Sequence[float]] | None = None,
+    engine_logprobs: Sequence[Sequence[float]] | None = None,
 ) -> PackedBatch:
     """These rows as one micro-batch, filled up with dummies to a multiple of `multiple` tokens on each rank.
 
     Sequence parallelism splits the tokens over the TP ranks, and FP8 matrix products want multiples of 16 on each. No
     rows at all give a micro-batch of dummies, from which nothing is learnt.
 
-    stale_logprobs: of each row's first response tokens, as many as are an older student's.
+    stale_logprobs: of each row's first response tokens, as many as are an older student's. engine_logprobs: of all.
     context_group: ranks that share the tokens. Every row then ends in dummies that make it a multiple of twice their
     number (its last tokens, so that no real one attends to them), and a rank gets its two pieces of it: `zigzag`.
     """
@@ -115,6 +118,7 @@ def pack_rows(
     predicting: list[int] = []
     sampled: list[int] = []
     stale: list[float] = []
+    engine: list[float] = []
     segments: list[int] = []
     for row in rows:
         prompt, response = list(prompts[row]), list(responses[row])
@@ -125,6 +129,8 @@ def pack_rows(
         if stale_logprobs is not None:
             known = list(stale_logprobs[row])
             stale += known + [math.nan] * (len(response) - len(known))
+        if engine_logprobs is not None:
+            engine += engine_logprobs[row]
         ids += (prompt + response)[:length] + [DUMMY_ID] * (padded - length)
         positions += range(padded)
         segments.append(padded)
@@ -137,6 +143,9 @@ def pack_rows(
     def int64(values: list[int]) -> Tensor:
         return torch.tensor(values, dtype=torch.int64, device=device)
 
+    def float32(values: list[float]) -> Tensor:
+        return torch.tensor(values, dtype=torch.float32, device=device)
+
     def bounds(sizes: list[int]) -> Tensor:
         return torch.tensor([0, *accumulate(sizes)], dtype=torch.int32, device=device)
 
@@ -148,7 +157,7 @@ def pack_rows(
         context = ContextShard(int64(index), len(predicting), context_group)
         ids, positions = [ids[token] for token in mine], [positions[token] for token in mine]
         predicting, sampled = [place[predicting[i]] for i in index], [sampled[i] for i in index]
-        stale = [stale[i] for i in index] if stale else []
+        stale, engine = ([part[i] for i in index] if part else [] for part in (stale, engine))
     return PackedBatch(
         rows=tuple(rows),
         ids_N=int64(ids),
@@ -158,7 +167,8 @@ def pack_rows(
         sampled_ids_M=int64(sampled),
         cu_responses=bounds([len(responses[row]) for row in rows]),
         longest=max(segments),
-        stale_logp_M=None if stale_logprobs is None else torch.tensor(stale, dtype=torch.float32, device=device),
+        stale_logp_M=None if stale_logprobs is None else float32(stale),
+        engine_logp_M=None if engine_logprobs is None else float32(engine),
         context=context,
     )
 

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from functools import cached_property
 
 from prune_opd.config import TrainConfig
+from prune_opd.config.rollout import MISMATCH_LIMIT
 from prune_opd.errors import UserError
 from prune_opd.megatron.logprobs import sampled_logprobs
 from prune_opd.megatron.trainer import Trainer
@@ -14,17 +15,16 @@ from prune_opd.rollout.request import TokenSampling, new_rows
 from prune_opd.weights.stream import Resharder
 
 PARITY_PROMPTS, PARITY_TOKENS = 4, 32
-# Nats by which the log-probability of a token may differ: of any token in fp32; on average in bf16, where rounding
-# alone puts single tokens of a sharp model off by half a nat, and wrong weights give several nats on average. FP8
-# rollouts of the tiny pair are 0.16 off on average.
-PARITY_LIMIT = {"fp32": 1e-3, "bf16": 0.1, "fp8": 0.5}
+# Nats by which the log-probability of a token may differ: of any token in fp32, on average in coarser formats.
+PARITY_LIMIT = MISMATCH_LIMIT
 
 
 class WeightSync:
     """Reshards the student's weights into the engine of `rollout`. Every stream compares checksums of what it moves.
 
-    The log-probabilities are compared the first time. A new run's engine has read the first weights itself, so it is
-    looked at again after the second time when its model is compiled: a graph could have kept them.
+    The log-probabilities are compared after the first two loads, and then whenever `rollout.parity_every` steps have
+    passed. The second load is one of its own: a new run's engine has read the first weights itself, a compiled graph
+    could have kept them, and an engine that repacks experts or quantises may do so only once.
 
     enter: told of each phase that begins, `sync` and `parity`.
     """
@@ -34,7 +34,8 @@ class WeightSync:
     ) -> None:
         self.config, self.trainer, self.rollout, self.enter = config, trainer, rollout, enter
         self.engine_has: int | None = None  # steps after which the student had the weights that the engine has
-        self._look_again = False
+        self._loads = 0
+        self._compared: int | None = None  # steps after which the log-probabilities were compared
 
     @cached_property
     def resharder(self) -> Resharder:
@@ -46,11 +47,12 @@ class WeightSync:
         self.enter("sync")
         if self.engine_has == step and engine.holds_weights:
             return
-        first = self.engine_has is None
+        self._loads = 1 if self.engine_has is None else self._loads + 1
         engine.load(self.resharder.stream())
         self.engine_has = step
-        if first or self._look_again:
-            self._look_again = first and engine.compiled
+        every, since = self.config.rollout.parity_every, step - (self._compared or 0)
+        if self._loads <= 2 or (every and since >= every):
+            self._compared = step
             self.enter("parity")
             self.check_parity()
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 from prune_opd.data.prompt import Prompt
 
@@ -24,6 +26,7 @@ class Response:
     stopped: bool = False
     dropped: int = 0  # tokens that came after the cut before it was decided
     stale: int = 0
+    engine: int = field(default=0, compare=False)  # number of the rollout engine that sampled its last tokens
 
     @property
     def fresh(self) -> int:
@@ -102,6 +105,19 @@ class Rollouts:
         return [(response.logprobs or ())[: response.stale] for response in self.responses]
 
     @property
+    def fresh_logprobs_B(self) -> list[tuple[float, ...]] | None:
+        """The engine's log-probabilities of each row's tokens, NaN for stale ones; None if they were not asked for."""
+        if any(response.logprobs is None for response in self.responses):
+            return None
+        return [
+            (math.nan,) * response.stale + (response.logprobs or ())[response.stale :] for response in self.responses
+        ]
+
+    @property
+    def engine_B(self) -> list[int]:
+        return [response.engine for response in self.responses]
+
+    @property
     def tokens(self) -> int:
         return sum(self.length_B)
 
@@ -118,3 +134,12 @@ class Rollouts:
     def digest(self) -> str:
         """A short hash of every response token, in row order: equal for equal rollouts, whatever made them."""
         return hashlib.blake2b(repr(self.response_ids).encode(), digest_size=8).hexdigest()
+
+    def record(self) -> dict[str, Any]:
+        """The rollouts' part of a step record."""
+        return {
+            "response_length": self.tokens / len(self.responses),
+            "finished_rate": sum(self.finished_B) / len(self.responses),
+            "rollout_digest": self.digest,
+            "tokens_generated": self.generated,
+        }

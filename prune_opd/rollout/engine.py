@@ -9,7 +9,7 @@ import logging
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -166,9 +166,10 @@ class RolloutEngine:
 
         if not rows:
             return []
+        settings = {"logprobs": 0, "flat_logprobs": True} if sampling.logprobs else {}
         outputs = self.llm.generate(
             [{"prompt_token_ids": list(row.prompt.ids)} for row in rows],
-            [SamplingParams(logprobs=0 if sampling.logprobs else None, **_settings(row, sampling)) for row in rows],
+            [SamplingParams(**settings, **_settings(row, sampling)) for row in rows],
             use_tqdm=False,
         )
         return [_response(output.outputs[0], sampling.logprobs) for output in outputs]
@@ -204,7 +205,7 @@ class RolloutEngine:
         dist.all_gather_object(everyone, outputs)
         ranks_per_engine = self.world // self.engines
         by_row = {
-            number: response
+            number: replace(response, engine=engine)
             for engine, numbers in enumerate(dealt)
             for number, response in zip(numbers, everyone[engine * ranks_per_engine], strict=True)
         }
@@ -240,9 +241,7 @@ def _settings(row: Row, sampling: TokenSampling) -> dict[str, Any]:
 
 def _response(completion: Any, logprobs: bool) -> Response:
     ids = tuple(completion.token_ids)
-    chosen = None
-    if logprobs:
-        chosen = tuple(at[token].logprob for at, token in zip(completion.logprobs, ids, strict=True))
+    chosen = tuple(completion.logprobs.logprobs) if logprobs else None  # one a token, that of the sampled one
     return Response(ids, completion.finish_reason == "stop", chosen)
 
 

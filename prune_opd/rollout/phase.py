@@ -30,7 +30,9 @@ class RolloutPhase:
         config, settings = self.config, self.config.rollout
         groups = self.long_tail.next(self.sampler)
         limits = self.limits(horizon, len(groups) * settings.responses, step)
-        sampling = TokenSampling(config.seed, step, settings.temperature, settings.top_p, logprobs=settings.partial)
+        sampling = TokenSampling(
+            config.seed, step, settings.temperature, settings.top_p, settings.logprobs or settings.partial
+        )
         rows, race = self.long_tail.rows(groups, limits), self.long_tail.race(groups)
         rollouts = self.engine.generate(rows, sampling, race, watch)
         self.long_tail.take(rollouts)

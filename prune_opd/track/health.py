@@ -7,11 +7,18 @@ A truncated objective can bring its own divergence to nothing while the student 
     leak     the student's best ids have lost .05 of its mass or more, and its entropy has risen and is a tenth above
              the teacher's on the same text
     worse    the full reverse KL at the positions that both have reached has risen by 20 % or more
+
+And every step of the rollout engine that is farthest from the trainer (mean |Δ|, method/mismatch.py):
+
+    mismatch  it is above half of what ends the run in this format, or three times the median of the ten steps before
+              and no longer small (a hundredth of that limit): a layer that is stale or broken does that at once
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from statistics import median
 
 from prune_opd.track.metrics import Record, full_kl
 
@@ -19,16 +26,44 @@ WINDOW = 3  # steps
 FALL, FOLLOWS = 0.3, 0.5
 LOST_MASS, ABOVE_TEACHER = 0.05, 1.1
 RISE = 1.2
+NEAR, JUMP, SMALL, BEFORE = 0.5, 3.0, 0.01, 10
 
 
-def warnings(steps: Sequence[Record]) -> dict[str, str]:
-    """What is wrong with a run that has taken these steps: kind → sentence. Nothing is said of fewer than six steps."""
+def warnings(steps: Sequence[Record], limit: float = math.inf) -> dict[str, str]:
+    """What is wrong with a run that has taken these steps: kind → sentence.
+
+    Of fewer than six steps only the mismatch is judged. limit: mean |Δ| that ends a run in its format [nats].
+    """
+    found = {"mismatch": _mismatch(steps, limit), **_course(steps)}
+    return {kind: text for kind, text in found.items() if text}
+
+
+def _mismatch(steps: Sequence[Record], limit: float) -> str | None:
+    farthest = [max(known) for step in steps[-BEFORE - 1 :] if (known := _of_engines(step))]
+    if not steps or not (now := _of_engines(steps[-1])):
+        return None
+    before, worst = farthest[:-1], max(now)
+    jumped = bool(before) and worst > JUMP * median(before) and worst > SMALL * limit
+    if worst <= NEAR * limit and not jumped:
+        return None
+    usual = f", {median(before):.2g} in the steps before" if before else ""
+    return (
+        f"rollout engine {now.index(worst)} and the trainer differ by {worst:.2g} nats on average in the "
+        f"log-probability of a sampled token{usual}: look whether the engine has all of the student's weights "
+        "(rollout.parity_every=1)"
+    )
+
+
+def _of_engines(step: Record) -> list[float]:
+    return [mean or 0.0 for mean in step.get("mismatch_mean_by_engine") or []]
+
+
+def _course(steps: Sequence[Record]) -> dict[str, str | None]:
     known = [step for step in steps if full_kl(step) is not None and step.get("divergence") is not None]
     if len(known) < 2 * WINDOW:
         return {}
     windows = known[:WINDOW], known[-WINDOW:]
-    found = {"blind": _blind(*windows), "leak": _leak(*windows), "worse": _worse(*windows)}
-    return {kind: text for kind, text in found.items() if text}
+    return {"blind": _blind(*windows), "leak": _leak(*windows), "worse": _worse(*windows)}
 
 
 def _blind(first: Sequence[Record], last: Sequence[Record]) -> str | None:

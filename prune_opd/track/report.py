@@ -14,6 +14,7 @@ from prune_opd.track.report_data import RunData, load_runs
 from prune_opd.track.report_page import grid as grid
 from prune_opd.track.report_page import write_page as write_page
 from prune_opd.track.report_plots import run_charts
+from prune_opd.track.report_speed import speed_table
 from prune_opd.track.report_viewer import viewer
 
 _OVERVIEW_CHARTS = 8
@@ -111,7 +112,7 @@ def _details(run: RunData, charts: str) -> str:
     if run.config_text is not None:
         text = escape(run.config_text)
         config = f"<details><summary>Configuration (config.yaml)</summary><pre>{text}</pre></details>"
-    return note + config + charts
+    return note + speed_table(run.steps) + config + charts
 
 
 def _comparison_table(runs: list[RunData]) -> str:

@@ -194,6 +194,17 @@ def _memory(fig: Any, run: RunData) -> None:
     legend(ax, ncols=4)
 
 
+def _mismatch(fig: Any, run: RunData) -> None:
+    ax = axes(fig, "step", "nats")
+    for engine, means in enumerate(zip(*run.by_position("mismatch_mean_by_engine"), strict=True)):
+        label = "each engine, mean" if engine == 0 else None
+        trend(ax, run.step_numbers(), means, color=BLUE, label=label)
+    trend(ax, run.step_numbers(), run.series("mismatch_max"), color=ORANGE, label="largest of a token")
+    ax.set_yscale("log", nonpositive="mask")
+    count_axis(ax.xaxis)
+    legend(ax)
+
+
 def _mean(records: list[dict[str, Any]], key: str) -> float:
     values = [r[key] for r in records if r.get(key) is not None]
     return sum(values) / len(values) if values else 0.0
@@ -336,6 +347,13 @@ _CHARTS = (
         _memory,
         "Of rank 0: the peak of what torch had on the device in each phase; on a CPU, what was resident at the phase's "
         "end. A line that climbs is a leak.",
+    ),
+    _Kind(
+        "Rollout engines against the trainer [nats]",
+        ("mismatch_mean",),
+        _mismatch,
+        "How far apart both are in the log-probability of the sampled tokens. Flat is well; an engine that jumps away "
+        "has weights that are not the student's, one that climbs has a format that is too coarse for it.",
     ),
     _Kind(
         "Padding and balance of the micro-batches",

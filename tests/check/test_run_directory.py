@@ -72,6 +72,8 @@ HARMLESS_CHANGES = {
     "rollout.enforce_eager": "rollout.enforce_eager=true",
     "rollout.kv_cache_gb": "rollout.kv_cache_gb=9",
     "rollout.gpu_memory_utilization": "rollout.gpu_memory_utilization=0.4",
+    "rollout.logprobs": "rollout.logprobs=false",
+    "rollout.parity_every": "rollout.parity_every=5",
 }
 
 

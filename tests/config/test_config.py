@@ -36,6 +36,11 @@ from prune_opd.recipes.tiny_compatible import tiny_compatible
         (lambda: c.ObjectiveConfig(name="full_vocab_jsd", beta=1.0), "objective.beta", "1.0"),
         (lambda: c.ObjectiveConfig(clip=0.0), "objective.clip", "0.0"),
         (lambda: c.ObjectiveConfig(dual_clip=1.0), "objective.dual_clip", "1.0"),
+        (lambda: c.ObjectiveConfig(mismatch="tis"), "objective.mismatch", "'tis'"),
+        (lambda: c.ObjectiveConfig(mismatch_low=1.0), "objective.mismatch_low", "1.0"),
+        (lambda: c.ObjectiveConfig(mismatch_high=1.0), "objective.mismatch_high", "1.0"),
+        (lambda: c.RolloutConfig(parity_every=-1), "rollout.parity_every", "-1"),
+        (lambda: c.SurvivalConfig(max_mismatch=-0.1), "survival.max_mismatch", "-0.1"),
         (lambda: c.WeightingConfig(name="eopd"), "weighting.name", "'eopd'"),
         (lambda: c.WeightingConfig(retain=0.0), "weighting.retain", "0.0"),
         (lambda: c.WeightingConfig(gamma=-0.5), "weighting.gamma", "-0.5"),
@@ -176,6 +181,28 @@ def test_prune_without_a_gate_is_refused() -> None:
     horizon = c.HorizonConfig(strategy="prune", init_len=64)
     with pytest.raises(ConfigError, match=r"gate = null with horizon\.strategy = prune"):
         c.TrainConfig(name="x", student="s", teacher="t", steps=1, horizon=horizon, gate=None)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "named"),
+    [
+        (["rollout.logprobs=false"], "rollout.logprobs = false"),
+        (["rollout.temperature=0.7"], "rollout.temperature = 0.7"),
+        (["objective.temperature=0.7"], "objective.temperature = 0.7"),
+        (["rollout.top_p=0.9"], "rollout.top_p = 0.9"),
+    ],
+)
+def test_a_correction_needs_the_ratio_of_the_policy_that_sampled(overrides: list[str], named: str) -> None:
+    apply_overrides(tiny_compatible(), overrides)
+    with pytest.raises(ConfigError, match=f"objective.mismatch = masked with {named}: .*objective.mismatch=none"):
+        apply_overrides(tiny_compatible(), ["objective.mismatch=masked", *overrides])
+
+
+def test_the_limit_of_the_mismatch_follows_the_format_of_the_rollouts() -> None:
+    tiny, large = tiny_compatible(), qwen3_8b_from_32b_32xh100_fp8()
+    assert (tiny.mismatch_limit, large.mismatch_limit) == (1e-3, 0.5)
+    assert apply_overrides(tiny, ["survival.max_mismatch=0"]).mismatch_limit is None
+    assert apply_overrides(tiny, ["survival.max_mismatch=0.02"]).mismatch_limit == 0.02
 
 
 def test_configs_are_frozen() -> None:

@@ -20,6 +20,7 @@ from prune_opd.config import (
     OptimizerConfig,
     ParallelConfig,
     PrecisionConfig,
+    SurvivalConfig,
     TrackConfig,
     TrainConfig,
 )
@@ -54,6 +55,7 @@ def train_config(folder: Path, tensor: int, **changes: Any) -> TrainConfig:
         "parallel": ParallelConfig(tensor=tensor),
         "precision": PrecisionConfig(params="fp32"),
         "track": TrackConfig(position_bins=4),
+        "survival": SurvivalConfig(teacher_test=0),  # the models are random
     }
     return TrainConfig(**(settings | changes))
 

@@ -44,6 +44,8 @@ from tests.reference_token import top_ids
 PLAIN = make_case()
 BUCKET = dataclasses.replace(OBJECTIVE, tail="bucket")
 DISCOUNTED = ObjectiveConfig("sampled_token", k=6, discount=0.9)
+TRUNCATED = dataclasses.replace(OBJECTIVE, mismatch="truncated")
+MASKED = ObjectiveConfig("sampled_token", mismatch="masked")
 
 
 def gradient_errors(loss: Tensor, shard: Case, expected_loss: Tensor, expected: Case, group: dist.ProcessGroup) -> dict:
@@ -254,6 +256,10 @@ CASES: dict[str, Callable[[dist.ProcessGroup], dict[str, float]]] = {
     "teacher top-p": lambda group: compare(PLAIN, group, GateConfig("teacher_top_p", k=9, w_drop=0.15, top_p=0.6)),
     "k wider than a shard": lambda group: compare(PLAIN, group, dataclasses.replace(GATE, k=40), ObjectiveConfig(k=50)),
     "stale tokens": lambda group: compare_stale(PLAIN.stale(), group),
+    "engine mismatch, truncated": lambda group: compare(PLAIN.mismatched(), group, objective=TRUNCATED),
+    "engine mismatch, masked, stale tokens": lambda group: compare(
+        PLAIN.stale().mismatched(), group, objective=MASKED, weighting=WEIGHTINGS[0]
+    ),
     "stale tokens, entropy_aware": lambda group: compare(PLAIN.stale(), group, weighting=WEIGHTINGS[0]),
     "ties across shards": lambda group: compare(tied_case(), group),
     "student is teacher": lambda group: compare(twin_case(), group),

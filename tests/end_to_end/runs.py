@@ -48,7 +48,11 @@ def steps_of(run_dir: Path) -> list[dict[str, Any]]:
 
 def without_times(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [
-        {key: value for key, value in record.items() if not key.startswith(("time_", "cpu_", "memory_"))}
+        {
+            key: value
+            for key, value in record.items()
+            if not key.startswith(("time_", "cpu_", "memory_", "flops_", "speed_", "mfu_"))
+        }
         for record in records
     ]
 

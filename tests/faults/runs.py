@@ -116,7 +116,12 @@ def records(run_dir: Path) -> list[dict[str, Any]]:
     """metrics.jsonl without what depends on the clock."""
     lines = (run_dir / "metrics.jsonl").read_text().splitlines()
     return [
-        {k: v for k, v in json.loads(line).items() if not k.startswith(("time_", "cpu_", "memory_"))} for line in lines
+        {
+            k: v
+            for k, v in json.loads(line).items()
+            if not k.startswith(("time_", "cpu_", "memory_", "flops_", "speed_", "mfu_"))
+        }
+        for line in lines
     ]
 
 

@@ -8,6 +8,7 @@ OUT/rank<r>.json.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import sys
@@ -55,7 +56,7 @@ class Checks:
     def __init__(self, run: Any, rollout: RolloutConfig):
         from prune_opd.rollout.engine import RolloutEngine
 
-        self.run, self.rng_changed = run, []
+        self.run, self.rollout, self.rng_changed = run, rollout, []
         self.threads = torch.get_num_threads()
         dtype, machine = torch.float32, run.machine
         build = lambda: RolloutEngine(run.config.student, rollout, 64, dtype, machine)  # noqa: E731
@@ -125,6 +126,18 @@ class Checks:
         self.engine.llm.reset_prefix_cache = reset
         self.load(model)
         return stale, self.parity(model)
+
+    def compared(self, every: int) -> list[int]:
+        """The steps of a new run whose sync compares log-probabilities. every: rollout.parity_every."""
+        from prune_opd.megatron.sync import WeightSync
+
+        config = dataclasses.replace(self.run.config, rollout=dataclasses.replace(self.rollout, parity_every=every))
+        sync = WeightSync(config, self.run.trainer, self.run.rollout, lambda phase: None)
+        steps: list[int] = []
+        sync.check_parity = lambda: steps.append(sync.engine_has)  # type: ignore[method-assign,arg-type]
+        for step in (0, 1, 2, 2, 3, 4, 5, 7):
+            sync(step)
+        return steps
 
     def second_load_that_does_nothing(self) -> str:
         """What the second sync says when the engine keeps its old weights. No check may follow this one."""
@@ -225,6 +238,7 @@ def main(
     checks.watched("first sync", lambda: run.sync(run.finished_steps))
     results["synced"] = checks.tokens(prompts)
 
+    results["compared"] = {str(every): checks.compared(every) for every in (0, 2, 1)}
     results["error of a second load that does nothing"] = checks.second_load_that_does_nothing()
     results["compiled graphs"] = {"at first": graphs, "in the end": compiled_graphs()}
     results["rng changed"] = checks.rng_changed

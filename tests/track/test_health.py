@@ -91,3 +91,30 @@ def test_a_warning_is_said_once_stands_in_the_records_and_heads_the_report(
     assert "full KL 0.92" in printed and "full reverse KL to the teacher" in printed
     write_report([tmp_path], tmp_path / "report.html")
     assert "Warning, last at step 15: the objective" in (tmp_path / "report.html").read_text()
+
+
+def engines(*means: list[float | None]) -> list[dict[str, Any]]:
+    return [{"step": i + 1, "mismatch_mean_by_engine": mean} for i, mean in enumerate(means)]
+
+
+def test_an_engine_that_goes_away_from_the_trainer_is_named_in_that_step() -> None:
+    well = [[2e-7, 3e-7]] * 4
+    assert warnings(engines(*well), 1e-3) == {}
+    text = warnings(engines(*well, [2e-7, 4e-5]), 1e-3)["mismatch"]
+    assert "rollout engine 1 and the trainer differ by 4e-05 nats" in text and "3e-07 in the steps before" in text
+    assert "rollout.parity_every=1" in text
+    assert warnings(engines(*well, [2e-7, 4e-5], well[0]), 1e-3) == {}, "it is well again"
+
+
+def test_an_engine_that_is_far_from_the_first_step_on_is_named() -> None:
+    assert "rollout engine 0" in warnings(engines([0.06, None]), 0.1)["mismatch"]
+    assert warnings(engines([0.04, None]), 0.1) == {}
+
+
+def test_small_mismatches_may_jump() -> None:
+    assert warnings(engines([1e-8], [9e-6]), 1e-3) == {}, "below a hundredth of the limit it is rounding"
+
+
+def test_records_without_a_mismatch_and_steps_without_tokens_say_nothing() -> None:
+    assert warnings([{"step": 1}, {"step": 2}], 1e-3) == {} == warnings(engines([None, None], [None, None]), 1e-3)
+    assert warnings([], 1e-3) == {}

@@ -88,7 +88,7 @@ def test_secrets_of_the_environment_and_of_known_shapes_are_masked(single: str, 
 
 def test_a_single_report_has_the_totals_and_every_chart(single: str, runs: list[Path]) -> None:
     page = Page(single)
-    assert page.tags.count("img") == page.tags.count("figcaption") == 17
+    assert page.tags.count("img") == page.tags.count("figcaption") == 18
     for text in (
         "tokens at the full horizon",
         "(estimated)",
@@ -101,7 +101,7 @@ def test_a_single_report_has_the_totals_and_every_chart(single: str, runs: list[
         assert text in page.text, text
     assert "Overlap is not success: accuracy is beside it." in page.text
     pictures = [runs[0] / "report.png", *sorted((runs[0] / "report").iterdir())]
-    assert len(pictures) == 18 and pictures[5].name == "05-overlap-by-position-over-training.png"
+    assert len(pictures) == 19 and pictures[5].name == "05-overlap-by-position-over-training.png"
     assert all(picture.read_bytes().startswith(PNG_HEAD) for picture in pictures)
 
 

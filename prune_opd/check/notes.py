@@ -1,0 +1,94 @@
+"""What a recipe may well ask for and should know the price of: notes, which refuse nothing.
+
+A note is one line: the settings, what follows from them, what to set if that is not meant. `prune-opd check` prints
+them before its verdict and `prune-opd train` before it starts. Nothing heavy is imported.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from prune_opd.check.template import template_notes
+from prune_opd.config import TrainConfig
+from prune_opd.data.render import prompt_of
+from prune_opd.data.rows import read_rows
+from prune_opd.errors import ConfigError
+
+RATIO_OBJECTIVES = ("topk_reverse_kl", "sampled_token")  # policy gradients: a ratio to the policy that sampled
+
+
+def check_notes(config: TrainConfig) -> list[str]:
+    """The notes on a run, a line each; a model directory that cannot be read has none (`check_train` refuses it)."""
+    notes = _temperatures(config) + _nucleus(config) + _single_candidates(config)
+    if any(_through_template(config, source) for source in config.data.sources):
+        notes += template_notes(Path(config.student), Path(config.teacher), config.data)
+    return [f"note: {note}" for note in notes]
+
+
+def _temperatures(config: TrainConfig) -> list[str]:
+    sampled, of_loss = config.rollout.temperature, config.objective.temperature
+    if sampled == of_loss:
+        return []
+    follows = "the loss is of another policy than the one that writes the responses, on text that it would seldom write"
+    if config.objective.name == "sampled_token":
+        follows = "the sampled tokens come from another policy than the loss is of, so its estimate of the KL is biased"
+    return [
+        f"rollout.temperature = {sampled:g} and objective.temperature = {of_loss:g}: {follows}; set both alike if that "
+        "is not meant"
+    ]
+
+
+def _nucleus(config: TrainConfig) -> list[str]:
+    top_p, objective, rollout = config.rollout.top_p, config.objective, config.rollout
+    if top_p == 1:
+        return []
+    users = []
+    if objective.name == "sampled_token":
+        users.append("objective.name = sampled_token, an estimate over the whole vocabulary")
+    if rollout.partial:
+        users.append("rollout.partial = true, whose ratio is of probabilities over the whole vocabulary")
+    if config.optimizer.updates_per_batch > 1 and objective.name in RATIO_OBJECTIVES:
+        users.append("optimizer.updates_per_batch > 1, whose ratio is of probabilities over the whole vocabulary")
+    return [
+        f"rollout.top_p = {top_p:g} with {user}: no token outside the nucleus is ever sampled, so it is biased and the "
+        "student's tail is never corrected; set rollout.top_p=1"
+        for user in users
+    ]
+
+
+def _single_candidates(config: TrainConfig) -> list[str]:
+    objective, gate, weighting = config.objective, config.gate, config.weighting
+    notes = []
+    if objective.k == 1 and objective.name == "topk_reverse_kl":
+        notes.append(
+            "objective.k = 1 with objective.name = topk_reverse_kl: the one candidate has the whole weight, so the "
+            "reward is log q − log p of the best token alone and no other token is seen (a KL of both renormalised on "
+            "it would be 0); set objective.k=16, or objective.tail=bucket"
+        )
+    if objective.k == 1 and objective.name == "topk_forward_kl":
+        notes.append(
+            "objective.k = 1 with objective.name = topk_forward_kl: it is −log p of the teacher's best token, which is "
+            "supervised training on its greedy choice and no distillation; set objective.k=16"
+        )
+    if gate is not None and gate.k == 1 and gate.metric == "overlap":
+        notes.append(
+            f"gate.k = 1 with gate.metric = overlap: overlap is 0 or 1, so every token whose best token is not the "
+            f"teacher's is an event whatever gate.threshold = {gate.threshold:g} is; set gate.k=16 for a threshold"
+        )
+    if weighting.name == "entropy_aware" and weighting.forward_k == 1:
+        notes.append(
+            "weighting.forward_k = 1: the added forward KL is −log p of the teacher's best token, on the tokens where "
+            "it is least sure of it; set weighting.forward_k=16"
+        )
+    return notes
+
+
+def _through_template(config: TrainConfig, source: str) -> bool:
+    """Whether the prompts of a source go through the chat template, where there is one."""
+    if config.data.chat is not None or not Path(source).exists():
+        return bool(config.data.chat)
+    try:
+        _, _, row = next(iter(read_rows(Path(source), config.data.split)))
+        return not isinstance(row, ConfigError) and prompt_of(row)[0] != "prompt"
+    except (ConfigError, StopIteration):  # another check names it
+        return False
