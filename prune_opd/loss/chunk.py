@@ -29,7 +29,7 @@ from prune_opd.loss.vocab_parallel import (
     sum_together,
     topk_together,
 )
-from prune_opd.loss.vocab_sums import Apart, VocabSums, vocab_sums_
+from prune_opd.loss.vocab_sums import Apart, VocabSums, row_blocks, vocab_sums_
 from prune_opd.method.gate import Agreement, Views, judge
 from prune_opd.method.objective import (
     Candidates,
@@ -218,14 +218,9 @@ def chunk_loss(
     """
     objective, at, weight_N = objectives[0], scores.at[0], weights[0]
     if on_vocabulary(objective):
-        valid = scores.shard.valid
         if is_priced(objective):
             price_(scores.teacher_NV, at, scores.shard, objective.outside_logp)
-        columns = token_loss(objective, scores.student_NV[:, :valid], scores.teacher_NV[:, :valid], weight_N)
-        mine_N3 = torch.stack([columns.loss_N, columns.divergence_N, columns.grad_logp_NK.sum(dim=1)], dim=1)
-        loss_N, divergence_N, total_N = sum_together([mine_N3], scores.shard.group)[0].unbind(1)
-        at_candidates_NK = torch.zeros_like(at.student_logp_NK)  # the columns have it all
-        loss = ChunkLoss(loss_N, divergence_N, at_candidates_NK, columns.grad_logp_NK, total_N)
+        loss = _on_columns(scores, objective, weight_N)
     else:
         loss_N, slope_NK, divergence_N, reward_NK = token_loss(
             objective, at.student_logp_NK, at.teacher_logp_NK, weight_N, at.valid_NK, at.log_rest, credit_N
@@ -238,6 +233,23 @@ def chunk_loss(
         slope_NK = torch.cat([loss.slope_NK, more.grad_logp_NK], dim=1)
         loss = loss._replace(loss_N=loss.loss_N + more.loss_N, slope_NK=slope_NK)
     return loss
+
+
+def _on_columns(scores: Scores, objective: ObjectiveConfig, weight_N: Tensor) -> ChunkLoss:
+    """An objective on the whole vocabulary: this rank's columns, and its sums over the group.
+
+    A few rows at a time, whose temporaries stay in the cache; the slopes are written over the teacher's.
+    """
+    student_NV, slope_NV = (part[:, : scores.shard.valid] for part in (scores.student_NV, scores.teacher_NV))
+    mine_N3 = weight_N.new_zeros(len(weight_N), 3)
+    for part in row_blocks(len(weight_N), scores.shard.rows):
+        columns = token_loss(objective, student_NV[part], slope_NV[part], weight_N[part])
+        sums = [columns.loss_N, columns.divergence_N, columns.grad_logp_NK.sum(dim=1)]
+        torch.stack(sums, dim=1, out=mine_N3[part])
+        slope_NV[part] = columns.grad_logp_NK
+    loss_N, divergence_N, total_N = sum_together([mine_N3], scores.shard.group)[0].unbind(1)
+    at_candidates_NK = torch.zeros_like(scores.at[0].student_logp_NK)  # the columns have it all
+    return ChunkLoss(loss_N, divergence_N, at_candidates_NK, slope_NV, total_N)
 
 
 def price_(teacher_NV: Tensor, at: AtCandidates, shard: VocabShard, outside_logp: float) -> None:
@@ -308,7 +320,7 @@ class Gradients:
         else:
             grad_logits_NV = scores.student_NV.mul_(-total_N1 / scores.student_total_N1)
         if loss.column_slope_NV is not None:
-            grad_logits_NV[:, : student.shard.valid] += loss.column_slope_NV / student.temperature
+            grad_logits_NV[:, : student.shard.valid].add_(loss.column_slope_NV, alpha=1 / student.temperature)
         grad_logits_NV.scatter_add_(1, column_NK, coefficient_NK.masked_fill(~mine_NK, 0))
         if self._hidden_NH is not None:
             self._hidden_NH[part] = hidden_gradient(grad_logits_NV, student.weight_VH)

@@ -18,6 +18,12 @@ BLOCKS = 64  # at most, in a chunk: the scratch memory is at least 1/64 of the l
 BLOCK_LOGITS = 1 << 18  # and a block has at least so many, or one row
 
 
+def row_blocks(rows: int, width: int) -> list[slice]:
+    """A few rows at a time of a [rows, width] matrix, for passes over it."""
+    step = max(-(-rows // BLOCKS), BLOCK_LOGITS // width, 1)
+    return [slice(begin, min(begin + step, rows)) for begin in range(0, rows, step)]
+
+
 class Apart(NamedTuple):
     """Columns [N, K] whose exponentials are also left out of a sum, where `mine_NK` says that they count, each once."""
 
@@ -71,12 +77,11 @@ def vocab_sums_(
     """
     (student_NV, teacher_NV), (student_shard, teacher_shard) = logits, shards
     aligned = group_size(student_shard.group) == 1 or student_shard.rows == teacher_shard.rows
-    rows = max(-(-len(student_NV) // BLOCKS), BLOCK_LOGITS // max(student_NV.shape[1], teacher_NV.shape[1]), 1)
-    rows = min(rows, len(student_NV))
+    parts = row_blocks(len(student_NV), max(student_NV.shape[1], teacher_NV.shape[1]))
+    rows = len(student_NV[parts[0]]) if parts else 0
     scratch = student_NV.new_empty(2, rows, max(student_shard.valid, teacher_shard.valid))
     sums_NS = student_NV.new_full((len(student_NV), 7), float("nan"))
-    for begin in range(0, len(student_NV), rows or 1):
-        part = slice(begin, begin + rows)
+    for part in parts:
         # Padding, at −inf, is left out: 0 · −inf is not a number.
         l_RV = student_NV[part, : student_shard.valid].sub_(maxima[0][part])
         m_RV = teacher_NV[part, : teacher_shard.valid].sub_(maxima[1][part])
