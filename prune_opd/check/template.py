@@ -61,9 +61,11 @@ def chat_template(directory: Path) -> str | None:
 
 def render(directory: Path, template: str, data: DataConfig) -> str | None:
     """A question as this template gives it to the model, with the run's settings; None if it does not render here."""
-    from jinja2.ext import loopcontrols
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
-
+    try:
+        from jinja2.ext import loopcontrols
+        from jinja2.sandbox import ImmutableSandboxedEnvironment
+    except ImportError:  # a login node without torch may not have it
+        return None
     turns = [{"role": "user", "content": QUESTION + data.suffix}]
     if data.system_prompt is not None:
         turns.insert(0, {"role": "system", "content": data.system_prompt})

@@ -27,8 +27,9 @@ def check_teacher(config: TrainConfig, teacher: Teacher, sampler: Sampler, vocab
     Reference text (`data.prompts.reference_text`) is a worked solution where the task has one (the ledger), else the
     prompt itself from its second token on. The rule: the median of log q over its tokens must be above −½ ln V, half of
     what an even guess over the V tokens costs; half of the tokens are then likelier than 1/√V. Language is far above
-    it (V = 151936: −6 nats; a model that knows the language has a median near −1), weights that are shuffled, cut
-    wrongly or of another model are below. The median leaves room for tokens that nobody can know.
+    it, weights that are shuffled, cut wrongly or of another model are below (seen: a real teacher of 135 M parameters,
+    V = 49152, −2.4 on chat and −2.7 on arithmetic prompts, limit −5.4, shuffled −26.6). The median leaves room for
+    tokens that nobody can know.
 
     Own greedy continuations would not do: a sharp model with shuffled weights finds its own repetitions likelier (−0.1
     nats a token on the tiny pair) than the right one finds its own (−0.4).

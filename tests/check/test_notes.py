@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -146,6 +147,14 @@ def test_prompts_without_a_template_say_nothing_of_it(pair: TrainConfig, tmp_pat
 def test_a_template_that_cannot_be_rendered_is_compared_as_text(pair: TrainConfig) -> None:
     give_template(pair.student, CHAT)
     give_template(pair.teacher, CHAT + "{{ raise_exception('no') }}")
+    assert "has another chat template than the student: the teacher scores" in only(notes(pair))
+
+
+def test_a_machine_without_jinja2_compares_the_texts(pair: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    give_template(pair.student, CHAT)
+    give_template(pair.teacher, REWRITTEN)
+    assert notes(pair) == []
+    monkeypatch.setitem(sys.modules, "jinja2.sandbox", None)
     assert "has another chat template than the student: the teacher scores" in only(notes(pair))
 
 
