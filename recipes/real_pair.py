@@ -29,20 +29,20 @@ def real_pair() -> TrainConfig:
         name="real_pair",
         student=str(pair / "student"),
         teacher=str(pair / "teacher"),
-        steps=24,
+        steps=40,
         data=DataConfig(
             mixture=tuple(str(pair / "data" / f"{name}_train.jsonl") for name in ("chat", "arithmetic")), weights=(1, 1)
         ),
-        rollout=RolloutConfig(prompts=8, responses=1, max_prompt_len=96, kv_cache_gb=0.5),
+        rollout=RolloutConfig(prompts=16, responses=1, max_prompt_len=96, kv_cache_gb=0.5),
         horizon=HorizonConfig(strategy="prune", max_len=64, min_len=16, init_len=32, step=16, margin=8, patience=2),
         # Ours, the same on every pair: the paper's γ would call nearly every token of such a student an event.
         gate=GateConfig("change_point", w_drop=0.2, w_base=0.0),
         # The published form would leak (docs/objectives.md).
         objective=ObjectiveConfig(name="full_vocab_reverse_kl"),
-        optimizer=OptimizerConfig(lr=1e-4, warmup_steps=3, beta2=0.99, clip_grad=1.0),
+        optimizer=OptimizerConfig(lr=1e-4, min_lr=1e-5, schedule="linear", warmup_steps=3, beta2=0.99, clip_grad=1.0),
         # 9 and 3 heads: two ranks cannot share a layer, so each has the whole models and half of the prompts.
         parallel=ParallelConfig(nproc=2, tensor=1, microbatch_tokens=1024, loss_chunk_tokens=256),
         precision=PrecisionConfig(params="fp32"),
         evaluation=EvalConfig(problems=0),
-        checkpoint=CheckpointConfig(every=12),
+        checkpoint=CheckpointConfig(every=20),
     )

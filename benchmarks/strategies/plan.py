@@ -58,6 +58,9 @@ METHODS = (
     Method("prune", "Prune-OPD overlap, w_base 0, hit_if_reliable", OURS),
     Method("prune_top_p", "Prune-OPD top-p, w_base 0, hit_if_reliable", (*OURS, "gate.metric=teacher_top_p")),
     Method("change_point", "ours: change-point gate", CHANGE_POINT),
+    Method(
+        "change_point_inflight", "ours: change-point gate + in-flight stop", (*CHANGE_POINT, *STOP), named_only=True
+    ),
     Method("acceptance", "ours: acceptance below .5", (*OURS, "gate.metric=acceptance", "gate.k=16"), named_only=True),
     Method("marginal", "ours: marginal window, w_base 0", MARGINAL),
     Method("marginal_paper", "ours: marginal window, w_base .5", (*MARGINAL, "gate.w_base=0.5")),

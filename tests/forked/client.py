@@ -23,7 +23,6 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 # others, VLLM_CACHE_ROOT among them, are read when they are needed.
 READ_AT_IMPORT = ("OMP_", "MKL_", "KMP_", "PYTHON", "TORCH", "VLLM_", "CUDA_", "HF_", "TRANSFORMERS_", "LD_")
 READ_LATER = ("VLLM_CACHE_ROOT", "TORCHINDUCTOR_CACHE_DIR", "PYTHONUNBUFFERED")
-MEASURING = ("COVERAGE_PROCESS_START", "COVERAGE_PROCESS_CONFIG")
 STARTING = 300.0  # seconds that the imports may take on a busy machine
 ENDING = 30.0
 
@@ -117,7 +116,7 @@ class ForkServer(Connection):
         self.process = subprocess.Popen(
             [sys.executable, "-m", "tests.forked.server", kind, str(theirs.fileno())],
             cwd=REPOSITORY,
-            env={name: value for name, value in environment.items() if name not in MEASURING},
+            env=dict(environment),
             stdin=subprocess.DEVNULL,
             stdout=self._words,
             stderr=self._words,

@@ -62,8 +62,21 @@ IMPORTS: dict[str, tuple[str, ...]] = {
         "transformers.models.qwen3.modeling_qwen3",
     ),
 }
+# What making an engine imports beside them, if one has not been made: 150 modules, a CPU second a rank.
+ENGINE_MAKING = (
+    "vllm.entrypoints.llm",
+    "vllm.plugins.lora_resolvers.hf_hub_resolver",
+    "vllm.model_executor.layers.quantization.online.base",
+    "vllm.model_executor.layers.quantization.compressed_tensors.utils",
+    "vllm.v1.attention.backends.cpu_attn",
+    "vllm.v1.core.sched.scheduler",
+)
+WORKER = "vllm.v1.worker.cpu_worker"
+REPLACES = "vllm.v1.worker.cpu.shm"  # imported by WORKER: replaces names of torch that no CPU has
 OURS = (
     "prune_opd.run",
+    "prune_opd.megatron.sync",
+    "prune_opd.megatron.train_batch",
     "prune_opd.megatron.trainer",
     "prune_opd.megatron.teacher",
     "prune_opd.megatron.checkpoint",
@@ -90,10 +103,40 @@ def get_ready(kind: str) -> None:
     before = [getattr(torch.cuda, name) for name in names]
     for module in (*IMPORTS[kind], *OURS):
         importlib.import_module(module)
-    # Some modules of vLLM's CPU worker replace torch.cuda's names: a rank has that when it makes an engine, not before.
+    if kind == "eager":
+        get_worker_ready()
     assert before == [getattr(torch.cuda, name) for name in names], "an import has replaced a name of torch.cuda"
     gc.collect()
     gc.freeze()  # what is here now is not looked at again, and its pages stay shared
+
+
+def get_worker_ready() -> None:
+    """Import what making an engine imports, and let vLLM put its CPU kernels in Triton's places.
+
+    A rank has torch's own names until it makes an engine: the two modules that replace them are forgotten here, and so
+    imported again there. Putting the kernels in place walks through all modules, .9 CPU seconds a rank, and giving back
+    what `gc.freeze` keeps costs as much when an engine is closed: here both are done once.
+    """
+    import torch
+    from vllm.platforms import current_platform
+
+    owners = (torch, torch.cuda, torch.accelerator, torch.Tensor)
+    before = [dict(vars(owner)) for owner in owners]
+    for module in (WORKER, *ENGINE_MAKING):
+        importlib.import_module(module)
+    current_platform.register_triton_kernel_overrides()
+    type(current_platform).register_triton_kernel_overrides = classmethod(lambda cls: None)  # type: ignore[attr-defined]
+    gc.unfreeze = lambda: None
+    for owner, names in zip(owners, before, strict=True):
+        for name, value in list(vars(owner).items()):
+            if name in names and value is not names[name]:
+                setattr(owner, name, names[name])
+            elif name not in names and owner is torch.Tensor:
+                delattr(owner, name)
+    for forgotten in (WORKER, REPLACES):
+        parent, _, name = forgotten.rpartition(".")
+        delattr(sys.modules[parent], name)
+        del sys.modules[forgotten]
 
 
 # ---------------------------------------------------------------------------------------------------- requests
@@ -239,10 +282,6 @@ def run_fresh(program: Callable[[], None]) -> int:
 
         numpy.random.seed()
         torch.default_generator.seed()
-    if "COVERAGE_PROCESS_START" in os.environ or "COVERAGE_PROCESS_CONFIG" in os.environ:
-        import coverage
-
-        coverage.process_startup()
     code = 0
     try:
         program()

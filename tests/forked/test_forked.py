@@ -12,7 +12,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-import coverage
 import psutil
 import pytest
 
@@ -248,13 +247,25 @@ def test_a_command_has_its_own_folder_output_and_exit_code(tmp_path: Path) -> No
     assert done.code == 2 and "steps" in done.stderr
 
 
-def test_coverage_is_measured_in_forked_ranks(tmp_path: Path) -> None:
-    text = "from prune_opd.errors import UserError\nfrom prune_opd.method.horizon import make_controller\n"
-    text += "from prune_opd.config import HorizonConfig\nmake_controller(HorizonConfig('full', max_len=5, min_len=1))\n"
-    env = {"COVERAGE_PROCESS_START": str(REPOSITORY / "pyproject.toml"), "COVERAGE_FILE": str(tmp_path / "data")}
-    run_ranks(script(tmp_path, text), 1, env=env)
-    (path,) = tmp_path.glob("data.*")
-    data = coverage.CoverageData(str(path))
-    data.read()
-    measured = {name: lines for name in data.measured_files() if (lines := data.lines(name))}
-    assert [name for name in measured if name.endswith("/method/horizon.py")]
+FORKS = """
+import os
+from tests.forked.server import fork, run_fresh
+from prune_opd.config import HorizonConfig
+from prune_opd.method.horizon import make_controller
+pid = fork(lambda: run_fresh(lambda: make_controller(HorizonConfig("full", max_len=5, min_len=1))))
+os.chdir("/")
+raise SystemExit(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
+"""
+
+
+def test_the_lines_that_forked_ranks_run_are_noted(tmp_path: Path) -> None:
+    lines = REPOSITORY / "tests" / "lines"
+    env = {**os.environ, "PRUNE_OPD_LINES": str(tmp_path), "PYTHONPATH": f"{lines}{os.pathsep}{REPOSITORY}"}
+    subprocess.run([sys.executable, "-c", FORKS], check=True, timeout=120, env=env)
+    parent, child = sorted(
+        (json.loads(path.read_text()) for path in tmp_path.iterdir()), key=lambda seen: sum(map(len, seen.values()))
+    )
+    assert set(parent) == set(child) and set(parent["method/horizon.py"]) < set(child["method/horizon.py"])
+    report = subprocess.run([sys.executable, lines / "report.py", tmp_path], capture_output=True, text=True, check=True)
+    share = re.fullmatch(r"line coverage: ([0-9.]+)%\n", report.stdout)
+    assert share and 1 < float(share[1]) < 50

@@ -35,7 +35,7 @@ if sys.argv[2] == "saves":
 part = Path(sys.argv[1], "part" + os.environ["RANK"])
 part.write_text(str(os.getpid()))
 part.rename(Path(sys.argv[1], "rank" + os.environ["RANK"]))
-end = time.monotonic() + 60
+end = time.monotonic() + 300
 while time.monotonic() < end:
     time.sleep(0.1)
 """
@@ -55,7 +55,7 @@ def alive(pid: int) -> bool:
     return state != "Z"
 
 
-def wait_until(condition: object, seconds: float = 30.0) -> None:
+def wait_until(condition: object, seconds: float = 120.0) -> None:
     assert callable(condition)
     end = time.monotonic() + seconds
     while not condition():
