@@ -19,7 +19,17 @@ from prune_opd.config import GateConfig, ObjectiveConfig, WeightingConfig
 from prune_opd.loss import GateStats, Head, Method, Tokens, distill_loss
 from prune_opd.loss.context import ContextShard
 from prune_opd.method.change_point import Usual
-from tests.reference_token import forward_kl, nucleus, outside_of, support_of, token_loss, top_ids
+from tests.reference_token import (
+    as_one_end,
+    forward_kl,
+    nucleus,
+    outside_of,
+    scaled,
+    support_of,
+    token_loss,
+    top_ids,
+    with_one_end,
+)
 
 VOCAB = 61
 USUAL = Usual(0.75, 0.15)  # acceptance, for gates that look for a change point
@@ -70,7 +80,7 @@ def describe(objective: ObjectiveConfig) -> str:
     tail = "" if objective.tail == "none" else f" {objective.tail}"
     tail += "" if objective.renormalise == "q" else f" renormalise {objective.renormalise}"
     tail += "" if objective.loss_max is None else " clamped"
-    tail += "" if not objective.discount else " discounted"
+    tail += " discounted" * (objective.discount > 0) + " ends" * (objective.ends == "class")
     return objective.name + details.get(objective.name, "") + tail
 
 
@@ -139,12 +149,6 @@ def credits_of(
     return credits
 
 
-def scaled(values: list[float]) -> list[float]:
-    """Onto 0..1."""
-    low, high = min(values), max(values)
-    return [(value - low) / (high - low) if high > low else 0.0 for value in values]
-
-
 def reference_loss(
     case: Case, gate: GateConfig | None, objective: ObjectiveConfig, weighting: WeightingConfig
 ) -> Reference:
@@ -157,6 +161,10 @@ def reference_loss(
     student_NV = logits(case.student_hidden, case.student_weight) / objective.temperature
     teacher_NV = logits(case.teacher_hidden, case.teacher_weight).detach()
     teacher_NV = teacher_NV / (objective.teacher_temperature or objective.temperature)
+    token_logp_N = student_NV.detach().log_softmax(-1).gather(1, sampled_ids_N[:, None])[:, 0]
+    if objective.ends == "class":
+        student_NV, teacher_NV = (with_one_end(whole_NV, case.terminal_ids) for whole_NV in (student_NV, teacher_NV))
+        sampled_ids_N = as_one_end(sampled_ids_N, case.terminal_ids)
     logp_NV, logq_NV = student_NV.log_softmax(-1), teacher_NV.log_softmax(-1)
 
     overlap_k = objective.k if gate is None else gate.k
@@ -202,9 +210,9 @@ def reference_loss(
     weights = weighted(weighting, gate_weights, cu_seqlens, sampled_ids_N, logp_NV.detach(), logq_NV)
     credits = credits_of(objective, weights, cu_seqlens, sampled_ids_N, logp_NV.detach(), logq_NV)
     if stale_logp_N is not None:
-        for t, y in enumerate(sampled_ids_N.tolist()):
+        for t in range(len(stale_logp_N)):
             if not math.isnan(stale_logp_N[t]):
-                ratio = math.exp(float(logp_NV[t, y]) - float(stale_logp_N[t]))
+                ratio = math.exp(float(token_logp_N[t]) - float(stale_logp_N[t]))
                 factor = min(max(ratio, 1 - objective.clip), 1 + objective.clip)
                 weights[t], gate_weights[t] = weights[t] * factor, gate_weights[t] * factor
                 credits[t] *= factor
@@ -249,10 +257,15 @@ def reference_update(
 
     moved_NV, old_NV = student(moved), student(old).detach()
     teacher_NV = (old.teacher_hidden.double() @ old.teacher_weight[:size].double().T / heat).detach()
+    sampled_ids_N = moved.sampled
+    if objective.ends == "class":
+        ids = moved.terminal_ids
+        moved_NV, old_NV, teacher_NV = (with_one_end(whole_NV, ids) for whole_NV in (moved_NV, old_NV, teacher_NV))
+        sampled_ids_N, size = as_one_end(moved.sampled, ids), moved_NV.shape[1]
     logs = old_NV.log_softmax(-1), teacher_NV.log_softmax(-1)
-    credits = credits_of(objective, weights, old.offsets, old.sampled, *logs)
+    credits = credits_of(objective, weights, old.offsets, sampled_ids_N, *logs)
     loss_sum = moved_NV.sum() * 0
-    for t, y in enumerate(moved.sampled.tolist()):
+    for t, y in enumerate(sampled_ids_N.tolist()):
         logp_V, old_V, logq_V = (row[t].log_softmax(-1) for row in (moved_NV, old_NV, teacher_NV))
         if objective.name in ("topk_reverse_kl", "sampled_token"):
             ids = [y] if objective.name == "sampled_token" else support_of(objective, old_NV[t], teacher_NV[t])
@@ -298,6 +311,7 @@ class Case:
     offsets: list[int]
     vocab_size: int = VOCAB
     stale_logp: Tensor | None = None
+    terminal_ids: tuple[int, ...] = ()
 
     def leaves(self, dtype: torch.dtype) -> Case:
         """A copy in `dtype` whose student tensors want a gradient."""
@@ -322,7 +336,7 @@ class Case:
             Head(self.student_hidden, self.student_weight),
             Head(self.teacher_hidden, self.teacher_weight),
             Tokens(self.sampled, offsets, self.vocab_size, context, self.stale_logp),
-            Method(gate, objective, weighting, USUAL),
+            Method(gate, objective, weighting, USUAL, self.terminal_ids),
             **options,
         )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import heapq
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -14,6 +15,25 @@ def top_ids(logits_V: Tensor, k: int) -> list[int]:
     """The k best ids of one token, ties to the lower id."""
     values = logits_V.tolist()
     return heapq.nsmallest(k, range(len(values)), key=lambda v: (-values[v], v))
+
+
+def with_one_end(logits_NV: Tensor, ids: Sequence[int]) -> Tensor:
+    """A smaller vocabulary: the lowest of `ids` with the mass of them all, the others taken out."""
+    kept = [v for v in range(logits_NV.shape[1]) if v not in ids[1:]]
+    one_N = logits_NV[:, list(ids)].exp().sum(1).log()
+    return torch.stack([one_N if v == ids[0] else logits_NV[:, v] for v in kept], dim=1)
+
+
+def as_one_end(sampled_N: Tensor, ids: Sequence[int]) -> Tensor:
+    """Sampled ids in that vocabulary."""
+    ours = [ids[0] if y in ids else y for y in sampled_N.tolist()]
+    return torch.tensor([y - sum(v < y for v in ids[1:]) for y in ours], dtype=torch.int64)
+
+
+def scaled(values: list[float]) -> list[float]:
+    """Onto 0..1."""
+    low, high = min(values), max(values)
+    return [(value - low) / (high - low) if high > low else 0.0 for value in values]
 
 
 def nucleus(logp_V: Tensor, ids: list[int], p: float) -> set[int]:

@@ -148,6 +148,9 @@ class ObjectiveConfig(Checked, name="objective"):
     dual_clip: Annotated[float, Interval(gt=1)] = 3.0  # largest ratio that a negative reward is multiplied by
     temperature: Positive = 1.0  # of both models' logits
     teacher_temperature: Positive | None = None  # of the teacher's logits alone; null: the same
+    # as_is: every id that ends a response is its own | class: those of student and teacher are one outcome for both
+    # models, and a stop on any of them is a stop
+    ends: Literal["as_is", "class"] = "as_is"
 
     def __post_init__(self) -> None:
         super().__post_init__()

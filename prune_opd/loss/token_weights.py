@@ -96,7 +96,7 @@ class TokenWeights:
         if self._tokens.stale_logp_N is None:
             return None
         clip = self._method.objective.clip
-        return stale_correction(scores.sampled_logp_N, self._tokens.stale_logp_N[part], clip).to(self._dtype)
+        return stale_correction(scores.token_logp_N, self._tokens.stale_logp_N[part], clip).to(self._dtype)
 
     def _change_point(self) -> ChangePoint | None:
         gate = self._method.gate

@@ -90,7 +90,7 @@ def gated_loss(
                     teacher.head_weight,
                 ),
                 Tokens(batch.sampled_ids_M, batch.cu_responses, vocab_size, context, batch.stale_logp_M),
-                Method(config.gate, config.objective, config.weighting, usual),
+                Method(config.gate, config.objective, config.weighting, usual, stats.terminal_ids),
                 tp_group=tp_group,
                 chunk=config.parallel.loss_chunk_tokens,
                 policy="keep" if several and old is None else old,
