@@ -8,6 +8,7 @@ from typing import Annotated, TypeVar
 
 import typer
 
+from prune_opd.check.ends import end_notes
 from prune_opd.check.run import check_everything, check_sft, check_structure, check_train
 from prune_opd.cli.start import is_rank, on_ranks, rank_count
 from prune_opd.cli.worker import is_main_rank
@@ -51,6 +52,8 @@ def train(
         print(f"{run_dir} is finished; to draw its report again: prune-opd report {run_dir}")
         return 0
     if not is_rank():
+        for note in end_notes(config):
+            print(f"note: {note}", flush=True)
         print(f"{config.name}: {ranks} ranks, run directory {run_dir}", flush=True)
     allowed = ["--allow-config-change"] if allow_config_change else []
     return on_ranks(ranks, "train", "--run-dir", str(run_dir), "--resume", resume, *allowed, config=config)
@@ -76,6 +79,8 @@ def check(
             if structure
             else check_everything(config, ranks, run_dir or _default_run_dir(config))
         )
+    for note in end_notes(config) if isinstance(config, TrainConfig) else []:
+        print(f"note: {note}")
     print("\n".join(problems) or "ok")
     return 1 if problems else 0
 

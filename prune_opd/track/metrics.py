@@ -37,7 +37,7 @@ _EVAL_SUFFIXES = (_STDERR_SUFFIX, "_low", "_high", "_pass", "_readable", "_answe
 
 @functools.cache
 def meanings() -> dict[str, str]:
-    """Every key of metrics.jsonl with its meaning and unit; `<task>` and `<id>` stand for a task's name and a token id."""
+    """Every key of metrics.jsonl with meaning and unit; `<task>` and `<id>` stand for a task's name and a token id."""
     text = (Path(__file__).parent / "assets" / "metrics.yaml").read_text(encoding="utf-8")
     return dict(yaml.safe_load(text))
 
