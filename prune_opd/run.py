@@ -13,6 +13,7 @@ from prune_opd import platform
 from prune_opd.config import MemoryConfig, TrainConfig, to_dict
 from prune_opd.config.memory_phases import MemoryPhases
 from prune_opd.config.yaml import save_config
+from prune_opd.data.ends import end_class, terminal_ids, write_ends
 from prune_opd.data.prompts import file_sources, make_sampler
 from prune_opd.data.sampler import Sampler
 from prune_opd.errors import ConfigError, UserError
@@ -111,7 +112,8 @@ class Run:
         bins, logprobs_B, mismatch = config.track.position_bins, rollouts.fresh_logprobs_B, None
         if logprobs_B is not None and config.objective.temperature == 1:  # the engine's are those at temperature 1
             mismatch = Mismatch(logprobs_B, rollouts.engine_B, config.objective.mismatch_bounds, device)
-        return BatchStats(responses, bins, config.horizon.max_len, device, watched, early, mismatch)
+        ends = terminal_ids(config, self.vocab_size)
+        return BatchStats(responses, bins, config.horizon.max_len, device, watched, early, mismatch, ends)
 
     def check_updates(self, result: StepResult, rollouts: Rollouts) -> None:
         """Say which updates of this step were skipped, and where. Raises `UserError` after too many in a row."""
@@ -202,6 +204,8 @@ class Run:
         self.phases.enter("export")
         out = self.run_dir / "hf"
         export_hf(self.trainer.chunks, self.config.student, out, write=self.layout.is_main)
+        if self.layout.is_main and (ends := end_class(self.config, self.vocab_size)):
+            write_ends(out, ends)  # whoever loads it stops where the run did
         self.tracker.note(f"student: {out}")
 
 
@@ -236,7 +240,8 @@ def prepare(config: TrainConfig, run_dir: Path, resume: str, allow_config_change
     vocab_size = min(trainer.spec.vocab_size, teacher.spec.vocab_size)
     tested = check_teacher(config, teacher, sampler, vocab_size)  # before an engine is built: that may take minutes
     inflight = InflightGate(config, teacher, layout, vocab_size) if config.rollout.inflight.on else None
-    options = EngineOptions(memory.sleep_level, inflight.top or 0 if inflight else 0, parallel.timeout_minutes)
+    top, ends = inflight.top or 0 if inflight else 0, end_class(config, vocab_size)
+    options = EngineOptions(memory.sleep_level, top, parallel.timeout_minutes, ends)
     engine = RolloutEngine(config.student, config.rollout, longest, dtype, machine, options)
     phases.memory = MemoryPhases(
         memory,

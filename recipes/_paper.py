@@ -10,6 +10,8 @@ did not publish are ours and stand here:
     horizon.strategy=popd                from init_len, 512 tokens more every 8 steps
 """
 
+from typing import Literal
+
 from prune_opd.config import (
     CheckpointConfig,
     DataConfig,
@@ -17,6 +19,7 @@ from prune_opd.config import (
     GateConfig,
     HorizonConfig,
     MemoryConfig,
+    ObjectiveConfig,
     OptimizerConfig,
     ParallelConfig,
     PlanningConfig,
@@ -38,9 +41,10 @@ def paper_base(
     response_length: int,
     mean_horizon: int,
     thinking: bool | None = None,
+    ends: Literal["as_is", "class"] = "as_is",
 ) -> TrainConfig:
     """init_len: the pair's first window. The next two are what the planner assumes of it (PlanningConfig). thinking:
-    the switch of Qwen3's chat template; None for models whose template has none."""
+    the switch of Qwen3's chat template; None for models whose template has none. ends: objective.ends."""
     return TrainConfig(
         name=name,
         student=str(models_dir() / student),
@@ -58,6 +62,7 @@ def paper_base(
             interval=8,
         ),
         gate=GateConfig(),  # the paper's: k = 16, γ = .7, w_drop = .01, w_base = .5
+        objective=ObjectiveConfig(ends=ends),
         optimizer=OptimizerConfig(lr=1e-6, weight_decay=0.01, beta1=0.9, beta2=0.999, clip_grad=1.0),
         parallel=ParallelConfig(nproc=8, tensor=1, distributed_optimizer=True, recompute="full"),
         precision=PrecisionConfig(params="bf16"),

@@ -19,7 +19,19 @@ from prune_opd.config import GateConfig, ObjectiveConfig, WeightingConfig
 from prune_opd.loss import GateStats, Head, Method, Tokens, distill_loss
 from prune_opd.loss.context import ContextShard
 from prune_opd.method.change_point import Usual
-from tests.reference_token import forward_kl, nucleus, outside_of, support_of, token_loss, top_ids
+from tests.reference_token import (
+    as_one_end,
+    credits_of,
+    forward_kl,
+    mismatch_factor,
+    nucleus,
+    outside_of,
+    scaled,
+    support_of,
+    token_loss,
+    top_ids,
+    with_one_end,
+)
 
 VOCAB = 61
 USUAL = Usual(0.75, 0.15)  # acceptance, for gates that look for a change point
@@ -70,7 +82,7 @@ def describe(objective: ObjectiveConfig) -> str:
     tail = "" if objective.tail == "none" else f" {objective.tail}"
     tail += "" if objective.renormalise == "q" else f" renormalise {objective.renormalise}"
     tail += "" if objective.loss_max is None else " clamped"
-    tail += "" if not objective.discount else " discounted"
+    tail += " discounted" * (objective.discount > 0) + " ends" * (objective.ends == "class")
     return objective.name + details.get(objective.name, "") + tail
 
 
@@ -119,32 +131,6 @@ def weighted(
     return [weight * factor for weight, factor in zip(weights, factors, strict=True)]
 
 
-def credits_of(
-    objective: ObjectiveConfig,
-    weights: list[float],
-    cu_seqlens: Sequence[int],
-    sampled_ids_N: Tensor,
-    logp_NV: Tensor,
-    logq_NV: Tensor,
-) -> list[float]:
-    """Each token's weighted log-ratio and, discounted, those of its response's later tokens."""
-    rewards = [
-        w * float(logq_NV[t, y] - logp_NV[t, y])
-        for t, (w, y) in enumerate(zip(weights, sampled_ids_N.tolist(), strict=True))
-    ]
-    credits = [0.0] * len(rewards)
-    for begin, end in pairwise(cu_seqlens):
-        for t in range(begin, end):
-            credits[t] = sum(objective.discount ** (s - t) * rewards[s] for s in range(t, end))
-    return credits
-
-
-def scaled(values: list[float]) -> list[float]:
-    """Onto 0..1."""
-    low, high = min(values), max(values)
-    return [(value - low) / (high - low) if high > low else 0.0 for value in values]
-
-
 def reference_loss(
     case: Case, gate: GateConfig | None, objective: ObjectiveConfig, weighting: WeightingConfig
 ) -> Reference:
@@ -157,6 +143,10 @@ def reference_loss(
     student_NV = logits(case.student_hidden, case.student_weight) / objective.temperature
     teacher_NV = logits(case.teacher_hidden, case.teacher_weight).detach()
     teacher_NV = teacher_NV / (objective.teacher_temperature or objective.temperature)
+    token_logp_N = student_NV.detach().log_softmax(-1).gather(1, sampled_ids_N[:, None])[:, 0]
+    if objective.ends == "class":
+        student_NV, teacher_NV = (with_one_end(whole_NV, case.terminal_ids) for whole_NV in (student_NV, teacher_NV))
+        sampled_ids_N = as_one_end(sampled_ids_N, case.terminal_ids)
     logp_NV, logq_NV = student_NV.log_softmax(-1), teacher_NV.log_softmax(-1)
 
     overlap_k = objective.k if gate is None else gate.k
@@ -202,13 +192,15 @@ def reference_loss(
     weights = weighted(weighting, gate_weights, cu_seqlens, sampled_ids_N, logp_NV.detach(), logq_NV)
     credits = credits_of(objective, weights, cu_seqlens, sampled_ids_N, logp_NV.detach(), logq_NV)
     if stale_logp_N is not None:
-        for t, y in enumerate(sampled_ids_N.tolist()):
+        for t in range(len(stale_logp_N)):
             if not math.isnan(stale_logp_N[t]):
-                ratio = math.exp(float(logp_NV[t, y]) - float(stale_logp_N[t]))
+                ratio = math.exp(float(token_logp_N[t]) - float(stale_logp_N[t]))
                 factor = min(max(ratio, 1 - objective.clip), 1 + objective.clip)
                 weights[t], gate_weights[t] = weights[t] * factor, gate_weights[t] * factor
                 credits[t] *= factor
-    factors = [mismatch_factor(case, objective, t, float(logp_NV[t, y])) for t, y in enumerate(sampled_ids_N.tolist())]
+    engine = [math.nan] * len(sampled_ids_N) if case.engine_logp is None else case.engine_logp.tolist()
+    chosen = zip(logp_NV.detach(), sampled_ids_N.tolist(), engine, strict=True)
+    factors = [mismatch_factor(objective, of_engine, float(logp_V[y])) for logp_V, y, of_engine in chosen]
     loss_sum, divergences, outside = student_NV.sum() * 0, [], []
     for t, y in enumerate(sampled_ids_N.tolist()):
         with torch.no_grad():
@@ -237,16 +229,6 @@ def reference_loss(
     )
 
 
-def mismatch_factor(case: Case, objective: ObjectiveConfig, t: int, logp: float) -> float:
-    """What objective.mismatch multiplies a token's loss by, and nothing else."""
-    if objective.mismatch == "none" or case.engine_logp is None or math.isnan(case.engine_logp[t]):
-        return 1.0
-    ratio = math.exp(logp - float(case.engine_logp[t]))
-    if objective.mismatch == "truncated":
-        return min(ratio, objective.mismatch_high or 2.0)
-    return ratio if objective.mismatch_low <= ratio <= (objective.mismatch_high or 5.0) else 0.0
-
-
 def reference_update(
     old: Case, moved: Case, gate: GateConfig | None, objective: ObjectiveConfig, weighting: WeightingConfig
 ) -> Tensor:
@@ -260,10 +242,15 @@ def reference_update(
 
     moved_NV, old_NV = student(moved), student(old).detach()
     teacher_NV = (old.teacher_hidden.double() @ old.teacher_weight[:size].double().T / heat).detach()
+    sampled_ids_N = moved.sampled
+    if objective.ends == "class":
+        ids = moved.terminal_ids
+        moved_NV, old_NV, teacher_NV = (with_one_end(whole_NV, ids) for whole_NV in (moved_NV, old_NV, teacher_NV))
+        sampled_ids_N, size = as_one_end(moved.sampled, ids), moved_NV.shape[1]
     logs = old_NV.log_softmax(-1), teacher_NV.log_softmax(-1)
-    credits = credits_of(objective, weights, old.offsets, old.sampled, *logs)
+    credits = credits_of(objective, weights, old.offsets, sampled_ids_N, *logs)
     loss_sum = moved_NV.sum() * 0
-    for t, y in enumerate(moved.sampled.tolist()):
+    for t, y in enumerate(sampled_ids_N.tolist()):
         logp_V, old_V, logq_V = (row[t].log_softmax(-1) for row in (moved_NV, old_NV, teacher_NV))
         if objective.name in ("topk_reverse_kl", "sampled_token"):
             ids = [y] if objective.name == "sampled_token" else support_of(objective, old_NV[t], teacher_NV[t])
@@ -310,6 +297,7 @@ class Case:
     vocab_size: int = VOCAB
     stale_logp: Tensor | None = None
     engine_logp: Tensor | None = None
+    terminal_ids: tuple[int, ...] = ()
 
     def leaves(self, dtype: torch.dtype) -> Case:
         """A copy in `dtype` whose student tensors want a gradient."""
@@ -334,7 +322,7 @@ class Case:
             Head(self.student_hidden, self.student_weight),
             Head(self.teacher_hidden, self.teacher_weight),
             Tokens(self.sampled, offsets, self.vocab_size, context, self.stale_logp, self.engine_logp),
-            Method(gate, objective, weighting, USUAL),
+            Method(gate, objective, weighting, USUAL, self.terminal_ids),
             **options,
         )
 

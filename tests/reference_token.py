@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import heapq
+import math
+from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -14,6 +17,25 @@ def top_ids(logits_V: Tensor, k: int) -> list[int]:
     """The k best ids of one token, ties to the lower id."""
     values = logits_V.tolist()
     return heapq.nsmallest(k, range(len(values)), key=lambda v: (-values[v], v))
+
+
+def with_one_end(logits_NV: Tensor, ids: Sequence[int]) -> Tensor:
+    """A smaller vocabulary: the lowest of `ids` with the mass of them all, the others taken out."""
+    kept = [v for v in range(logits_NV.shape[1]) if v not in ids[1:]]
+    one_N = logits_NV[:, list(ids)].exp().sum(1).log()
+    return torch.stack([one_N if v == ids[0] else logits_NV[:, v] for v in kept], dim=1)
+
+
+def as_one_end(sampled_N: Tensor, ids: Sequence[int]) -> Tensor:
+    """Sampled ids in that vocabulary."""
+    ours = [ids[0] if y in ids else y for y in sampled_N.tolist()]
+    return torch.tensor([y - sum(v < y for v in ids[1:]) for y in ours], dtype=torch.int64)
+
+
+def scaled(values: list[float]) -> list[float]:
+    """Onto 0..1."""
+    low, high = min(values), max(values)
+    return [(value - low) / (high - low) if high > low else 0.0 for value in values]
 
 
 def nucleus(logp_V: Tensor, ids: list[int], p: float) -> set[int]:
@@ -163,3 +185,33 @@ def outside_of(
         "acceptance_N": sum(min(float(p_V[v]), float(q_V[v])) for v in ids),
         "teacher_logp_N": float(logq_V[sampled]),
     }
+
+
+def credits_of(
+    objective: ObjectiveConfig,
+    weights: list[float],
+    cu_seqlens: Sequence[int],
+    sampled_ids_N: Tensor,
+    logp_NV: Tensor,
+    logq_NV: Tensor,
+) -> list[float]:
+    """Each token's weighted log-ratio and, discounted, those of its response's later tokens."""
+    rewards = [
+        w * float(logq_NV[t, y] - logp_NV[t, y])
+        for t, (w, y) in enumerate(zip(weights, sampled_ids_N.tolist(), strict=True))
+    ]
+    credits = [0.0] * len(rewards)
+    for begin, end in pairwise(cu_seqlens):
+        for t in range(begin, end):
+            credits[t] = sum(objective.discount ** (s - t) * rewards[s] for s in range(t, end))
+    return credits
+
+
+def mismatch_factor(objective: ObjectiveConfig, engine_logp: float, logp: float) -> float:
+    """What objective.mismatch multiplies a token's loss by, and nothing else; NaN: the engine's log p is not known."""
+    if objective.mismatch == "none" or math.isnan(engine_logp):
+        return 1.0
+    ratio = math.exp(logp - engine_logp)
+    if objective.mismatch == "truncated":
+        return min(ratio, objective.mismatch_high or 2.0)
+    return ratio if objective.mismatch_low <= ratio <= (objective.mismatch_high or 5.0) else 0.0

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from prune_opd.check.ends import end_notes
 from prune_opd.check.template import template_notes
 from prune_opd.config import TrainConfig
 from prune_opd.data.render import prompt_of
@@ -22,6 +23,7 @@ def check_notes(config: TrainConfig) -> list[str]:
     notes = _temperatures(config) + _nucleus(config) + _single_candidates(config)
     if any(_through_template(config, source) for source in config.data.sources):
         notes += template_notes(Path(config.student), Path(config.teacher), config.data)
+    notes += end_notes(config)
     return [f"note: {note}" for note in notes]
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from prune_opd.check import precision
+from prune_opd.check.ends import end_problems
 from prune_opd.check.machine import compiler_problems, machine_problems, writable_problems
 from prune_opd.check.tokenizer import tokenizer_problems, vocabulary_problems
 from prune_opd.config import Fp8Config, SftConfig, TrainConfig
@@ -48,7 +49,12 @@ def check_train(
     problems = _model_problems(student) + _model_problems(teacher)
     if len(models) == 2:
         # Different tokenizers often have different sizes too; that would be the same problem said twice.
-        problems += tokenizer_problems(models[0].path, models[1].path) or _vocabulary(config, nproc, *models)
+        shared = min(model.vocab_size for model in models)
+        problems += (
+            tokenizer_problems(models[0].path, models[1].path)
+            or end_problems(config, shared)
+            or _vocabulary(config, nproc, *models)
+        )
     problems += _sizes(config, nproc, models) + _precision(config, models)
     problems += _sources(config)
     problems += _apex()

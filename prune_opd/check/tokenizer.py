@@ -11,7 +11,7 @@ from typing import Any
 
 
 def tokenizer_problems(student: Path, teacher: Path) -> list[str]:
-    """How the tokenizers of two model directories differ: tokens by id, merges, special tokens, ends of a response."""
+    """How the tokenizers of two model directories differ: tokens by id, merges, special tokens."""
     ours, theirs = (path / "tokenizer.json" for path in (student, teacher))
     try:
         same = ours.read_bytes() == theirs.read_bytes()
@@ -19,7 +19,7 @@ def tokenizer_problems(student: Path, teacher: Path) -> list[str]:
     except (OSError, AttributeError, KeyError, TypeError, ValueError) as error:
         return [f"student and teacher: a tokenizer.json cannot be read ({error!r}); give fast tokenizers"]
     if difference is None:
-        return _ends(student, teacher)
+        return []
     return [
         f"teacher = {str(teacher)!r} has another tokenizer than the student: {difference};"
         " choose a pair that shares its tokenizer"
@@ -47,31 +47,6 @@ def vocabulary_problems(role: str, directory: Path, vocab_size: int, padded: int
             "vocabulary entries of the student: choose a teacher of at least the student's vocab_size"
         )
     return problems
-
-
-def _ends(student: Path, teacher: Path) -> list[str]:
-    """A problem if no token ends a response for both models: the teacher would never expect the student to end.
-
-    A base model and a chat model of one family may well differ in config.json; generation_config.json often has both.
-    """
-    ours, theirs = _end_ids(student), _end_ids(teacher)
-    if not ours or not theirs or ours & theirs:
-        return []
-    return [
-        f"teacher = {str(teacher)!r} ends with the ids {sorted(theirs)} and the student with {sorted(ours)} "
-        "(eos_token_id of config.json and generation_config.json): give both one in common, in generation_config.json"
-    ]
-
-
-def _end_ids(directory: Path) -> set[int]:
-    found: set[int] = set()
-    for name in ("config.json", "generation_config.json"):
-        try:
-            ids = json.loads((directory / name).read_bytes()).get("eos_token_id")
-        except (OSError, AttributeError, ValueError):
-            continue
-        found |= {int(i) for i in (ids if isinstance(ids, list) else [ids]) if isinstance(i, int)}
-    return found
 
 
 def _difference(student: dict[str, Any], teacher: dict[str, Any]) -> str | None:

@@ -148,6 +148,9 @@ class ObjectiveConfig(Checked, name="objective"):
     dual_clip: Annotated[float, Interval(gt=1)] = 3.0  # largest ratio that a negative reward is multiplied by
     temperature: Positive = 1.0  # of both models' logits
     teacher_temperature: Positive | None = None  # of the teacher's logits alone; null: the same
+    # as_is: every id that ends a response is its own | class: those of student and teacher are one outcome for both
+    # models, and a stop on any of them is a stop
+    ends: Literal["as_is", "class"] = "as_is"
     # a token's loss where trainer and rollout engine differ in its probability: none: as it is | truncated: times
     # p / p_engine, at most mismatch_high | masked: times that, 0 where it is outside mismatch_low … mismatch_high
     mismatch: Literal["none", "truncated", "masked"] = "none"

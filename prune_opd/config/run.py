@@ -220,6 +220,11 @@ def check_inflight(config: TrainConfig) -> None:
             "rollout.inflight.mode = gate with gate.w_drop = 0: reliability never falls to 0; give w_drop a value, set "
             f"rollout.inflight.stop_events, {off}"
         )
+    if gate.metric == "change_point" and config.objective.ends == "class":
+        raise ConfigError(
+            "rollout.inflight.mode = gate with gate.metric = change_point and objective.ends = class: the engine does "
+            f"not say what mass the student has on all ends; take overlap or teacher_top_p, {off}"
+        )
     if gate.metric == "change_point" and config.objective.temperature != 1:
         raise ConfigError(
             f"rollout.inflight.mode = gate with gate.metric = change_point and objective.temperature = "

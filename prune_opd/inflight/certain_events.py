@@ -10,6 +10,7 @@ counted here are a subset of the loss's, and R in flight is never below the loss
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -25,13 +26,13 @@ def certain_overlap_events(
     teacher_logp_NC: Tensor,
     k: int,
     threshold: float,
-    margin: float,
+    margin: float | Tensor,
     vocab_size: int,
 ) -> Tensor:
     """Whether B_t = 1[O_t < γ] holds for every pair of top-k sets that the margin leaves open, bool [N].
 
     ids [N, C]: each model's C ≥ k most probable tokens; C = k only if k is the whole vocabulary. logp [N, C]: their
-    log-probabilities (or logits), descending.
+    log-probabilities (or logits), descending. margin: one for all, or each token's [N, 1].
     """
     student = _Membership(student_logp_NC, k, margin, vocab_size)
     teacher = _Membership(teacher_logp_NC, k, margin, vocab_size)
@@ -80,10 +81,33 @@ def greatest_acceptance(
     return torch.where(known_N, most_N.clamp(max=1), 1.0)
 
 
+def one_end(ids_NC: Tensor, logp_NC: Tensor, ends: Sequence[int], temperature: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Candidates [N, C] with the terminal ids among them as one, the lowest of `ends`, in no order; and a slack [N, 1].
+
+    Its score is T log Σ exp(logp / T): the sum of their probabilities at that temperature, as a logit. What is no
+    candidate scores no more than the last that is. So the places that get free have that score, for tokens that may
+    come up (their id is −1), and the class scores too low by at most the slack. Where no end is a candidate, the last
+    candidate is raised to what all ends together may have, and stands for them, if it stays the last with that.
+    """
+    is_end_NC = torch.isin(ids_NC, torch.tensor(ends, device=ids_NC.device))
+    found_N1, last_N1 = is_end_NC.sum(dim=1, keepdim=True), logp_NC.amin(dim=1, keepdim=True)
+    of_ends_NC = logp_NC.masked_fill(~is_end_NC, float("-inf")) / temperature
+    together_N1 = temperature * of_ends_NC.logsumexp(dim=1, keepdim=True)
+    first_NC = is_end_NC & (is_end_NC.cumsum(dim=1) == 1)
+    is_last_NC = torch.arange(logp_NC.shape[1], device=logp_NC.device) == logp_NC.argmin(dim=1, keepdim=True)
+    most = temperature * math.log(len(ends))
+    stands_N1 = (found_N1 == 0) & (last_N1 + most < logp_NC.kthvalue(2, dim=1, keepdim=True).values)
+    logp_NC = torch.where(is_last_NC & stands_N1, logp_NC + most, logp_NC)
+    logp_NC = torch.where(first_NC, together_N1, torch.where(is_end_NC, last_N1, logp_NC))
+    missing_N1 = (len(ends) - found_N1) * ((last_N1 - together_N1) / temperature).exp()
+    slack_N1 = torch.where(found_N1 > 0, temperature * missing_N1.log1p(), most * ~stands_N1)
+    return ids_NC.masked_fill(first_NC, min(ends)).masked_fill(is_end_NC & ~first_NC, -1), logp_NC, slack_N1
+
+
 class _Membership:
     """Which of the C candidates are in the top-k in every outcome, and which in some."""
 
-    def __init__(self, logp_NC: Tensor, k: int, margin: float, vocab_size: int) -> None:
+    def __init__(self, logp_NC: Tensor, k: int, margin: float | Tensor, vocab_size: int) -> None:
         width = logp_NC.shape[1]
         self.possible_NC = logp_NC >= logp_NC[:, k - 1 : k] - margin
         if width > k:

@@ -22,10 +22,12 @@ from torch import Tensor
 
 from prune_opd.config import GateConfig, InflightConfig, TrainConfig
 from prune_opd.config.rollout import MARGIN
+from prune_opd.data.ends import end_class
 from prune_opd.data.prompt import Prompt
 from prune_opd.errors import UserError
-from prune_opd.inflight.certain_events import certain_overlap_events, certain_rejects, greatest_acceptance
+from prune_opd.inflight.certain_events import certain_overlap_events, certain_rejects, greatest_acceptance, one_end
 from prune_opd.inflight.look_schedule import Course, LookSchedule
+from prune_opd.loss.ends import as_outcomes, end_logits, fold_
 from prune_opd.loss.vocab_parallel import OutputHead, local_gather, log_normaliser, sum_together, topk
 from prune_opd.method.change_point import ChangePoint, Usual
 from prune_opd.method.gate import RELIABLE_ABOVE, apply_gate
@@ -47,6 +49,7 @@ class InflightGate:
         self.teacher, self.layout, self.vocab_size = teacher, layout, vocab_size
         self.candidates = min(2 * self.gate.k, vocab_size)  # more than k, to see how close a call is
         self.top = self.candidates if self.gate.metric in ("overlap", "change_point") else None
+        self.ends = end_class(config, vocab_size)
         self.usual: Usual | None = None  # the pair's own measure, for a gate that looks for change points
         margin = self.settings.margin
         self.margin = MARGIN[config.rollout.coarsest_format(config.precision.params)] if margin is None else margin
@@ -151,20 +154,23 @@ class InflightGate:
         chunk = min(self.config.parallel.loss_chunk_tokens, len(hidden_NH))
         head.allocate(chunk, torch.float32)
         parts = [slice(first, first + chunk) for first in range(0, len(hidden_NH), chunk)]
-        seen = _Seen(list(prefixes.values()), hidden_NH.device, self.vocab_size)
+        heat = self.config.objective.temperature
+        seen = _Seen(list(prefixes.values()), hidden_NH.device, self.vocab_size, self.ends, heat)
         evidence_N = torch.cat([self._chunk_evidence(head, seen, part) for part in parts]).double()
         return {row: part.tolist() for row, part in zip(new, evidence_N.split(list(new.values())), strict=True)}
 
     def _chunk_evidence(self, head: OutputHead, seen: _Seen, part: slice) -> Tensor:
         gate, logits_NV = self.gate, head.logits(part)
+        if self.ends:
+            fold_(logits_NV, end_logits([logits_NV], self.ends, [head.shard])[0], self.ends, head.shard)
         if gate.metric == "change_point":
-            ids_NC, logp_NC = seen.top(part)
+            ids_NC, logp_NC, _ = seen.top(part)
             (at_NC,) = sum_together([local_gather(logits_NV, ids_NC, head.shard)], head.shard.group)
             teacher_logp_NC = at_NC - log_normaliser(logits_NV, head.shard)[:, None]
             return greatest_acceptance(ids_NC, logp_NC, teacher_logp_NC, gate.k, self.margin, self.vocab_size)
         teacher = topk(logits_NV, self.candidates, head.shard)
         if gate.metric == "overlap":
-            student_ids_NC, student_logp_NC = seen.top(part)
+            student_ids_NC, student_logp_NC, slack_N1 = seen.top(part)
             return certain_overlap_events(
                 student_ids_NC,
                 student_logp_NC,
@@ -172,7 +178,7 @@ class InflightGate:
                 teacher.values_NK * head.temperature,  # the margin is one of the models' own scores
                 gate.k,
                 gate.threshold,
-                self.margin,
+                self.margin + slack_N1,
                 self.vocab_size,
             )
         logp_NC = teacher.values_NK - log_normaliser(logits_NV, head.shard)[:, None]
@@ -222,20 +228,34 @@ class InflightGate:
 class _Seen:
     """What the rollout engine says about the new tokens of some rows, end to end."""
 
-    def __init__(self, prefixes: Sequence[Prefix], device: torch.device, vocab_size: int) -> None:
-        self.sampled_N = torch.tensor([token for prefix in prefixes for token in prefix.new_ids], device=device)
-        self.vocab_size = vocab_size
+    def __init__(
+        self,
+        prefixes: Sequence[Prefix],
+        device: torch.device,
+        vocab_size: int,
+        ends: tuple[int, ...],
+        temperature: float,
+    ) -> None:
+        sampled_N = torch.tensor([token for prefix in prefixes for token in prefix.new_ids], device=device)
+        self.sampled_N = as_outcomes(sampled_N, ends)
+        self.vocab_size, self.ends, self.temperature = vocab_size, ends, temperature
         self._ids = [torch.from_numpy(p.top_ids_TK) for p in prefixes if p.top_ids_TK is not None]
         self._logp = [torch.from_numpy(p.top_logp_TK) for p in prefixes if p.top_logp_TK is not None]
         if self._ids:
             self._ids_NC, self._logp_NC = (torch.cat(part).to(device) for part in (self._ids, self._logp))
 
-    def top(self, part: slice) -> tuple[Tensor, Tensor]:
-        """The student's candidates [N, C], int64, and their log-probabilities, descending; padding ids come last."""
+    def top(self, part: slice) -> tuple[Tensor, Tensor, Tensor]:
+        """The student's candidates [N, C], int64, and their log-probabilities, descending; padding ids come last.
+
+        And by how much the class of ends may score higher than it does here [N, 1].
+        """
         ids_NC, logp_NC = self._ids_NC[part].long(), self._logp_NC[part]
+        slack_N1 = torch.zeros_like(logp_NC[:, :1])
+        if self.ends:
+            ids_NC, logp_NC, slack_N1 = one_end(ids_NC, logp_NC, self.ends, self.temperature)
         logp_NC = logp_NC.masked_fill(ids_NC >= self.vocab_size, float("-inf"))
         logp_NC, order_NC = logp_NC.sort(dim=-1, descending=True, stable=True)
-        return ids_NC.gather(1, order_NC), logp_NC
+        return ids_NC.gather(1, order_NC), logp_NC, slack_N1
 
 
 def is_spent(events: Sequence[bool], gate: GateConfig, settings: InflightConfig) -> bool:

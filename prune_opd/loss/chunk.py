@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -18,7 +17,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from prune_opd.config import ObjectiveConfig
+from prune_opd.loss.ends import AtEnds, take_ends_, token_logp, unfold_
 from prune_opd.loss.inputs import Method
+from prune_opd.loss.old_policy import OldPolicy
 from prune_opd.loss.products import add_weight_gradient_, hidden_gradient
 from prune_opd.loss.vocab_parallel import (
     OutputHead,
@@ -59,7 +60,8 @@ class Scores(NamedTuple):
     """One chunk as both models score it. Log-probabilities are over the full vocabulary."""
 
     agreement: Agreement
-    sampled_logp_N: Tensor
+    sampled_logp_N: Tensor  # of the outcome: of the class where an end of one was sampled
+    token_logp_N: Tensor  # of the sampled id itself
     signals: Signals
     at: list[AtCandidates]  # one an objective
     student_NV: Tensor  # this rank's columns, in the student's buffer: log p if `in_logs`, else p · student_total
@@ -68,6 +70,8 @@ class Scores(NamedTuple):
     in_logs: bool
     shard: VocabShard  # the student's
     finite_2: Tensor  # whether the student's and the teacher's normalisers are numbers
+    ends: AtEnds | None = None  # where there are terminal ids
+    end_class: tuple[int, ...] = ()  # those that are one outcome
 
 
 def score_chunk(
@@ -86,6 +90,7 @@ def score_chunk(
     objectives, k, sampled_N = method.objectives, method.gate_k, sampled_ids_N[part]
     in_logs = on_vocabulary(method.objective)
     logits, shards = (student.logits(part), teacher.logits(part)), (student.shard, teacher.shard)
+    sampled_N, ends = take_ends_(logits, shards, sampled_N, method)  # from here on a class of them is one outcome
     tops = topk_together(logits, max(k, *map(top_k, objectives)), shards)
     student_ids_NK, teacher_ids_NK = (top.ids_NK for top in tops)
     chosen = [candidates(objective, sampled_N, student_ids_NK, teacher_ids_NK) for objective in objectives]
@@ -107,6 +112,7 @@ def score_chunk(
     student_logp_NK, teacher_logp_NK = (
         at_NK - maximum_N1 - log_N1 for at_NK, maximum_N1, log_N1 in zip(at, maxima, logs, strict=True)
     )
+    ends = None if ends is None else ends.less(maxima, logs)
     if in_logs:
         for logits_NV, log_N1 in zip(logits, logs, strict=True):
             logits_NV.sub_(log_N1)
@@ -127,6 +133,7 @@ def score_chunk(
     return Scores(
         agreement=judge(views, method.gate),
         sampled_logp_N=student_y_N1[:, 0],
+        token_logp_N=token_logp(student_y_N1[:, 0], ends),
         signals=Signals((teacher_y_N1 - student_y_N1)[:, 0], *sums.entropies(), sums.reverse_kl()),
         at=[
             AtCandidates(*where, logp_NK, logq_NK, log_rest)
@@ -138,6 +145,8 @@ def score_chunk(
         in_logs=in_logs,
         shard=student.shard,
         finite_2=torch.cat(logs, dim=1).isfinite().all(dim=0),
+        ends=ends,
+        end_class=method.end_class,
     )
 
 
@@ -151,45 +160,6 @@ def _apart(chosen: Candidates, shards: tuple[VocabShard, VocabShard]) -> tuple[A
 
 
 # ---------------------------------------------------------------------------------------------------- loss
-
-
-@dataclass(frozen=True)
-class OldPolicy:
-    """What stays fixed of N tokens while several updates are made with them (method.md §1), from before the first.
-
-    Always the weights of the objectives: gate and weighting. Of a policy gradient also its candidates, log p_old of
-    each and the weighted reward r_tj (with log p_old and the renormalised share w_tj in it): PPO's fixed advantages. A
-    divergence has no rewards (None): it is taken anew of the moved student, with the fixed weight.
-    """
-
-    weights: list[Tensor]  # [N] of each objective
-    candidates: Candidates
-    logp_NK: Tensor
-    reward_NK: Tensor | None
-
-    @staticmethod
-    def concatenate(chunks: Sequence[OldPolicy]) -> OldPolicy:
-        """Concatenate the chunks' policies."""
-
-        def cat(tensors: Sequence[Tensor | None]) -> Any:
-            return None if tensors[0] is None else torch.cat(tensors)  # type: ignore[arg-type]
-
-        return OldPolicy(
-            weights=[cat(weights) for weights in zip(*(chunk.weights for chunk in chunks), strict=True)],
-            candidates=Candidates(*(cat(field) for field in zip(*(chunk.candidates for chunk in chunks), strict=True))),
-            logp_NK=cat([chunk.logp_NK for chunk in chunks]),
-            reward_NK=cat([chunk.reward_NK for chunk in chunks]),
-        )
-
-    def part(self, part: slice) -> OldPolicy:
-        """Slice of these tokens."""
-        ids_NK, valid_NK = self.candidates
-        return OldPolicy(
-            [weight_N[part] for weight_N in self.weights],
-            Candidates(ids_NK[part], None if valid_NK is None else valid_NK[part]),
-            self.logp_NK[part],
-            None if self.reward_NK is None else self.reward_NK[part],
-        )
 
 
 class ChunkLoss(NamedTuple):
@@ -322,6 +292,8 @@ class Gradients:
         if loss.column_slope_NV is not None:
             grad_logits_NV[:, : student.shard.valid].add_(loss.column_slope_NV, alpha=1 / student.temperature)
         grad_logits_NV.scatter_add_(1, column_NK, coefficient_NK.masked_fill(~mine_NK, 0))
+        if scores.end_class and scores.ends is not None:
+            unfold_(grad_logits_NV, scores.ends.student_logp_NM, scores.end_class, student.shard)
         if self._hidden_NH is not None:
             self._hidden_NH[part] = hidden_gradient(grad_logits_NV, student.weight_VH)
         if self._weight_VH is not None:

@@ -43,8 +43,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from prune_opd.loss.chunk import Gradients, OldPolicy, WithGradients, chunk_loss, score_chunk
+from prune_opd.loss.chunk import Gradients, WithGradients, chunk_loss, score_chunk
 from prune_opd.loss.inputs import Head, Method, Tokens, check_buffer, check_options, checked_offsets
+from prune_opd.loss.old_policy import OldPolicy
 from prune_opd.loss.stats import GateStats, TokenRecord
 from prune_opd.loss.token_weights import TokenWeights
 from prune_opd.loss.vocab_parallel import OutputHead

@@ -51,12 +51,20 @@ class Method(NamedTuple):
     objective: ObjectiveConfig  # its temperature divides both models' logits
     weighting: WeightingConfig = WeightingConfig()  # one of the literature, beside the gate
     usual: Usual | None = None  # the pair's own measure, for a gate that looks for change points
+    # Ids that end a response for either model, ascending: what both think of them goes to the statistics, and with
+    # objective.ends = class they are one outcome (loss/ends.py).
+    terminal_ids: tuple[int, ...] = ()
 
     @property
     def objectives(self) -> list[ObjectiveConfig]:
         """The objective, and the one that the weighting adds to it, if any."""
         added = added_objective(self.weighting)
         return [self.objective] if added is None else [self.objective, added]
+
+    @property
+    def end_class(self) -> tuple[int, ...]:
+        """Ids that are one outcome; empty where each is its own."""
+        return self.terminal_ids if self.objective.ends == "class" and len(self.terminal_ids) > 1 else ()
 
     @property
     def gate_k(self) -> int:
@@ -74,15 +82,18 @@ def check_options(chunk: int, policy: object) -> None:
 def checked_offsets(student: OutputHead, teacher: OutputHead, tokens: Tokens, method: Method) -> list[int]:
     """The responses' offsets on the host, or one error that names what does not fit."""
     vocab_size = tokens.vocab_size
+    _check_ends(method, vocab_size)
+    outcomes = vocab_size - max(len(method.end_class) - 1, 0)
     sizes = {"objective.k": method.objective.k}
     if method.gate is not None:
         sizes["gate.k"] = method.gate.k
     if method.weighting.name == "entropy_aware":
         sizes["weighting.forward_k"] = method.weighting.forward_k
     for name, k in sizes.items():
-        if k > vocab_size:
+        if k > outcomes:
+            less = f" less {vocab_size - outcomes} ends of the same class" if outcomes < vocab_size else ""
             raise ConfigError(
-                f"{name} = {k} is larger than vocab_size = {vocab_size}: there are not so many candidates"
+                f"{name} = {k} is larger than vocab_size = {vocab_size}{less}: there are not so many candidates"
             )
     count, sampled_ids_N = len(student.hidden_NH), tokens.sampled_ids_N
     if len(teacher.hidden_NH) != count:
@@ -112,6 +123,16 @@ def checked_offsets(student: OutputHead, teacher: OutputHead, tokens: Tokens, me
             "give one for each"
         )
     return _offsets(tokens)
+
+
+def _check_ends(method: Method, vocab_size: int) -> None:
+    ids = method.terminal_ids
+    if list(ids) != sorted(set(ids)) or any(not 0 <= i < vocab_size for i in ids):
+        raise ConfigError(f"terminal_ids = {ids}: give different ids of 0..{vocab_size - 1}, ascending")
+    if method.objective.ends == "class" and not ids:
+        raise ConfigError(
+            "objective.ends = class without terminal_ids: name the ids that end a response, or set objective.ends=as_is"
+        )
 
 
 def _offsets(tokens: Tokens) -> list[int]:

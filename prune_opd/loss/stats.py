@@ -11,9 +11,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from prune_opd.loss.chunk import ChunkLoss, OldPolicy, Scores
+from prune_opd.loss.chunk import ChunkLoss, Scores
+from prune_opd.loss.ends import end_record
 from prune_opd.loss.inputs import Method, Tokens, raise_if_broken
 from prune_opd.loss.mismatch import Mismatch
+from prune_opd.loss.old_policy import OldPolicy
 from prune_opd.method.gate import apply_gate_packed
 from prune_opd.method.objective import Candidates
 
@@ -34,7 +36,8 @@ class GateStats:
     event_N: Tensor  # B, bool
     reliability_N: Tensor  # R
     weight_N: Tensor  # of the objective: W, times the weighting's; without the correction of `objective.mismatch`
-    sampled_logp_N: Tensor  # student's log p(y_t)
+    sampled_logp_N: Tensor  # student's log p(y_t); of the class where y_t is one of the ends that are one outcome
+    token_logp_N: Tensor  # student's log p of the sampled id itself
     divergence_N: Tensor  # of the objective, before any weight: not the full KL, unless that is the objective [nats]
     reverse_kl_N: Tensor  # over the whole vocabulary; NaN where ranks have not the same ids of both models [nats]
     student_entropy_N: Tensor  # over the whole vocabulary [nats]
@@ -50,6 +53,7 @@ class GateStats:
     policy: OldPolicy | None = None  # if it was to be kept
     stale_ratio_N: Tensor | None = None  # p / p_sampled of stale tokens, NaN at the others; None where all are fresh
     stale_clipped_N: Tensor | None = None  # bool: whether the clip has changed that ratio
+    ends_5M: Tensor | None = None  # `AtEnds.sums` over the tokens; None without terminal ids
 
 
 class TokenRecord:
@@ -59,6 +63,7 @@ class TokenRecord:
         self._tokens, self._dtype, self._keep = tokens, dtype, keep
         self._values: list[list[Tensor]] = []
         self._policies: list[OldPolicy] = []
+        self._ends_5M: Tensor | None = None
         self._finite_2 = torch.ones(2, dtype=torch.bool, device=tokens.sampled_ids_N.device)
 
     def add(self, scores: Scores, weights: list[Tensor], loss: ChunkLoss, plain_N: Tensor) -> None:
@@ -70,9 +75,12 @@ class TokenRecord:
         # A copy: a view would hold the log-probabilities of all candidates.
         sampled_logp_N = scores.sampled_logp_N.clone()
         teacher_logp_N = sampled_logp_N + signals.advantage_N
-        values = [seen.overlap, seen.event, plain_N, sampled_logp_N, loss.divergence_N]
+        values = [seen.overlap, seen.event, plain_N, sampled_logp_N, loss.divergence_N, scores.token_logp_N.clone()]
         self._values.append([*values, *outside, teacher_logp_N, *moved])
         self._finite_2 &= scores.finite_2
+        if scores.ends is not None:
+            ends_5M = scores.ends.sums()
+            self._ends_5M = ends_5M if self._ends_5M is None else self._ends_5M + ends_5M
         if self._keep:
             at = scores.at[0]
             chosen = Candidates(at.ids_NK, at.valid_NK)
@@ -82,15 +90,17 @@ class TokenRecord:
         """Of all chunks, and of all ranks that share the tokens. ValueError for broken numbers, on all these ranks."""
         sampled_ids_N, _, vocab_size, context, stale_logp_N, _ = self._tokens
         values_N = [torch.cat(chunks) for chunks in zip(*self._values, strict=True)]
-        stale = [] if stale_logp_N is None else [(values_N[3] - stale_logp_N).exp()]
+        stale = [] if stale_logp_N is None else [(values_N[5] - stale_logp_N).exp()]
         outside = ((sampled_ids_N < 0) | (sampled_ids_N >= vocab_size)).any()
         broken_3 = torch.cat([~self._finite_2, outside[None]]).int()
         if context is not None:
             dist.all_reduce(broken_3, op=dist.ReduceOp.MAX, group=context.group)
+            if self._ends_5M is not None:
+                dist.all_reduce(self._ends_5M, group=context.group)
             whole = context.whole([*values_N, *stale], self._dtype)
             values_N, stale = whole[: len(values_N)], whole[len(values_N) :]
         raise_if_broken(broken_3, vocab_size)
-        overlap_N, event_N, weight_N, sampled_logp_N, divergence_N, *more = values_N
+        overlap_N, event_N, weight_N, sampled_logp_N, divergence_N, token_logp_N, *more = values_N
         reverse_kl_N, student_entropy_N, teacher_entropy_N, *more = more
         student_mass_N, teacher_mass_N, acceptance_N, teacher_logp_N, *moved = more
         ratio_N, clipped_N = moved or (None, None)
@@ -116,6 +126,8 @@ class TokenRecord:
             policy=OldPolicy.concatenate(self._policies) if self._keep else None,
             stale_ratio_N=stale[0] if stale else None,
             stale_clipped_N=(stale[0] - 1).abs() > method.objective.clip if stale else None,
+            token_logp_N=token_logp_N,
+            ends_5M=self._ends_5M,
         )
 
 
@@ -125,6 +137,7 @@ class BatchStats:
     watched: rows of the global batch whose single tokens are kept too, for whoever wants to look at them.
     early: first tokens of a response whose acceptance is summed for the gate's calibration.
     mismatch: the batch's, to be added up too.
+    terminal_ids: what ends a response for either model; the calls of the loss have had the same.
     """
 
     def __init__(
@@ -136,6 +149,7 @@ class BatchStats:
         watched: Sequence[int] = (),
         early: int = 0,
         mismatch: Mismatch | None = None,
+        terminal_ids: Sequence[int] = (),
     ):
         self.bins, self.max_len, self.watched, self.early = bins, max_len, tuple(watched), early
         self.mismatch = mismatch
@@ -147,6 +161,8 @@ class BatchStats:
         self.count = torch.zeros(bins, dtype=torch.float64, device=device)
         self.ratio_3 = torch.zeros(3, dtype=torch.float64, device=device)  # sums of ratio and clipped, tokens
         self.stale_3 = torch.zeros(3, dtype=torch.float64, device=device)  # the same of an older student's tokens
+        self.terminal_ids = tuple(terminal_ids)
+        self.ends_5M = torch.zeros(5, len(self.terminal_ids), dtype=torch.float64, device=device)  # `AtEnds.sums`
 
     def add(self, rows: Sequence[int], stats: GateStats) -> None:
         """Take in one micro-batch: `rows` of the global batch, in the order in which they are packed."""
@@ -165,12 +181,14 @@ class BatchStats:
         early_N, acceptance_N = (position_N < self.early).double(), stats.acceptance_N.double()
         self.early_3 += torch.stack([early_N, early_N * acceptance_N, early_N * acceptance_N**2]).sum(1)
         if self.mismatch is not None:
-            self.mismatch.add(rows, length_B, stats.sampled_logp_N)
+            self.mismatch.add(rows, length_B, stats.token_logp_N)
         self.count.index_add_(0, bin_N, torch.ones_like(bin_N, dtype=torch.float64))
         if stats.stale_ratio_N is not None and stats.stale_clipped_N is not None:
             stale_N = ~stats.stale_ratio_N.isnan()
             sums = (stats.stale_ratio_N[stale_N], stats.stale_clipped_N[stale_N], stale_N)
             self.stale_3 += torch.stack([part.double().sum() for part in sums])
+        if stats.ends_5M is not None:
+            self.ends_5M += stats.ends_5M
         for i, row in enumerate(self.watched):
             if row in rows:
                 place = list(rows).index(row)
@@ -192,7 +210,7 @@ class BatchStats:
 
         counts: whether this rank's sums are taken; each token must be in those of one rank (`Layout.reports`).
         """
-        names = ("reliable_length_B", "sums", "count", "ratio_3", "stale_3", "early_3", "tokens_W4T")
+        names = ("reliable_length_B", "sums", "count", "ratio_3", "stale_3", "early_3", "tokens_W4T", "ends_5M")
         parts = [getattr(self, name) for name in names]
         parts += [] if self.mismatch is None else [self.mismatch.sums_B6]
         flat = torch.cat([part.flatten() for part in parts])
@@ -229,6 +247,7 @@ class BatchStats:
             **moved,
             **corrected,
             **(self.mismatch.record() if self.mismatch else {}),
+            **(end_record(self.ends_5M, self.terminal_ids, float(tokens)) if self.terminal_ids else {}),
         }
 
     def lengths(self, length_B: Sequence[int]) -> list[int]:

@@ -104,13 +104,13 @@ class TokenWeights:
         if self._tokens.stale_logp_N is None:
             return None
         clip = self._method.objective.clip
-        return stale_correction(scores.sampled_logp_N, self._tokens.stale_logp_N[part], clip).to(self._dtype)
+        return stale_correction(scores.token_logp_N, self._tokens.stale_logp_N[part], clip).to(self._dtype)
 
     def _engine_correction(self, part: slice, scores: Scores) -> Tensor | None:
         engine_logp_N, objective = self._tokens.engine_logp_N, self._method.objective
         if objective.mismatch == "none" or engine_logp_N is None:
             return None
-        return engine_correction(objective, scores.sampled_logp_N, engine_logp_N[part]).to(self._dtype)
+        return engine_correction(objective, scores.token_logp_N, engine_logp_N[part]).to(self._dtype)
 
     def _change_point(self) -> ChangePoint | None:
         gate = self._method.gate

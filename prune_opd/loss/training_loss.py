@@ -99,7 +99,7 @@ def gated_loss(
                     batch.stale_logp_M,
                     batch.engine_logp_M,
                 ),
-                Method(config.gate, config.objective, config.weighting, usual),
+                Method(config.gate, config.objective, config.weighting, usual, stats.terminal_ids),
                 tp_group=tp_group,
                 chunk=config.parallel.loss_chunk_tokens,
                 policy="keep" if several and old is None else old,

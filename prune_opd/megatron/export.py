@@ -5,14 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 
 from prune_opd import platform
-from prune_opd.config import ParallelConfig
+from prune_opd.config import ParallelConfig, TrainConfig
+from prune_opd.config.yaml import config_from_dict
+from prune_opd.data.ends import end_class, write_ends
 
 
 def export_checkpoint(checkpoint: Path, out_dir: Path) -> None:
     """Load the student's weights in one process (the checkpoint reshards) and write them in its training dtype.
 
-    config.json and the tokenizer come from the directory that the run started from. Raises `UserError` when
-    `checkpoint` is not one.
+    config.json and the tokenizer come from the directory that the run started from; with `objective.ends = class` its
+    generation_config.json gets the ends of that class. Raises `UserError` when `checkpoint` is not one.
     """
     machine = platform.prepare()
     from prune_opd.megatron import layout as layouts
@@ -27,4 +29,7 @@ def export_checkpoint(checkpoint: Path, out_dir: Path) -> None:
     (model,) = build(config["student"], layout.student, dtype, trainable=False)
     load_model(model, load_shards({"model": model.sharded_state_dict()}, checkpoint)["model"])
     export_hf([model], config["student"], out_dir, write=True)
+    settings = config_from_dict(TrainConfig, config, checkpoint)
+    if ends := end_class(settings, model.spec.vocab_size):
+        write_ends(out_dir, ends)
     layouts.shutdown()

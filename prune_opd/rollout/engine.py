@@ -46,11 +46,13 @@ class EngineOptions:
     max_logprobs: how many tokens' log-probabilities a request may ask for at a position, at most.
     timeout_minutes: of the job's collectives; None: vLLM's own. Those inside an engine get half of it: where one of its
     ranks has failed, the others notice in time to meet the rest of the job, and all can say why they end.
+    stop_ids: token ids that end a response, beside those of the model itself.
     """
 
     sleep_level: int = 0
     max_logprobs: int = 0
     timeout_minutes: float | None = None
+    stop_ids: tuple[int, ...] = ()
 
 
 class RolloutEngine:
@@ -71,6 +73,7 @@ class RolloutEngine:
         self.compiled = rollout.enforce_eager is False or (rollout.enforce_eager is None and not machine.is_cpu)
         self.holds_weights = True  # it starts with those of `model_dir`
         self.sleep_level = 0 if machine.is_cpu else options.sleep_level  # vLLM's CPU build has no sleep
+        self.stop_ids = list(options.stop_ids)
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
         self.engines = self.world // rollout.tensor_parallel
         self.engine_index = self.rank // rollout.tensor_parallel
@@ -169,7 +172,7 @@ class RolloutEngine:
         settings = {"logprobs": 0, "flat_logprobs": True} if sampling.logprobs else {}
         outputs = self.llm.generate(
             [{"prompt_token_ids": list(row.prompt.ids)} for row in rows],
-            [SamplingParams(**settings, **_settings(row, sampling)) for row in rows],
+            [SamplingParams(**settings, **self._settings(row, sampling)) for row in rows],
             use_tqdm=False,
         )
         return [_response(output.outputs[0], sampling.logprobs) for output in outputs]
@@ -193,11 +196,22 @@ class RolloutEngine:
 
         def start() -> None:
             for number, row in rows.items():
-                params = SamplingParams(**settings, **_settings(row, sampling))
+                params = SamplingParams(**settings, **self._settings(row, sampling))
                 loop.add(number, row.prompt.ids, params, row.limit, row.begun)
 
         run_together(loop, start, watch, race, self.engine_index)
         return loop.responses()
+
+    def _settings(self, row: Row, sampling: TokenSampling) -> dict[str, Any]:
+        """vLLM's sampling settings of a row."""
+        return {
+            "seed": sampling.seed_of(row),
+            "temperature": sampling.temperature,
+            "top_p": sampling.top_p,
+            "max_tokens": max(row.limit - len(row.begun.ids), 1),
+            "stop_token_ids": self.stop_ids,
+            "detokenize": False,
+        }
 
     def _gather(self, outputs: list[Response], dealt: Sequence[Sequence[int]]) -> list[Response]:
         """Every engine's responses in the order of the batch; dealt: the rows that each engine had."""
@@ -225,17 +239,6 @@ def rollout_arguments(rollout: RolloutConfig, sleep_level: int = 0) -> dict[str,
         "quantization": rollout.quantization,
         "kv_cache_dtype": rollout.kv_cache_dtype,
         "enable_sleep_mode": sleep_level > 0,
-    }
-
-
-def _settings(row: Row, sampling: TokenSampling) -> dict[str, Any]:
-    """vLLM's sampling settings of a row."""
-    return {
-        "seed": sampling.seed_of(row),
-        "temperature": sampling.temperature,
-        "top_p": sampling.top_p,
-        "max_tokens": max(row.limit - len(row.begun.ids), 1),
-        "detokenize": False,
     }
 
 

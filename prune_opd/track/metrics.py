@@ -37,14 +37,16 @@ _EVAL_SUFFIXES = (_STDERR_SUFFIX, "_low", "_high", "_pass", "_readable", "_answe
 
 @functools.cache
 def meanings() -> dict[str, str]:
-    """Every key of metrics.jsonl with its meaning and unit; `<task>` stands for the name of an evaluation task."""
+    """Every key of metrics.jsonl with meaning and unit; `<task>` and `<id>` stand for a task's name and a token id."""
     text = (Path(__file__).parent / "assets" / "metrics.yaml").read_text(encoding="utf-8")
     return dict(yaml.safe_load(text))
 
 
 def meaning(key: str) -> str | None:
-    """The meaning of a key as it is written (`eval_ledger` is `eval_<task>`), None if there is none."""
+    """The meaning of a key as it is written, None if there is none: `eval_ledger` is `eval_<task>`, `end_share_2`
+    is `end_share_<id>`."""
     pattern = re.sub(rf"^eval_(.+?)({'|'.join(_EVAL_SUFFIXES)})?$", r"eval_<task>\2", key)
+    pattern = re.sub(r"^(end_mass_student|end_mass_teacher|end_share)_\d+$", r"\1_<id>", pattern)
     return meanings().get(key) or meanings().get(pattern)
 
 

@@ -9,6 +9,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from prune_opd.config import ObjectiveConfig, WeightingConfig
+from prune_opd.method.objective import on_vocabulary
 from tests.reference import Case
 
 
@@ -40,3 +42,9 @@ def error(got: Tensor, expected: Tensor) -> float:
         return 0.0 if got.shape == expected.shape else math.inf
     scale = max(expected.abs().max().item(), 1e-3)
     return ((got.double() - expected.double()).abs().max() / scale).item()
+
+
+def is_aligned(shard: Case, group: dist.ProcessGroup, objective: ObjectiveConfig, weighting: WeightingConfig) -> bool:
+    """Whether a rank has the same token ids of both models: it needs them for some, and exchanges rows to get them."""
+    alike = len(shard.student_weight) == len(shard.teacher_weight) or dist.get_world_size(group) == 1
+    return alike or on_vocabulary(objective) or weighting.name == "tip"

@@ -23,9 +23,11 @@ from torch import Tensor
 from prune_opd.config import GateConfig, ObjectiveConfig, WeightingConfig
 from prune_opd.loss.context import ContextShard
 from tests.distributed.worker_distill import BUCKET, DISCOUNTED, error, is_aligned, sharded, statistics_error, whole
+from tests.ending import CLASS, ending_case
 from tests.reference import GATE, NO_WEIGHTING, OBJECTIVE, WEIGHTINGS, Case, make_case, reference_update
 
 LONG = make_case(lengths=(9, 0, 1, 14, 0, 30))
+ENDING = ending_case(lengths=(9, 0, 1, 14, 0, 30))
 CHANGE_POINT = dataclasses.replace(GATE, metric="change_point", alarm=3.0)
 SHORT = make_case(lengths=(1,))  # leaves all ranks but one without a token
 
@@ -105,6 +107,10 @@ def compare(
         assert stats.stale_ratio_N is not None and alone.stale_ratio_N is not None
         same &= bool(torch.isclose(stats.stale_ratio_N, alone.stale_ratio_N, rtol=1e-9, equal_nan=True).all())
         same &= torch.equal(stats.stale_clipped_N, alone.stale_clipped_N)
+    if case.terminal_ids:
+        alone = rounded.fused(gate, objective, weighting=weighting)[2]
+        assert stats.ends_5M is not None and alone.ends_5M is not None
+        same &= torch.allclose(stats.ends_5M, alone.ends_5M, rtol=1e-9)
     errors = ranks.errors(loss, mine, context, reference.loss_sum, expected)
     aligned = is_aligned(mine, ranks.tp_group, objective, weighting)
     return {**errors, "statistics": statistics_error(stats, reference, aligned) if same else math.inf}
@@ -157,6 +163,15 @@ CASES: dict[str, Callable[[Ranks], dict[str, float]]] = {
         for weighting in WEIGHTINGS
         for gate in (GATE, None)
     },
+    "ends": lambda ranks: compare(ranks, objective=CLASS, case=ENDING),
+    "ends, stale tokens": lambda ranks: compare(ranks, objective=CLASS, case=ENDING.stale()),
+    "ends, discounted": lambda ranks: compare(
+        ranks, objective=dataclasses.replace(DISCOUNTED, ends="class"), case=ENDING
+    ),
+    "ends, full vocabulary": lambda ranks: compare(
+        ranks, objective=ObjectiveConfig("full_vocab_jsd", k=6, ends="class"), case=ENDING
+    ),
+    "ends, moved student": lambda ranks: compare_update(ranks, CLASS, ENDING),
     "moved student": compare_update,
     "moved student, bucket": lambda ranks: compare_update(ranks, BUCKET),
     "moved student, full vocabulary": lambda ranks: compare_update(ranks, ObjectiveConfig("full_vocab_jsd", k=6)),

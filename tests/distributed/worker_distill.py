@@ -23,9 +23,9 @@ from torch import Tensor
 from prune_opd.config import GateConfig, ObjectiveConfig, WeightingConfig
 from prune_opd.loss import GateStats
 from prune_opd.loss.vocab_parallel import VocabShard, local_gather, log_normaliser, sum_together, topk
-from prune_opd.method.objective import on_vocabulary
 from tests.distributed.bf16_cases import BF16_CASES
-from tests.distributed.shards import error, sharded, whole
+from tests.distributed.shards import error, is_aligned, sharded, whole
+from tests.ending import AS_CLASS, CLASS, ending_case
 from tests.reference import (
     GATE,
     NO_WEIGHTING,
@@ -42,6 +42,7 @@ from tests.reference import (
 from tests.reference_token import top_ids
 
 PLAIN = make_case()
+ENDING = ending_case()
 BUCKET = dataclasses.replace(OBJECTIVE, tail="bucket")
 DISCOUNTED = ObjectiveConfig("sampled_token", k=6, discount=0.9)
 TRUNCATED = dataclasses.replace(OBJECTIVE, mismatch="truncated")
@@ -57,12 +58,6 @@ def gradient_errors(loss: Tensor, shard: Case, expected_loss: Tensor, expected: 
         "hidden_gradient": error(hidden, expected_hidden),
         "weight_gradient": error(whole(weight, len(expected_weight), group), expected_weight),
     }
-
-
-def is_aligned(shard: Case, group: dist.ProcessGroup, objective: ObjectiveConfig, weighting: WeightingConfig) -> bool:
-    """Whether a rank has the same token ids of both models: it needs them for some, and exchanges rows to get them."""
-    alike = len(shard.student_weight) == len(shard.teacher_weight) or dist.get_world_size(group) == 1
-    return alike or on_vocabulary(objective) or weighting.name == "tip"
 
 
 def statistics_error(stats: GateStats, reference: Reference, aligned: bool) -> float:
@@ -159,11 +154,11 @@ def compare_buffer(case: Case, group: dist.ProcessGroup, dtype: torch.dtype, chu
     return {**gradient_errors(total, shard, reference.loss_sum, expected, group), "statistics": 0.0}
 
 
-def compare_update(group: dist.ProcessGroup, objective: ObjectiveConfig) -> dict[str, float]:
+def compare_update(group: dist.ProcessGroup, objective: ObjectiveConfig, case: Case = PLAIN) -> dict[str, float]:
     """A student that has moved since its batch was sampled, on shards, against the reference on the whole."""
-    before = sharded(PLAIN, group).fused(objective=objective, policy="keep", chunk=7, tp_group=group)[2]
-    expected = PLAIN.moved().leaves(torch.float64)
-    reference = reference_update(PLAIN, expected, GATE, objective, NO_WEIGHTING)
+    before = sharded(case, group).fused(objective=objective, policy="keep", chunk=7, tp_group=group)[2]
+    expected = case.moved().leaves(torch.float64)
+    reference = reference_update(case, expected, GATE, objective, NO_WEIGHTING)
     shard = sharded(expected, group).leaves(torch.float64)
     loss, _, stats = shard.fused(objective=objective, policy=before.policy, chunk=5, tp_group=group)
     loss.backward()
@@ -238,6 +233,24 @@ def of_every_kind() -> dict[str, Callable[[dist.ProcessGroup], dict[str, float]]
     return cases
 
 
+def of_ends() -> dict[str, Callable[[dist.ProcessGroup], dict[str, float]]]:
+    """Terminal ids on several shards as one outcome: every objective in both dtypes, and every one that has moved."""
+    cases: dict[str, Callable[[dist.ProcessGroup], dict[str, float]]] = {}
+    for objective in AS_CLASS:
+        name = describe(objective)
+        cases[name] = lambda group, o=objective: compare(ENDING, group, objective=o)
+        cases[f"{name} float32"] = lambda group, o=objective: compare(
+            ENDING, group, objective=o, dtype=torch.float32, chunk=8
+        )
+        cases[f"moved student, {name}"] = lambda group, o=objective: compare_update(group, o, ENDING)
+    for weighting in WEIGHTINGS:
+        cases[f"ends, {weighting.name}"] = lambda group, w=weighting: compare(
+            ENDING, group, objective=CLASS, weighting=w
+        )
+    cases["ends, stale tokens"] = lambda group: compare(ENDING.stale(), group, objective=CLASS)
+    return cases
+
+
 CASES: dict[str, Callable[[dist.ProcessGroup], dict[str, float]]] = {
     "float64": lambda group: compare(PLAIN, group),
     "float64 in one chunk": lambda group: compare(PLAIN, group, chunk=1000),
@@ -282,6 +295,7 @@ CASES: dict[str, Callable[[dist.ProcessGroup], dict[str, float]]] = {
         large_vocabulary_case(), group, objective=ObjectiveConfig("full_vocab_jsd"), chunk=3
     ),
     **of_every_kind(),
+    **of_ends(),
     "moved student": lambda group: compare_update(group, OBJECTIVE),
     "moved student, discounted": lambda group: compare_update(group, DISCOUNTED),
     "moved student, union": lambda group: compare_update(group, dataclasses.replace(OBJECTIVE, support="union")),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,8 +19,10 @@ from prune_opd.config import (
     WeightingConfig,
 )
 from prune_opd.errors import ConfigError
-from prune_opd.inflight.certain_events import certain_overlap_events, certain_rejects, greatest_acceptance
+from prune_opd.inflight.certain_events import certain_overlap_events, certain_rejects, greatest_acceptance, one_end
 from prune_opd.inflight.gate import is_spent
+from prune_opd.loss.ends import fold_
+from prune_opd.loss.vocab_parallel import VocabShard
 from prune_opd.method.gate import overlap_events, overlap_ratio, top_p_reject
 from tests.fake_models import train_config
 
@@ -58,6 +61,11 @@ def test_geometric_looks_add_up_to_less_than_two_passes(length: int) -> None:
             {"gate": replace(GATE, metric="change_point"), "objective": ObjectiveConfig(temperature=0.7)},
             ON,
             "objective.temperature = 0.7",
+        ),
+        (
+            {"gate": replace(GATE, metric="change_point"), "objective": ObjectiveConfig(k=4, ends="class")},
+            ON,
+            "objective.ends = class",
         ),
     ],
 )
@@ -168,3 +176,41 @@ def test_no_error_within_the_margin_gives_a_token_more_acceptance_than_the_great
         acceptance = torch.minimum(mine.gather(1, chosen), other.gather(1, chosen)).exp().sum(-1)
         assert (acceptance <= most + 1e-6).all()
     assert (most < 1).any()  # it does say something
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+def test_events_stay_certain_where_ends_are_one_outcome_and_some_of_them_are_no_candidates(temperature: float) -> None:
+    """Against the loss's own view: the whole vocabulary with the ends folded. k = 2 of 4 candidates hides many ends."""
+    ends, k, all_found = (3, 20, 31), 2, 0
+    for seed in range(6):
+        student, teacher = overlap_pair(seed)
+        student[:, 20] += 1.0  # an end that the student likes
+        student = student.log_softmax(-1)
+        folded = []
+        for logp_NV in (student / temperature, teacher / temperature):
+            folded.append(logp_NV.clone())
+            fold_(folded[-1], logp_NV[:, list(ends)], ends, VocabShard(40, 40))
+        events = plain_events(*folded, k=k)
+        ids_NC, logp_NC, slack_N1 = one_end(*top(student, 2 * k), ends, temperature)
+        logp_NC, order_NC = logp_NC.sort(dim=-1, descending=True, stable=True)
+        teacher_ids_NC, teacher_logp_NC = top(folded[1], 2 * k)
+        found = certain_overlap_events(
+            ids_NC.gather(1, order_NC), logp_NC, teacher_ids_NC, teacher_logp_NC * temperature, k, 0.75, slack_N1, 40
+        )
+        assert not (found & ~events).any()
+        all_found += int(found.sum())
+    assert all_found > 50
+
+
+def test_candidates_that_are_ends_become_one_with_their_mass() -> None:
+    ids, logp = torch.tensor([[20, 5, 3, 7], [1, 2, 4, 6]]), torch.tensor([[0.5, 0.2, 0.1, 0.04]] * 2).log()
+    ids, logp, slack = one_end(ids, logp, (3, 20), 1.0)
+    assert ids.tolist() == [[3, 5, -1, 7], [1, 2, 4, 6]]
+    torch.testing.assert_close(logp[0].exp(), torch.tensor([0.6, 0.2, 0.04, 0.04]))
+    # No end is a candidate: together they may have twice what the last candidate has.
+    torch.testing.assert_close(logp[1].exp(), torch.tensor([0.5, 0.2, 0.1, 0.08]))
+    assert slack.tolist() == [[0.0], [0.0]]
+    close = one_end(torch.tensor([[1, 2, 4]]), torch.tensor([[0.5, 0.15, 0.1]]).log(), (3, 20), 1.0)
+    assert close[2].item() == pytest.approx(math.log(2)) and close[1][0, 2].exp().item() == pytest.approx(0.1)
+    half = one_end(torch.tensor([[20, 5]]), torch.tensor([[0.5, 0.2]]).log(), (3, 20), 1.0)[2]
+    assert half.item() == pytest.approx(math.log(0.7 / 0.5))  # the missing one has at most the last candidate's
