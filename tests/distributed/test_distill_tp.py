@@ -18,7 +18,7 @@ Results = list[dict[str, Any]]  # of every rank
 
 
 def launch(folder: Path, ranks: int, tensor_parallel: int) -> Results:
-    run_ranks(WORKER, ranks, [folder, str(tensor_parallel)], timeout=120)
+    run_ranks(WORKER, ranks, [folder, str(tensor_parallel)], timeout=240)
     return read_ranks(folder, ranks)
 
 
