@@ -234,14 +234,11 @@ def of_every_kind() -> dict[str, Callable[[dist.ProcessGroup], dict[str, float]]
 
 
 def of_ends() -> dict[str, Callable[[dist.ProcessGroup], dict[str, float]]]:
-    """Terminal ids on several shards as one outcome: every objective in both dtypes, and every one that has moved."""
+    """Terminal ids on several shards as one outcome: every objective, and every one of a student that has moved."""
     cases: dict[str, Callable[[dist.ProcessGroup], dict[str, float]]] = {}
     for objective in AS_CLASS:
         name = describe(objective)
         cases[name] = lambda group, o=objective: compare(ENDING, group, objective=o)
-        cases[f"{name} float32"] = lambda group, o=objective: compare(
-            ENDING, group, objective=o, dtype=torch.float32, chunk=8
-        )
         cases[f"moved student, {name}"] = lambda group, o=objective: compare_update(group, o, ENDING)
     for weighting in WEIGHTINGS:
         cases[f"ends, {weighting.name}"] = lambda group, w=weighting: compare(

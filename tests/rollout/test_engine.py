@@ -114,6 +114,15 @@ def test_a_response_ends_at_the_horizon_or_with_the_end_of_sequence(results: Res
         assert EOS not in ids[:-1]
 
 
+def test_a_stop_on_another_id_is_an_end_like_the_models_own_and_changes_no_token_before(results: Results) -> None:
+    (stop,), longer, stopped = (results[0][name] for name in ("stop ids", "longer", "stopped"))
+    assert len(longer) == len(stopped) and stop != EOS
+    assert sum(ids[-1] == stop for ids, _ in stopped) > sum(ids[-1] == stop for ids, _ in longer)
+    for (ids, finished), (whole, ended) in zip(stopped, longer, strict=True):
+        here = whole.index(stop) + 1 if stop in whole else len(whole)
+        assert ids == whole[:here] and finished == (stop in whole or ended)
+
+
 def test_a_limit_of_its_own_cuts_each_response_and_changes_no_token(results: Results) -> None:
     limits, limited = results[0]["limited"]
     whole = list(results[0]["tokens"].values())

@@ -222,6 +222,12 @@ def main(
     results["limited"] = [limits, list(checks.tokens(prompts, max_tokens=limits).values())]
     longer = checks.generate(prompts, responses=8, max_tokens=MAX_TOKENS + 8)
     results["longer"] = [[list(response.ids), response.finished] for response in longer.responses]
+    seen = [i for response in longer.responses for i in response.ids if i != EOS]
+    checks.engine.stop_ids = [max(set(seen), key=seen.count)]
+    stopped = checks.generate(prompts, responses=8, max_tokens=MAX_TOKENS + 8)
+    results["stop ids"] = checks.engine.stop_ids
+    results["stopped"] = [[list(response.ids), response.finished] for response in stopped.responses]
+    checks.engine.stop_ids = []
 
     results["parity from disk"] = checks.parity(student)
     results["parity at temperature 0.6"] = checks.parity(student, temperature=0.6)
