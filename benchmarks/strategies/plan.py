@@ -61,6 +61,12 @@ METHODS = (
     Method(
         "change_point_inflight", "ours: change-point gate + in-flight stop", (*CHANGE_POINT, *STOP), named_only=True
     ),
+    Method(
+        "from_the_top",
+        "ours: the same, the window begins at its maximum",
+        (*CHANGE_POINT, *STOP, "horizon.init_len={longest}"),
+        named_only=True,
+    ),
     Method("acceptance", "ours: acceptance below .5", (*OURS, "gate.metric=acceptance", "gate.k=16"), named_only=True),
     Method("marginal", "ours: marginal window, w_base 0", MARGINAL),
     Method("marginal_paper", "ours: marginal window, w_base .5", (*MARGINAL, "gate.w_base=0.5")),
@@ -132,7 +138,12 @@ def method_config(recipe: TrainConfig, method: Method, common: Sequence[str] = (
             "shortest limits would be kept, and the cuts' mean would not be the window; set rollout.oversample=1"
         )
     longest = recipe.horizon.max_len
-    values = {"w_drop": recipe.gate.w_drop, "eighth": max(1, longest // 8), "sixteenth": max(1, longest // 16)}
+    values = {
+        "w_drop": recipe.gate.w_drop,
+        "longest": longest,
+        "eighth": max(1, longest // 8),
+        "sixteenth": max(1, longest // 16),
+    }
     return apply_overrides(recipe, [*(text.format(**values) for text in (*BASE, *method.changes)), *common])
 
 
