@@ -31,6 +31,7 @@ from prune_opd.config import (
     ParallelConfig,
     PrecisionConfig,
     RolloutConfig,
+    SurvivalConfig,
     TrackConfig,
     TrainConfig,
 )
@@ -69,6 +70,7 @@ def config_of(folder: Path, points: Sequence[tuple[int, int]], steps: int) -> Tr
         precision=PrecisionConfig(params="fp32"),
         evaluation=EvalConfig(problems=0),
         checkpoint=CheckpointConfig(export_hf=False),
+        survival=SurvivalConfig(teacher_test=0),  # of random weights nothing is likely
         track=TrackConfig(wandb="disabled"),
     )
 
