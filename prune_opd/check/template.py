@@ -1,15 +1,11 @@
-"""Whether both models would have a prompt in the same form: the student's template renders it, the teacher scores it.
-
-Templates are read from the directories and rendered as transformers does it, in jinja2's sandbox.
-"""
+"""Whether both models would have prompts in the same form: the student's template makes them, the teacher reads them."""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import Any
 
 from prune_opd.config import DataConfig
+from prune_opd.data.chat_template import chat_template, render
 
 SWITCH = "enable_thinking"
 QUESTION = "What is 2 + 3?"
@@ -31,7 +27,7 @@ def template_notes(student: Path, teacher: Path, data: DataConfig) -> list[str]:
             "the teacher was not trained on, so it may find good responses unlikely; choose a pair with one template"
         ]
     notes = []
-    rendered = [render(path, text, data) for path, text in ((student, ours), (teacher, theirs))]
+    rendered = [rendered_prompt(path, text, data) for path, text in ((student, ours), (teacher, theirs))]
     if data.thinking is not None and SWITCH in ours and SWITCH not in theirs:
         notes.append(
             f"{who}: its chat template has no thinking switch and data.thinking = {str(data.thinking).lower()} sets "
@@ -48,55 +44,13 @@ def template_notes(student: Path, teacher: Path, data: DataConfig) -> list[str]:
     return notes
 
 
-def chat_template(directory: Path) -> str | None:
-    """The chat template of a model directory (of several the one called default); None if it has none."""
-    file = directory / "chat_template.jinja"
-    if file.is_file():
-        return file.read_text(encoding="utf-8")
-    template = _tokenizer_config(directory).get("chat_template")
-    if isinstance(template, list):
-        template = next((one.get("template") for one in template if one.get("name") == "default"), None)
-    return template if isinstance(template, str) else None
-
-
-def render(directory: Path, template: str, data: DataConfig) -> str | None:
+def rendered_prompt(directory: Path, template: str, data: DataConfig) -> str | None:
     """A question as this template gives it to the model, with the run's settings; None if it does not render here."""
-    try:
-        from jinja2.ext import loopcontrols
-        from jinja2.sandbox import ImmutableSandboxedEnvironment
-    except ImportError:  # a login node without torch may not have it
-        return None
     turns = [{"role": "user", "content": QUESTION + data.suffix}]
     if data.system_prompt is not None:
         turns.insert(0, {"role": "system", "content": data.system_prompt})
-    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
-    environment.filters["tojson"] = lambda value, **options: json.dumps(value, ensure_ascii=False)
-    environment.globals |= {"raise_exception": _refuse, "strftime_now": lambda form: "today"}
-    options: dict[str, Any] = {} if data.thinking is None else {SWITCH: data.thinking}
-    words = {name: _word(value) for name, value in _tokenizer_config(directory).items() if name.endswith("_token")}
-    try:
-        return environment.from_string(template).render(
-            **words, messages=turns, add_generation_prompt=True, tools=None, documents=None, **options
-        )
-    except Exception:  # a template is a program of the model's author: it may raise what it likes
-        return None
-
-
-def _refuse(message: str) -> None:
-    raise ValueError(message)
-
-
-def _word(value: Any) -> str:
-    """A special token, which is a text or an object with one."""
-    return str(value["content"]) if isinstance(value, dict) and "content" in value else str(value or "")
-
-
-def _tokenizer_config(directory: Path) -> dict[str, Any]:
-    try:
-        found = json.loads((directory / "tokenizer_config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}
+    options = {} if data.thinking is None else {SWITCH: data.thinking}
+    return render(directory, template, turns, add_generation_prompt=True, **options)
 
 
 def _parts(mine: str, other: str) -> str:

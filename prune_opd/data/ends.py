@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from prune_opd.config import TrainConfig
+from prune_opd.data.chat_template import chat_template, read_object, render, token_text
 
 GENERATION = "generation_config.json"
 _MARK = "the-words-of-an-assistant"
@@ -37,12 +38,14 @@ class Ends:
 
 def model_ends(directory: Path) -> Ends:
     """The ends of a Hugging Face directory. A file that is missing or broken says nothing."""
-    tokenizer = _read(directory / "tokenizer_config.json")
-    names = _names(_read(directory / "tokenizer.json"))
-    end = names.get(_text(tokenizer.get("eos_token")))
-    generation, config = (_ids(_read(directory / name).get("eos_token_id")) for name in (GENERATION, "config.json"))
+    tokenizer = read_object(directory / "tokenizer_config.json")
+    names = _names(read_object(directory / "tokenizer.json"))
+    end = names.get(token_text(tokenizer.get("eos_token")))
+    generation, config = (
+        _ids(read_object(directory / name).get("eos_token_id")) for name in (GENERATION, "config.json")
+    )
     own = [] if end is None else [end]
-    template = _template_end(_template(directory, tokenizer), tokenizer, names)
+    template = _template_end(directory, names)
     ordered = [*own, *generation, *config, *([] if template is None else [template])]
     return Ends(tuple(sorted(set(ordered))), ordered[0] if ordered else None)
 
@@ -60,8 +63,8 @@ def end_class(config: TrainConfig, vocab_size: int) -> tuple[int, ...]:
 def write_ends(directory: Path, ids: tuple[int, ...]) -> None:
     """Make every one of `ids` an end of the model in `directory`, beside its own: vLLM and transformers stop there."""
     path = directory / GENERATION
-    settings = _read(path)
-    own = _ids(settings.get("eos_token_id")) or _ids(_read(directory / "config.json").get("eos_token_id"))
+    settings = read_object(path)
+    own = _ids(settings.get("eos_token_id")) or _ids(read_object(directory / "config.json").get("eos_token_id"))
     settings["eos_token_id"] = list(dict.fromkeys([*own, *ids]))
     path.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
 
@@ -75,23 +78,9 @@ def _union(student: str, teacher: str) -> tuple[int, ...]:
 # ---------------------------------------------------------------------------------------------------- files
 
 
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(path.read_bytes())
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}
-
-
 def _ids(value: Any) -> list[int]:
     values = value if isinstance(value, list) else [value]
     return [i for i in values if isinstance(i, int) and not isinstance(i, bool) and i >= 0]
-
-
-def _text(token: Any) -> str:
-    """A token of tokenizer_config.json: a text, or an object with `content`."""
-    content = token.get("content") if isinstance(token, dict) else token
-    return content if isinstance(content, str) else ""
 
 
 def _names(tokenizer: Mapping[str, Any]) -> dict[str, int]:
@@ -105,28 +94,11 @@ def _names(tokenizer: Mapping[str, Any]) -> dict[str, int]:
     }
 
 
-def _template(directory: Path, tokenizer: Mapping[str, Any]) -> str:
-    """The chat template: newer directories have it in a file of its own."""
-    try:
-        return (directory / "chat_template.jinja").read_text(encoding="utf-8")
-    except (OSError, ValueError):
-        template = tokenizer.get("chat_template")
-        return template if isinstance(template, str) else ""
-
-
-def _template_end(template: str, tokenizer: Mapping[str, Any], names: Mapping[str, int]) -> int | None:
+def _template_end(directory: Path, names: Mapping[str, int]) -> int | None:
     """The id of the special token that a rendered assistant's turn ends with; None where there is none."""
-    if not template:
-        return None
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
-
+    template = chat_template(directory)
     turns = [{"role": "user", "content": "words"}, {"role": "assistant", "content": _MARK}]
-    tokens = {name: _text(tokenizer.get(name)) for name in ("bos_token", "eos_token", "pad_token", "unk_token")}
-    try:
-        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
-        rendered = environment.from_string(template).render(messages=turns, add_generation_prompt=False, **tokens)
-    except Exception:  # a template is a program of the model's author: it may raise what it likes
-        return None
-    _, mark, after = rendered.rpartition(_MARK)
+    rendered = template and render(directory, template, turns, add_generation_prompt=False)
+    _, mark, after = (rendered or "").rpartition(_MARK)
     found = [name for name in names if mark and after.lstrip().startswith(name)]
     return names[max(found, key=len)] if found else None

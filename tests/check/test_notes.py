@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from prune_opd.check.notes import check_notes
 from prune_opd.check.run import check_train
-from prune_opd.check.template import render
+from prune_opd.check.template import rendered_prompt
 from prune_opd.config import DataConfig, TrainConfig
 from prune_opd.config.overrides import apply_overrides
 from prune_opd.config.recipe import list_recipes, load_recipe
@@ -164,7 +164,7 @@ def test_prompts_are_rendered_as_transformers_does(tmp_path: Path) -> None:
     data = DataConfig(source="x.jsonl", system_prompt="Be brief.", suffix=" Think.", thinking=False)
     turns = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "What is 2 + 3? Think."}]
     expected, _ = render_jinja_template([turns], chat_template=CHAT, add_generation_prompt=True, enable_thinking=False)
-    assert render(tmp_path, CHAT, data) == expected[0]
+    assert rendered_prompt(tmp_path, CHAT, data) == expected[0]
 
 
 # ---------------------------------------------------------------------------------------------------- commands

@@ -56,7 +56,7 @@ def gate_stats(lengths: list[int], first: int) -> GateStats:
     values: dict[str, Any] = {field.name: torch.zeros(len(number_N)) for field in fields(GateStats)}
     values |= {"overlap_N": number_N / 1000, "event_N": number_N % 5 == 0, "weight_N": 2 - number_N / 1000}
     values |= {"length_B": torch.tensor(lengths), "reliable_length_B": torch.tensor([max(0, n - 1) for n in lengths])}
-    return GateStats(**(values | {"policy": None}))
+    return GateStats(**(values | {"policy": None, "ends_5M": None}))
 
 
 def test_the_texts_of_the_tokens_join_to_the_response_also_where_a_character_is_several_tokens() -> None:
