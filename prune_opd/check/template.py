@@ -1,4 +1,4 @@
-"""Whether both models would have prompts in the same form: the student's template makes them, the teacher reads them."""
+"""Whether both models would have prompts in the same form: the student's template makes them, the teacher reads on."""
 
 from __future__ import annotations
 
