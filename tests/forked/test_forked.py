@@ -248,6 +248,7 @@ def test_a_command_has_its_own_folder_output_and_exit_code(tmp_path: Path) -> No
 
 
 FORKS = """
+import line_notes
 import os
 from tests.forked.server import fork, run_fresh
 from prune_opd.config import HorizonConfig

@@ -1,8 +1,9 @@
 """Notes which lines of prune_opd/ a Python process runs, where PRUNE_OPD_LINES names a folder (scripts/test.sh).
 
-Every process that has this folder on PYTHONPATH imports this by its name when it starts. slipcover writes the notes
-into the code when it is imported. A tracer, coverage.py's on Python 3.11, would be called for each line and function of
-torch and vLLM too: the tests of config/ and method/ need 17.2 CPU seconds under it, 11.5 with notes, 10.8 with neither.
+A .pth file, there while the tests run, makes every process of .venv import this when it starts. slipcover writes the
+notes into the code when that is imported. A tracer, coverage.py's on Python 3.11, would be called for each line and
+function of torch and vLLM too: the tests of config/ and method/ need 17.2 CPU seconds under it, 11.5 with notes, 10.8
+with neither.
 
 What ran is in a file of the folder at the end of a process, of a forked rank too; a killed process leaves nothing.
 """
@@ -15,8 +16,7 @@ import os
 import sys
 import time
 from collections.abc import Sequence
-from contextlib import suppress
-from importlib.machinery import ModuleSpec, PathFinder
+from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -26,7 +26,7 @@ NEVER = 2**31 - 1  # a note is not taken out again once its line has run: that w
 
 
 class Finder:
-    """Finds the modules of the package, and nothing else, for the import system."""
+    """Finds the modules of the package as the other finders do (an editable install has its own), to put notes in."""
 
     def __init__(self, notes: Any, loader: Any) -> None:
         self.notes, self.loader = notes, loader
@@ -36,8 +36,9 @@ class Finder:
     ) -> ModuleSpec | None:
         if name.partition(".")[0] != "prune_opd":
             return None
-        spec = PathFinder.find_spec(name, path, target)
-        if spec is not None and spec.origin and str(Path(spec.origin).resolve()).startswith(SOURCE):
+        others = (finder for finder in sys.meta_path if finder is not self)
+        spec = next((spec for finder in others if (spec := finder.find_spec(name, path, target))), None)
+        if spec is not None and spec.origin and os.path.abspath(spec.origin).startswith(SOURCE):
             spec.loader = self.loader(self.notes, spec.loader, spec.origin)
         return spec
 
@@ -58,6 +59,4 @@ def start(folder: Path) -> None:
     atexit.register(write)
 
 
-if "PRUNE_OPD_LINES" in os.environ:
-    with suppress(ImportError):  # in an interpreter of another environment, as that of the docs
-        start(Path(os.environ["PRUNE_OPD_LINES"]))
+start(Path(os.environ["PRUNE_OPD_LINES"]))
