@@ -22,12 +22,12 @@ def end_problems(config: TrainConfig, vocab_size: int) -> list[str]:
     """
     if config.objective.ends == "class":
         return _class_problems(config, len(terminal_ids(config, vocab_size)), vocab_size)
-    ours, theirs = (model_ends(Path(directory)).ids for directory in (config.student, config.teacher))
+    ours, theirs = (model_ends(Path(directory)).stops for directory in (config.student, config.teacher))
     if not ours or not theirs or {*ours} & {*theirs}:
         return []
     return [
         f"teacher = {config.teacher!r} ends with the ids {[*theirs]} and the student with {[*ours]} (eos_token_id of "
-        f"config.json and generation_config.json, tokenizer, chat template): {REMEDY}"
+        f"config.json and generation_config.json, tokenizer): {REMEDY}"
     ]
 
 
@@ -50,6 +50,8 @@ def _class_problems(config: TrainConfig, ids: int, vocab_size: int) -> list[str]
         ]
     outcomes = vocab_size - ids + 1
     sizes = {"objective.k": config.objective.k, "gate.k": config.gate.k if config.gate else 1}
+    if config.weighting.name == "entropy_aware":
+        sizes["weighting.forward_k"] = config.weighting.forward_k
     return [
         f"{name} = {k} is above the {outcomes} outcomes that objective.ends = class leaves of vocab_size = "
         f"{vocab_size}: set it to at most {outcomes}"

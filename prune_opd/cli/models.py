@@ -80,6 +80,9 @@ def evaluate(
     ]
     refuse(list(dict.fromkeys(wrong)))  # what is wrong with a task is so for every model
     forms = [(tuple(model.task(source, given) for source in task), model.extract(extract)) for model in found_models]
+    for model in found_models:
+        if not is_rank() and (taken := model.inherited(task, given, extract)):
+            typer.echo(f"note: {model.model_dir} is asked and read as in its run: {taken}", err=True)
     if len(set(forms)) > 1:
         typer.echo(f"note: these models are of runs with different settings, {UNALIKE}", err=True)
     if is_rank() and (len(model_dirs) > 1 or _is_checkpoint(found_models[0].model_dir)):

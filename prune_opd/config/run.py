@@ -198,8 +198,14 @@ class TrainConfig(Checked, name=""):
     @property
     def mismatch_limit(self) -> float | None:
         """Mean difference of engine and trainer that ends the run [nats]; None: none does."""
-        limit, rollout = self.survival.max_mismatch, self.rollout
-        return (MISMATCH_LIMIT[rollout.coarsest_format(self.precision.params)] if limit is None else limit) or None
+        limit = self.survival.max_mismatch
+        return (self.usual_mismatch if limit is None else limit) or None
+
+    @property
+    def usual_mismatch(self) -> float:
+        """What no sound engine of these number formats has, the trainer's FP8 among them [nats]."""
+        trainer = "fp8" if self.precision.student_fp8.on else self.precision.params
+        return MISMATCH_LIMIT[self.rollout.coarsest_format(trainer)]
 
 
 def check_inflight(config: TrainConfig) -> None:

@@ -28,11 +28,13 @@ _MARK = "the-words-of-an-assistant"
 class Ends:
     """The ids that end a response for a model.
 
-    ids: all of them, ascending; empty where none could be read. preferred: the one that it ends with itself: the
-    tokenizer's, else the first of generation_config.json, else that of config.json.
+    ids: all of them, ascending; empty where none could be read. stops: those at which an engine stops by itself, all
+    but the chat template's. preferred: the one that it ends with itself: the tokenizer's, else the first of
+    generation_config.json, else that of config.json.
     """
 
     ids: tuple[int, ...]
+    stops: tuple[int, ...]
     preferred: int | None
 
 
@@ -47,12 +49,17 @@ def model_ends(directory: Path) -> Ends:
     own = [] if end is None else [end]
     template = _template_end(directory, names)
     ordered = [*own, *generation, *config, *([] if template is None else [template])]
-    return Ends(tuple(sorted(set(ordered))), ordered[0] if ordered else None)
+    stops = tuple(sorted({*own, *generation, *config}))
+    return Ends(tuple(sorted(set(ordered))), stops, ordered[0] if ordered else None)
 
 
 def terminal_ids(config: TrainConfig, vocab_size: int) -> tuple[int, ...]:
-    """The ids that end a response for a run's student or for its teacher, ascending; of `vocab_size` both know."""
-    return tuple(i for i in _union(config.student, config.teacher) if i < vocab_size)
+    """The ids that end a response for a run's student or for its teacher, ascending; of `vocab_size` both know.
+
+    Those of the chat templates only with `objective.ends = class`: as it is, no engine stops there.
+    """
+    union = _union(config.student, config.teacher, config.objective.ends == "class")
+    return tuple(i for i in union if i < vocab_size)
 
 
 def end_class(config: TrainConfig, vocab_size: int) -> tuple[int, ...]:
@@ -70,9 +77,10 @@ def write_ends(directory: Path, ids: tuple[int, ...]) -> None:
 
 
 @functools.cache
-def _union(student: str, teacher: str) -> tuple[int, ...]:
+def _union(student: str, teacher: str, templates: bool) -> tuple[int, ...]:
     """Cached: a tokenizer.json may have megabytes, and the loss asks at every step."""
-    return tuple(sorted({*model_ends(Path(student)).ids, *model_ends(Path(teacher)).ids}))
+    ends = [model_ends(Path(directory)) for directory in (student, teacher)]
+    return tuple(sorted({i for each in ends for i in (each.ids if templates else each.stops)}))
 
 
 # ---------------------------------------------------------------------------------------------------- files

@@ -9,6 +9,7 @@ run started from, and the rollout engine of the run and that of the evaluation b
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,15 @@ class OfRun:
         if settings.get("system_prompt") == "":  # given so that the run's is not taken
             settings["system_prompt"] = None
         return DataConfig(source=source, **settings)
+
+    def inherited(self, sources: Sequence[str], given: dict[str, Any], extract: str | None) -> str | None:
+        """What an evaluation takes over from the run, to be said; None: nothing."""
+        if self.config is None:
+            return None
+        names = () if set(sources) == {"ledger"} else PROMPT_SETTINGS
+        values = {name: getattr(self.config.data, name) for name in names if given.get(name) is None}
+        values |= {"extract": self.config.evaluation.extract} if extract is None else {}
+        return ", ".join(f"{name} = {value!r}" for name, value in values.items()) or None
 
     def extract(self, given: str | None) -> str:
         """How answers are read: as `given`, else as in the run, else `EXTRACT`."""

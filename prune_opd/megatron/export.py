@@ -8,6 +8,7 @@ from prune_opd import platform
 from prune_opd.config import ParallelConfig, TrainConfig
 from prune_opd.config.yaml import config_from_dict
 from prune_opd.data.ends import end_class, write_ends
+from prune_opd.errors import UserError
 
 
 def export_checkpoint(checkpoint: Path, out_dir: Path) -> None:
@@ -24,12 +25,17 @@ def export_checkpoint(checkpoint: Path, out_dir: Path) -> None:
     from prune_opd.weights.stream import export_hf
 
     config = read_state(checkpoint)["config"]
+    settings = config_from_dict(TrainConfig, config, checkpoint)
+    if settings.objective.ends == "class" and not Path(settings.teacher).is_dir():
+        raise UserError(
+            f"teacher = {settings.teacher!r} of the run is not there, and objective.ends = class needs its ends: put "
+            "its directory back (config.json and the tokenizer's files are enough)"
+        )
     layout = layouts.initialize(ParallelConfig(tensor=1), machine, seed=0)
     dtype = dtype_of(config["precision"]["params"])
     (model,) = build(config["student"], layout.student, dtype, trainable=False)
     load_model(model, load_shards({"model": model.sharded_state_dict()}, checkpoint)["model"])
     export_hf([model], config["student"], out_dir, write=True)
-    settings = config_from_dict(TrainConfig, config, checkpoint)
     if ends := end_class(settings, model.spec.vocab_size):
         write_ends(out_dir, ends)
     layouts.shutdown()

@@ -22,7 +22,9 @@ from prune_opd.rollout.batch import Response, Rollouts
 
 
 def check_teacher(config: TrainConfig, teacher: Teacher, sampler: Sampler, vocab_size: int) -> str | None:
-    """Have the teacher score the reference text of the first `survival.teacher_test` prompts. Collective over the job.
+    """Have the teacher score the reference text of the first `survival.teacher_test` prompts.
+
+    Of a mixture those of its first source. Collective over the job.
 
     Reference text (`data.prompts.reference_text`) is a worked solution where the task has one (the ledger), else the
     prompt itself from its second token on. The rule: the median of log q over its tokens must be above −½ ln V, half of
@@ -77,11 +79,15 @@ def _score(
         for row in (row for part in dealt[student.dp_rank] for row in part):
             hidden_NH, weight_VH = hidden.of_row[row], teacher.head_weight
             head = OutputHead("teacher", hidden_NH, weight_VH, 1.0, vocab_size, student.tp_group)
-            head.allocate(len(hidden_NH), torch.float32)
-            logits_NV = head.logits(slice(0, len(hidden_NH)))
-            ids_N1 = torch.tensor(batch.responses[row].ids, device=hidden_NH.device)[:, None]
-            (at_N1,) = sum_together([local_gather(logits_NV, ids_N1, head.shard)], head.shard.group)
-            found[row] = (at_N1[:, 0] - log_normaliser(logits_NV, head.shard)).tolist()
+            chunk = min(config.parallel.loss_chunk_tokens, len(hidden_NH))
+            head.allocate(chunk, torch.float32)
+            ids_N = torch.tensor(batch.responses[row].ids, device=hidden_NH.device)
+            found[row] = []
+            for first in range(0, len(hidden_NH), chunk):
+                part = slice(first, first + chunk)
+                logits_NV = head.logits(part)
+                (at_N1,) = sum_together([local_gather(logits_NV, ids_N[part, None], head.shard)], head.shard.group)
+                found[row] += (at_N1[:, 0] - log_normaliser(logits_NV, head.shard)).tolist()
     everyone: list[Any] = [None] * layout.world
     dist.all_gather_object(everyone, found if layout.reports else {})
     return [logq for of_rank in everyone for row in of_rank.values() for logq in row]

@@ -55,13 +55,10 @@ def make_batch(
         deal(lengths, range(first, last), student.dp, token_budget * student.cp, student.microbatch_multiple)
         for first, last in bounds
     ]
-    stale = rollouts.stale_logprobs_B if any(rollouts.stale_logprobs_B) else None
+    engine, stale = rollouts.fresh_logprobs_B, rollouts.stale_logprobs_B if any(rollouts.stale_logprobs_B) else None
     prompts, responses, shape = rollouts.prompt_ids, rollouts.response_ids, (device, token_multiple, student.cp_group)
     minibatches = [
-        [
-            pack_rows(prompts, responses, rows, *shape, stale, rollouts.fresh_logprobs_B)
-            for rows in dealt[student.dp_rank]
-        ]
+        [pack_rows(prompts, responses, rows, *shape, stale, engine) for rows in dealt[student.dp_rank]]
         for dealt in deals
     ]
     packing = packing_record(row_length_B, deals, student.batch_multiple(token_multiple), student.row_multiple)

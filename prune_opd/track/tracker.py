@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from prune_opd.config import TrainConfig
-from prune_opd.config.rollout import MISMATCH_LIMIT
 from prune_opd.track import samples, wandb_log
 from prune_opd.track.console import RunConsole
 from prune_opd.track.health import warnings
@@ -70,7 +69,7 @@ class Tracker(NullTracker):
         self._samples = MetricsLog(run_dir / samples.FILE_NAME, keep_through=resume_step or None)
         self._steps, _ = read_metrics(self._log.path)
         self._warned: set[str] = set()
-        self._mismatch_limit = MISMATCH_LIMIT[config.rollout.coarsest_format(config.precision.params)]
+        self._mismatch_limit = config.mismatch_limit or config.usual_mismatch
         self._console = RunConsole(config.name, config.steps, resume_step + 1, history=self._steps)
         self._wandb = wandb_log.start(
             run_dir, config_dict, config.track, config.name, resume=resume_step > 0, warn=self._console.note

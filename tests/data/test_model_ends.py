@@ -42,7 +42,7 @@ def test_a_base_model_and_a_chat_model_of_one_family_prefer_different_ends(tmp_p
         generation_config={"eos_token_id": [45, 43]},
         tokenizer_config={"eos_token": {"content": "<|im_end|>"}},
     )
-    assert model_ends(base) == Ends((43,), 43) and model_ends(chat) == Ends((43, 45), 45)
+    assert model_ends(base) == Ends((43,), (43,), 43) and model_ends(chat) == Ends((43, 45), (43, 45), 45)
     config = train_config(base, chat)
     assert terminal_ids(config, 100) == (43, 45) and terminal_ids(config, 45) == (43,)
     assert end_class(config, 100) == ()
@@ -55,26 +55,26 @@ def test_the_chat_template_ends_a_turn_with_one_more(tmp_path: Path, place: str)
     directory = model(tmp_path / "a", tokenizer_config=settings)
     assert model_ends(directory).ids == ((43, 45) if "chat_template" in settings else (43,))
     (directory / "chat_template.jinja").write_text(CHATML.replace("<|im_end|>", "<|eot|>"))
-    assert model_ends(directory) == Ends((43, 46), 43)
+    assert model_ends(directory) == Ends((43, 46), (43,), 43)
 
 
 @pytest.mark.parametrize("template", ["{{ raise_exception('no') }}", "{{ messages[0].content }}", "{% if", "no turn"])
 def test_a_template_that_says_nothing_of_an_end_adds_none(tmp_path: Path, template: str) -> None:
     directory = model(tmp_path / "a", tokenizer_config={"eos_token": "<|eot|>", "chat_template": template})
-    assert model_ends(directory) == Ends((46,), 46)
+    assert model_ends(directory) == Ends((46,), (46,), 46)
 
 
 @pytest.mark.parametrize("broken", [None, [], "text", {"eos_token_id": None}, {"eos_token_id": [True, "x", -1]}])
 def test_files_that_are_not_there_or_broken_say_nothing(tmp_path: Path, broken: Any) -> None:
-    assert model_ends(tmp_path / "nowhere") == Ends((), None)
+    assert model_ends(tmp_path / "nowhere") == Ends((), (), None)
     directory = model(tmp_path / "a", config={"eos_token_id": 7}, generation_config=broken)
-    assert model_ends(directory) == Ends((7,), 7)
+    assert model_ends(directory) == Ends((7,), (7,), 7)
 
 
 def test_an_exported_student_ends_with_all_of_the_class(tmp_path: Path) -> None:
     directory = model(tmp_path / "a", config={"eos_token_id": 43})
     write_ends(directory, (43, 45))
-    assert model_ends(directory) == Ends((43, 45), 43)
+    assert model_ends(directory) == Ends((43, 45), (43, 45), 43)
     (directory / "generation_config.json").write_text('{"eos_token_id": 45, "top_p": 0.8}')
     write_ends(directory, (43, 45))
     assert json.loads((directory / "generation_config.json").read_text()) == {"eos_token_id": [45, 43], "top_p": 0.8}
