@@ -98,10 +98,12 @@ def test_the_ledger_takes_nothing_over_and_other_models_have_the_defaults(
     alone = write_model(tmp_path / "alone")
     models.evaluate([run], ["ledger"])
     assert jobs[-1].tasks == (DataConfig(),)
-    assert "note" not in capsys.readouterr().err
+    assert capsys.readouterr().err == f"note: {run / 'hf'} is asked and read as in its run: extract = 'last_number'\n"
     models.evaluate([run, alone], [file(tmp_path)])
     assert jobs[-1].extract == "box_or_last_number" and jobs[-1].tasks[0].suffix == ""
-    assert "note: these models are of runs with different settings" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "note: these models are of runs with different settings" in said
+    assert said.count("as in its run") == 1 and "system_prompt = 'Reason.', suffix = ' Box it.'" in said
 
 
 def test_launch_evaluates_a_directory_whose_run_is_found(run: Path, tmp_path: Path, jobs: list[EvalJob]) -> None:
