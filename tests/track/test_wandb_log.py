@@ -3,6 +3,7 @@
 import json
 import struct
 import sys
+import time
 import types
 import zlib
 from collections.abc import Iterator
@@ -43,7 +44,23 @@ def bodies(path: Path) -> Iterator[bytes]:
 
 
 def stored(run_dir: Path) -> list[dict[str, Any]]:
-    """Every offline run of the directory in order: id, config, history by step."""
+    """Every offline run of the directory in order: id, config, history by step. Of finished runs, whole.
+
+    wandb's own process may still be writing when `finish` has returned.
+    """
+    end = time.monotonic() + 60
+    while True:
+        try:
+            found = stored_now(run_dir)
+        except (AssertionError, struct.error):  # the last record is not all there
+            found = []
+        if found and all(run["exit"] is not None for run in found):
+            return found
+        assert time.monotonic() < end, "wandb has not written its runs to their end"
+        time.sleep(0.1)
+
+
+def stored_now(run_dir: Path) -> list[dict[str, Any]]:
     from wandb.proto import wandb_internal_pb2 as pb
 
     found = []
