@@ -10,7 +10,8 @@ the sum of its members'.
     unfold    right before the gradient's products: ∂ℓ/∂logit of a member is its share of the class, exp(logit) over
               the members' sum, times ∂ℓ/∂logit of the class.
 
-The members may lie on any ranks of a tensor-parallel group; their logits [N, M] are summed over it, once a chunk.
+The members may lie on any ranks of a tensor-parallel group; their logits [N, M] are summed over it once each
+time that a chunk is scored, and the class's gradient [N, 1] once more.
 """
 
 from __future__ import annotations

@@ -136,7 +136,7 @@ class BatchStats:
 
     watched: rows of the global batch whose single tokens are kept too, for whoever wants to look at them.
     early: first tokens of a response whose acceptance is summed for the gate's calibration.
-    mismatch: the batch's, to be added up too.
+    mismatch: that of the batch, which is added up and reduced with the rest.
     terminal_ids: what ends a response for either model; the calls of the loss have had the same.
     """
 

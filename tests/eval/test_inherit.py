@@ -92,7 +92,7 @@ def test_what_is_given_counts_before_the_run(run: Path, tmp_path: Path, jobs: li
     assert jobs[-1].extract == "box"
 
 
-def test_the_ledger_takes_nothing_over_and_other_models_have_the_defaults(
+def test_the_ledger_takes_no_form_of_prompts_over_and_other_models_have_the_defaults(
     run: Path, tmp_path: Path, jobs: list[EvalJob], capsys: pytest.CaptureFixture[str]
 ) -> None:
     alone = write_model(tmp_path / "alone")
