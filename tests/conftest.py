@@ -16,7 +16,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # torch's threads would wait for 
 
 # Tests in these folders, and those of modules that have one of these functions, start ranks.
 FOLDERS = ("tests/benchmarks/", "tests/cluster/", "tests/distributed/", "tests/end_to_end/", "tests/faults/")
-STARTERS = ("run_ranks", "run_command", "start_ranks")
+STARTERS = ("run_ranks", "run_worker", "run_command", "start_ranks")
 # What scripts/test.sh asks for.
 RANKS, OTHERS = "ranks and not slurm", "slurm or not ranks"
 

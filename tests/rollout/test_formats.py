@@ -2,26 +2,19 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.distributed.ranks import run_ranks
-from tests.models import write_model
+from tests.rollout.one_rank import run_worker
 
 WORKER = Path(__file__).with_name("worker_formats.py")
 
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    folder = tmp_path_factory.mktemp("formats")
-    write_model(folder / "student", seed=1)
-    write_model(folder / "teacher", seed=2)
-    run_ranks(WORKER, 1, [folder, folder], timeout=180)
-    found: dict[str, Any] = json.loads((folder / "formats.json").read_text())
-    return found
+    return run_worker(WORKER, tmp_path_factory.mktemp("formats"), "formats.json")
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -10,20 +9,14 @@ import pytest
 
 from prune_opd.config import RolloutConfig
 from prune_opd.rollout.engine import rollout_arguments
-from tests.distributed.ranks import run_ranks
-from tests.models import write_model
+from tests.rollout.one_rank import run_worker
 
 WORKER = Path(__file__).with_name("worker_head.py")
 
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    folder = tmp_path_factory.mktemp("head")
-    write_model(folder / "student", seed=1)
-    write_model(folder / "teacher", seed=2)
-    run_ranks(WORKER, 1, [folder, folder], timeout=180)
-    found: dict[str, Any] = json.loads((folder / "head.json").read_text())
-    return found
+    return run_worker(WORKER, tmp_path_factory.mktemp("head"), "head.json")
 
 
 def test_a_bf16_engine_computes_its_logits_in_fp32(results: dict[str, Any]) -> None:
