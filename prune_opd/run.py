@@ -24,6 +24,7 @@ from prune_opd.loss.stats import BatchStats
 from prune_opd.method.change_point import Calibration
 from prune_opd.method.horizon import HorizonController, make_controller
 from prune_opd.plan.speed import SpeedMeter
+from prune_opd.ranks.agreement import must_agree
 from prune_opd.ranks.signals import Watchdog
 from prune_opd.rollout.batch import Rollouts
 from prune_opd.rollout.engine import EngineOptions, RolloutEngine
@@ -238,6 +239,8 @@ def prepare(config: TrainConfig, run_dir: Path, resume: str, allow_config_change
     teacher = Teacher(config.teacher, layout, dtype, machine.device, parallel.microbatch_tokens, teacher_fp8)
     longest = max(config.horizon.max_len, config.evaluation.max_len or 0)
     vocab_size = min(trainer.spec.vocab_size, teacher.spec.vocab_size)
+    read = terminal_ids(config, vocab_size)
+    must_agree("the ids that end a response", read, "copy the same files of student and teacher to every node")
     tested = check_teacher(config, teacher, sampler, vocab_size)  # before an engine is built: that may take minutes
     inflight = InflightGate(config, teacher, layout, vocab_size) if config.rollout.inflight.on else None
     top, ends = inflight.top or 0 if inflight else 0, end_class(config, vocab_size)

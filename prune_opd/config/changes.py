@@ -49,7 +49,8 @@ def changes(config: TrainConfig, run_dir: Path | None, resume: str) -> list[str]
             saved = json.loads(state.read_text(encoding="utf-8"))["config"]
         except (OSError, ValueError, KeyError) as error:
             raise ConfigError(f"{state} cannot be read ({error!r}); resume from another checkpoint") from error
-        found += config_differences(config_from_dict(TrainConfig, saved, state), config) + _other_meanings(saved, config)
+        found += config_differences(config_from_dict(TrainConfig, saved, state), config)
+        found += _other_meanings(saved, config)
     return list(dict.fromkeys(found))
 
 
