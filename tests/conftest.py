@@ -1,4 +1,4 @@
-"""What a test needs, as marks: `ranks` where it starts processes that import torch, megatron or vLLM, `slurm`, `beside`.
+"""What a test needs, as marks: `ranks` if it starts processes that import torch, megatron or vLLM; `slurm`; `beside`.
 
 `make test` runs two pytest processes side by side, about as long as each other. One has the tests that start ranks, but
 for whole runs; the other has these (`beside`: they start, save and wait more than they compute), and all the rest.

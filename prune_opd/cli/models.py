@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 
 from prune_opd.check.run import check_eval
 from prune_opd.cli.runs import refuse
@@ -17,6 +16,7 @@ from prune_opd.errors import UserError
 from prune_opd.eval.evaluate import Sampling, write_rows
 from prune_opd.eval.inherit import EXTRACT, of_run
 from prune_opd.eval.run import SEED, EvalJob, results_table
+from prune_opd.process import table_console
 from prune_opd.track.console import unreadable_notes
 from prune_opd.track.metrics import Record, readable
 
@@ -108,7 +108,7 @@ def evaluate(
     if out and results:
         write_rows(out / "eval.jsonl", results)
     if len(results) > 1:
-        Console().print(results_table(results))
+        table_console().print(results_table(results))
     for line in results:
         for note in unreadable_notes(line["task"], readable(line), "--extract", line["model"]):
             typer.echo(note, err=True)
