@@ -22,7 +22,7 @@ from prune_opd.errors import UserError
 from prune_opd.platform import Platform, untouched_rng
 from prune_opd.rollout.batch import Response, Rollouts
 from prune_opd.rollout.long_tail import Race, deal_to_engines
-from prune_opd.rollout.request import NOTHING, Row, TokenSampling
+from prune_opd.rollout.request import NOTHING, Row, TokenSampling, told_apart
 from prune_opd.rollout.stepwise import StepLoop, Watch, run_together
 
 # Read when vllm is imported. One process a rank (no engine subprocess), no telemetry, no hub; the V1 model runner on
@@ -144,6 +144,7 @@ class RolloutEngine:
         race: the rows are groups, one a prompt, and those that are complete first come back; the others are in `left`.
         watch: who may stop a response at a look. The others have exactly the tokens that they have without it.
         """
+        rows = told_apart(rows)
         looks = () if watch is None else watch.looks(max((row.limit for row in rows), default=0))
         if race is not None:
             self.llm.reset_prefix_cache()  # who is first must not depend on what was generated before
