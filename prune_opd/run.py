@@ -273,7 +273,7 @@ def prepare(config: TrainConfig, run_dir: Path, resume: str, allow_config_change
     if checkpoint:
         notes += [f"resumed from {checkpoint}", *run.load_checkpoint(checkpoint, allow_config_change)]
     notes += [tested] if tested else []
-    notes += [f"{source.path}: {source.skipped_summary()}" for source in file_sources(sampler) if source.skipped]
+    notes += [note for source in file_sources(sampler) for note in source.notes()]
     if layout.is_main:
         run_dir.mkdir(parents=True, exist_ok=True)
         save_config(config, run_dir / "config.yaml")
