@@ -213,8 +213,7 @@ class Run:
 def prepare(config: TrainConfig, run_dir: Path, resume: str, allow_config_change: bool = False) -> Run:
     """Build every part, restore a checkpoint if there is one to resume, and open the run directory's files."""
     machine = platform.prepare()
-    from transformers import AutoTokenizer
-
+    from prune_opd.data.tokenizer import load_tokenizer
     from prune_opd.megatron import layout as layouts
     from prune_opd.megatron.checkpoint import Checkpoints
     from prune_opd.megatron.model import dtype_of
@@ -229,7 +228,7 @@ def prepare(config: TrainConfig, run_dir: Path, resume: str, allow_config_change
     layout = layouts.initialize(replace(config.parallel, timeout_minutes=patience), machine, config.seed)
     phases = Phases(watchdog=Watchdog(config.survival.watchdog_minutes, run_dir / "stacks", layout.rank))
     dtype = dtype_of(config.precision.params)
-    tokenizer = AutoTokenizer.from_pretrained(config.student)
+    tokenizer = load_tokenizer(config.student)
     sampler = make_sampler(config.data, tokenizer, config.seed, config.rollout.max_prompt_len)
     parallel, precision, memory = config.parallel, config.precision, config.memory
     student_fp8, teacher_fp8 = precision.student_fp8, precision.teacher_fp8

@@ -62,13 +62,12 @@ def evaluate_model(job: EvalJob) -> None:
     from prune_opd.rollout.engine import RolloutEngine
 
     machine = platform.prepare()
-    from transformers import AutoTokenizer
-
+    from prune_opd.data.tokenizer import load_tokenizer
     from prune_opd.megatron import layout as layouts
 
     layout = layouts.initialize(ParallelConfig(tensor=1), machine, seed=0)
     positions = json.loads((Path(job.model_dir) / "config.json").read_text())["max_position_embeddings"]
-    tokenizer = AutoTokenizer.from_pretrained(job.model_dir)
+    tokenizer = load_tokenizer(job.model_dir)
     evaluators = [make_evaluator(tokenizer, task, job.problems, None, job.sampling, job.extract) for task in job.tasks]
     longest = max(len(prompt.ids) for evaluator in evaluators for prompt in evaluator.problems)
     room = positions - longest
