@@ -24,7 +24,7 @@ from prune_opd.config.run import extract_problem
 from prune_opd.data.prompts import source_problem
 from prune_opd.errors import ConfigError
 from prune_opd.megatron.precision import token_multiple
-from prune_opd.model_spec import ModelSpec, gguf_problem, model_config, not_built
+from prune_opd.model_spec import gguf_problem, model_config, not_built
 from prune_opd.plan.layout import layout_problems
 from prune_opd.process import has_gpu
 from prune_opd.track.tensorboard_log import tensorboard_problems
@@ -51,9 +51,7 @@ def check_train(
         # Different tokenizers often have different sizes too; that would be the same problem said twice.
         shared = min(model.vocab_size for model in models)
         problems += (
-            tokenizer_problems(models[0].path, models[1].path)
-            or end_problems(config, shared)
-            or _vocabulary(config, nproc, *models)
+            tokenizer_problems(models[0].path, models[1].path) or end_problems(config, shared) or _vocabulary(*models)
         )
     problems += _sizes(config, nproc, models) + _precision(config, models)
     problems += _sources(config)
@@ -87,7 +85,7 @@ def check_structure(config: TrainConfig, nproc: int) -> list[str]:
             problems.append(str(error))
     problems += _sizes(config, nproc, models)
     if len(models) == 2:
-        problems += _vocabulary(config, nproc, *models)
+        problems += _vocabulary(*models)
     return problems
 
 
@@ -225,15 +223,13 @@ def _candidates(config: TrainConfig, models: list[_Model]) -> list[str]:
     ]
 
 
-def _vocabulary(config: TrainConfig, nproc: int, student: _Model, teacher: _Model) -> list[str]:
-    """Problems where a vocabulary does not fit the rows, which are padded for the student's TP ranks."""
+def _vocabulary(student: _Model, teacher: _Model) -> list[str]:
+    """Problems where a model has too few rows for the ids that it will meet."""
     if not_built(student.config) or not_built(teacher.config):
         return []
-    tensor = config.parallel.tensor_size(nproc)
     problems = []
     for model in (student, teacher):
-        padded = ModelSpec.of(model.config, str(model.path)).padded_vocab(tensor)
-        problems += vocabulary_problems(model.role, model.path, model.vocab_size, padded, student.vocab_size)
+        problems += vocabulary_problems(model.role, model.path, model.vocab_size, student.vocab_size)
     return problems
 
 
