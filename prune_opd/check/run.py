@@ -18,6 +18,7 @@ from prune_opd.check import precision
 from prune_opd.check.ends import end_problems
 from prune_opd.check.machine import compiler_problems, machine_problems, writable_problems
 from prune_opd.check.tokenizer import tokenizer_problems, vocabulary_problems
+from prune_opd.check.weights import weight_problems
 from prune_opd.config import Fp8Config, SftConfig, TrainConfig
 from prune_opd.config.changes import changes, is_harmless
 from prune_opd.config.run import extract_problem
@@ -66,8 +67,11 @@ def check_train(
 
 
 def check_everything(config: TrainConfig, nproc: int, run_dir: Path) -> list[str]:
-    """`check_train`, and what a job checks once before it takes GPUs: versions, driver, space, every prompt."""
+    """`check_train`, and what a job checks once, before it takes GPUs: weights, versions, driver, space, prompts."""
     problems = check_train(config, nproc, run_dir, "auto")
+    if not problems:  # of models that fit the run
+        for model in (_read_model("student", config.student), _read_model("teacher", config.teacher)):
+            problems += weight_problems(model.role, model.path, model.config) if isinstance(model, _Model) else []
     return problems + machine_problems(config, run_dir, has_gpu(), precision.cuda_of_torch())
 
 

@@ -28,7 +28,7 @@ from prune_opd.check.machine import (
 )
 from prune_opd.check.run import check_everything, check_train
 from prune_opd.config import RolloutConfig, TrainConfig
-from tests.fake_models import tokenizer, train_config, write_model
+from tests.fake_models import tokenizer, train_config, with_weights, write_model
 
 REQUIREMENTS = Path(__file__).parents[2] / "requirements"
 DOCKER = REQUIREMENTS.parent / "docker"
@@ -202,4 +202,6 @@ def test_every_prompt_is_looked_at_and_the_first_bad_line_named(tmp_path: Path) 
 
 
 def test_the_whole_preflight_passes_for_a_good_run(pair: TrainConfig, tmp_path: Path) -> None:
+    for model in (pair.student, pair.teacher):
+        with_weights(Path(model))
     assert check_everything(pair, 2, tmp_path / "run") == []
