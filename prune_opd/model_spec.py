@@ -189,6 +189,10 @@ class ModelSpec:
         multiple = VOCAB_MULTIPLE * tp_size
         return -(-self.vocab_size // multiple) * multiple
 
+    def kv_bytes(self, value: int, tensor: int = 1) -> int:
+        """Bytes that a token takes of a KV cache over `tensor` ranks, on each; value: bytes of one number."""
+        return 2 * self.layers * -(-self.kv_heads // tensor) * self.head_dim * value
+
     def is_sparse(self, layer: int) -> bool:
         return self.moe is not None and self.moe.sparse[layer]
 

@@ -16,13 +16,13 @@ from typing import Any
 
 from prune_opd.check import precision
 from prune_opd.check.ends import end_problems
-from prune_opd.check.machine import compiler_problems, machine_problems, writable_problems
+from prune_opd.check.machine import compiler_problems, kv_cache_problems, machine_problems, writable_problems
 from prune_opd.check.tokenizer import tokenizer_problems, vocabulary_problems
 from prune_opd.check.weights import weight_problems
 from prune_opd.config import Fp8Config, SftConfig, TrainConfig
 from prune_opd.config.changes import changes, is_harmless
 from prune_opd.config.run import extract_problem
-from prune_opd.data.prompts import source_problem
+from prune_opd.data.prompts import doubled_names, source_problem
 from prune_opd.errors import ConfigError
 from prune_opd.megatron.precision import token_multiple
 from prune_opd.model_spec import gguf_problem, model_config, not_built
@@ -55,6 +55,8 @@ def check_train(
             tokenizer_problems(models[0].path, models[1].path) or end_problems(config, shared) or _vocabulary(*models)
         )
     problems += _sizes(config, nproc, models) + _precision(config, models)
+    if models and models[0].role == "student" and not has_gpu():
+        problems += kv_cache_problems(config, models[0].config)
     problems += _sources(config)
     problems += _apex()
     problems += compiler_problems(config.rollout, has_gpu())
@@ -126,6 +128,7 @@ def check_eval(
     if problem := extract_problem("--extract", extract):
         problems.append(problem)
     problems += [problem for task in tasks if (problem := source_problem("--task", task))]
+    problems += doubled_names("--task", tasks)
     return problems + ([] if out is None else writable_problems("--out", out))
 
 
@@ -269,11 +272,7 @@ def _sources(config: TrainConfig) -> list[str]:
     named = [("data.mixture" if config.data.mixture else "data.source", source) for source in config.data.sources]
     named += [("evaluation.sources", source) for source in config.evaluation.sources]
     problems = [problem for field, source in named if (problem := source_problem(field, source))]
-    names = [Path(source).name for source in config.evaluation.sources]
-    problems += [
-        f"evaluation.sources has two tasks named {name!r}: rename one of the files, their results would be one"
-        for name in sorted({name for name in names if names.count(name) > 1})
-    ]
+    problems += doubled_names("evaluation.sources", config.evaluation.sources)
     files = [(field, source) for field, source in named if field.startswith("data") and Path(source).exists()]
     if files and not config.evaluation.sources and config.evaluation.problems:
         field, source = files[0]

@@ -18,6 +18,8 @@ from prune_opd.config.yaml import from_dict
 from prune_opd.data.answers import pass_at
 from prune_opd.errors import ConfigError
 from prune_opd.eval.evaluate import Sampling, Scored, generation_rows, make_evaluator, write_rows
+from prune_opd.model_spec import ModelSpec, model_config
+from prune_opd.rollout.request import cached_tokens
 from prune_opd.track.console import readable_answers
 from prune_opd.track.metrics import Record, readable
 
@@ -71,13 +73,15 @@ def evaluate_model(job: EvalJob) -> None:
     evaluators = [make_evaluator(tokenizer, task, job.problems, None, job.sampling, job.extract) for task in job.tasks]
     longest = max(len(prompt.ids) for evaluator in evaluators for prompt in evaluator.problems)
     room = positions - longest
+    dtype, rollout = torch.float32 if machine.is_cpu else torch.bfloat16, RolloutConfig(max_prompt_len=longest)
+    if machine.is_cpu and room >= 1:
+        room = min(room, _cache_room(job, rollout, longest, dtype.itemsize))
     if room < 1:
         raise ConfigError(
             f"a prompt of {longest} tokens leaves no room in the model's {positions} positions: shorten it"
         )
     max_len = min(job.sampling.max_len or room, room)
-    dtype = torch.float32 if machine.is_cpu else torch.bfloat16
-    engine = RolloutEngine(job.model_dir, RolloutConfig(max_prompt_len=longest), max_len, dtype, machine)
+    engine = RolloutEngine(job.model_dir, rollout, max_len, dtype, machine)
     answers: list[Record] = []
     results: list[Record] = []
     for evaluator in evaluators:
@@ -92,6 +96,21 @@ def evaluate_model(job: EvalJob) -> None:
     if layout.is_main and job.results:
         write_rows(Path(job.results), results)
     engine.close()
+
+
+def _cache_room(job: EvalJob, rollout: RolloutConfig, longest: int, value: int) -> int:
+    """Response tokens that the KV cache on a CPU has room for; value: bytes of a number in it.
+
+    ConfigError if `--max-len` asks for more.
+    """
+    spec = ModelSpec.of(model_config("MODEL_DIR", job.model_dir), job.model_dir)
+    fits = cached_tokens(rollout.kv_cache_gb, spec.kv_bytes(value)) - longest
+    if fits < max(job.sampling.max_len, 1):
+        raise ConfigError(
+            f"--max-len = {job.sampling.max_len}: on a CPU the KV cache of {rollout.kv_cache_gb:g} GiB has room for "
+            f"{fits} response tokens of this model, after a prompt of {longest}: give --max-len {max(fits, 1)} or less"
+        )
+    return fits
 
 
 def result(scored: Scored) -> Record:

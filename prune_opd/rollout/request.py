@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from prune_opd.data.prompt import Prompt
 from prune_opd.rollout.batch import Response
 
+CPU_BLOCK = 128  # tokens that vLLM's KV cache on a CPU is cut into; one of them stays empty
 NOTHING = Response((), finished=False, logprobs=())  # what there is of a response before its first token
 
 
@@ -56,6 +57,11 @@ def new_rows(prompts: Sequence[Prompt], responses: int, max_tokens: int | Sequen
     pairs = [(prompt, sample) for prompt in prompts for sample in range(responses)]
     limits = [max_tokens] * len(pairs) if isinstance(max_tokens, int) else max_tokens
     return [Row(prompt, sample, limit) for (prompt, sample), limit in zip(pairs, limits, strict=True)]
+
+
+def cached_tokens(cache_gb: float, token_bytes: int) -> int:
+    """Tokens of the longest sequence that a KV cache of `cache_gb` GiB on a CPU holds."""
+    return max(int(cache_gb * 2**30) // (token_bytes * CPU_BLOCK) - 1, 0) * CPU_BLOCK
 
 
 def told_apart(rows: Sequence[Row]) -> list[Row]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from prune_opd.data.prompt import Prompt
 from prune_opd.data.sampler import MixtureSampler, PromptSampler
-from prune_opd.rollout.request import Row, TokenSampling, new_rows, told_apart
+from prune_opd.rollout.request import Row, TokenSampling, cached_tokens, new_rows, told_apart
 
 
 class Three:
@@ -40,3 +40,10 @@ def test_where_nothing_comes_twice_the_seeds_are_those_of_the_rows_alone() -> No
 def test_two_prompts_of_one_index_are_no_repeat() -> None:
     rows = new_rows([Prompt(0, (1,), None, "a"), Prompt(0, (2,), None, "b")], 1, 9)
     assert [row.repeat for row in told_apart(rows)] == [0, 0]
+
+
+def test_a_cache_on_a_cpu_holds_whole_blocks_but_one() -> None:
+    each = 2 * 28 * 8 * 128 * 4  # a token of Qwen3-1.7B in fp32: 9.4 GB for its 40,960 positions
+    assert cached_tokens(1.0, each) == (2**30 // (each * 128) - 1) * 128 < 40_960
+    assert cached_tokens(1.0, 2**31) == 0
+    assert cached_tokens(1.0, 2 * 2 * 4 * 16 * 64) == 65_408  # as vLLM says of a small model
