@@ -32,7 +32,7 @@ def inspect_data(
 
     if problem := gguf_problem("--model", str(model)):
         raise UserError(problem)
-    if not (model / "tokenizer_config.json").is_file():
+    if not any((model / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")):
         raise UserError(f"--model {str(model)!r} has no tokenizer: give a Hugging Face model directory")
     config = apply_overrides(DataConfig(source=source), settings or [])
     inspect(config, load_tokenizer(model), shown, max_prompt_len, table_console())

@@ -37,7 +37,7 @@ def prompt_text(row: Row, data: DataConfig, tokenizer: Tokenizer) -> str:
             hint = ' (chat turns go under "messages")' if isinstance(value, list) else ""
             raise ConfigError(f'"{column}" = {excerpt(value)}: give text that is not empty{hint}')
         turns = [{"role": "user", "content": value}]
-    template = bool(tokenizer.chat_template)
+    template = bool(_template(tokenizer))
     if data.chat and not template:
         raise SettingError("data.chat = true needs a chat template, which the model's tokenizer lacks: leave it out")
     if data.chat if data.chat is not None else template and column != "prompt":
@@ -58,7 +58,7 @@ def prompt_text(row: Row, data: DataConfig, tokenizer: Tokenizer) -> str:
 
 
 def _render(turns: list[Row], data: DataConfig, tokenizer: Tokenizer) -> str:
-    if data.thinking is not None and "enable_thinking" not in tokenizer.chat_template:
+    if data.thinking is not None and "enable_thinking" not in _template(tokenizer):
         raise SettingError(
             f"data.thinking = {data.thinking}: the tokenizer's chat template has no such switch; leave it out"
         )
@@ -75,6 +75,12 @@ def _render(turns: list[Row], data: DataConfig, tokenizer: Tokenizer) -> str:
     except Exception as error:  # a template is a program of the model's author: it may raise what it likes
         raise ConfigError(f'the chat template does not take these "messages" ({error})') from error
     return str(rendered)
+
+
+def _template(tokenizer: Tokenizer) -> str:
+    """The chat template that `apply_chat_template` takes: of several with names the default; "" if there is none."""
+    template = tokenizer.chat_template
+    return str((template.get("default") if isinstance(template, dict) else template) or "")
 
 
 def encode_text(text: str, tokenizer: Tokenizer) -> tuple[int, ...]:

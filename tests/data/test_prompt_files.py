@@ -402,3 +402,15 @@ def test_numbers_of_parquet_and_of_json_lines_are_read_alike(byte_tokenizer: Any
             "25000000000000000",
             None,
         ]
+
+
+def test_of_several_named_templates_the_default_one_counts(byte_tokenizer: Any) -> None:
+    switch = CHATML + "{% if enable_thinking is defined and not enable_thinking %}<think></think>{% endif %}"
+    byte_tokenizer.chat_template = {"default": switch, "tool_use": "{{ messages[0].content }}"}
+    for thinking in (False, True, None):
+        options = {} if thinking is None else {"enable_thinking": thinking}
+        wanted = byte_tokenizer.apply_chat_template([ASK], tokenize=False, add_generation_prompt=True, **options)
+        assert prompt_text({"question": ASK["content"]}, of_file(thinking=thinking), byte_tokenizer) == wanted
+    byte_tokenizer.chat_template = {"default": CHATML, "tool_use": switch}
+    with pytest.raises(ConfigError, match="has no such switch"):
+        prompt_text({"question": "?"}, of_file(thinking=False), byte_tokenizer)
