@@ -25,6 +25,7 @@ from prune_opd.method.change_point import Calibration
 from prune_opd.method.horizon import HorizonController, make_controller
 from prune_opd.plan.speed import SpeedMeter
 from prune_opd.ranks.agreement import must_agree
+from prune_opd.ranks.lease import end_if_lost
 from prune_opd.ranks.signals import Watchdog
 from prune_opd.rollout.batch import Rollouts
 from prune_opd.rollout.engine import EngineOptions, RolloutEngine
@@ -49,6 +50,7 @@ class Phases:
     watchdog: Watchdog | None = None
 
     def enter(self, phase: str) -> None:
+        end_if_lost()
         if self.watchdog:
             self.watchdog.enter(phase)
         self.memory.enter(phase)

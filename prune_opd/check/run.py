@@ -28,6 +28,7 @@ from prune_opd.megatron.precision import token_multiple
 from prune_opd.model_spec import gguf_problem, model_config, not_built
 from prune_opd.plan.layout import layout_problems
 from prune_opd.process import has_gpu
+from prune_opd.ranks.lease import FILE as LEASE
 from prune_opd.track.tensorboard_log import tensorboard_problems
 
 SHOWN_DIFFERENCES = 6
@@ -298,7 +299,7 @@ def _apex() -> list[str]:
 
 
 def _run_dir(config: TrainConfig, run_dir: Path, resume: str, allow_config_change: bool) -> list[str]:
-    new = not run_dir.is_dir() or not any(run_dir.iterdir())
+    new = not run_dir.is_dir() or all(path.name.strip(".").startswith(LEASE) for path in run_dir.iterdir())
     if not new and not (run_dir / "config.yaml").is_file():
         return [f"--run-dir {run_dir} holds other files and no config.yaml, so it is no run: choose an empty directory"]
     try:
