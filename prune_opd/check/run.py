@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,10 +31,6 @@ from prune_opd.ranks.lease import FILE as LEASE
 from prune_opd.track.tensorboard_log import tensorboard_problems
 
 SHOWN_DIFFERENCES = 6
-NUMBERS = (  # that every config.json has
-    *("num_attention_heads", "max_position_embeddings", "vocab_size"),
-    *("hidden_size", "intermediate_size", "num_hidden_layers"),
-)
 
 
 def check_train(
@@ -165,13 +160,9 @@ def _read_model(role: str, directory: str) -> _Model | str:
                 " (`make tiny-models` makes those of the tiny recipes, `make real-pair` those of real_pair)"
             )
     try:
-        model = _Model(role, path, json.loads((path / "config.json").read_text(encoding="utf-8")))
-        for name in NUMBERS:
-            int(model.config[name])
-        int(model.config.get("num_key_value_heads") or 1)
-    except (OSError, UnicodeDecodeError, AttributeError, KeyError, TypeError, ValueError) as error:
-        return f"{role} = {directory!r}: its config.json is not that of a causal language model ({error!r})"
-    return model
+        return _Model(role, path, model_config(role, directory))
+    except ConfigError as error:
+        return str(error)
 
 
 def _model_problems(model: _Model | str) -> list[str]:
