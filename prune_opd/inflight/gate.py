@@ -37,7 +37,8 @@ from prune_opd.rollout.stepwise import Prefix
 
 if TYPE_CHECKING:
     from prune_opd.megatron.layout import Layout
-    from prune_opd.megatron.teacher import KeptHidden, Teacher
+    from prune_opd.megatron.redistribute import KeptHidden
+    from prune_opd.megatron.teacher import Teacher
 
 
 class InflightGate:
@@ -69,7 +70,7 @@ class InflightGate:
         begun_of_row: what each row already has from earlier steps. These stale tokens never count as events: what the
         student thinks of them now is not known here, and fewer events cut no reliable token.
         """
-        from prune_opd.megatron.teacher import KeptHidden
+        from prune_opd.megatron.redistribute import KeptHidden
 
         self.prompts, self.limits = list(prompt_of_row), list(max_tokens_of_row)
         self.ids = [list(begun.ids) for begun in begun_of_row]
@@ -81,13 +82,13 @@ class InflightGate:
 
     def keep(self, rows: Sequence[int]) -> None:
         """Only these rows stay in the batch: row rows[i] becomes row i."""
-        from prune_opd.megatron.teacher import KeptHidden
+        from prune_opd.megatron.redistribute import KeptHidden
 
         number = {row: i for i, row in enumerate(rows)}
         self.limits = [self.limits[row] for row in rows]
         kept = self.kept
         self.kept = KeptHidden(
-            {number[row]: where for row, where in kept.replica_of.items() if row in number},
+            {number[row]: where for row, where in kept.holders_of.items() if row in number},
             {number[row]: hidden for row, hidden in kept.of_row.items() if row in number},
         )
 
@@ -130,7 +131,7 @@ class InflightGate:
             "tokens_avoided": sum(_expected(rollouts, length_B[row], limits[row]) - length_B[row] for row in stopped),
             "tokens_dropped": sum(response.dropped for response in (*rollouts.responses, *left)),
             "teacher_tokens_inflight": self.teacher_tokens,
-            "teacher_tokens_reused": sum(rollouts.row_length_B[row] for row in self.kept.replica_of),
+            "teacher_tokens_reused": sum(rollouts.row_length_B[row] for row in self.kept.holders_of),
             "inflight_checks": self.checks,
             "inflight_too_early": sum(bool(reliable_length_B[row] >= length_B[row]) for row in stopped),
             "time_inflight": self.seconds,
@@ -220,7 +221,7 @@ class InflightGate:
     def _keep(self, stopped: Sequence[int], prefixes: Sequence[Prefix], computed: KeptHidden) -> None:
         """Hold on to what the teacher knows of rows that end here: they are whole."""
         for i in stopped:
-            self.kept.replica_of[prefixes[i].row] = computed.replica_of[i]
+            self.kept.holders_of[prefixes[i].row] = computed.holders_of[i]
             if i in computed.of_row:  # a copy: a view would hold the whole micro-batch
                 self.kept.of_row[prefixes[i].row] = computed.of_row[i].clone()
 

@@ -61,10 +61,10 @@ class Scripted:
 
     def look(self, rollouts: Rollouts, deals: Any, kept: Any = None) -> Any:
         known = dict(kept.of_row) if kept else {}
-        self.rows_computed += len(rollouts.responses) - len(kept.replica_of if kept else ())
+        self.rows_computed += len(rollouts.responses) - len(kept.holders_of if kept else ())
         hidden, computed = self.teacher.look(rollouts, deals, kept)
         for of_row in (hidden.of_row, computed.of_row):
-            for i in of_row.keys() - (known.keys() if of_row is computed.of_row else kept.replica_of if kept else {}):
+            for i in of_row.keys() - (known.keys() if of_row is computed.of_row else kept.holders_of if kept else {}):
                 for token in set(self.script.get(row_of(rollouts.prompts[i], rollouts, i), ())):
                     if token < len(of_row[i]):
                         of_row[i] = of_row[i].index_copy(0, torch.tensor([token]), -of_row[i][token : token + 1])
