@@ -199,7 +199,7 @@ class RolloutEngine:
                 params = SamplingParams(**settings, **self._settings(row, sampling))
                 loop.add(number, row.prompt.ids, params, row.limit, row.begun)
 
-        run_together(loop, start, watch, race, self.engine_index)
+        run_together(loop, start, watch, race, self.world // self.engines)
         return loop.responses()
 
     def _settings(self, row: Row, sampling: TokenSampling) -> dict[str, Any]:
