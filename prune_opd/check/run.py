@@ -16,6 +16,7 @@ from typing import Any
 
 from prune_opd.check import precision
 from prune_opd.check.ends import end_problems
+from prune_opd.check.gpu import cache_problems, import_problems
 from prune_opd.check.machine import compiler_problems, machine_problems, writable_problems
 from prune_opd.check.tokenizer import tokenizer_problems, vocabulary_problems
 from prune_opd.config import Fp8Config, SftConfig, TrainConfig
@@ -70,7 +71,8 @@ def check_train(
 def check_everything(config: TrainConfig, nproc: int, run_dir: Path) -> list[str]:
     """`check_train`, and what a job checks once before it takes GPUs: versions, driver, space, every prompt."""
     problems = check_train(config, nproc, run_dir, "auto")
-    return problems + machine_problems(config, run_dir, has_gpu(), precision.cuda_of_torch())
+    problems += machine_problems(config, run_dir, has_gpu(), precision.cuda_of_torch())
+    return problems + (import_problems() + cache_problems() if has_gpu() else [])
 
 
 def check_structure(config: TrainConfig, nproc: int) -> list[str]:
@@ -249,11 +251,14 @@ def _precision_sizes(config: TrainConfig, nproc: int, models: dict[str, dict[str
     """Problems of FP8 with sizes and with other settings, which any machine would have."""
     parallel, problems = config.parallel, []
     student = parallel.tensor_size(nproc)
-    layouts = {"student": (student, parallel.sequence_parallel), "teacher": (parallel.teacher_tensor or student, False)}
+    teacher = parallel.teacher_tensor or student
+    cut = teacher > 1 and "moe_intermediate_size" in models.get("teacher", {})  # megatron/teacher.py: with experts
+    layouts = {"student": (student, parallel.sequence_parallel), "teacher": (teacher, cut)}
     for role, fp8 in _fp8s(config).items():
         problems += precision.fp8_size_problems(role, fp8, models.get(role), *layouts[role])
         if fp8.on:
             problems += precision.token_problems(parallel.microbatch_tokens, token_multiple(fp8.recipe, *layouts[role]))
+    problems += precision.expert_block_problems(config.rollout, models.get("student"))
     problems += precision.parameter_problems(config.precision.student_fp8, parallel.distributed_optimizer)
     return problems + precision.memory_problems(config.memory, _fp8s(config))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
 from itertools import chain
 from pathlib import Path
@@ -36,6 +37,9 @@ class Teacher:
     Its output matrix is not on its own last stage but where the loss is: on the student's last stage, cut over the
     student's TP ranks. It is read from the directory in that cut, so nothing is gathered, and costs each of those ranks
     padded vocabulary / student's TP × hidden numbers.
+
+    A teacher with experts that is cut over TP ranks has sequence parallelism: each rank then sends its own tokens to
+    the experts, where otherwise all of them would send the same ones.
     """
 
     def __init__(
@@ -47,6 +51,8 @@ class Teacher:
         token_budget: int,
         fp8: Fp8Config = NO_FP8,
     ):
+        cut = ModelSpec.read(model_dir).moe is not None and layout.teacher.tp > 1
+        layout = replace(layout, teacher=replace(layout.teacher, sequence_parallel=cut))
         self.layout, self.device, self.token_budget = layout, device, token_budget
         settings = transformer_arguments(fp8)
         chunks = build(model_dir, layout.teacher, dtype, trainable=False, head=False, settings=settings)
