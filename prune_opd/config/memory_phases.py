@@ -50,6 +50,8 @@ NEEDS: dict[str, tuple[str, ...]] = {
     "export": (STUDENT,),
 }
 
+EXCHANGE_BYTES = 512 * 2**20  # what a rank sends at once of the teacher's hidden states (megatron/redistribute.py)
+
 logger = logging.getLogger(__name__)
 
 

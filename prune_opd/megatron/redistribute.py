@@ -17,12 +17,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from prune_opd.config.memory_phases import EXCHANGE_BYTES
 from prune_opd.megatron.layout import ModelLayout
 from prune_opd.rollout.balance import Deal
 
 Routes = dict[tuple[int, int], list[int]]
 """routes[source rank, destination rank] = row numbers, ascending."""
-ROUND_BYTES = 512 * 2**20  # what a rank sends at once: the copy that an exchange needs is no larger, or one row
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,11 @@ def in_rounds(routes: Routes, lengths: Sequence[int], most: int) -> list[Routes]
 
 
 def redistribute(
-    mine: Mapping[int, Tensor], lengths: Sequence[int], routes: Routes, nothing: Tensor, round_bytes: int = ROUND_BYTES
+    mine: Mapping[int, Tensor],
+    lengths: Sequence[int],
+    routes: Routes,
+    nothing: Tensor,
+    round_bytes: int = EXCHANGE_BYTES,
 ) -> TeacherHidden:
     """Exchange rows along the routes. Collective over the whole job.
 

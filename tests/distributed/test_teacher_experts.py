@@ -27,7 +27,8 @@ def test_hidden_states_are_those_of_one_process(ranks: list[dict[str, Any]], exp
     for rank in ranks:
         fp32, bf16 = rank[f"fp32 EP{expert}"], rank[f"bf16 EP{expert}"]
         assert fp32["rows"] > 0 and fp32["error"] < 1e-5
-        assert 0 < bf16["error"] < 1.5 * bf16["error of one process"], "bf16 rounds here as it does in one process"
+        # Each half of a sum over ranks is rounded before they are added, and so is a router's input: some choices flip.
+        assert 0 < bf16["error"] < 3 * bf16["error of one process"] < 0.05
 
 
 @pytest.mark.parametrize("expert", [1, 2])
