@@ -129,6 +129,17 @@ def check_eval(
     return problems + ([] if out is None else writable_problems("--out", out))
 
 
+def eval_layout_problems(model_dir: Path, nproc: int, tensor: int) -> list[str]:
+    """What --tensor-parallel must divide, a line each: the ranks, and the model's heads where it is a directory."""
+    field, problems = f"--tensor-parallel {tensor}", []
+    if nproc % tensor:
+        problems.append(f"{field} does not divide the {nproc} ranks: give --nproc {tensor}, or a multiple of it")
+    model = _read_model("MODEL_DIR", str(model_dir))
+    if isinstance(model, _Model) and (heads := int(model.config["num_attention_heads"])) % tensor:
+        problems.append(f"{field} does not divide the {heads} attention heads of {model_dir}: give a divisor of them")
+    return problems
+
+
 # ---------------------------------------------------------------------------------------------------- models
 
 

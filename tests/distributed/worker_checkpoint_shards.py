@@ -102,9 +102,9 @@ def case(models: Path, out: Path, parallel: ParallelConfig, any_layout: bool) ->
     again = train_step(resumed, made_up_rollouts(3))
     result["same step"] = [again["loss"], again["grad_norm"]] == [unbroken["loss"], unbroken["grad_norm"]]
     result["same weights"] = all(map(torch.equal, state_of(run.trainer), state_of(resumed.trainer)))
-    other = layouts.arrange(ParallelConfig(tensor=2, distributed_optimizer=True), seed=0)
     if parallel.expert == 1:
-        moved = build_run(train_config(models, 2, parallel=ParallelConfig(tensor=2)), other, out / "moved")
+        cut = ParallelConfig(tensor=2, distributed_optimizer=True)
+        moved = build_run(train_config(models, 2, parallel=cut), layouts.arrange(cut, seed=0), out / "moved")
         try:
             moved.checkpoints.load(checkpoint, moved.trainer)
             result["in another layout"] = ""
