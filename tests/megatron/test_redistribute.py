@@ -10,6 +10,12 @@ from typing import Any
 import pytest
 
 from prune_opd import platform
+from prune_opd.config import TrainConfig
+from prune_opd.config.memory_phases import EXCHANGE_BYTES
+from prune_opd.config.overrides import apply_overrides
+from prune_opd.config.recipe import load_recipe
+from prune_opd.plan.memory import hidden_bytes
+from prune_opd.plan.setting import setting_of
 
 platform.prepare()
 
@@ -137,3 +143,18 @@ def test_a_teacher_that_lies_like_the_student_sends_nothing() -> None:
     found = at_full_size(Ranks(4, 1, 32), Ranks(4, 1, 32), 2048, 7500)
     assert max(found["sent"]) == 0
     assert found["held"] == found["received"]
+
+
+def test_the_planner_knows_what_a_rank_holds_and_receives() -> None:
+    """Not less than the routes of made-up lengths need, and not a quarter more than they and the exchange's copy."""
+    config = load_recipe("qwen3_8b_from_32b_32xh100_fp8")
+    assert isinstance(config, TrainConfig)
+    setting = setting_of(config, "h100", 4)
+    found = at_full_size(Ranks(2, 1, 16), Ranks(8, 1, 4), setting.responses, 7500)
+    each = setting.teacher.hidden * setting.weight_bytes
+    sent, trained_on = hidden_bytes(setting, found["all"][0], 0.0)
+    assert trained_on == pytest.approx(max(found["received"]) * each, rel=0.02)
+    most = max(held + received for held, received in zip(found["held"], found["received"], strict=True)) * each
+    assert 0.9 * most < sent + trained_on < 1.25 * most + EXCHANGE_BYTES
+    alike = setting_of(apply_overrides(config, ["parallel.teacher_tensor=2"]), "h100", 4)
+    assert hidden_bytes(alike, found["all"][0], 0.0) == (0.0, trained_on)
