@@ -171,7 +171,8 @@ class Run:
             "full_response_length": self.full_response_length,
             "rng": rng,
         }
-        any_layout = last or self.config.checkpoint.any_layout == "always"
+        whole = not self.config.parallel.distributed_optimizer  # each replica has all of the optimizer's state
+        any_layout = last or whole or self.config.checkpoint.any_layout == "always"
         self.checkpoints.save(self.finished_steps, self.trainer, state, any_layout)
 
     def load_checkpoint(self, checkpoint: Path, allow_config_change: bool = False) -> list[str]:
