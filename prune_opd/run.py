@@ -158,7 +158,8 @@ class Run:
     def tokens_at_full_horizon(self, responses: int) -> float | None:
         return None if self.full_response_length is None else responses * self.full_response_length
 
-    def save_checkpoint(self) -> None:
+    def save_checkpoint(self, last: bool = False) -> None:
+        """Begin to save. last: after the run's last step."""
         self.phases.enter("checkpoint")
         rng: list[Any] = [None] * self.layout.world
         dist.all_gather_object(rng, platform.rng_state())
@@ -173,7 +174,9 @@ class Run:
             "full_response_length": self.full_response_length,
             "rng": rng,
         }
-        self.checkpoints.save(self.finished_steps, self.trainer, state)
+        whole = not self.config.parallel.distributed_optimizer  # each replica has all of the optimizer's state
+        any_layout = last or whole or self.config.checkpoint.any_layout == "always"
+        self.checkpoints.save(self.finished_steps, self.trainer, state, any_layout)
 
     def load_checkpoint(self, checkpoint: Path, allow_config_change: bool = False) -> list[str]:
         """Continue where a checkpoint stands. Returns what starts anew, because its settings were allowed to change."""
@@ -246,12 +249,15 @@ def prepare(config: TrainConfig, run_dir: Path, resume: str, allow_config_change
     inflight = InflightGate(config, teacher, layout, vocab_size) if config.rollout.inflight.on else None
     top, ends = inflight.top or 0 if inflight else 0, end_class(config, vocab_size)
     options = EngineOptions(memory.sleep_level, top, parallel.timeout_minutes, ends)
-    engine = RolloutEngine(config.student, config.rollout, longest, dtype, machine, options)
+    engines: list[RolloutEngine] = []
     phases.memory = MemoryPhases(
         memory,
-        None if machine.is_cpu else handlers(trainer, teacher, engine, machine),
+        None if machine.is_cpu else handlers(trainer, teacher, lambda: engines[0], machine),
         run_dir / "memory.json" if layout.is_main else None,
     )
+    with phases.memory.building_engine():
+        engine = RolloutEngine(config.student, config.rollout, longest, dtype, machine, options)
+        engines.append(engine)
     rollout = RolloutPhase(config, engine, sampler)
     run = Run(
         config=config,
@@ -272,6 +278,7 @@ def prepare(config: TrainConfig, run_dir: Path, resume: str, allow_config_change
     )
     checkpoint, notes = _checkpoint_to_resume(resume, run.checkpoints)
     if checkpoint:
+        phases.memory.enter("checkpoint")
         notes += [f"resumed from {checkpoint}", *run.load_checkpoint(checkpoint, allow_config_change)]
     notes += [tested] if tested else []
     notes += [note for source in file_sources(sampler) for note in source.notes()]

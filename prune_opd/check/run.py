@@ -15,6 +15,7 @@ from typing import Any
 
 from prune_opd.check import precision
 from prune_opd.check.ends import end_problems
+from prune_opd.check.gpu import cache_problems, import_problems
 from prune_opd.check.machine import compiler_problems, kv_cache_problems, machine_problems, writable_problems
 from prune_opd.check.tokenizer import tokenizer_problems, vocabulary_problems
 from prune_opd.check.weights import weight_problems
@@ -70,7 +71,8 @@ def check_everything(config: TrainConfig, nproc: int, run_dir: Path) -> list[str
     if not problems:  # of models that fit the run
         for model in (_read_model("student", config.student), _read_model("teacher", config.teacher)):
             problems += weight_problems(model.role, model.path, model.config) if isinstance(model, _Model) else []
-    return problems + machine_problems(config, run_dir, has_gpu(), precision.cuda_of_torch())
+    problems += machine_problems(config, run_dir, has_gpu(), precision.cuda_of_torch())
+    return problems + (import_problems() + cache_problems() if has_gpu() else [])
 
 
 def check_structure(config: TrainConfig, nproc: int) -> list[str]:
@@ -126,6 +128,17 @@ def check_eval(
     problems += [problem for task in tasks if (problem := source_problem("--task", task))]
     problems += doubled_names("--task", tasks)
     return problems + ([] if out is None else writable_problems("--out", out))
+
+
+def eval_layout_problems(model_dir: Path, nproc: int, tensor: int) -> list[str]:
+    """What --tensor-parallel must divide, a line each: the ranks, and the model's heads where it is a directory."""
+    field, problems = f"--tensor-parallel {tensor}", []
+    if nproc % tensor:
+        problems.append(f"{field} does not divide the {nproc} ranks: give --nproc {tensor}, or a multiple of it")
+    model = _read_model("MODEL_DIR", str(model_dir))
+    if isinstance(model, _Model) and (heads := int(model.config["num_attention_heads"])) % tensor:
+        problems.append(f"{field} does not divide the {heads} attention heads of {model_dir}: give a divisor of them")
+    return problems
 
 
 # ---------------------------------------------------------------------------------------------------- models
@@ -244,11 +257,14 @@ def _precision_sizes(config: TrainConfig, nproc: int, models: dict[str, dict[str
     """Problems of FP8 with sizes and with other settings, which any machine would have."""
     parallel, problems = config.parallel, []
     student = parallel.tensor_size(nproc)
-    layouts = {"student": (student, parallel.sequence_parallel), "teacher": (parallel.teacher_tensor or student, False)}
+    teacher = parallel.teacher_tensor or student
+    cut = teacher > 1 and "moe_intermediate_size" in models.get("teacher", {})  # megatron/teacher.py: with experts
+    layouts = {"student": (student, parallel.sequence_parallel), "teacher": (teacher, cut)}
     for role, fp8 in _fp8s(config).items():
         problems += precision.fp8_size_problems(role, fp8, models.get(role), *layouts[role])
         if fp8.on:
             problems += precision.token_problems(parallel.microbatch_tokens, token_multiple(fp8.recipe, *layouts[role]))
+    problems += precision.expert_block_problems(config.rollout, models.get("student"))
     problems += precision.parameter_problems(config.precision.student_fp8, parallel.distributed_optimizer)
     return problems + precision.memory_problems(config.memory, _fp8s(config))
 
