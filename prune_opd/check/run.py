@@ -24,7 +24,7 @@ from prune_opd.config.run import extract_problem
 from prune_opd.data.prompts import source_problem
 from prune_opd.errors import ConfigError
 from prune_opd.megatron.precision import token_multiple
-from prune_opd.model_spec import ModelSpec, gguf_problem, model_config, not_built
+from prune_opd.model_spec import ModelSpec, absent_problem, gguf_problem, model_config, not_built
 from prune_opd.plan.layout import layout_problems
 from prune_opd.process import has_gpu
 from prune_opd.track.tensorboard_log import tensorboard_problems
@@ -67,10 +67,14 @@ def check_train(
     return problems
 
 
-def check_everything(config: TrainConfig, nproc: int, run_dir: Path) -> list[str]:
-    """`check_train`, and what a job checks once before it takes GPUs: versions, driver, space, every prompt."""
-    problems = check_train(config, nproc, run_dir, "auto")
-    return problems + machine_problems(config, run_dir, has_gpu(), precision.cuda_of_torch())
+def check_everything(
+    config: TrainConfig, nproc: int, run_dir: Path | None, resume: str, allow_config_change: bool = False
+) -> list[str]:
+    """`check_train`, and what a run looks at once before it takes GPUs: versions, driver, space, every prompt."""
+    problems = check_train(config, nproc, run_dir, resume, allow_config_change)
+    if run_dir is None:  # another rank looks
+        return problems
+    return list(dict.fromkeys(problems + machine_problems(config, run_dir, has_gpu(), precision.cuda_of_torch())))
 
 
 def check_structure(config: TrainConfig, nproc: int) -> list[str]:
@@ -152,12 +156,7 @@ def _read_model(role: str, directory: str) -> _Model | str:
         return problem
     for name in ("config.json", "tokenizer.json"):
         if not (path / name).is_file():
-            what = "it is a file" if path.is_file() else "there is no such directory"
-            what = f"there is no {name} in it" if path.is_dir() else what
-            return (
-                f"{role} = {directory!r}: {what}; give a Hugging Face model directory"
-                " (`make tiny-models` makes those of the tiny recipes, `make real-pair` those of real_pair)"
-            )
+            return absent_problem(role, directory, name)
     try:
         model = _Model(role, path, json.loads((path / "config.json").read_text(encoding="utf-8")))
         for name in NUMBERS:
