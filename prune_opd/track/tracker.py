@@ -71,8 +71,9 @@ class Tracker(NullTracker):
         self._warned: set[str] = set()
         self._mismatch_limit = config.mismatch_limit or config.usual_mismatch
         self._console = RunConsole(config.name, config.steps, resume_step + 1, history=self._steps)
+        shown = config.name if run_dir.name == config.name else f"{config.name} {run_dir.name}"  # a sweep's differ
         self._wandb = wandb_log.start(
-            run_dir, config_dict, config.track, config.name, resume=resume_step > 0, warn=self._console.note
+            run_dir, config_dict, config.track, shown, resume=resume_step > 0, warn=self._console.note
         )
         events = run_dir / "tensorboard" if config.track.tensorboard else None
         self._tensorboard = TensorBoardLog(events, resume_step, self._console.note)
