@@ -278,7 +278,7 @@ def absent_problem(role: str, directory: str, name: str) -> str:
     problem = f"{role} = {directory!r}: {what}; "
     hub_id = "/".join(path.parts[-2:])
     if path.exists() or not (hub_id in published() or HUB_ID.fullmatch(directory)):
-        return problem + "give a Hugging Face model directory" + _made_here(path)
+        return f"{role} = {directory!r}: {what}; give a Hugging Face model directory{_made_here(path)}"
     if path.parts[0] == "runs":
         return problem + "give a run directory, a checkpoint of one, or a Hugging Face model directory"
     place = path if hub_id != directory else models_dir() / hub_id
