@@ -18,7 +18,7 @@ from prune_opd.config.changes import changes
 from prune_opd.config.overrides import apply_overrides
 from prune_opd.config.recipe import load_recipe
 from prune_opd.config.yaml import load_config
-from prune_opd.errors import ConfigError, UserError
+from prune_opd.errors import REQUEUE_EXIT_CODE, ConfigError, UserError
 
 C = TypeVar("C", bound=RunConfig)
 
@@ -112,7 +112,10 @@ def train_config(
     if not is_rank():
         print(f"{config.name}: {ranks} ranks, run directory {run_dir}", flush=True)
     allowed = ["--allow-config-change"] if allow_config_change else []
-    return on_ranks(ranks, "train", "--run-dir", str(run_dir), "--resume", resume, *allowed, config=config)
+    code = on_ranks(ranks, "train", "--run-dir", str(run_dir), "--resume", resume, *allowed, config=config)
+    if code == REQUEUE_EXIT_CODE and not is_rank():
+        print(f"saved, not finished: the same command goes on from there (exit code {code})", flush=True)
+    return code
 
 
 def load(recipe: str, overrides: list[str] | None, kind: type[C], command: str) -> C:
