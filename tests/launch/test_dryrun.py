@@ -27,7 +27,7 @@ if not PYTHON.is_file():
 def dry_run(home: Path, *words: str) -> subprocess.CompletedProcess[str]:
     env = {**os.environ, "NEMORUN_HOME": str(home), "WANDB_API_KEY": "planted-8ab0", "PYTHONPATH": ""}
     command = [str(PYTHON), "-m", "launch", "submit", *words, "--dry-run"]
-    return subprocess.run(command, cwd=REPOSITORY, env=env, capture_output=True, text=True, timeout=60, check=False)
+    return subprocess.run(command, cwd=REPOSITORY, env=env, capture_output=True, text=True, timeout=120, check=False)
 
 
 @pytest.fixture(scope="module", params=NAMES)
