@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
-import dataclasses
+import atexit
 import logging
 import os
+import shutil
 import sys
 import tempfile
+from contextlib import redirect_stdout
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from launch.cluster import load_cluster
+from launch.cluster import load_cluster, without_idle_secrets
 from launch.jobs import Submission, plan_jobs, sweep_lines
+from launch.wish import describe, settled, wishes
 from prune_opd.errors import UserError
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 HOME = "NEMORUN_HOME"  # where NeMo-Run keeps experiments; read when it is imported, so it is set first
+THEIR_HOME = os.environ.get(HOME)  # what the user has set
 
 
 def _exit(code: int) -> None:
@@ -40,7 +45,8 @@ def submit(
     recipe: Annotated[str, typer.Argument(metavar="RECIPE")],
     overrides: Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE")] = None,
     cluster: Annotated[str, typer.Option(help="A file of launch/clusters, or the path of one.")] = "local",
-    nodes: Annotated[int | None, typer.Option(min=1, help="Instead of the cluster file's.")] = None,
+    nodes: Annotated[int | None, typer.Option(min=1, help="Default: the cluster file's, else the recipe's.")] = None,
+    ranks: Annotated[int | None, typer.Option(min=1, help="On each node; default likewise.")] = None,
     run_dir: Annotated[str | None, typer.Option(help="Default: the cluster's run_root and the recipe's name.")] = None,
     evaluate: Annotated[str | None, typer.Option(metavar="TASK", help="Evaluate the student afterwards.")] = None,
     samples: Annotated[int, typer.Option("-k", min=1, help="Samples per problem.")] = 16,
@@ -51,26 +57,33 @@ def submit(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the scripts; change nothing.")] = False,
 ) -> int:
     """Train a recipe on a cluster and wait for the end; the exit code is the job's."""
-    where = load_cluster(cluster)
-    where = dataclasses.replace(where, nodes=nodes or where.nodes)
-    for override in overrides or []:
-        if "=" not in override:
-            raise UserError(f"override {override!r} is not a setting: write it as dotted.key=value")
+    home = _prepare(tempfile.mkdtemp() if dry_run else None)
+    if dry_run:
+        atexit.register(shutil.rmtree, home, ignore_errors=True)
+    cluster_file = load_cluster(cluster)
     submission = Submission(
         recipe, tuple(overrides or ()), run_dir, evaluate, samples, problems, export, tuple(sweep or ())
     )
-    jobs = plan_jobs(submission, where)
-    if dry_run:
-        home = _home()
-        with tempfile.TemporaryDirectory() as folder:
-            for name, text in _experiment(folder).dry_run(submission.title, jobs, where).items():
-                print(f"# ---- {name}\n{text.replace(folder, home)}")
-        return 0
+    plan_jobs(submission, cluster_file)  # refuses what does not go together, before a recipe is loaded
+    wanted = wishes(submission, cluster_file, nodes, ranks)
+    online = any(wish.config.track.wandb == "online" for wish in wanted)
+    cluster_file = without_idle_secrets(cluster_file, online)
+    places = [settled(cluster_file, wish) for wish in wanted]
+    early = max(place.signal_before_end or 0 for place in places)
+    places = [replace(place, signal_before_end=early) for place in places]
+    for wish, place in zip(wanted, places, strict=True):
+        print(describe(wish, place), file=sys.stderr, flush=True)
+    jobs = plan_jobs(submission, places)
     experiments = _experiment()
+    if dry_run:
+        with redirect_stdout(sys.stderr):  # NeMo-Run talks, and `make dryrun > job.sh` is a script
+            script = experiments.as_script(submission.title, jobs, places[0])
+        print(script.replace(home, _home()), end="")
+        return 0
     from launch.executors import check_secrets
 
-    check_secrets(where)
-    experiment = experiments.submit(submission.title, jobs, where)
+    check_secrets(cluster_file)
+    experiment = experiments.submit(submission.title, jobs, places[0])
     print("\n".join([f"experiment {experiment._id}", *sweep_lines(submission)]), flush=True)
     if detach:
         return 0
@@ -80,6 +93,7 @@ def submit(
 @app.command()
 def status(name: Name) -> int:
     """A line per job; exit code 0 only if none has failed."""
+    _prepare()
     experiments = _experiment()
     found = experiments.states(experiments.find(name))
     print("\n".join(experiments.describe(state) for state in found))
@@ -91,6 +105,7 @@ def logs(
     name: Name, job: Annotated[str | None, typer.Argument(metavar="JOB", help="Of the experiment.")] = None
 ) -> int:
     """What the ranks wrote, all attempts."""
+    _prepare()
     experiments = _experiment()
     print(experiments.logs(experiments.find(name), job))
     return 0
@@ -99,19 +114,25 @@ def logs(
 @app.command()
 def cancel(name: Name) -> int:
     """Cancel every job of an experiment that has not ended."""
+    _prepare()
     experiments = _experiment()
     experiments.cancel(experiments.find(name))
     return 0
 
 
 def _home() -> str:
-    return os.environ.get(HOME) or str(REPOSITORY / "runs" / "launch")
+    return THEIR_HOME or str(REPOSITORY / "runs" / "launch")
 
 
-def _experiment(home: str | None = None) -> Any:
-    """launch.experiment, with NeMo-Run's home set before NeMo-Run is imported."""
+def _prepare(home: str | None = None) -> str:
+    """Set NeMo-Run's home, before anything imports NeMo-Run, and return it."""
     os.environ[HOME] = home or _home()
     logging.getLogger().setLevel(logging.WARNING)
+    return os.environ[HOME]
+
+
+def _experiment() -> Any:
+    """launch.experiment; `_prepare` comes before it."""
     import launch.experiment
 
     return launch.experiment

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,7 +10,8 @@ from typing import Any, Literal, cast
 
 import yaml
 
-from prune_opd.config.checks import Checked, Count, CountOrZero
+from launch.fields import executor_fields
+from prune_opd.config.checks import Checked, Count, CountOrZero, check_fields
 from prune_opd.config.yaml import from_dict
 from prune_opd.errors import ConfigError, located
 
@@ -39,8 +41,8 @@ class Cluster(Checked, name=""):
     workdir: str | None = None  # the folder that the job changes to: recipes and relative paths are found there
     python: str = "python"  # the interpreter of the jobs, with prune_opd or a workdir that holds it
     run_root: str = "runs"  # run directories are made in it
-    nodes: Count = 1
-    ranks_per_node: Count = 8  # one per GPU
+    nodes: Count | None = None  # null: the recipe's planning.nodes
+    ranks_per_node: Count | None = None  # one per GPU; null: the recipe's parallel.nproc
     gpus_per_node: int | None = None
     account: str | None = None
     partition: str | None = None
@@ -50,7 +52,9 @@ class Cluster(Checked, name=""):
     exclusive: bool = False
     mem: str | None = None
     time: str = "04:00:00"
-    signal_before_end: CountOrZero = 300  # seconds; training saves and asks to be queued again
+    # seconds before the time limit in which training saves and asks to be queued again; null: a step, a checkpoint and
+    # a margin, as planned; 0: never
+    signal_before_end: CountOrZero | None = None
     max_requeues: CountOrZero = 20
     container_image: str | None = None  # of pyxis: a .sqsh file or an image name; of docker: an image name
     container_mounts: tuple[str, ...] = ()  # SOURCE:TARGET[:ro]
@@ -58,14 +62,15 @@ class Cluster(Checked, name=""):
     environment: dict[str, str] = field(default_factory=dict)
     secrets: dict[str, str] = field(default_factory=dict)  # NAME: environment, or the path of a file that holds it
     ssh: Ssh | None = None
+    more: dict[str, Any] = field(default_factory=dict)  # other fields of NeMo-Run's SlurmExecutor (launch/fields.py)
 
     def __post_init__(self) -> None:
-        super().__post_init__()
+        check_fields(self, "", but=("more",))
         if not TIME.fullmatch(self.time):
             raise ConfigError(f"time = {self.time!r} is no time limit: write it as 'HH:MM:SS' or 'D-HH:MM:SS', quoted")
         if self.kind == "slurm" and not self.account:
             raise ConfigError("account is missing: name the Slurm account that jobs are charged to")
-        if self.kind != "slurm" and (self.nodes > 1 or self.ssh):
+        if self.kind != "slurm" and ((self.nodes or 1) > 1 or self.ssh):
             raise ConfigError(f"kind = {self.kind!r} is this machine only: set nodes: 1 and leave ssh out")
         if self.kind == "docker" and not self.container_image:
             raise ConfigError("container_image is missing: name the image, such as prune-opd")
@@ -96,6 +101,9 @@ class Cluster(Checked, name=""):
                 )
 
 
+OWN = tuple(one.name for one in dataclasses.fields(Cluster) if one.name != "more")
+
+
 def load_cluster(name_or_path: str) -> Cluster:
     """The cluster file of `launch/clusters/`, or any .yaml by its path. Raises ConfigError naming file and field."""
     path = Path(name_or_path)
@@ -110,7 +118,13 @@ def load_cluster(name_or_path: str) -> Cluster:
         raise ConfigError(f"cluster {path}: it cannot be read as YAML ({' '.join(str(error).split())})") from error
     try:
         _check_texts("", data)
-        return cast(Cluster, from_dict(Cluster, data))
+        more: dict[str, Any] = {}
+        if isinstance(data, dict) and data.get("kind") == "slurm":
+            unknown = {name: value for name, value in data.items() if name not in OWN or name == "more"}
+            more = executor_fields(unknown, OWN)
+            data = {name: value for name, value in data.items() if name not in more}
+        cluster = from_dict(Cluster, data)
+        return dataclasses.replace(cast(Cluster, cluster), more=more)
     except ConfigError as error:
         raise located(f"cluster {path}", error) from error
 
@@ -124,3 +138,9 @@ def _check_texts(name: str, value: Any) -> None:
         raise ConfigError(f"{name} holds a line break: write it on one line")
     if name.startswith(("environment.", "secrets.")) and not isinstance(value, str):
         raise ConfigError(f"{name} has the wrong type: give a text (quote it)")
+
+
+def without_idle_secrets(cluster: Cluster, online: bool) -> Cluster:
+    """The cluster without wandb's secrets where no run talks to wandb: nobody needs a key for it then."""
+    secrets = {name: source for name, source in cluster.secrets.items() if online or not name.startswith("WANDB_")}
+    return dataclasses.replace(cluster, secrets=secrets)

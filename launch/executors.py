@@ -33,6 +33,7 @@ def make_executor(cluster: Cluster, job: Job) -> Any:
             env_vars=dict(cluster.environment),
             packager=run.Packager(),
         )
+    more = dict(cluster.more)
     return run.SlurmExecutor(
         account=cluster.account,
         partition=cluster.partition,
@@ -53,11 +54,13 @@ def make_executor(cluster: Cluster, job: Job) -> Any:
         srun_args=list(cluster.srun_args) or None,
         setup_lines=setup_lines(cluster),
         retries=0,  # NeMo-Run would queue every failure again
-        additional_parameters={"kill_on_invalid_dep": "yes"},  # else a job waits for ever for one that has failed
-        job_name_prefix=JOB_PREFIX,
-        poll_estimated_start_time=False,
+        # else a job waits for ever for one that has failed
+        additional_parameters={"kill_on_invalid_dep": "yes"} | more.pop("additional_parameters", {}),
+        job_name_prefix=f"{JOB_PREFIX}{job.label}." if job.label else JOB_PREFIX,
+        poll_estimated_start_time=bool(more.pop("poll_estimated_start_time", False)),
         tunnel=_tunnel(cluster),
         packager=run.Packager(),
+        **more,
     )
 
 

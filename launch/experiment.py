@@ -19,7 +19,7 @@ from invoke.exceptions import UnexpectedExit
 
 from launch.cluster import Cluster
 from launch.executors import make_executor
-from launch.jobs import EXIT_CODE, Job
+from launch.jobs import EXIT_CODE, Job, end_of
 from prune_opd.errors import UserError
 
 POLL = 2.0  # seconds between two looks at a job
@@ -84,7 +84,52 @@ def dry_run(title: str, jobs: list[Job], cluster: Cluster) -> dict[str, str]:
         *sorted(folder.glob("*/scripts/*.sh")),
         *sorted(folder.glob("scripts/*.sh")),
     ]
-    return {str(path.relative_to(folder)): path.read_text(encoding="utf-8") for path in scripts}
+    return {str(path): path.read_text(encoding="utf-8") for path in scripts}
+
+
+def as_script(title: str, jobs: list[Job], cluster: Cluster) -> str:
+    """One bash script that does what submitting does: it writes the files of all jobs, and starts them in order."""
+    files = dry_run(title, jobs, cluster)
+    lines = [
+        "#!/usr/bin/env bash",
+        f"# {title}: what `make launch` would submit. Run it to submit it.",
+        "set -euo pipefail",
+    ]
+    if cluster.ssh:
+        lines.append(
+            f"# on {cluster.ssh.user}@{cluster.ssh.host}, where NeMo-Run would copy these files and run sbatch"
+        )
+    for path, text in files.items():
+        end = end_of(text)
+        lines += [f"# ---- {Path(path).name}", f"mkdir -p {shlex.quote(str(Path(path).parent))}"]
+        lines += [f"cat >{shlex.quote(path)} <<'{end}'", text.removesuffix("\n"), end]
+    names: dict[str, str] = {}
+    for job in jobs:
+        script = next(path for path in files if path.endswith(f"/{job.name}/scripts/{job.name}.sh"))
+        folder = Path(script).parent.parent
+        lines.append(f"mkdir -p {shlex.quote(str(folder / 'code'))}")
+        batch = next((path for path in files if path.endswith(f"/{job.name}_sbatch.sh")), None)
+        if batch is None:
+            lines.append(_started_here(cluster, job, folder, script))
+            continue
+        names[job.name] = f"job{len(names)}"
+        waits = f'--dependency="afterok:${names[job.after]}" ' if job.after else ""
+        lines.append(f"{names[job.name]}=$(sbatch --requeue --parsable {waits}{shlex.quote(batch)})")
+        lines.append(f'echo "{job.name}: job ${names[job.name]}"')
+    return "\n".join(lines) + "\n"
+
+
+def _started_here(cluster: Cluster, job: Job, folder: Path, script: str) -> str:
+    """The command of a job without Slurm, as NeMo-Run's executor starts it: in its container, or plainly."""
+    if cluster.kind == "local":
+        settings = [f"{name}={value}" for name, value in sorted(cluster.environment.items())]
+        return shlex.join(["env", *settings, "bash", script])
+    executor = make_executor(cluster, job)
+    gpus = ["--gpus", str(executor.num_gpus), "--runtime", executor.runtime] if executor.num_gpus else []
+    volumes = [word for volume in [*executor.volumes, f"{folder}:/nemo_run"] for word in ("--volume", volume)]
+    settings = [word for name, value in executor.env_vars.items() for word in ("--env", f"{name}={value}")]
+    inside = ["--workdir", "/nemo_run/code", executor.container_image, "bash", f"/nemo_run/scripts/{Path(script).name}"]
+    return shlex.join(["docker", "run", "--rm", "--ipc", executor.ipc_mode, *gpus, *volumes, *settings, *inside])
 
 
 def submit(title: str, jobs: list[Job], cluster: Cluster) -> Any:

@@ -6,10 +6,12 @@ import itertools
 import re
 import shlex
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from launch.cluster import FROM_ENVIRONMENT, Cluster
 from prune_opd.errors import ConfigError
 
+BROUGHT = "brought:"  # before the name of a file that a job brings along
 EXIT_CODE = "the job exited with code"
 RECIPES = "recipe="  # a sweep's axis that begins like this is one of recipes, not of a setting
 
@@ -22,6 +24,8 @@ class Job:
     command: tuple[str, ...]
     nodes: int
     after: str | None = None  # the job that must have succeeded
+    label: str = ""  # recipe and run, in the name that squeue shows
+    files: tuple[tuple[str, str], ...] = ()  # name and text of what the job brings along: an own recipe
 
     def script(self, cluster: Cluster) -> str:
         """The bash that a node's task runs, with every argument quoted.
@@ -32,13 +36,31 @@ class Job:
         lines = ["set -euo pipefail"]
         if cluster.kind != "slurm":  # there the batch script reads them, outside the container
             lines += secret_lines(cluster)
+        for number, (name, text) in enumerate(self.files):
+            lines += ['brought="$(mktemp -d)"'] if number == 0 else []
+            end = end_of(text)
+            lines += [f"cat >\"$brought\"/{shlex.quote(name)} <<'{end}'", text.removesuffix("\n"), end]
         if cluster.workdir:
             lines.append(f"cd {shlex.quote(cluster.workdir)}")
             lines.append('export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"')
-        command = shlex.join([cluster.python, *self.command])
+        command = " ".join(map(self._quoted, [cluster.python, *self.command]))
         if cluster.kind == "slurm":
             return "\n".join([*lines, f"exec {command}", ""])
         return "\n".join([*lines, f'{command} || {{ code=$?; echo "{EXIT_CODE} $code"; exit "$code"; }}', ""])
+
+    def _quoted(self, word: str) -> str:
+        """A word for the shell; what the job brings along lies in the folder that the script has made."""
+        if word.startswith(BROUGHT):
+            return f'"$brought"/{shlex.quote(word.removeprefix(BROUGHT))}'
+        return shlex.quote(word)
+
+
+def end_of(text: str) -> str:
+    """A line that is not in the text: where it ends."""
+    end = "END_OF_FILE"
+    while end in text.splitlines():
+        end += "_"
+    return end
 
 
 def secret_lines(cluster: Cluster) -> list[str]:
@@ -70,20 +92,27 @@ class Submission:
     @property
     def title(self) -> str:
         """The name of the experiment: the recipe's."""
-        name = re.sub(r"[^A-Za-z0-9_-]+", "-", self.recipe.rsplit("/", 1)[-1].removesuffix(".py")).strip("-")
-        if not name:
-            raise ConfigError(f"recipe {self.recipe!r} gives no name: use letters and digits")
-        return name
+        return title_of(self.recipe)
 
 
-def plan_jobs(submission: Submission, cluster: Cluster) -> list[Job]:
-    """The jobs of a submission, each after those that it waits for."""
+def title_of(recipe: str) -> str:
+    """A recipe's name for jobs and folders; of a run's config.yaml, the run's. Raises ConfigError if none is left."""
+    path = recipe.removesuffix("/config.yaml").removesuffix(".py").removesuffix(".yaml").rstrip("/")
+    name = re.sub(r"[^A-Za-z0-9_-]+", "-", path.rsplit("/", 1)[-1]).strip("-")
+    if not name:
+        raise ConfigError(f"recipe {recipe!r} gives no name: use letters and digits")
+    return name
+
+
+def plan_jobs(submission: Submission, clusters: Cluster | list[Cluster]) -> list[Job]:
+    """The jobs of a submission, each after those that it waits for. clusters: one for all runs, or one for each."""
     points = sweep_points(submission.sweep)
     if sum(axis.startswith(RECIPES) for axis in submission.sweep) > 1:
         raise ConfigError("--sweep recipe=… stands there twice: a run has one recipe, so name all of them in one")
     if len(points) > 1 and (submission.run_dir or submission.export):
         raise ConfigError("a sweep has a run directory for each of its runs: leave out --run-dir and --export")
-    return [job for i, point in enumerate(points) for job in _run_jobs(submission, cluster, point, i, len(points))]
+    of_point = clusters if isinstance(clusters, list) else [clusters] * len(points)
+    return [job for i, point in enumerate(points) for job in _run_jobs(submission, of_point[i], point, i, len(points))]
 
 
 def sweep_points(sweep: tuple[str, ...]) -> list[tuple[str, ...]]:
@@ -102,11 +131,11 @@ def sweep_points(sweep: tuple[str, ...]) -> list[tuple[str, ...]]:
 
 def sweep_lines(submission: Submission) -> list[str]:
     """A line for each run of a sweep that says what it runs; empty if there is only one run."""
-    points = [_recipe_of(point, submission.recipe) for point in sweep_points(submission.sweep)]
+    points = [recipe_of(point, submission.recipe) for point in sweep_points(submission.sweep)]
     return [f"train-{i}: {' '.join([recipe, *rest])}" for i, (recipe, rest) in enumerate(points) if len(points) > 1]
 
 
-def _recipe_of(point: tuple[str, ...], recipe: str) -> tuple[str, tuple[str, ...]]:
+def recipe_of(point: tuple[str, ...], recipe: str) -> tuple[str, tuple[str, ...]]:
     """The recipe of a sweep's point, and the overrides that are left."""
     named = [value.removeprefix(RECIPES) for value in point if value.startswith(RECIPES)]
     return (named or [recipe])[0], tuple(value for value in point if not value.startswith(RECIPES))
@@ -115,26 +144,36 @@ def _recipe_of(point: tuple[str, ...], recipe: str) -> tuple[str, tuple[str, ...
 def _run_jobs(submission: Submission, cluster: Cluster, point: tuple[str, ...], i: int, count: int) -> list[Job]:
     suffix = f"-{i}" if count > 1 else ""
     run_dir = submission.run_dir or f"{cluster.run_root}/{submission.title}{suffix}"
-    recipe, overrides = _recipe_of(point, submission.recipe)
+    recipe, overrides = recipe_of(point, submission.recipe)
+    if count > 1 and not any(word.startswith("track.group=") for word in submission.overrides):
+        overrides = (*overrides, f"track.group={submission.title}")  # wandb shows a sweep as one
+    ranks, nodes = str(cluster.ranks_per_node or 1), cluster.nodes or 1
+    name = title_of(recipe)
+    run = run_dir.rstrip("/").rsplit("/", 1)[-1]
+    files: tuple[tuple[str, str], ...] = ()
+    if (own := Path(recipe)).suffix in (".py", ".yaml") and own.is_file():
+        files, recipe = ((own.name, own.read_text(encoding="utf-8")),), f"{BROUGHT}{own.name}"
     train = Job(
         name=f"train{suffix}",
         command=(
-            *("-m", "prune_opd.ranks.node", "--ranks", str(cluster.ranks_per_node), "--run-dir", run_dir),
+            *("-m", "prune_opd.ranks.node", "--ranks", ranks, "--run-dir", run_dir),
             *(recipe, *submission.overrides, *overrides),
         ),
-        nodes=cluster.nodes,
+        nodes=nodes,
+        label=name if run in (name, f"{name}{suffix}") else f"{name}.{re.sub(r'[^A-Za-z0-9_-]+', '-', run)}",
+        files=files,
     )
     jobs = [train]
-    then = Job(name="", command=(), nodes=1, after=train.name)
+    then = Job(name="", command=(), nodes=1, after=train.name, label=train.label)
     if submission.export:
         command = ("-m", "prune_opd.ranks.node", "--export-to", submission.export, "--run-dir", run_dir, recipe)
-        jobs.append(replace(then, name=f"export{suffix}", command=command))
+        jobs.append(replace(then, name=f"export{suffix}", command=command, files=files))
     if submission.evaluate:
         # fmt: off
         command = (
             "-m", "prune_opd.cli", "eval", f"{run_dir}/hf", "--task", submission.evaluate,
             "-k", str(submission.samples), "--problems", str(submission.problems),
-            "--nproc", str(cluster.ranks_per_node),
+            "--nproc", ranks,
         )
         # fmt: on
         jobs.append(replace(then, name=f"evaluate{suffix}", command=command))

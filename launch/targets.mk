@@ -17,12 +17,12 @@ setup-launch: ## Make .venv-launch, the small environment that submits jobs (no 
 	@bash scripts/setup_small.sh launch
 
 # SET="key=value …" overrides settings, ARGS="--evaluate TASK --detach …" is for `python -m launch submit --help`.
-SUBMIT = $(LAUNCH) submit $(RECIPE) $(SET) --cluster $(CLUSTER) $(if $(NODES),--nodes $(NODES)) $(ARGS)
+SUBMIT = $(LAUNCH) submit $(RECIPE) $(SET) --cluster $(CLUSTER) $(if $(NODES),--nodes $(NODES)) $(if $(RANKS),--ranks $(RANKS)) $(ARGS)
 
-launch: setup-launch ## Run RECIPE on CLUSTER and wait: the exit code is the job's (NODES=, SET=, ARGS=)
+launch: setup-launch ## Run RECIPE on CLUSTER and wait: the exit code is the job's (NODES=, RANKS=, SET=, ARGS=)
 	@$(SUBMIT)
 
-dryrun: setup-launch ## Print the scripts that `make launch` would submit; changes nothing
+dryrun: setup-launch ## Print what `make launch` would do, as a script; changes nothing
 	@$(SUBMIT) --dry-run
 
 status: setup-launch ## A line per job of what was launched as NAME (default: RECIPE)

@@ -5,12 +5,13 @@ from __future__ import annotations
 import functools
 import json
 import math
+import re
 import typing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from prune_opd.config.paths import recipes_dir
+from prune_opd.config.paths import cache_dir, models_dir, real_pair_dir, recipes_dir
 from prune_opd.errors import ConfigError
 
 VOCAB_MULTIPLE = 128  # rows of the vocabulary matrices per tensor-parallel rank: GEMM sizes that H100 likes
@@ -249,7 +250,10 @@ def gguf_problem(role: str, directory: str) -> str | None:
     role: the setting that names it. As transformers loads it the model counts as quantised, and so cannot be saved.
     """
     path = Path(directory)
-    files = [path] if path.is_file() else [] if (path / "config.json").is_file() else sorted(path.glob("*"))
+    named_so = path.suffix.lower() == ".gguf" and not path.is_dir()  # whether or not it is there
+    files = [path] if named_so or path.is_file() else []
+    if path.is_dir() and not (path / "config.json").is_file():
+        files = sorted(path.glob("*"))
     file = next((file for file in files if file.suffix.lower() == ".gguf"), None)
     if file is None:
         return None
@@ -260,6 +264,37 @@ def gguf_problem(role: str, directory: str) -> str | None:
         "del model.config.quantization_config; model.save_pretrained('MODEL_DIR'); "
         f"AutoTokenizer.{named}.save_pretrained('MODEL_DIR')"
     )
+
+
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")  # owner/name, as the Hugging Face hub has it
+
+
+def absent_problem(role: str, directory: str, name: str) -> str:
+    """Why `directory` is no model directory, and what would make it one. name: the file that is not in it."""
+    path = Path(directory)
+    what = (
+        f"there is no {name} in it"
+        if path.is_dir()
+        else "it is a file"
+        if path.exists()
+        else "there is no such directory"
+    )
+    problem = f"{role} = {directory!r}: {what}; "
+    hub_id = "/".join(path.parts[-2:])
+    if path.exists() or not (hub_id in published() or HUB_ID.fullmatch(directory)):
+        return f"{role} = {directory!r}: {what}; give a Hugging Face model directory{_made_here(path)}"
+    if path.parts[0] == "runs":
+        return problem + "give a run directory, a checkpoint of one, or a Hugging Face model directory"
+    place = path if hub_id != directory else models_dir() / hub_id
+    then = "" if place == path else f", and give {role}={place}"
+    return problem + f"nothing is downloaded here: hf download {hub_id} --local-dir {place}{then}"
+
+
+def _made_here(path: Path) -> str:
+    """Which command makes the models of the cache."""
+    if real_pair_dir() in path.parents:
+        return " (`make real-pair` makes those of real_pair)"
+    return " (`make tiny-models` makes those of the tiny recipes)" if cache_dir() in path.parents else ""
 
 
 NO_MODEL = "its config.json is not that of a causal language model"

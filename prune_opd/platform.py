@@ -73,6 +73,10 @@ class Platform:
         if not self.is_cpu:
             torch.cuda.synchronize()
 
+    def gpu_names(self) -> list[str]:
+        """Of this host's GPUs; empty on the CPU."""
+        return [] if self.is_cpu else [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+
     def watch_memory(self) -> None:
         """From here on `memory` looks for the peak."""
         if not self.is_cpu:

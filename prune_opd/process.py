@@ -7,7 +7,7 @@ import importlib.metadata
 import os
 import signal
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,6 +16,20 @@ if TYPE_CHECKING:
 
 PR_SET_PDEATHSIG = 1
 FILE_WIDTH = 160  # of tables that go to a file or a pipe: nothing there can be wrapped or scrolled
+COMMAND = "PRUNE_OPD_COMMAND"  # environment variable: the command line that started the ranks
+
+_listeners: list[Callable[[str], None]] = []
+
+
+def hear(listener: Callable[[str], None] | None) -> None:
+    """From now on `listener` gets what `tell` says; None: nobody does."""
+    _listeners[:] = [] if listener is None else [listener]
+
+
+def tell(text: str) -> None:
+    """Say what this process is doing, if anybody listens: "reading teacher, file 3 of 7"."""
+    for listener in _listeners:
+        listener(text)
 
 
 def has_gpu() -> bool:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import socket
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,6 +26,7 @@ from prune_opd.loss.stats import BatchStats
 from prune_opd.method.change_point import Calibration
 from prune_opd.method.horizon import HorizonController, make_controller
 from prune_opd.plan.speed import SpeedMeter
+from prune_opd.process import tell
 from prune_opd.ranks.agreement import must_agree
 from prune_opd.ranks.lease import end_if_lost
 from prune_opd.ranks.signals import Watchdog
@@ -31,6 +34,7 @@ from prune_opd.rollout.batch import Rollouts
 from prune_opd.rollout.engine import EngineOptions, RolloutEngine
 from prune_opd.rollout.phase import RolloutPhase
 from prune_opd.track.samples import sampled_rows
+from prune_opd.track.startup import StartUp
 from prune_opd.track.tracker import NullTracker, Tracker
 
 if TYPE_CHECKING:  # megatron-core is imported after `platform.prepare`
@@ -48,9 +52,11 @@ class Phases:
 
     memory: MemoryPhases = field(default_factory=lambda: MemoryPhases(MemoryConfig()))
     watchdog: Watchdog | None = None
+    tracker: NullTracker = field(default_factory=NullTracker)
 
     def enter(self, phase: str) -> None:
         end_if_lost()
+        self.tracker.phase(phase)
         if self.watchdog:
             self.watchdog.enter(phase)
         self.memory.enter(phase)
@@ -217,6 +223,12 @@ class Run:
 
 def prepare(config: TrainConfig, run_dir: Path, resume: str, allow_config_change: bool = False) -> Run:
     """Build every part, restore a checkpoint if there is one to resume, and open the run directory's files."""
+    with StartUp(speaks=os.environ.get("RANK", "0") == "0") as startup:
+        tell("importing torch, megatron-core and vLLM")
+        return _prepare(config, run_dir, resume, allow_config_change, startup)
+
+
+def _prepare(config: TrainConfig, run_dir: Path, resume: str, allow_config_change: bool, startup: StartUp) -> Run:
     machine = platform.prepare()
     from prune_opd.data.tokenizer import load_tokenizer
     from prune_opd.megatron import layout as layouts
@@ -237,9 +249,11 @@ def prepare(config: TrainConfig, run_dir: Path, resume: str, allow_config_change
     sampler = make_sampler(config.data, tokenizer, config.seed, config.rollout.max_prompt_len)
     parallel, precision, memory = config.parallel, config.precision, config.memory
     student_fp8, teacher_fp8 = precision.student_fp8, precision.teacher_fp8
+    tell(f"student: {config.student}")
     trainer = Trainer(
         config.student, config.optimizer, parallel, config.steps, layout, dtype, machine.device, student_fp8
     )
+    tell(f"teacher: {config.teacher}")
     teacher = Teacher(config.teacher, layout, dtype, machine.device, parallel.microbatch_tokens, teacher_fp8)
     longest = max(config.horizon.max_len, config.evaluation.max_len or 0)
     vocab_size = min(trainer.spec.vocab_size, teacher.spec.vocab_size)
@@ -249,6 +263,7 @@ def prepare(config: TrainConfig, run_dir: Path, resume: str, allow_config_change
     inflight = InflightGate(config, teacher, layout, vocab_size) if config.rollout.inflight.on else None
     top, ends = inflight.top or 0 if inflight else 0, end_class(config, vocab_size)
     options = EngineOptions(memory.sleep_level, top, parallel.timeout_minutes, ends)
+    tell("starting vLLM")
     engines: list[RolloutEngine] = []
     phases.memory = MemoryPhases(
         memory,
@@ -278,14 +293,22 @@ def prepare(config: TrainConfig, run_dir: Path, resume: str, allow_config_change
     )
     checkpoint, notes = _checkpoint_to_resume(resume, run.checkpoints)
     if checkpoint:
+        tell(f"loading {checkpoint}")
         phases.memory.enter("checkpoint")
         notes += [f"resumed from {checkpoint}", *run.load_checkpoint(checkpoint, allow_config_change)]
     notes += [tested] if tested else []
     notes += [note for source in file_sources(sampler) for note in source.notes()]
+    hosts: list[Any] = [None] * layout.world
+    dist.all_gather_object(hosts, socket.gethostname())
     if layout.is_main:
         run_dir.mkdir(parents=True, exist_ok=True)
         save_config(config, run_dir / "config.yaml")
-        run.tracker = Tracker(run_dir, config, to_dict(config), run.finished_steps, tokenizer)
+        tell("ready")
+        run.tracker = Tracker(
+            run_dir, config, to_dict(config), run.finished_steps, tokenizer, (hosts, machine.gpu_names())
+        )
+        run.tracker.started(startup.lines)
+        phases.tracker = run.tracker
         if memory.on and machine.is_cpu:
             run.tracker.note("memory: a dry run on the CPU; memory.json has what a GPU would do, and nothing moves")
         for note in notes:

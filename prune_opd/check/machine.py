@@ -112,6 +112,10 @@ def writable_problems(field: str, directory: Path) -> list[str]:
         return [f"{field} {directory} cannot be a directory: {there} is a file; choose another path"]
     if not os.access(there, os.W_OK | os.X_OK):
         return [f"{field} {directory} cannot be written: no permission in {there}; choose another path"]
+    if os.statvfs(there).f_blocks == 0:
+        return [
+            f"{field} {directory} cannot be written: {there} is no disk but a view of the kernel; choose another path"
+        ]
     return []
 
 
@@ -148,8 +152,10 @@ def space_problems(config: TrainConfig, run_dir: Path) -> list[str]:
         return []  # the student is named by another check
     run_dir = run_dir.absolute()
     there = next(path for path in (run_dir, *run_dir.parents) if path.is_dir())
-    free = shutil.disk_usage(there).free
-    if free >= needed:
+    disk = shutil.disk_usage(there)
+    written = sum(path.stat().st_size for path in (run_dir / "checkpoints").rglob("*") if path.is_file())
+    free = disk.free + written  # a run that goes on replaces its own
+    if free >= needed or disk.total == 0:
         return []
     return [
         f"--run-dir {run_dir}: {free / 1e9:.1f} GB are free and checkpoints take about {needed / 1e9:.1f} GB "

@@ -25,7 +25,7 @@ from prune_opd.config.run import extract_problem
 from prune_opd.data.prompts import doubled_names, source_problem
 from prune_opd.errors import ConfigError
 from prune_opd.megatron.precision import token_multiple
-from prune_opd.model_spec import gguf_problem, model_config, not_built
+from prune_opd.model_spec import absent_problem, gguf_problem, model_config, not_built
 from prune_opd.plan.layout import layout_problems
 from prune_opd.process import has_gpu
 from prune_opd.ranks.lease import FILE as LEASE
@@ -65,14 +65,18 @@ def check_train(
     return problems
 
 
-def check_everything(config: TrainConfig, nproc: int, run_dir: Path) -> list[str]:
-    """`check_train`, and what a job checks once, before it takes GPUs: weights, versions, driver, space, prompts."""
-    problems = check_train(config, nproc, run_dir, "auto")
+def check_everything(
+    config: TrainConfig, nproc: int, run_dir: Path | None, resume: str, allow_config_change: bool = False
+) -> list[str]:
+    """`check_train`, and what a run looks at once before it takes GPUs: weights, versions, driver, space, prompts."""
+    problems = check_train(config, nproc, run_dir, resume, allow_config_change)
+    if run_dir is None:  # another rank looks
+        return problems
     if not problems:  # of models that fit the run
         for model in (_read_model("student", config.student), _read_model("teacher", config.teacher)):
             problems += weight_problems(model.role, model.path, model.config) if isinstance(model, _Model) else []
     problems += machine_problems(config, run_dir, has_gpu(), precision.cuda_of_torch())
-    return problems + (import_problems() + cache_problems() if has_gpu() else [])
+    return list(dict.fromkeys(problems + (import_problems() + cache_problems() if has_gpu() else [])))
 
 
 def check_structure(config: TrainConfig, nproc: int) -> list[str]:
@@ -166,12 +170,7 @@ def _read_model(role: str, directory: str) -> _Model | str:
         return problem
     for name in ("config.json", "tokenizer.json"):
         if not (path / name).is_file():
-            what = "it is a file" if path.is_file() else "there is no such directory"
-            what = f"there is no {name} in it" if path.is_dir() else what
-            return (
-                f"{role} = {directory!r}: {what}; give a Hugging Face model directory"
-                " (`make tiny-models` makes those of the tiny recipes, `make real-pair` those of real_pair)"
-            )
+            return absent_problem(role, directory, name)
     try:
         return _Model(role, path, model_config(role, directory))
     except ConfigError as error:

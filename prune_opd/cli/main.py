@@ -7,18 +7,21 @@ refuses.
 from __future__ import annotations
 
 import os
+import re
 import sys
+from dataclasses import fields
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from prune_opd.cli import data, models, runs, worker
+from prune_opd import __version__
+from prune_opd.cli import data, look, models, new, runs, worker
 from prune_opd.config import TrainConfig
-from prune_opd.errors import UserError
+from prune_opd.errors import ConfigError, UserError
 
 
-def _exit(code: int) -> None:
+def _exit(code: int, version: bool) -> None:
     """A command returns its exit code."""
     raise typer.Exit(code)
 
@@ -26,13 +29,32 @@ def _exit(code: int) -> None:
 app = typer.Typer(
     help="Prune-OPD: on-policy distillation that prunes unreliable rollouts.",
     no_args_is_help=True,
-    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
     pretty_exceptions_enable=False,
     result_callback=_exit,
 )
 
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"prune-opd {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and end.")
+    ] = False,
+) -> None:
+    """Prune-OPD: on-policy distillation that prunes unreliable rollouts."""
+
+
 app.command()(runs.train)
 app.command()(runs.check)
+app.command()(look.show)
+app.command("settings")(look.settings_)
+app.command()(new.new)
 app.command()(runs.sft)
 app.command("eval")(models.evaluate)
 app.command()(models.export)
@@ -77,8 +99,8 @@ def bench(context: typer.Context) -> int:
 
 @app.command()
 def plan(
-    recipe: runs.Recipe,
-    overrides: runs.Overrides = None,
+    recipe: look.Recipe,
+    overrides: look.Overrides = None,
     gpu: Annotated[str | None, typer.Option(help="a100, h100 or h200", show_default="planning.gpu")] = None,
     nodes: Annotated[int | None, typer.Option(min=1, help="Nodes.", show_default="planning.nodes")] = None,
     search: Annotated[bool, typer.Option("--search", help="Name the fastest layouts that fit.")] = False,
@@ -102,10 +124,20 @@ def recipes() -> int:
     return 0
 
 
+def refuse_dashes(words: list[str]) -> None:
+    """Raise ConfigError for a setting that is written like an option: `--gate.k=4`."""
+    plain = {field.name for field in fields(TrainConfig)} - {"name"}
+    for word in words:
+        found = re.match(r"--?([a-z_0-9]+(?:\.[a-z_0-9]+)*)(=.*)?$", word)
+        if found and ("." in found[1] or (found[2] and found[1] in plain)):
+            raise ConfigError(f"{word} is a setting, and settings have no dashes: write {found[1]}{found[2] or '=…'}")
+
+
 def main() -> None:
     worker.protect_files()
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # models are directories: a missing file is an error, not a download
     try:
+        refuse_dashes(sys.argv[1:])
         app()
     except UserError as error:
         worker.report(error)

@@ -114,8 +114,10 @@ def evaluate(
             results += [{**json.loads(line), "model": str(model_dirs[number])} for line in lines]
     if out and results:
         write_rows(out / "eval.jsonl", results)
-    if len(results) > 1:
+    if results:
         table_console().print(results_table(results))
+        where = f"results: {out / 'eval.jsonl'}, answers: {out}/generations-*.jsonl" if out else "--out DIR keeps them"
+        typer.echo(where, err=True)
     for line in results:
         for note in unreadable_notes(line["task"], readable(line), "--extract", line["model"]):
             typer.echo(note, err=True)
@@ -131,7 +133,10 @@ def export(
         raise UserError(f"CHECKPOINT = {str(checkpoint)!r}: there is no such directory; give RUN_DIR/checkpoints/…")
     if out_dir.exists() and (not out_dir.is_dir() or any(out_dir.iterdir())):
         raise UserError(f"OUT_DIR = {str(out_dir)!r} is there already: choose a new directory")
-    return on_ranks(1, "export", str(checkpoint), str(out_dir))
+    code = on_ranks(1, "export", str(checkpoint), str(out_dir))
+    if code == 0 and not is_rank():
+        print(f"student: {out_dir}, for transformers and vLLM")
+    return code
 
 
 def convert(
@@ -143,6 +148,7 @@ def convert(
     from prune_opd.weights.convert import convert_pickle
 
     convert_pickle(model_dir, out_dir, allow_pickle)
+    print(f"safetensors: {out_dir}")
     return 0
 
 

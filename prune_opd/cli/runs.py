@@ -9,7 +9,8 @@ from typing import Annotated, TypeVar
 import typer
 
 from prune_opd.check.notes import check_notes
-from prune_opd.check.run import check_everything, check_sft, check_structure, check_train
+from prune_opd.check.run import check_everything, check_sft, check_structure
+from prune_opd.cli.look import Overrides, Recipe
 from prune_opd.cli.start import is_rank, on_ranks, rank_count
 from prune_opd.cli.worker import is_main_rank
 from prune_opd.config import RunConfig, SftConfig, TrainConfig
@@ -17,14 +18,10 @@ from prune_opd.config.changes import changes
 from prune_opd.config.overrides import apply_overrides
 from prune_opd.config.recipe import load_recipe
 from prune_opd.config.yaml import load_config
-from prune_opd.errors import ConfigError, UserError
+from prune_opd.errors import REQUEUE_EXIT_CODE, ConfigError, UserError
 
 C = TypeVar("C", bound=RunConfig)
 
-Recipe = Annotated[str, typer.Argument(metavar="RECIPE", help="A name (see `prune-opd recipes`) or a path to a file.")]
-Overrides = Annotated[
-    list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Settings, such as horizon.strategy=full.")
-]
 Nproc = Annotated[int | None, typer.Option(min=1, help="Ranks on this node.", show_default="parallel.nproc")]
 RunDir = Annotated[Path | None, typer.Option(help="The run directory.", show_default="runs/NAME")]
 
@@ -41,22 +38,7 @@ def train(
 ) -> int:
     """Train a recipe: distil its teacher into its student. Goes on where an earlier run in RUN_DIR stopped."""
     config = load(recipe, overrides, TrainConfig, "train")
-    ranks = rank_count(nproc, config)
-    run_dir = (run_dir or _default_run_dir(config)).absolute()
-    # Rank 0 fills the run directory while the others may still be checking: only rank 0 looks at it.
-    looked_at = run_dir if is_main_rank() else None
-    refuse(check_train(config, ranks, looked_at, resume, allow_config_change))
-    for line in changes(config, looked_at, resume) if looked_at else []:
-        print(f"changed since the run began: {line}", flush=True)
-    for line in check_notes(config) if looked_at else []:
-        print(line, flush=True)
-    if resume == "auto" and _is_finished(config, run_dir):
-        print(f"{run_dir} is finished; to draw its report again: prune-opd report {run_dir}")
-        return 0
-    if not is_rank():
-        print(f"{config.name}: {ranks} ranks, run directory {run_dir}", flush=True)
-    allowed = ["--allow-config-change"] if allow_config_change else []
-    return on_ranks(ranks, "train", "--run-dir", str(run_dir), "--resume", resume, *allowed, config=config)
+    return train_config(config, run_dir, nproc, resume, allow_config_change)
 
 
 def check(
@@ -80,7 +62,7 @@ def check(
         problems = (
             check_structure(config, ranks)
             if structure
-            else check_everything(config, ranks, run_dir or _default_run_dir(config))
+            else check_everything(config, ranks, run_dir or _default_run_dir(config), "auto")
         )
     notes = check_notes(config) if isinstance(config, TrainConfig) and not structure else []
     print("\n".join([*notes, *(problems or ["ok"])]))
@@ -109,6 +91,31 @@ def sft(
 
 
 # ---------------------------------------------------------------------------------------------------- helpers
+
+
+def train_config(
+    config: TrainConfig, run_dir: Path | None, nproc: int | None, resume: str, allow_config_change: bool = False
+) -> int:
+    """Check a run, say what there is to say, and train on ranks. Returns the exit code; UserError if it is refused."""
+    ranks = rank_count(nproc, config)
+    run_dir = (run_dir or _default_run_dir(config)).absolute()
+    # Rank 0 fills the run directory while the others may still be checking: only rank 0 looks at it.
+    looked_at = run_dir if is_main_rank() else None
+    refuse(check_everything(config, ranks, looked_at, resume, allow_config_change))
+    for line in changes(config, looked_at, resume) if looked_at else []:
+        print(f"changed since the run began: {line}", flush=True)
+    for line in check_notes(config) if looked_at else []:
+        print(line, flush=True)
+    if resume == "auto" and _is_finished(config, run_dir):
+        print(f"{run_dir} is finished; to draw its report again: prune-opd report {run_dir}")
+        return 0
+    if not is_rank():
+        print(f"{config.name}: {ranks} ranks, run directory {run_dir}", flush=True)
+    allowed = ["--allow-config-change"] if allow_config_change else []
+    code = on_ranks(ranks, "train", "--run-dir", str(run_dir), "--resume", resume, *allowed, config=config)
+    if code == REQUEUE_EXIT_CODE and not is_rank():
+        print(f"saved, not finished: the same command goes on from there (exit code {code})", flush=True)
+    return code
 
 
 def load(recipe: str, overrides: list[str] | None, kind: type[C], command: str) -> C:

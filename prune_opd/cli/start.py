@@ -7,18 +7,35 @@ torchrun … prune-opd train  is a rank already, and goes on with `cli/worker.py
 from __future__ import annotations
 
 import os
+import shlex
+import sys
 import tempfile
 from pathlib import Path
 
 from prune_opd.cli import worker
 from prune_opd.config import RunConfig
 from prune_opd.config.yaml import save_config
+from prune_opd.errors import UserError
+from prune_opd.process import COMMAND
 from prune_opd.ranks.launcher import start_ranks
+
+ASKED = "stopping: the step under way is finished and saved first; once more ends it at once, without that"
+TORCHRUN = ("WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")  # what a rank has beside its RANK
 
 
 def is_rank() -> bool:
-    """Whether torchrun, or what speaks like it, started this process as one of its ranks."""
-    return "RANK" in os.environ
+    """Whether torchrun, or what speaks like it, started this process as one of its ranks.
+
+    Raises UserError where only a part of a rank's environment is there: a RANK that somebody's shell has left.
+    """
+    if "RANK" not in os.environ:
+        return False
+    if missing := [name for name in TORCHRUN if name not in os.environ]:
+        raise UserError(
+            f"RANK = {os.environ['RANK']!r} is set and {', '.join(missing)} are not, so torchrun did not start this: "
+            "unset RANK"
+        )
+    return True
 
 
 def rank_count(nproc: int | None, config: RunConfig, nodes: int = 1) -> int:
@@ -40,6 +57,7 @@ def on_ranks(nproc: int, command: str, *arguments: str, config: RunConfig | None
             save_config(config, resolved)
             words.insert(1, str(resolved))
         if not is_rank():
-            return start_ranks(["-m", "prune_opd.cli.worker", *words], nproc, os.environ)
+            env = os.environ | {COMMAND: shlex.join(["prune-opd", *sys.argv[1:]])}
+            return start_ranks(["-m", "prune_opd.cli.worker", *words], nproc, env, ASKED if command == "train" else "")
         part = worker.parse(words)
     return worker.run(part)

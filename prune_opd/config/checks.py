@@ -45,12 +45,12 @@ class Checked:
         check_fields(self, self._prefix)
 
 
-def check_fields(settings: Any, prefix: str) -> None:
-    """Hold every field of a dataclass against its annotation. prefix: what its names have before them (`gate.`).
+def check_fields(settings: Any, prefix: str, but: tuple[str, ...] = ()) -> None:
+    """Hold every field of a dataclass against its annotation, `but` those. prefix: before their names (`gate.`).
 
     A list is as good as a tuple in a recipe, and becomes one: config.yaml reads it back as that.
     """
-    hints = field_types(type(settings))
+    hints = {name: hint for name, hint in field_types(type(settings)).items() if name not in but}
     for_all(lambda name: _check(f"{prefix}{name}", getattr(settings, name), hints[name]), hints)
     for name in hints:
         if isinstance(value := getattr(settings, name), list):

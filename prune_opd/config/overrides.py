@@ -98,13 +98,17 @@ def _unknown_key(known: list[str], key: str) -> ConfigError:
     part, _, leaf = key.rpartition(".")
     symbols = difflib.get_close_matches(leaf.lower(), SYMBOLS, n=1, cutoff=0.8)
     meant = [SYMBOLS[symbol] for symbol in symbols if SYMBOLS[symbol] in known]
+    if named := [name for name in meant if name.startswith(f"{part}.")]:
+        return ConfigError(f"there is no setting {key!r}: did you mean {named[0]} (the papers' {symbols[0]})?")
     same_leaf = [name for name in known if name.rpartition(".")[2] == leaf]
+    # With a dot it is meant to be a setting, not a part of the config that has settings.
+    parts = {name.rpartition(".")[0] for name in known}
+    leaves = [name for name in known if name not in parts] if part else known
     near = (
-        [name for name in meant if name.startswith(f"{part}.")]
-        or difflib.get_close_matches(key, known, n=1, cutoff=0.8)
-        or meant + same_leaf[: len(meant)]
+        difflib.get_close_matches(key, same_leaf, n=1, cutoff=0.8)
+        or (meant + same_leaf[: len(meant)])
         or difflib.get_close_matches(key, same_leaf, n=2, cutoff=0.0)
-        or difflib.get_close_matches(key, known, n=1, cutoff=0.0)
+        or difflib.get_close_matches(key, leaves, n=1, cutoff=0.0)
     )
     return ConfigError(f"there is no setting {key!r}: did you mean {' or '.join(near)}?")
 
@@ -123,6 +127,9 @@ def _value(key: str, text: str, annotated: Any) -> Any:
     if value is None:
         right = may_be_none(annotated)
     elif is_list(hint):
+        if isinstance(value, str) and "," in value and value == text:
+            several = ",".join(part.strip() for part in text.split(","))
+            raise ConfigError(f"{key} = {text!r}: several are written in brackets, {key}=[{several}]")
         value = value if isinstance(value, list) else [value]  # one is a list of one
         part = bare(typing.get_args(hint)[0])
         value = [_read(one, part) for one in value]

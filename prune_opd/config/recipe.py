@@ -1,4 +1,7 @@
-"""Recipes: Python files with one function, named like the file, that returns a `TrainConfig` or an `SftConfig`."""
+"""Recipes: Python files with one function, named like the file, that returns a `TrainConfig` or an `SftConfig`.
+
+What a run has written down is one too: its `config.yaml`, or its directory.
+"""
 
 from __future__ import annotations
 
@@ -7,11 +10,16 @@ import difflib
 import os
 import runpy
 import traceback
+from collections.abc import Sequence
 from pathlib import Path
 
 from prune_opd.config import RunConfig, SftConfig, TrainConfig
+from prune_opd.config.overrides import apply_overrides
 from prune_opd.config.paths import recipes_dir
+from prune_opd.config.yaml import load_config
 from prune_opd.errors import ConfigError, located
+
+WRITTEN = "config.yaml"  # in a run directory: what the run was made of
 
 
 def list_recipes() -> dict[str, str]:
@@ -23,12 +31,23 @@ def list_recipes() -> dict[str, str]:
     return recipes
 
 
-def load_recipe(name_or_path: str) -> RunConfig:
-    """The config that a recipe returns: a name in `recipes/`, or the path of a .py file.
+def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> RunConfig:
+    """The config of a recipe: a name in `recipes/`, the path of a .py file, or a run's config.yaml or directory.
 
-    Raises ConfigError if there is no such recipe (with the nearest names), if it cannot be run, or if it does not hold
-    a function of its own name that returns a TrainConfig or an SftConfig.
+    overrides: `dotted.key=value` settings on top (`overrides.apply_overrides`).
+
+    Raises ConfigError if there is no such recipe (with the nearest names), if it cannot be run, if it does not hold a
+    function of its own name that returns a TrainConfig or an SftConfig, or if an override is wrong.
     """
+    return apply_overrides(_load(name_or_path), list(overrides))
+
+
+def _load(name_or_path: str) -> RunConfig:
+    written = Path(name_or_path)
+    if os.sep in name_or_path and (written / WRITTEN).is_file():
+        written /= WRITTEN
+    if written.suffix in (".yaml", ".yml"):
+        return load_config(written)
     path = _recipe_path(name_or_path)
     try:
         function = runpy.run_path(str(path), run_name=f"_recipe_{path.stem}").get(path.stem)
@@ -50,7 +69,10 @@ def _recipe_path(name_or_path: str) -> Path:
     if name_or_path.endswith(".py") or os.sep in name_or_path:
         path = Path(name_or_path)
         if path.suffix != ".py" or not path.is_file():
-            raise ConfigError(f"recipe {name_or_path}: there is no such .py file; give its path, or a name in recipes/")
+            raise ConfigError(
+                f"recipe {name_or_path}: there is no such .py file; give its path, a name in recipes/, or a run's "
+                "config.yaml"
+            )
         return path.resolve()
     known = list(list_recipes())
     if name_or_path not in known:

@@ -135,6 +135,9 @@ class TrackConfig(Checked, name="track"):
 
     wandb: Literal["offline", "online", "disabled"] = "offline"  # offline: in wandb/ of the run directory, to be synced
     project: str = "prune-opd"  # wandb's
+    entity: str | None = None  # wandb's: whose project; null: the key's own
+    group: str | None = None  # wandb's: runs of a group are folded into one; a launched sweep is one
+    tags: tuple[str, ...] = ()  # wandb's
     tensorboard: bool = False  # event files in tensorboard/ of the run directory, too
     position_bins: Count = 16  # resolution of the overlap-by-position curves
     samples: CountOrZero = 4  # responses of a sampled step that are kept token by token in samples.jsonl; 0: none

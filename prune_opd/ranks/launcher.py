@@ -3,9 +3,9 @@
     prune-opd ── start_ranks() ──▶ agent (torchrun in a session of its own: `python -m prune_opd.ranks.launcher`)
                                      └─ N × python -m prune_opd.cli.worker …
 
-SIGTERM and SIGUSR1 go through the agent to the ranks, which take the time they need (a training run saves and ends with
-`REQUEUE_EXIT_CODE`). SIGINT ends the ranks within half a minute. A second signal kills at once. If a process is killed
-outright, the kernel ends those below it (PR_SET_PDEATHSIG). `prune-opd` itself imports no torch here.
+SIGTERM, SIGUSR1 and Ctrl-C go through the agent to the ranks, which take the time they need (a training run saves and
+ends with `REQUEUE_EXIT_CODE`). A second signal kills at once. If a process is killed outright, the kernel ends those
+below it (PR_SET_PDEATHSIG). `prune-opd` itself imports no torch here.
 
 On several nodes, start `python -m prune_opd.ranks.launcher` instead of torchrun, with torchrun's arguments.
 """
@@ -31,13 +31,14 @@ SIGNALS = (signal.SIGINT, *ASKING)
 ONE_WISH = 1.0
 
 
-def start_ranks(args: list[str], nproc: int, env: Mapping[str, str]) -> int:
+def start_ranks(args: list[str], nproc: int, env: Mapping[str, str], asked: str = "") -> int:
     """Run a Python program once per rank and return its exit code.
 
     Args:
         args: as for torchrun: a script, or `-m` and a module, followed by the program's arguments.
         nproc: ranks on this node.
         env: the environment of the ranks, usually `os.environ`.
+        asked: what to say when a first signal has come.
 
     Returns:
         0; or the exit code of the rank that failed first; or 128 + the number of the signal that ended the run; or
@@ -63,15 +64,19 @@ def start_ranks(args: list[str], nproc: int, env: Mapping[str, str]) -> int:
         first = first or time.monotonic()
         if agent is None or agent.poll() is not None:
             return
-        # A second signal would break torchrun's clean-up: kill torchrun then, and the kernel ends the ranks.
-        os.killpg(agent.pid, number if len(received) == 1 else signal.SIGKILL)
+        if len(received) == 1:
+            if asked:
+                print(f"\n{asked}", file=sys.stderr, flush=True)
+            os.killpg(agent.pid, _as_asking(number))
+        else:  # it would break torchrun's clean-up: kill torchrun then, and the kernel ends the ranks
+            os.killpg(agent.pid, signal.SIGKILL)
 
     agent: subprocess.Popen[bytes] | None = None
     previous = {number: signal.signal(number, hand_on) for number in SIGNALS}
     try:
         agent = subprocess.Popen(command, env=settings, start_new_session=True, preexec_fn=_ends_with(os.getpid()))
         if received:
-            os.killpg(agent.pid, received[0])
+            os.killpg(agent.pid, _as_asking(received[0]))
         code = agent.wait()
     finally:
         for number, handler in previous.items():
@@ -81,6 +86,11 @@ def start_ranks(args: list[str], nproc: int, env: Mapping[str, str]) -> int:
     if code < 0:
         print(f"error: torchrun was ended by {signal.Signals(-code).name}, and the ranks with it", file=sys.stderr)
     return _shell_code(code)
+
+
+def _as_asking(number: int) -> int:
+    """The signal that the ranks get: Ctrl-C asks for the same as SIGTERM."""
+    return signal.SIGTERM if number == signal.SIGINT else number
 
 
 def _ends_with(parent: int) -> Callable[[], None]:

@@ -8,6 +8,8 @@ import os
 import sys
 from collections import deque
 from collections.abc import Sequence
+from datetime import datetime
+from pathlib import Path
 from typing import TextIO
 
 from rich import box
@@ -20,6 +22,7 @@ from rich.text import Text
 from prune_opd.config.run import READERS, REGEX
 from prune_opd.track.metrics import PHASES, Record, Summary, full_kl, readable, summarise, task_names, total
 
+_ALONE = {"evaluation": "evaluating …", "export": "exporting the student …"}
 _PLAIN_WIDTH = 100
 _ETA_WINDOW = 20  # steps whose mean time predicts the rest
 _PHASE_STYLES = dict(zip(PHASES.values(), ("cyan", "blue", "magenta", "yellow"), strict=True)) | {
@@ -37,6 +40,7 @@ class RunConsole:
         first_step: number of the first step this process will take: 1, or one past the checkpoint it resumed from.
         history: the step records already taken, for the cumulative figures of a resumed run.
         file: where to write; standard output by default. Control codes go to terminals only.
+        log: a file that gets every plain line too, with its time.
     """
 
     def __init__(
@@ -47,7 +51,9 @@ class RunConsole:
         *,
         history: Sequence[Record] = (),
         file: TextIO | None = None,
+        log: Path | None = None,
     ) -> None:
+        self._log = log.open("a", encoding="utf-8") if log else None
         self._name = name
         self._total = total_steps
         self._done = max(0, first_step - 1)
@@ -71,6 +77,7 @@ class RunConsole:
         if self._live is None:
             self._line(self._plain_step(record))
         else:
+            self._keep(self._plain_step(record))
             self._progress.update(self._task, completed=self._done, eta=self._eta())
             self._live.update(Group(self._progress, self._figures(record), self._phase_line(record)))
 
@@ -99,11 +106,20 @@ class RunConsole:
         """Shows a sentence, above the progress display."""
         self._say(Text(text, style="bright_black"))
 
-    def summary(self, steps: list[Record], evaluations: list[Record]) -> None:
-        """Ends the progress display and shows the run's totals."""
+    def phase(self, name: str) -> None:
+        """Shows what the ranks do now: on a terminal always, in plain lines only what has no step of its own."""
+        if self._live is not None:
+            self._progress.update(self._task, phase=name)
+        elif name in _ALONE:
+            self._line(_ALONE[name])
+
+    def summary(self, steps: list[Record], evaluations: list[Record], failed: bool = False) -> None:
+        """Ends the progress display and shows the run's totals, under a title that says whether it is finished."""
         self.close()
         table = summary_table(steps, evaluations)
+        table.title = outcome(steps[-1]["step"] if steps else 0, self._total, failed)
         if self._is_terminal():
+            self._keep(str(table.title))
             Console(file=self._file).print(table)
         else:
             page = Console(
@@ -114,6 +130,17 @@ class RunConsole:
                 page.print(table)
             for line in captured.get().splitlines():
                 self._line(line.rstrip())
+
+    def keep(self, lines: Sequence[str]) -> None:
+        """Puts lines that were printed already into the log."""
+        for line in lines:
+            self._keep(line)
+
+    def end_log(self) -> None:
+        """Nothing goes into the log any more. Safe to call twice."""
+        if self._log is not None:
+            self._log.close()
+            self._log = None
 
     def close(self) -> None:
         """Ends the progress display. Safe to call twice."""
@@ -131,11 +158,12 @@ class RunConsole:
             MofNCompleteColumn(),
             TimeElapsedColumn(),
             TextColumn("ETA {task.fields[eta]}"),
+            TextColumn("[bright_black]{task.fields[phase]}", markup=True),
         )
         # rich reads markup in descriptions: a bracket in a run's name is not one.
         description = self._name.replace("[", r"\[")
         self._task: TaskID = self._progress.add_task(
-            description, total=self._total, completed=self._done, eta=self._eta()
+            description, total=self._total, completed=self._done, eta=self._eta(), phase=""
         )
         self._live = Live(self._progress, console=Console(file=self._file), refresh_per_second=2, transient=False)
         self._live.start()
@@ -157,6 +185,7 @@ class RunConsole:
         if self._live is None:
             self._line(text.plain)
         else:
+            self._keep(text.plain)
             self._live.console.print(text)
 
     def _is_terminal(self) -> bool:
@@ -173,7 +202,13 @@ class RunConsole:
             parts.append(f"{record['time_step']:.1f} s" + (f" ({split})" if split else ""))
         return "  ".join([*parts, f"eta {self._eta()}"])
 
+    def _keep(self, text: str) -> None:
+        """A line for the log."""
+        if self._log is not None:
+            print(f"{datetime.now().isoformat(sep=' ', timespec='seconds')}  {text}", file=self._log, flush=True)
+
     def _line(self, text: str) -> None:
+        self._keep(text)
         # A log file in an 8-bit encoding must not end a run over one arrow.
         encoding = getattr(self._file, "encoding", None) or "utf-8"
         print(text.encode(encoding, "replace").decode(encoding), file=self._file, flush=True)
@@ -197,6 +232,13 @@ class RunConsole:
         if not self._recent:
             return "?" if remaining else duration(0)
         return duration(remaining * sum(self._recent) / len(self._recent))
+
+
+def outcome(step: int, total: int, failed: bool) -> str:
+    """Whether a run is finished, in words that cannot be taken for success where it is not."""
+    if failed:
+        return f"FAILED after {step} of {total} steps"
+    return f"{step} steps" if step >= total else f"STOPPED after {step} of {total} steps, not finished"
 
 
 def summary_table(steps: list[Record], evaluations: list[Record]) -> Table:

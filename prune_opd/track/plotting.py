@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
+from matplotlib.colors import to_hex, to_rgba
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import FuncFormatter, MaxNLocator, PercentFormatter
@@ -25,6 +26,16 @@ BLUE, ORANGE, GREEN, PURPLE, RED, TEAL, GREY = (
     "#a3adb8",
 )
 INK, MUTED = "#1f2933", "#5f6b7a"
+# Paper and ink of report.css's dark page, for those of report.mplstyle.
+DARK = {
+    "#ffffff": "#1d232a",
+    INK: "#e4e9ee",
+    MUTED: "#9fabb8",
+    "#c3cad3": "#566370",
+    "#e6eaef": "#323b45",
+    "#08306b": "#deebf7",
+    "#000000": "#e4e9ee",
+}
 CYCLE = (BLUE, ORANGE, GREEN, PURPLE, RED, TEAL, "#1f2933", "#8a949f")
 PHASE_COLOURS = {
     "weight sync": TEAL,
@@ -52,12 +63,43 @@ class Chart:
     draw: Callable[[Any], None]
 
 
-def png(chart: Chart) -> bytes:
-    """The chart alone as a PNG, without its title (the page shows that)."""
+def png(chart: Chart, dark: bool = False) -> bytes:
+    """The chart alone as a PNG, without its title (the page shows that). dark: for a page with a dark background."""
     with mpl.rc_context(fname=STYLE):
-        figure = Figure(figsize=SIZE, dpi=_DPI, layout=ConstrainedLayoutEngine(w_pad=0.08, h_pad=0.06))
-        chart.draw(figure)
+        figure = drawn(chart)
+        if dark:
+            _darken(figure)
         return _bytes(figure)
+
+
+def drawn(chart: Chart) -> Figure:
+    """The chart as a figure; in `mpl.rc_context(fname=STYLE)`, like everything that is drawn of it."""
+    figure = Figure(figsize=SIZE, dpi=_DPI, layout=ConstrainedLayoutEngine(w_pad=0.08, h_pad=0.06))
+    chart.draw(figure)
+    return figure
+
+
+def _darken(figure: Figure) -> None:
+    """Exchange the colours of paper and ink in everything that is drawn; the colours of data stay."""
+    figure.draw_without_rendering()  # legends, ticks and their labels are made now
+    names = ("color", "facecolor", "edgecolor", "markerfacecolor", "markeredgecolor")
+    for artist in figure.findobj():
+        for name in names:
+            get, put = (getattr(artist, f"{verb}_{name}", None) for verb in ("get", "set"))
+            if get is None or put is None:
+                continue
+            colour = get()
+            known = isinstance(colour, str) or (isinstance(colour, tuple) and len(colour) in (3, 4))
+            if known and to_rgba(colour)[3] > 0 and (other := DARK.get(to_hex(colour))):
+                put(other)
+    for axes_ in figure.axes:
+        axes_.tick_params(colors=DARK[MUTED])
+
+
+def _bytes(figure: Figure) -> bytes:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", facecolor=figure.get_facecolor())
+    return buffer.getvalue()
 
 
 def overview_png(title: str, subtitle: str, charts: Sequence[Chart], columns: int = 2) -> bytes:
@@ -151,9 +193,3 @@ def _moving_mean(values: Sequence[float], half: int) -> list[float]:
         window = [v for v in values[max(0, i - half) : i + half + 1] if not math.isnan(v)]
         means.append(sum(window) / len(window) if window else math.nan)
     return means
-
-
-def _bytes(figure: Figure) -> bytes:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png")
-    return buffer.getvalue()

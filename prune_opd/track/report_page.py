@@ -36,12 +36,18 @@ def grid(charts: Sequence[Chart], folder: Path | None = None) -> str:
         if folder is not None:
             folder.mkdir(parents=True, exist_ok=True)
             (folder / f"{place:02d}-{_slug(chart.title)}.png").write_bytes(image)
-        title, source = escape(chart.title), base64.b64encode(image).decode("ascii")
+        title = escape(chart.title)
+        light, dark = (f"data:image/png;base64,{_text(picture)}" for picture in (image, png(chart, dark=True)))
         cards.append(
-            f'<figure><h3>{title}</h3><img alt="{title}" src="data:image/png;base64,{source}">'
+            f'<figure><h3>{title}</h3><picture><source media="(prefers-color-scheme: dark)" srcset="{dark}">'
+            f'<img alt="{title}" src="{light}"></picture>'
             f"<figcaption>{escape(chart.caption)}</figcaption></figure>"
         )
     return '<div class="grid">' + "".join(cards) + "</div>"
+
+
+def _text(image: bytes) -> str:
+    return base64.b64encode(image).decode("ascii")
 
 
 def _slug(title: str) -> str:

@@ -8,6 +8,7 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
+from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from prune_opd.track.metrics import PHASES
 from prune_opd.track.plotting import (
@@ -117,7 +118,8 @@ def _panels(fig: Any, run: RunData, curves: dict[str, tuple[str, str]], share: b
     for ax, key in zip(all_axes, keys, strict=True):
         label, colour = curves[key]
         trend(ax, run.step_numbers(), run.series(key), color=colour)
-        ax.set_ylabel(label)
+        ax.set_title(label, loc="left", fontsize=8.5, color=colour, pad=2)  # labels of low panels would overlap
+        ax.yaxis.set_major_locator(MaxNLocator(nbins=max(2, 6 // len(keys)), min_n_ticks=2))
         ax.ticklabel_format(axis="y", useOffset=False)
         if share:
             ax.set_ylim(0, max(1.05, 1.05 * np.nanmax([0.0, *run.series(key)])))
@@ -201,6 +203,7 @@ def _mismatch(fig: Any, run: RunData) -> None:
         trend(ax, run.step_numbers(), means, color=BLUE, label=label)
     trend(ax, run.step_numbers(), run.series("mismatch_max"), color=ORANGE, label="largest of a token")
     ax.set_yscale("log", nonpositive="mask")
+    ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))  # plain text: nothing parses formulas
     count_axis(ax.xaxis)
     legend(ax)
 
@@ -345,8 +348,8 @@ _CHARTS = (
         "Memory by phase [GB]",
         ("memory_train",),
         _memory,
-        "Of rank 0: the peak of what torch had on the device in each phase; on a CPU, what was resident at the phase's "
-        "end. A line that climbs is a leak.",
+        "Of rank 0. On a GPU: torch's peak in each phase; a line that goes on climbing is a leak. On a CPU: what was "
+        "resident at each phase's end, which grows until the KV cache and the longest batch have been there once.",
     ),
     _Kind(
         "Rollout engines against the trainer [nats]",

@@ -5,6 +5,7 @@ The training loop speaks to a `Tracker` on rank 0 and to a `NullTracker` on the 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +14,10 @@ from prune_opd.track import samples, wandb_log
 from prune_opd.track.console import RunConsole
 from prune_opd.track.health import warnings
 from prune_opd.track.metrics import FILE_NAME, MetricsLog, Record, read_metrics
+from prune_opd.track.provenance import Provenance
 from prune_opd.track.tensorboard_log import TensorBoardLog
+
+LOG_NAME = "run.log"  # what the console shows, as plain lines with their times
 
 if TYPE_CHECKING:
     from prune_opd.loss.stats import BatchStats
@@ -35,6 +39,9 @@ class NullTracker:
     def note(self, text: str) -> None:
         """Takes a sentence for whoever watches the run."""
 
+    def phase(self, name: str) -> None:
+        """Takes the phase that the ranks are in now."""
+
     def close(self, exit_code: int = 0) -> None:
         """Ends the tracking. Safe to call twice. exit_code: not 0 after a failure."""
 
@@ -49,20 +56,27 @@ class Tracker(NullTracker):
     """Rank 0's tracker.
 
     Args:
-        run_dir: the run directory; gets metrics.jsonl, samples.jsonl, wandb/ and tensorboard/, and at the end
-            report.html, report.png and report/.
+        run_dir: the run directory; gets metrics.jsonl, samples.jsonl, run.log, provenance.json, wandb/ and
+            tensorboard/, and at the end report.html, report.png and report/.
         config: name, steps and track settings are read.
         config_dict: the resolved configuration, for wandb.
         resume_step: steps that the checkpoint had finished; what the files have of later ones is dropped. 0 starts
             anew.
         tokenizer: the student's, for the texts of the samples.
+        origin: hosts of all ranks, and the names of this one's GPUs.
 
     Raises:
         UserError: the metrics of a run to resume cannot be read.
     """
 
     def __init__(
-        self, run_dir: Path, config: TrainConfig, config_dict: dict[str, Any], resume_step: int, tokenizer: Any
+        self,
+        run_dir: Path,
+        config: TrainConfig,
+        config_dict: dict[str, Any],
+        resume_step: int,
+        tokenizer: Any,
+        origin: tuple[Sequence[str], Sequence[str]] = ((), ()),
     ) -> None:
         self._run_dir, self._report, self._tokenizer = run_dir, config.track.report, tokenizer
         self._log = MetricsLog(run_dir / FILE_NAME, keep_through=resume_step or None)
@@ -70,9 +84,12 @@ class Tracker(NullTracker):
         self._steps, _ = read_metrics(self._log.path)
         self._warned: set[str] = set()
         self._mismatch_limit = config.mismatch_limit or config.usual_mismatch
-        self._console = RunConsole(config.name, config.steps, resume_step + 1, history=self._steps)
+        self._last_step, self._provenance = config.steps, Provenance(run_dir, resume_step, *origin)
+        log = run_dir / LOG_NAME
+        self._console = RunConsole(config.name, config.steps, resume_step + 1, history=self._steps, log=log)
+        shown = config.name if run_dir.name == config.name else f"{config.name} {run_dir.name}"  # a sweep's differ
         self._wandb = wandb_log.start(
-            run_dir, config_dict, config.track, config.name, resume=resume_step > 0, warn=self._console.note
+            run_dir, config_dict, config.track, shown, resume=resume_step > 0, warn=self._console.note
         )
         events = run_dir / "tensorboard" if config.track.tensorboard else None
         self._tensorboard = TensorBoardLog(events, resume_step, self._console.note)
@@ -106,6 +123,13 @@ class Tracker(NullTracker):
     def note(self, text: str) -> None:
         self._console.note(text)
 
+    def phase(self, name: str) -> None:
+        self._console.phase(name)
+
+    def started(self, lines: Sequence[str]) -> None:
+        """Takes what was said before there was a tracker, for the log."""
+        self._console.keep(lines)
+
     def close(self, exit_code: int = 0) -> None:
         """Prints the summary and writes the report. A report that fails is a note, never the run's failure."""
         if not self._open:
@@ -116,10 +140,18 @@ class Tracker(NullTracker):
         self._wandb.finish(exit_code)
         self._tensorboard.close()
         steps, evaluations = read_metrics(self._log.path)
+        done = steps[-1]["step"] if steps else 0
+        self._provenance.end("failed" if exit_code else "finished" if done >= self._last_step else "stopped", done)
+        try:
+            self._summarise(steps, evaluations, failed=exit_code != 0)
+        finally:
+            self._console.end_log()
+
+    def _summarise(self, steps: list[Record], evaluations: list[Record], failed: bool) -> None:
         if not steps and not evaluations:
             self._console.close()
             return
-        self._console.summary(steps, evaluations)
+        self._console.summary(steps, evaluations, failed)
         if not self._report:
             return
         try:

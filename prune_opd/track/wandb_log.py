@@ -82,7 +82,7 @@ def start(
     Args:
         run_dir: files go to `<run_dir>/wandb`.
         config_dict: the resolved configuration, shown as the wandb run's config.
-        track: mode (offline, online, disabled) and project.
+        track: mode (offline, online, disabled), project, entity, group and tags.
         name: the run's display name.
         resume: continue the id stored in the run directory, if there is one; False takes a new id.
         warn: takes the one sentence about a failure.
@@ -93,7 +93,7 @@ def start(
     failures = []
     for mode in modes:
         try:
-            run = _init(run_dir, config_dict, track.project, name, mode, _run_id(run_dir, resume))
+            run = _init(run_dir, config_dict, track, name, mode, _run_id(run_dir, resume))
         except Exception as error:  # import, network, disk, credentials: none of them is worth a training run
             failures.append(f"{mode}: {_brief(error)}")
             resume = True  # the id written for the first try serves the second
@@ -155,7 +155,7 @@ def _curve_chart(curves: Sequence[tuple[int, list[float | None]]]) -> dict[str, 
     return {"overlap_by_position_curves": chart}
 
 
-def _init(run_dir: Path, config_dict: dict[str, Any], project: str, name: str, mode: Any, run_id: str) -> Any:
+def _init(run_dir: Path, config_dict: dict[str, Any], track: TrackConfig, name: str, mode: Any, run_id: str) -> Any:
     import wandb
 
     # Without this, missing credentials would open a prompt on a terminal, and wait there with the GPUs held.
@@ -165,7 +165,10 @@ def _init(run_dir: Path, config_dict: dict[str, Any], project: str, name: str, m
     settings = wandb.Settings(silent=True, console="off", init_timeout=_INIT_TIMEOUT_S)
     return wandb.init(
         dir=str(run_dir),
-        project=project,
+        project=track.project,
+        entity=track.entity,
+        group=track.group,
+        tags=list(track.tags) or None,
         name=name,
         id=run_id,
         resume="allow",

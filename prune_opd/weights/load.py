@@ -14,6 +14,7 @@ from torch.nn import Parameter
 
 from prune_opd.errors import ConfigError
 from prune_opd.model_spec import ModelSpec
+from prune_opd.process import tell
 from prune_opd.weights.mapping import Entry, ModelChunk, entries, local_parameters
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -26,10 +27,11 @@ class SafetensorsDirectory:
     def __init__(self, directory: str | Path):
         self.directory = Path(directory)
         self._open: dict[str, safe_open] = {}
+        self.file_of: dict[str, str] = {}
         index = self.directory / "model.safetensors.index.json"
         single = self.directory / "model.safetensors"
         if index.exists():
-            self.file_of: dict[str, str] = json.loads(index.read_text())["weight_map"]
+            self.file_of = json.loads(index.read_text())["weight_map"]
         elif single.exists():
             self.file_of = dict.fromkeys(self._file(single.name).keys(), single.name)
         else:
@@ -40,6 +42,7 @@ class SafetensorsDirectory:
 
     def _file(self, name: str) -> safe_open:
         if name not in self._open:
+            tell(f"reading {self.directory}, file {len(self._open) + 1} of {len(set(self.file_of.values()) | {name})}")
             try:
                 self._open[name] = safe_open(self.directory / name, "pt")
             except (OSError, SafetensorError) as reason:

@@ -26,6 +26,7 @@ import atexit, os, sys
 HEAVY = {"torch", "megatron", "vllm", "transformers"}
 atexit.register(lambda: open(os.environ["IMPORTED"], "a").write("done " + " ".join(HEAVY & sys.modules.keys()) + "\\n"))
 """
+OTHER_RANKS = {"LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
 FP8 = "precision.student_fp8.format"
 RECIPE = """
 from prune_opd.config.yaml import load_config
@@ -163,7 +164,9 @@ def test_what_the_checks_refuse(place: Workplace, args: list[str], field: str, r
 
 
 def test_missing_model(place: Workplace) -> None:
-    assert "`make tiny-models`" in place.refuse("train", place.recipe, "teacher=nowhere").error
+    cached = place.folder / "cache" / "tiny" / "0" / "teacher"
+    assert "`make tiny-models`" in place.refuse("train", place.recipe, f"teacher={cached}").error
+    assert place.refuse("train", place.recipe, "teacher=nowhere").error.endswith("give a Hugging Face model directory")
 
 
 def test_a_teacher_with_another_tokenizer(place: Workplace) -> None:
@@ -274,7 +277,7 @@ def test_help_imports_nothing_heavy(place: Workplace, args: list[str]) -> None:
 
 
 def test_only_rank_0_speaks_for_an_error_that_all_ranks_share(place: Workplace) -> None:
-    place.env |= {"RANK": "0", "WORLD_SIZE": "3"}
+    place.env |= {"RANK": "0", "WORLD_SIZE": "3", **OTHER_RANKS}
     assert "does not divide" in place.run("train", place.recipe).stderr
     place.env["RANK"] = "1"
     command = [str(COMMAND), "train", str(place.recipe)]
@@ -286,6 +289,6 @@ def test_only_rank_0_speaks_for_an_error_that_all_ranks_share(place: Workplace) 
 
 
 def test_a_rank_evaluates_one_model_and_says_so(place: Workplace) -> None:
-    place.env |= {"RANK": "0", "WORLD_SIZE": "1"}
+    place.env |= {"RANK": "0", "WORLD_SIZE": "1", **OTHER_RANKS}
     answer = place.refuse("eval", "student", "teacher", "--task", "ledger")
     assert answer.error == "eval under torchrun takes one Hugging Face directory: leave torchrun out and give --nproc"

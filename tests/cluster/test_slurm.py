@@ -176,13 +176,15 @@ def test_the_export_is_the_trained_student_as_transformers_loads_it(
 def test_a_sweep_runs_every_value_and_fails_with_the_one_that_failed(site: Site) -> None:
     recipe = site.recipe("values", "from prune_opd.recipes.tiny_compatible import tiny_compatible as values\n")
     cluster = site.cluster("values", nodes=1)
-    sweep = ("--sweep", "horizon.strategy=topd,popd", "--sweep", "optimizer.lr=1e-4,-1")
+    sweep = ("--sweep", "horizon.strategy=topd,popd", "--sweep", "data.source=ledger,missing.jsonl")
     done = site.launch("submit", recipe, *TINY, "steps=1", *sweep, "--cluster", cluster)
     states = {name: re.findall(rf"{name}: job \d+ (\w+)", done.stdout)[-1] for name in map("train-{}".format, range(4))}
     logs = site.launch("logs", "values").stdout
     assert list(states.values()) == ["COMPLETED", "FAILED"] * 2, done.stdout + done.stderr + logs
-    assert done.returncode == 2 and logs.count("optimizer.lr = -1") == 2  # the preflight's
-    assert f"train-2: {recipe} horizon.strategy=popd optimizer.lr=1e-4" in done.stdout
+    assert (
+        done.returncode == 1 and logs.count("data.source = 'missing.jsonl': there is no such file") == 2
+    )  # preflight's
+    assert f"train-2: {recipe} horizon.strategy=popd data.source=ledger" in done.stdout
     windows = [record["horizon"] for run in ("values-0", "values-2") for record in site.records(run)]
     assert windows == [16, 64]  # a quarter of 64 tokens; the first window
 

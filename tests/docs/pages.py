@@ -54,10 +54,11 @@ def code_lines(page: Path) -> Iterator[str]:
 
 
 def commands(page: Path, program: str) -> list[str]:
-    """The command lines of a program, without the remarks that follow after two spaces."""
+    """The command lines of a program, without remarks (after two spaces) and without where their output goes."""
     found = []
-    for line in code_lines(page):
-        line = line.removeprefix(".venv/bin/")
-        if line.startswith(f"{program} "):
-            found.append(re.split(r"\s{2,}", line)[0])
+    for whole in code_lines(page):
+        for line in whole.split(" && "):
+            line = line.removeprefix(".venv/bin/")
+            if line.startswith(f"{program} "):
+                found.append(re.sub(r" > \S+$", "", re.split(r"\s{2,}", line)[0]))
     return found

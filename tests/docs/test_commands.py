@@ -45,6 +45,9 @@ def check_command(line: str) -> None:
     words = shlex.split(re.sub(r"[\[\]](?!\S*[\"'])", " ", line) if " [" in line else line)[1:]
     command = COMMAND
     while hasattr(command, "commands") and words and not words[0].isupper():
+        if words[0].startswith("-"):
+            assert words[0] in {name for one in command.params for name in one.opts}, f"there is no option {words[0]}"
+            return
         name = words.pop(0)
         assert name in command.commands, f"there is no command {name}"
         command = command.commands[name]
@@ -54,7 +57,7 @@ def check_command(line: str) -> None:
     options = {name: one for one in command.params for name in one.opts + one.secondary_opts if name.startswith("-")}
     arguments, rest = [], iter(words)
     for word in rest:
-        if word == "--help":
+        if word in ("--help", "-h"):
             continue
         if not word.startswith("-"):
             arguments.append(word)

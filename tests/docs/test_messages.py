@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 from tests.docs.pages import ROOT, text
 
-QUOTED = re.compile(r"^\*\*`(.+?)`\*\*", re.M)
+QUOTED = re.compile(r"^### `(.+?)`$", re.M)
 GAP = "…"
 
 

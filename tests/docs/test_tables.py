@@ -7,7 +7,8 @@ import inspect
 import pytest
 
 from prune_opd.config import ParallelConfig, SftConfig, TrainConfig
-from scripts.docs_tables import TABLE, TABLES, field_comments, on_page_markdown, settings, settings_tables
+from prune_opd.config.describe import field_comments, settings
+from scripts.docs_tables import TABLE, TABLES, on_page_markdown, settings_tables
 from tests.docs.pages import DOCS, ROOT, text
 
 

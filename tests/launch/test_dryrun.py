@@ -27,19 +27,18 @@ if not PYTHON.is_file():
 def dry_run(home: Path, *words: str) -> subprocess.CompletedProcess[str]:
     env = {**os.environ, "NEMORUN_HOME": str(home), "WANDB_API_KEY": "planted-8ab0", "PYTHONPATH": ""}
     command = [str(PYTHON), "-m", "launch", "submit", *words, "--dry-run"]
-    return subprocess.run(command, cwd=REPOSITORY, env=env, capture_output=True, text=True, timeout=60, check=False)
+    return subprocess.run(command, cwd=REPOSITORY, env=env, capture_output=True, text=True, timeout=120, check=False)
 
 
 @pytest.fixture(scope="module", params=NAMES)
 def printed(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str, Path]:
     """A cluster file's name, what the dry run printed, and NeMo-Run's home."""
     home = tmp_path_factory.mktemp("home") / "nemorun"
-    nodes = ["--nodes", "2"] if request.param.startswith("slurm") else []
+    nodes = ["--nodes", "2", "--ranks", "1"] if request.param.startswith("slurm") else []
     task = ["--evaluate", "my task's.jsonl"] if request.param.startswith("slurm") else []
     done = dry_run(home, "tiny_compatible", "name=a b$c", "--cluster", request.param, *nodes, *task)
     assert done.returncode == 0, done.stderr
-    text = done.stdout[done.stdout.index("# ---- ") :]
-    text = text.replace(str(home), "/HOME")
+    text = done.stdout.replace(str(home), "/HOME").replace(str(REPOSITORY), "/REPOSITORY")
     return request.param, re.sub(r"tiny_compatible_\d+", "tiny_compatible_ID", text), home
 
 
@@ -60,11 +59,14 @@ def test_a_dry_run_changes_nothing_and_shows_no_secret(printed: tuple[str, str, 
 def test_shellcheck_finds_nothing(printed: tuple[str, str, Path], tmp_path: Path) -> None:
     if shutil.which("shellcheck") is None:
         pytest.skip("shellcheck is not installed (scripts/setup_slurm_test.sh brings it)")
-    parts = re.split(r"^# ---- (.*)$", printed[1], flags=re.MULTILINE)[1:]
-    assert parts
-    for name, script in zip(parts[::2], parts[1::2], strict=True):
+    parts = [
+        ("job.sh", printed[1]),
+        *re.findall(r"^cat >(\S+) <<'END_OF_FILE'\n(.*?)^END_OF_FILE$", printed[1], re.M | re.S),
+    ]
+    assert len(parts) > 1
+    for name, script in parts:
         path = tmp_path / name.replace("/", "-")
-        path.write_text(script.lstrip("\n"), encoding="utf-8")
+        path.write_text(script, encoding="utf-8")
         excluded = ITS_OWN if name.endswith("_sbatch.sh") else "SC2016"  # that nothing expands is what we want
         done = subprocess.run(["shellcheck", "-e", excluded, path], capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stdout
@@ -76,7 +78,8 @@ def test_one_task_a_node_and_no_retries_of_nemo_runs(printed: tuple[str, str, Pa
         pytest.skip("only Slurm has batch scripts")
     assert "--ntasks-per-node=1\n" in text
     assert "TORCHX_MAX_RETRIES=0\n" in text  # it would queue any failure again
-    assert text.index("set +x") < text.index("WANDB_API_KEY")  # the trace ends before secrets are read
+    assert "WANDB_API_KEY" not in text  # nothing is online
+    assert "--job-name=prune-opd.tiny_compatible.train\n" in text
     assert "--kill-on-invalid-dep=yes" in text
 
 
@@ -86,6 +89,11 @@ def test_one_task_a_node_and_no_retries_of_nemo_runs(printed: tuple[str, str, Pa
         (["tiny_compatible", "--cluster", "nowhere"], "is not known: choose"),
         (["tiny_compatible", "horizon.strategy", "--cluster", "slurm"], "is not a setting"),
         (["tiny_compatible", "--no-such-option"], "No such option"),
+        (["tiny_compatibel", "--cluster", "slurm"], "recipe 'tiny_compatibel' is not known: did you mean"),
+        (["tiny_compatible", "gate.kk=1", "--cluster", "slurm"], "there is no setting 'gate.kk'"),
+        (["missing.py", "--cluster", "slurm"], "there is no such .py file"),
+        (["tiny_base", "--cluster", "slurm"], "is not for training"),
+        (["tiny_compatible", "--cluster", "slurm", "--ranks", "3"], "parallel.tensor = 3"),
     ],
 )
 def test_bad_input_never_exits_with_0(tmp_path: Path, words: list[str], said: str) -> None:

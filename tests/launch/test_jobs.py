@@ -4,12 +4,13 @@ import shlex
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from launch.cluster import Cluster
-from launch.jobs import Job, Submission, plan_jobs, sweep_lines, sweep_points
+from launch.jobs import Job, Submission, plan_jobs, sweep_lines, sweep_points, title_of
 from prune_opd.errors import REQUEUE_EXIT_CODE, ConfigError
 from prune_opd.ranks.node import ENDED_BY_ANOTHER, PORTS, torchrun_arguments
 
@@ -46,12 +47,14 @@ def test_a_sweep_of_recipes_trains_each_of_them_with_the_same_overrides() -> Non
         "tiny", overrides=("steps=2",), sweep=("recipe=tiny,/x/other.py", "seed=1,2"), evaluate="ledger"
     )
     trainings = [job for job in plan_jobs(submission, CLUSTER) if job.name.startswith("train")]
+    group = "track.group=tiny"  # a sweep is one group in wandb
     assert [job.command[job.command.index("--run-dir") + 1 :] for job in trainings] == [
-        ("/r/tiny-0", "tiny", "steps=2", "seed=1"),
-        ("/r/tiny-1", "tiny", "steps=2", "seed=2"),
-        ("/r/tiny-2", "/x/other.py", "steps=2", "seed=1"),
-        ("/r/tiny-3", "/x/other.py", "steps=2", "seed=2"),
+        ("/r/tiny-0", "tiny", "steps=2", "seed=1", group),
+        ("/r/tiny-1", "tiny", "steps=2", "seed=2", group),
+        ("/r/tiny-2", "/x/other.py", "steps=2", "seed=1", group),
+        ("/r/tiny-3", "/x/other.py", "steps=2", "seed=2", group),
     ]
+    assert [job.label for job in trainings] == ["tiny", "tiny", "other.tiny-2", "other.tiny-3"]
     assert sweep_lines(submission)[2] == "train-2: /x/other.py seed=1"
     assert sweep_lines(Submission("tiny")) == []
 
@@ -72,6 +75,25 @@ def test_every_word_of_a_script_arrives_as_it_was(tmp_path: Path) -> None:
     assert done.stdout.strip() == str(words)
     assert subprocess.run(["bash", "-n", "-c", script], check=False).returncode == 0
     assert shlex.quote(str(folder)) in script
+
+
+def test_an_own_recipe_travels_as_it_is(tmp_path: Path) -> None:
+    text = "def mine():\n    return '$HOME `id` \\n'\n\nEND_OF_FILE\n"
+    recipe = tmp_path / "mine.py"
+    recipe.write_text(text, encoding="utf-8")
+    (job,) = plan_jobs(Submission(str(recipe), overrides=("name=a b",)), replace(CLUSTER, python="echo"))
+    script = job.script(replace(CLUSTER, python="echo"))
+    recipe.unlink()
+    said = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=True).stdout
+    brought = next(word for word in said.split() if word.endswith("/mine.py"))
+    assert Path(brought).read_text(encoding="utf-8") == text and said.endswith("/mine.py name=a b\n")
+
+
+@pytest.mark.parametrize(
+    ("recipe", "title"), [("/x/my run.py", "my-run"), ("runs/x/config.yaml", "x"), ("tiny", "tiny"), ("runs/x/", "x")]
+)
+def test_a_job_is_named_after_its_recipe(recipe: str, title: str) -> None:
+    assert title_of(recipe) == title
 
 
 def test_torchrun_finds_the_other_nodes_from_slurm() -> None:

@@ -29,10 +29,13 @@ def test_the_check_refuses_and_its_exit_code_is_the_launchers(tmp_path: Path) ->
             command, cwd=REPOSITORY, env=env, capture_output=True, text=True, timeout=120, check=False
         )  # fmt: skip
 
-    done = launch("submit", "tiny_compatibel", "--cluster", str(cluster))
-    assert done.returncode == 2, done.stdout + done.stderr
-    assert "FAILED, exit code 2" in done.stdout
-    assert launch("status", "tiny_compatibel").returncode == 2
-    assert "recipe 'tiny_compatibel' is not known" in launch("logs", "tiny_compatibel").stdout
+    recipe = tmp_path / "brought.py"  # a job brings it along
+    recipe.write_text("from prune_opd.recipes.tiny_compatible import tiny_compatible as brought\n", encoding="utf-8")
+    done = launch("submit", str(recipe), "data.source=missing.jsonl", "--ranks", "1", "--cluster", str(cluster))
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert "brought.py: 1 node × 1 ranks (the recipe: 1 × 2); student comes with the package" in done.stderr
+    assert "FAILED, exit code 1" in done.stdout
+    assert launch("status", "brought").returncode == 1
+    assert "data.source = 'missing.jsonl': there is no such file" in launch("logs", "brought").stdout
     unknown = launch("logs", "never")
     assert unknown.returncode == 1 and "is not known here" in unknown.stderr

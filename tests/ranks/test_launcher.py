@@ -128,9 +128,10 @@ def test_a_signal_ends_every_rank(launched: Launched, number: signal.Signals) ->
     wait_until(launched.all_gone)
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])  # Ctrl-C asks for the same
 @pytest.mark.parametrize("launched", ["saves"], indirect=True)
-def test_ranks_that_saved_on_a_signal_say_that_the_run_goes_on(launched: Launched) -> None:
-    launched.process.send_signal(signal.SIGTERM)
+def test_ranks_that_saved_on_a_signal_say_that_the_run_goes_on(launched: Launched, number: signal.Signals) -> None:
+    launched.process.send_signal(number)
     assert launched.process.wait(timeout=40) == REQUEUE_EXIT_CODE
     wait_until(launched.all_gone)
 

@@ -3,6 +3,7 @@
 import io
 import re
 from contextlib import closing
+from pathlib import Path
 from typing import Any, TextIO
 
 import pytest
@@ -157,3 +158,50 @@ def test_summary_table_of_nothing_is_a_table() -> None:
 )
 def test_duration(seconds: float, text: str) -> None:
     assert duration(seconds) == text
+
+
+def test_the_log_has_the_plain_lines_of_a_terminal_too(tmp_path: Path) -> None:
+    steps = [step_record(s, 4) for s in range(1, 3)]
+    with closing(RunConsole("run", 4, 1, file=Terminal(), log=tmp_path / "run.log")) as console:
+        console.keep(["  1.0 s  starting vLLM"])
+        console.step(steps[0])
+        console.note("a note")
+        console.step(steps[1])
+        console.summary(steps, [])
+    console.end_log()
+    lines = (tmp_path / "run.log").read_text(encoding="utf-8").splitlines()
+    assert ESCAPE not in "".join(lines)
+    assert [line[21:].split("  ")[0].strip() for line in lines] == [
+        "",
+        "step 1/4",
+        "a note",
+        "step 2/4",
+        lines[-1][21:],
+    ]
+    assert all(re.match(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d  ", line) for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("steps", "failed", "title"),
+    [
+        (4, False, "4 steps"),
+        (2, False, "STOPPED after 2 of 4 steps, not finished"),
+        (2, True, "FAILED after 2 of 4 steps"),
+        (4, True, "FAILED after 4 of 4 steps"),
+    ],
+)
+def test_a_summary_looks_like_success_only_where_it_is(steps: int, failed: bool, title: str) -> None:
+    file = io.StringIO()
+    with closing(RunConsole("run", 4, 1, file=file)) as console:
+        console.summary([step_record(s, 4) for s in range(1, steps + 1)], [], failed)
+    assert file.getvalue().splitlines()[0].strip() == title
+
+
+def test_what_has_no_step_is_said_and_a_terminal_shows_every_phase() -> None:
+    plain, terminal = io.StringIO(), Terminal()
+    for file in (plain, terminal):
+        with closing(RunConsole("run", 4, 1, file=file)) as console:
+            for phase in ("rollout", "evaluation", "teacher"):
+                console.phase(phase)
+    assert plain.getvalue() == "evaluating …\n"
+    assert "teacher" in terminal.getvalue()
