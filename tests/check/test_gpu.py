@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -74,4 +76,5 @@ def test_a_job_on_a_gpu_tries_the_imports_and_a_machine_without_one_does_not(mon
         monkeypatch.setattr(check, "machine_problems", lambda *_: [])
         monkeypatch.setattr(check, "import_problems", lambda: ["import"])
         monkeypatch.setattr(check, "cache_problems", lambda: ["cache"])
-        assert check.check_everything(None, 8, Path("run")) == found  # type: ignore[arg-type]
+        nowhere: Any = SimpleNamespace(student="nowhere", teacher="nowhere")
+        assert check.check_everything(nowhere, 8, Path("run"), "auto") == found

@@ -182,7 +182,7 @@ def test_a_full_disk_is_named_with_the_bytes_that_are_needed(
     pair: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert space_problems(pair, tmp_path / "run") == []
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=checkpoint_bytes(pair) - 1))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=checkpoint_bytes(pair) - 1, total=1))
     (line,) = space_problems(pair, tmp_path / "run")
     assert "GB are free and checkpoints take about" in line and "checkpoint.keep = 2" in line
 
@@ -204,4 +204,4 @@ def test_every_prompt_is_looked_at_and_the_first_bad_line_named(tmp_path: Path) 
 def test_the_whole_preflight_passes_for_a_good_run(pair: TrainConfig, tmp_path: Path) -> None:
     for model in (pair.student, pair.teacher):
         with_weights(Path(model))
-    assert check_everything(pair, 2, tmp_path / "run") == []
+    assert check_everything(pair, 2, tmp_path / "run", "auto") == []

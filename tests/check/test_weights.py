@@ -103,10 +103,10 @@ def test_a_head_that_a_tied_model_should_not_have_is_refused_and_a_copy_is_not(t
 def test_check_names_both_models_and_train_refuses_two_heads(tmp_path: Path) -> None:
     models = [with_weights(write_model(tmp_path / name)) for name in ("student", "teacher")]
     config: TrainConfig = train_config(*models)
-    assert not any("tensor" in line for line in check_everything(config, 2, tmp_path / "run"))
+    assert not any("tensor" in line for line in check_everything(config, 2, tmp_path / "run", "auto"))
     for model in models:
         change_file(model, lambda tensors: tensors.pop(UP))
-    lines = [line for line in check_everything(config, 2, tmp_path / "run") if UP in line]
+    lines = [line for line in check_everything(config, 2, tmp_path / "run", "auto") if UP in line]
     assert [line.split(" = ")[0] for line in lines] == ["student", "teacher"]
 
 
