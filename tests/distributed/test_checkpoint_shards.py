@@ -20,7 +20,7 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     models, out = tmp_path_factory.mktemp("models"), tmp_path_factory.mktemp("out")
     write_pair(models / "dense", num_hidden_layers=2)
     write_pair(models / "moe", family="qwen3_moe", num_hidden_layers=2)
-    run_ranks(WORKER, 2, [models, out], timeout=240)
+    run_ranks(WORKER, 2, [models, out], timeout=400)
     return read_ranks(out, 2)
 
 

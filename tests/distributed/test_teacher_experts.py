@@ -18,7 +18,7 @@ LAYERS = 3
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     models, out = tmp_path_factory.mktemp("models"), tmp_path_factory.mktemp("out")
     write_pair(models, family="qwen3_moe", num_hidden_layers=LAYERS)
-    run_ranks(WORKER, 2, [models, out])
+    run_ranks(WORKER, 2, [models, out], timeout=240)
     return read_ranks(out, 2)
 
 
@@ -28,7 +28,8 @@ def test_hidden_states_are_those_of_one_process(ranks: list[dict[str, Any]], exp
         fp32, bf16 = rank[f"fp32 EP{expert}"], rank[f"bf16 EP{expert}"]
         assert fp32["rows"] > 0 and fp32["error"] < 1e-5
         # Each half of a sum over ranks is rounded before they are added, and so is a router's input: some choices flip.
-        assert 0 < bf16["error"] < 3 * bf16["error of one process"] < 0.05
+        assert bf16["error of one process"] < 0.03
+        assert 0 < bf16["error"] < 3 * bf16["error of one process"]
 
 
 @pytest.mark.parametrize("expert", [1, 2])

@@ -26,10 +26,10 @@ ROUNDS, MAX_TOKENS = 3, 24
 AWAKE: list[list[str]] = []  # tags of every waking
 
 
-def spoil(tensors: Any) -> None:
+def spoil(tensors: Any, value: float = float("nan")) -> None:
     for tensor in tensors:
         if isinstance(tensor, Tensor):
-            tensor.data.fill_(float("nan") if tensor.is_floating_point() else torch.iinfo(tensor.dtype).max)
+            tensor.data.fill_(value if tensor.is_floating_point() else torch.iinfo(tensor.dtype).max)
 
 
 def sleep(worker: Any, level: int = 1) -> None:
@@ -38,7 +38,8 @@ def sleep(worker: Any, level: int = 1) -> None:
     worker.kept = {name: buffer.clone() for name, buffer in model.named_buffers()}
     spoil(model.buffers())
     spoil(model.parameters())
-    spoil(worker.model_runner.kv_caches)
+    # No NaN: the CPU's attention multiplies what it masks by 0, as it may, since vLLM gives it zeros at the start.
+    spoil(worker.model_runner.kv_caches, 1e4)
 
 
 def wake_up(worker: Any, tags: list[str] | None = None) -> None:
