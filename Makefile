@@ -90,6 +90,9 @@ bench-peers: setup-bench ## Measure our training step against TRL's: bench/peers
 bench-scaling: setup ## Measure how a step grows with length, batch, model and ranks: bench/scaling.json and .png
 	$(BIN)/prune-opd bench scaling
 
+gpu-check: ## Hold one GPU's figures against what is expected of them: gpu-check/gpu-check.md (a few minutes; needs torch)
+	PYTHONPATH=. $(or $(PYTHON),python3) scripts/gpu_check.py
+
 soak: setup ## Kill and resume a run of 300 steps, compare it with one left alone: runs/soak/soak.json (about 15 minutes)
 	$(BIN)/python scripts/soak.py
 

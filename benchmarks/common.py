@@ -28,7 +28,7 @@ from rich.table import Table
 
 from prune_opd.config import ModelShape
 from prune_opd.errors import UserError
-from prune_opd.process import end_with_parent, rank_environment
+from prune_opd.process import end_with_parent, rank_environment, table_console
 
 BENCH_PACKAGES = Path(__file__).resolve().parents[1] / ".venv-bench"  # trl and what it needs: `make setup-bench`
 MIB = 2**20
@@ -197,7 +197,7 @@ class Report:
 
     def __init__(self, path: Path, quick: bool, settings: Any) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        self.path, self.console = path, Console()
+        self.path, self.console = path, table_console()
         self.head = {"benchmark": path.stem, "quick": quick, "settings": asdict(settings)}
         self.before = {**environment(), "load_average_before": os.getloadavg()}
 

@@ -48,7 +48,7 @@ def train_to_end(run: Run, interruption: Interruption) -> int:
             if done == config.steps or _due(done, config.evaluation.every):
                 evaluate(run)
             if interrupted or (done == last and config.checkpoint.last) or _due(done, config.checkpoint.every):
-                run.save_checkpoint()
+                run.save_checkpoint(last=done == config.steps)
         run.phases.enter("checkpoint")
         run.checkpoints.finish()
         if run.finished_steps == config.steps and config.checkpoint.export_hf:

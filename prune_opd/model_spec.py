@@ -190,6 +190,10 @@ class ModelSpec:
         multiple = VOCAB_MULTIPLE * tp_size
         return -(-self.vocab_size // multiple) * multiple
 
+    def kv_bytes(self, value: int, tensor: int = 1) -> int:
+        """Bytes that a token takes of a KV cache over `tensor` ranks, on each; value: bytes of one number."""
+        return 2 * self.layers * -(-self.kv_heads // tensor) * self.head_dim * value
+
     def is_sparse(self, layer: int) -> bool:
         return self.moe is not None and self.moe.sparse[layer]
 
@@ -293,6 +297,35 @@ def _made_here(path: Path) -> str:
     return " (`make tiny-models` makes those of the tiny recipes)" if cache_dir() in path.parents else ""
 
 
+NO_MODEL = "its config.json is not that of a causal language model"
+_NUMBERS = (
+    *("num_attention_heads", "max_position_embeddings", "vocab_size"),
+    *("hidden_size", "intermediate_size", "num_hidden_layers"),
+)
+_NUMBERS_IF_THERE = (
+    *("num_key_value_heads", "head_dim", "moe_intermediate_size", "num_experts", "num_experts_per_tok"),
+    *("decoder_sparse_step", "rope_theta", "rms_norm_eps"),
+)
+
+
+def shape_problem(settings: Any) -> str | None:
+    """What in a config.json is not of the kind that the shape of a causal language model needs; None if all is."""
+    if not isinstance(settings, dict):
+        return "it is no object"
+    for name in (*_NUMBERS, *_NUMBERS_IF_THERE):
+        value = settings.get(name)
+        if value is None and name in _NUMBERS_IF_THERE:
+            continue
+        whole = name not in ("rope_theta", "rms_norm_eps")
+        if isinstance(value, bool) or not isinstance(value, int if whole else int | float) or not value > 0:
+            return f"{name} = {value!r}, where a {'whole ' if whole else ''}number above 0 is wanted"
+    wanted = {"model_type": str, "tie_word_embeddings": bool, "rope_scaling": dict, "rope_parameters": dict}
+    for name, kind in wanted.items():
+        if settings.get(name) is not None and not isinstance(settings[name], kind):
+            return f"{name} = {settings[name]!r} is of the wrong type"
+    return None
+
+
 def model_config(role: str, directory: str) -> dict[str, Any]:
     """The settings of a model, whether or not its weights are there. role: the setting that names it.
 
@@ -305,9 +338,9 @@ def model_config(role: str, directory: str) -> dict[str, Any]:
             config = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, UnicodeDecodeError, ValueError) as error:
             raise ConfigError(f"{role} = {directory!r}: its config.json cannot be read ({error})") from error
-        if not isinstance(config, dict):
-            raise ConfigError(f"{role} = {directory!r}: its config.json is not that of a causal language model")
-        return config
+        if problem := shape_problem(config):
+            raise ConfigError(f"{role} = {directory!r}: {NO_MODEL} ({problem})")
+        return dict(config)
     if problem := gguf_problem(role, directory):
         raise ConfigError(problem)
     name = "/".join(Path(directory).parts[-2:])

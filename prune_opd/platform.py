@@ -89,6 +89,16 @@ class Platform:
         """
         return psutil.Process().memory_info().rss if self.is_cpu else torch.cuda.max_memory_allocated()
 
+    def taken(self) -> int | None:
+        """Bytes of the device that are in use now, whoever uses them; None on a CPU.
+
+        `memory` does not see what vLLM's own allocator maps, nor CUDA's context and NCCL's buffers.
+        """
+        if self.is_cpu:
+            return None
+        free, total = torch.cuda.mem_get_info()
+        return int(total - free)
+
 
 @functools.cache
 def prepare() -> Platform:

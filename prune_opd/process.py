@@ -9,8 +9,13 @@ import signal
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 PR_SET_PDEATHSIG = 1
+FILE_WIDTH = 160  # of tables that go to a file or a pipe: nothing there can be wrapped or scrolled
 COMMAND = "PRUNE_OPD_COMMAND"  # environment variable: the command line that started the ranks
 
 _listeners: list[Callable[[str], None]] = []
@@ -52,3 +57,11 @@ def end_with_parent(number: signal.Signals) -> None:
     """Ask the kernel for a signal when the process that started this one is gone (Linux; elsewhere nothing)."""
     if sys.platform == "linux":
         ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, number)
+
+
+def table_console() -> Console:
+    """Where a command prints its tables: as wide as the terminal, and wide enough where there is none."""
+    from rich.console import Console  # not for a rank's launcher
+
+    console = Console()
+    return console if console.is_terminal else Console(width=FILE_WIDTH)

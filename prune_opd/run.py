@@ -27,6 +27,8 @@ from prune_opd.method.change_point import Calibration
 from prune_opd.method.horizon import HorizonController, make_controller
 from prune_opd.plan.speed import SpeedMeter
 from prune_opd.process import tell
+from prune_opd.ranks.agreement import must_agree
+from prune_opd.ranks.lease import end_if_lost
 from prune_opd.ranks.signals import Watchdog
 from prune_opd.rollout.batch import Rollouts
 from prune_opd.rollout.engine import EngineOptions, RolloutEngine
@@ -53,6 +55,7 @@ class Phases:
     tracker: NullTracker = field(default_factory=NullTracker)
 
     def enter(self, phase: str) -> None:
+        end_if_lost()
         self.tracker.phase(phase)
         if self.watchdog:
             self.watchdog.enter(phase)
@@ -161,7 +164,8 @@ class Run:
     def tokens_at_full_horizon(self, responses: int) -> float | None:
         return None if self.full_response_length is None else responses * self.full_response_length
 
-    def save_checkpoint(self) -> None:
+    def save_checkpoint(self, last: bool = False) -> None:
+        """Begin to save. last: after the run's last step."""
         self.phases.enter("checkpoint")
         rng: list[Any] = [None] * self.layout.world
         dist.all_gather_object(rng, platform.rng_state())
@@ -176,7 +180,9 @@ class Run:
             "full_response_length": self.full_response_length,
             "rng": rng,
         }
-        self.checkpoints.save(self.finished_steps, self.trainer, state)
+        whole = not self.config.parallel.distributed_optimizer  # each replica has all of the optimizer's state
+        any_layout = last or whole or self.config.checkpoint.any_layout == "always"
+        self.checkpoints.save(self.finished_steps, self.trainer, state, any_layout)
 
     def load_checkpoint(self, checkpoint: Path, allow_config_change: bool = False) -> list[str]:
         """Continue where a checkpoint stands. Returns what starts anew, because its settings were allowed to change."""
@@ -224,8 +230,7 @@ def prepare(config: TrainConfig, run_dir: Path, resume: str, allow_config_change
 
 def _prepare(config: TrainConfig, run_dir: Path, resume: str, allow_config_change: bool, startup: StartUp) -> Run:
     machine = platform.prepare()
-    from transformers import AutoTokenizer
-
+    from prune_opd.data.tokenizer import load_tokenizer
     from prune_opd.megatron import layout as layouts
     from prune_opd.megatron.checkpoint import Checkpoints
     from prune_opd.megatron.model import dtype_of
@@ -240,7 +245,7 @@ def _prepare(config: TrainConfig, run_dir: Path, resume: str, allow_config_chang
     layout = layouts.initialize(replace(config.parallel, timeout_minutes=patience), machine, config.seed)
     phases = Phases(watchdog=Watchdog(config.survival.watchdog_minutes, run_dir / "stacks", layout.rank))
     dtype = dtype_of(config.precision.params)
-    tokenizer = AutoTokenizer.from_pretrained(config.student)
+    tokenizer = load_tokenizer(config.student)
     sampler = make_sampler(config.data, tokenizer, config.seed, config.rollout.max_prompt_len)
     parallel, precision, memory = config.parallel, config.precision, config.memory
     student_fp8, teacher_fp8 = precision.student_fp8, precision.teacher_fp8
@@ -252,17 +257,22 @@ def _prepare(config: TrainConfig, run_dir: Path, resume: str, allow_config_chang
     teacher = Teacher(config.teacher, layout, dtype, machine.device, parallel.microbatch_tokens, teacher_fp8)
     longest = max(config.horizon.max_len, config.evaluation.max_len or 0)
     vocab_size = min(trainer.spec.vocab_size, teacher.spec.vocab_size)
+    read = terminal_ids(config, vocab_size)
+    must_agree("the ids that end a response", read, "copy the same files of student and teacher to every node")
     tested = check_teacher(config, teacher, sampler, vocab_size)  # before an engine is built: that may take minutes
     inflight = InflightGate(config, teacher, layout, vocab_size) if config.rollout.inflight.on else None
     top, ends = inflight.top or 0 if inflight else 0, end_class(config, vocab_size)
     options = EngineOptions(memory.sleep_level, top, parallel.timeout_minutes, ends)
     tell("starting vLLM")
-    engine = RolloutEngine(config.student, config.rollout, longest, dtype, machine, options)
+    engines: list[RolloutEngine] = []
     phases.memory = MemoryPhases(
         memory,
-        None if machine.is_cpu else handlers(trainer, teacher, engine, machine),
+        None if machine.is_cpu else handlers(trainer, teacher, lambda: engines[0], machine),
         run_dir / "memory.json" if layout.is_main else None,
     )
+    with phases.memory.building_engine():
+        engine = RolloutEngine(config.student, config.rollout, longest, dtype, machine, options)
+        engines.append(engine)
     rollout = RolloutPhase(config, engine, sampler)
     run = Run(
         config=config,
@@ -284,9 +294,10 @@ def _prepare(config: TrainConfig, run_dir: Path, resume: str, allow_config_chang
     checkpoint, notes = _checkpoint_to_resume(resume, run.checkpoints)
     if checkpoint:
         tell(f"loading {checkpoint}")
+        phases.memory.enter("checkpoint")
         notes += [f"resumed from {checkpoint}", *run.load_checkpoint(checkpoint, allow_config_change)]
     notes += [tested] if tested else []
-    notes += [f"{source.path}: {source.skipped_summary()}" for source in file_sources(sampler) if source.skipped]
+    notes += [note for source in file_sources(sampler) for note in source.notes()]
     hosts: list[Any] = [None] * layout.world
     dist.all_gather_object(hosts, socket.gethostname())
     if layout.is_main:

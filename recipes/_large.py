@@ -17,7 +17,7 @@ def large_base(name: str, student: str, teacher: str, *, nodes: int) -> TrainCon
     base = paper_base(name, student, teacher, init_len=2048, response_length=7500, mean_horizon=6144)
     return replace(
         base,
-        rollout=replace(base.rollout, quantization="fp8", inflight=INFLIGHT),
+        rollout=replace(base.rollout, quantization="fp8_per_block", inflight=INFLIGHT),
         precision=PrecisionConfig(params="bf16", student_fp8=FP8, teacher_fp8=FP8),
         evaluation=replace(base.evaluation, extract="box_or_last_number"),
         planning=replace(base.planning, nodes=nodes),

@@ -70,6 +70,6 @@ def paper_base(
         evaluation=EvalConfig(
             sources=(str(data_dir() / "aime24.jsonl"),), problems=30, samples=16, top_p=0.95, max_len=31744
         ),
-        checkpoint=CheckpointConfig(every=50),
+        checkpoint=CheckpointConfig(every=50, any_layout="last"),
         planning=PlanningConfig(gpu="h100", nodes=1, response_length=response_length, mean_horizon=mean_horizon),
     )

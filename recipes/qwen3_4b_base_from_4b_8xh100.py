@@ -9,12 +9,14 @@ terminal ids as one outcome they do not. So this recipe, unlike the paper, sets 
 neither form. What the paper saves on this pair may be in part such growth (docs/ends.md).
 """
 
+from dataclasses import replace
+
 from prune_opd.config import TrainConfig
 from prune_opd.recipes._paper import paper_base
 
 
 def qwen3_4b_base_from_4b_8xh100() -> TrainConfig:
-    return paper_base(
+    base = paper_base(
         "qwen3_4b_base_from_4b_8xh100",
         "Qwen/Qwen3-4B-Base",
         "Qwen/Qwen3-4B",
@@ -24,3 +26,5 @@ def qwen3_4b_base_from_4b_8xh100() -> TrainConfig:
         thinking=False,
         ends="class",
     )
+    # 32 responses of an engine at the full horizon want 426,000 tokens of the KV cache; half of a GPU holds 221,000.
+    return replace(base, rollout=replace(base.rollout, gpu_memory_utilization=0.65))

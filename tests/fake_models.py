@@ -1,4 +1,4 @@
-"""Hugging Face directories with the two files that the checks read, and a config that passes them. No weights."""
+"""Hugging Face directories with the files that the checks read, with weights on request; a config that passes them."""
 
 from __future__ import annotations
 
@@ -42,6 +42,31 @@ def write_model(directory: Path, its_tokenizer: dict[str, Any] | None = None, **
     (directory / "config.json").write_text(json.dumps(settings | changes), encoding="utf-8")
     (directory / "tokenizer.json").write_text(json.dumps(its_tokenizer or tokenizer()), encoding="utf-8")
     return directory
+
+
+def settings_of(model: Path) -> dict[str, Any]:
+    return dict(json.loads((model / "config.json").read_text(encoding="utf-8")))
+
+
+def with_weights(model: Path, files: int = 1) -> Path:
+    """The model with random weights, in so many files."""
+    import torch
+    from safetensors.torch import save_file
+
+    from prune_opd.model_spec import ModelSpec
+    from prune_opd.weights.mapping import entries
+
+    spec = ModelSpec.of(settings_of(model), str(model))
+    shapes = {name: shape for entry in entries(spec) for name, shape in zip(entry.hf, entry.shapes, strict=True)}
+    tensors = {name: torch.randn(shape, dtype=torch.bfloat16) for name, shape in shapes.items()}
+    if files == 1:
+        save_file(tensors, model / "model.safetensors")
+        return model
+    file_of = {name: f"model-{i % files:05d}.safetensors" for i, name in enumerate(tensors)}
+    for file in set(file_of.values()):
+        save_file({name: tensors[name] for name in tensors if file_of[name] == file}, model / file)
+    (model / "model.safetensors.index.json").write_text(json.dumps({"weight_map": file_of}))
+    return model
 
 
 def train_config(student: Path, teacher: Path, **changes: Any) -> TrainConfig:

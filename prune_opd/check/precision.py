@@ -158,6 +158,24 @@ def rollout_problems(rollout: RolloutConfig, params: str, model: dict[str, Any] 
     return problems
 
 
+def expert_block_problems(rollout: RolloutConfig, model: dict[str, Any] | None) -> list[str]:
+    """vLLM never counts experts that end inside a block as loaded, and a reload would keep every bucket."""
+    if rollout.quantization != "fp8_per_block" or model is None or "moe_intermediate_size" not in model:
+        return []
+    size, tensor = int(model["moe_intermediate_size"]), rollout.tensor_parallel
+    if size % tensor == 0 and size // tensor % BLOCK == 0:
+        return []
+    fitting = [
+        ranks for ranks in range(1, tensor) if tensor % ranks == 0 and size % ranks == 0 and size // ranks % BLOCK == 0
+    ]
+    smaller = f"rollout.tensor_parallel={max(fitting)}, or " if fitting else ""
+    return [
+        f"rollout.quantization = 'fp8_per_block' needs experts in whole blocks of {BLOCK}, and moe_intermediate_size = "
+        f"{size} / rollout.tensor_parallel = {tensor} of the student is no multiple of it: set {smaller}"
+        "rollout.quantization=fp8_per_tensor"
+    ]
+
+
 def transformer_engine_problem() -> str | None:
     """What is wrong with Transformer Engine here. None: megatron-core would find it, and it has every recipe.
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,24 +15,23 @@ from typing import Any
 
 from prune_opd.check import precision
 from prune_opd.check.ends import end_problems
-from prune_opd.check.machine import compiler_problems, machine_problems, writable_problems
+from prune_opd.check.gpu import cache_problems, import_problems
+from prune_opd.check.machine import compiler_problems, kv_cache_problems, machine_problems, writable_problems
 from prune_opd.check.tokenizer import tokenizer_problems, vocabulary_problems
+from prune_opd.check.weights import weight_problems
 from prune_opd.config import Fp8Config, SftConfig, TrainConfig
 from prune_opd.config.changes import changes, is_harmless
 from prune_opd.config.run import extract_problem
-from prune_opd.data.prompts import source_problem
+from prune_opd.data.prompts import doubled_names, source_problem
 from prune_opd.errors import ConfigError
 from prune_opd.megatron.precision import token_multiple
-from prune_opd.model_spec import ModelSpec, absent_problem, gguf_problem, model_config, not_built
+from prune_opd.model_spec import absent_problem, gguf_problem, model_config, not_built
 from prune_opd.plan.layout import layout_problems
 from prune_opd.process import has_gpu
+from prune_opd.ranks.lease import FILE as LEASE
 from prune_opd.track.tensorboard_log import tensorboard_problems
 
 SHOWN_DIFFERENCES = 6
-NUMBERS = (  # that every config.json has
-    *("num_attention_heads", "max_position_embeddings", "vocab_size"),
-    *("hidden_size", "intermediate_size", "num_hidden_layers"),
-)
 
 
 def check_train(
@@ -51,11 +49,11 @@ def check_train(
         # Different tokenizers often have different sizes too; that would be the same problem said twice.
         shared = min(model.vocab_size for model in models)
         problems += (
-            tokenizer_problems(models[0].path, models[1].path)
-            or end_problems(config, shared)
-            or _vocabulary(config, nproc, *models)
+            tokenizer_problems(models[0].path, models[1].path) or end_problems(config, shared) or _vocabulary(*models)
         )
     problems += _sizes(config, nproc, models) + _precision(config, models)
+    if models and models[0].role == "student" and not has_gpu():
+        problems += kv_cache_problems(config, models[0].config)
     problems += _sources(config)
     problems += _apex()
     problems += compiler_problems(config.rollout, has_gpu())
@@ -70,11 +68,15 @@ def check_train(
 def check_everything(
     config: TrainConfig, nproc: int, run_dir: Path | None, resume: str = "auto", allow_config_change: bool = False
 ) -> list[str]:
-    """`check_train`, and what a run looks at once before it takes GPUs: versions, driver, space, every prompt."""
+    """`check_train`, and what a run looks at once before it takes GPUs: weights, versions, driver, space, prompts."""
     problems = check_train(config, nproc, run_dir, resume, allow_config_change)
     if run_dir is None:  # another rank looks
         return problems
-    return list(dict.fromkeys(problems + machine_problems(config, run_dir, has_gpu(), precision.cuda_of_torch())))
+    if not problems:  # of models that fit the run
+        for model in (_read_model("student", config.student), _read_model("teacher", config.teacher)):
+            problems += weight_problems(model.role, model.path, model.config) if isinstance(model, _Model) else []
+    problems += machine_problems(config, run_dir, has_gpu(), precision.cuda_of_torch())
+    return list(dict.fromkeys(problems + (import_problems() + cache_problems() if has_gpu() else [])))
 
 
 def check_structure(config: TrainConfig, nproc: int) -> list[str]:
@@ -91,7 +93,7 @@ def check_structure(config: TrainConfig, nproc: int) -> list[str]:
             problems.append(str(error))
     problems += _sizes(config, nproc, models)
     if len(models) == 2:
-        problems += _vocabulary(config, nproc, *models)
+        problems += _vocabulary(*models)
     return problems
 
 
@@ -128,7 +130,19 @@ def check_eval(
     if problem := extract_problem("--extract", extract):
         problems.append(problem)
     problems += [problem for task in tasks if (problem := source_problem("--task", task))]
+    problems += doubled_names("--task", tasks)
     return problems + ([] if out is None else writable_problems("--out", out))
+
+
+def eval_layout_problems(model_dir: Path, nproc: int, tensor: int) -> list[str]:
+    """What --tensor-parallel must divide, a line each: the ranks, and the model's heads where it is a directory."""
+    field, problems = f"--tensor-parallel {tensor}", []
+    if nproc % tensor:
+        problems.append(f"{field} does not divide the {nproc} ranks: give --nproc {tensor}, or a multiple of it")
+    model = _read_model("MODEL_DIR", str(model_dir))
+    if isinstance(model, _Model) and (heads := int(model.config["num_attention_heads"])) % tensor:
+        problems.append(f"{field} does not divide the {heads} attention heads of {model_dir}: give a divisor of them")
+    return problems
 
 
 # ---------------------------------------------------------------------------------------------------- models
@@ -158,13 +172,9 @@ def _read_model(role: str, directory: str) -> _Model | str:
         if not (path / name).is_file():
             return absent_problem(role, directory, name)
     try:
-        model = _Model(role, path, json.loads((path / "config.json").read_text(encoding="utf-8")))
-        for name in NUMBERS:
-            int(model.config[name])
-        int(model.config.get("num_key_value_heads") or 1)
-    except (OSError, UnicodeDecodeError, AttributeError, KeyError, TypeError, ValueError) as error:
-        return f"{role} = {directory!r}: its config.json is not that of a causal language model ({error!r})"
-    return model
+        return _Model(role, path, model_config(role, directory))
+    except ConfigError as error:
+        return str(error)
 
 
 def _model_problems(model: _Model | str) -> list[str]:
@@ -224,15 +234,13 @@ def _candidates(config: TrainConfig, models: list[_Model]) -> list[str]:
     ]
 
 
-def _vocabulary(config: TrainConfig, nproc: int, student: _Model, teacher: _Model) -> list[str]:
-    """Problems where a vocabulary does not fit the rows, which are padded for the student's TP ranks."""
+def _vocabulary(student: _Model, teacher: _Model) -> list[str]:
+    """Problems where a model has too few rows for the ids that it will meet."""
     if not_built(student.config) or not_built(teacher.config):
         return []
-    tensor = config.parallel.tensor_size(nproc)
     problems = []
     for model in (student, teacher):
-        padded = ModelSpec.of(model.config, str(model.path)).padded_vocab(tensor)
-        problems += vocabulary_problems(model.role, model.path, model.vocab_size, padded, student.vocab_size)
+        problems += vocabulary_problems(model.role, model.path, model.vocab_size, student.vocab_size)
     return problems
 
 
@@ -248,11 +256,14 @@ def _precision_sizes(config: TrainConfig, nproc: int, models: dict[str, dict[str
     """Problems of FP8 with sizes and with other settings, which any machine would have."""
     parallel, problems = config.parallel, []
     student = parallel.tensor_size(nproc)
-    layouts = {"student": (student, parallel.sequence_parallel), "teacher": (parallel.teacher_tensor or student, False)}
+    teacher = parallel.teacher_tensor or student
+    cut = teacher > 1 and "moe_intermediate_size" in models.get("teacher", {})  # megatron/teacher.py: with experts
+    layouts = {"student": (student, parallel.sequence_parallel), "teacher": (teacher, cut)}
     for role, fp8 in _fp8s(config).items():
         problems += precision.fp8_size_problems(role, fp8, models.get(role), *layouts[role])
         if fp8.on:
             problems += precision.token_problems(parallel.microbatch_tokens, token_multiple(fp8.recipe, *layouts[role]))
+    problems += precision.expert_block_problems(config.rollout, models.get("student"))
     problems += precision.parameter_problems(config.precision.student_fp8, parallel.distributed_optimizer)
     return problems + precision.memory_problems(config.memory, _fp8s(config))
 
@@ -268,11 +279,7 @@ def _sources(config: TrainConfig) -> list[str]:
     named = [("data.mixture" if config.data.mixture else "data.source", source) for source in config.data.sources]
     named += [("evaluation.sources", source) for source in config.evaluation.sources]
     problems = [problem for field, source in named if (problem := source_problem(field, source))]
-    names = [Path(source).name for source in config.evaluation.sources]
-    problems += [
-        f"evaluation.sources has two tasks named {name!r}: rename one of the files, their results would be one"
-        for name in sorted({name for name in names if names.count(name) > 1})
-    ]
+    problems += doubled_names("evaluation.sources", config.evaluation.sources)
     files = [(field, source) for field, source in named if field.startswith("data") and Path(source).exists()]
     if files and not config.evaluation.sources and config.evaluation.problems:
         field, source = files[0]
@@ -298,7 +305,7 @@ def _apex() -> list[str]:
 
 
 def _run_dir(config: TrainConfig, run_dir: Path, resume: str, allow_config_change: bool) -> list[str]:
-    new = not run_dir.is_dir() or not any(run_dir.iterdir())
+    new = not run_dir.is_dir() or all(path.name.strip(".").startswith(LEASE) for path in run_dir.iterdir())
     if not new and not (run_dir / "config.yaml").is_file():
         return [f"--run-dir {run_dir} holds other files and no config.yaml, so it is no run: choose an empty directory"]
     try:

@@ -1,21 +1,26 @@
 """Whether two models share a tokenizer, and have a row for each of its tokens: the teacher scores the student's ids.
 
-Reads tokenizer.json and the config files as they are: no tokenizer is built, nothing heavy imported.
+Reads tokenizer.json and the config files as they are: no tokenizer is built, nothing heavy imported. A token that only
+tokenizer_config.json or added_tokens.json names counts: transformers adds it, and encodes its text as one token.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+from prune_opd.data.chat_template import read_object, token_text
 
 
 def tokenizer_problems(student: Path, teacher: Path) -> list[str]:
     """How the tokenizers of two model directories differ: tokens by id, merges, special tokens."""
     ours, theirs = (path / "tokenizer.json" for path in (student, teacher))
     try:
-        same = ours.read_bytes() == theirs.read_bytes()
-        difference = None if same else _difference(json.loads(ours.read_bytes()), json.loads(theirs.read_bytes()))
+        files = [json.loads(path.read_bytes()) for path in (ours, theirs)]
+        tokens = [_all_tokens(file, path) for file, path in zip(files, (student, teacher), strict=True)]
+        difference = _difference(files[0], files[1], tokens)
     except (OSError, AttributeError, KeyError, TypeError, ValueError) as error:
         return [f"student and teacher: a tokenizer.json cannot be read ({error!r}); give fast tokenizers"]
     if difference is None:
@@ -26,14 +31,14 @@ def tokenizer_problems(student: Path, teacher: Path) -> list[str]:
     ]
 
 
-def vocabulary_problems(role: str, directory: Path, vocab_size: int, padded: int, other: int) -> list[str]:
-    """Problems where the model has too few rows for its own tokens, or for those of the student.
+def vocabulary_problems(role: str, directory: Path, vocab_size: int, other: int) -> list[str]:
+    """Problems where the model has too few rows for its own tokens, or for what the student may sample.
 
-    padded: rows of its output matrix over the student's TP ranks, with their padding. other: the student's vocab_size.
+    vocab_size, other: of the model's and of the student's config.json. Padding over TP ranks makes no row for an id.
     """
     problems = []
     try:
-        largest = max(_tokens(json.loads((directory / "tokenizer.json").read_bytes())), default=0)
+        largest = max(_all_tokens(json.loads((directory / "tokenizer.json").read_bytes()), directory), default=0)
     except (OSError, AttributeError, KeyError, TypeError, ValueError):
         largest = 0  # `tokenizer_problems` names what cannot be read
     if largest >= vocab_size:
@@ -41,17 +46,16 @@ def vocabulary_problems(role: str, directory: Path, vocab_size: int, padded: int
             f"{role} = {str(directory)!r}: its tokenizer has the id {largest} and its config.json vocab_size = "
             f"{vocab_size}: copy tokenizer and config of one and the same model"
         )
-    if padded < other:
+    elif vocab_size < other:
         problems.append(
-            f"{role} = {str(directory)!r}: its output matrix has {padded} rows with padding, fewer than the {other} "
-            "vocabulary entries of the student: choose a teacher of at least the student's vocab_size"
+            f"{role} = {str(directory)!r}: it has rows for {vocab_size} ids, and the student may sample {other}: "
+            "choose a teacher of at least the student's vocab_size"
         )
     return problems
 
 
-def _difference(student: dict[str, Any], teacher: dict[str, Any]) -> str | None:
+def _difference(student: dict[str, Any], teacher: dict[str, Any], tokens: list[dict[int, str]]) -> str | None:
     """The first difference in vocabulary (by id), merges or special tokens, as a clause of a sentence."""
-    tokens = [_tokens(tokenizer) for tokenizer in (student, teacher)]
     for i in sorted(tokens[0].keys() | tokens[1].keys()):
         ours, theirs = (f"{names[i]!r}" if i in names else "unused" for names in tokens)
         if ours != theirs:
@@ -79,6 +83,34 @@ def _tokens(tokenizer: dict[str, Any]) -> dict[int, str]:
     else:  # unigram: [token, score] in the order of ids
         tokens = {i: str(entry[0]) for i, entry in enumerate(vocabulary)}
     return tokens | {int(token["id"]): token["content"] for token in tokenizer.get("added_tokens") or []}
+
+
+def _all_tokens(tokenizer: dict[str, Any], directory: Path) -> dict[int, str]:
+    """Id → token, with those that transformers adds because the files beside tokenizer.json name them."""
+    tokens = _tokens(tokenizer)
+    known = {*tokens.values()}
+    settings = read_object(directory / "tokenizer_config.json")
+    numbered = [(i, token_text(token)) for i, token in (settings.get("added_tokens_decoder") or {}).items()]
+    numbered += [(i, token) for token, i in read_object(directory / "added_tokens.json").items()]
+    for i, token in sorted((int(i), token) for i, token in numbered):
+        if token not in known:
+            tokens[i] = token
+            known.add(token)
+    for token in _named_tokens(settings):
+        if token not in known:
+            tokens[max(tokens) + 1] = token
+            known.add(token)
+    return tokens
+
+
+def _named_tokens(settings: dict[str, Any]) -> Iterator[str]:
+    """Special tokens of a tokenizer_config.json that have no id there."""
+    for name, value in settings.items():
+        if name.endswith("_token") and token_text(value):
+            yield token_text(value)
+    for name in ("additional_special_tokens", "extra_special_tokens"):
+        listed = settings.get(name) or []
+        yield from filter(None, map(token_text, listed.values() if isinstance(listed, dict) else listed))
 
 
 def _merges(tokenizer: dict[str, Any]) -> list[tuple[str, ...]]:

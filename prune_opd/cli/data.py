@@ -6,12 +6,12 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from prune_opd.config import DataConfig
 from prune_opd.config.overrides import apply_overrides
 from prune_opd.errors import UserError
 from prune_opd.model_spec import gguf_problem
+from prune_opd.process import table_console
 
 app = typer.Typer(help="Look at prompts, and convert published files of them.", no_args_is_help=True)
 
@@ -27,16 +27,15 @@ def inspect_data(
     max_prompt_len: Annotated[int | None, typer.Option(min=1, help="Longer prompts are bad rows.")] = None,
 ) -> int:
     """Show prompts as the model gets them, their lengths, and the rows that are none."""
-    from transformers import AutoTokenizer
-
     from prune_opd.data.inspect import inspect
+    from prune_opd.data.tokenizer import load_tokenizer
 
     if problem := gguf_problem("--model", str(model)):
         raise UserError(problem)
-    if not (model / "tokenizer_config.json").is_file():
+    if not any((model / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")):
         raise UserError(f"--model {str(model)!r} has no tokenizer: give a Hugging Face model directory")
     config = apply_overrides(DataConfig(source=source), settings or [])
-    inspect(config, AutoTokenizer.from_pretrained(model), shown, max_prompt_len, Console())
+    inspect(config, load_tokenizer(model), shown, max_prompt_len, table_console())
     return 0
 
 

@@ -8,15 +8,15 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 
-from prune_opd.check.run import check_eval
+from prune_opd.check.run import check_eval, eval_layout_problems
 from prune_opd.cli.runs import refuse
 from prune_opd.cli.start import is_rank, on_ranks
 from prune_opd.errors import UserError
 from prune_opd.eval.evaluate import Sampling, write_rows
 from prune_opd.eval.inherit import EXTRACT, of_run
 from prune_opd.eval.run import SEED, EvalJob, results_table
+from prune_opd.process import table_console
 from prune_opd.track.console import unreadable_notes
 from prune_opd.track.metrics import Record, readable
 
@@ -64,6 +64,9 @@ def evaluate(
         Path | None, typer.Option(metavar="DIR", help="Where eval.jsonl and every sampled answer go.")
     ] = None,
     nproc: Annotated[int, typer.Option(min=1, help="Ranks on this node.")] = 1,
+    tensor_parallel: Annotated[
+        int, typer.Option(min=1, help="Ranks that share one copy of a model that is too large for one GPU.")
+    ] = 1,
 ) -> int:
     """Accuracy of models on tasks: avg@k with its 95 % interval, pass@k; several models or tasks make a table.
 
@@ -77,6 +80,9 @@ def evaluate(
         problem
         for model in found_models
         for problem in check_eval(model.model_dir, task, top_p, out, model.extract(extract))
+    ]
+    wrong += [
+        problem for model in found_models for problem in eval_layout_problems(model.model_dir, nproc, tensor_parallel)
     ]
     refuse(list(dict.fromkeys(wrong)))  # what is wrong with a task is so for every model
     forms = [(tuple(model.task(source, given) for source in task), model.extract(extract)) for model in found_models]
@@ -100,6 +106,7 @@ def evaluate(
                 reader,
                 None if answers is None else str(answers),
                 str(found),
+                tensor_parallel,
             )
             if code := on_ranks(nproc, "eval", job.to_json()):
                 return code
@@ -108,7 +115,7 @@ def evaluate(
     if out and results:
         write_rows(out / "eval.jsonl", results)
     if results:
-        Console().print(results_table(results))
+        table_console().print(results_table(results))
         where = f"results: {out / 'eval.jsonl'}, answers: {out}/generations-*.jsonl" if out else "--out DIR keeps them"
         typer.echo(where, err=True)
     for line in results:

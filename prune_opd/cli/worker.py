@@ -21,6 +21,7 @@ from prune_opd.config.yaml import load_config
 from prune_opd.errors import ConfigError, UserError
 from prune_opd.eval.run import EvalJob, evaluate_model
 from prune_opd.process import end_with_parent
+from prune_opd.ranks.lease import held
 from prune_opd.ranks.signals import Interruption
 
 MAIN_RANK_SPEAKS_FIRST = 3.0  # seconds
@@ -104,9 +105,10 @@ def _run(part: argparse.Namespace) -> int:
     match part.command:
         case "train":
             interruption = Interruption()  # before the heavy imports: a job may be stopped while it starts
-            from prune_opd.loop import train
+            with held(part.run_dir):
+                from prune_opd.loop import train
 
-            return train(part.config, part.run_dir, part.resume, interruption, part.allow_config_change)
+                return train(part.config, part.run_dir, part.resume, interruption, part.allow_config_change)
         case "sft":
             from prune_opd.testbed import sft
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from prune_opd.config import TrainConfig
-from prune_opd.config.yaml import config_differences, config_from_dict, load_config
+from prune_opd.config.yaml import config_differences, config_from_dict, load_config, parse
 from prune_opd.errors import ConfigError
 
 # Settings that may differ: they change neither the updates nor the problems of an evaluation.
@@ -38,7 +40,9 @@ def changes(config: TrainConfig, run_dir: Path | None, resume: str) -> list[str]
     """
     found: list[str] = []
     if run_dir is not None and (run_dir / "config.yaml").is_file():
-        found += config_differences(load_config(run_dir / "config.yaml"), config)
+        path = run_dir / "config.yaml"
+        found += config_differences(load_config(path), config)
+        found += _other_meanings(parse(path.read_text(encoding="utf-8")), config)
     state = Path(resume) / "state.json"
     if resume not in ("auto", "never") and state.is_file():
         try:
@@ -46,7 +50,19 @@ def changes(config: TrainConfig, run_dir: Path | None, resume: str) -> list[str]
         except (OSError, ValueError, KeyError) as error:
             raise ConfigError(f"{state} cannot be read ({error!r}); resume from another checkpoint") from error
         found += config_differences(config_from_dict(TrainConfig, saved, state), config)
+        found += _other_meanings(saved, config)
     return list(dict.fromkeys(found))
+
+
+def _other_meanings(saved: Mapping[str, Any], config: TrainConfig) -> list[str]:
+    """Settings with the same value that meant something else in the version that wrote `saved`, as `changes` has them.
+
+    A config without `objective.ends` is of before objective.weight=none became uniform.
+    """
+    objective = saved.get("objective") or {}
+    if objective.get("weight") == "none" == config.objective.weight and "ends" not in objective:
+        return ["objective.weight: none (1 for each id, an older version's) → none (1/|support|)"]
+    return []
 
 
 def is_harmless(change: str) -> bool:

@@ -1,6 +1,7 @@
 """What is on the device in which phase of a step: the one place that decides it.
 
     phase        student  gradients  optimizer  teacher  teacher's head  rollout weights  KV cache
+    build                                                                      (come awake)
     sync            •                                                          •
     parity          •                                                          •             •
     rollout                                                                    •             •
@@ -23,7 +24,8 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -36,6 +38,7 @@ ENGINE = (ROLLOUT_WEIGHTS, KV_CACHE)
 PARTS = (STUDENT, GRADIENTS, OPTIMIZER, TEACHER, TEACHER_HEAD, *ENGINE)
 
 NEEDS: dict[str, tuple[str, ...]] = {
+    "build": (),  # of the engine, whose two parts are there when it is over
     "sync": (STUDENT, ROLLOUT_WEIGHTS),
     "parity": (STUDENT, ROLLOUT_WEIGHTS, KV_CACHE),
     "rollout": (ROLLOUT_WEIGHTS, KV_CACHE),
@@ -46,6 +49,8 @@ NEEDS: dict[str, tuple[str, ...]] = {
     "checkpoint": (STUDENT, OPTIMIZER),
     "export": (STUDENT,),
 }
+
+EXCHANGE_BYTES = 512 * 2**20  # what a rank sends at once of the teacher's hidden states (megatron/redistribute.py)
 
 logger = logging.getLogger(__name__)
 
@@ -122,6 +127,14 @@ class MemoryPhases:
     @property
     def dry(self) -> bool:
         return self.handlers is None
+
+    @contextmanager
+    def building_engine(self) -> Iterator[None]:
+        """The engine is built in here, after student, optimizer and teacher, while what may move is away."""
+        self.resident = self.resident.difference(ENGINE)
+        self.enter("build")
+        yield
+        self.resident = self.resident.union(ENGINE)
 
     def enter(self, phase: str) -> None:
         """Bring the device to what `phase` needs. Entering the phase that it is in does nothing."""

@@ -104,8 +104,10 @@ def _unknown_key(known: list[str], key: str) -> ConfigError:
     # With a dot it is meant to be a setting, not a part of the config that has settings.
     parts = {name.rpartition(".")[0] for name in known}
     leaves = [name for name in known if name not in parts] if part else known
+    of_part = [name for name in leaves if part and name.startswith(f"{part}.")]
     near = (
-        difflib.get_close_matches(key, same_leaf, n=1, cutoff=0.8)
+        difflib.get_close_matches(key, of_part, n=1, cutoff=0.9)
+        or difflib.get_close_matches(key, same_leaf, n=1, cutoff=0.8)
         or (meant + same_leaf[: len(meant)])
         or difflib.get_close_matches(key, same_leaf, n=2, cutoff=0.0)
         or difflib.get_close_matches(key, leaves, n=1, cutoff=0.0)

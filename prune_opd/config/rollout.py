@@ -80,7 +80,8 @@ class RolloutConfig(Checked, name="rollout"):
     max_num_seqs: Count = 256  # responses that an engine works on at a time
     enforce_eager: bool | None = None  # vLLM without compiled graphs; null: so on the CPU, compiled on a GPU
     bucket_mb: Positive = 512  # of weights on their way from the trainer; two buckets exist at a time
-    quantization: Quantization | None = None  # to FP8 at every load
+    # to FP8 at every load; dense models lose least with fp8_per_block. fp8 is vLLM's older name of fp8_per_tensor
+    quantization: Quantization | None = None
     kv_cache_dtype: KvCacheDtype = "auto"  # auto: as the parameters; fp8 is e4m3
     # logits are computed in it. auto: as the parameters, so a bf16 engine rounds its logits to 8 bits; fp32: as the
     # trainer's, at no memory on a GPU, and on a CPU with a copy of the whole head in fp32 for every token

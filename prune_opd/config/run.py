@@ -107,6 +107,9 @@ class CheckpointConfig(Checked, name="checkpoint"):
     keep: Count = 2  # newest checkpoints that stay on disk
     keep_every: CountOrZero = 0  # checkpoints of these steps stay for good: 100, 200 …; 0: none does
     asynchronous: bool = True  # a child process writes while the next steps run; False: the run waits for the disk
+    # which can be loaded in other layouts: always: each, for which every rank gathers its replicas' optimizer state in
+    # host memory | last: that of the last step; the others with the same model-parallel sizes, on any number of nodes
+    any_layout: Literal["always", "last"] = "always"
     last: bool = True  # save after the last step; without it the run cannot be resumed or exported later
     export_hf: bool = True  # write hf/ at the end of the run
 

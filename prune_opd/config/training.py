@@ -139,6 +139,11 @@ class PrecisionConfig(Checked, name="precision"):
         for role in ("student", "teacher"):
             fp8: Fp8Config = getattr(self, f"{role}_fp8")
             fp8.validate(f"precision.{role}_fp8")
+            if role == "teacher" and fp8.on and fp8.recipe == "delayed":
+                raise ConfigError(
+                    "precision.teacher_fp8.recipe = 'delayed' never gets a scale: Transformer Engine updates it in "
+                    "passes that make gradients, and the teacher makes none; choose recipe=blockwise or tensorwise"
+                )
             if fp8.on and self.params != "bf16":
                 raise ConfigError(
                     f"precision.params = {self.params!r} does not go with precision.{role}_fp8.format = "

@@ -20,13 +20,14 @@ import sys
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 if TYPE_CHECKING:  # this file is also the program of the child process, which should import as little as it can
     from prune_opd.data.prompt import Prompt, PromptSource
 
 COMPARE_SECONDS: Final = 10  # for one answer; usual ones take a millisecond
 COMPARE_MEMORY_BYTES: Final = 4 << 30
+TINY: Final = 1e-3  # numbers below it are compared by their relative difference
 
 
 # ---------------------------------------------------------------------------------------------------- accuracy
@@ -138,13 +139,23 @@ def math_equal(given: str, answer: str) -> bool:
     r"""Whether an answer that was read (extract.py) equals the right one, both LaTeX or plain text, as mathematics.
 
     Of the right one the last `\boxed{...}` counts, if it has one. An answer that cannot be compared within
-    `COMPARE_SECONDS` is wrong.
+    `COMPARE_SECONDS` is wrong, and so is an empty one.
 
     Raises:
         RuntimeError: math-verify cannot be started.
     """
     given, wanted = _bare(given), _bare(last_boxed(answer) or answer)
-    return given == wanted or _comparer().equal(given, wanted)
+    if not given or not wanted:
+        return False
+    if given == wanted or (given.isalpha() and given.lower() == wanted.lower() and len(given) > 1):
+        return True
+    from prune_opd.data.notation import as_latex, in_base  # not in the child
+
+    values = [in_base(side) for side in (given, wanted)]  # math-verify does not look at a base
+    if None not in values:
+        return values[0] == values[1]
+    latex = [as_latex(side) for side in (given, wanted)]
+    return _comparer().equal(*latex) or (latex != [given, wanted] and _comparer().equal(given, wanted))
 
 
 def _bare(expression: str) -> str:
@@ -229,11 +240,29 @@ def _serve(seconds: int) -> None:
         signal.alarm(seconds)
         try:
             given, wanted = (parse(f"\\boxed{{{side}}}", parsing_timeout=None) for side in json.loads(line))
-            equal = bool(verify(wanted, given, timeout_seconds=None))
+            equal = bool(verify(wanted, given, timeout_seconds=None)) and not _far(wanted[:1], given[:1])
         except Exception:  # sympy may raise anything for what a model made up, and none of it is equal
             equal = False
         signal.alarm(0)
         print(json.dumps(equal), file=replies, flush=True)
+
+
+def _far(wanted: Any, given: Any) -> bool:
+    """Whether two tiny numbers, or those at one place of two tuples or sets, differ by more than a part in 100,000.
+
+    math-verify rounds to six decimals, so all numbers below them are equal to it.
+    """
+    from sympy import Expr, FiniteSet, Tuple
+
+    pairs = (list, tuple, Tuple, FiniteSet)
+    if isinstance(wanted, pairs) and isinstance(given, pairs):
+        sides = [side.args if isinstance(side, Tuple | FiniteSet) else side for side in (wanted, given)]
+        return len(sides[0]) == len(sides[1]) and any(map(_far, *sides))
+    if not (isinstance(wanted, Expr) and isinstance(given, Expr) and wanted.is_number and given.is_number):
+        return False
+    wanted, given = (side.doit().evalf(30) for side in (wanted, given))  # a percentage comes as 10 * (1/100)
+    size = max(abs(wanted), abs(given))
+    return bool(size < TINY and abs(wanted - given) > size / 100_000)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from prune_opd.config import DataConfig
 from prune_opd.data.answers import math_equal
 from prune_opd.data.extract import read_answer
 from prune_opd.data.prompt import Prompt, Tokenizer
-from prune_opd.data.render import SettingError, answer_of, encode_text, excerpt, prompt_text
+from prune_opd.data.render import SettingError, answer_of, encode_text, ends_with_an_answer, excerpt, prompt_text
 from prune_opd.data.rows import Row, read_rows
 from prune_opd.errors import ConfigError
 
@@ -39,6 +39,7 @@ class FileSource:
         self._extract = extract
         self.prompts: list[Prompt] = []
         self.places: list[str] = []  # file:row of each prompt, rows from 1
+        self.answered = 0  # rows that end with the assistant's answer, which is no part of the prompt
         self.skipped: dict[str, str] = {}  # file:row of each bad row → what is wrong with it
         of_settings: set[str] = set()  # what is wrong and is no row's fault
         for file, number, row in read_rows(self.path, data.split):
@@ -46,6 +47,7 @@ class FileSource:
             try:
                 self.prompts.append(self._prompt(row))
                 self.places.append(place)
+                self.answered += not isinstance(row, ConfigError) and ends_with_an_answer(row)
             except ConfigError as error:
                 self.skipped[place] = str(error)
                 if isinstance(error, SettingError):
@@ -70,6 +72,16 @@ class FileSource:
         assert prompt.answer is not None
         given = self.read(response_text)
         return given is not None and math_equal(given, prompt.answer)
+
+    def notes(self) -> list[str]:
+        """What is to be said of the file: rows that are left out, and turns."""
+        found = [f"{self.path}: {self.skipped_summary()}"] if self.skipped else []
+        if self.answered:
+            found.append(
+                f"{self.path}: {self.answered} of {self.size} rows end with an assistant's turn: it is taken for the "
+                "answer, and left out of the prompt"
+            )
+        return found
 
     def skipped_summary(self) -> str:
         """How many rows were bad, where, and the first reason."""

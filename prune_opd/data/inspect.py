@@ -38,8 +38,8 @@ def inspect(data: DataConfig, tokenizer: Tokenizer, shown: int, max_prompt_len: 
     without = sum(prompt.answer is None for prompt in prompts)
     if without:
         console.print(f"{without} of them have no answer: accuracy cannot be measured on those", style="yellow")
-    if isinstance(source, FileSource) and source.skipped:
-        console.print(Text(source.skipped_summary()), style="yellow")
+    for note in source.notes() if isinstance(source, FileSource) else ():
+        console.print(Text(note), style="yellow")
 
 
 def length_table(lengths: list[int]) -> Table:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 import os
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -51,6 +52,24 @@ def make_sampler(data: DataConfig, tokenizer: Tokenizer, seed: int, max_prompt_l
         for source in data.sources
     ]
     return MixtureSampler(samplers, data.weights or [1.0] * len(samplers)) if data.mixture else samplers[0]
+
+
+def task_name(source: str) -> str:
+    """The name of a source's results: of a file that without its ending, so that charts can say `aime24`."""
+    path = Path(source)
+    return path.stem if path.suffix in FORMATS else source if source.startswith(GYM) else path.name or source
+
+
+def doubled_names(field: str, sources: Sequence[str]) -> list[str]:
+    """A line for each name that several sources have: their results would be one."""
+    by_name: dict[str, list[str]] = {}
+    for source in sources:
+        by_name.setdefault(task_name(source), []).append(source)
+    return [
+        f"{field} has several tasks named {name!r} ({', '.join(map(repr, same))}): rename one, or their results are one"
+        for name, same in by_name.items()
+        if len(same) > 1
+    ]
 
 
 def file_sources(sampler: Sampler) -> list[FileSource]:

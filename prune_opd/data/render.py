@@ -7,6 +7,8 @@ it is. The text in "problem" or "question" is a user's turn, and goes through th
 
 from __future__ import annotations
 
+import math
+from decimal import Decimal
 from typing import Any
 
 from prune_opd.config import DataConfig
@@ -35,7 +37,7 @@ def prompt_text(row: Row, data: DataConfig, tokenizer: Tokenizer) -> str:
             hint = ' (chat turns go under "messages")' if isinstance(value, list) else ""
             raise ConfigError(f'"{column}" = {excerpt(value)}: give text that is not empty{hint}')
         turns = [{"role": "user", "content": value}]
-    template = bool(tokenizer.chat_template)
+    template = bool(_template(tokenizer))
     if data.chat and not template:
         raise SettingError("data.chat = true needs a chat template, which the model's tokenizer lacks: leave it out")
     if data.chat if data.chat is not None else template and column != "prompt":
@@ -56,12 +58,13 @@ def prompt_text(row: Row, data: DataConfig, tokenizer: Tokenizer) -> str:
 
 
 def _render(turns: list[Row], data: DataConfig, tokenizer: Tokenizer) -> str:
-    if data.thinking is not None and "enable_thinking" not in tokenizer.chat_template:
+    if data.thinking is not None and "enable_thinking" not in _template(tokenizer):
         raise SettingError(
             f"data.thinking = {data.thinking}: the tokenizer's chat template has no such switch; leave it out"
         )
     if data.suffix:
-        turns = [*turns[:-1], {**turns[-1], "content": turns[-1]["content"] + data.suffix}]
+        last = max(i for i, turn in enumerate(turns) if turn["role"] == "user")
+        turns = [*turns[:last], {**turns[last], "content": turns[last]["content"] + data.suffix}, *turns[last + 1 :]]
     if data.system_prompt is not None:
         if turns[0]["role"] == "system":
             raise SettingError("data.system_prompt is set, and the row has a system turn of its own: leave one out")
@@ -72,6 +75,12 @@ def _render(turns: list[Row], data: DataConfig, tokenizer: Tokenizer) -> str:
     except Exception as error:  # a template is a program of the model's author: it may raise what it likes
         raise ConfigError(f'the chat template does not take these "messages" ({error})') from error
     return str(rendered)
+
+
+def _template(tokenizer: Tokenizer) -> str:
+    """The chat template that `apply_chat_template` takes: of several with names the default; "" if there is none."""
+    template = tokenizer.chat_template
+    return str((template.get("default") if isinstance(template, dict) else template) or "")
 
 
 def encode_text(text: str, tokenizer: Tokenizer) -> tuple[int, ...]:
@@ -99,26 +108,53 @@ def prompt_of(row: Row) -> tuple[str, Any]:
 
 
 def answer_of(row: Row) -> str | None:
-    """A row's reference answer as text. ConfigError if it is neither a text nor a number."""
+    """A row's reference answer as text; None if there is none: left out, null, NaN or blank.
+
+    A number is written with all its digits, never as 1e-05. ConfigError if it is neither a text nor a number.
+    """
     answer = next((value for name, value in row.items() if name.lower() == "answer"), None)
     if isinstance(answer, bool) or not isinstance(answer, str | int | float | None):
         raise ConfigError(f'"answer" = {excerpt(answer)}: give a string or a number, or leave it out')
-    return None if answer is None else str(answer)
+    if isinstance(answer, float) and math.isfinite(answer):
+        answer = format(Decimal(repr(answer)), "f")
+    if answer is None or answer != answer or not str(answer).strip():
+        return None
+    try:
+        str(answer).encode()
+    except UnicodeEncodeError as error:
+        raise ConfigError(f'"answer" = {excerpt(answer)} is no text ({error.reason}): mend that character') from error
+    return str(answer)
+
+
+def ends_with_an_answer(row: Row) -> bool:
+    """Whether the last of a row's "messages" is the assistant's: no part of the prompt."""
+    column, value = prompt_of(row)
+    return column == "messages" and isinstance(value, list) and bool(value) and _role(value[-1]) == "assistant"
 
 
 def _turns(messages: Any) -> list[Row]:
+    """The turns that a response follows: without those of the assistant at the end, which are a reference answer."""
     if not isinstance(messages, list) or not messages or not all(map(_is_turn, messages)):
         raise ConfigError(
-            f'"messages" = {excerpt(messages)}: give a list of {{"role": "user", "content": "..."}}, none empty'
+            f'"messages" = {excerpt(messages)}: give a list of {{"role": "user", "content": "..."}}, none empty but a '
+            "system turn"
         )
-    return messages
+    turns = list(messages)
+    while turns and turns[-1]["role"] == "assistant":
+        turns.pop()
+    if not any(turn["role"] == "user" for turn in turns):
+        raise ConfigError(f'"messages" = {excerpt(messages)}: there is no user\'s turn to respond to; give one')
+    return turns
+
+
+def _role(turn: Any) -> Any:
+    return turn.get("role") if isinstance(turn, dict) else None
 
 
 def _is_turn(turn: Any) -> bool:
-    if not isinstance(turn, dict):
-        return False
-    role, content = turn.get("role"), turn.get("content")
-    return isinstance(role, str) and isinstance(content, str) and bool(content.strip())
+    role, content = _role(turn), turn.get("content") if isinstance(turn, dict) else None
+    # An empty system turn is how one switches a template's own system prompt off.
+    return isinstance(role, str) and isinstance(content, str) and (role == "system" or bool(content.strip()))
 
 
 def excerpt(value: Any) -> str:

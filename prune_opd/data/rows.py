@@ -2,8 +2,7 @@
 
     read_rows(path) ─▶ (file, number of the row in it, the row or what is wrong with it)
 
-Nothing is taken from the network. A dataset directory is what `Dataset.save_to_disk` wrote, or a downloaded repository
-with .parquet or .jsonl files in it.
+Nothing is taken from the network. dataset_directory.py says which files of a directory are read.
 """
 
 from __future__ import annotations
@@ -13,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from prune_opd.data.dataset_directory import dataset_files
 from prune_opd.errors import ConfigError
 
 FORMATS = (".jsonl", ".parquet")
@@ -51,37 +51,10 @@ def prompt_files(path: Path, split: str | None = None) -> list[Path]:
     if not path.exists():
         raise ConfigError(f"{path}: there is no such file or directory (looked for {path.absolute()})")
     if path.is_dir():
-        return _directory_files(path, split)
+        return dataset_files(path, split, FORMATS)
     if path.suffix not in FORMATS:
         raise ConfigError(f"{path} is not one of {', '.join(FORMATS)}: convert it to one JSON object a line")
     return [path]
-
-
-def _directory_files(path: Path, split: str | None) -> list[Path]:
-    saved = path / "dataset_dict.json"
-    if saved.is_file():
-        chosen = _choose(path, json.loads(saved.read_text(encoding="utf-8"))["splits"], split)
-        return _directory_files(path / chosen, None)
-    if (path / "state.json").is_file():
-        state = json.loads((path / "state.json").read_text(encoding="utf-8"))
-        if "_data_files" in state:
-            return [path / part["filename"] for part in state["_data_files"]]
-    for suffix in reversed(FORMATS):
-        if files := sorted(path.rglob(f"*{suffix}")):
-            splits = {file: file.stem.split("-")[0] for file in files}  # train in train-00000-of-00003.parquet
-            chosen = _choose(path, list(dict.fromkeys(splits.values())), split)
-            return [file for file in files if splits[file] == chosen]
-    raise ConfigError(f"{path} has no {' or '.join(FORMATS)} files and was not saved by datasets: give a file in it")
-
-
-def _choose(path: Path, splits: list[str], split: str | None) -> str:
-    """The split that is asked for; else the only one, or `train`."""
-    if split is None and len(splits) == 1:
-        return splits[0]
-    wanted = split or "train"
-    if wanted not in splits:
-        raise ConfigError(f"data.split = {split!r}: {path} has {', '.join(map(repr, splits))}; set data.split to one")
-    return wanted
 
 
 def _json_lines(path: Path) -> Iterator[Numbered]:

@@ -13,8 +13,7 @@ from typing import TYPE_CHECKING, Any
 from prune_opd.config import DataConfig
 from prune_opd.data.answers import Accuracy, avg_at_k, score_responses
 from prune_opd.data.prompt import Prompt, PromptSource
-from prune_opd.data.prompts import held_out, make_source
-from prune_opd.data.rows import FORMATS
+from prune_opd.data.prompts import held_out, make_source, task_name
 from prune_opd.rollout.batch import Rollouts
 from prune_opd.rollout.request import TokenSampling, new_rows
 from prune_opd.track.metrics import Record
@@ -108,9 +107,7 @@ def make_evaluator(
     """
     source = make_source(data, tokenizer, sampling.seed, max_prompt_len, extract=extract)
     chosen = held_out(data, tokenizer, sampling.seed, problems, max_prompt_len)
-    path = Path(source.name)
-    task = path.stem if path.suffix in FORMATS else source.name  # of a file no ending, so that charts can say `aime24`
-    return Evaluator(tokenizer, task, source, chosen, sampling)
+    return Evaluator(tokenizer, task_name(data.source), source, chosen, sampling)
 
 
 def evaluation_record(

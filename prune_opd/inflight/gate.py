@@ -16,6 +16,7 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -31,13 +32,14 @@ from prune_opd.loss.ends import as_outcomes, end_logits, fold_
 from prune_opd.loss.vocab_parallel import OutputHead, local_gather, log_normaliser, sum_together, topk
 from prune_opd.method.change_point import ChangePoint, Usual
 from prune_opd.method.gate import RELIABLE_ABOVE, apply_gate
-from prune_opd.rollout.balance import deal_any, padded_size
+from prune_opd.rollout.balance import Deal, deal_any, padded_size
 from prune_opd.rollout.batch import Response, Rollouts
 from prune_opd.rollout.stepwise import Prefix
 
 if TYPE_CHECKING:
     from prune_opd.megatron.layout import Layout
-    from prune_opd.megatron.teacher import KeptHidden, Teacher
+    from prune_opd.megatron.redistribute import KeptHidden
+    from prune_opd.megatron.teacher import Teacher
 
 
 class InflightGate:
@@ -69,7 +71,7 @@ class InflightGate:
         begun_of_row: what each row already has from earlier steps. These stale tokens never count as events: what the
         student thinks of them now is not known here, and fewer events cut no reliable token.
         """
-        from prune_opd.megatron.teacher import KeptHidden
+        from prune_opd.megatron.redistribute import KeptHidden
 
         self.prompts, self.limits = list(prompt_of_row), list(max_tokens_of_row)
         self.ids = [list(begun.ids) for begun in begun_of_row]
@@ -81,13 +83,13 @@ class InflightGate:
 
     def keep(self, rows: Sequence[int]) -> None:
         """Only these rows stay in the batch: row rows[i] becomes row i."""
-        from prune_opd.megatron.teacher import KeptHidden
+        from prune_opd.megatron.redistribute import KeptHidden
 
         number = {row: i for i, row in enumerate(rows)}
         self.limits = [self.limits[row] for row in rows]
         kept = self.kept
         self.kept = KeptHidden(
-            {number[row]: where for row, where in kept.replica_of.items() if row in number},
+            {number[row]: where for row, where in kept.holders_of.items() if row in number},
             {number[row]: hidden for row, hidden in kept.of_row.items() if row in number},
         )
 
@@ -105,10 +107,11 @@ class InflightGate:
         lengths = [padded_size(length, student.row_multiple) for length in due.row_length_B]
         dealt = deal_any(lengths, range(len(prefixes)), student.dp, budget * student.cp)
         hidden, computed = self.teacher.look(due, [dealt])
+        tops = self._tops(prefixes, dealt)
         evidence: dict[int, list[float]] = {}
         if student.is_last_stage:
             mine = [row for rows in dealt[student.dp_rank] for row in rows]
-            evidence = self._evidence({row: prefixes[row] for row in mine}, hidden.of_row)
+            evidence = self._evidence({row: prefixes[row] for row in mine}, hidden.of_row, tops)
         stopped = self._decide(prefixes, evidence if self.layout.reports else {})
         self._keep([i for i, prefix in enumerate(prefixes) if prefix.row in stopped], prefixes, computed)
         self.teacher_tokens += sum(due.row_length_B)
@@ -130,14 +133,37 @@ class InflightGate:
             "tokens_avoided": sum(_expected(rollouts, length_B[row], limits[row]) - length_B[row] for row in stopped),
             "tokens_dropped": sum(response.dropped for response in (*rollouts.responses, *left)),
             "teacher_tokens_inflight": self.teacher_tokens,
-            "teacher_tokens_reused": sum(rollouts.row_length_B[row] for row in self.kept.replica_of),
+            "teacher_tokens_reused": sum(rollouts.row_length_B[row] for row in self.kept.holders_of),
             "inflight_checks": self.checks,
             "inflight_too_early": sum(bool(reliable_length_B[row] >= length_B[row]) for row in stopped),
             "time_inflight": self.seconds,
         }
 
+    def _tops(self, prefixes: Sequence[Prefix], dealt: Deal) -> dict[int, Tensor]:
+        """The student's candidates of the rows that this rank judges: [T, 2C], ids and the bits of their log p.
+
+        From each row's engine to the ranks that judge it, and to no others. Collective over the job.
+        """
+        from prune_opd.megatron.redistribute import find_routes, redistribute, replica_of_row
+
+        if self.top is None:
+            return {}
+        device, mine = self.teacher.nothing.device, {}
+        for i, prefix in enumerate(prefixes):
+            if prefix.top_ids_TK is not None and prefix.top_logp_TK is not None:
+                both = np.concatenate([prefix.top_ids_TK, prefix.top_logp_TK.view(np.int32)], axis=1)
+                mine[i] = torch.from_numpy(both).to(device)
+        lengths = [len(prefix.new_ids) for prefix in prefixes]
+        holders = {i: (prefix.holder,) for i, prefix in enumerate(prefixes)}
+        routes = find_routes(holders, replica_of_row([dealt]), self.layout.student, lengths)
+        return redistribute(
+            mine, lengths, routes, torch.empty(0, 2 * self.top, dtype=torch.int32, device=device)
+        ).of_row
+
     @torch.no_grad()
-    def _evidence(self, prefixes: Mapping[int, Prefix], hidden_of: Mapping[int, Tensor]) -> dict[int, list[float]]:
+    def _evidence(
+        self, prefixes: Mapping[int, Prefix], hidden_of: Mapping[int, Tensor], tops: Mapping[int, Tensor]
+    ) -> dict[int, list[float]]:
         """Evidence at the new tokens of some rows, by their number among the due. Collective over student TP ranks."""
         if not prefixes:
             return {}
@@ -155,7 +181,9 @@ class InflightGate:
         head.allocate(chunk, torch.float32)
         parts = [slice(first, first + chunk) for first in range(0, len(hidden_NH), chunk)]
         heat = self.config.objective.temperature
-        seen = _Seen(list(prefixes.values()), hidden_NH.device, self.vocab_size, self.ends, heat)
+        sampled_N = torch.tensor([token for p in prefixes.values() for token in p.new_ids], device=hidden_NH.device)
+        both_NC = torch.cat([tops[row] for row in prefixes]) if tops else None
+        seen = _Seen(sampled_N, both_NC, self.vocab_size, self.ends, heat)
         evidence_N = torch.cat([self._chunk_evidence(head, seen, part) for part in parts]).double()
         return {row: part.tolist() for row, part in zip(new, evidence_N.split(list(new.values())), strict=True)}
 
@@ -220,7 +248,7 @@ class InflightGate:
     def _keep(self, stopped: Sequence[int], prefixes: Sequence[Prefix], computed: KeptHidden) -> None:
         """Hold on to what the teacher knows of rows that end here: they are whole."""
         for i in stopped:
-            self.kept.replica_of[prefixes[i].row] = computed.replica_of[i]
+            self.kept.holders_of[prefixes[i].row] = computed.holders_of[i]
             if i in computed.of_row:  # a copy: a view would hold the whole micro-batch
                 self.kept.of_row[prefixes[i].row] = computed.of_row[i].clone()
 
@@ -229,20 +257,14 @@ class _Seen:
     """What the rollout engine says about the new tokens of some rows, end to end."""
 
     def __init__(
-        self,
-        prefixes: Sequence[Prefix],
-        device: torch.device,
-        vocab_size: int,
-        ends: tuple[int, ...],
-        temperature: float,
+        self, sampled_N: Tensor, both_NC: Tensor | None, vocab_size: int, ends: tuple[int, ...], temperature: float
     ) -> None:
-        sampled_N = torch.tensor([token for prefix in prefixes for token in prefix.new_ids], device=device)
+        """both_NC: the student's candidates, as `_tops` has them."""
         self.sampled_N = as_outcomes(sampled_N, ends)
         self.vocab_size, self.ends, self.temperature = vocab_size, ends, temperature
-        self._ids = [torch.from_numpy(p.top_ids_TK) for p in prefixes if p.top_ids_TK is not None]
-        self._logp = [torch.from_numpy(p.top_logp_TK) for p in prefixes if p.top_logp_TK is not None]
-        if self._ids:
-            self._ids_NC, self._logp_NC = (torch.cat(part).to(device) for part in (self._ids, self._logp))
+        if both_NC is not None:
+            self._ids_NC, bits_NC = (half.contiguous() for half in both_NC.chunk(2, dim=1))
+            self._logp_NC = bits_NC.view(torch.float32)
 
     def top(self, part: slice) -> tuple[Tensor, Tensor, Tensor]:
         """The student's candidates [N, C], int64, and their log-probabilities, descending; padding ids come last.

@@ -50,7 +50,7 @@ class Checkpoints:
 
     def __init__(self, directory: Path, config: CheckpointConfig, layout: Layout):
         self.directory, self.config, self.layout = directory, config, layout
-        self._writer = ShardWriter()
+        self._writer = ShardWriter(layout.student.groups.dp_cp)
         self._saving: _Saving | None = None
 
     def latest(self) -> Path | None:
@@ -63,19 +63,21 @@ class Checkpoints:
 
     # ------------------------------------------------------------------------------------------------ saving
 
-    def save(self, step: int, trainer: Trainer, state: dict[str, Any]) -> None:
+    def save(self, step: int, trainer: Trainer, state: dict[str, Any], any_layout: bool = True) -> None:
         """Begin to write `step_N`: the trainer's shards and `state` (JSON values). Waits for the save before it.
 
+        any_layout: whether other layouts than this one can load it, which costs host memory on every rank.
         The tensors are those of this moment: training may go on at once. Raises `UserError` on every rank when the disk
         refuses, here or (asynchronous) from `poll` or `finish`; the last good checkpoint is then as it was.
         """
         self.finish()
-        text = json.dumps({"step": step, **state}, indent=1)
+        layout = None if any_layout else self._sizes()
+        text = json.dumps({"step": step, "layout": layout, **state}, indent=1)
         name = f"step_{step:06d}.{secrets.token_hex(4)}.partial"
         partial = self.directory / self._together(lambda: name)[0]  # a name of its own: a killed save may still write
         self._together(lambda: self._make_room(partial) if self.layout.is_main else None, partial)
         try:
-            self._writer.begin(trainer.sharded_state(loading=False), partial)
+            self._writer.begin(trainer.sharded_state(loading=False, any_layout=any_layout), partial)
         except (OSError, RuntimeError) as error:  # of rank 0, which writes what has no shards
             raise self._failure(partial, str(error)) from error
         self._saving = _Saving(step, partial, text)
@@ -223,10 +225,31 @@ class Checkpoints:
         return "; ".join(p for share in problems for p in share) or None
 
     def load(self, checkpoint: Path, trainer: Trainer) -> dict[str, Any]:
-        """Restore the trainer in this run's layout and return the rest. Raises `UserError` for an incomplete one."""
+        """Restore the trainer in this run's layout and return the rest.
+
+        Raises `UserError` for an incomplete one, and for one that only another layout can load.
+        """
         state = read_state(checkpoint)
-        trainer.load(load_shards(trainer.sharded_state(loading=True), checkpoint))
+        if (theirs := state.get("layout")) not in (None, self._sizes()):
+            raise UserError(
+                f"{checkpoint} was written as its ranks held it ({_in_words(theirs)}), and this run has "
+                f"{_in_words(self._sizes())}: resume in that layout, or from a checkpoint that any layout loads (that "
+                "of a last step, or with checkpoint.any_layout=always)"
+            )
+        wanted = trainer.sharded_state(loading=True, any_layout=theirs is None)
+        trainer.load(load_shards(wanted, checkpoint))
         return state
+
+    def _sizes(self) -> dict[str, int]:
+        """The sizes of a layout that decide which parameters a rank holds, and in which order."""
+        student = self.layout.student
+        return {
+            "tensor": student.tp,
+            "pipeline": student.pp,
+            "virtual_pipeline": student.vp,
+            "expert": student.ep,
+            "context": student.cp,
+        }
 
 
 def read_state(checkpoint: Path) -> dict[str, Any]:
@@ -236,6 +259,10 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
             f"{checkpoint} is not a checkpoint (no {STATE_FILE}): give a step_N folder of a run's checkpoints/"
         )
     return json.loads(path.read_text())
+
+
+def _in_words(sizes: dict[str, int]) -> str:
+    return ", ".join(f"parallel.{name} = {size}" for name, size in sizes.items())
 
 
 def _step_of(name: str) -> int | None:

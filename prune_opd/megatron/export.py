@@ -21,7 +21,7 @@ def export_checkpoint(checkpoint: Path, out_dir: Path) -> None:
     from prune_opd.megatron import layout as layouts
     from prune_opd.megatron.checkpoint import read_state
     from prune_opd.megatron.model import build, dtype_of
-    from prune_opd.megatron.shards import load_model, load_shards
+    from prune_opd.megatron.shards import load_model, load_shards, sharded_model
     from prune_opd.weights.stream import export_hf
 
     config = read_state(checkpoint)["config"]
@@ -34,7 +34,7 @@ def export_checkpoint(checkpoint: Path, out_dir: Path) -> None:
     layout = layouts.initialize(ParallelConfig(tensor=1), machine, seed=0)
     dtype = dtype_of(config["precision"]["params"])
     (model,) = build(config["student"], layout.student, dtype, trainable=False)
-    load_model(model, load_shards({"model": model.sharded_state_dict()}, checkpoint)["model"])
+    load_model(model, load_shards({"model": sharded_model(model)}, checkpoint)["model"])
     export_hf([model], config["student"], out_dir, write=True)
     if ends := end_class(settings, model.spec.vocab_size):
         write_ends(out_dir, ends)

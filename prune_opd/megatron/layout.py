@@ -163,7 +163,10 @@ def _leave_groups() -> None:
 
 
 def _teacher_layout(parallel: ParallelConfig, student: ModelLayout) -> ModelLayout:
-    """The student's groups where they serve the teacher too. Forward only: no virtual pipeline, no cut residuals."""
+    """The student's groups where they serve the teacher too. Forward only: no virtual pipeline.
+
+    The teacher itself turns sequence parallelism on, where it has experts.
+    """
     tp, pp = parallel.teacher_tensor or student.tp, parallel.teacher_pipeline or student.pp
     ep = parallel.teacher_expert
     same = (tp, pp, ep, 1) == (student.tp, student.pp, student.ep, student.cp)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,8 @@ from prune_opd.megatron.precision import token_multiple
 from prune_opd.megatron.rope import attention_scale, set_frequencies
 from prune_opd.model_spec import ModelSpec, MoeSpec
 from prune_opd.weights.load import load_hf_weights
+
+APEX_KERNEL = "fused_weight_gradient_mlp_cuda"  # NVIDIA's apex; megatron-core imports it by this name
 
 
 def dtype_of(params: str) -> torch.dtype:
@@ -76,15 +79,28 @@ def transformer_config(spec: ModelSpec, layout: ModelLayout, dtype: torch.dtype,
         perform_initialization=False,  # every weight comes from the Hugging Face directory
         use_cpu_initialization=True,
         calculate_per_token_loss=True,  # one global token mean over the global batch
-        gradient_accumulation_fusion=False,
         masked_softmax_fusion=False,
         persist_layer_norm=False,
-        apply_rope_fusion=False,
-        bias_activation_fusion=False,
         cuda_graph_impl="none",
         batch_p2p_sync=False,
+        **fusions(HAVE_TE, spec.moe is not None),
         **settings,
     )
+
+
+def fusions(engine: bool, experts: bool) -> dict[str, bool]:
+    """The fused kernels that Transformer Engine (`engine`) has. Unfused, rotating packed rows waits for the device:
+    it needs each segment's length on the host, four times a layer."""
+    return {
+        "apply_rope_fusion": engine,
+        "bias_activation_fusion": engine,  # SwiGLU
+        "moe_permute_fusion": engine and experts,
+    }
+
+
+def gradient_fusion(on_gpu: bool) -> dict[str, bool]:
+    """A weight's gradient is added to the fp32 buffer by its own matrix product, where apex has the kernel."""
+    return {"gradient_accumulation_fusion": on_gpu and importlib.util.find_spec(APEX_KERNEL) is not None}
 
 
 def _expert_settings(moe: MoeSpec, layout: ModelLayout) -> dict[str, Any]:
@@ -182,7 +198,8 @@ def build(
     spec = ModelSpec.read(model_dir)
     if spec.moe:
         platform.prepare_experts()
-    config = transformer_config(spec, layout, dtype, **(settings or {}))
+    own = gradient_fusion(not platform.prepare().is_cpu and trainable)
+    config = transformer_config(spec, layout, dtype, **own, **(settings or {}))
     stages = range(layout.vp) if layout.vp > 1 else (None,)
     chunks = [_build_chunk(spec, config, layout, stage, dtype) for stage in stages]
     if config.fp8:

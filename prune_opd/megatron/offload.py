@@ -94,8 +94,8 @@ def optimizer_tensors(optimizer: Any) -> Iterator[Tensor]:
             yield from (value for value in state.values() if isinstance(value, Tensor))
 
 
-def handlers(trainer: Any, teacher: Any, engine: Any, machine: Platform) -> dict[str, Handler]:
-    """What carries out the transitions of config/memory_phases.py in a run on a GPU."""
+def handlers(trainer: Any, teacher: Any, engine: Callable[[], Any], machine: Platform) -> dict[str, Handler]:
+    """What carries out the transitions of config/memory_phases.py in a run on a GPU. engine: built later than these."""
 
     def weights(model: Any) -> list[Tensor]:
         return [parameter for chunk in model.chunks for parameter in chunk.parameters()]
@@ -109,9 +109,9 @@ def handlers(trainer: Any, teacher: Any, engine: Any, machine: Platform) -> dict
 
     def rollout(transition: Transition) -> None:
         if transition.action == "sleep":
-            engine.sleep()
+            engine().sleep()
         else:
-            engine.wake_up([ENGINE_TAGS[part] for part in transition.parts])
+            engine().wake_up([ENGINE_TAGS[part] for part in transition.parts])
 
     student = partial(weights, trainer)
     return {

@@ -14,11 +14,16 @@ import torch
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from torch import Tensor
 
-# Parameters and moments are saved as whole tensors by name, so that any layout can load them.
-CHECKPOINT_FORMAT = {
-    "distrib_optim_sharding_type": "fully_reshardable",
-    "distrib_optim_fully_reshardable_mem_efficient": False,  # gathered over the data-parallel group, not through gloo
-    "chained_optim_avoid_prefix": True,
+# By whether any layout can load a checkpoint. If so, parameters and moments are whole tensors by name, for which every
+# rank gathers those of its data-parallel group in its host's memory. If not, each rank writes the share that it holds,
+# as it holds it: nothing is gathered or copied, and only the number of replicas may change.
+CHECKPOINT_FORMATS: dict[bool, dict[str, Any]] = {
+    True: {
+        "distrib_optim_sharding_type": "fully_reshardable",
+        "distrib_optim_fully_reshardable_mem_efficient": False,  # over the data-parallel group, not through gloo
+        "chained_optim_avoid_prefix": True,
+    },
+    False: {"distrib_optim_sharding_type": "dp_reshardable", "chained_optim_avoid_prefix": False},
 }
 
 

@@ -26,6 +26,9 @@ def transformer_arguments(fp8: Fp8Config) -> dict[str, Any]:
         "fp8_param": fp8.param,
         "fp8_amax_history_len": fp8.amax_history,
         "fp8_amax_compute_algo": "max",
+        # Weights are quantised anew for every pass. Kept, their FP8 copies would take half of the models' memory again,
+        # in every phase, since they are no parameters that could move away.
+        "disable_parameter_transpose_cache": not fp8.param,
         "first_last_layers_bf16": any(ends),
         "num_layers_at_start_in_bf16": ends[0],
         "num_layers_at_end_in_bf16": ends[1],

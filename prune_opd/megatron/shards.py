@@ -14,8 +14,10 @@ from typing import Any
 import torch
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.mapping import CheckpointingException
+from megatron.core.dist_checkpointing.serialization import get_default_save_sharded_strategy
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
+from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelSaveStrategyWrapper
 from megatron.core.dist_checkpointing.validation import StrictHandling
 from torch.distributed.checkpoint.api import CheckpointException
 
@@ -39,13 +41,17 @@ class WriteError(Exception):
 class ShardWriter:
     """Writes shards from a child process of each rank, while training goes on. One save at a time; all collective."""
 
-    def __init__(self) -> None:
-        self._queue = AsyncCallsQueue(persistent=False)
+    def __init__(self, replicas: Any) -> None:
+        """replicas: the group of this rank's data-parallel replicas."""
+        self._queue, self._replicas = AsyncCallsQueue(persistent=False), replicas
 
     def begin(self, state: dict[str, Any], folder: Path) -> None:
         """Begin to write a sharded state dict as it is now. What rank 0 writes by itself may raise `OSError`."""
         _results_end_with_us()
-        self._queue.schedule_async_request(dist_checkpointing.save(state, str(folder), async_sharded_save=True))
+        # Of what several replicas hold each writes a part, where otherwise the first one would write it all.
+        strategy = FullyParallelSaveStrategyWrapper(get_default_save_sharded_strategy(), self._replicas)
+        request = dist_checkpointing.save(state, str(folder), strategy, async_sharded_save=True)
+        self._queue.schedule_async_request(request)
 
     def is_done(self, blocking: bool) -> bool:
         """Whether every rank has written its shards; wait for it with `blocking`. Raises `WriteError` on every rank."""
@@ -68,6 +74,18 @@ def _reasons(error: BaseException) -> str:
     failures = getattr(error, "failures", None) or {}
     said = dict.fromkeys(str(failure[0]).partition("\n")[0] for failure in failures.values())
     return "; ".join(said) or ("rank 0 has the reason" if isinstance(error, CheckpointException) else str(error))
+
+
+def sharded_model(model: Any, metadata: dict[str, Any] | None = None) -> dict[str, Any]:
+    """A model's sharded state dict, without what Transformer Engine would add to it as a pickle.
+
+    Its `_extra_state` holds the history of FP8 scales, which only delayed scaling has. It is read by `pickle`, which
+    runs what it is told to.
+    """
+    state, config = model.sharded_state_dict(metadata=metadata), model.config
+    if config.fp8 and config.fp8_recipe == "delayed":
+        return dict(state)
+    return {name: tensor for name, tensor in state.items() if EXTRA_STATE not in name}
 
 
 def load_shards(wanted: dict[str, Any], checkpoint: Path) -> dict[str, Any]:

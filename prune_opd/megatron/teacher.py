@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import cached_property
 from itertools import chain
 from pathlib import Path
 
@@ -15,20 +16,19 @@ from prune_opd.megatron.layout import Layout
 from prune_opd.megatron.model import build
 from prune_opd.megatron.packing import PackedBatch, pack_rows
 from prune_opd.megatron.precision import NO_FP8, transformer_arguments
-from prune_opd.megatron.redistribute import TeacherHidden, find_routes, redistribute, replica_of_row
+from prune_opd.megatron.redistribute import (
+    KeptHidden,
+    TeacherHidden,
+    find_routes,
+    redistribute,
+    replica_of_row,
+    sources_of_row,
+)
 from prune_opd.megatron.schedule import forward
 from prune_opd.model_spec import ModelSpec
 from prune_opd.rollout.balance import Deal, deal_any
 from prune_opd.rollout.batch import Rollouts
 from prune_opd.weights.load import read_head
-
-
-@dataclass(frozen=True)
-class KeptHidden:
-    """Whole rows that the teacher went through already: on which of its replicas each is, and those of this rank."""
-
-    replica_of: dict[int, int] = field(default_factory=dict)
-    of_row: dict[int, Tensor] = field(default_factory=dict)
 
 
 class Teacher:
@@ -37,6 +37,9 @@ class Teacher:
     Its output matrix is not on its own last stage but where the loss is: on the student's last stage, cut over the
     student's TP ranks. It is read from the directory in that cut, so nothing is gathered, and costs each of those ranks
     padded vocabulary / student's TP × hidden numbers.
+
+    A teacher with experts that is cut over TP ranks has sequence parallelism: each rank then sends its own tokens to
+    the experts, where otherwise all of them would send the same ones.
     """
 
     def __init__(
@@ -48,6 +51,8 @@ class Teacher:
         token_budget: int,
         fp8: Fp8Config = NO_FP8,
     ):
+        cut = ModelSpec.read(model_dir).moe is not None and layout.teacher.tp > 1
+        layout = replace(layout, teacher=replace(layout.teacher, sequence_parallel=cut))
         self.layout, self.device, self.token_budget = layout, device, token_budget
         settings = transformer_arguments(fp8)
         chunks = build(model_dir, layout.teacher, dtype, trainable=False, head=False, settings=settings)
@@ -78,12 +83,24 @@ class Teacher:
         """`hidden`, and all that the teacher knows now, where it was computed."""
         kept = kept or KeptHidden()
         ours = self._deals(rollouts, deals, kept)
-        hidden_of = {**kept.of_row, **self._compute(rollouts, ours)}
-        replica_of = {**kept.replica_of, **replica_of_row(ours)}
-        routes = find_routes(replica_of, replica_of_row(deals), self.layout.teacher, self.layout.student)
-        return redistribute(hidden_of, rollouts.length_B, routes, self.nothing), KeptHidden(replica_of, hidden_of)
+        could_hold = {row: self._last_stages[replica] for row, replica in replica_of_row(ours).items()}
+        lengths = rollouts.length_B
+        routes = find_routes(kept.holders_of | could_hold, replica_of_row(deals), self.layout.student, lengths)
+        sources = sources_of_row(routes)
+        hidden_of = kept.of_row | self._compute(rollouts, ours, sources)
+        known = KeptHidden(kept.holders_of | {row: sources[row] for row in could_hold}, hidden_of)
+        return redistribute(hidden_of, lengths, routes, self.nothing), known
 
-    def _compute(self, rollouts: Rollouts, deals: Sequence[Deal]) -> dict[int, Tensor]:
+    @cached_property
+    def _last_stages(self) -> list[tuple[int, ...]]:
+        """The ranks of each replica's last stage."""
+        teacher = self.layout.teacher
+        return [tuple(teacher.last_stage_ranks(replica)) for replica in range(teacher.dp)]
+
+    def _compute(
+        self, rollouts: Rollouts, deals: Sequence[Deal], sources: Mapping[int, Sequence[int]]
+    ) -> dict[int, Tensor]:
+        """This replica's part of the deals. Every TP rank computes all of it and keeps the rows that it is to send."""
         mine = [rows for part in deals for rows in part[self.layout.teacher.dp_rank]]
         if not mine:
             return {}
@@ -93,8 +110,12 @@ class Teacher:
         hidden_of: dict[int, Tensor] = {}
 
         def keep(batch: PackedBatch, hidden_NH: Tensor) -> None:
-            parts = hidden_NH[batch.predicting_M].split([rollouts.length_B[row] for row in batch.rows])
-            hidden_of.update(zip(batch.rows, parts, strict=True))
+            parts = batch.predicting_M.split([rollouts.length_B[row] for row in batch.rows])
+            own = [(row, part) for row, part in zip(batch.rows, parts, strict=True) if self.layout.rank in sources[row]]
+            if not own:
+                return
+            kept_MH = hidden_NH[torch.cat([part for _, part in own])]
+            hidden_of.update(zip((row for row, _ in own), kept_MH.split([len(part) for _, part in own]), strict=True))
 
         forward(self.chunks, self.layout.teacher, batches, keep)
         return hidden_of
@@ -106,10 +127,10 @@ class Teacher:
         Nor when some rows are known, which would leave holes in the micro-batches.
         """
         replicas, student = self.layout.teacher.dp, self.layout.student
-        if replicas == student.dp and student.cp == 1 and not kept.replica_of:
+        if replicas == student.dp and student.cp == 1 and not kept.holders_of:
             return deals
         rows = sorted(chain.from_iterable(replica_of_row([part]) for part in deals))
-        rows = [row for row in rows if row not in kept.replica_of]
+        rows = [row for row in rows if row not in kept.holders_of]
         return [deal_any(rollouts.row_length_B, rows, replicas, self.token_budget)] if rows else []
 
     def _read_head(self, model_dir: str | Path, dtype: torch.dtype) -> Tensor:

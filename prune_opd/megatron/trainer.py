@@ -26,7 +26,7 @@ from prune_opd.megatron.model import HiddenStatesGPT, build
 from prune_opd.megatron.packing import PackedBatch
 from prune_opd.megatron.precision import NO_FP8, ddp_arguments, optimizer_arguments, transformer_arguments
 from prune_opd.megatron.schedule import forward, forward_backward
-from prune_opd.megatron.shards import load_model
+from prune_opd.megatron.shards import load_model, sharded_model
 from prune_opd.model_spec import ModelSpec
 from prune_opd.rollout.batch import Rollouts
 
@@ -217,12 +217,15 @@ class Trainer:
             return NotFinite(rank, "gradient", tuple(row for batch in batches for row in batch.rows))
         return None
 
-    def sharded_state(self, *, loading: bool) -> dict[str, Any]:
-        """Model and optimizer for megatron's distributed checkpoint, in whatever layout this run has."""
-        metadata = {**optimizer_state.CHECKPOINT_FORMAT, "dp_cp_group": self.layout.student.groups.dp_cp}
+    def sharded_state(self, *, loading: bool, any_layout: bool = True) -> dict[str, Any]:
+        """Model and optimizer for megatron's distributed checkpoint, in whatever layout this run has.
+
+        any_layout: whether every layout can load it, or only this one (optimizer_state.py).
+        """
+        metadata = {**optimizer_state.CHECKPOINT_FORMATS[any_layout], "dp_cp_group": self.layout.student.groups.dp_cp}
         if loading:
             optimizer_state.prepare_to_load(self.optimizer)
-        models = {f"model{i}": chunk.sharded_state_dict(metadata=metadata) for i, chunk in enumerate(self.chunks)}
+        models = {f"model{i}": sharded_model(chunk, metadata) for i, chunk in enumerate(self.chunks)}
         optimizer = self.optimizer.sharded_state_dict(models, is_loading=loading, metadata=metadata)
         return {**models, "optimizer": optimizer}
 

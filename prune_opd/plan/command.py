@@ -4,24 +4,19 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from rich.console import Console
-
 from prune_opd.config import TrainConfig
 from prune_opd.config.recipe import list_recipes, load_recipe
 from prune_opd.plan.planner import plan_run
 from prune_opd.plan.search import best_layouts
 from prune_opd.plan.show import digits, print_curve, print_found, print_plan, write_plan
-
-WIDTH = 160  # of tables that go to a file or a pipe
+from prune_opd.process import table_console
 
 
 def run_plan(config: TrainConfig, gpu: str | None, nodes: int | None, search: bool, out: Path | None) -> int:
     """Print the plan; 1 if the run does not fit. gpu, nodes: None takes the recipe's."""
     gpu, nodes = gpu or config.planning.gpu, nodes or config.planning.nodes
     plan = plan_run(config, gpu, nodes)
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=WIDTH)
+    console = table_console()
     print_plan(plan, console)
     print_curve(plan, console)
     found = best_layouts(config, gpu, nodes) if search else []

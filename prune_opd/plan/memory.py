@@ -12,7 +12,8 @@ from prune_opd.plan.hardware import ENGINE_WORKSPACE, RESERVED
 from prune_opd.plan.setting import Setting
 
 STEP = ("sync", "rollout", "teacher", "train")
-START = "start"  # everything is built on the device before the first phase
+INFLIGHT = "inflight"  # what the rollout is where the teacher looks at the responses on the way
+START = "start"  # student, optimizer and teacher are built first, then the engine, while what may move is away
 # Matrices [loss chunk × vocabulary] that are alive together, in fp32: both models' logits and what the gradients take.
 # In fp32 on a CPU the loss took 2.3 to 2.6 of them beyond its inputs (README); bf16 heads add copies.
 LOSS_MATRICES = 4
@@ -72,7 +73,8 @@ def problems(setting: Setting, plan: MemoryPlan) -> list[str]:
         )
     if plan.peak > plan.limit:
         remedies = {
-            START: "lower rollout.gpu_memory_utilization, or share the models over more ranks",
+            START: "lower rollout.gpu_memory_utilization, set memory.offload_*, or share the models over more ranks",
+            INFLIGHT: "lower rollout.gpu_memory_utilization, or raise parallel.teacher_tensor",
             "train": "raise parallel.tensor, set parallel.recompute=full, memory.* offloads, or more nodes",
             "teacher": "raise parallel.teacher_tensor, or set memory.offload_optimizer and memory.sleep_level",
         }
@@ -109,11 +111,17 @@ def optimizer_bytes(setting: Setting, count: Count, layout: ParallelSizes) -> fl
     return each * (count.dense / (layout.replicas * layout.context) + count.experts / layout.expert_replicas)
 
 
+def phases_of(setting: Setting) -> tuple[str, ...]:
+    """The phases of a step, in order."""
+    watched = setting.config.rollout.inflight.on
+    return tuple(INFLIGHT if phase == "rollout" and watched else phase for phase in STEP)
+
+
 def resident_parts(setting: Setting) -> dict[str, frozenset[str]]:
     """Parts on the device in each phase of a step, after the first step: the schedule of `memory_phases`."""
-    memory, there = setting.config.memory, frozenset(phases.PARTS)
+    memory, there, step = setting.config.memory, frozenset(phases.PARTS), phases_of(setting)
     found = {}
-    for phase in (*STEP, *STEP):
+    for phase in (*step, *step):
         for transition in phases.transitions(memory, there, phase):
             there = transition.resident_after(there)
         found[phase] = there
@@ -122,18 +130,58 @@ def resident_parts(setting: Setting) -> dict[str, frozenset[str]]:
 
 def working_bytes(setting: Setting) -> dict[str, float]:
     """What each phase needs beside the resident parts."""
-    parallel, student, teacher = setting.config.parallel, setting.student_layout, setting.teacher_layout
+    parallel, student = setting.config.parallel, setting.student_layout
     longest = setting.config.rollout.max_prompt_len + setting.config.horizon.max_len
     tokens = max(parallel.microbatch_tokens, longest)  # a row is never cut, even where it is longer than the budget
-    hidden = _teacher_hidden(setting, longest)
-    forward = tokens * (layer_bytes(setting.teacher, teacher.tensor, False) + 4 * setting.teacher.hidden)
-    per_rank = tokens / student.context
-    return {
+    of_all = setting.responses * setting.lengths.mean(setting.config.horizon.max_len)
+    sent, trained_on = hidden_bytes(setting, of_all, longest)
+    forward = _teacher_forward(setting, tokens)
+    found = {
         "sync": 2 * setting.config.rollout.bucket_mb * 2**20,
         "rollout": float(ENGINE_WORKSPACE),
-        "teacher": forward + hidden,
-        "train": per_rank * _activation_bytes(setting) + loss_bytes(setting) + hidden,
+        "teacher": max(forward, phases.EXCHANGE_BYTES) + sent + trained_on,
+        "train": tokens / student.context * _activation_bytes(setting) + loss_bytes(setting) + trained_on,
     }
+    found["train"] += _fp8_copy(setting, setting.student, student, setting.config.precision.student_fp8.on)
+    if INFLIGHT in phases_of(setting):
+        looked_at = sum(hidden_bytes(setting, _looked_at(setting), 0.0))
+        found[INFLIGHT] = found.pop("rollout") + max(forward, phases.EXCHANGE_BYTES) + looked_at
+    return {phase: found[phase] for phase in phases_of(setting)}
+
+
+def _teacher_forward(setting: Setting, tokens: float) -> float:
+    """Bytes of a forward pass of the teacher. With experts over TP ranks it has sequence parallelism (teacher.py)."""
+    spec, layout = setting.teacher, setting.teacher_layout
+    each = layer_bytes(spec, layout.tensor, spec.moe is not None and layout.tensor > 1) + 4 * spec.hidden
+    return tokens * each + _fp8_copy(setting, spec, layout, setting.config.precision.teacher_fp8.on)
+
+
+def _fp8_copy(setting: Setting, spec: ModelSpec, layout: ParallelSizes, fp8: bool) -> float:
+    """Bytes of one layer's weights in FP8, as they are and transposed: they are quantised anew for every pass."""
+    return 2 * largest_rank(spec, layout, head=False).all / (spec.layers / layout.pipeline) if fp8 else 0.0
+
+
+def hidden_bytes(setting: Setting, tokens: float, longest: float) -> tuple[float, float]:
+    """Bytes of the teacher's hidden states on a rank: those that it holds to send, and those that it trains on.
+
+    tokens: of all responses together. longest: of one row, which no replica has less than. Where the teacher lies like
+    the student, a rank trains on the very rows that it has computed (redistribute.py).
+    """
+    each = setting.teacher.hidden * setting.weight_bytes
+    student, teacher = setting.student_layout, setting.teacher_layout
+    trained_on = max(tokens / student.replicas, longest) * each
+    if student.context == 1 and (student.tensor, student.pipeline) == (teacher.tensor, teacher.pipeline):
+        return 0.0, trained_on
+    return tokens * each / (teacher.replicas * teacher.tensor) + phases.EXCHANGE_BYTES, trained_on
+
+
+def _looked_at(setting: Setting) -> float:
+    """Tokens of the responses that are looked at together: all that reach a look, as if they went side by side."""
+    config, rows = setting.config, setting.responses
+    lengths = setting.lengths.quantiles(min(rows, 512), config.horizon.max_len)
+    looks = config.rollout.inflight.looks(config.horizon.max_len)
+    reached = [look * sum(length >= look for length in lengths) / len(lengths) for look in looks]
+    return rows * max(reached, default=0.0)
 
 
 def loss_bytes(setting: Setting) -> float:
@@ -170,10 +218,15 @@ def _largest(make: Callable[[int], Setting], most: int) -> int:
 
 
 def _at_start(setting: Setting, parts: dict[str, float]) -> float:
-    """All parts are built before the first phase, and vLLM wants its share free. Adam's moments come with the first
-    step."""
-    moments = parts[phases.OPTIMIZER] * (2 / 3 if setting.config.precision.params == "bf16" else 1)
-    return sum(parts.values()) - moments + ENGINE_WORKSPACE
+    """Either what is built before the engine, or the engine beside what cannot move away: vLLM wants its share free.
+
+    Adam's moments come with the first step.
+    """
+    models = {part: size for part, size in parts.items() if part not in phases.ENGINE}
+    models[phases.OPTIMIZER] *= 1 / 3 if setting.config.precision.params == "bf16" else 0
+    staying = sum(size for part, size in models.items() if part not in phases.movable(setting.config.memory))
+    engine = sum(parts[part] for part in phases.ENGINE) + ENGINE_WORKSPACE
+    return max(sum(models.values()), staying + engine)
 
 
 def _teacher_head(setting: Setting, student: ParallelSizes) -> float:
@@ -182,13 +235,6 @@ def _teacher_head(setting: Setting, student: ParallelSizes) -> float:
     if setting.teacher.tied and teacher.tensor == student.tensor and teacher.pipeline == student.pipeline == 1:
         return 0
     return setting.teacher.padded_vocab(student.tensor) / student.tensor * setting.teacher.hidden
-
-
-def _teacher_hidden(setting: Setting, longest: int) -> float:
-    """Bytes of the teacher's last hidden states of a replica's rows, which are kept until they are trained on."""
-    rows = -(-setting.responses // setting.student_layout.replicas)
-    mean = setting.lengths.mean(setting.config.horizon.max_len)
-    return max(rows * mean, longest) * setting.teacher.hidden * setting.weight_bytes
 
 
 def _activation_bytes(setting: Setting) -> float:

@@ -10,11 +10,13 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.distributed_c10d import _set_pg_timeout
 
 from prune_opd import platform
 from prune_opd.config import RolloutConfig
@@ -22,19 +24,25 @@ from prune_opd.errors import UserError
 from prune_opd.platform import Platform, untouched_rng
 from prune_opd.rollout.batch import Response, Rollouts
 from prune_opd.rollout.long_tail import Race, deal_to_engines
-from prune_opd.rollout.request import NOTHING, Row, TokenSampling
+from prune_opd.rollout.request import NOTHING, Row, TokenSampling, told_apart
 from prune_opd.rollout.stepwise import StepLoop, Watch, run_together
 
 # Read when vllm is imported. One process a rank (no engine subprocess), no telemetry, no hub; the V1 model runner on
-# every platform, because the CPU has no other and both must behave alike.
+# every platform, because the CPU has no other and both must behave alike. FlashInfer would compile its sampler and its
+# all-reduce when an engine starts, with an nvcc that may not be there: requests of ours never take the former, and the
+# latter has vLLM's own in its place. What a shell sets goes before.
 ENVIRONMENT = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     "VLLM_USE_V2_MODEL_RUNNER": "0",
     "VLLM_NO_USAGE_STATS": "1",
     "VLLM_LOGGING_LEVEL": "ERROR",
     "HF_HUB_OFFLINE": "1",
+    "VLLM_USE_FLASHINFER_SAMPLER": "0",
+    "VLLM_ALLREDUCE_USE_FLASHINFER": "0",
 }
+BUILD_SECONDS = 1800  # of a collective while engines are built: the ranks compile and read at their own speed
 HEAD_DTYPES = {"fp32": "float32"}  # rollout.head_dtype → vLLM's name
+SLEEPERS = ("kv_cache", "weights")  # vLLM's names of what sleeps
 QUIET_LOGGERS = ("torch._library.triton",)  # "Triton not available", on every CPU start
 
 
@@ -72,6 +80,7 @@ class RolloutEngine:
         self.machine = machine
         self.compiled = rollout.enforce_eager is False or (rollout.enforce_eager is None and not machine.is_cpu)
         self.holds_weights = True  # it starts with those of `model_dir`
+        self.asleep: set[str] = set()  # of SLEEPERS
         self.sleep_level = 0 if machine.is_cpu else options.sleep_level  # vLLM's CPU build has no sleep
         self.stop_ids = list(options.stop_ids)
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
@@ -81,6 +90,7 @@ class RolloutEngine:
         for name in QUIET_LOGGERS:
             logging.getLogger(name).setLevel(logging.ERROR)
         set_num_threads = torch.set_num_threads
+        dist.barrier()  # a rank whose models took longer to read would use up the patience of the engine's own groups
         with untouched_rng():
             from vllm import LLM
 
@@ -105,6 +115,7 @@ class RolloutEngine:
                     **self._platform_settings(rollout, max_model_len),
                 )
         torch.set_num_threads = set_num_threads  # vLLM replaces it with one that refuses
+        _answer_within(_seconds(options.timeout_minutes))
 
     def _platform_settings(self, rollout: RolloutConfig, max_model_len: int) -> dict[str, Any]:
         if self.machine.is_cpu:
@@ -114,7 +125,11 @@ class RolloutEngine:
                 "enable_chunked_prefill": False,
                 "max_num_batched_tokens": max(8192, max_model_len),
             }
-        return {"gpu_memory_utilization": rollout.gpu_memory_utilization}
+        # The tuning of FlashInfer's kernels ends in a barrier of all engines, and none of them is used here.
+        return {
+            "gpu_memory_utilization": rollout.gpu_memory_utilization,
+            "enable_flashinfer_autotune": False,
+        }
 
     def load(self, weights: Iterable[tuple[str, Tensor]]) -> None:
         """Replace the engine's weights. Collective: every rank draws the stream to its end."""
@@ -131,10 +146,12 @@ class RolloutEngine:
         """
         self.holds_weights = self.sleep_level < 2
         self.llm.sleep(level=self.sleep_level)
+        self.asleep = set(SLEEPERS)
 
     def wake_up(self, tags: Sequence[str]) -> None:
         """Take memory for `weights`, `kv_cache` or both. The engine generates again once it has both."""
         self.llm.wake_up(tags=list(tags))
+        self.asleep -= set(tags)
 
     def generate(
         self, rows: Sequence[Row], sampling: TokenSampling, race: Race | None = None, watch: Watch | None = None
@@ -144,6 +161,7 @@ class RolloutEngine:
         race: the rows are groups, one a prompt, and those that are complete first come back; the others are in `left`.
         watch: who may stop a response at a look. The others have exactly the tokens that they have without it.
         """
+        rows = told_apart(rows)
         looks = () if watch is None else watch.looks(max((row.limit for row in rows), default=0))
         if race is not None:
             self.llm.reset_prefix_cache()  # who is first must not depend on what was generated before
@@ -199,7 +217,7 @@ class RolloutEngine:
                 params = SamplingParams(**settings, **self._settings(row, sampling))
                 loop.add(number, row.prompt.ids, params, row.limit, row.begun)
 
-        run_together(loop, start, watch, race, self.engine_index)
+        run_together(loop, start, watch, race, self.world // self.engines)
         return loop.responses()
 
     def _settings(self, row: Row, sampling: TokenSampling) -> dict[str, Any]:
@@ -226,7 +244,12 @@ class RolloutEngine:
         return [by_row[number] for number in range(len(by_row))]
 
     def close(self) -> None:
-        """End the engine. vLLM also ends torch.distributed with it, so this is the last thing a rank does together."""
+        """End the engine. vLLM also ends torch.distributed with it, so this is the last thing a rank does together.
+
+        An engine that sleeps is woken first: its memory is mapped to nothing, and what ends it may touch that.
+        """
+        if self.asleep:
+            self.wake_up(sorted(self.asleep))
         dist.barrier()
         self.llm.llm_engine.engine_core.shutdown()
 
@@ -248,9 +271,26 @@ def _response(completion: Any, logprobs: bool) -> Response:
     return Response(ids, completion.finish_reason == "stop", chosen)
 
 
+def _seconds(minutes: float | None) -> int | None:
+    """Of the collectives inside an engine: half of the job's, so that all ranks can still meet and say what failed."""
+    return None if minutes is None else max(1, int(minutes * 30))
+
+
 def _timeouts(minutes: float | None) -> dict[str, int]:
-    """vLLM's settings for the collectives inside an engine, in whole seconds."""
-    if minutes is None:
+    """vLLM's settings for the collectives inside an engine while it is built, in whole seconds."""
+    seconds = _seconds(minutes)
+    if seconds is None:
         return {}
-    seconds = max(1, int(minutes * 30))
+    seconds = max(seconds, BUILD_SECONDS)
     return {"distributed_timeout_seconds": seconds, "cpu_distributed_timeout_seconds": seconds}
+
+
+def _answer_within(seconds: int | None) -> None:
+    """From here on a collective inside this process's engine ends with an error after so many seconds."""
+    from vllm.distributed import parallel_state
+
+    for reference in parallel_state._groups.values() if seconds is not None else ():
+        if (coordinator := reference()) is None:
+            continue
+        for group in {coordinator.device_group, coordinator.cpu_group}:
+            _set_pg_timeout(timedelta(seconds=seconds or 0), group)

@@ -17,7 +17,7 @@ the same step. Every meeting compares what the ranks of an engine have seen. If 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import pairwise
@@ -37,12 +37,17 @@ RACE_GAP = 16  # engine steps between two meetings of a race: so many tokens of 
 
 
 class Prefix(NamedTuple):
-    """A response that has reached a look: its tokens since the look before."""
+    """A response that has reached a look: its tokens since the look before.
+
+    Only `holder`, the lowest rank of the response's engine, has the two arrays, and only if they were asked for: they
+    are 64 times as large as the tokens and needed by few ranks.
+    """
 
     row: int  # of the global batch
     new_ids: tuple[int, ...]
-    top_ids_TK: np.ndarray | None  # int32, the student's most probable tokens at each position, when asked for
-    top_logp_TK: np.ndarray | None  # float32, descending
+    holder: int
+    top_ids_TK: np.ndarray | None = None  # int32, the student's most probable tokens at each position
+    top_logp_TK: np.ndarray | None = None  # float32, descending
 
 
 class Watch(Protocol):
@@ -137,14 +142,14 @@ class StepLoop:
                     f"{waiting[:4]} …): the KV cache may be too small for one of them"
                 )
 
-    def due(self) -> list[Prefix]:
-        """The responses that have reached a look, each with its new tokens."""
-        return [self._prefix(request) for request in self._due()]
+    def due(self, holder: int) -> list[Prefix]:
+        """The responses that have reached a look, each with its new tokens and, on this rank, their arrays."""
+        return [self._prefix(request, holder) for request in self._due()]
 
     def stop(self, due: Iterable[int], rows: set[int]) -> None:
         """The verdict on the rows that were due: those in `rows` are cut at their look, the others go on."""
         mine = {request.row: request for request in self.requests.values()}
-        aborted = []
+        aborted: list[_Request] = []
         for row in due:
             if row not in mine:
                 continue
@@ -153,10 +158,9 @@ class StepLoop:
                 request.cut = self.looks[request.looked]
                 if not request.finished:
                     request.done_at = self.steps
-                    aborted.append(request.name)
+                    aborted.append(request)
             request.looked += 1
-        if aborted:  # without those that finished meanwhile; vLLM ignores names that it does not know
-            self.engine.abort_request(aborted, internal=True)
+        self._abort(aborted)  # without those that finished meanwhile; vLLM ignores names that it does not know
 
     def done(self) -> dict[int, int]:
         """The rows that have ended, each with the engine step at which it did."""
@@ -164,7 +168,16 @@ class StepLoop:
 
     def give_up(self) -> None:
         """Nobody waits for the rest any more."""
-        self.engine.abort_request([request.name for request in self.requests.values() if request.live], internal=True)
+        self._abort([request for request in self.requests.values() if request.live])
+
+    def _abort(self, requests: Iterable[_Request]) -> None:
+        """One request a call, in the order of the rows: vLLM goes through several as a set, whose order is random.
+
+        The ranks of an engine would then free the blocks of the KV cache in different orders, and soon schedule
+        different requests.
+        """
+        for request in sorted(requests, key=lambda request: request.row):
+            self.engine.abort_request([request.name], internal=True)
 
     def responses(self) -> list[Response]:
         """The responses so far, in the order in which the requests were added."""
@@ -180,15 +193,15 @@ class StepLoop:
         # A response that ended right there has nothing to cut.
         return length > look or (length == look and not request.finished)
 
-    def _prefix(self, request: _Request) -> Prefix:
+    def _prefix(self, request: _Request, holder: int) -> Prefix:
         start = max(self.looks[request.looked - 1] if request.looked else 0, request.stale)
         end = self.looks[request.looked]
         new_ids = tuple(request.ids[start:end])
         if not request.top_ids:
-            return Prefix(request.row, new_ids, None, None)
+            return Prefix(request.row, new_ids, holder)
         new = slice(start - request.stale, end - request.stale)
         ids, logp = (np.stack(part[new]) for part in (request.top_ids, request.top_logp))
-        return Prefix(request.row, new_ids, ids, logp)
+        return Prefix(request.row, new_ids, holder, ids, logp)
 
     def _take(self, outputs: Iterable[Any]) -> int:
         """Add a step's tokens to their requests. Returns how many tokens there were."""
@@ -225,18 +238,21 @@ class StepLoop:
 
 @dataclass(frozen=True)
 class _Report:
-    """What a rank brings to a meeting."""
+    """What a rank brings to a meeting. Of an engine's ranks only the lowest says more than how it is.
+
+    due: rows that have reached a look, each with its new tokens as int32.
+    """
 
     engine: int
     digest: str
-    due: list[Prefix]
-    done: dict[int, int]
     idle: bool
     error: str | None
+    due: list[tuple[int, bytes]] = field(default_factory=list)
+    done: dict[int, int] = field(default_factory=dict)
 
 
 def run_together(
-    loop: StepLoop, start: Callable[[], None], watch: Watch | None, race: Race | None, engine_index: int
+    loop: StepLoop, start: Callable[[], None], watch: Watch | None, race: Race | None, ranks_per_engine: int
 ) -> None:
     """Call `start`, which adds the requests, then generate to the end or until the race is over.
 
@@ -245,17 +261,19 @@ def run_together(
     Raises:
         UserError: on every rank alike, when the engine of one has failed or the ranks of an engine have come apart.
     """
+    engine, place = divmod(dist.get_rank(), ranks_per_engine)
+    speaks = place == 0
     error = _failure(start)
     while True:
         error = error or _failure(loop.advance)
-        everyone = _meet(_report(loop, engine_index, error))
-        first = {report.engine: report for report in reversed(everyone)}  # the lowest rank of each engine speaks
-        due = sorted((prefix for report in first.values() for prefix in report.due), key=lambda prefix: prefix.row)
+        mine = loop.due(dist.get_rank()) if speaks and not error else []
+        everyone = _meet(_report(loop, engine, error, mine, loop.done() if speaks and loop.racing else {}))
+        due = _due_rows(everyone[::ranks_per_engine], mine, ranks_per_engine)
         if watch is not None and due:
             stopped = watch.stop(due)
             error = _failure(partial(loop.stop, [prefix.row for prefix in due], stopped))
         if race is not None:
-            for report in first.values():
+            for report in everyone[::ranks_per_engine]:
                 race.arrive(report.done)
         over = race is not None and race.over
         if over:
@@ -264,16 +282,34 @@ def run_together(
             return
         # Compare once more where ranks would wait for one that has failed or come apart: in the next step of an engine
         # with several ranks, and after the end of the race.
-        if over or (due and len(first) < len(everyone)):
-            _meet(_report(loop, engine_index, error))
+        if over or (due and ranks_per_engine > 1):
+            _meet(_report(loop, engine, error))
         if over:
             return
 
 
-def _report(loop: StepLoop, engine_index: int, error: str | None) -> _Report:
+def _report(
+    loop: StepLoop,
+    engine: int,
+    error: str | None,
+    due: Sequence[Prefix] = (),
+    done: Mapping[int, int] | None = None,
+) -> _Report:
     if error:
-        return _Report(engine_index, loop.digest, [], {}, True, error)
-    return _Report(engine_index, loop.digest, loop.due(), loop.done() if loop.racing else {}, loop.idle, error)
+        return _Report(engine, loop.digest, True, error)
+    tokens = [(prefix.row, np.asarray(prefix.new_ids, np.int32).tobytes()) for prefix in due]
+    return _Report(engine, loop.digest, loop.idle, None, tokens, dict(done or {}))
+
+
+def _due_rows(reports: Sequence[_Report], mine: Sequence[Prefix], ranks_per_engine: int) -> list[Prefix]:
+    """What all engines have due, by row, this rank's own with its arrays. reports: of each engine's lowest rank."""
+    own = {prefix.row: prefix for prefix in mine}
+    found = [
+        own.get(row) or Prefix(row, tuple(np.frombuffer(tokens, np.int32).tolist()), report.engine * ranks_per_engine)
+        for report in reports
+        for row, tokens in report.due
+    ]
+    return sorted(found, key=lambda prefix: prefix.row)
 
 
 def _meet(report: _Report) -> list[_Report]:

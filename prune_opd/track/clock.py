@@ -13,7 +13,7 @@ class PhaseClock:
     """Times the phases of a step; device work and memory moves count too.
 
     `time_*`: seconds of wall clock. `cpu_*`: CPU seconds of this process, all threads, which hold on a busy machine
-    too. `memory_*`: device memory of the phase [bytes].
+    too. `memory_*`: device memory of the phase [bytes]. `taken_*`: what is in use of the device at its end [bytes].
     """
 
     def __init__(self, machine: Platform, enter: Callable[[str], None]):
@@ -29,6 +29,8 @@ class PhaseClock:
         self.machine.synchronize()
         self._stop(phase, begin)
         self.measured[f"memory_{phase}"] = self.machine.memory()
+        if (taken := self.machine.taken()) is not None:
+            self.measured[f"taken_{phase}"] = taken
 
     def record(self) -> dict[str, float]:
         self._stop("step", self.started)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from itertools import accumulate, groupby, zip_longest
 from math import prod
 
 import torch
 from torch import Tensor
 
-from prune_opd.weights.cut import COLUMNS, VOCABULARY, Shape
+from prune_opd.weights.cut import VOCABULARY, Cut, Shape
 from prune_opd.weights.mapping import Entry
 
 ALIGNMENT = 256  # bytes: every tensor begins where any dtype and any copy kernel may begin
@@ -31,7 +32,7 @@ class Item:
 
     owners: of each shard, the rank (in the group) that sends it. everywhere: every rank has it whole. at_home: and
     as it is asked for, so nothing is sent or copied. offsets: bytes from the start of the bucket, none if at_home.
-    staging: where shards wait that do not arrive in their place, or None.
+    wires: where each shard travels, in bytes, if it does not arrive in its place; else none.
     """
 
     entry: Entry
@@ -39,7 +40,7 @@ class Item:
     owners: tuple[int, ...]
     everywhere: bool
     offsets: tuple[int, ...] = ()
-    staging: int | None = None
+    wires: tuple[int, ...] = ()
 
     @property
     def count(self) -> int:
@@ -54,6 +55,18 @@ class Item:
         tensors = zip(self.offsets, self.entry.shapes, strict=True)
         return tuple(view(buffer, offset, shape, self.dtype) for offset, shape in tensors)
 
+    def wire(self, buffer: Tensor, index: int) -> tuple[Tensor, ...]:
+        """Shard `index` as it travels: contiguous views of the bucket's buffer, in the shapes of `slices`."""
+        tensors = zip(_starts(self.wires[index], self.wire_sizes(index)), self._slice_shapes(index), strict=True)
+        return tuple(view(buffer, offset, shape, self.dtype) for offset, shape in tensors)
+
+    def wire_sizes(self, index: int) -> list[int]:
+        """Bytes that the parts of shard `index` take there."""
+        return [_aligned(shape, self.dtype) for shape in self._slice_shapes(index)]
+
+    def _slice_shapes(self, index: int) -> tuple[Shape, ...]:
+        return _slice_shapes(self.entry.cut, self.entry.shapes, index, self.count)
+
     def parts(self, shard: Tensor, index: int) -> tuple[Tensor, ...]:
         """Views of shard `index`: what it has of each whole tensor."""
         return self.entry.cut.parts(shard, self.entry.shapes, index, self.count)
@@ -65,10 +78,14 @@ class Item:
 
 @dataclass(frozen=True)
 class Bucket:
-    """Items that travel together. at_home items take no room; nbytes is what the others take."""
+    """Items that travel together. at_home items take no room; nbytes is what the others take.
+
+    segments: by the rank (in the group) that sends it, the bytes of the buffer that go out in one piece.
+    """
 
     items: tuple[Item, ...]
     nbytes: int
+    segments: Mapping[int, tuple[int, int]]
 
 
 def view(buffer: Tensor, offset: int, shape: Shape, dtype: torch.dtype) -> Tensor:
@@ -103,8 +120,9 @@ def make_buckets(items: Iterable[Item], bucket_bytes: int, *, staging: bool, in_
 
     A layer that fits into a bucket is not cut: vLLM keeps what it was given of a module until it has all of it. Layers
     of different pipeline stages take turns, so that all stages send at the same time. The vocabulary's matrices come
-    last: vLLM keeps one that it pads until the end of a load. in_order: the order of the items instead. staging: leave
-    room for shards that cannot arrive in their place.
+    last: vLLM keeps one that it pads until the end of a load. in_order: the order of the items instead. staging: what a
+    rank sends of a bucket lies together, in one segment. A tensor that one rank sends arrives in its place. One whose
+    shards several ranks send gets room for them beside its own.
     """
     buckets: list[list[Item]] = [[]]
     used = 0
@@ -143,23 +161,60 @@ def _aligned(shape: Shape, dtype: torch.dtype) -> int:
     return -(-prod(shape) * dtype.itemsize // ALIGNMENT) * ALIGNMENT
 
 
+@cache
+def _slice_shapes(cut: Cut, shapes: tuple[Shape, ...], index: int, count: int) -> tuple[Shape, ...]:
+    wholes = [torch.empty(shape, device="meta") for shape in shapes]
+    return tuple(tuple(piece.shape) for piece in cut.slices(wholes, index, count))
+
+
 def _staged(item: Item, staging: bool) -> bool:
-    return staging and item.entry.cut == COLUMNS and item.count > 1
+    return staging and item.count > 1
 
 
 def _room(item: Item, staging: bool) -> int:
     if item.at_home:
         return 0
-    return sum(_aligned(shape, item.dtype) for shape in item.entry.shapes) * (2 if _staged(item, staging) else 1)
+    room = sum(_aligned(shape, item.dtype) for shape in item.entry.shapes)
+    return room + (sum(sum(item.wire_sizes(i)) for i in range(item.count)) if _staged(item, staging) else 0)
 
 
 def _pack(items: Sequence[Item], staging: bool) -> Bucket:
-    """Give every tensor its place."""
-    end, packed = 0, []
-    for item in items:
-        sizes = [] if item.at_home else [_aligned(shape, item.dtype) for shape in item.entry.shapes]
-        offsets = tuple(accumulate(sizes, initial=end))
-        stage = offsets[-1] if _staged(item, staging) else None
-        packed.append(replace(item, offsets=offsets[:-1], staging=stage))
-        end += _room(item, staging)
-    return Bucket(tuple(packed), end)
+    """Give every tensor its place: first what arrives in its place, by sender, with the sender's shards behind it."""
+    offsets: dict[int, tuple[int, ...]] = {}
+    wires: dict[int, dict[int, int]] = {}
+    segments: dict[int, tuple[int, int]] = {}
+    end = 0
+    for sender in sorted({owner for item in items for owner in item.owners}) if staging else ():
+        begin = end
+        for number, item in enumerate(items):
+            if item.everywhere:
+                continue
+            for index, owner in enumerate(item.owners):
+                if owner != sender:
+                    continue
+                if item.count == 1:
+                    offsets[number], end = _places(item, end)
+                else:
+                    wires.setdefault(number, {})[index] = end
+                    end += sum(item.wire_sizes(index))
+        if end > begin:
+            segments[sender] = begin, end
+    packed = []
+    for number, item in enumerate(items):
+        if number not in offsets:
+            offsets[number], end = _places(item, end)
+        of_shards = wires.get(number, {})
+        packed.append(
+            replace(item, offsets=offsets[number], wires=tuple(of_shards[index] for index in sorted(of_shards)))
+        )
+    return Bucket(tuple(packed), end, segments)
+
+
+def _places(item: Item, begin: int) -> tuple[tuple[int, ...], int]:
+    """Where an item's whole tensors begin, and where they end."""
+    sizes = [] if item.at_home else [_aligned(shape, item.dtype) for shape in item.entry.shapes]
+    return tuple(_starts(begin, sizes)), begin + sum(sizes)
+
+
+def _starts(begin: int, sizes: Sequence[int]) -> list[int]:
+    return list(accumulate(sizes, initial=begin))[:-1]

@@ -19,6 +19,10 @@ BESIDE_THE_WEIGHTS = (
     "chat_template.jinja",
     "vocab.json",
     "merges.txt",
+    "added_tokens.json",
+    "tokenizer.model",
+    "chat_template.json",
+    "additional_chat_templates",
 )
 
 
@@ -47,7 +51,9 @@ class HfDirectoryWriter:
         self._flush()
         self._name_files()
         for name in BESIDE_THE_WEIGHTS:
-            if (self.source_dir / name).exists():
+            if (self.source_dir / name).is_dir():
+                shutil.copytree(self.source_dir / name, self.partial / name)
+            elif (self.source_dir / name).exists():
                 shutil.copyfile(self.source_dir / name, self.partial / name)
         self._state_dtype()
         shutil.rmtree(self.out_dir, ignore_errors=True)

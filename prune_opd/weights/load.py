@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,9 @@ from prune_opd.errors import ConfigError
 from prune_opd.model_spec import ModelSpec
 from prune_opd.process import tell
 from prune_opd.weights.mapping import Entry, ModelChunk, entries, local_parameters
+
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+ROWS_AT_ONCE = 8192
 
 
 class SafetensorsDirectory:
@@ -48,7 +51,7 @@ class SafetensorsDirectory:
 
     def _slice(self, name: str) -> object:
         if name not in self.file_of:
-            raise ConfigError(f"{self.directory}: no tensor {name!r}; is config.json from another model?")
+            raise ConfigError(f"{self.directory}: {missing(name, self.file_of)}")
         return self._file(self.file_of[name]).get_slice(name)
 
     def shape(self, name: str) -> tuple[int, ...]:
@@ -60,12 +63,43 @@ class SafetensorsDirectory:
         return tensor[:, begin:end] if dim else tensor[begin:end]
 
 
+def missing(name: str, there: Collection[str]) -> str:
+    """What to say of a tensor that is not among those that are there."""
+    if name == HEAD and EMBEDDING in there:
+        hint = ": if the model shares the embedding with its head, set tie_word_embeddings to true in config.json"
+    elif name == EMBEDDING and HEAD in there:
+        hint = f", only {HEAD!r}: save the model again with transformers, which writes the embedding"
+    else:
+        hint = "; is config.json from another model, or is a file missing?"
+    return f"no tensor {name!r}{hint}"
+
+
+def two_heads(files: SafetensorsDirectory, spec: ModelSpec) -> str | None:
+    """What is wrong where config.json ties the output head to the embedding and the files have another head.
+
+    transformers leaves such a model untied. A head that is a copy of the embedding is fine.
+    """
+    if not spec.tied or not {HEAD, EMBEDDING} <= files.file_of.keys():
+        return None
+    rows = files.shape(HEAD)[0]
+    spans = [(first, min(first + ROWS_AT_ONCE, rows)) for first in range(0, rows, ROWS_AT_ONCE)]
+    alike = files.shape(HEAD) == files.shape(EMBEDDING)
+    if alike and all(torch.equal(files.read(HEAD, 0, *s), files.read(EMBEDDING, 0, *s)) for s in spans):
+        return None
+    return (
+        f"{HEAD!r} is not the embedding, and config.json says tie_word_embeddings = true: set it to false, or remove "
+        "that tensor if the head is the embedding after all"
+    )
+
+
 @torch.no_grad()
 def load_hf_weights(chunks: Sequence[ModelChunk], directory: str | Path) -> None:
     """Fill every parameter of this rank. Raises `ConfigError` for a missing tensor or a shape that does not fit."""
     files = SafetensorsDirectory(directory)
     spec, groups = chunks[0].spec, chunks[0].pg_collection
     parameters = local_parameters(chunks)
+    if problem := two_heads(files, spec):
+        raise ConfigError(f"{files.directory}: {problem}")
     for entry in entries(spec):
         parameter = parameters.pop(entry.megatron, None)
         if parameter is None:

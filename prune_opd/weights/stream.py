@@ -133,6 +133,7 @@ class Resharder:
                     sums.held(item, index, mine)
                 else:
                     sums.sent(item, index, mine, flight.sums.get((item.entry.megatron, index)))
+        self.transport.depart(bucket, buffer, flight)
         return _Sent(buffer, flight)
 
     def _hand_on(self, bucket: Bucket, flight: Flight, sums: Checksums | None) -> Iterator[tuple[str, Tensor]]:

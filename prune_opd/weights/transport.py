@@ -1,8 +1,8 @@
 """How a bucket's shards come together on every rank of a group: through collectives, or through shared memory.
 
-Both put the same shards where they belong in the same buckets (buckets.py). `send` starts a bucket, `arrive` returns
-when it is complete on this rank; between the two the rank consumes the bucket before. All ranks must call them in the
-same order.
+Both put the same shards where they belong in the same buckets (buckets.py). `send` takes one item after the other,
+`depart` starts the bucket, `arrive` returns when it is complete on this rank; between the two the rank consumes the
+bucket before. All ranks must call them in the same order.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from prune_opd.weights.buckets import Item, view
+from prune_opd.weights.buckets import Bucket, Item
 from prune_opd.weights.checksum import copy_and_sum
 
 # For each shard of an item what this rank has of it, one tensor for each Hugging Face tensor; None if it has nothing.
@@ -26,14 +26,17 @@ Held = Sequence[tuple[Tensor, ...] | None]
 
 @dataclass
 class Flight:
-    """A bucket on its way. wholes: of each item, complete after `arrive`. pending: (work, where it arrives, place).
+    """A bucket on its way. wholes: of each item, complete after `arrive`.
 
-    sums: `bits_sum` of the parts of shards that were read to be sent, by (megatron name, shard index).
+    sums: `bits_sum` of the parts of shards that were read to be sent, by (megatron name, shard index). loading: copies
+    (place, source) before it departs. unloading: those after it has arrived. works: what to wait for in between.
     """
 
     wholes: list[tuple[Tensor, ...]] = field(default_factory=list)
     sums: dict[tuple[str, int], list[Tensor]] = field(default_factory=dict)
-    pending: list[tuple[Any, Tensor, Tensor]] = field(default_factory=list)
+    loading: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    unloading: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    works: list[Any] = field(default_factory=list)
 
 
 class Buffer:
@@ -55,7 +58,7 @@ class Buffer:
 
 
 class Transport(Protocol):
-    staging: bool  # whether shards of a matrix cut in columns need room of their own to arrive in
+    staging: bool  # whether what a rank sends must lie together
 
     def allocate(self, nbytes: int) -> Tensor:
         """A buffer [bytes]. Collective."""
@@ -65,17 +68,23 @@ class Transport(Protocol):
 
     def send(self, item: Item, held: Held, buffer: Buffer | None, flight: Flight) -> None: ...
 
+    def depart(self, bucket: Bucket, buffer: Buffer | None, flight: Flight) -> None: ...
+
     def arrive(self, flight: Flight) -> None: ...
 
 
 class Collectives:
-    """One broadcast per part of a shard, from the rank that owns it to the group, straight into the whole tensor.
+    """One broadcast for each rank that sends something of a bucket: of its segment, to the group.
 
-    A broadcast moves each byte once to each rank, as an all-gather does, but leaves no second copy to be put in order:
-    gloo's all-gather also fills a buffer of its own first, and takes four times as long. The broadcasts are
-    asynchronous and start in the same order on every rank, so neither gloo's threads nor NCCL's stream can meet them in
-    different orders. With NCCL `wait` makes the current stream wait, and a broadcast starts behind what the current
-    stream has been given so far: a buffer is not overwritten before the copies out of it are done.
+    Tensors that one rank has whole (norms, experts) arrive in their place. Shards are copied to where they belong once
+    they have arrived, all of a bucket in one call. Many small broadcasts would cost more than their bytes: a model of
+    128 experts has 19,000 tensors.
+
+    A broadcast moves each byte once to each rank, as an all-gather does, but takes segments of unequal size; gloo's
+    all-gather also fills a buffer of its own first, and takes four times as long. The broadcasts are asynchronous and
+    start in the same order on every rank, so neither gloo's threads nor NCCL's stream can meet them in different
+    orders. With NCCL `wait` makes the current stream wait, and a broadcast starts behind what the current stream has
+    been given so far: a buffer is not overwritten before the copies out of it are done.
     """
 
     staging = True
@@ -93,39 +102,41 @@ class Collectives:
 
     def send(self, item: Item, held: Held, buffer: Buffer | None, flight: Flight) -> None:
         # What is received never goes into a live parameter, although another rank's replica may be one.
-        wholes = _undivided(item, held) if item.everywhere or item.owners[0] == self.rank else None
-        if wholes is not None:
-            flight.wholes.append(wholes)
-        else:
-            assert buffer is not None
-            wholes = item.wholes(buffer.memory)
-            flight.wholes.append(item.wholes(buffer.lent))
+        undivided = _undivided(item, held) if item.everywhere or item.owners[0] == self.rank else None
+        if item.at_home:
+            flight.wholes.append(undivided or ())
+            return
+        assert buffer is not None
+        wholes = item.wholes(buffer.memory)
+        flight.wholes.append(item.wholes(buffer.lent) if undivided is None else undivided)
         for index, owner in enumerate(item.owners):
+            places = item.slices(wholes, index)
+            wires = item.wire(buffer.memory, index) if item.wires else places
             mine = held[index] if owner == self.rank or item.everywhere else None
-            for which, part in enumerate(item.slices(wholes, index)):
-                if mine is not None and part.data_ptr() != mine[which].data_ptr():
-                    part.copy_(mine[which])
-                if not item.everywhere:
-                    wire = part if part.is_contiguous() else self._wire(item, index, part, mine, buffer)
-                    work = dist.broadcast(wire, self.ranks[owner], group=self.group, async_op=True)
-                    flight.pending.append((work, wire, part if mine is None else wire))  # the owner's is in place
+            if mine is not None:
+                flight.loading += zip(wires, mine, strict=True)
+            if item.wires:
+                flight.unloading += zip(places, wires, strict=True)
 
-    def _wire(
-        self, item: Item, index: int, part: Tensor, mine: tuple[Tensor, ...] | None, buffer: Buffer | None
-    ) -> Tensor:
-        """What to broadcast from or into where the place is strided: gloo would silently deliver wrong numbers."""
-        if mine is not None:
-            return mine[0].contiguous()
-        assert item.staging is not None and buffer is not None
-        offset = item.staging + index * part.numel() * part.element_size()
-        return view(buffer.memory, offset, part.shape, part.dtype)
+    def depart(self, bucket: Bucket, buffer: Buffer | None, flight: Flight) -> None:
+        _copy(flight.loading)
+        for sender, (begin, end) in sorted(bucket.segments.items()):
+            assert buffer is not None
+            wire = buffer.memory[begin:end]
+            flight.works.append(dist.broadcast(wire, self.ranks[sender], group=self.group, async_op=True))
 
     def arrive(self, flight: Flight) -> None:
-        for work, wire, part in flight.pending:
+        for work in flight.works:
             work.wait()
-            if not part.is_contiguous():
-                part.copy_(wire)
-        flight.pending.clear()
+        flight.works.clear()
+        _copy(flight.unloading)
+
+
+def _copy(pairs: list[tuple[Tensor, Tensor]]) -> None:
+    """Copy every source to its place, in few kernels on a GPU, and forget them."""
+    if pairs:
+        torch._foreach_copy_([place for place, _ in pairs], [source for _, source in pairs])
+    pairs.clear()
 
 
 class SharedMemory:
@@ -171,6 +182,9 @@ class SharedMemory:
             mine = held[index] if owner == self.rank else None
             if mine is not None:
                 flight.sums[item.entry.megatron, index] = list(map(copy_and_sum, item.slices(wholes, index), mine))
+
+    def depart(self, bucket: Bucket, buffer: Buffer | None, flight: Flight) -> None:
+        """Nothing: every rank has written its part already."""
 
     def arrive(self, flight: Flight) -> None:
         dist.barrier(self.group)

@@ -16,7 +16,7 @@ from prune_opd.config.overrides import apply_overrides
 from prune_opd.config.recipe import load_recipe
 from prune_opd.data.ledger import VOCABULARY
 from prune_opd.process import has_gpu
-from tests.fake_models import TOKENS, tokenizer, train_config, write_model
+from tests.fake_models import TOKENS, tokenizer, train_config, with_weights, write_model
 
 
 @pytest.fixture
@@ -241,12 +241,34 @@ def test_a_prompt_file_is_a_jsonl_file(pair: TrainConfig, tmp_path: Path) -> Non
         assert found == [] if accepted else "is not a .jsonl or .parquet file" in only(found)
 
 
-def test_two_evaluation_files_of_one_name_are_refused(pair: TrainConfig, tmp_path: Path) -> None:
-    for folder in ("a", "b"):
-        (tmp_path / folder).mkdir()
-        (tmp_path / folder / "aime.jsonl").write_text('{"prompt": "w1", "answer": "1"}\n', encoding="utf-8")
-    line = only(problems(pair, f"evaluation.sources=[{tmp_path}/a/aime.jsonl,{tmp_path}/b/aime.jsonl]"))
-    assert line.startswith("evaluation.sources has two tasks named 'aime.jsonl'")
+@pytest.mark.parametrize(
+    "names", [("a/aime.jsonl", "b/aime.jsonl"), ("aime.jsonl", "aime.parquet"), ("aime.jsonl", "aime")]
+)
+def test_two_tasks_whose_results_would_have_one_name_are_refused(
+    names: tuple[str, str], pair: TrainConfig, tmp_path: Path
+) -> None:
+    paths = [tmp_path / name for name in names]
+    for path in paths:
+        path.parent.mkdir(exist_ok=True)
+        if path.suffix:
+            path.write_text('{"prompt": "w1", "answer": "1"}\n', encoding="utf-8")
+        else:
+            path.mkdir()
+    wanted = f"has several tasks named 'aime' ('{paths[0]}', '{paths[1]}')"
+    assert wanted in only(problems(pair, f"evaluation.sources=[{paths[0]},{paths[1]}]"))
+    with_weights(Path(pair.student))
+    assert f"--task {wanted}" in only(check_eval(Path(pair.student), [str(path) for path in paths], 1.0, None))
+
+
+def test_a_cache_that_does_not_hold_a_response_is_refused_with_our_setting(pair: TrainConfig) -> None:
+    """vLLM's own words would be: increase gpu_memory_utilization."""
+    small = "rollout.kv_cache_gb=0.0005"
+    line = only(problems(pair, small))
+    assert line.startswith(
+        "rollout.kv_cache_gb = 0.0005 holds 0 tokens of the student, a prompt and its response may have"
+    )
+    remedy = line.rpartition("set ")[2].partition(",")[0]
+    assert problems(pair, remedy) == []
 
 
 def test_training_rows_are_not_evaluation_problems(pair: TrainConfig, tmp_path: Path) -> None:

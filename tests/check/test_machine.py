@@ -10,6 +10,7 @@ import sysconfig
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -27,7 +28,7 @@ from prune_opd.check.machine import (
 )
 from prune_opd.check.run import check_everything, check_train
 from prune_opd.config import RolloutConfig, TrainConfig
-from tests.fake_models import tokenizer, train_config, write_model
+from tests.fake_models import tokenizer, train_config, with_weights, write_model
 
 REQUIREMENTS = Path(__file__).parents[2] / "requirements"
 DOCKER = REQUIREMENTS.parent / "docker"
@@ -72,8 +73,34 @@ def test_a_token_without_a_row_is_refused(pair: TrainConfig, tmp_path: Path) -> 
 
 def test_a_teacher_with_fewer_rows_than_the_student_has_ids_is_refused(tmp_path: Path) -> None:
     student, teacher = write_model(tmp_path / "student", vocab_size=300), write_model(tmp_path / "teacher")
-    (line,) = check_train(train_config(student, teacher), 1, None, "auto")
-    assert "has 128 rows with padding, fewer than the 300 vocabulary entries of the student" in line
+    for ranks in (1, 2):  # at every layout: what pads the vocabulary over TP ranks is no row of an id
+        (line,) = check_train(train_config(student, teacher), ranks, None, "auto")
+        assert "it has rows for 32 ids, and the student may sample 300: choose a teacher" in line
+
+
+ADDED = {"id": 32, "content": "<think>", "special": False}
+
+
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("tokenizer_config.json", {"added_tokens_decoder": {"32": ADDED}}),
+        ("tokenizer_config.json", {"additional_special_tokens": ["<bos>", "<think>"]}),
+        ("tokenizer_config.json", {"extra_special_tokens": [ADDED]}),
+        ("tokenizer_config.json", {"extra_special_tokens": {"think_token": "<think>"}}),
+        ("tokenizer_config.json", {"pad_token": "<think>"}),
+        ("added_tokens.json", {"<think>": 32}),
+    ],
+)
+def test_a_token_that_only_the_settings_of_one_tokenizer_name_is_refused(
+    file: str, content: dict[str, Any], tmp_path: Path
+) -> None:
+    models = [write_model(tmp_path / name, vocab_size=33) for name in ("student", "teacher")]
+    (models[0] / file).write_text(json.dumps(content))
+    (line,) = check_train(train_config(*models), 2, None, "auto")
+    assert "another tokenizer than the student: id 32 is '<think>' for the student and unused for the teacher" in line
+    (models[1] / file).write_text(json.dumps(content))
+    assert check_train(train_config(*models), 2, None, "auto") == []
 
 
 # ---------------------------------------------------------------------------------------------------- packages
@@ -155,7 +182,7 @@ def test_a_full_disk_is_named_with_the_bytes_that_are_needed(
     pair: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert space_problems(pair, tmp_path / "run") == []
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=checkpoint_bytes(pair) - 1))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=checkpoint_bytes(pair) - 1, total=1))
     (line,) = space_problems(pair, tmp_path / "run")
     assert "GB are free and checkpoints take about" in line and "checkpoint.keep = 2" in line
 
@@ -175,4 +202,6 @@ def test_every_prompt_is_looked_at_and_the_first_bad_line_named(tmp_path: Path) 
 
 
 def test_the_whole_preflight_passes_for_a_good_run(pair: TrainConfig, tmp_path: Path) -> None:
-    assert check_everything(pair, 2, tmp_path / "run") == []
+    for model in (pair.student, pair.teacher):
+        with_weights(Path(model))
+    assert check_everything(pair, 2, tmp_path / "run", "auto") == []

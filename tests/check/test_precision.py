@@ -15,7 +15,7 @@ from prune_opd.check import precision
 from prune_opd.check import run as check
 from prune_opd.check.precision import cuda_of_torch, transformer_engine_problem
 from prune_opd.check.run import check_train
-from prune_opd.config import Fp8Config, MemoryConfig, PrecisionConfig, TrainConfig
+from prune_opd.config import Fp8Config, MemoryConfig, PrecisionConfig, RolloutConfig, TrainConfig
 from prune_opd.config.overrides import apply_overrides
 from prune_opd.errors import ConfigError
 from prune_opd.megatron.precision import token_multiple
@@ -58,9 +58,30 @@ def only(found: list[str]) -> str:
 def test_every_format_and_recipe_passes_on_hopper(
     pair: TrainConfig, hopper: pytest.MonkeyPatch, role: str, recipe: str, form: str
 ) -> None:
+    if (role, recipe) == ("teacher", "delayed"):
+        return  # refused: see below
     part = f"precision.{role}_fp8"
     settings = (f"{part}.format={form}", f"{part}.recipe={recipe}", f"{part}.param=true")
     assert problems(pair, *settings, "parallel.distributed_optimizer=true") == []
+
+
+def test_delayed_scaling_is_refused_for_the_teacher_whose_passes_make_no_gradients() -> None:
+    with pytest.raises(ConfigError, match=r"precision\.teacher_fp8\.recipe = 'delayed' never gets a scale"):
+        PrecisionConfig(teacher_fp8=Fp8Config("hybrid", "delayed"))
+    PrecisionConfig(student_fp8=Fp8Config("hybrid", "delayed"), teacher_fp8=Fp8Config("hybrid", "tensorwise"))
+
+
+@pytest.mark.parametrize(("ranks", "remedy"), [(4, "rollout.tensor_parallel=2, or "), (1, None), (2, None)])
+def test_experts_in_blocks_are_refused_where_a_block_would_be_cut(ranks: int, remedy: str | None) -> None:
+    """768 columns of an expert over 4 ranks are 192: vLLM would wait for the rest of a block for ever."""
+    rollout = RolloutConfig(quantization="fp8_per_block", tensor_parallel=ranks)
+    found = precision.expert_block_problems(rollout, {"moe_intermediate_size": 768})
+    assert len(found) == (remedy is not None)
+    if remedy:
+        assert "moe_intermediate_size = 768 / rollout.tensor_parallel = 4" in found[0] and f"set {remedy}" in found[0]
+    assert precision.expert_block_problems(rollout, {"hidden_size": 64}) == []
+    per_tensor = dataclasses.replace(rollout, quantization="fp8_per_tensor")
+    assert precision.expert_block_problems(per_tensor, {"moe_intermediate_size": 768}) == []
 
 
 @pytest.mark.parametrize("role", ["student", "teacher"])

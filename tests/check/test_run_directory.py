@@ -52,6 +52,18 @@ def test_the_run_of_another_config_is_refused_by_the_fields_that_differ(pair: Tr
     assert "optimizer.lr: 1.0e-06 → 0.5; seed: 0 → 7" in line and "choose another directory" in line
 
 
+def test_an_older_run_with_uniform_weights_of_one_is_another_run(pair: TrainConfig, run_dir: Path) -> None:
+    config = apply_overrides(pair, ["objective.weight=none"])
+    path = run_dir / "config.yaml"
+    save_config(config, path)
+    assert in_run_dir(config, run_dir) == []
+    path.write_text(path.read_text().replace("  ends: as_is\n", ""))
+    line = only(in_run_dir(config, run_dir))
+    assert "objective.weight: none (1 for each id, an older version's) → none (1/|support|)" in line
+    assert check_train(config, 2, run_dir, "auto", allow_config_change=True) == []
+    assert in_run_dir(apply_overrides(pair, ["objective.weight=student_p"]), run_dir) != []
+
+
 def test_many_differences_are_cut_short(pair: TrainConfig, run_dir: Path) -> None:
     many = [f"rollout.{name}=9" for name in ("prompts", "responses", "max_prompt_len", "max_num_seqs", "temperature")]
     line = only(in_run_dir(apply_overrides(pair, [*many, "seed=1", "data.min_steps=5", "gate.k=3"]), run_dir))

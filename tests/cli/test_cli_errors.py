@@ -18,7 +18,7 @@ from prune_opd.config.overrides import apply_overrides
 from prune_opd.config.paths import recipes_dir
 from prune_opd.config.recipe import load_recipe
 from prune_opd.config.yaml import save_config
-from tests.fake_models import TOKENS, tokenizer, train_config, write_model
+from tests.fake_models import TOKENS, tokenizer, train_config, with_weights, write_model
 
 COMMAND = Path(sys.executable).with_name("prune-opd")
 AT_EXIT = """
@@ -56,8 +56,8 @@ class Workplace:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder / "work"
-        self.student = write_model(self.folder / "student")
-        self.teacher = write_model(self.folder / "teacher")
+        self.student = with_weights(write_model(self.folder / "student"))
+        self.teacher = with_weights(write_model(self.folder / "teacher"))
         self.config = train_config(self.student, self.teacher)
         save_config(self.config, self.folder / "fake.yaml")
         self.recipe = self.folder / "fake.py"

@@ -54,6 +54,28 @@ def test_a_step_with_everything_on_wakes_loads_sleeps_and_moves_in_this_order() 
     ]
 
 
+def test_the_engine_is_built_when_all_that_may_move_is_away_and_comes_awake() -> None:
+    """vLLM takes its share of what is free: 4B student, gradients and teacher would leave it half of a GPU."""
+    done: list[str] = []
+    run = MemoryPhases(EVERYTHING, dict.fromkeys(PARTS, lambda transition: done.append(str(transition))))
+    with run.building_engine():
+        assert run.resident == frozenset()
+        assert done == [f"away {part}" for part in PARTS if part not in ENGINE]
+    assert run.resident == frozenset(ENGINE)
+    done.clear()
+    run.enter("sync")
+    assert done == ["back student"], "the engine is awake already"
+
+
+def test_a_resumed_run_has_the_optimizer_back_before_it_is_filled() -> None:
+    done: list[str] = []
+    run = MemoryPhases(EVERYTHING, dict.fromkeys(PARTS, lambda transition: done.append(str(transition))))
+    with run.building_engine():
+        done.clear()
+    run.enter("checkpoint")
+    assert done == ["sleep rollout_weights + kv_cache", "back student", "back optimizer"]
+
+
 def test_unstaged_wake_brings_the_cache_before_the_load() -> None:
     memory = MemoryConfig(sleep_level=1, staged_wake=False)
     assert carried_out(memory, *STEP, *STEP) == [

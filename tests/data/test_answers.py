@@ -3,9 +3,11 @@
 import itertools
 import math
 import os
+import re
 import signal
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -170,6 +172,22 @@ def boxes(response_text: str, answer: str) -> bool:
 )
 def test_boxed_answers_are_compared_as_mathematics(boxed: str, answer: str, right: bool) -> None:
     assert boxes(f"Therefore the answer is $\\boxed{{{boxed}}}$. <eos>", answer) is right
+
+
+def answer_pairs() -> list[tuple[str, str, bool]]:
+    lines = Path(__file__).with_name("answer_pairs.txt").read_text(encoding="utf-8").splitlines()
+    found = [re.fullmatch(r"(.+?) (==|!=|=\?|!\?) (.+)", line) for line in lines if line and line[:2] != "# "]
+    return [(pair[1], pair[3], pair[2][0] == "=") for pair in found if pair]
+
+
+def test_three_hundred_pairs_of_published_conventions_have_their_verdicts() -> None:
+    pairs = answer_pairs()
+    assert len(pairs) >= 300
+    assert [pair for pair in pairs if math_equal(*pair[:2]) != pair[2]] == []
+
+
+def test_an_empty_answer_equals_nothing() -> None:
+    assert not math_equal("", "") and not math_equal(" ", "$ $") and not math_equal("5", "") and not math_equal("", "5")
 
 
 def test_number_without_a_box_is_no_answer() -> None:

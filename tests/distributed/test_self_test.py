@@ -70,3 +70,12 @@ def test_shuffled_weights_are_refused(said: list[dict[str, str | None]]) -> None
 def test_all_ranks_say_the_same_and_it_can_be_switched_off(said: list[dict[str, str | None]]) -> None:
     assert said[0] == said[1]
     assert said[0]["off"] is None
+
+
+def test_ends_that_differ_between_ranks_are_refused_on_all_of_them(said: list[dict[str, str | None]]) -> None:
+    for of_rank in said:
+        text = of_rank["agreement"] or ""
+        assert re.fullmatch(
+            r"the ids differ between the ranks: \(0, 2\) on rank 0 \(.+\), \(1, 2\) on rank 1 \(.+\): copy the files",
+            text,
+        )

@@ -66,6 +66,7 @@ MORE: dict[int, dict[str, dict[str, Any]]] = {
         "moe CP2xEP2 | TP1": {"tensor": 1, "context": 2, "expert": 2},
         "moe EP2 | TP1": {"tensor": 1, "expert": 2},
         "moe EP2+dist-opt | EP2": {"tensor": 1, "expert": 2, "distributed_optimizer": True, "teacher_expert": 2},
+        "moe EP2 | TP2xEP2": {"tensor": 1, "expert": 2, "teacher_tensor": 2, "teacher_expert": 2},
         "moe PP2 | EP2": {
             "tensor": 1,
             "pipeline": 2,

@@ -40,7 +40,7 @@ def train(run: Any, memory: MemoryConfig) -> dict[str, Any]:
     from prune_opd.megatron.offload import handlers, optimizer_tensors
     from prune_opd.track.clock import PhaseClock
 
-    run.phases.memory = MemoryPhases(memory, handlers(run.trainer, run.teacher, None, run.machine))
+    run.phases.memory = MemoryPhases(memory, handlers(run.trainer, run.teacher, lambda: None, run.machine))
     results, left = [], {}
     for number in range(STEPS):
         run.phases.enter("sync")

@@ -2,7 +2,8 @@
 
     torchrun … worker_self_test.py OUT TENSOR TEACHER_PIPELINE STUDENT NAME=TEACHER …
 
-Every rank writes OUT/rank<r>.json: what is said of each teacher, or the refusal.
+Every rank writes OUT/rank<r>.json: what is said of each teacher, or the refusal; and what is said
+of ids that differ between the ranks.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ def main(out: Path, tensor: int, pipeline: int, student: str, teachers: dict[str
     from prune_opd.megatron import layout as layouts
     from prune_opd.megatron.self_test import check_teacher
     from prune_opd.megatron.teacher import Teacher
+    from prune_opd.ranks.agreement import must_agree
 
     parallel = ParallelConfig(tensor=tensor, teacher_tensor=1, teacher_pipeline=pipeline)
     layout = layouts.initialize(parallel, machine, seed=0)
@@ -46,6 +48,11 @@ def main(out: Path, tensor: int, pipeline: int, student: str, teachers: dict[str
             said[name] = check_teacher(config, teacher, sampler, teacher.spec.vocab_size)
         except UserError as error:
             said[name] = f"refused: {error}"
+    must_agree("the ids", (0, 2), "not said")
+    try:
+        must_agree("the ids", (layout.rank, 2), "copy the files")
+    except UserError as error:
+        said["agreement"] = str(error)
     (out / f"rank{layout.rank}.json").write_text(json.dumps(said))
     layouts.shutdown()
 

@@ -62,7 +62,8 @@ def test_bf16_trains_and_saves_with_fp8_rollouts_and_a_dry_run_of_the_memory_pha
     assert record["dry_run"] is True
     entered = [(entry["phase"], entry["transitions"]) for entry in record["phases"]]
     assert entered == [
-        ("sync", ["away optimizer", "away teacher", "away teacher_head"]),
+        ("build", ["away optimizer", "away teacher", "away teacher_head"]),
+        ("sync", []),
         ("parity", []),
         ("rollout", []),
         ("teacher", ["sleep rollout_weights + kv_cache", "back teacher", "back teacher_head"]),

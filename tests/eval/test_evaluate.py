@@ -8,14 +8,16 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from prune_opd.check.run import eval_layout_problems
 from prune_opd.cli import models
-from prune_opd.config import DataConfig
+from prune_opd.config import DataConfig, RolloutConfig
 from prune_opd.data.prompt import Prompt
 from prune_opd.eval.evaluate import Evaluator, Sampling, evaluation_record, make_evaluator, write_rows
-from prune_opd.eval.run import EvalJob, result, results_table
+from prune_opd.eval.run import EvalJob, result, results_table, room_problem
 from prune_opd.rollout.batch import Response, Rollouts
 from prune_opd.rollout.request import Row, TokenSampling
 from prune_opd.track.metrics import meaning, task_names
+from tests.fake_models import write_model
 
 SAMPLING = Sampling(samples=2, max_len=4, temperature=1.0, top_p=1.0, seed=7)
 
@@ -158,5 +160,26 @@ def test_the_command_reads_what_was_asked_for_and_notes_whose_answers_it_could_n
 
 def test_a_job_crosses_to_the_ranks_unchanged() -> None:
     file = DataConfig(source="a.jsonl", chat=True, system_prompt="Reason.", suffix=" Box it.", thinking=False)
-    job = EvalJob("model", (DataConfig(), file), 8, SAMPLING, "regex:is (.+)", results="r.jsonl")
+    job = EvalJob("model", (DataConfig(), file), 8, SAMPLING, "regex:is (.+)", results="r.jsonl", tensor_parallel=2)
     assert EvalJob.from_json(job.to_json()) == job
+
+
+def test_a_model_that_fills_its_gpu_is_refused_with_the_ranks_that_would_do(tmp_path: Path) -> None:
+    """Qwen3-30B-A3B has 61 GB: on one GPU of 80 there is little room for its cache, on half of one none."""
+    with (tmp_path / "model.safetensors").open("wb") as file:
+        file.truncate(61 * 10**9)  # sparse
+    problem = room_problem(tmp_path, RolloutConfig(), 72e9)
+    assert problem is not None and "61.0 GB of weights" in problem and "give --tensor-parallel 2" in problem
+    assert room_problem(tmp_path, RolloutConfig(tensor_parallel=2), 72e9) is None
+    narrow = room_problem(tmp_path, RolloutConfig(tensor_parallel=2), 20e9)
+    assert narrow is not None and "give --tensor-parallel 4" in narrow
+
+
+def test_tensor_parallel_ranks_of_an_evaluation_must_divide_ranks_and_heads(tmp_path: Path) -> None:
+    model = write_model(tmp_path / "model", num_attention_heads=4)
+    assert eval_layout_problems(model, nproc=4, tensor=2) == []
+    (ranks,) = eval_layout_problems(model, nproc=3, tensor=2)
+    assert ranks == "--tensor-parallel 2 does not divide the 3 ranks: give --nproc 2, or a multiple of it"
+    (heads,) = eval_layout_problems(model, nproc=8, tensor=8)
+    assert "does not divide the 4 attention heads" in heads
+    assert eval_layout_problems(tmp_path / "a checkpoint", nproc=2, tensor=2) == []

@@ -79,6 +79,7 @@ def story(undisturbed: Path, tmp_path_factory: pytest.TempPathFactory) -> Story:
     end = time.monotonic() + 90
     while not launch.reached.exists() and time.monotonic() < end:
         time.sleep(0.1)
+    story.note("second run", ended_run(config, story.run_dir))  # the same command typed twice
     launch.process.send_signal(signal.SIGUSR1)
     time.sleep(2)
     assert launch.process.poll() is None  # it has time to finish its step and save
@@ -91,6 +92,12 @@ def story(undisturbed: Path, tmp_path_factory: pytest.TempPathFactory) -> Story:
     story.note("none", ended_run(with_wandb, story.run_dir, **keys))
     os.umask(umask)
     return story
+
+
+def test_a_second_run_in_the_directory_is_refused_while_the_first_lives(story: Story) -> None:
+    ended = story.ended["second run"]
+    assert ended.code == 1
+    assert f"error: --run-dir {story.run_dir} is in use by process" in " ".join(ended.output.split())
 
 
 def test_the_run_ends_with_the_metrics_of_an_undisturbed_one(story: Story, undisturbed: Path) -> None:

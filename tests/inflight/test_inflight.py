@@ -13,7 +13,7 @@ from tests.inflight.worker_inflight import MAX_TOKENS, ROWS, SCRIPT, SPENT
 
 WORKER = Path(__file__).with_name("worker_inflight.py")
 # Tensor parallelism of an engine (and of the trainer), sequences that run at once. With three the others wait, and so
-# reach a look at other steps.
+# reach a look at other steps. The second one schedules asynchronously, as every engine does on a GPU.
 LAUNCHES = {"two engines": (1, 3), "one engine of two ranks": (2, 64)}
 # What the script costs, by hand: the look at which each row is cut, and the reliable length of each row.
 GEOMETRIC = {0: 4, 1: 8, 3: 16, 4: 32, 7: 8}

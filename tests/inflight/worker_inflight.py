@@ -61,10 +61,10 @@ class Scripted:
 
     def look(self, rollouts: Rollouts, deals: Any, kept: Any = None) -> Any:
         known = dict(kept.of_row) if kept else {}
-        self.rows_computed += len(rollouts.responses) - len(kept.replica_of if kept else ())
+        self.rows_computed += len(rollouts.responses) - len(kept.holders_of if kept else ())
         hidden, computed = self.teacher.look(rollouts, deals, kept)
         for of_row in (hidden.of_row, computed.of_row):
-            for i in of_row.keys() - (known.keys() if of_row is computed.of_row else kept.replica_of if kept else {}):
+            for i in of_row.keys() - (known.keys() if of_row is computed.of_row else kept.holders_of if kept else {}):
                 for token in set(self.script.get(row_of(rollouts.prompts[i], rollouts, i), ())):
                     if token < len(of_row[i]):
                         of_row[i] = of_row[i].index_copy(0, torch.tensor([token]), -of_row[i][token : token + 1])
@@ -170,6 +170,19 @@ def _raise() -> Sequence[Any]:
     raise RuntimeError("the device fell off")
 
 
+def schedule_asynchronously() -> None:
+    """As vLLM does on a GPU: a step is planned before the last one's tokens are there. Its CPU platform forbids it."""
+    from vllm.platforms.cpu import CpuPlatform
+
+    forbids = CpuPlatform.check_and_update_config.__func__  # type: ignore[attr-defined]
+
+    def allows(cls: Any, vllm_config: Any) -> None:
+        forbids(cls, vllm_config)
+        vllm_config.scheduler_config.async_scheduling = True
+
+    CpuPlatform.check_and_update_config = classmethod(allows)  # type: ignore[assignment]
+
+
 def main(models: Path, out: Path, rollout_tp: int, max_num_seqs: int) -> None:
     machine = platform.prepare()
     from prune_opd.megatron import layout as layouts
@@ -185,8 +198,12 @@ def main(models: Path, out: Path, rollout_tp: int, max_num_seqs: int) -> None:
     run = build_run(config, layout, out)
     drifting = run.teacher
     run.teacher = Teacher(config.student, layout, torch.float32, machine.device, parallel.microbatch_tokens)
+    if rollout_tp > 1:
+        schedule_asynchronously()
     options = EngineOptions(max_logprobs=8, timeout_minutes=parallel.timeout_minutes)
     engine = RolloutEngine(config.student, rollout, MAX_TOKENS, torch.float32, machine, options)
+    core = engine.llm.llm_engine.engine_core.engine_core
+    assert core.vllm_config.scheduler_config.async_scheduling == (core.batch_queue is not None) == (rollout_tp > 1)
     checks = Checks(run, engine)
     plain = checks.generate()
     FIRST_TOKENS.update({(plain.prompts[i].index, r.ids[:2]): i for i, r in enumerate(plain.responses)})

@@ -1,11 +1,14 @@
 """The image's files: hadolint, shellcheck, exact pins, and an apex that can only be NVIDIA's."""
 
+import ast
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+from packaging.utils import canonicalize_name
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 DOCKER = REPOSITORY / "docker"
@@ -31,6 +34,47 @@ def test_the_h100_set_is_exact_and_the_one_that_was_resolved_together() -> None:
     assert wanted.items() <= found.items()
     by_hand = [line for line in (DOCKER / "pins.h100.in").read_text().splitlines() if "==" in line and line[0] != "#"]
     assert dict(line.split("==") for line in by_hand).items() <= found.items()
+
+
+# What is imported → the package that brings it, where the names differ.
+BRINGS = {"megatron": "megatron-core", "yaml": "pyyaml", "annotated_types": "annotated-types"}
+IN_A_CHECKOUT = ("benchmarks",)  # of this repository, and not in the image
+
+
+def imported(folder: Path) -> set[str]:
+    """First parts of the names of all modules that a package's files import, anywhere in them."""
+    found: set[str] = set()
+    for path in folder.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Import):
+                found |= {alias.name.partition(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+                found.add(node.module.partition(".")[0])
+    return found
+
+
+def test_everything_that_the_product_imports_is_in_the_h100_set() -> None:
+    """Without pyarrow an image could read no Parquet file: nothing but a run would have shown it."""
+    names = imported(REPOSITORY / "prune_opd") - set(sys.stdlib_module_names) - {"prune_opd", *IN_A_CHECKOUT}
+    assert {"pyarrow", "reasoning_gym", "tensorboardX", "torch", "vllm"} <= names
+    pinned = {canonicalize_name(name) for name in pins(DOCKER / "pins.h100.txt")}
+    missing = {name for name in names if canonicalize_name(BRINGS.get(name, name)) not in pinned}
+    assert not missing
+
+
+def test_transformer_engine_is_tested_with_the_packages_of_the_image() -> None:
+    """Its PyTorch half imports onnx and onnxscript at once, and is compiled in the image without its dependencies."""
+    tested = pins(REPOSITORY / "requirements" / "te-test.txt")
+    image = {canonicalize_name(name): version for name, version in pins(DOCKER / "pins.h100.txt").items()}
+    assert {"onnx", "onnxscript", "transformer-engine"} <= tested.keys()
+    assert {canonicalize_name(name): version for name, version in tested.items()}.items() <= image.items()
+
+
+def test_flash_attn_is_compiled_only_where_it_is_asked_for() -> None:
+    """On Hopper Transformer Engine takes cuDNN's attention: hours of compiling for nothing."""
+    script, dockerfile = (DOCKER / "install_python.sh").read_text(), (DOCKER / "Dockerfile").read_text()
+    assert 'ARG FLASH_ATTN=""' in dockerfile
+    assert "grep -v '^flash-attn'" in script and '"${FLASH_ATTN:-}"' in script
 
 
 def test_the_launch_set_is_exact_and_has_no_torch() -> None:

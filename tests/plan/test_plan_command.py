@@ -37,7 +37,7 @@ def test_a_plan_prints_tables_and_writes_a_chart(tmp_path: Path) -> None:
 def test_what_does_not_fit_exits_with_1_and_says_why() -> None:
     code, text = run("plan", "r1_7b_from_skywork_8xh100", "rollout.gpu_memory_utilization=0.9")
     assert code == 1
-    assert "does not fit: phase start takes" in text
+    assert "does not fit: phase rollout takes" in text
 
 
 def test_the_search_names_layouts() -> None:

@@ -99,6 +99,12 @@ def test_samples_seeds_and_steps_all_give_other_tokens(results: Results) -> None
         assert all(results[0][other][name] != ids for name, ids in tokens.items())
 
 
+def test_a_prompt_that_is_twice_in_a_batch_has_other_responses_the_second_time(results: Results) -> None:
+    rows, tokens = results[0]["twice in a batch"], list(results[0]["tokens"].values())[RESPONSES:]
+    assert rows[: len(tokens)] == tokens and len(rows) == 2 * len(tokens)
+    assert len(set(map(tuple, rows))) == len(rows)
+
+
 def test_greedy_sampling_does_not_look_at_the_seed(results: Results) -> None:
     first, second = results[0]["greedy"]
     assert first == second

@@ -213,6 +213,7 @@ def main(
     results["greedy"] = [checks.tokens(prompts, temperature=0.0, seed=seed) for seed in (1, 2)]
     results["another seed"] = checks.tokens(prompts, seed=SEED + 1)
     results["another step"] = checks.tokens(prompts, step=STEP + 1)
+    results["twice in a batch"] = [list(ids) for ids in checks.generate(prompts[1:] + prompts[1:]).response_ids]
     many = make_prompts(MANY)
     results["many"] = checks.tokens(many, responses=1, max_tokens=8)
     results["many, by ten"] = {}

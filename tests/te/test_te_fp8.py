@@ -45,3 +45,19 @@ def test_first_and_last_layers_stay_in_bf16(results: dict[str, Any]) -> None:
         "tensorwise": [0, 2, 3],
         "blockwise": [3],
     }
+
+
+def test_no_module_keeps_fp8_copies_of_its_weights(results: dict[str, Any]) -> None:
+    """They would stay on the device in every phase: the moves take parameters only."""
+    for found in results.values():
+        assert found["keeps FP8 copies"] and not any(found["keeps FP8 copies"])
+
+
+def test_only_delayed_scaling_puts_its_history_into_a_checkpoint(results: dict[str, Any]) -> None:
+    """It is a pickle, and the other recipes need none."""
+    pickled = {name: found["pickled in a checkpoint"] for name, found in results.items()}
+    assert pickled["delayed"] > 0 and pickled["tensorwise"] == pickled["blockwise"] == 0
+
+
+def test_megatron_core_takes_the_fused_kernels(results: dict[str, Any]) -> None:
+    assert all(found["fused"] == [True, True, False] for found in results.values())

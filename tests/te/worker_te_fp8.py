@@ -29,15 +29,22 @@ FP8S = {
 }
 
 
-def described(config: Any) -> dict[str, Any]:
+def described(chunk: Any) -> dict[str, Any]:
     from megatron.core.fp8_utils import get_fp8_recipe, is_first_last_bf16_layer
 
+    from prune_opd.megatron.shards import EXTRA_STATE, sharded_model
+
+    config = chunk.config
+    linears = [module for module in chunk.modules() if hasattr(module, "disable_parameter_transpose_cache")]
     recipe = get_fp8_recipe(config)
     return {
         "recipe": type(recipe).__mro__[1].__name__ if "TE" in type(recipe).__name__ else type(recipe).__name__,
         "format": recipe.fp8_format.name,
         "history": getattr(recipe, "amax_history_len", None),
         "amax": getattr(recipe, "amax_compute_algo", None),
+        "keeps FP8 copies": [not linear.disable_parameter_transpose_cache for linear in linears],
+        "pickled in a checkpoint": sum(EXTRA_STATE in name for name in sharded_model(chunk)),
+        "fused": [config.apply_rope_fusion, config.bias_activation_fusion, config.moe_permute_fusion],
         "bf16 layers": [i for i in range(config.num_layers) if is_first_last_bf16_layer(config, i)],
     }
 
@@ -51,7 +58,7 @@ def main(model: Path, out: Path) -> None:
     results = {}
     for name, fp8 in FP8S.items():
         (chunk,) = build(model, layout.student, torch.bfloat16, trainable=True, settings=transformer_arguments(fp8))
-        results[name] = described(chunk.config)
+        results[name] = described(chunk)
     (out / "fp8.json").write_text(json.dumps(results))
     layouts.shutdown()
 

@@ -9,6 +9,9 @@ import pytest
 import torch
 
 from prune_opd import platform
+from prune_opd.config import TrainConfig
+from prune_opd.config.recipe import load_recipe
+from prune_opd.model_spec import ModelSpec, model_config
 from prune_opd.weights.buckets import ALIGNMENT, Bucket, Holding, Item, make_buckets, make_items
 from prune_opd.weights.cut import VOCABULARY, WHOLE
 from prune_opd.weights.mapping import entries
@@ -44,7 +47,7 @@ def buckets_of(spec: Any, tp: int, stages: int, bucket_bytes: int, staging: bool
 def ends(item: Item) -> list[tuple[int, int]]:
     sizes = [torch.Size(shape).numel() * item.dtype.itemsize for shape in item.entry.shapes]
     found = [(offset, offset + size) for offset, size in zip(item.offsets, sizes, strict=False)]
-    return found if item.staging is None else [*found, (item.staging, item.staging + sizes[0])]
+    return [*found, *((begin, begin + sum(item.wire_sizes(index))) for index, begin in enumerate(item.wires))]
 
 
 @pytest.mark.parametrize("staging", [False, True])
@@ -103,6 +106,56 @@ def test_of_ranks_with_the_same_shard_the_one_that_sends_less_sends_it() -> None
     spec = model_spec(layers=4, tied=False)
     owners = [item.owners for bucket in buckets_of(spec, 2, 2, 10**9) for item in bucket.items if item.count == 1]
     assert {owner for (owner,) in owners} == {0, 1, 2, 3}
+
+
+@pytest.mark.parametrize("bucket_bytes", [3000, 12_000, 10**9])
+@pytest.mark.parametrize(("tp", "stages"), [(1, 1), (2, 1), (1, 2), (2, 2)])
+def test_what_a_rank_sends_of_a_bucket_lies_in_its_segment_and_nothing_else(
+    tp: int, stages: int, bucket_bytes: int
+) -> None:
+    """One broadcast for each sender of a bucket: a shard travels in its sender's segment, or arrives in its place."""
+    spec = model_spec(layers=4, tied=False)
+    for bucket in buckets_of(spec, tp, stages, bucket_bytes, staging=True):
+        bounds = sorted(bucket.segments.values())
+        assert all(end <= begin for (_, end), (begin, _) in pairwise(bounds))
+        room = dict.fromkeys(bucket.segments, 0)
+        for item in bucket.items:
+            for index, owner in enumerate(item.owners):
+                if item.everywhere:
+                    assert not item.wires
+                    continue
+                begin, end = bucket.segments[owner]
+                shard = [(item.wires[index], sum(item.wire_sizes(index)))] if item.wires else []
+                sizes = [torch.Size(shape).numel() * item.dtype.itemsize for shape in item.entry.shapes]
+                for start, size in shard or zip(item.offsets, sizes, strict=True):
+                    assert begin <= start and start + size <= end
+                    room[owner] += -(-size // ALIGNMENT) * ALIGNMENT
+        assert room == {owner: end - begin for owner, (begin, end) in bucket.segments.items()}
+
+
+def test_a_model_of_128_experts_travels_in_few_broadcasts() -> None:
+    """Qwen3-30B-A3B in its recipe's layout, TP4 × EP8: one broadcast of each tensor's part took 19,208."""
+    config = load_recipe("qwen3_30b_a3b_from_235b_a22b_128xh100_fp8")
+    assert isinstance(config, TrainConfig)
+    spec = ModelSpec.of(model_config("student", config.student), "student")
+    tp, ep = config.parallel.tensor_size(128), config.parallel.expert
+    assert spec.moe is not None and (tp, ep) == (4, 8)
+    table, ranks = list(entries(spec)), []
+    for rank in range(ep):
+        ours: dict[str, Holding] = {}
+        for entry in table:
+            if entry.expert is None:
+                shard = (0, 1) if not entry.cut.divided else (rank % tp, tp)
+            elif entry.expert // (spec.moe.experts // ep) == rank:
+                shard = (0, 1)
+            else:
+                continue
+            ours[entry.megatron] = Holding(*shard, torch.bfloat16)
+        ranks.append(ours)
+    buckets = make_buckets(make_items(table, ranks), int(config.rollout.bucket_mb * 2**20), staging=True)
+    tensors = sum(len(item.entry.hf) for bucket in buckets for item in bucket.items)
+    assert tensors == 18_867
+    assert sum(len(bucket.segments) for bucket in buckets) <= 300
 
 
 def test_a_shard_that_nobody_has_is_an_error() -> None:

@@ -126,13 +126,12 @@ def compare_all(model_dir: Path, batches: Sequence[Any], layout: Any) -> dict[st
 
 def own_rollouts(model_dir: Path, problems: int, max_len: int, machine: platform.Platform) -> tuple[Any, Any]:
     """Prompts and the model's own responses on the ledger task, T = 1, as a training step would sample them."""
-    from transformers import AutoTokenizer
-
     from prune_opd.data.prompts import held_out
+    from prune_opd.data.tokenizer import load_tokenizer
     from prune_opd.rollout.engine import RolloutEngine
     from prune_opd.rollout.request import TokenSampling, new_rows
 
-    tokenizer = AutoTokenizer.from_pretrained(model_dir)
+    tokenizer = load_tokenizer(model_dir)
     data = DataConfig(source="ledger")
     prompts = held_out(data, tokenizer, SEED, problems)
     longest = max(len(prompt.ids) for prompt in prompts)

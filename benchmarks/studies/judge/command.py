@@ -63,13 +63,14 @@ def run(
     teacher: Annotated[Path | None, typer.Option(metavar="DIR", help="Default: the real pair's.")] = None,
     prompts: Annotated[list[Path] | None, typer.Option(metavar="FILE", help="Repeatable: .jsonl prompt files.")] = None,
     rows: Annotated[int, typer.Option("--rows", metavar="N", help="Prompts of all files together.")] = Settings.prompts,
+    tokens: Annotated[int, typer.Option(metavar="N", help="Most tokens of a response.")] = Settings.tokens,
     threads: Annotated[int, typer.Option(metavar="N", help="Cores.")] = 1,
     out: Out = BENCH,
     quick: Quick = False,
 ) -> int:
     """Measure the models one after another, print two tables and greedy answers, write the JSON file."""
     pair = real_pair_dir()
-    settings = QUICK if quick else replace(Settings(), prompts=rows)
+    settings = QUICK if quick else replace(Settings(), prompts=rows, tokens=tokens)
     teacher = teacher or pair / "teacher"
     files = prompts or [pair / "data" / f"{name}_held_out.jsonl" for name in ("chat", "arithmetic")]
     for directory in (teacher, *models):

@@ -116,9 +116,9 @@ def along(student_NV: Tensor, teacher_NV: Tensor, text: Text) -> dict[str, Any]:
 def measure(
     models: list[str], teacher: str, files: list[str], prompts: int, tokens: int, greedy: int, batch: int, seed: int
 ) -> dict[str, Any]:
-    from transformers import AutoTokenizer
+    from prune_opd.data.tokenizer import load_tokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(teacher)
+    tokenizer = load_tokenizer(teacher)
     rows = [row for file in files for row in _rows(Path(file), prompts // len(files))]
     texts = [_prompt(tokenizer, row) for row in rows]
     start = cpu_time()

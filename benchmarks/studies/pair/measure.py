@@ -215,13 +215,12 @@ def rounding(model: Any, rows: Sequence[Row], gate: GateConfig) -> dict[str, flo
 
 def measure(recipe: str, rows: int) -> dict[str, Any]:
     """The pair of `recipe`, a resolved config file, on `rows` prompts of its data source."""
-    from transformers import AutoTokenizer
-
     from prune_opd.data.prompts import make_sampler
+    from prune_opd.data.tokenizer import load_tokenizer
 
     config = load_config(Path(recipe))
     assert isinstance(config, TrainConfig) and config.gate is not None
-    gate, max_len, tokenizer = config.gate, config.horizon.max_len, AutoTokenizer.from_pretrained(config.student)
+    gate, max_len, tokenizer = config.gate, config.horizon.max_len, load_tokenizer(config.student)
     prompts = make_sampler(config.data, tokenizer, config.seed, config.rollout.max_prompt_len).next(rows)
     models = {role: load(getattr(config, role)) for role in ("student", "teacher")}
     texts = {

@@ -35,11 +35,11 @@ def gold_corpus(teacher: Path) -> CorpusConfig:
 
 def measure(recipe: str, model: str, problems: int, seed: int, bins: int) -> dict[str, Any]:
     """The model in the directory `model` and the teacher of `recipe`, a resolved config file."""
-    from transformers import AutoTokenizer
+    from prune_opd.data.tokenizer import load_tokenizer
 
     config = load_config(Path(recipe))
     assert isinstance(config, TrainConfig) and config.gate is not None
-    gate, max_len, tokenizer = config.gate, config.horizon.max_len, AutoTokenizer.from_pretrained(model)
+    gate, max_len, tokenizer = config.gate, config.horizon.max_len, load_tokenizer(model)
     source = LedgerSource(tokenizer, config.data, seed, stream="held_out")
     prompts = [source.get(index) for index in range(problems)]
     student, teacher = load(model), load(config.teacher)

@@ -1,0 +1,55 @@
+"""A periodic checkpoint is written as the ranks hold it: nothing is gathered, and a resumed run is the unbroken one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.distributed.ranks import read_ranks, run_ranks
+from tests.distributed.tiny_run import write_pair
+from tests.distributed.worker_checkpoint_shards import CASES, FORMATS
+
+WORKER = Path(__file__).with_name("worker_checkpoint_shards.py")
+EVERY = [(model, form) for model in CASES for form in FORMATS]
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    models, out = tmp_path_factory.mktemp("models"), tmp_path_factory.mktemp("out")
+    write_pair(models / "dense", num_hidden_layers=2)
+    write_pair(models / "moe", family="qwen3_moe", num_hidden_layers=2)
+    run_ranks(WORKER, 2, [models, out], timeout=240)
+    return read_ranks(out, 2)
+
+
+@pytest.mark.parametrize("model", CASES)
+def test_nothing_is_gathered_for_a_checkpoint_of_this_layout(ranks: list[dict[str, Any]], model: str) -> None:
+    for rank in ranks:
+        found, before = rank[model]["as held"], rank[model]["any layout"]
+        assert before["received"] > 1.4 * before["held"], "the state of both replicas, but for experts, which have one"
+        assert before["new"] > 1.4 * before["held"]
+        assert found["received"] == 0
+        assert found["new"] < 0.02 * found["held"], "what fills up the ends of a buffer"
+
+
+@pytest.mark.parametrize(("model", "form"), EVERY)
+def test_a_resumed_run_is_the_unbroken_one_bit_by_bit(ranks: list[dict[str, Any]], model: str, form: str) -> None:
+    for rank in ranks:
+        found = rank[model][form]
+        assert found["loaded bit by bit"] and found["same step"] and found["same weights"]
+
+
+@pytest.mark.parametrize(("model", "form"), EVERY)
+def test_the_replicas_share_the_writing(ranks: list[dict[str, Any]], model: str, form: str) -> None:
+    first, second = ranks[0][model][form]["written"]
+    assert 0.6 < first / second < 1.7
+
+
+def test_another_layout_loads_it_or_is_told_why_not(ranks: list[dict[str, Any]]) -> None:
+    for rank in ranks:
+        assert rank["dense"]["any layout"]["in another layout"] == ""
+        said = rank["dense"]["as held"]["in another layout"]
+        assert "parallel.tensor = 1, parallel.pipeline = 1" in said and "this run has parallel.tensor = 2" in said
+        assert "checkpoint.any_layout=always" in said
