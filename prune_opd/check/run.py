@@ -66,7 +66,7 @@ def check_train(
 
 
 def check_everything(
-    config: TrainConfig, nproc: int, run_dir: Path | None, resume: str, allow_config_change: bool = False
+    config: TrainConfig, nproc: int, run_dir: Path | None, resume: str = "auto", allow_config_change: bool = False
 ) -> list[str]:
     """`check_train`, and what a run looks at once before it takes GPUs: weights, versions, driver, space, prompts."""
     problems = check_train(config, nproc, run_dir, resume, allow_config_change)

@@ -348,8 +348,9 @@ _CHARTS = (
         "Memory by phase [GB]",
         ("memory_train",),
         _memory,
-        "Of rank 0. On a GPU: torch's peak in each phase; a line that goes on climbing is a leak. On a CPU: what was "
-        "resident at each phase's end, which grows until the KV cache and the longest batch have been there once.",
+        "Of rank 0. On a GPU: torch's peak in each phase; a line that goes on climbing is a leak. On a CPU: what is "
+        "resident at each phase's end. It climbs in training while the batches grow, since what is freed stays "
+        "resident, and is flat once the longest batch has been there.",
     ),
     _Kind(
         "Rollout engines against the trainer [nats]",

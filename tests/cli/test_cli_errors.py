@@ -117,9 +117,6 @@ def test_unknown_recipe(place: Workplace) -> None:
     ("override", "error"),
     [
         ("horizon.stratgy=full", "there is no setting 'horizon.stratgy': did you mean horizon.strategy?"),
-        ("gate.k=four", "gate.k = 'four' has the wrong type: give an integer"),
-        ("horizon.strategy=fulll", "horizon.strategy = 'fulll' is not known: choose one of full, topd, popd, prune"),
-        ("horizon.strategy=topd", "horizon.rho is not set: topd needs the fraction of max_len to generate"),
         ("gate=null", "gate = null with horizon.strategy = prune: the window follows the gate's reliable length"),
     ],
 )
@@ -166,7 +163,6 @@ def test_what_the_checks_refuse(place: Workplace, args: list[str], field: str, r
 def test_missing_model(place: Workplace) -> None:
     cached = place.folder / "cache" / "tiny" / "0" / "teacher"
     assert "`make tiny-models`" in place.refuse("train", place.recipe, f"teacher={cached}").error
-    assert place.refuse("train", place.recipe, "teacher=nowhere").error.endswith("give a Hugging Face model directory")
 
 
 def test_a_teacher_with_another_tokenizer(place: Workplace) -> None:
