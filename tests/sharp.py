@@ -5,6 +5,7 @@ A pair of random models hides it: their logits differ by more than a rounding.
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any, NamedTuple
 
 import torch
@@ -19,6 +20,8 @@ SHARP_CASES = {
     for objective in OBJECTIVES
     for weighting in (WeightingConfig(), *WEIGHTINGS)
 }
+SHARP_CASES["ends as a class"] = (ObjectiveConfig(k=6, ends="class"), WeightingConfig())
+ENDS = (3, 500, 700)  # on both of two ranks; every eighth token sampled is one of them
 SHARP_TOLERANCE = 0.01  # of a gradient in bf16, relative, against float64 of the same bf16 inputs
 
 
@@ -62,6 +65,10 @@ def gradients(
     **more: Any,
 ) -> Gradients:
     """Both of the fused loss, the weight's in a buffer that keeps its digits if it is not told otherwise."""
+    if objective.ends == "class":
+        sampled = case.sampled.clone()
+        sampled[::8] = torch.tensor(ENDS * len(sampled))[: len(sampled[::8])]
+        case = dataclasses.replace(case, sampled=sampled, terminal_ids=ENDS)
     leaves = case.leaves(dtype)
     buffer = torch.zeros(leaves.student_weight.shape, dtype=buffer_dtype or torch.promote_types(dtype, torch.float32))
     leaves.fused(GATE, objective, weighting, chunk=16, weight_grad=buffer, **more)[0].backward()

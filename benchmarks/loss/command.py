@@ -33,6 +33,7 @@ CONTENDERS = ("ours", "ours_no_buffer", "ours_full", "naive", "trl", "liger", "n
 PACKAGES = {"trl": "trl", "liger": "liger_kernel"}  # of the contenders that need one
 SAME_KIND = {"trl": "ours_full", "liger": "ours_full", "nemo_rl": "ours"}  # a rival → ours that does as much
 IN_BF16 = ("ours", "floor")
+COUNTED = {"topk_reverse_kl": {}, "full_vocab_reverse_kl": {"name": "full_vocab_reverse_kl"}}  # by count.py
 SAME_LOSS = 1e-4  # relative
 OVER_FLOOR = 1.25  # time of ours over the floor's, at most
 TIMES = {"time": "wall", "cpu": "cpu"}
@@ -55,6 +56,9 @@ class Settings:
     growth_vocab: int = 151_936
     growth_tokens: tuple[int, ...] = (512, 1024, 2048, 4096, 8192)
     growth_rounds: int = 2
+    counted_ranks: tuple[int, ...] = (1, 8)
+    counted_sizes: tuple[int, int] = (1536, 3584)  # hidden; nothing is computed
+    counted_chunk: int = 1024
 
     def chunk(self, vocab: int) -> int:
         return self.chunks[self.vocabularies.index(vocab)]
@@ -84,6 +88,7 @@ def run(out: Out = BENCH, quick: Quick = False) -> int:
         vocabularies=[{**_compare(raw, vocab), "chunk": settings.chunk(vocab)} for vocab in settings.vocabularies],
         bf16=[{**_compare_bf16(raw, vocab), "chunk": settings.chunk(vocab)} for vocab in settings.vocabularies],
         growth=_growth(raw, settings),
+        counted=_count(settings),
         skipped=_missing(),
         raw=raw,
     )
@@ -137,6 +142,15 @@ def _measure(contender: str, vocab: int, tokens: int, settings: Settings, dtype:
     what = f"{contender} with {tokens} tokens and a vocabulary of {vocab} in {dtype}"
     (found,) = measure("benchmarks.loss.measure", request, what, threads=settings.threads, env=with_trl())
     return {"contender": contender, "vocab": vocab, "tokens": tokens, "dtype": dtype, **found}
+
+
+def _count(settings: Settings) -> list[dict[str, Any]]:
+    """What one chunk asks of a device, on a rank of a group, by objective."""
+    size = {"vocab": settings.growth_vocab, "sizes": settings.counted_sizes, "chunk": settings.counted_chunk}
+    what = [(name, ranks) for name in COUNTED for ranks in settings.counted_ranks]
+    requests = [{"objective": COUNTED[name], "ranks": ranks, **size} for name, ranks in what]
+    (found,) = measure("benchmarks.loss.count", {"requests": requests}, "counting the kernels")
+    return [{"objective": name, "ranks": ranks, **row} for (name, ranks), row in zip(what, found, strict=True)]
 
 
 # ---------------------------------------------------------------------------------------------------- comparing
@@ -266,3 +280,15 @@ def _print(result: dict[str, Any], console: Console) -> None:
         **MEMORY,
     }
     console.print(table(f"growth of ours, vocabulary {settings['growth_vocab']}", columns, result["growth"], left=0))
+    columns = {
+        "": "{objective}",
+        "ranks": "{ranks}",
+        "kernels": "{kernels:.0f}",
+        "waits": "{waits:.0f}",
+        "collectives": "{collectives:.0f}",
+        "passes, student": "{passes[0]:.1f}",
+        "teacher": "{passes[1]:.1f}",
+        "GB moved": "{gbytes:.1f}",
+    }
+    title = f"counted: a chunk of {settings['counted_chunk']} tokens, vocabulary {settings['growth_vocab']}, fp32"
+    console.print(table(title, columns, result["counted"]))

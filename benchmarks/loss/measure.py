@@ -35,7 +35,7 @@ from benchmarks.loss import rivals
 from benchmarks.loss.rivals import Inputs
 from prune_opd.config import GateConfig, ObjectiveConfig
 from prune_opd.loss import Head, Method, Tokens, distill_loss
-from prune_opd.loss.products import add_weight_gradient_, hidden_gradient, logits_
+from prune_opd.loss.products import add_weight_gradient_, hidden_gradient_, logits_
 from prune_opd.method.gate import apply_gate_packed, overlap_events, overlap_ratio
 
 RESPONSES = 4  # that the tokens are split into
@@ -101,8 +101,8 @@ def floor(x: Inputs) -> Tensor | None:
         student_hidden_CH, teacher_hidden_CH = x.student_hidden_NH[part], x.teacher_hidden_NH[part]
         logits_CV = logits_(student_hidden_CH, x.student_weight_VH, student_logits_CV[: len(student_hidden_CH)])
         logits_(teacher_hidden_CH, x.teacher_weight_VH, teacher_logits_CV[: len(teacher_hidden_CH)])
-        grad_hidden_NH[part] = hidden_gradient(logits_CV, x.student_weight_VH)
-        add_weight_gradient_(grad_weight_VH, logits_CV, student_hidden_CH)
+        hidden_gradient_(logits_CV, x.student_weight_VH, grad_hidden_NH[part], torch.float32)
+        add_weight_gradient_(grad_weight_VH, logits_CV, student_hidden_CH, torch.float32)
     x.student_hidden_NH.grad = grad_hidden_NH
     return None
 

@@ -20,21 +20,26 @@ from prune_opd.config import ObjectiveConfig
 from prune_opd.loss.ends import AtEnds, take_ends_, token_logp, unfold_
 from prune_opd.loss.inputs import Method
 from prune_opd.loss.old_policy import OldPolicy
-from prune_opd.loss.products import add_weight_gradient_, hidden_gradient
+from prune_opd.loss.products import add_weight_gradient_, hidden_gradient_, ready_
 from prune_opd.loss.vocab_parallel import (
+    BothLogits,
     OutputHead,
     VocabShard,
+    columns_of_both,
+    gather_both,
     group_size,
     local_columns,
-    local_gather,
+    row_blocks,
     sum_together,
     topk_together,
 )
-from prune_opd.loss.vocab_sums import Apart, VocabSums, row_blocks, vocab_sums_
-from prune_opd.method.gate import Agreement, Views, judge
+from prune_opd.loss.vocab_sums import Apart, VocabSums, vocab_sums_
+from prune_opd.method.divergences import DIVERGENCES
+from prune_opd.method.gate import Agreement, Views, judge, needs_nucleus
 from prune_opd.method.objective import (
     Candidates,
     Pair,
+    TokenLoss,
     candidates,
     clipped_policy_loss,
     has_rest,
@@ -60,106 +65,108 @@ class Scores(NamedTuple):
     """One chunk as both models score it. Log-probabilities are over the full vocabulary."""
 
     agreement: Agreement
-    sampled_logp_N: Tensor  # of the outcome: of the class where an end of one was sampled
-    token_logp_N: Tensor  # of the sampled id itself
-    signals: Signals
+    outcome_logp_2N: Tensor  # both models' of what was sampled: of the class where an end of one was
     at: list[AtCandidates]  # one an objective
-    student_NV: Tensor  # this rank's columns, in the student's buffer: log p if `in_logs`, else p · student_total
-    student_total_N1: Tensor
-    teacher_NV: Tensor  # log q if `in_logs`
+    logits_2NW: Tensor  # this rank's columns, the student's first: log p + log_total if `in_logs`, else p · total
+    log_total_2N1: Tensor
+    sums: VocabSums
     in_logs: bool
     shard: VocabShard  # the student's
-    finite_2: Tensor  # whether the student's and the teacher's normalisers are numbers
     ends: AtEnds | None = None  # where there are terminal ids
     end_class: tuple[int, ...] = ()  # those that are one outcome
 
+    @property
+    def sampled_logp_N(self) -> Tensor:
+        return self.outcome_logp_2N[0]
+
+    @property
+    def token_logp_N(self) -> Tensor:
+        """Of the sampled id itself."""
+        return token_logp(self.outcome_logp_2N[0], self.ends)
+
+    @property
+    def signals(self) -> Signals:
+        student_N, teacher_N = self.outcome_logp_2N
+        return Signals(teacher_N - student_N, *self.sums.entropies(), self.sums.reverse_kl())
+
 
 def score_chunk(
-    student: OutputHead,
-    teacher: OutputHead,
-    sampled_ids_N: Tensor,
-    part: slice,
-    method: Method,
-    *,
-    old: OldPolicy | None = None,
+    both: BothLogits, sampled_ids_N: Tensor, part: slice, method: Method, *, old: OldPolicy | None = None
 ) -> Scores:
     """The tokens of `part` through both output heads.
 
     old: take the candidates of its policy gradient, if it has one.
     """
     objectives, k, sampled_N = method.objectives, method.gate_k, sampled_ids_N[part]
-    in_logs = on_vocabulary(method.objective)
-    logits, shards = (student.logits(part), teacher.logits(part)), (student.shard, teacher.shard)
-    sampled_N, ends = take_ends_(logits, shards, sampled_N, method)  # from here on a class of them is one outcome
-    tops = topk_together(logits, max(k, *map(top_k, objectives)), shards)
-    student_ids_NK, teacher_ids_NK = (top.ids_NK for top in tops)
+    in_logs, shards = on_vocabulary(method.objective), both.shards
+    logits_2NW = both.of(part)
+    sampled_N, ends = take_ends_(logits_2NW.unbind(), shards, sampled_N, method)  # then a class is one outcome
+    top = topk_together(logits_2NW, max(k, *map(top_k, objectives)), shards)
+    student_ids_NK, teacher_ids_NK = top.ids_NK
     chosen = [candidates(objective, sampled_N, student_ids_NK, teacher_ids_NK) for objective in objectives]
     if old is not None and old.reward_NK is not None:
         chosen[0] = old.candidates
     ids = [sampled_N[:, None], student_ids_NK[:, :k], *(of_objective.ids_NK for of_objective in chosen)]
-    ids_NK = torch.cat(ids, dim=1)
 
     # All is read off the logits before they turn, in place, into something else. A top-k's first is the maximum.
-    at = [local_gather(logits_NV, ids_NK, shard) for logits_NV, shard in zip(logits, shards, strict=True)]
-    maxima = tops[0].values_NK[:, :1], tops[1].values_NK[:, :1]
+    at_2NK, maximum_2N1 = gather_both(logits_2NW, torch.cat(ids, dim=1), shards), top.values_NK[..., :1]
     apart = _apart(chosen[0], shards) if has_rest(method.objective) else None
-    mine = vocab_sums_(logits, maxima, shards, in_logs, apart)
-    given = [part for part in mine if part is not None]
-    *at, sums_NS = sum_together([*at, torch.cat(given, dim=1)], student.shard.group)
-    sums = VocabSums(*sums_NS.split(1, dim=1))
+    mine = vocab_sums_(both, logits_2NW, maximum_2N1, in_logs, apart)
+    at_2NK, *whole = sum_together([at_2NK, *(of for of in mine if of is not None)], shards[0].group)
+    sums = VocabSums(*whole)
     # logit − max − log Σ: with max + log Σ as one number, large logits would cost digits of small log-probabilities.
-    logs = sums.student_total_N1.log(), sums.teacher_total_N1.log()
-    student_logp_NK, teacher_logp_NK = (
-        at_NK - maximum_N1 - log_N1 for at_NK, maximum_N1, log_N1 in zip(at, maxima, logs, strict=True)
-    )
-    ends = None if ends is None else ends.less(maxima, logs)
-    if in_logs:
-        for logits_NV, log_N1 in zip(logits, logs, strict=True):
-            logits_NV.sub_(log_N1)
+    log_total_2N1 = sums.total_2N1.log()
+    logp_2NK = (at_2NK - maximum_2N1).sub_(log_total_2N1)
+    ends = None if ends is None else ends.less(maximum_2N1.unbind(), log_total_2N1.unbind())
 
-    widths = [part.shape[1] for part in ids]
-    (student_y_N1, student_k_NK, *student_at), (teacher_y_N1, teacher_k_NK, *teacher_at) = (
-        logp_NK.split(widths, dim=1) for logp_NK in (student_logp_NK, teacher_logp_NK)
-    )
+    nucleus_NK = None
+    if needs_nucleus(method.gate):
+        nucleus_NK = top.values_NK[1, :, :k] - maximum_2N1[1] - log_total_2N1[1]
+    outcome_2N1, there_2NK, *logp_at = logp_2NK.split([part.shape[1] for part in ids], dim=2)
     views = Views(
         sampled_ids=sampled_N,
         student_ids=student_ids_NK[:, :k],
-        student_logp=student_k_NK,
-        teacher_logp_there=teacher_k_NK,
+        logp=there_2NK,
         teacher_ids=teacher_ids_NK[:, :k],
-        teacher_logp=tops[1].values_NK[:, :k] - maxima[1] - logs[1],
+        teacher_logp=nucleus_NK,
     )
     rests = [sums.log_rest(), *(None for _ in chosen[1:])]
     return Scores(
         agreement=judge(views, method.gate),
-        sampled_logp_N=student_y_N1[:, 0],
-        token_logp_N=token_logp(student_y_N1[:, 0], ends),
-        signals=Signals((teacher_y_N1 - student_y_N1)[:, 0], *sums.entropies(), sums.reverse_kl()),
+        outcome_logp_2N=outcome_2N1.squeeze(2),
         at=[
-            AtCandidates(*where, logp_NK, logq_NK, log_rest)
-            for where, logp_NK, logq_NK, log_rest in zip(chosen, student_at, teacher_at, rests, strict=True)
+            AtCandidates(*where, logp_2NC[0], logp_2NC[1], log_rest)
+            for where, logp_2NC, log_rest in zip(chosen, logp_at, rests, strict=True)
         ],
-        student_NV=logits[0],
-        student_total_N1=sums.student_total_N1,
-        teacher_NV=logits[1],
+        logits_2NW=logits_2NW,
+        log_total_2N1=log_total_2N1,
+        sums=sums,
         in_logs=in_logs,
-        shard=student.shard,
-        finite_2=torch.cat(logs, dim=1).isfinite().all(dim=0),
+        shard=shards[0],
         ends=ends,
         end_class=method.end_class,
     )
 
 
-def _apart(chosen: Candidates, shards: tuple[VocabShard, VocabShard]) -> tuple[Apart, Apart]:
+def _apart(chosen: Candidates, shards: tuple[VocabShard, VocabShard]) -> Apart:
     """Where this rank has the candidates of a token, for either model."""
-    valid_NK = True if chosen.valid_NK is None else chosen.valid_NK
-    (student_NK, student_mine_NK), (teacher_NK, teacher_mine_NK) = (
-        local_columns(chosen.ids_NK, shard) for shard in shards
-    )
-    return Apart(student_NK, student_mine_NK & valid_NK), Apart(teacher_NK, teacher_mine_NK & valid_NK)
+    column_2NK, mine_2NK = columns_of_both(chosen.ids_NK, shards)
+    if chosen.valid_NK is not None:
+        mine_2NK = chosen.valid_NK.expand(column_2NK.shape) if mine_2NK is None else mine_2NK & chosen.valid_NK
+    return Apart(column_2NK, mine_2NK)
 
 
 # ---------------------------------------------------------------------------------------------------- loss
+
+
+ON_DEVICE = 8  # parts that a chunk's columns are worked on in off the CPU, for the sake of what is held meanwhile
+
+
+class Columns(NamedTuple):
+    """Slopes of an objective on the whole vocabulary, unweighted, are in the place of the teacher's logits."""
+
+    weight_N: Tensor
+    total_N: Tensor  # weighted, over all ranks' columns
 
 
 class ChunkLoss(NamedTuple):
@@ -168,9 +175,8 @@ class ChunkLoss(NamedTuple):
     loss_N: Tensor
     divergence_N: Tensor
     slope_NK: Tensor
-    column_slope_NV: Tensor | None = None
-    column_total_N: Tensor | None = None
-    reward_NK: Tensor | None = None
+    columns: Columns | None = None
+    first: TokenLoss | None = None  # None for an objective on the whole vocabulary, or against an old policy
     ratio_N: Tensor | None = None  # mean p / p_old of a token's candidates
     clipped_N: Tensor | None = None  # share of them that is clipped
 
@@ -188,14 +194,12 @@ def chunk_loss(
     """
     objective, at, weight_N = objectives[0], scores.at[0], weights[0]
     if on_vocabulary(objective):
-        if is_priced(objective):
-            price_(scores.teacher_NV, at, scores.shard, objective.outside_logp)
         loss = _on_columns(scores, objective, weight_N)
     else:
-        loss_N, slope_NK, divergence_N, reward_NK = token_loss(
+        first = token_loss(
             objective, at.student_logp_NK, at.teacher_logp_NK, weight_N, at.valid_NK, at.log_rest, credit_N
         )
-        loss = ChunkLoss(loss_N, divergence_N, slope_NK, reward_NK=reward_NK)
+        loss = ChunkLoss(first.loss_N, first.divergence_N, first.grad_logp_NK, first=first)
         if old is not None and old.reward_NK is not None:
             loss = _against_old(loss, objective, at, old.logp_NK, old.reward_NK)
     for added, at, weight_N in zip(objectives[1:], scores.at[1:], weights[1:], strict=True):
@@ -210,24 +214,31 @@ def _on_columns(scores: Scores, objective: ObjectiveConfig, weight_N: Tensor) ->
 
     A few rows at a time, whose temporaries stay in the cache; the slopes are written over the teacher's.
     """
-    student_NV, slope_NV = (part[:, : scores.shard.valid] for part in (scores.student_NV, scores.teacher_NV))
-    mine_N3 = weight_N.new_zeros(len(weight_N), 3)
-    for part in row_blocks(len(weight_N), scores.shard.rows):
-        columns = token_loss(objective, student_NV[part], slope_NV[part], weight_N[part])
-        sums = [columns.loss_N, columns.divergence_N, columns.grad_logp_NK.sum(dim=1)]
-        torch.stack(sums, dim=1, out=mine_N3[part])
-        slope_NV[part] = columns.grad_logp_NK
-    loss_N, divergence_N, total_N = sum_together([mine_N3], scores.shard.group)[0].unbind(1)
-    at_candidates_NK = torch.zeros_like(scores.at[0].student_logp_NK)  # the columns have it all
-    return ChunkLoss(loss_N, divergence_N, at_candidates_NK, slope_NV, total_N)
+    at, valid = scores.at[0], scores.shard.valid
+    sums_2N = weight_N.new_zeros(2, len(weight_N))
+    for part in row_blocks(scores.logits_2NW, ON_DEVICE):
+        student_RV, teacher_RV = scores.logits_2NW[:, part, :valid].sub_(scores.log_total_2N1[:, part])
+        if is_priced(objective):
+            price_(teacher_RV, at.ids_NK[part], at.teacher_logp_NK[part], scores.shard, objective.outside_logp)
+        value_N, slope_NV = DIVERGENCES[objective.name](student_RV, teacher_RV, objective)
+        torch.stack([value_N, slope_NV.sum(dim=1)], out=sums_2N[:, part])
+        teacher_RV.copy_(slope_NV)
+    divergence_N, total_N = sum_together([sums_2N], scores.shard.group)[0]
+    at_candidates_NK = torch.zeros_like(at.student_logp_NK)  # the columns have it all
+    return ChunkLoss(weight_N * divergence_N, divergence_N, at_candidates_NK, Columns(weight_N, weight_N * total_N))
 
 
-def price_(teacher_NV: Tensor, at: AtCandidates, shard: VocabShard, outside_logp: float) -> None:
+def price_(teacher_NV: Tensor, ids_NK: Tensor, teacher_logp_NK: Tensor, shard: VocabShard, outside_logp: float) -> None:
     """Replace the teacher's log q by what is left of it: renormalised at the candidates, `outside_logp` elsewhere."""
-    column_NK, mine_NK = local_columns(at.ids_NK, shard)
-    inside_NK = at.teacher_logp_NK.log_softmax(dim=-1).masked_fill(~mine_NK, -math.inf)
-    # Ids of other ranks all point to column 0: a maximum with −inf leaves what is there.
-    teacher_NV.fill_(-math.inf).scatter_reduce_(1, column_NK, inside_NK, "amax")
+    column_NK, mine_NK = local_columns(ids_NK, shard)
+    inside_NK = teacher_logp_NK.log_softmax(dim=-1)
+    if mine_NK is not None:
+        inside_NK = inside_NK.masked_fill(~mine_NK, -math.inf)
+    # Ids of other ranks point to some column of this one: a maximum with −inf leaves what is there.
+    column_NK = column_NK.clamp(max=max(teacher_NV.shape[1] - 1, 0))
+    teacher_NV.fill_(-math.inf)
+    if teacher_NV.shape[1]:
+        teacher_NV.scatter_reduce_(1, column_NK, inside_NK, "amax")
     teacher_NV.masked_fill_(teacher_NV == -math.inf, outside_logp)
 
 
@@ -273,31 +284,29 @@ class Gradients:
         """From c_j = ∂ℓ/∂log p_j to ∂ℓ/∂logit_v = (c_v − p_v Σ_j c_j) / temperature, and on to hidden and weight.
 
         loss.slope_NK: c at the objectives' candidates, one objective after the other; an id may stand there twice.
-        loss.column_slope_NV: c of this rank's token ids, for an objective on the whole vocabulary, with its sum over
-        all ranks in loss.column_total_N. Uses up `scores`.
+        loss.columns: where there are more c, of this rank's token ids. Uses up `scores`.
         """
         if self._hidden_NH is None and self._weight_VH is None:
             return
         student = self._student
-        coefficient_NK = loss.slope_NK / student.temperature
-        ids_NK = torch.cat([at.ids_NK for at in scores.at], dim=1)
-        column_NK, mine_NK = local_columns(ids_NK, student.shard)
-        total_N1 = coefficient_NK.sum(dim=1, keepdim=True)
-        if loss.column_total_N is not None:
-            total_N1 = total_N1 + loss.column_total_N.unsqueeze(1) / student.temperature
-        if scores.in_logs:
-            grad_logits_NV = scores.student_NV.exp_().mul_(-total_N1)
+        slope_NK = loss.slope_NK if student.temperature == 1 else loss.slope_NK / student.temperature
+        ids = [at.ids_NK for at in scores.at]
+        column_NK, mine_NK = local_columns(ids[0] if len(ids) == 1 else torch.cat(ids, dim=1), student.shard)
+        total_N1 = slope_NK.sum(dim=1, keepdim=True)
+        grad_logits_NW, spare_NW = scores.logits_2NW
+        if loss.columns is None:
+            grad_logits_NW.mul_(total_N1.div_(scores.sums.total_2N1[0]).neg_())
         else:
-            grad_logits_NV = scores.student_NV.mul_(-total_N1 / scores.student_total_N1)
-        if loss.column_slope_NV is not None:
-            grad_logits_NV[:, : student.shard.valid].add_(loss.column_slope_NV, alpha=1 / student.temperature)
-        grad_logits_NV.scatter_add_(1, column_NK, coefficient_NK.masked_fill(~mine_NK, 0))
+            _turn_columns_(scores, loss.columns, total_N1, student.temperature)
+        grad_logits_NW.scatter_add_(1, column_NK, slope_NK if mine_NK is None else slope_NK * mine_NK)
         if scores.end_class and scores.ends is not None:
-            unfold_(grad_logits_NV, scores.ends.student_logp_NM, scores.end_class, student.shard)
+            unfold_(grad_logits_NW, scores.ends.student_logp_NM, scores.end_class, student.shard)
+        dtype, rows = grad_logits_NW.dtype, student.shard.rows
+        grad_logits_NV = ready_(grad_logits_NW[:, :rows], student.weight_VH, spare_NW)
         if self._hidden_NH is not None:
-            self._hidden_NH[part] = hidden_gradient(grad_logits_NV, student.weight_VH)
+            hidden_gradient_(grad_logits_NV, student.weight_VH, self._hidden_NH[part], dtype)
         if self._weight_VH is not None:
-            add_weight_gradient_(self._weight_VH, grad_logits_NV, student.hidden_NH[part])
+            add_weight_gradient_(self._weight_VH, grad_logits_NV, student.hidden_NH[part], dtype)
 
     def finish(self) -> tuple[Tensor | None, Tensor | None]:
         """Hidden gradient, complete on every rank, and this rank's weight gradient, in the inputs' dtype.
@@ -312,6 +321,16 @@ class Gradients:
         if self._weight_VH is None or self._in_buffer:
             return hidden_NH, None
         return hidden_NH, self._weight_VH.to(student.dtype)
+
+
+def _turn_columns_(scores: Scores, columns: Columns, total_N1: Tensor, temperature: float) -> None:
+    """log p to the gradient in this rank's logits, of slopes that stand in the place of the teacher's logits."""
+    valid, total_N1 = scores.shard.valid, total_N1 + (columns.total_N / temperature).unsqueeze(1)
+    weight_N1 = (columns.weight_N / temperature).unsqueeze(1)
+    scores.logits_2NW[0, :, valid:] = 0
+    for part in row_blocks(scores.logits_2NW, ON_DEVICE):
+        logp_RV, slope_RV = scores.logits_2NW[:, part, :valid]
+        logp_RV.exp_().mul_(-total_N1[part]).addcmul_(slope_RV, weight_N1[part])
 
 
 class WithGradients(torch.autograd.Function):

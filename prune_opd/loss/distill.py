@@ -48,7 +48,7 @@ from prune_opd.loss.inputs import Head, Method, Tokens, check_buffer, check_opti
 from prune_opd.loss.old_policy import OldPolicy
 from prune_opd.loss.stats import GateStats, TokenRecord
 from prune_opd.loss.token_weights import TokenWeights
-from prune_opd.loss.vocab_parallel import OutputHead
+from prune_opd.loss.vocab_parallel import BothLogits, OutputHead
 from prune_opd.method.objective import on_vocabulary
 from prune_opd.method.weighting import needs_reverse_kl
 
@@ -97,27 +97,26 @@ def distill_loss(
     old = policy if isinstance(policy, OldPolicy) else None
 
     with torch.no_grad():
-        dtype = _allocate(student_head, teacher_head, method, chunk)
+        both = _allocate(student_head, teacher_head, method, chunk)
+        dtype = both.dtype
         weights = TokenWeights(tokens, offsets, method, dtype)
         record = TokenRecord(tokens, dtype, keep=policy == "keep")
         gradients = Gradients(student_head, want_hidden, want_weight, weight_grad)
-        loss_sum = torch.zeros((), dtype=torch.float64, device=tokens.sampled_ids_N.device)
         parts = _parts(len(tokens.sampled_ids_N), chunk)
-        heads = (student_head, teacher_head, tokens.sampled_ids_N)
+        ids_N = tokens.sampled_ids_N.clamp(0, tokens.vocab_size - 1)  # those outside are named by `stats`
         if weights.needs_ahead(weighted=old is not None):
-            weights.look_ahead(score_chunk(*heads, part, method) for part in parts)
+            weights.look_ahead(score_chunk(both, ids_N, part, method) for part in parts)
         for part in parts:
             old_part = None if old is None else old.part(part)
-            scores = weights.judge(part, score_chunk(*heads, part, method, old=old_part))
+            scores = weights.judge(part, score_chunk(both, ids_N, part, method, old=old_part))
             chunk_weights = plain = weights.next(part, scores) if old_part is None else old_part.weights
             if old_part is None:
                 chunk_weights = weights.corrected(part, scores, plain)
             loss = chunk_loss(scores, method.objectives, chunk_weights, old_part, weights.credit(part, scores))
-            loss_sum += loss.loss_N.sum()
             record.add(scores, chunk_weights, loss, plain[0])
             gradients.add(part, scores, loss)
         stats = record.stats(offsets, method)
-        loss_sum = loss_sum.to(dtype)
+        loss_sum = record.loss_sum()
         grad_hidden_NH, grad_weight_VH = gradients.finish()
 
     if want_hidden or want_weight:
@@ -130,11 +129,9 @@ def _parts(tokens: int, chunk: int) -> list[slice]:
     return [slice(begin, min(begin + chunk, tokens)) for begin in range(0, tokens, chunk)] or [slice(0, 0)]
 
 
-def _allocate(student: OutputHead, teacher: OutputHead, method: Method, chunk: int) -> torch.dtype:
-    """Make both heads ready for chunks; the dtype of their logits, at least fp32."""
+def _allocate(student: OutputHead, teacher: OutputHead, method: Method, chunk: int) -> BothLogits:
+    """The buffer for a chunk's logits, at least fp32."""
     dtype = torch.promote_types(torch.promote_types(student.dtype, teacher.dtype), torch.float32)
     if on_vocabulary(method.objective) or needs_reverse_kl(method.weighting):
         teacher.align(student.shard.rows)
-    for head in (student, teacher):
-        head.allocate(min(chunk, len(head.hidden_NH)), dtype)
-    return dtype
+    return BothLogits(student, teacher, min(chunk, len(student.hidden_NH)), dtype)

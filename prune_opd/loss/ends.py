@@ -23,10 +23,7 @@ import torch
 from torch import Tensor
 
 from prune_opd.loss.inputs import Method
-from prune_opd.loss.vocab_parallel import VocabShard, local_columns, local_gather, sum_together
-
-# The logit of a member that another stands for: exp is exactly 0, and 0 times it is 0 (0 · −inf is not a number).
-NOTHING = -1e30
+from prune_opd.loss.vocab_parallel import NOTHING, VocabShard, sum_together
 
 
 class AtEnds(NamedTuple):
@@ -58,9 +55,9 @@ def take_ends_(
     """
     if not method.terminal_ids:
         return sampled_N, None
-    ids_M = torch.tensor(method.terminal_ids, device=sampled_N.device)
     student_NM, teacher_NM = end_logits(logits, method.terminal_ids, shards)
-    at = AtEnds(student_NM, teacher_NM, sampled_N.unsqueeze(1) == ids_M)
+    sampled_NM = torch.stack([sampled_N == i for i in method.terminal_ids], dim=1)
+    at = AtEnds(student_NM, teacher_NM, sampled_NM)
     if method.end_class:
         for logits_NV, at_NM, shard in zip(logits, at[:2], shards, strict=True):
             fold_(logits_NV, at_NM, method.end_class, shard)
@@ -69,19 +66,14 @@ def take_ends_(
 
 def end_logits(logits: Sequence[Tensor], ids: Sequence[int], shards: Sequence[VocabShard]) -> list[Tensor]:
     """Each model's logits at the terminal ids, [N, M], complete on every rank: one sum over the group."""
-    parts = []
-    for logits_NV, shard in zip(logits, shards, strict=True):
-        ids_NM = torch.tensor(ids, device=logits_NV.device).expand(len(logits_NV), -1)
-        parts.append(local_gather(logits_NV, ids_NM, shard))
+    parts = [_at(logits_NV, ids, shard) for logits_NV, shard in zip(logits, shards, strict=True)]
     return sum_together(parts, shards[0].group)
 
 
 def fold_(logits_NV: Tensor, at_NM: Tensor, ids: Sequence[int], shard: VocabShard) -> None:
     """Make the ids one outcome of this rank's columns, in place. at_NM: `end_logits`; ids ascending."""
-    columns, members = _mine(ids, shard)
-    logits_NV[:, columns] = NOTHING
-    if 0 in members:
-        logits_NV[:, ids[0] - shard.first] = at_NM.logsumexp(dim=1)
+    for member, column in _mine(ids, shard):
+        logits_NV[:, column] = at_NM.logsumexp(dim=1) if member == 0 else NOTHING
 
 
 def as_outcomes(ids_N: Tensor, ids: Sequence[int]) -> Tensor:
@@ -93,10 +85,10 @@ def as_outcomes(ids_N: Tensor, ids: Sequence[int]) -> Tensor:
 
 def unfold_(grad_logits_NV: Tensor, student_logp_NM: Tensor, ids: Sequence[int], shard: VocabShard) -> None:
     """The gradient in the class's logit to those in its members', in place: each has its share. Collective."""
-    class_N1 = torch.full_like(student_logp_NM[:, :1], ids[0], dtype=torch.int64)
-    (grad_N1,) = sum_together([local_gather(grad_logits_NV, class_N1, shard)], shard.group)
-    columns, members = _mine(ids, shard)
-    grad_logits_NV[:, columns] = (grad_N1 * student_logp_NM.softmax(dim=1))[:, members]
+    (grad_N1,) = sum_together([_at(grad_logits_NV, ids[:1], shard)], shard.group)
+    grad_NM = grad_N1 * student_logp_NM.softmax(dim=1)
+    for member, column in _mine(ids, shard):
+        grad_logits_NV[:, column] = grad_NM[:, member]
 
 
 def token_logp(class_logp_N: Tensor, at: AtEnds | None) -> Tensor:
@@ -107,11 +99,18 @@ def token_logp(class_logp_N: Tensor, at: AtEnds | None) -> Tensor:
     return torch.where(at.sampled_NM.any(dim=1), own_N, class_logp_N)
 
 
-def _mine(ids: Sequence[int], shard: VocabShard) -> tuple[list[int], list[int]]:
-    """This rank's columns of the ids, and which of the ids those are."""
-    column_M, mine_M = local_columns(torch.tensor(ids), shard)
-    members = mine_M.nonzero().flatten().tolist()
-    return column_M[mine_M].tolist(), members
+def _at(values_NV: Tensor, ids: Sequence[int], shard: VocabShard) -> Tensor:
+    """Values at the ids [N, M], 0 where another rank has the id."""
+    at_NM = values_NV.new_zeros(len(values_NV), len(ids))
+    for member, column in _mine(ids, shard):
+        at_NM[:, member] = values_NV[:, column]
+    return at_NM
+
+
+def _mine(ids: Sequence[int], shard: VocabShard) -> list[tuple[int, int]]:
+    """Which of the ids are on this rank, and their columns. On the host: a list that went to the device would wait."""
+    columns = [(member, i - shard.first) for member, i in enumerate(ids)]
+    return [(member, column) for member, column in columns if 0 <= column < shard.rows]
 
 
 # ---------------------------------------------------------------------------------------------------- statistics

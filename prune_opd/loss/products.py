@@ -23,7 +23,7 @@ def logits_(hidden_CH: Tensor, weight_VH: Tensor, out_CV: Tensor) -> Tensor:
     """hidden @ weightᵀ into `out_CV`, of a dtype at least as wide as the inputs'."""
     if out_CV.dtype == weight_VH.dtype:
         return torch.mm(hidden_CH, weight_VH.t(), out=out_CV)
-    if _on_tensor_cores(weight_VH, out_CV):
+    if _on_tensor_cores(weight_VH, out_CV.dtype):
         return torch.mm(hidden_CH, weight_VH.t(), out_dtype=out_CV.dtype, out=out_CV)
     hidden_CH = hidden_CH.to(out_CV.dtype)
     for rows in _blocks(weight_VH):
@@ -31,43 +31,53 @@ def logits_(hidden_CH: Tensor, weight_VH: Tensor, out_CV: Tensor) -> Tensor:
     return out_CV
 
 
-def hidden_gradient(grad_logits_CV: Tensor, weight_VH: Tensor) -> Tensor:
-    """grad_logits @ weight, [C, H], in the gradient's dtype: fp32 for a bf16 weight."""
-    if grad_logits_CV.dtype == weight_VH.dtype:
-        return grad_logits_CV @ weight_VH
-    if _on_tensor_cores(weight_VH, grad_logits_CV):
-        return torch.mm(grad_logits_CV.to(weight_VH.dtype), weight_VH, out_dtype=grad_logits_CV.dtype)
-    grad_CH = grad_logits_CV.new_zeros(len(grad_logits_CV), weight_VH.shape[1])
+def ready_(grad_logits_CV: Tensor, weight_VH: Tensor, spare_CV: Tensor) -> Tensor:
+    """The gradient as both products of it take it: on tensor cores rounded to the weight's dtype, in the spare memory.
+
+    spare_CV: of the gradient's dtype, with rows at least as long.
+    """
+    if grad_logits_CV.dtype == weight_VH.dtype or not _on_tensor_cores(weight_VH, grad_logits_CV.dtype):
+        return grad_logits_CV
+    return spare_CV.view(weight_VH.dtype)[:, : grad_logits_CV.shape[1]].copy_(grad_logits_CV)
+
+
+def hidden_gradient_(grad_logits_CV: Tensor, weight_VH: Tensor, out_CH: Tensor, dtype: torch.dtype) -> None:
+    """grad_logits @ weight into `out_CH`, with sums in `dtype`: fp32 for bf16. grad_logits_CV: from `ready_`."""
+    if out_CH.dtype == weight_VH.dtype == grad_logits_CV.dtype:
+        torch.mm(grad_logits_CV, weight_VH, out=out_CH)
+        return
+    if _on_tensor_cores(weight_VH, dtype):
+        torch.mm(grad_logits_CV, weight_VH, out_dtype=dtype, out=out_CH)
+        return
+    grad_CH = grad_logits_CV.new_zeros(out_CH.shape)
     for rows in _blocks(weight_VH):
-        grad_CH.addmm_(grad_logits_CV[:, rows], weight_VH[rows].to(grad_CH.dtype))
-    return grad_CH
+        grad_CH.addmm_(grad_logits_CV[:, rows], weight_VH[rows].to(dtype))
+    out_CH.copy_(grad_CH)
 
 
-def add_weight_gradient_(weight_grad_VH: Tensor, grad_logits_CV: Tensor, hidden_CH: Tensor) -> None:
-    """weight_grad += grad_logitsᵀ @ hidden. The product is in the dtype of `grad_logits_CV` before it is added."""
-    dtype = grad_logits_CV.dtype
-    on_tensor_cores = _on_tensor_cores(hidden_CH, grad_logits_CV)
-    if on_tensor_cores:
-        grad_logits_CV = grad_logits_CV.to(hidden_CH.dtype)
-    else:
+def add_weight_gradient_(weight_grad_VH: Tensor, grad_logits_CV: Tensor, hidden_CH: Tensor, dtype: torch.dtype) -> None:
+    """weight_grad += grad_logitsᵀ @ hidden, a product with sums in `dtype`. grad_logits_CV: from `ready_`."""
+    on_tensor_cores = _on_tensor_cores(hidden_CH, dtype)
+    if not on_tensor_cores:
         hidden_CH = hidden_CH.to(dtype)
     if weight_grad_VH.dtype == dtype and not on_tensor_cores:
         weight_grad_VH.addmm_(grad_logits_CV.t(), hidden_CH)
         return
+    if weight_grad_VH.dtype == dtype:
+        torch.addmm(weight_grad_VH, grad_logits_CV.t(), hidden_CH, out_dtype=dtype, out=weight_grad_VH)
+        return
     # A few rows at a time, not a second [V, H].
     blocks = zip(weight_grad_VH.split(WEIGHT_ROWS), grad_logits_CV.split(WEIGHT_ROWS, dim=1), strict=True)
     for weight_RH, grad_logits_CR in blocks:
-        if not on_tensor_cores:
-            weight_RH += grad_logits_CR.t() @ hidden_CH
-        elif weight_RH.dtype == dtype:
-            torch.addmm(weight_RH, grad_logits_CR.t(), hidden_CH, out_dtype=dtype, out=weight_RH)
-        else:
+        if on_tensor_cores:
             weight_RH += torch.mm(grad_logits_CR.t(), hidden_CH, out_dtype=dtype)
+        else:
+            weight_RH += grad_logits_CR.t() @ hidden_CH
 
 
-def _on_tensor_cores(inputs: Tensor, result: Tensor) -> bool:
-    """Whether torch has a product of `inputs` whose result is of the dtype of `result`, with sums of that dtype."""
-    return inputs.is_cuda and inputs.dtype in (torch.bfloat16, torch.float16) and result.dtype == torch.float32
+def _on_tensor_cores(inputs: Tensor, dtype: torch.dtype) -> bool:
+    """Whether torch has a product of `inputs` with a result, and sums, of `dtype`."""
+    return inputs.is_cuda and inputs.dtype in (torch.bfloat16, torch.float16) and dtype == torch.float32
 
 
 def _blocks(weight_VH: Tensor) -> Iterator[slice]:

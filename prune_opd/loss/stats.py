@@ -16,6 +16,7 @@ from prune_opd.loss.ends import end_record
 from prune_opd.loss.inputs import Method, Tokens, raise_if_broken
 from prune_opd.loss.mismatch import Mismatch
 from prune_opd.loss.old_policy import OldPolicy
+from prune_opd.loss.vocab_sums import VocabSums
 from prune_opd.method.gate import apply_gate_packed
 from prune_opd.method.objective import Candidates
 
@@ -62,37 +63,50 @@ class TokenRecord:
     def __init__(self, tokens: Tokens, dtype: torch.dtype, keep: bool) -> None:
         self._tokens, self._dtype, self._keep = tokens, dtype, keep
         self._values: list[list[Tensor]] = []
+        self._losses: list[Tensor] = []
+        self._sums: list[VocabSums] = []
+        self._outcomes: list[Tensor] = []
         self._policies: list[OldPolicy] = []
         self._ends_5M: Tensor | None = None
-        self._finite_2 = torch.ones(2, dtype=torch.bool, device=tokens.sampled_ids_N.device)
 
     def add(self, scores: Scores, weights: list[Tensor], loss: ChunkLoss, plain_N: Tensor) -> None:
-        """Take in the next chunk, with the objectives' weights; plain_N: the first's, before `objective.mismatch`."""
+        """Take in the next chunk, with the objectives' weights; plain_N: the first's, before `objective.mismatch`.
+
+        What can be made of what is noted is made in the end, of all chunks at once.
+        """
         moved = [] if loss.ratio_N is None or loss.clipped_N is None else [loss.ratio_N, loss.clipped_N]
-        seen, signals = scores.agreement, scores.signals
-        outside = [signals.reverse_kl_N, signals.student_entropy_N, signals.teacher_entropy_N]
-        outside += [seen.student_mass, seen.teacher_mass, seen.acceptance]
+        seen = scores.agreement
+        own = [] if scores.ends is None else [scores.token_logp_N]
+        values = [seen.overlap, seen.event, plain_N, loss.divergence_N, seen.student_mass, seen.teacher_mass]
+        self._values.append([*values, seen.acceptance, *own, *moved])
+        self._losses.append(loss.loss_N)
+        self._sums.append(scores.sums._replace(rest_2N1=None))
         # A copy: a view would hold the log-probabilities of all candidates.
-        sampled_logp_N = scores.sampled_logp_N.clone()
-        teacher_logp_N = sampled_logp_N + signals.advantage_N
-        values = [seen.overlap, seen.event, plain_N, sampled_logp_N, loss.divergence_N, scores.token_logp_N.clone()]
-        self._values.append([*values, *outside, teacher_logp_N, *moved])
-        self._finite_2 &= scores.finite_2
+        self._outcomes.append(scores.outcome_logp_2N.clone())
         if scores.ends is not None:
             ends_5M = scores.ends.sums()
             self._ends_5M = ends_5M if self._ends_5M is None else self._ends_5M + ends_5M
         if self._keep:
             at = scores.at[0]
             chosen = Candidates(at.ids_NK, at.valid_NK)
-            self._policies.append(OldPolicy(weights, chosen, at.student_logp_NK, loss.reward_NK))
+            reward_NK = None if loss.first is None else loss.first.reward_NK
+            self._policies.append(OldPolicy(weights, chosen, at.student_logp_NK, reward_NK))
+
+    def loss_sum(self) -> Tensor:
+        """Of all chunks, added up in fp64."""
+        return torch.cat(self._losses).double().sum().to(self._dtype)
 
     def stats(self, offsets: Sequence[int], method: Method) -> GateStats:
         """Of all chunks, and of all ranks that share the tokens. ValueError for broken numbers, on all these ranks."""
         sampled_ids_N, _, vocab_size, context, stale_logp_N, _ = self._tokens
         values_N = [torch.cat(chunks) for chunks in zip(*self._values, strict=True)]
-        stale = [] if stale_logp_N is None else [(values_N[5] - stale_logp_N).exp()]
+        sums, (sampled_logp_N, teacher_logp_N) = VocabSums.concatenate(self._sums), torch.cat(self._outcomes, dim=1)
+        own, moved = (values_N[7:8], values_N[8:]) if method.terminal_ids else ([sampled_logp_N], values_N[7:])
+        values_N = [*values_N[:7], sampled_logp_N, teacher_logp_N, *sums.entropies(), sums.reverse_kl(), *own, *moved]
+        stale = [] if stale_logp_N is None else [(own[0] - stale_logp_N).exp()]
         outside = ((sampled_ids_N < 0) | (sampled_ids_N >= vocab_size)).any()
-        broken_3 = torch.cat([~self._finite_2, outside[None]]).int()
+        finite_2 = sums.total_2N1.log().isfinite().all(dim=1).squeeze(1)
+        broken_3 = torch.cat([~finite_2, outside[None]]).int()
         if context is not None:
             dist.all_reduce(broken_3, op=dist.ReduceOp.MAX, group=context.group)
             if self._ends_5M is not None:
@@ -100,9 +114,8 @@ class TokenRecord:
             whole = context.whole([*values_N, *stale], self._dtype)
             values_N, stale = whole[: len(values_N)], whole[len(values_N) :]
         raise_if_broken(broken_3, vocab_size)
-        overlap_N, event_N, weight_N, sampled_logp_N, divergence_N, token_logp_N, *more = values_N
-        reverse_kl_N, student_entropy_N, teacher_entropy_N, *more = more
-        student_mass_N, teacher_mass_N, acceptance_N, teacher_logp_N, *moved = more
+        overlap_N, event_N, weight_N, divergence_N, student_mass_N, teacher_mass_N, acceptance_N, *more = values_N
+        sampled_logp_N, teacher_logp_N, student_entropy_N, teacher_entropy_N, reverse_kl_N, token_logp_N, *moved = more
         ratio_N, clipped_N = moved or (None, None)
         reliability_N, _, reliable_length_B = apply_gate_packed(event_N, offsets, method.gate, self._dtype)
         return GateStats(

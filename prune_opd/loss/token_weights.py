@@ -75,7 +75,7 @@ class TokenWeights:
 
     def next(self, part: slice, scores: Scores) -> list[Tensor]:
         """Weight of every token of the next chunk, [n] for each objective."""
-        gate_N = self._running.advance(scores.agreement.event)[1] if self._gate_N is None else self._gate_N[part]
+        gate_N = self._running.weigh(scores.agreement.event) if self._gate_N is None else self._gate_N[part]
         weights = [gate_N if self._weighting_N is None else gate_N * self._weighting_N[part]]
         weights += [gate_N * added_on(self._method.weighting, scores.signals) for _ in self._method.objectives[1:]]
         if (correction_N := self._stale_correction(part, scores)) is not None:

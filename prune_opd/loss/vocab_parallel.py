@@ -8,6 +8,8 @@ the fused loss forms its own (loss/distill.py). What looks like a detail but is 
 - Ties in a top-k go to the lower token id, so that a support does not change with the size of the group.
 - Every collective works on a contiguous tensor: gloo delivers wrong data, without an error, on others.
 - Small results travel together: a chunk of the loss costs one gather (`topk_together`) and one sum (`sum_together`).
+- Both models' logits are in one buffer (`both_logits`), so that what is done to both is done at once.
+- The host never waits for a result: no step depends on what the numbers are.
 """
 
 from __future__ import annotations
@@ -23,8 +25,9 @@ from torch import Tensor
 from prune_opd.errors import ConfigError
 from prune_opd.loss.products import logits_
 
-# Candidates taken beyond k, so that short ties at the k-th place (bf16 logits have many) are settled among them.
-TIE_MARGIN = 16
+# The logit of what is not there: exp is exactly 0, and 0 times it is 0 (0 · −inf is not a number).
+NOTHING = -1e30
+BLOCK = 64  # columns of which the maximum is taken first in a top-k; rows of a buffer of logits are multiples of it
 
 
 @dataclass(frozen=True)
@@ -47,7 +50,7 @@ class VocabShard:
 
 
 class TopK(NamedTuple):
-    """The k largest logits of every token, largest first, equal ones by id: values and global ids (int64), [N, k]."""
+    """The k largest logits of every token, largest first, equal ones by id: values and global ids (int64), [..., k]."""
 
     values_NK: Tensor
     ids_NK: Tensor
@@ -58,9 +61,9 @@ def group_size(group: dist.ProcessGroup | None) -> int:
 
 
 def mask_padding_(logits_NV: Tensor, shard: VocabShard) -> Tensor:
-    """Set the logits of padding (global id ≥ vocab_size) to −inf, in place: probability 0, never in a top-k."""
-    if shard.valid < shard.rows:
-        logits_NV[:, shard.valid :] = float("-inf")
+    """Set the logits of padding (global id ≥ vocab_size) to `NOTHING`, in place: probability 0, never in a top-k."""
+    if shard.valid < logits_NV.shape[1]:
+        logits_NV[:, shard.valid :] = NOTHING
     return logits_NV
 
 
@@ -128,13 +131,51 @@ class OutputHead:
         self._logits_CV = self.weight_VH.new_empty(tokens, self.shard.rows, dtype=dtype)
 
     def logits(self, part: slice) -> Tensor:
-        """This rank's logits of some tokens, over temperature, padding at −inf; good until the next call."""
-        hidden_CH = self.hidden_NH[part]
-        logits_CV = self._logits_CV[: len(hidden_CH)]
-        logits_(hidden_CH, self.weight_VH, logits_CV)
+        """This rank's logits of some tokens, over temperature, padding at `NOTHING`; good until the next call."""
+        return self.logits_(part, self._logits_CV[: len(self.hidden_NH[part])])
+
+    def logits_(self, part: slice, out_NW: Tensor) -> Tensor:
+        """The same into `out_NW`, at least as wide as the shard has rows; what is wider is padding too."""
+        logits_NV = out_NW[:, : self.shard.rows]
+        logits_(self.hidden_NH[part], self.weight_VH, logits_NV)
         if self.temperature != 1:
-            logits_CV /= self.temperature
-        return mask_padding_(logits_CV, self.shard)
+            logits_NV /= self.temperature
+        return mask_padding_(out_NW, self.shard)
+
+
+class BothLogits:
+    """The buffer for both models' logits of a chunk, [2, C, W], the student's first, and as much again for scratch.
+
+    W: the rows of the larger shard, rounded up to a multiple of `BLOCK`. On a CPU the scratch memory is for the few
+    rows at a time that its cache holds (`row_blocks`); elsewhere for the whole chunk.
+    """
+
+    def __init__(self, student: OutputHead, teacher: OutputHead, tokens: int, dtype: torch.dtype) -> None:
+        self.heads, self.dtype = (student, teacher), dtype
+        self.shards = (student.shard, teacher.shard)
+        width = -(-max(shard.rows for shard in self.shards) // BLOCK) * BLOCK
+        self._logits_2CW = student.weight_VH.new_empty(2, tokens, width, dtype=dtype)
+        rows = max((part.stop - part.start for part in row_blocks(self._logits_2CW)), default=0)
+        self.scratch_2RW = self._logits_2CW.new_empty(2, rows, width)
+
+    def of(self, part: slice) -> Tensor:
+        """Both models' logits of some tokens [2, N, W]; good until the next call."""
+        logits_2NW = self._logits_2CW[:, : len(self.heads[0].hidden_NH[part])]
+        for head, logits_NW in zip(self.heads, logits_2NW, strict=True):
+            head.logits_(part, logits_NW)
+        return logits_2NW
+
+
+CACHED = 1 << 18  # logits of a model that are worked on at a time on a CPU, or one row
+TOPK_PARTS = 8  # that a chunk's tokens are cut into for a top-k on a CPU: its candidates take a part of the memory
+
+
+def row_blocks(logits_2NW: Tensor, on_device: int = 1) -> list[slice]:
+    """A few rows at a time on a CPU, whose cache holds them from one step to the next; elsewhere `on_device` parts."""
+    _, rows, width = logits_2NW.shape
+    few = max(-(-rows // 64), CACHED // width)
+    step = max(few if logits_2NW.device.type == "cpu" else -(-rows // on_device), 1)
+    return [slice(begin, min(begin + step, rows)) for begin in range(0, rows, step)]
 
 
 # ---------------------------------------------------------------------------------------------------- on one rank
@@ -143,79 +184,116 @@ class OutputHead:
 def local_topk(logits_NV: Tensor, k: int) -> TopK:
     """Exact top-k of this rank's columns, ties to the lower column; the ids are columns. All columns if fewer than k.
 
-    `torch.topk` picks any of the tied entries at the k-th place. With a few candidates more than k a tie is settled
-    among them; rows whose tie runs on past the last candidate (constant logits, say) are sorted whole. To know
-    whether there are any, the host has to wait.
+    logits_NV: [..., V] with fewer than 2^20 columns, finite but for −inf at fewer than V − k of them. In a wide matrix
+    the maxima of blocks of columns are taken first, one pass, and all the rest is done in the k blocks that hold the
+    largest: k blocks with larger maxima, or with equal ones at lower ids, have k elements that come before any other.
     """
-    columns = logits_NV.shape[1]
+    columns, rows = logits_NV.shape[-1], logits_NV.shape[-2]
     k = min(k, columns)
-    values_NC, ids_NC = logits_NV.topk(min(k + TIE_MARGIN, columns), dim=-1)
-    if values_NC.shape[1] < columns:
-        last_N = values_NC[:, -1]
-        undecided_N = (values_NC[:, k - 1] == last_N) & (last_N > float("-inf"))
-        for row in undecided_N.nonzero().flatten().tolist():
-            by_value = logits_NV[row].sort(descending=True, stable=True)
-            values_NC[row], ids_NC[row] = by_value.values[: len(values_NC[row])], by_value.indices[: len(ids_NC[row])]
-    ids_NC, by_id_NC = ids_NC.sort(dim=-1)
-    values_NC, by_value_NC = values_NC.gather(1, by_id_NC).sort(dim=-1, descending=True, stable=True)
-    return TopK(values_NC[:, :k], ids_NC.gather(1, by_value_NC)[:, :k])
+    if logits_NV.device.type == "cpu" and logits_NV.numel() > CACHED and rows > TOPK_PARTS:
+        parts = [local_topk(part_RV, k) for part_RV in logits_NV.split(-(-rows // TOPK_PARTS), dim=-2)]
+        return TopK(*(torch.cat(part, dim=-2) for part in zip(*parts, strict=True)))
+    if columns % BLOCK or columns < 4 * k * BLOCK:
+        ids_NC = torch.arange(columns, device=logits_NV.device).expand(logits_NV.shape)
+        values_NC = logits_NV
+    else:
+        maxima_NB = logits_NV.unflatten(-1, (-1, BLOCK)).amax(dim=-1)
+        block_NK = _largest(maxima_NB, torch.arange(maxima_NB.shape[-1], device=logits_NV.device), k)
+        within_B = torch.arange(BLOCK, device=logits_NV.device)
+        ids_NC = torch.add(within_B, block_NK.unsqueeze(-1), alpha=BLOCK).flatten(-2)
+        values_NC = logits_NV.gather(-1, ids_NC)
+    place_NK = _largest(values_NC, ids_NC, k)
+    # Equal values stand in the order of their ids, and a stable sort leaves them so.
+    values_NK, order_NK = values_NC.gather(-1, place_NK).sort(dim=-1, descending=True, stable=True)
+    return TopK(values_NK, ids_NC.gather(-1, place_NK).gather(-1, order_NK))
+
+
+def _largest(values_NC: Tensor, ids_NC: Tensor, k: int) -> Tensor:
+    """Places of the k largest of [..., C], of equal ones those with the lowest ids [C] or [..., C], in no fixed order
+    but that equal ones stand in the order of their ids.
+
+    `torch.topk` takes any of the equal values at the k-th place. So it is only asked which value that is; a second one
+    picks among numbers that all differ: 1 for what is above it, 0 for what is equal, −1 below, less a part of the id.
+    """
+    least_N1 = values_NC.topk(k, dim=-1).values[..., -1:]
+    rank_NC = (values_NC - least_N1).sign_()
+    return torch.sub(rank_NC, ids_NC, alpha=2.0**-20).topk(k, dim=-1).indices
 
 
 def local_gather(logits_NV: Tensor, ids_NK: Tensor, shard: VocabShard) -> Tensor:
     """Logits at global ids [N, K], 0 where another rank has the id: the sum over the group is the whole answer."""
-    column_NK, mine_NK = local_columns(ids_NK, shard)
-    return logits_NV.gather(1, column_NK).masked_fill(~mine_NK, 0)
+    return gather_both(logits_NV.unsqueeze(0), ids_NK, [shard])[0]
 
 
-def local_columns(ids_NK: Tensor, shard: VocabShard) -> tuple[Tensor, Tensor]:
-    """Columns of global ids on this rank, and whether they are here at all; the column is 0 where they are not."""
+def gather_both(logits_MNV: Tensor, ids_NK: Tensor, shards: Sequence[VocabShard]) -> Tensor:
+    """`local_gather` of several models' logits at once, [models, N, K]."""
+    column_MNK, mine_MNK = columns_of_both(ids_NK, shards)
+    at_MNK = logits_MNV.gather(2, column_MNK)
+    return at_MNK if mine_MNK is None else at_MNK.mul_(mine_MNK)
+
+
+def columns_of_both(ids_NK: Tensor, shards: Sequence[VocabShard]) -> tuple[Tensor, Tensor | None]:
+    """`local_columns` of each shard, [models, N, K]."""
+    shape = (len(shards), *ids_NK.shape)
+    if len({(shard.first, shard.rows) for shard in shards}) == 1:
+        column_NK, mine_NK = local_columns(ids_NK, shards[0])
+        return column_NK.expand(shape), None if mine_NK is None else mine_NK.expand(shape)
+    columns, mine = zip(*(local_columns(ids_NK, shard) for shard in shards), strict=True)
+    return torch.stack(columns), None if mine[0] is None else torch.stack(mine)
+
+
+def local_columns(ids_NK: Tensor, shard: VocabShard) -> tuple[Tensor, Tensor | None]:
+    """Columns of global ids on this rank, and whether they are here at all (None: all are); else some other column."""
+    if group_size(shard.group) == 1:
+        return ids_NK, None
     column_NK = ids_NK - shard.first
-    mine_NK = (column_NK >= 0) & (column_NK < shard.rows)
-    return column_NK.masked_fill(~mine_NK, 0), mine_NK
+    inside_NK = column_NK.clamp(0, shard.rows - 1)
+    return inside_NK, column_NK == inside_NK
 
 
 # ---------------------------------------------------------------------------------------------------- over the group
 
 
 def sum_together(parts: Sequence[Tensor], group: dist.ProcessGroup | None) -> list[Tensor]:
-    """Sums over the group of several [N, ·] tensors of one dtype, in one all-reduce."""
+    """Sums over the group of several tensors of one dtype, in one all-reduce."""
     if group_size(group) == 1:
         return list(parts)
-    packed = torch.cat(list(parts), dim=1).contiguous()
+    packed = torch.cat([part.flatten() for part in parts])
     dist.all_reduce(packed, group=group)
-    return list(packed.split([part.shape[1] for part in parts], dim=1))
+    return [
+        whole.view(part.shape)
+        for whole, part in zip(packed.split([part.numel() for part in parts]), parts, strict=True)
+    ]
 
 
-def topk_together(logits: Sequence[Tensor], k: int, shards: Sequence[VocabShard]) -> list[TopK]:
-    """Exact top-k, over the whole vocabulary, of several models' logits for the same N tokens, in one all-gather.
+def topk_together(logits_MNV: Tensor, k: int, shards: Sequence[VocabShard]) -> TopK:
+    """Exact top-k of several models' logits for the same N tokens over the whole vocabulary, in one all-gather.
 
-    logits: one [N, rows] a model, of one dtype, padding at −inf. shards: in that order, of one group. k ≤ vocab_size.
+    logits_MNV: [models, N, columns], padding at `NOTHING`. shards: in that order, of one group. k ≤ vocab_size.
     """
-    group = shards[0].group
-    candidates = [local_topk(logits_NV, k) for logits_NV in logits]
-    if group_size(group) == 1:
-        return candidates
-    # Columns are exact as floats: a shard has fewer than 2^24 rows.
-    local = torch.cat([part for c in candidates for part in (c.values_NK, c.ids_NK.to(c.values_NK.dtype))], dim=1)
-    gathered_RNC = local.new_empty(group_size(group), *local.shape)
-    dist.all_gather(list(gathered_RNC.unbind(0)), local.contiguous(), group=group)
-    merged, taken = [], 0
-    for candidate, shard in zip(candidates, shards, strict=True):
-        width = candidate.values_NK.shape[1]
-        values_RNK = gathered_RNC[:, :, taken : taken + width]
-        ids_RNK = gathered_RNC[:, :, taken + width : taken + 2 * width].long()
-        ids_RNK += shard.rows * torch.arange(len(ids_RNK), device=ids_RNK.device)[:, None, None]
-        taken += 2 * width
-        # In shard order, equal values stand in the order of their ids, and a stable sort leaves them so.
-        values_NC, ids_NC = (part.transpose(0, 1).flatten(1) for part in (values_RNK, ids_RNK))
-        values_NC, order_NC = values_NC.sort(dim=-1, descending=True, stable=True)
-        merged.append(TopK(values_NC[:, :k], ids_NC.gather(1, order_NC)[:, :k]))
-    return merged
+    group, ranks = shards[0].group, group_size(shards[0].group)
+    values_MNK, ids_MNK = local_topk(logits_MNV, k)
+    if ranks == 1:
+        return TopK(values_MNK, ids_MNK)
+    first = [shard.first for shard in shards]
+    if len(set(first)) == 1:
+        ids_MNK = ids_MNK + first[0]
+    else:
+        ids_MNK = torch.stack([ids_NK + begin for ids_NK, begin in zip(ids_MNK, first, strict=True)])
+    # Ids are exact as floats: a vocabulary has fewer than 2^24 of them.
+    local_2MNK = torch.stack([values_MNK, ids_MNK.to(values_MNK.dtype)])
+    gathered = local_2MNK.new_empty(2 * ranks, *local_2MNK.shape[1:])
+    dist.all_gather_into_tensor(gathered, local_2MNK, group=group)
+    # In shard order, equal values stand in the order of their ids, and a stable sort leaves them so.
+    values_MNC, ids_MNC = gathered.unflatten(0, (ranks, 2)).permute(1, 2, 3, 0, 4).flatten(3)
+    values_MNC, order_MNC = values_MNC.sort(dim=-1, descending=True, stable=True)
+    return TopK(values_MNC[..., :k], ids_MNC.gather(-1, order_MNC[..., :k]).long())
 
 
 def topk(logits_NV: Tensor, k: int, shard: VocabShard) -> TopK:
     """Exact top-k of every token over the whole vocabulary, ties to the lower token id at every group size."""
-    return topk_together([logits_NV], k, [shard])[0]
+    values_1NK, ids_1NK = topk_together(logits_NV.unsqueeze(0), k, [shard])
+    return TopK(values_1NK[0], ids_1NK[0])
 
 
 def log_normaliser(logits_NV: Tensor, shard: VocabShard) -> Tensor:

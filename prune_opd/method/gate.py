@@ -21,7 +21,7 @@ from torch import Tensor
 
 from prune_opd.config import GateConfig
 from prune_opd.method.packed import Pieces
-from prune_opd.method.sets import among
+from prune_opd.method.sets import among, count_among
 
 RELIABLE_ABOVE = 1e-8  # ε of the paper: a token counts as reliable while R_t > ε
 
@@ -31,10 +31,9 @@ class Views(NamedTuple):
 
     sampled_ids: Tensor  # y, integer [...]
     student_ids: Tensor  # [..., k]
-    student_logp: Tensor  # log p at student_ids
-    teacher_logp_there: Tensor  # log q at student_ids
+    logp: Tensor  # log p and log q at student_ids, [2, ..., k]
     teacher_ids: Tensor  # [..., k]
-    teacher_logp: Tensor  # log q at teacher_ids
+    teacher_logp: Tensor | None  # log q at teacher_ids, where `needs_nucleus`
 
 
 class Agreement(NamedTuple):
@@ -67,21 +66,27 @@ def judge(views: Views, gate: GateConfig | None) -> Agreement:
     views: with k = gate.k. With gate None any k will do, and nothing is an event. ValueError when the shapes do not
     fit together.
     """
-    overlap_BT = overlap_ratio(views.student_ids, views.teacher_ids)
-    student_BTK, teacher_BTK = views.student_logp.exp(), views.teacher_logp_there.exp()
-    acceptance_BT = torch.minimum(student_BTK, teacher_BTK).sum(-1)
+    shared_BT, k = _shared(views.student_ids, views.teacher_ids), views.student_ids.shape[-1]
+    p_2BTK = views.logp.exp()
+    student_mass_BT, teacher_mass_BT = p_2BTK.sum(-1)
+    acceptance_BT = p_2BTK.amin(0).sum(-1)
     if gate is None or gate.metric == "change_point":
-        event_BT = torch.zeros_like(overlap_BT, dtype=torch.bool)
+        event_BT = torch.zeros_like(shared_BT, dtype=torch.bool)
     elif gate.metric == "overlap":
-        event_BT = overlap_events(overlap_BT, gate.k, gate.threshold)
+        event_BT = shared_BT < _enough(k, gate.threshold)
     elif gate.metric == "acceptance":
         event_BT = acceptance_BT < gate.threshold
     elif gate.metric == "shared_mass":
-        shared_BTK = among(views.student_ids, views.teacher_ids)
-        event_BT = (student_BTK * shared_BTK).sum(-1) < gate.threshold
+        event_BT = (p_2BTK[0] * among(views.student_ids, views.teacher_ids)).sum(-1) < gate.threshold
     else:
+        assert views.teacher_logp is not None
         event_BT = top_p_reject(views.sampled_ids, views.teacher_ids, views.teacher_logp, gate.top_p)
-    return Agreement(overlap_BT, event_BT, student_BTK.sum(-1), teacher_BTK.sum(-1), acceptance_BT)
+    return Agreement(shared_BT.float() / k, event_BT, student_mass_BT, teacher_mass_BT, acceptance_BT)
+
+
+def needs_nucleus(gate: GateConfig | None) -> bool:
+    """Whether the gate asks how probable the teacher's own top-k ids are."""
+    return gate is not None and gate.metric == "teacher_top_p"
 
 
 def overlap_ratio(student_ids_BTK: Tensor, teacher_ids_BTK: Tensor) -> Tensor:
@@ -90,12 +95,17 @@ def overlap_ratio(student_ids_BTK: Tensor, teacher_ids_BTK: Tensor) -> Tensor:
     student_ids_BTK, teacher_ids_BTK: integer [..., k], any order within the k. Returns overlap_BT [...], 0..1.
     ValueError when the shapes differ or k is 0.
     """
+    return _shared(student_ids_BTK, teacher_ids_BTK).float() / student_ids_BTK.shape[-1]
+
+
+def _shared(student_ids_BTK: Tensor, teacher_ids_BTK: Tensor) -> Tensor:
+    """|K^S ∩ K^T|, int64. ValueError when the shapes do not fit together."""
     if student_ids_BTK.shape != teacher_ids_BTK.shape or student_ids_BTK.ndim == 0 or student_ids_BTK.shape[-1] == 0:
         raise ValueError(
             f"student_ids {list(student_ids_BTK.shape)} and teacher_ids {list(teacher_ids_BTK.shape)} "
             "must have the same shape, with the k ≥ 1 ids of a token last"
         )
-    return among(student_ids_BTK, teacher_ids_BTK).sum(-1).float() / student_ids_BTK.shape[-1]
+    return count_among(student_ids_BTK, teacher_ids_BTK)
 
 
 def overlap_events(overlap_BT: Tensor, k: int, threshold: float) -> Tensor:
@@ -104,8 +114,12 @@ def overlap_events(overlap_BT: Tensor, k: int, threshold: float) -> Tensor:
     Compared as whole numbers of shared ids, with γ read as the decimal that was written: 7 of 10 against γ = 0.7 is no
     event, whichever way 0.7 rounds in float32. At k = 16 and γ = 0.7, 11 shared ids are an event and 12 are not.
     """
-    enough = math.ceil(Fraction(str(float(threshold))) * k)
-    return torch.round(overlap_BT * k) < enough
+    return torch.round(overlap_BT * k) < _enough(k, threshold)
+
+
+def _enough(k: int, threshold: float) -> int:
+    """The least number of shared ids that is no event."""
+    return math.ceil(Fraction(str(float(threshold))) * k)
 
 
 def top_p_reject(sampled_ids_BT: Tensor, teacher_ids_BTK: Tensor, teacher_logp_BTK: Tensor, p: float) -> Tensor:
@@ -161,8 +175,8 @@ def apply_gate(event_BT: Tensor, valid_BT: Tensor, gate: GateConfig, dtype: torc
 class PackedGate:
     """`apply_gate` for B responses packed end to end into N tokens, fed in order and in pieces of any size.
 
-    The running count C is carried from piece to piece and starts again at every boundary in cu_seqlens. A response may
-    be empty. With gate None every token is reliable and has weight 1 (plain on-policy distillation).
+    The running count C starts again at every boundary in cu_seqlens. A response may be empty. With gate None every
+    token is reliable and has weight 1 (plain on-policy distillation).
 
     cu_seqlens: B + 1 offsets on the host, from 0 to N, not decreasing. dtype: of reliability and weight.
     """
@@ -174,21 +188,31 @@ class PackedGate:
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
     ) -> None:
-        self._pieces = Pieces(cu_seqlens, device)
-        self.gate = gate
-        self.dtype = dtype
-        self._carried = torch.zeros((), dtype=torch.int64, device=device)  # C of the last token that was fed
+        self.dtype, self._pieces = dtype, Pieces(cu_seqlens, device)
+        self._events_N1 = torch.zeros(len(self._pieces.response_N) + 1, dtype=torch.int64, device=device)  # before each
+        # R and W of every count that there can be: a look-up instead of a dozen small steps.
+        reliability_C = _reliability(torch.arange(self._pieces.longest + 1), gate)
+        self._reliability_C = reliability_C.to(device, dtype)
+        self._weight_C = _weight(reliability_C, gate).to(device, dtype)
 
     def advance(self, event_C: Tensor) -> tuple[Tensor, Tensor]:
         """The next tokens' events, bool [C], to their reliability_C and weight_C.
 
         The weight is that of `none` or `base`; `mean` needs whole responses: see `apply_gate_packed`.
         """
-        count_C = self._pieces.take(len(event_C)).sum_in_response(event_C.long(), self._carried)
-        if len(event_C):
-            self._carried = count_C[-1]
-        reliability_C = _reliability(count_C, self.gate)
-        return reliability_C.to(self.dtype), _weight(reliability_C, self.gate).to(self.dtype)
+        count_C = self._count(event_C)
+        return self._reliability_C[count_C], self._weight_C[count_C]
+
+    def weigh(self, event_C: Tensor) -> Tensor:
+        """The weight alone."""
+        return self._weight_C[self._count(event_C)]
+
+    def _count(self, event_C: Tensor) -> Tensor:
+        """C of the next tokens: the events up to and with each, less those before its response."""
+        part = self._pieces.next(len(event_C))
+        so_far_C = self._events_N1[part.start + 1 : part.stop + 1]
+        torch.cumsum(event_C, 0, out=so_far_C).add_(self._events_N1[part.start])
+        return so_far_C - self._events_N1[self._pieces.start_N[part]]
 
     def divide_by_mean(self, weight_N: Tensor) -> Tensor:
         """W over the mean W of its own response: no other response, micro-batch or rank has a part in it."""

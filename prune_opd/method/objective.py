@@ -213,13 +213,17 @@ class TokenLoss(NamedTuple):
 
     divergence_N: how far the student is from the teacher by this objective, unweighted [nats]. A policy gradient's ℓ_t
     has the gradient that is wanted but its value says little (it may be negative); this is the number to watch.
-    reward_NK: r_tj, weighted; None for an objective without.
     """
 
     loss_N: Tensor
     grad_logp_NK: Tensor
     divergence_N: Tensor
-    reward_NK: Tensor | None
+    has_rewards: bool
+
+    @property
+    def reward_NK(self) -> Tensor | None:
+        """r_tj, weighted; None for an objective without."""
+        return -self.grad_logp_NK if self.has_rewards else None
 
 
 def token_loss(
@@ -239,11 +243,11 @@ def token_loss(
     weight_N1 = weight_N.unsqueeze(-1)
     if has_rewards(config):
         terms = _POLICY_GRADIENTS[config.name](student_logp_NK, teacher_logp_NK, config, valid_NK, log_rest)
-        reward_NK = -weight_N1 * terms.slope_NK if credit_N is None else credit_N.unsqueeze(-1)
         # ∂ℓ/∂log p_j = −r_j: no "+ 1" term, nothing through the renormaliser.
-        return TokenLoss(-(reward_NK * student_logp_NK).sum(dim=-1), -reward_NK, terms.divergence_N, reward_NK)
+        slope_NK = weight_N1 * terms.slope_NK if credit_N is None else -credit_N.unsqueeze(-1)
+        return TokenLoss((slope_NK * student_logp_NK).sum(dim=-1), slope_NK, terms.divergence_N, True)
     value_N, slope_NK = DIVERGENCES[config.name](student_logp_NK, teacher_logp_NK, config)
-    return TokenLoss(weight_N * value_N, weight_N1 * slope_NK, value_N, None)
+    return TokenLoss(weight_N * value_N, weight_N1 * slope_NK, value_N, False)
 
 
 class ClippedLoss(NamedTuple):

@@ -35,14 +35,20 @@ class Pieces:
         response_N = torch.repeat_interleave(torch.arange(len(length_B)), length_B)
         self.length_B = length_B.to(device)
         self.response_N = response_N.to(device)
-        self._start_N = offset_B1[:-1][response_N].to(device)
+        self.start_N = offset_B1[:-1][response_N].to(device)  # where the response of each begins
+        self.longest = int(length_B.max()) if len(length_B) else 0
         self._position = 0
 
-    def take(self, count: int) -> Piece:
-        """The next `count` tokens. ValueError when there are not so many."""
+    def next(self, count: int) -> slice:
+        """Which the next `count` tokens are. ValueError when there are not so many."""
         begin, end = self._position, self._position + count
         if end > len(self.response_N):
             raise ValueError(f"event brings the tokens to {end}, but cu_seqlens ends at {len(self.response_N)}")
         self._position = end
-        start_C = self._start_N[begin:end]
-        return Piece(self.response_N[begin:end], start_C < begin, (start_C - begin).clamp(min=0))
+        return slice(begin, end)
+
+    def take(self, count: int) -> Piece:
+        """The next `count` tokens. ValueError when there are not so many."""
+        part = self.next(count)
+        start_C = self.start_N[part]
+        return Piece(self.response_N[part], start_C < part.start, (start_C - part.start).clamp(min=0))

@@ -1,4 +1,4 @@
-"""Which ids of one set are in another, token by token, in memory that grows with k and not with k²."""
+"""Which ids of one set are in another, token by token, in memory that grows with k and not with k² where k is large."""
 
 from __future__ import annotations
 
@@ -6,6 +6,14 @@ import torch
 from torch import Tensor
 
 BLOCK = 1 << 22  # ids that are looked up at a time: about 0.2 GiB of scratch memory
+PAIRS = 1 << 26  # pairs of ids, one byte each, that are compared at once
+
+
+def count_among(ids_NK: Tensor, others_NC: Tensor) -> Tensor:
+    """How many of `ids` are in `others`, int64 [...], both without repetition: all pairs at once where they are few."""
+    if ids_NK.numel() * others_NC.shape[-1] <= PAIRS and ids_NK.shape[-1] * others_NC.shape[-1] <= 1024:
+        return (ids_NK.unsqueeze(-1) == others_NC.unsqueeze(-2)).sum((-2, -1))
+    return among(ids_NK, others_NC).sum(-1)
 
 
 def among(ids_NK: Tensor, others_NC: Tensor, counted_NC: Tensor | None = None) -> Tensor:

@@ -46,9 +46,9 @@ def test_a_product_in_blocks_is_the_whole_product(block: int, monkeypatch: pytes
     hidden_NH, weight_VH = case.student_hidden, case.student_weight
     logits_NV = products.logits_(hidden_NH, weight_VH, torch.empty(len(hidden_NH), len(weight_VH)))
     torch.testing.assert_close(logits_NV, hidden_NH.float() @ weight_VH.float().t(), rtol=1e-5, atol=1e-5)
-    grad_NH = products.hidden_gradient(logits_NV, weight_VH)
+    grad_NH = torch.empty(hidden_NH.shape)
+    products.hidden_gradient_(logits_NV, weight_VH, grad_NH, torch.float32)
     torch.testing.assert_close(grad_NH, logits_NV @ weight_VH.float(), rtol=1e-5, atol=1e-3)
-    assert grad_NH.dtype == torch.float32
 
 
 @pytest.mark.parametrize("rows", [products.WEIGHT_ROWS, 100])
@@ -59,7 +59,7 @@ def test_a_weight_gradient_is_added_to_a_buffer_of_either_dtype(
     monkeypatch.setattr(products, "WEIGHT_ROWS", rows)
     grad_NV, hidden_NH = torch.randn(40, 1024), torch.randn(40, 64).bfloat16()
     buffer = torch.ones(1024, 64, dtype=dtype)
-    products.add_weight_gradient_(buffer, grad_NV, hidden_NH)
+    products.add_weight_gradient_(buffer, grad_NV, hidden_NH, torch.float32)
     torch.testing.assert_close(buffer, (1 + grad_NV.t() @ hidden_NH.float()).to(dtype))
 
 
@@ -107,10 +107,10 @@ def test_the_path_of_cuda_has_the_same_gradients(
     expected = gradients(case, objective, WeightingConfig(), torch.float64)
     plain, counted = products._on_tensor_cores, []
 
-    def on_tensor_cores(inputs: Tensor, result: Tensor) -> bool:
-        assert not plain(inputs, result)
+    def on_tensor_cores(inputs: Tensor, dtype: torch.dtype) -> bool:
+        assert not plain(inputs, dtype)
         counted.append(inputs.dtype)
-        return inputs.dtype == torch.bfloat16 and result.dtype == torch.float32
+        return inputs.dtype == torch.bfloat16 and dtype == torch.float32
 
     for operator in ("mm", "addmm"):
         monkeypatch.setattr(products.torch, operator, stand_in(operator))

@@ -131,6 +131,21 @@ def test_top_k_breaks_ties_toward_the_lower_id(k: int) -> None:
             assert torch.equal(values, row[ids])
 
 
+@pytest.mark.parametrize("k", [1, 16])
+def test_top_k_by_blocks_breaks_ties_toward_the_lower_id(k: int) -> None:
+    """Wide enough for blocks, and enough rows to go through in parts; ties within a block and across all of them."""
+    generator = torch.Generator().manual_seed(0)
+    columns = 4 * k * vocab_parallel.BLOCK
+    rows = [torch.zeros(columns), torch.randint(3, (columns,), generator=generator).float()]
+    rows += [torch.randn(columns, generator=generator), torch.randn(columns, generator=generator).bfloat16().float()]
+    rows += [torch.arange(columns).remainder(vocab_parallel.BLOCK).float(), -torch.arange(columns).float()]
+    logits = torch.stack(rows).repeat(-(-vocab_parallel.CACHED // columns), 1)
+    top = vocab_parallel.local_topk(logits, k)
+    by_value = logits.sort(dim=1, descending=True, stable=True)
+    assert torch.equal(top.ids_NK, by_value.indices[:, :k])
+    assert torch.equal(top.values_NK, by_value.values[:, :k])
+
+
 def test_a_loss_with_ties_everywhere_equals_the_reference() -> None:
     case = make_case()
     case.student_weight, case.teacher_weight = case.student_weight.sign(), case.teacher_weight.sign()
@@ -148,7 +163,7 @@ def test_normaliser_and_local_gather_equal_log_softmax() -> None:
     vocab_parallel.mask_padding_(logits, shard)
     assert torch.allclose(vocab_parallel.log_normaliser(logits, shard), logits[:, :8].logsumexp(1))
     assert torch.equal(vocab_parallel.local_gather(logits, ids, shard), logits.gather(1, ids))
-    assert (logits[:, 8:] == -torch.inf).all()
+    assert (logits[:, 8:] == vocab_parallel.NOTHING).all()
 
 
 # ---------------------------------------------------------------------------------------------------- in a graph

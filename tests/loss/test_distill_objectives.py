@@ -150,11 +150,11 @@ def test_entropy_aware_adds_nothing_where_the_teacher_is_sure_and_everywhere_whe
 def test_the_objective_is_the_policy_gradient_of_method_md() -> None:
     """Worked by hand: p = (.6, .2), so w = (.75, .25); log p − log q = (log 2, 0); W = 2."""
     student_logp, teacher_logp = torch.tensor([[0.6, 0.2]]).log(), torch.tensor([[0.3, 0.2]]).log()
-    loss, grad, divergence, reward = token_loss(OBJECTIVE, student_logp, teacher_logp, torch.tensor([2.0]))
-    assert reward[0].tolist() == pytest.approx([-1.5 * math.log(2), 0])
-    assert loss.tolist() == pytest.approx([1.5 * math.log(2) * math.log(0.6)])
-    assert torch.equal(grad, -reward)
-    assert divergence.tolist() == pytest.approx([0.75 * math.log(2)])
+    got = token_loss(OBJECTIVE, student_logp, teacher_logp, torch.tensor([2.0]))
+    assert got.reward_NK is not None and got.reward_NK[0].tolist() == pytest.approx([-1.5 * math.log(2), 0])
+    assert got.loss_N.tolist() == pytest.approx([1.5 * math.log(2) * math.log(0.6)])
+    assert torch.equal(got.grad_logp_NK, -got.reward_NK)
+    assert got.divergence_N.tolist() == pytest.approx([0.75 * math.log(2)])
 
 
 def test_the_weight_none_is_uniform_over_what_a_token_has_of_a_support() -> None:

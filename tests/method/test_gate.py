@@ -93,7 +93,7 @@ def views(student_p: list[list[float]], teacher_p: list[list[float]], sampled: l
     student, teacher = student_NV.topk(2), teacher_NV.topk(2)
     there = teacher_NV.gather(1, student.indices).log()
     logs = student.values.log(), teacher.values.log()
-    return Views(torch.tensor(sampled), student.indices, logs[0], there, teacher.indices, logs[1])
+    return Views(torch.tensor(sampled), student.indices, torch.stack([logs[0], there]), teacher.indices, logs[1])
 
 
 # Three tokens over four ids. The models agree; share one id of two; share none.

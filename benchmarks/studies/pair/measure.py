@@ -95,7 +95,8 @@ def columns(
     p_NV, q_NV = student_NV.log_softmax(-1), teacher_NV.log_softmax(-1)
     at_K = [p_NV.gather(1, ours_NK), q_NV.gather(1, ours_NK), q_NV.gather(1, theirs_NK)]
     p_NK, q_NK, theirs_at_NK = (logp_NK[:, : gate.k] for logp_NK in at_K)
-    found = judge(Views(sampled_N, ours_NK[:, : gate.k], p_NK, q_NK, theirs_NK[:, : gate.k], theirs_at_NK), gate)
+    logp_2NK = torch.stack([p_NK, q_NK])
+    found = judge(Views(sampled_N, ours_NK[:, : gate.k], logp_2NK, theirs_NK[:, : gate.k], theirs_at_NK), gate)
     p_NK, q_NK = (logp_NK[:, : objective.k] for logp_NK in at_K[:2])
     return {
         **compare(p_NV, q_NV, sampled_N),
