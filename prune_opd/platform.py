@@ -102,6 +102,7 @@ def prepare_rehearsal() -> Platform:
     stand_in = META
     tensor_type: Any = torch.Tensor
     tensor_type.is_cuda = property(lambda tensor: tensor.device == META)
+    tensor_type.record_stream = lambda tensor, stream: None
     cuda: Any = torch.cuda
     cuda.get_device_capability = lambda *args: HOPPER
     return prepare()
@@ -129,9 +130,8 @@ def prepare_experts() -> None:
     import megatron.core.transformer.moe.token_dispatcher as token_dispatcher
 
     modules: Any = (moe_utils, token_dispatcher)
-    for module in (
-        modules if machine.is_cpu else ()
-    ):  # it makes numbers of tokens numpy arrays on their way from a GPU, and needs them as such
+    # It makes numbers of tokens numpy arrays on their way from a GPU, and needs them as such.
+    for module in modules if machine.is_cpu else ():
         module.maybe_move_tensor_to_cpu = _as_numpy_if_asked
     if not hasattr(moe_utils, "te_general_gemm"):  # asked for, but not defined, without Transformer Engine
         modules[0].te_general_gemm = None

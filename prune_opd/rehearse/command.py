@@ -26,6 +26,18 @@ def run_rehearse(
                 f"--rank {rank} is outside the job: {nodes} nodes × parallel.nproc = {config.parallel.nproc} are "
                 f"ranks 0 to {world - 1}"
             )
+    parallel = config.parallel
+    for name in ("pipeline", "teacher_pipeline"):
+        if (getattr(parallel, name) or 1) > 1:
+            raise ConfigError(
+                f"parallel.{name} = {getattr(parallel, name)} cannot be rehearsed: what a stage receives is on a rank "
+                f"that is not there; rehearse with parallel.{name}=1 and as many more ranks in parallel.tensor"
+            )
+    if parallel.context > 1:
+        raise ConfigError(
+            f"parallel.context = {parallel.context} cannot be rehearsed: attention over several ranks is Transformer "
+            "Engine's, which needs a GPU; rehearse with parallel.context=1"
+        )
     if problems := check_structure(config, world):
         raise ConfigError(f"--nodes {nodes} ({world} ranks): {'; '.join(problems)}")
 
@@ -35,13 +47,17 @@ def run_rehearse(
     from prune_opd.rehearse.report import not_rehearsed, rank_lines
     from prune_opd.rehearse.report import problems as problems_of
     from prune_opd.rehearse.step import Cut, rehearse_rank
+    from prune_opd.rehearse.traffic import disagreements
 
     cut, seen, started = Cut(layers, microbatches), [], time.process_time()
     print(f"{config.name} on {world} ranks", flush=True)
     for rank in chosen:
         seen.append(rehearse_rank(config, nodes, rank, cut))
         print("\n".join(rank_lines(seen[-1])), flush=True)
+    apart = list(disagreements([(one.rank, one.watch.traffic) for one in seen]))
+    for line in apart:
+        print(f"PROBLEM {line}")
     for line in not_rehearsed(config, cut, seen):
         print(f"not rehearsed: {line}")
     print(f"{time.process_time() - started:.0f} CPU seconds")
-    return 1 if any(list(problems_of(one)) for one in seen) else 0
+    return 1 if apart or any(list(problems_of(one)) for one in seen) else 0

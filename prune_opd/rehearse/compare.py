@@ -6,13 +6,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from prune_opd.config import memory_phases as phases
-from prune_opd.plan.memory import part_bytes, working_bytes
+from prune_opd.plan.memory import loss_bytes, part_bytes, working_bytes
 from prune_opd.plan.setting import Setting
-from prune_opd.rehearse.step import Rehearsal
+from prune_opd.rehearse.step import LOSS, Rehearsal
 
 CLOSE = 0.05  # of the larger number
 COUNTED = (phases.STUDENT, phases.GRADIENTS, phases.OPTIMIZER, phases.TEACHER, phases.TEACHER_HEAD)
-WORKING = ("sync", "teacher", "train")
 
 
 @dataclass(frozen=True)
@@ -37,17 +36,24 @@ def compare(rehearsal: Rehearsal) -> Iterator[Line]:
         counted = max((peak.by_part.get(part, 0) for peak in ledger.peaks.values()), default=0)
         why = "the planner takes the fullest stage" if rehearsal.run.layout.student.pp > 1 else ""
         yield Line(part, counted, parts[part], why)
-    planned = working_bytes(setting)
-    for phase in WORKING:
-        if phase not in ledger.peaks:
-            continue
-        line = Line(phase, ledger.peaks[phase].work, planned[phase])
-        if not line.is_close and phase != "sync":
-            filled = working_bytes(filled_with(setting, rehearsal.tokens))[phase]
-            line = replace(
-                line, why=f"{rehearsal.tokens} tokens in the largest micro-batch: {gigabytes(filled)} planned"
-            )
-        yield line
+    yield from _working(rehearsal)
+
+
+def _working(rehearsal: Rehearsal) -> Iterator[Line]:
+    """Train is outside the loss, which the planner adds to it: they are never there together in full."""
+    setting, peaks, tokens = rehearsal.setting, rehearsal.watch.ledger.peaks, rehearsal.tokens
+    planned, filled = working_bytes(setting), working_bytes(filled_with(setting, tokens))
+    buckets = [bucket.nbytes for bucket in rehearsal.run.sync.resharder.buckets]
+    why = f"{len(buckets)} buckets of at most {gigabytes(max(buckets))}; the planner takes two full ones"
+    yield Line("sync work", peaks["sync"].work - peaks["sync"].began, planned["sync"], why)
+    short = f"the largest micro-batch has {tokens} tokens, for which"
+    yield Line("teacher work", peaks["teacher"].work, planned["teacher"], f"{short} {gigabytes(filled['teacher'])} are")
+    if LOSS not in peaks:
+        return
+    chunk = loss_bytes(setting)
+    why = f"{short} {gigabytes(filled['train'] - chunk)} are"
+    yield Line("train work", peaks["train"].work, planned["train"] - chunk, why)
+    yield Line("loss chunk", peaks[LOSS].work - peaks[LOSS].began, chunk, "the planner takes four matrices in fp32")
 
 
 def filled_with(setting: Setting, tokens: int) -> Setting:

@@ -16,8 +16,12 @@ WORK = "work"  # what belongs to no part: activations, logits, buckets
 
 @dataclass
 class Peak:
-    """The fullest moment of a phase: bytes by part, and how much of it there was no part for."""
+    """The fullest moment of a phase: bytes by part, and how much of it there was no part for.
 
+    began: what there was no part for when the phase began (for the first time).
+    """
+
+    began: int = 0
     total: int = 0
     by_part: dict[str, int] = field(default_factory=dict)
 
@@ -107,6 +111,6 @@ class Ledger:
             self._look_for_a_peak()
 
     def _look_for_a_peak(self) -> None:
-        peak = self.peaks.setdefault(self.phase, Peak())
+        peak = self.peaks.setdefault(self.phase, Peak(began=self.by_part[WORK]))
         if self.live > peak.total:
             peak.total, peak.by_part = self.live, dict(self.by_part)

@@ -10,6 +10,7 @@ from prune_opd.rehearse.ledger import WORK
 from prune_opd.rehearse.step import Cut, Rehearsal
 
 BEFORE = "before "  # the moves between two phases
+LEFT = 64 * 2**20  # bytes that may stay on the device after a step and belong to no part; more has been forgotten
 
 
 def rank_lines(rehearsal: Rehearsal) -> Iterator[str]:
@@ -24,7 +25,7 @@ def rank_lines(rehearsal: Rehearsal) -> Iterator[str]:
         yield f"    {phase:<11}{gigabytes(peak.total):>10}  {parts}"
     yield "  counted beside planned"
     for line in compare(rehearsal):
-        verdict = "" if line.is_close else f"  differs; {line.why or 'unexplained'}"
+        verdict = "" if line.is_close else f"  differs: {line.why or 'unexplained'}"
         yield f"    {line.name:<13}{gigabytes(line.counted):>10} {gigabytes(line.planned):>10}{verdict}"
     yield "  collectives by phase and group"
     for (phase, group, operation), total in watch.traffic.by.items():
@@ -49,12 +50,9 @@ def problems(rehearsal: Rehearsal) -> Iterator[str]:
         yield f"wrong device: {what} of a host tensor with one of the device, {count} ×, {phase}, {place}"
     for lost in rehearsal.lost:
         yield f"lost gradient: {lost}"
-    if watch.ledger.by_part[WORK] > LEFT * max(watch.ledger.live, 1):
+    if watch.ledger.by_part[WORK] > LEFT:
         sizes = ", ".join(gigabytes(size) for size in watch.ledger.largest())
         yield f"not freed: {gigabytes(watch.ledger.by_part[WORK])} belong to no part after the step (largest: {sizes})"
-
-
-LEFT = 0.02  # of what is on the device after a step: more than this that belongs to no part has been forgotten
 
 
 def not_rehearsed(config: TrainConfig, cut: Cut, rehearsals: list[Rehearsal]) -> Iterator[str]:
@@ -63,6 +61,8 @@ def not_rehearsed(config: TrainConfig, cut: Cut, rehearsals: list[Rehearsal]) ->
     fp8 = "FP8 and " if config.precision.student_fp8.on or config.precision.teacher_fp8.on else ""
     yield f"{fp8}Transformer Engine's layers, because its kernels need a GPU: megatron-core's own, in {first.dtype}"
     yield "what vLLM does, because it needs a GPU: its memory is the planner's, its responses as long as planned"
+    if config.rollout.inflight.on:
+        yield "the verdict of a look in flight, because rank 0 makes it of all ranks' evidence: nobody is stopped"
     yield "writing a checkpoint, evaluation and export, because they need the disk or responses"
     yield "numbers, because tensors have none: the host is told what a healthy step would say"
     if cut.layers is not None:

@@ -18,8 +18,10 @@ from prune_opd.config import memory_phases as phases
 from prune_opd.plan.counts import parameters
 from prune_opd.plan.hardware import ENGINE_WORKSPACE
 from prune_opd.plan.setting import Setting, setting_of
-from prune_opd.rehearse import kernels, machine, stand_ins
+from prune_opd.rehearse import kernels, machine, peers, stand_ins
 from prune_opd.rehearse.watch import Watch
+
+LOSS = "loss"  # the part of the training phase in which a chunk's logits are there
 
 
 @dataclass(frozen=True)
@@ -87,6 +89,7 @@ class Rehearsal:
     def stage(self) -> Iterator[None]:
         """Everything in here happens to one rank of a job that is not there."""
         import prune_opd.run as product
+        from prune_opd.loss import distill_loss, training_loss
         from prune_opd.megatron import layout as layouts
         from prune_opd.track.tracker import NullTracker
 
@@ -108,10 +111,19 @@ class Rehearsal:
             self.watch.ledger.ignore(other)
             return other
 
+        def loss(*args: Any, **kwargs: Any) -> Any:
+            before = self.watch.phase
+            self.watch.enter(LOSS if before == "train" else before)
+            try:
+                return distill_loss(*args, **kwargs)
+            finally:
+                self.watch.enter(before)
+
         with (
             machine.job(self.rank, self.world),
             machine.numbers_from_the_host(),
             kernels.of_a_gpu(),
+            peers.answering(self.watch, self.setting.student, self.config.parallel, self.world),
             mock.patch.object(layouts, "initialize", lambda parallel, platform, seed: layouts.arrange(parallel, seed)),
             mock.patch.object(product, "make_sampler", lambda *_: prompts.sampler()),
             mock.patch.object(product, "RolloutEngine", stand_ins.Engine),
@@ -120,6 +132,7 @@ class Rehearsal:
             mock.patch.dict(sys.modules, transformers=stand_ins.no_tokenizer()),
             mock.patch.object(torch.UntypedStorage, "resize_", resize_),
             mock.patch.object(torch, "from_dlpack", same_bytes),
+            mock.patch.object(training_loss, "distill_loss", loss),
             self.watch,
         ):
             yield
@@ -173,10 +186,17 @@ class Rehearsal:
             self.microbatches = len(batch.microbatches)
             return batch
 
+        model_config = run.trainer.chunks[0].config
+        finalize = model_config.finalize_model_grads_func
+
+        def finalized(*args: Any, **kwargs: Any) -> Any:
+            self.lost += self._lost_gradients()  # now: the sums over ranks write to the buffers too
+            return finalize(*args, **kwargs)
+
+        model_config.finalize_model_grads_func = finalized
         run.phases.enter = run.sync.enter = watched
         run.train_batch = dealt
         step(run)
-        self.lost = list(self._lost_gradients())
         run.phases.enter("checkpoint")
         self.sharded = sharded_bytes(run.trainer.sharded_state(loading=False))
         run.phases.enter("sync")
