@@ -60,7 +60,7 @@ def not_rehearsed(config: TrainConfig, cut: Cut, rehearsals: list[Rehearsal]) ->
     first = rehearsals[0]
     fp8 = "FP8 and " if config.precision.student_fp8.on or config.precision.teacher_fp8.on else ""
     yield f"{fp8}Transformer Engine's layers, because its kernels need a GPU: megatron-core's own, in {first.dtype}"
-    yield "what vLLM does, because it needs a GPU: its memory is the planner's, its responses as long as planned"
+    yield "what vLLM does, because it needs a GPU: its memory is the planner's, its responses fill micro-batches"
     if config.rollout.inflight.on:
         yield "the verdict of a look in flight, because rank 0 makes it of all ranks' evidence: nobody is stopped"
     yield "writing a checkpoint, evaluation and export, because they need the disk or responses"

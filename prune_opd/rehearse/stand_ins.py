@@ -15,7 +15,6 @@ from torch import Tensor
 from prune_opd.config import memory_phases as phases
 from prune_opd.data.prompt import Prompt
 from prune_opd.data.sampler import PromptSampler
-from prune_opd.plan.lengths import Lengths
 from prune_opd.rehearse.ledger import Ledger
 from prune_opd.rollout.batch import Response, Rollouts
 from prune_opd.rollout.engine import RolloutEngine
@@ -48,20 +47,18 @@ class Prompts:
 
 
 class Engine(RolloutEngine):
-    """The product's engine around an `LLM` that only keeps books. Responses are as long as the planner thinks.
+    """The product's engine around an `LLM` that only keeps books.
 
-    lengths: of responses that nothing cuts short.
+    lengths: of the responses, which take turns.
     """
 
-    lengths: Lengths
+    lengths: Sequence[int]
 
     def generate(
         self, rows: Sequence[Row], sampling: TokenSampling, race: Race | None = None, watch: Watch | None = None
     ) -> Rollouts:
-        count = len(rows)
-        whole = [max(1, int(length)) for length in self.lengths.quantiles(count, max(row.limit for row in rows))]
-        mixed = [whole[i * 7919 % count] if count % 7919 else whole[i] for i in range(count)]
-        lengths = [min(length, row.limit) for length, row in zip(mixed, rows, strict=True)]
+        count, turns = len(rows), len(self.lengths)
+        lengths = [min(self.lengths[number % turns], row.limit) for number, row in enumerate(rows)]
         if watch is not None:
             self._look(rows, lengths, watch)
         engines = [number * self.engines // count for number in range(count)]

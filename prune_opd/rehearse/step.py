@@ -40,7 +40,7 @@ def gpu_of(config: TrainConfig) -> str:
 def reduced(config: TrainConfig, nodes: int, cut: Cut, folder: Path) -> TrainConfig:
     """The recipe as it is rehearsed: model directories that are only a config.json, and as many rows as asked for.
 
-    Responses run to the longest horizon that the recipe has, which needs the most memory.
+    Responses run to the longest horizon that the recipe has, which needs the most memory (`full_rows`).
     """
     models = {
         role: str(machine.write_model(folder / role, getattr(config, role), role, cut.layers))
@@ -48,9 +48,8 @@ def reduced(config: TrainConfig, nodes: int, cut: Cut, folder: Path) -> TrainCon
     }
     config = replace(config, student=models["student"], teacher=models["teacher"])
     setting = setting_of(config, gpu_of(config), nodes)
-    student, parallel, rollout = setting.student_layout, config.parallel, config.rollout
-    mean_row = rollout.max_prompt_len + setting.lengths.mean(config.horizon.max_len)
-    rows = max(1, int(cut.microbatches * parallel.microbatch_tokens * student.context / mean_row))
+    student, rollout = setting.student_layout, config.rollout
+    rows = cut.microbatches * len(full_rows(config))
     updates = config.optimizer.updates_per_batch
     responses = max(rows * student.replicas * updates, setting.teacher_layout.replicas)
     prompts = min(rollout.prompts, -(-responses // rollout.responses))
@@ -63,6 +62,13 @@ def reduced(config: TrainConfig, nodes: int, cut: Cut, folder: Path) -> TrainCon
         survival=replace(config.survival, watchdog_minutes=0.0),
         checkpoint=replace(config.checkpoint, asynchronous=False),
     )
+
+
+def full_rows(config: TrainConfig) -> list[int]:
+    """Lengths of responses that fill a micro-batch: the longest that there can be, and what is left beside it."""
+    prompt, longest = config.rollout.max_prompt_len, config.horizon.max_len
+    left = config.parallel.microbatch_tokens * config.parallel.context - (prompt + longest) - prompt
+    return [longest, min(left, longest)] if left > 0 else [longest]
 
 
 class Rehearsal:
@@ -95,7 +101,7 @@ class Rehearsal:
 
         stand_ins.Llm.ledger = self.watch.ledger
         stand_ins.Llm.memory, stand_ins.Llm.workspace = self.setting.gpu.memory, ENGINE_WORKSPACE
-        stand_ins.Engine.lengths = self.setting.lengths
+        stand_ins.Engine.lengths = full_rows(self.config)
         prompts = stand_ins.Prompts(self.config.rollout.max_prompt_len)
         stand_ins.put_in_place_of_vllm()
         resize = torch.UntypedStorage.resize_

@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_map
 
 KNOWN_NUMBERS = 1 << 14  # of a storage, at most
 WHOLE = {"fill_", "zero_", "copy_"}  # in-place operations after which a tensor is known, whatever it was
+OPEN = ("empty", "new_empty", "rand", "normal", "bernoulli")  # operations whose results are any numbers
 
 # By the name of the function that asks: what it is told, one number for all or each number.
 ANSWERS: dict[str, float | tuple[float, ...]] = {
@@ -100,7 +101,7 @@ class KnownValues:
                 target.copy_(usual(args[0]))
             else:
                 func(*host_args, **host_kwargs)
-        elif not unknown and isinstance(result, Tensor) and result.numel() <= KNOWN_NUMBERS:
+        elif isinstance(result, Tensor) and result.numel() <= KNOWN_NUMBERS and not (unknown or name.startswith(OPEN)):
             self.learn(result, func(*host_args, **host_kwargs))
 
     def told(self, tensor: Tensor, asker: str) -> Tensor:

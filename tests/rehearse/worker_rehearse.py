@@ -78,7 +78,12 @@ def small(config: TrainConfig) -> TrainConfig:
         config,
         horizon=replace(config.horizon, max_len=1024, min_len=256, init_len=512),
         planning=replace(config.planning, response_length=700, mean_horizon=512),
-        rollout=replace(config.rollout, max_prompt_len=128, prompts=8),
+        rollout=replace(
+            config.rollout,
+            max_prompt_len=128,
+            prompts=8,
+            inflight=replace(config.rollout.inflight, first_check=256),
+        ),
         parallel=replace(config.parallel, microbatch_tokens=2048),
     )
 
