@@ -46,13 +46,17 @@ def _working(rehearsal: Rehearsal) -> Iterator[Line]:
     buckets = [bucket.nbytes for bucket in rehearsal.run.sync.resharder.buckets]
     why = f"{len(buckets)} buckets of at most {gigabytes(max(buckets))}; the planner takes two full ones"
     yield Line("sync work", peaks["sync"].work - peaks["sync"].began, planned["sync"], why)
-    short = f"the largest micro-batch has {tokens} tokens, for which"
-    yield Line("teacher work", peaks["teacher"].work, planned["teacher"], f"{short} {gigabytes(filled['teacher'])} are")
+
+    def of_tokens(name: str, counted: float, planned: float, filled: float) -> Line:
+        line = Line(name, counted, planned, f"{gigabytes(filled)} are planned for the {tokens} tokens that there are")
+        left = not replace(line, planned=filled).is_close
+        return replace(line, why=f"{line.why}; the rest is unexplained") if left else line
+
+    yield of_tokens("teacher work", peaks["teacher"].work, planned["teacher"], filled["teacher"])
     if LOSS not in peaks:
         return
     chunk = loss_bytes(setting)
-    why = f"{short} {gigabytes(filled['train'] - chunk)} are"
-    yield Line("train work", peaks["train"].work, planned["train"] - chunk, why)
+    yield of_tokens("train work", peaks["train"].work, planned["train"] - chunk, filled["train"] - chunk)
     yield Line("loss chunk", peaks[LOSS].work - peaks[LOSS].began, chunk, "the planner takes four matrices in fp32")
 
 

@@ -87,6 +87,29 @@ def numbers_from_the_host() -> Iterator[None]:
 
 
 @contextmanager
+def marks_of_parameters() -> Iterator[None]:
+    """megatron-core marks parameters (of experts, cut over TP ranks), and a move to a GPU leaves the marks on them.
+
+    A move to meta makes new parameters, without marks.
+    """
+    real = torch.nn.Module.to
+
+    def to(module: torch.nn.Module, *args: Any, **kwargs: Any) -> torch.nn.Module:
+        marks = {name: dict(vars(parameter)) for name, parameter in module.named_parameters()}
+        moved = real(module, *args, **kwargs)
+        for name, parameter in moved.named_parameters():
+            vars(parameter).update(marks[name])
+        return moved
+
+    module_type: Any = torch.nn.Module
+    module_type.to = to
+    try:
+        yield
+    finally:
+        module_type.to = real
+
+
+@contextmanager
 def job(rank: int, world: int) -> Iterator[None]:
     """This process as one of `world` ranks that all do what it does; none of the others is there."""
     from torch.testing._internal.distributed.fake_pg import FakeStore

@@ -128,6 +128,7 @@ class Rehearsal:
         with (
             machine.job(self.rank, self.world),
             machine.numbers_from_the_host(),
+            machine.marks_of_parameters(),
             kernels.of_a_gpu(),
             peers.answering(self.watch, self.setting.student, self.config.parallel, self.world),
             mock.patch.object(layouts, "initialize", lambda parallel, platform, seed: layouts.arrange(parallel, seed)),
