@@ -26,7 +26,10 @@ import psutil
 import torch
 import torch.utils._device
 
-CPU = torch.device("cpu")
+# What CUDA's names answer with where there is no GPU: the CPU, and in a rehearsal tensors without data.
+stand_in = torch.device("cpu")
+META = torch.device("meta")
+HOPPER = (9, 0)  # what a rehearsal's GPU is capable of
 FACTORIES = (
     "tensor",
     "zeros",
@@ -41,7 +44,7 @@ FACTORIES = (
     "empty_like",
 )
 # fmt: off
-NO_OPS = ("synchronize", "empty_cache", "set_device")
+NO_OPS = ("synchronize", "empty_cache", "set_device", "reset_peak_memory_stats")
 MEMORY = ("memory_allocated", "max_memory_allocated", "memory_reserved", "max_memory_reserved")
 # fmt: on
 # What megatron-core and vLLM say on every CPU start: known, wanted, and in the way of what a user should read.
@@ -60,7 +63,7 @@ EXPECTED_WARNINGS = (
 
 @dataclass(frozen=True)
 class Platform:
-    name: str  # cpu | cuda
+    name: str  # cpu | cuda | meta
     device: torch.device
     backend: str  # of torch.distributed
 
@@ -100,9 +103,27 @@ class Platform:
         return int(total - free)
 
 
-@functools.cache
 def prepare() -> Platform:
     """Make this process ready for megatron-core; call it before any `megatron` import. Safe to call again."""
+    machine = _prepare()
+    return machine if stand_in != META else Platform("meta", META, "fake")
+
+
+def prepare_rehearsal() -> Platform:
+    """`prepare` for a rehearsal (rehearse/): tensors without data take the place of a GPU's, for good."""
+    global stand_in
+    _prepare()
+    stand_in = META
+    tensor_type: Any = torch.Tensor
+    tensor_type.is_cuda = property(lambda tensor: tensor.device == META)
+    tensor_type.record_stream = lambda tensor, stream: None
+    cuda: Any = torch.cuda
+    cuda.get_device_capability = lambda *args: HOPPER
+    return prepare()
+
+
+@functools.cache
+def _prepare() -> Platform:
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     if torch.cuda.is_available():
         torch.cuda.set_device(local_rank)
@@ -110,19 +131,21 @@ def prepare() -> Platform:
     os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # megatron-core's jit_fuser is torch.compile
     for message in EXPECTED_WARNINGS:
         warnings.filterwarnings("ignore", message=message)
-    _answer_cuda_names_for_the_cpu()
-    return Platform("cpu", CPU, "gloo")
+    _answer_cuda_names()
+    return Platform("cpu", stand_in, "gloo")
 
 
 def prepare_experts() -> None:
     """What a model with experts needs on top; imports more of megatron-core, so only such a model asks for it."""
-    if not prepare().is_cpu:
+    machine = prepare()
+    if machine.name == "cuda":
         return
     import megatron.core.transformer.moe.moe_utils as moe_utils
     import megatron.core.transformer.moe.token_dispatcher as token_dispatcher
 
     modules: Any = (moe_utils, token_dispatcher)
-    for module in modules:  # it makes numbers of tokens numpy arrays on their way from a GPU, and needs them as such
+    # It makes numbers of tokens numpy arrays on their way from a GPU, and needs them as such.
+    for module in modules if machine.is_cpu else ():
         module.maybe_move_tensor_to_cpu = _as_numpy_if_asked
     if not hasattr(moe_utils, "te_general_gemm"):  # asked for, but not defined, without Transformer Engine
         modules[0].te_general_gemm = None
@@ -238,10 +261,10 @@ def _is_cuda(device: Any) -> bool:
     return isinstance(device, str) and device.startswith("cuda")
 
 
-def _answer_cuda_names_for_the_cpu() -> None:
+def _answer_cuda_names() -> None:
     cuda: Any = torch.cuda
     stream = _InOrder()
-    cuda.current_device = lambda: CPU
+    cuda.current_device = lambda: stand_in
     cuda.Stream = cuda.Event = _InOrder
     cuda.stream = lambda stream_=None: stream
     cuda.current_stream = cuda.default_stream = lambda *args: stream
@@ -255,25 +278,25 @@ def _answer_cuda_names_for_the_cpu() -> None:
     # must know the real ones, or models loaded later in this process would get uninitialised buffers.
     torch.utils._device._device_constructors()
     for name in FACTORIES:
-        setattr(torch, name, _on_cpu(getattr(torch, name)))
+        setattr(torch, name, _on_stand_in(getattr(torch, name)))
     tensor_type: Any = torch.Tensor
-    tensor_type.to = _on_cpu(torch.Tensor.to)
-    tensor_type.cuda = lambda self, *args, **kwargs: self
+    tensor_type.to = _on_stand_in(torch.Tensor.to)
+    tensor_type.cuda = lambda self, *args, **kwargs: self.to(stand_in)
     module_type: Any = torch.nn.Module
-    module_type.cuda = lambda self, *args, **kwargs: self
+    module_type.cuda = lambda self, *args, **kwargs: self.to(stand_in)
     tensor_type.type = _type_name(torch.Tensor.type)
     _cpu_generator_for_the_cuda_generator()
 
 
-def _on_cpu(function: Callable[..., Any]) -> Callable[..., Any]:
-    """`function` (a factory, or `Tensor.to`) with the CPU as its device where CUDA is asked for."""
+def _on_stand_in(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function` (a factory, or `Tensor.to`) with the stand-in as its device where CUDA is asked for."""
 
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
         if _is_cuda(kwargs.get("device")):
-            kwargs["device"] = CPU
+            kwargs["device"] = stand_in
             kwargs.pop("pin_memory", None)
-        return function(*(CPU if _is_cuda(arg) else arg for arg in args), **kwargs)
+        return function(*(stand_in if _is_cuda(arg) else arg for arg in args), **kwargs)
 
     return call
 
@@ -282,7 +305,7 @@ def _type_name(type_: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(type_)
     def name_or_cast(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         result = type_(self, *args, **kwargs)
-        return _TypeName(result) if isinstance(result, str) else result
+        return _TypeName(result.replace("torch.meta.", "torch.")) if isinstance(result, str) else result
 
     return name_or_cast
 

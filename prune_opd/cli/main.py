@@ -112,6 +112,24 @@ def plan(
     return run_plan(runs.load(recipe, overrides, TrainConfig, "plan"), gpu, nodes, search, out)
 
 
+@app.command()
+def rehearse(
+    recipe: runs.Recipe,
+    overrides: runs.Overrides = None,
+    nodes: Annotated[int | None, typer.Option(min=1, help="Nodes.", show_default="planning.nodes")] = None,
+    rank: Annotated[
+        list[int] | None, typer.Option(help="Give it again for more.", show_default="first, middle, last")
+    ] = None,
+    layers: Annotated[int | None, typer.Option(min=1, help="Of both models.", show_default="all")] = None,
+    microbatches: Annotated[int, typer.Option(min=1, help="Of a rank, about.")] = 2,
+) -> int:
+    """One step at the recipe's real size, as single ranks, without a GPU: memory, collectives, what would stall it."""
+    from prune_opd.rehearse.command import run_rehearse
+
+    config = runs.load(recipe, overrides, TrainConfig, "rehearse")
+    return run_rehearse(config, nodes, rank or [], layers, microbatches)
+
+
 app.add_typer(data.app, name="data")
 
 

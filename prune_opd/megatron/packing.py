@@ -23,7 +23,8 @@ class PackedBatch:
     """Rows of prompt + response, one after the other. A response's last token predicts nothing and is left out.
 
     ids_N, position_N: every token that goes through the model. predicting_M: where in N the positions are that predict
-    a response token; sampled_ids_M: the tokens they predict. cu_seqlens: segment bounds in N; cu_responses: in M.
+    a response token; sampled_ids_M: the tokens they predict. cu_seqlens: segment bounds in N; cu_responses: in M, on
+    the host: the loss reads them there, and must not wait for the device.
     rows: which rows of the rollout batch these are. A segment after theirs is one of dummies, that fill N up to a
     multiple: no row attends to them, and they predict nothing.
 
@@ -147,7 +148,7 @@ def pack_rows(
         return torch.tensor(values, dtype=torch.float32, device=device)
 
     def bounds(sizes: list[int]) -> Tensor:
-        return torch.tensor([0, *accumulate(sizes)], dtype=torch.int32, device=device)
+        return torch.tensor([0, *accumulate(sizes)], dtype=torch.int32)
 
     context = None
     if context_group is not None:
@@ -162,7 +163,7 @@ def pack_rows(
         rows=tuple(rows),
         ids_N=int64(ids),
         position_N=int64(positions),
-        cu_seqlens=bounds(segments),
+        cu_seqlens=bounds(segments).to(device),
         predicting_M=int64(predicting),
         sampled_ids_M=int64(sampled),
         cu_responses=bounds([len(responses[row]) for row in rows]),

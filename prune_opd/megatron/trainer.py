@@ -130,7 +130,7 @@ class Trainer:
             wd_incr_style="constant",
         )
         config.finalize_model_grads_func = self._finalize_grads
-        self._finite_grads = True
+        self._broken_gradient = torch.zeros((), dtype=torch.bool, device=device)
         config.grad_scale_func = self.optimizer.scale_loss
 
     def step(self, batches: Sequence[PackedBatch], loss: LossFunction) -> StepResult:
@@ -184,17 +184,18 @@ class Trainer:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
         reports = forward_backward(self.ddp, self.layout.student, batches, partial(_forward_step, loss))
-        problem = self._not_finite(batches, reports)
+        # Whether each micro-batch's loss (none but on the last stage) and the gradient are broken on this rank.
+        broken = torch.stack([*(~report[0].isfinite() for report in reports), self._broken_gradient])
         total = torch.zeros(3, dtype=torch.float64, device=self.device)
         if self.layout.counts:
             total[:2] = torch.stack(reports).sum(0)
-        total[2] = problem is not None
+        total[2] = broken.any()
         dist.all_reduce(total)
-        loss_sum, tokens, problems = total.tolist()
+        loss_sum, tokens, problems = total.tolist()  # here the host waits for the device: once an update
         loss_mean, lr = loss_sum / max(tokens, 1), self.optimizer.param_groups[0]["lr"]
         if problems:
             everyone: list[Any] = [None] * self.layout.world
-            dist.all_gather_object(everyone, problem)
+            dist.all_gather_object(everyone, self._not_finite(batches, broken.tolist()))
             reasons = tuple(reason for reason in everyone if reason)
             return StepResult(loss_mean, int(tokens), math.nan, lr, updates=0, skipped=(reasons,))
         _, grad_norm, _ = self.optimizer.step()
@@ -204,16 +205,16 @@ class Trainer:
         """megatron-core's reduction of the gradients, and before it a look at this rank's own."""
         buffers = [buffer for chunk in self.ddp for buffer in (*chunk.buffers, *chunk.expert_parallel_buffers)]
         largest = torch.stack([torch.linalg.vector_norm(buffer.grad_data, torch.inf) for buffer in buffers])
-        self._finite_grads = bool(largest.isfinite().all())
+        self._broken_gradient = ~largest.isfinite().all()
         finalize_model_grads(*args, **kwargs)
 
-    def _not_finite(self, batches: Sequence[PackedBatch], reports: Sequence[Tensor]) -> NotFinite | None:
+    def _not_finite(self, batches: Sequence[PackedBatch], broken: Sequence[bool]) -> NotFinite | None:
         """What is wrong on this rank. The loss says in which micro-batch; the gradient is that of all of them."""
-        rank = self.layout.rank
-        for batch, report in zip(batches, reports, strict=False):  # no reports but on the last stage
-            if not report[0].isfinite():
+        rank, (*losses, gradient) = self.layout.rank, broken
+        for batch, is_broken in zip(batches, losses, strict=False):  # no losses but on the last stage
+            if is_broken:
                 return NotFinite(rank, "loss", tuple(batch.rows))
-        if not self._finite_grads:
+        if gradient:
             return NotFinite(rank, "gradient", tuple(row for batch in batches for row in batch.rows))
         return None
 

@@ -1,0 +1,66 @@
+"""A rehearsal goes through one step of every large and paper recipe, and notices what a GPU would stop at."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from prune_opd.config.recipe import list_recipes
+from tests.distributed.ranks import run_ranks
+from tests.rehearse.worker_rehearse import MISTAKES
+
+WORKER = Path(__file__).with_name("worker_rehearse.py")
+RECIPES = [name for name in list_recipes() if "h100" in name]
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    out, cases = tmp_path_factory.mktemp("rehearsals"), [*RECIPES, *MISTAKES]
+    run_ranks(WORKER, 1, [out, *cases], timeout=600)
+    return {case: json.loads((out / f"{case}.json").read_text(encoding="utf-8")) for case in cases}
+
+
+def test_there_is_a_rehearsal_of_every_recipe_of_a_gpu() -> None:
+    assert len(RECIPES) == 7
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_a_step_of_the_recipe_stops_at_nothing(found: dict[str, Any], recipe: str) -> None:
+    assert found[recipe]["problems"] == []
+    assert {"sync", "parity", "rollout", "teacher", "train", "loss", "checkpoint"} <= set(found[recipe]["phases"])
+    assert found[recipe]["loaded"][0] > 10  # tensors that the engine was given
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("part", ["student", "gradients", "optimizer", "teacher", "teacher_head"])
+def test_what_lies_on_the_device_is_what_the_planner_says(found: dict[str, Any], recipe: str, part: str) -> None:
+    counted, planned = found[recipe]["compared"][part]
+    assert counted == pytest.approx(planned, rel=0.05)
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_the_trainer_waits_for_the_device_once_an_update(found: dict[str, Any], recipe: str) -> None:
+    places = [place for phase, _, place in found[recipe]["reads"] if phase == "train"]
+    ours = [place for place in places if place.startswith("prune_opd/megatron/trainer.py")]
+    assert sorted(place.partition(" ")[2] for place in ours) == ["(_update)", "(weight_norm)"]
+    assert not [place for place in places if "(_offsets)" in place]  # the loss finds the responses' bounds on the host
+
+
+def test_a_healthy_step_of_two_ranks_has_no_problem(found: dict[str, Any]) -> None:
+    assert found["none"] == []
+
+
+@pytest.mark.parametrize(
+    ("mistake", "says"),
+    [
+        ("host tensor", "wrong device"),
+        ("kept bucket", "not freed"),
+        ("skipped collective", "collectives"),
+        ("lost gradient", "lost gradient: output_layer.weight"),
+    ],
+)
+def test_a_deliberate_mistake_is_found(found: dict[str, Any], mistake: str, says: str) -> None:
+    assert any(problem.startswith(says) for problem in found[mistake]), found[mistake]

@@ -1,0 +1,135 @@
+"""Rehearsals of test_rehearse.py, one process for all: each is on tensors without data.
+
+    worker_rehearse.py OUT CASE …
+
+A case is a recipe, or a mistake (`MISTAKES`) that is made in a small one. OUT/CASE.json gets what was found.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+
+from prune_opd.config import TrainConfig
+from prune_opd.config.recipe import load_recipe
+from prune_opd.rehearse import machine
+
+SMALL = "qwen3_8b_from_32b_32xh100_fp8"  # two TP ranks, sequence parallelism, in-flight looks, a teacher of its own TP
+ONE_LAYER = 1
+
+
+def a_host_tensor() -> AbstractContextManager[Any]:
+    """The teacher's hidden states of a micro-batch are left on the host."""
+    from prune_opd.megatron.redistribute import TeacherHidden
+
+    packed = TeacherHidden.packed
+
+    def on_the_host(self: Any, rows: Any) -> torch.Tensor:
+        there = packed(self, rows)
+        return torch.empty(there.shape, dtype=there.dtype)
+
+    return mock.patch.object(TeacherHidden, "packed", on_the_host)
+
+
+def a_kept_bucket() -> AbstractContextManager[Any]:
+    """Nobody lets go of the buckets of the weights."""
+    from prune_opd.weights.stream import Resharder
+
+    return mock.patch.object(Resharder, "release", lambda self: None)
+
+
+def a_skipped_collective() -> AbstractContextManager[Any]:
+    """The statistics of the gate are not added up."""
+    from prune_opd.loss.stats import BatchStats
+
+    return mock.patch.object(BatchStats, "reduce", lambda self, counts: None)
+
+
+def a_lost_gradient() -> AbstractContextManager[Any]:
+    """The output matrix has no gradient: the loss works on a copy of it."""
+    from prune_opd.megatron.model import HiddenStatesGPT
+
+    weight = HiddenStatesGPT.head_weight
+    return mock.patch.object(HiddenStatesGPT, "head_weight", lambda self: weight(self).detach())
+
+
+# What is patched on the ranks that are rehearsed: 0, and 30, which shares the whole job with it.
+MISTAKES: dict[str, tuple[Callable[[], AbstractContextManager[Any]], ...]] = {
+    "none": (nullcontext, nullcontext),
+    "host tensor": (a_host_tensor,),
+    "kept bucket": (a_kept_bucket,),
+    "skipped collective": (nullcontext, a_skipped_collective),
+    "lost gradient": (a_lost_gradient,),
+}
+RANKS = (0, 30)
+
+
+def small(config: TrainConfig) -> TrainConfig:
+    """As few tokens as show a mistake."""
+    return replace(
+        config,
+        horizon=replace(config.horizon, max_len=1024, min_len=256, init_len=512),
+        planning=replace(config.planning, response_length=700, mean_horizon=512),
+        rollout=replace(
+            config.rollout,
+            max_prompt_len=128,
+            prompts=8,
+            inflight=replace(config.rollout.inflight, first_check=256),
+        ),
+        parallel=replace(config.parallel, microbatch_tokens=2048),
+    )
+
+
+def recipe(name: str) -> dict[str, Any]:
+    """The last rank of a recipe's own world, with all tokens of a micro-batch, in fewer and larger chunks."""
+    from prune_opd.rehearse.compare import compare
+    from prune_opd.rehearse.report import problems, rank_lines
+    from prune_opd.rehearse.step import Cut, rehearse_rank
+
+    config = load_recipe(name)
+    assert isinstance(config, TrainConfig)
+    config = replace(config, parallel=replace(config.parallel, loss_chunk_tokens=8192))
+    nodes = config.planning.nodes
+    found = rehearse_rank(config, nodes, nodes * config.parallel.nproc - 1, Cut(layers=ONE_LAYER, microbatches=1))
+    return {
+        "problems": list(problems(found)),
+        "lines": list(rank_lines(found)),
+        "compared": {line.name: [line.counted, line.planned] for line in compare(found)},
+        "reads": [[phase, how, str(place)] for phase, how, place in found.watch.found.reads],
+        "phases": list(found.watch.ledger.peaks),
+        "loaded": [len(load) for load in found.run.rollout.engine.llm.loads],
+    }
+
+
+def mistake(name: str) -> list[str]:
+    from prune_opd.rehearse.report import problems
+    from prune_opd.rehearse.step import Cut, rehearse_rank
+    from prune_opd.rehearse.traffic import disagreements
+
+    config = load_recipe(SMALL)
+    assert isinstance(config, TrainConfig)
+    seen = []
+    for rank, made in zip(RANKS, MISTAKES[name], strict=False):
+        with made():
+            seen.append(rehearse_rank(small(config), config.planning.nodes, rank, Cut(ONE_LAYER, 1)))
+    apart = list(disagreements([(one.rank, one.watch.traffic) for one in seen]))
+    return [problem for one in seen for problem in problems(one)] + apart
+
+
+def main(out: Path, cases: list[str]) -> None:
+    machine.prepare()
+    for case in cases:
+        found = mistake(case) if case in MISTAKES else recipe(case)
+        (out / f"{case}.json").write_text(json.dumps(found), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[2:])
