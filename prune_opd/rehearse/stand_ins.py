@@ -1,4 +1,4 @@
-"""What takes the place of the things that a rehearsal has not: prompts, a tokenizer, and vLLM."""
+"""What takes the place of the things that a rehearsal has not: prompts and vLLM."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from prune_opd.config import memory_phases as phases
@@ -59,9 +60,9 @@ class Engine(RolloutEngine):
     ) -> Rollouts:
         count, turns = len(rows), len(self.lengths)
         lengths = [min(self.lengths[number % turns], row.limit) for number, row in enumerate(rows)]
-        if watch is not None:
-            self._look(rows, lengths, watch)
         engines = [number * self.engines // count for number in range(count)]
+        if watch is not None:
+            self._look(rows, lengths, [engine * (self.world // self.engines) for engine in engines], watch)
         return Rollouts(
             tuple(row.prompt for row in rows),
             tuple(
@@ -70,8 +71,11 @@ class Engine(RolloutEngine):
             ),
         )
 
-    def _look(self, rows: Sequence[Row], lengths: Sequence[int], watch: Watch) -> None:
-        """The first look, which all responses reach that are long enough; it stops none of them."""
+    def _look(self, rows: Sequence[Row], lengths: Sequence[int], holders: Sequence[int], watch: Watch) -> None:
+        """The first look, which all responses reach that are long enough; it stops none of them.
+
+        holders: of each row, the lowest rank of its engine, which alone has the candidates.
+        """
         watch.begin([row.prompt for row in rows], [row.limit for row in rows], [row.begun for row in rows])
         looks = watch.looks(max(row.limit for row in rows))
         if not looks:
@@ -80,8 +84,13 @@ class Engine(RolloutEngine):
         if watch.top:
             ids = np.tile(np.arange(watch.top, dtype=np.int32), (looks[0], 1))
             logp = np.zeros((looks[0], watch.top), dtype=np.float32)
+        mine = dist.get_rank()
         watch.stop(
-            [Prefix(row, (TOKEN,) * looks[0], ids, logp) for row, length in enumerate(lengths) if length > looks[0]]
+            [
+                Prefix(row, (TOKEN,) * looks[0], holder, *((ids, logp) if holder == mine else ()))
+                for row, (length, holder) in enumerate(zip(lengths, holders, strict=True))
+                if length > looks[0]
+            ]
         )
 
 
@@ -135,10 +144,3 @@ def put_in_place_of_vllm() -> None:
     module: Any = types.ModuleType("vllm")
     module.LLM = Llm
     sys.modules["vllm"] = module
-
-
-def no_tokenizer() -> types.ModuleType:
-    """In place of `transformers`: no text is read or written."""
-    module: Any = types.ModuleType("transformers")
-    module.AutoTokenizer = types.SimpleNamespace(from_pretrained=lambda *_: None)
-    return module

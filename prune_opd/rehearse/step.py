@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,6 +14,7 @@ import torch
 
 from prune_opd.config import Fp8Config, TrainConfig
 from prune_opd.config import memory_phases as phases
+from prune_opd.data import tokenizer as tokenizers
 from prune_opd.plan.counts import parameters
 from prune_opd.plan.hardware import ENGINE_WORKSPACE
 from prune_opd.plan.setting import Setting, setting_of
@@ -97,6 +97,7 @@ class Rehearsal:
         import prune_opd.run as product
         from prune_opd.loss import distill_loss, training_loss
         from prune_opd.megatron import layout as layouts
+        from prune_opd.rollout import engine
         from prune_opd.track.tracker import NullTracker
 
         stand_ins.Llm.ledger = self.watch.ledger
@@ -136,7 +137,8 @@ class Rehearsal:
             mock.patch.object(product, "RolloutEngine", stand_ins.Engine),
             mock.patch.object(product, "Tracker", lambda *_: NullTracker()),
             mock.patch.object(product, "save_config", lambda *_: None),
-            mock.patch.dict(sys.modules, transformers=stand_ins.no_tokenizer()),
+            mock.patch.object(engine, "_answer_within", lambda seconds: None),
+            mock.patch.object(tokenizers, "load_tokenizer", lambda directory: None),  # no text is read or written
             mock.patch.object(torch.UntypedStorage, "resize_", resize_),
             mock.patch.object(torch, "from_dlpack", same_bytes),
             mock.patch.object(training_loss, "distill_loss", loss),
