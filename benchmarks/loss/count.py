@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 from unittest.mock import patch
 
@@ -146,7 +146,7 @@ def count(
         return mode.counts
 
     try:
-        return asdict(run(3).less(run(2)))
+        return {**vars(run(3).less(run(2)))}
     finally:
         if ranks > 1:
             dist.destroy_process_group()
