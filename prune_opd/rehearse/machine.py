@@ -42,6 +42,7 @@ class ShapesOnly:
         self._shape = {
             name: shape for entry in entries(spec) for name, shape in zip(entry.hf, entry.shapes, strict=True)
         }
+        self.file_of = dict.fromkeys(self._shape, "model.safetensors")
 
     def shape(self, name: str) -> tuple[int, ...]:
         return self._shape[name]

@@ -12,6 +12,7 @@ from unittest import mock
 
 import torch
 
+from prune_opd import platform
 from prune_opd.config import Fp8Config, TrainConfig
 from prune_opd.config import memory_phases as phases
 from prune_opd.data import tokenizer as tokenizers
@@ -138,6 +139,7 @@ class Rehearsal:
             mock.patch.object(product, "Tracker", lambda *_: NullTracker()),
             mock.patch.object(product, "save_config", lambda *_: None),
             mock.patch.object(engine, "_answer_within", lambda seconds: None),
+            mock.patch.object(platform.Platform, "taken", lambda machine: None),  # the books have it
             mock.patch.object(tokenizers, "load_tokenizer", lambda directory: None),  # no text is read or written
             mock.patch.object(torch.UntypedStorage, "resize_", resize_),
             mock.patch.object(torch, "from_dlpack", same_bytes),
