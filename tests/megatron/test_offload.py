@@ -8,9 +8,9 @@ from torch import Tensor
 
 from prune_opd.config.memory_phases import Transition
 from prune_opd.megatron.offload import StorageMover
-from prune_opd.platform import CPU, Platform
+from prune_opd.platform import Platform
 
-MACHINE = Platform("cpu", CPU, "gloo")
+MACHINE = Platform("cpu", torch.device("cpu"), "gloo")
 
 
 def away(mover: StorageMover) -> None:
