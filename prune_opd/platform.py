@@ -99,8 +99,13 @@ class Platform:
         """
         if self.is_cpu:
             return None
+        free, total = self.device_memory()
+        return total - free
+
+    def device_memory(self) -> tuple[int, int]:
+        """Bytes of a GPU that are free, and all of them."""
         free, total = torch.cuda.mem_get_info()
-        return int(total - free)
+        return int(free), int(total)
 
 
 def prepare() -> Platform:

@@ -88,7 +88,7 @@ def evaluate_model(job: EvalJob) -> None:
         )
     max_len = min(job.sampling.max_len or room, room)
     if not machine.is_cpu:
-        free, total = torch.cuda.mem_get_info()
+        free, total = machine.device_memory()
         rollout = replace(rollout, gpu_memory_utilization=ALONE)
         if problem := room_problem(Path(job.model_dir), rollout, min(free, ALONE * total)):
             raise ConfigError(problem)
