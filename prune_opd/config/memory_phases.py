@@ -159,6 +159,7 @@ class MemoryPhases:
                 "resident": [part for part in PARTS if part in self.resident],
             }
         )
+        self.record.parent.mkdir(parents=True, exist_ok=True)  # the engine is built before the run directory is
         self.record.write_text(json.dumps({"dry_run": self.dry, "phases": self._entries}, indent=1) + "\n")
         if phase == "sync" and any(entry["phase"] == "train" for entry in self._entries):
             self.record = None

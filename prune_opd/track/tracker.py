@@ -42,6 +42,9 @@ class NullTracker:
     def phase(self, name: str) -> None:
         """Takes the phase that the ranks are in now."""
 
+    def started(self, lines: Sequence[str]) -> None:
+        """Takes what was said before there was a tracker, for the log."""
+
     def close(self, exit_code: int = 0) -> None:
         """Ends the tracking. Safe to call twice. exit_code: not 0 after a failure."""
 
@@ -127,7 +130,6 @@ class Tracker(NullTracker):
         self._console.phase(name)
 
     def started(self, lines: Sequence[str]) -> None:
-        """Takes what was said before there was a tracker, for the log."""
         self._console.keep(lines)
 
     def close(self, exit_code: int = 0) -> None:
