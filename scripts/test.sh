@@ -11,10 +11,10 @@ export PRUNE_OPD_LINES=$folder
 start=$(.venv/bin/python -c 'import site; print(site.getsitepackages()[0])')/line_notes.pth
 echo "import os, sys; exec('if \"PRUNE_OPD_LINES\" in os.environ: sys.path.append(\"$PWD/tests/lines\"); import line_notes')" >"$start"
 code=0
-.venv/bin/pytest -rs -m "beside or not ranks" "$@" >"$folder/others.txt" 2>&1 &
+.venv/bin/pytest -rs -m "slurm or not ranks" "$@" >"$folder/others.txt" 2>&1 &
 others=$!
 trap 'kill "$others" 2>/dev/null || true; rm -f "$start"' EXIT
-.venv/bin/pytest -rs -m "ranks and not beside" "$@" || code=$?
+.venv/bin/pytest -rs -m "ranks and not slurm" "$@" || code=$?
 wait "$others" || code=$?
 cat "$folder/others.txt"
 .venv/bin/python tests/lines/report.py "$folder"
