@@ -266,9 +266,9 @@ def test_a_signal_saves_queues_again_and_goes_on(site: Site) -> None:
     )
     assert submitted.returncode == 0, submitted.stderr
     job = site.slurm.output("squeue", "-h", "-o", "%i")
-    wait_for(lambda: (site.runs / "again" / "metrics.jsonl").is_file() and site.steps("again"), 120, "the first step")
+    wait_for(lambda: (site.runs / "again" / "metrics.jsonl").is_file() and site.steps("again"), 240, "the first step")
     site.slurm.command("scancel", "--signal=USR1", job)
-    wait_for(lambda: site.slurm.state(job) in ("COMPLETED", "FAILED", "TIMEOUT", "CANCELLED"), 150, "the end")
+    wait_for(lambda: site.slurm.state(job) in ("COMPLETED", "FAILED", "TIMEOUT", "CANCELLED"), 400, "the end")
     logs = site.launch("logs", "again").stdout
     words = "\n".join(path.read_text() for path in site.home.glob("experiments/again/*/train/sbatch_*"))
     assert site.slurm.state(job) == "COMPLETED", logs + words
