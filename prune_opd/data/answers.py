@@ -149,11 +149,14 @@ def math_equal(given: str, answer: str) -> bool:
         return False
     if given == wanted or (given.isalpha() and given.lower() == wanted.lower() and len(given) > 1):
         return True
-    from prune_opd.data.notation import as_latex, in_base  # not in the child
+    from prune_opd.data.notation import as_latex, in_base, rate_unit  # not in the child
 
     values = [in_base(side) for side in (given, wanted)]  # math-verify does not look at a base
     if None not in values:
         return values[0] == values[1]
+    units = [rate_unit(side) for side in (given, wanted)]
+    if None not in units and units[0] != units[1]:
+        return False
     latex = [as_latex(side) for side in (given, wanted)]
     return _comparer().equal(*latex) or (latex != [given, wanted] and _comparer().equal(given, wanted))
 

@@ -39,8 +39,8 @@ _THOUSANDS: Final = re.compile(r"(?<![\d.,])\d{1,3}(?:(?:\\[,; ]|~|\s)\d{3})+(?!
 _MIXED: Final = re.compile(r"([-+]?\d+)\s+(\d+)\s*/\s*(\d+)")
 _COUNTED: Final = re.compile(r"\\text\s*\{\s*([-+]?[\d.,]*\d)\s+[A-Za-z ]+\}")
 _SPEED: Final = re.compile(
-    r"([-+]?[\d.,]*\d)\s*(?:km|m|cm|mm|mi|miles?|ft|feet|in|kg|g|l|L)\s*/\s*(?:h|hr|hours?|s|sec|min|day|m|cm|kg|l|L)"
-    r"(?:\^?\d)?"
+    r"([-+]?[\d.,]*\d)\s*(?P<unit>(?:km|m|cm|mm|mi|miles?|ft|feet|in|kg|g|l|L)\s*/\s*"
+    r"(?:h|hr|hours?|s|sec|min|day|m|cm|kg|l|L)(?:\^?\d)?)"
 )
 _POWER: Final = re.compile(r"\^\s*(-?\d{2,}|-\d)")
 _FUNCTIONS: Final = (
@@ -76,6 +76,12 @@ def as_latex(text: str) -> str:
     if alone := _COUNTED.fullmatch(text) or _SPEED.fullmatch(text):
         return alone[1]
     return _plain(text) if _is_plain(text) else text
+
+
+def rate_unit(text: str) -> str | None:
+    """The unit behind a number where it is a rate, such as km/h; None for anything else."""
+    found = _SPEED.fullmatch(text.strip())
+    return "".join(found["unit"].split()) if found else None
 
 
 def in_base(text: str) -> int | None:
