@@ -130,6 +130,8 @@ def prepare_rehearsal() -> Platform:
 @functools.cache
 def _prepare() -> Platform:
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    # cuBLAS may split a product over a whole vocabulary in parts and add those up in bf16, unless it is told not to.
+    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
     if torch.cuda.is_available():
         torch.cuda.set_device(local_rank)
         return Platform("cuda", torch.device("cuda", local_rank), "nccl")
