@@ -54,6 +54,15 @@ def test_the_trainer_waits_for_the_device_once_an_update(found: dict[str, Any], 
     assert not [place for place in places if "(_offsets)" in place]  # the loss finds the responses' bounds on the host
 
 
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_the_losses_and_their_statistics_wait_once_a_microbatch_and_once_a_step(
+    found: dict[str, Any], recipe: str
+) -> None:
+    places = [place for phase, _, place in found[recipe]["reads"] if phase in ("train", "loss")]
+    asking = {place.partition(" ")[2] for place in places if place.startswith(("prune_opd/loss/", "prune_opd/method/"))}
+    assert asking - {"(add)"} == {"(backward)", "(raise_if_broken)", "(reduce)"}  # add: of rows that samples.jsonl has
+
+
 def test_a_healthy_step_of_two_ranks_has_no_problem(found: dict[str, Any]) -> None:
     assert found["none"] == []
 

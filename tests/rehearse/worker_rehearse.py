@@ -47,10 +47,10 @@ def a_kept_bucket() -> AbstractContextManager[Any]:
 
 
 def a_skipped_collective() -> AbstractContextManager[Any]:
-    """The statistics of the gate are not added up."""
-    from prune_opd.loss.stats import BatchStats
+    """The norm of the weights is not added up."""
+    from prune_opd.megatron.trainer import Trainer
 
-    return mock.patch.object(BatchStats, "reduce", lambda self, counts: None)
+    return mock.patch.object(Trainer, "weight_norm", lambda self: 1.0)
 
 
 def a_lost_gradient() -> AbstractContextManager[Any]:
