@@ -7,10 +7,11 @@ what else the machine does falls on all of them; a ratio is that of two medians.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import median
-from typing import Any
+from typing import Annotated, Any
 
+import typer
 from rich.console import Console
 from rich.progress import track
 
@@ -78,9 +79,12 @@ QUICK = Settings(
 )
 
 
-def run(out: Out = BENCH, quick: Quick = False) -> int:
+Threads = Annotated[int, typer.Option(min=1, help="CPU threads of each contender; one where others use the machine.")]
+
+
+def run(out: Out = BENCH, quick: Quick = False, threads: Threads = Settings.threads) -> int:
     """Measure, write the JSON file, print the tables. Returns 0 whether or not the targets are reached."""
-    settings = QUICK if quick else Settings()
+    settings = QUICK if quick else replace(Settings(), threads=threads)
     report = Report(out / "loss.json", quick, settings)
     raw = _measure_all(settings, report.console)
     result = report.write(
