@@ -152,6 +152,8 @@ class Resharder:
             if not taken and len(buffer.memory) >= nbytes:
                 return buffer
         usual = min(self.bucket_bytes, max(bucket.nbytes for bucket in self.buckets))
+        if nbytes > usual and self.device.type != "cpu":  # a vocabulary's matrix, which comes last: only one beside it
+            self._buffers = [buffer for buffer, taken in zip(self._buffers, busy, strict=True) if taken]
         buffer = Buffer(self.transport.allocate(max(nbytes, usual)))
         if nbytes <= usual:  # a larger one is let go of after use
             self._buffers.append(buffer)

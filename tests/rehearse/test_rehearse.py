@@ -47,6 +47,16 @@ def test_what_lies_on_the_device_is_what_the_planner_says(found: dict[str, Any],
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("phase", ["sync", "teacher", "train", "loss"])
+def test_what_a_phase_needs_beside_it_is_what_the_planner_says(found: dict[str, Any], recipe: str, phase: str) -> None:
+    """Within 5 %; with one layer 10 % where its buckets are not full, or where few tokens were gathered until then."""
+    counted, planned = found[recipe]["compared"][f"{phase} work"]
+    loose = {"sync": "qwen3_30b_a3b_from_235b_a22b_128xh100_fp8", "teacher": "r1_7b_from_skywork_8xh100"}
+    near = 0.1 if loose.get(phase) == recipe else 0.05
+    assert counted == pytest.approx(planned, rel=near, abs=2**26)
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
 def test_the_trainer_waits_for_the_device_once_an_update(found: dict[str, Any], recipe: str) -> None:
     places = [place for phase, _, place in found[recipe]["reads"] if phase == "train"]
     ours = [place for place in places if place.startswith("prune_opd/megatron/trainer.py")]
