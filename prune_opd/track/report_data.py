@@ -11,6 +11,7 @@ from typing import Any
 
 import yaml
 
+from prune_opd.config.yaml import parse
 from prune_opd.errors import UserError
 from prune_opd.track.metrics import FILE_NAME, Record, Summary, read_doubts, read_metrics, summarise, total
 from prune_opd.track.redact import redact
@@ -133,7 +134,7 @@ def load_runs(run_dirs: list[Path]) -> list[RunData]:
 def _parse(text: str | None) -> dict[str, Any]:
     # A report on a run whose config.yaml was damaged is still worth having: its charts need only the metrics.
     try:
-        config = yaml.safe_load(text or "")
+        config = parse(text or "")
     except yaml.YAMLError:
         return {}
     return config if isinstance(config, dict) else {}

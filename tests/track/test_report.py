@@ -153,7 +153,7 @@ def test_runs_of_the_same_name_are_told_apart(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "case", ["no evaluation", "one step", "evaluation only", "no config", "damaged config", "diverged"]
+    "case", ["no evaluation", "one step", "evaluation only", "no config", "damaged config", "odd config", "diverged"]
 )
 def test_a_run_with_little_to_show_still_has_a_report(tmp_path: Path, case: str) -> None:
     run = write_run(tmp_path, steps=1 if case == "one step" else 3, evaluate_every=0)
@@ -161,6 +161,8 @@ def test_a_run_with_little_to_show_still_has_a_report(tmp_path: Path, case: str)
         (run / "config.yaml").unlink()
     elif case == "damaged config":
         (run / "config.yaml").write_text("name: [\n")
+    elif case == "odd config":
+        (run / "config.yaml").write_text("name: 0x_\n")
     elif case == "evaluation only":
         with closing(MetricsLog(run / FILE_NAME, keep_through=None)) as log:
             log.write(evaluation_record(0, 3))
