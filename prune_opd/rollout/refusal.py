@@ -39,8 +39,8 @@ def memory_refusal(error: Exception, rollout: RolloutConfig, on_cpu: bool, max_m
         name, value = "rollout.gpu_memory_utilization", f"{rollout.gpu_memory_utilization:g}"
     if any(part in text for part in NOT_FREE):
         return ConfigError(
-            f"{name} = {value} is more memory than is free now (vLLM: {fact}): lower it, or free memory: fewer ranks on "
-            "the machine, or end what else runs there"
+            f"{name} = {value} is more memory than is free now (vLLM: {fact}): lower it, or free memory: fewer ranks "
+            "on the machine, or end what else runs there"
         )
     if any(part in text for part in NO_ROOM):
         return ConfigError(

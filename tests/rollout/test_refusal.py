@@ -21,8 +21,8 @@ GPU = (
 LONG = (
     "To serve at least one request with the model's max seq len (131072), (2.0 GiB KV cache is needed, which is larger "
     "than the available KV cache memory (1.0 GiB). Based on the available memory, the estimated maximum model length "
-    "is 65408. Try increasing `gpu_memory_utilization` (which also controls CPU memory on the CPU backend) or decreasing "
-    "`max_model_len` when initializing the engine. See https://docs.vllm.ai/ for more details."
+    "is 65408. Try increasing `gpu_memory_utilization` (which also controls CPU memory on the CPU backend) or "
+    "decreasing `max_model_len` when initializing the engine. See https://docs.vllm.ai/ for more details."
 )
 NONE = "No available memory for the cache blocks. Try increasing `gpu_memory_utilization` when initializing the engine."
 
