@@ -12,7 +12,7 @@ import yaml
 
 from launch.fields import executor_fields
 from prune_opd.config.checks import Checked, Count, CountOrZero, check_fields
-from prune_opd.config.yaml import from_dict
+from prune_opd.config.yaml import from_dict, parse
 from prune_opd.errors import ConfigError, located
 
 CLUSTERS = Path(__file__).parent / "clusters"
@@ -113,7 +113,7 @@ def load_cluster(name_or_path: str) -> Cluster:
         known = ", ".join(sorted(file.stem for file in CLUSTERS.glob("*.yaml")))
         raise ConfigError(f"cluster {name_or_path!r} is not known: choose {known}, or give the path of a .yaml file")
     try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+        data = parse(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ConfigError(f"cluster {path}: it cannot be read as YAML ({' '.join(str(error).split())})") from error
     try:

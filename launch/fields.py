@@ -48,7 +48,7 @@ def executor_fields(settings: dict[str, Any], own: Sequence[str]) -> dict[str, A
     def read(name: str) -> tuple[str, Any] | None:
         if name in fields:
             return name, _of_type(name, settings[name], fields[name])
-        near = difflib.get_close_matches(name, [*own, *fields], n=1, cutoff=0.8)
+        near = difflib.get_close_matches(str(name), [*own, *fields], n=1, cutoff=0.8)
         if name in SlurmExecutor.SBATCH_FLAGS and not near:
             raise ConfigError(
                 f"{name} is an option of sbatch and no field of NeMo-Run's executor: write "

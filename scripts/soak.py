@@ -26,7 +26,7 @@ import psutil
 import typer
 
 from prune_opd.errors import REQUEUE_EXIT_CODE
-from prune_opd.track.metrics import FILE_NAME, read_records
+from prune_opd.track.metrics import CLOCKED, FILE_NAME, read_records
 
 RSS_GROWTH = 0.02  # at most, between the medians of the first and the last stretch of steps
 SETTINGS = (
@@ -49,9 +49,9 @@ def start(steps: int, run_dir: Path) -> subprocess.Popen[bytes]:
 
 def records(run_dir: Path) -> list[dict[str, Any]]:
     """metrics.jsonl without what depends on the clock."""
-    path, timed = run_dir / FILE_NAME, ("time_", "cpu_", "memory_", "flops_", "speed_", "mfu_")
+    path = run_dir / FILE_NAME
     found = read_records(path) if path.exists() else []
-    return [{key: value for key, value in record.items() if not key.startswith(timed)} for record in found]
+    return [{key: value for key, value in record.items() if not key.startswith(CLOCKED)} for record in found]
 
 
 def step_of(run_dir: Path) -> int:

@@ -13,6 +13,9 @@ from typing import Any
 
 from prune_opd.data.chat_template import read_object, token_text
 
+# transformers' names of special tokens, in its order.
+NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+
 
 def tokenizer_problems(student: Path, teacher: Path) -> list[str]:
     """How the tokenizers of two model directories differ: tokens by id, merges, special tokens."""
@@ -86,31 +89,38 @@ def _tokens(tokenizer: dict[str, Any]) -> dict[int, str]:
 
 
 def _all_tokens(tokenizer: dict[str, Any], directory: Path) -> dict[int, str]:
-    """Id → token, with those that transformers adds because the files beside tokenizer.json name them."""
+    """Id → token, with those that transformers adds because the files beside tokenizer.json name them.
+
+    Such a token gets the next free id, whatever number it has there.
+    """
     tokens = _tokens(tokenizer)
     known = {*tokens.values()}
-    settings = read_object(directory / "tokenizer_config.json")
-    numbered = [(i, token_text(token)) for i, token in (settings.get("added_tokens_decoder") or {}).items()]
-    numbered += [(i, token) for token, i in read_object(directory / "added_tokens.json").items()]
-    for i, token in sorted((int(i), token) for i, token in numbered):
-        if token not in known:
-            tokens[i] = token
-            known.add(token)
-    for token in _named_tokens(settings):
-        if token not in known:
-            tokens[max(tokens) + 1] = token
+    for token in _named_tokens(directory):
+        if token and token not in known:
+            tokens[max(tokens, default=-1) + 1] = token
             known.add(token)
     return tokens
 
 
-def _named_tokens(settings: dict[str, Any]) -> Iterator[str]:
-    """Special tokens of a tokenizer_config.json that have no id there."""
-    for name, value in settings.items():
-        if name.endswith("_token") and token_text(value):
-            yield token_text(value)
-    for name in ("additional_special_tokens", "extra_special_tokens"):
-        listed = settings.get(name) or []
-        yield from filter(None, map(token_text, listed.values() if isinstance(listed, dict) else listed))
+def _named_tokens(directory: Path) -> Iterator[str]:
+    """The tokens of the files beside tokenizer.json, in the order in which transformers adds them."""
+    settings = read_object(directory / "tokenizer_config.json")
+    extra = settings.get("extra_special_tokens") or settings.get("additional_special_tokens") or []
+    if "added_tokens_decoder" in settings:
+        numbered = {int(i): token_text(token) for i, token in settings["added_tokens_decoder"].items()}
+    else:  # older versions' files count
+        old = read_object(directory / "special_tokens_map.json")
+        further = old.pop("extra_special_tokens", None) or []
+        extra = [*extra, *further] if isinstance(extra, list) and isinstance(further, list) else further or extra
+        extra = extra or old.pop("additional_special_tokens", None) or []
+        settings |= old
+        numbered = {i: token for token, i in read_object(directory / "added_tokens.json").items()}
+    yield from (numbered[i] for i in sorted(numbered))
+    yield from (token_text(settings.get(name)) for name in NAMED)
+    own = {name: token for name, token in settings.items() if name.endswith("_token") and name not in NAMED}
+    named, listed = (extra, []) if isinstance(extra, dict) else ({}, extra)
+    own = own | named or settings.get("model_specific_special_tokens") or {}
+    yield from map(token_text, [*own.values(), *listed])
 
 
 def _merges(tokenizer: dict[str, Any]) -> list[tuple[str, ...]]:

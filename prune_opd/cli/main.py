@@ -75,7 +75,8 @@ def report(
     if out is None:
         first = run_dirs[0].absolute()
         out = first / "report.html" if len(run_dirs) == 1 else first.parent / "comparison.html"
-    write_report(run_dirs, out)
+    for doubt in write_report(run_dirs, out):
+        typer.echo(f"note: {doubt}", err=True)
     print(out)
     return 0
 

@@ -124,7 +124,7 @@ def _value(key: str, text: str, annotated: Any) -> Any:
         return text
     try:
         value = parse(text)
-    except (yaml.YAMLError, ValueError) as error:
+    except yaml.YAMLError as error:
         raise ConfigError(f"{key} = {text!r} is not valid YAML: quote the value, as in {key}='\"…\"'") from error
     if value is None:
         right = may_be_none(annotated)

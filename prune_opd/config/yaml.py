@@ -38,8 +38,25 @@ _Dumper.add_representer(tuple, yaml.SafeDumper.represent_list)
 
 
 def parse(text: str) -> Any:
-    """A value from its YAML: `null`, `true`, `1e-4`, `[a, b]`, a text. Raises yaml.YAMLError or ValueError."""
-    return yaml.load(text, Loader=_Loader)
+    """A value from its YAML: `null`, `true`, `1e-4`, `[a, b]`, a text. Raises yaml.YAMLError and nothing else."""
+    try:
+        value = yaml.load(text, Loader=_Loader)
+    except (ValueError, TypeError, AttributeError, LookupError, RecursionError) as error:  # of `!!int ''`, 0x_, a, []…
+        raise yaml.YAMLError(f"not a value: {error}") from error
+    if _holds_itself(value, frozenset(), set()):
+        raise yaml.YAMLError("a value that holds itself, by its own anchor")
+    return value
+
+
+def _holds_itself(value: Any, above: frozenset[int], done: set[int]) -> bool:
+    if not isinstance(value, dict | list) or id(value) in done:
+        return False
+    if id(value) in above:
+        return True
+    parts = value.values() if isinstance(value, dict) else value
+    found = any(_holds_itself(part, above | {id(value)}, done) for part in parts)
+    done.add(id(value))
+    return found
 
 
 def on_one_line(value: Any) -> str:
@@ -65,7 +82,7 @@ def load_config(path: Path) -> RunConfig:
         data = parse(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise ConfigError(f"{path}: there is no such file") from error
-    except (OSError, ValueError, yaml.YAMLError) as error:
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ConfigError(f"{path} cannot be read as YAML: {' '.join(str(error).split())}") from error
     if not isinstance(data, dict):
         raise ConfigError(f"{path} does not hold the settings of a run")

@@ -251,15 +251,15 @@ def _serve(seconds: int) -> None:
 
 
 def _far(wanted: Any, given: Any) -> bool:
-    """Whether two tiny numbers, or those at one place of two tuples or sets, differ by more than a part in 100,000.
+    """Whether two tiny numbers, or those at one place of two tuples, sets or intervals, differ by over 1 in 100,000.
 
     math-verify rounds to six decimals, so all numbers below them are equal to it.
     """
-    from sympy import Expr, FiniteSet, Tuple
+    from sympy import Expr, FiniteSet, Interval, Tuple
 
-    pairs = (list, tuple, Tuple, FiniteSet)
+    pairs = (list, tuple, Tuple, FiniteSet, Interval)
     if isinstance(wanted, pairs) and isinstance(given, pairs):
-        sides = [side.args if isinstance(side, Tuple | FiniteSet) else side for side in (wanted, given)]
+        sides = [side.args if isinstance(side, Tuple | FiniteSet | Interval) else side for side in (wanted, given)]
         return len(sides[0]) == len(sides[1]) and any(map(_far, *sides))
     if not (isinstance(wanted, Expr) and isinstance(given, Expr) and wanted.is_number and given.is_number):
         return False

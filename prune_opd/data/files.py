@@ -8,7 +8,15 @@ from prune_opd.config import DataConfig
 from prune_opd.data.answers import math_equal
 from prune_opd.data.extract import read_answer
 from prune_opd.data.prompt import Prompt, Tokenizer
-from prune_opd.data.render import SettingError, answer_of, encode_text, ends_with_an_answer, excerpt, prompt_text
+from prune_opd.data.render import (
+    SettingError,
+    answer_of,
+    encode_text,
+    ends_with_an_answer,
+    excerpt,
+    prompt_text,
+    written,
+)
 from prune_opd.data.rows import Row, read_rows
 from prune_opd.errors import ConfigError
 
@@ -114,6 +122,7 @@ class FileSource:
         source = self.path.stem if source is None else source
         if not isinstance(source, str):
             raise ConfigError(f'"source" = {excerpt(source)}: give a string, or leave it out')
+        written("source", source)
         answer = answer_of(row)
         return Prompt(len(self.prompts), self._encode(prompt_text(row, self._data, self._tokenizer)), answer, source)
 

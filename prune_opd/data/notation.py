@@ -14,6 +14,7 @@ from typing import Final
 
 LARGEST_EXPONENT: Final = 400  # of 1e400: more digits than an answer has
 
+_SUBSCRIPTS: Final = str.maketrans("₀₁₂₃₄₅₆₇₈₉", "0123456789")
 _SUPERSCRIPTS: Final = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻", "0123456789+-")
 _SIGNS: Final = {
     "∞": r"\infty ",
@@ -35,6 +36,9 @@ _SIGNS: Final = {
 # Macros that only dress their (last) argument.
 _DRESS: Final = re.compile(r"\\(?:boldsymbol|mathbf|bm|underline|(?:text)?color\s*\{\w+\})\s*\{([^{}]*)\}")
 _SCIENTIFIC: Final = re.compile(r"[-+]?(?:\d+\.?\d*|\.\d+)[eE][-+]?\d+")
+_TIMES_TEN: Final = re.compile(
+    r"([-+]?(?:\d+\.?\d*|\.\d+))\s*(?:\\times|\\cdot|[x*])\s*10\s*\^\s*(?:\{\s*)?([-+]?\d+)\s*\}?"
+)
 _THOUSANDS: Final = re.compile(r"(?<![\d.,])\d{1,3}(?:(?:\\[,; ]|~|\s)\d{3})+(?![\d])")
 _MIXED: Final = re.compile(r"([-+]?\d+)\s+(\d+)\s*/\s*(\d+)")
 _COUNTED: Final = re.compile(r"\\text\s*\{\s*([-+]?[\d.,]*\d)\s+[A-Za-z ]+\}")
@@ -53,6 +57,10 @@ _NAMES: Final = {
     "inf": r"\infty ",
     "infinity": r"\infty ",
     "oo": r"\infty ",
+    **{
+        name: rf"\{name} "
+        for name in ("alpha", "beta", "gamma", "delta", "theta", "lambda", "mu", "rho", "sigma", "tau", "phi", "omega")
+    },
 }
 _WORD: Final = re.compile(r"[A-Za-z]+")
 _START: Final = r"(?<![\\A-Za-z])"  # of a name that is no macro
@@ -68,6 +76,8 @@ def as_latex(text: str) -> str:
     while (bare := _DRESS.sub(r"\1", text)) != text:
         text = bare
     text = re.sub(r"(?<=[\w})\]])\s*(?:[.,;]|\\\\)+$", "", text.lstrip("~ ")).replace("+ -", "- ")
+    if scientific := _TIMES_TEN.fullmatch(text):
+        text = f"{scientific[1]}e{scientific[2]}"
     if _SCIENTIFIC.fullmatch(text):
         return _digits(text)
     text = _THOUSANDS.sub(lambda found: re.sub(r"\D", "", found[0]), text)
@@ -86,14 +96,19 @@ def rate_unit(text: str) -> str | None:
 
 def in_base(text: str) -> int | None:
     r"""The value of a number that is written with its base, `1011_2` or `52_{8}`; None for anything else."""
-    found = re.fullmatch(r"(\w+?)_\{?(\d{1,2})\}?", text.strip())
+    found = re.fullmatch(r"(\w+?)_\{?(\d{1,2})\}?", _subscripts(text).strip())
     try:
         return int(found[1], int(found[2])) if found and int(found[2]) > 1 else None
     except ValueError:  # no digit of that base
         return None
 
 
+def _subscripts(text: str) -> str:
+    return re.sub("[₀-₉]+", lambda found: "_{" + found[0].translate(_SUBSCRIPTS) + "}", text)
+
+
 def _signs(text: str) -> str:
+    text = _subscripts(text)  # else they would become digits of the number before them
     text = re.sub("[⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻]+", lambda found: "^{" + found[0].translate(_SUPERSCRIPTS) + "}", text)
     # A vulgar fraction behind a number is a mixed one: 2½.
     text = re.sub("[¼-¾⅐-⅞]", lambda found: " " + unicodedata.normalize("NFKC", found[0]), text)
@@ -116,12 +131,15 @@ def _digits(text: str) -> str:
 def _is_plain(text: str) -> bool:
     """Whether this is mathematics in plain text: names that are known, single letters, digits and signs."""
     words = _WORD.findall(re.sub(r"\\[A-Za-z]+", "", text))
-    return all(len(word) == 1 or word in _NAMES or word in ("sqrt", "exp") for word in words)
+    return all(len(word) == 1 or word in _NAMES or word in ("sqrt", "cbrt", "exp") for word in words)
 
 
 def _plain(text: str) -> str:
     text = text.replace("**", "^").replace("!=", r"\ne ")
     text = _around(text, rf"{_START}sqrt\s*[({{]", r"\sqrt{")
+    text = re.sub(rf"{_START}sqrt\s*(\d+)", r"\\sqrt{\1}", text)
+    text = _around(text, rf"{_START}cbrt\s*[({{]", r"\sqrt[3]{")
+    text = _around(text, rf"{_START}log10\s*[({{]", r"\log_{10}{")
     text = _around(text, rf"{_START}exp\s*[({{]", "e^{")
     text = _around(text, r"\^\s*\(", "^{")
     text = re.sub(rf"{_START}[A-Za-z]+", lambda found: _NAMES.get(found[0], found[0]), text)

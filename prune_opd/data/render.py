@@ -17,6 +17,12 @@ from prune_opd.data.rows import Row
 from prune_opd.errors import ConfigError
 
 PROMPT_COLUMNS = ("prompt", "messages", "problem", "question")
+# Whose turns templates know. Under any other name ("Assistant", "gpt") an answer at the end would stay in the prompt.
+ROLES = (
+    *("system", "developer", "user", "assistant"),
+    *("tool", "function", "ipython", "observation", "environment"),  # what a call gave back
+)
+INVISIBLE = "\u200b\u200c\u200d\u2060\ufeff"  # blank characters that `strip` leaves
 
 
 class SettingError(ConfigError):
@@ -37,10 +43,11 @@ def prompt_text(row: Row, data: DataConfig, tokenizer: Tokenizer) -> str:
             hint = ' (chat turns go under "messages")' if isinstance(value, list) else ""
             raise ConfigError(f'"{column}" = {excerpt(value)}: give text that is not empty{hint}')
         turns = [{"role": "user", "content": value}]
-    template = bool(_template(tokenizer))
+    wanted = column != "prompt" if data.chat is None else data.chat
+    template = wanted and bool(_template(tokenizer))
     if data.chat and not template:
         raise SettingError("data.chat = true needs a chat template, which the model's tokenizer lacks: leave it out")
-    if data.chat if data.chat is not None else template and column != "prompt":
+    if template:
         return _render(turns, data, tokenizer)
     if column == "messages":
         raise SettingError(
@@ -78,8 +85,16 @@ def _render(turns: list[Row], data: DataConfig, tokenizer: Tokenizer) -> str:
 
 
 def _template(tokenizer: Tokenizer) -> str:
-    """The chat template that `apply_chat_template` takes: of several with names the default; "" if there is none."""
+    """The chat template that `apply_chat_template` takes: of several with names the default; "" if there is none.
+
+    SettingError if there are several and none is the default: transformers takes none of them either.
+    """
     template = tokenizer.chat_template
+    if isinstance(template, dict) and template and "default" not in template:
+        raise SettingError(
+            f"the model's tokenizer has chat templates called {', '.join(map(repr, template))} and none called "
+            "'default': give one that name"
+        )
     return str((template.get("default") if isinstance(template, dict) else template) or "")
 
 
@@ -96,8 +111,8 @@ def encode_text(text: str, tokenizer: Tokenizer) -> tuple[int, ...]:
 
 def prompt_of(row: Row) -> tuple[str, Any]:
     """The column with a row's prompt, and its value. ConfigError if there is none, or more than one."""
-    columns = {name.lower(): value for name, value in row.items()}
-    found = [name for name in PROMPT_COLUMNS if columns.get(name) is not None]
+    given = [(name.lower(), value) for name, value in row.items() if value is not None]
+    found, columns = [name for name, _ in given if name in PROMPT_COLUMNS], dict(given)
     if len(found) != 1:
         number = "several" if found else "none"
         raise ConfigError(
@@ -112,18 +127,28 @@ def answer_of(row: Row) -> str | None:
 
     A number is written with all its digits, never as 1e-05. ConfigError if it is neither a text nor a number.
     """
-    answer = next((value for name, value in row.items() if name.lower() == "answer"), None)
+    given = [value for name, value in row.items() if name.lower() == "answer" and value is not None]
+    if len(given) > 1:
+        raise ConfigError(f'the row has several of "answer": {", ".join(map(excerpt, given))}; give one')
+    answer = given[0] if given else None
+    if isinstance(answer, Decimal):  # of Parquet
+        answer = None if answer.is_nan() else format(answer, "f")
     if isinstance(answer, bool) or not isinstance(answer, str | int | float | None):
         raise ConfigError(f'"answer" = {excerpt(answer)}: give a string or a number, or leave it out')
     if isinstance(answer, float) and math.isfinite(answer):
         answer = format(Decimal(repr(answer)), "f")
-    if answer is None or answer != answer or not str(answer).strip():
+    if answer is None or answer != answer or not str(answer).strip().strip(INVISIBLE):
         return None
+    return written("answer", str(answer))
+
+
+def written(column: str, text: str) -> str:
+    """A text that ends up in files, as it is. ConfigError if it is none: half a surrogate cannot be written."""
     try:
-        str(answer).encode()
+        text.encode()
     except UnicodeEncodeError as error:
-        raise ConfigError(f'"answer" = {excerpt(answer)} is no text ({error.reason}): mend that character') from error
-    return str(answer)
+        raise ConfigError(f'"{column}" = {excerpt(text)} is no text ({error.reason}): mend that character') from error
+    return text
 
 
 def ends_with_an_answer(row: Row) -> bool:
@@ -140,10 +165,18 @@ def _turns(messages: Any) -> list[Row]:
             "system turn"
         )
     turns = list(messages)
+    if other := [turn["role"] for turn in turns if turn["role"] not in ROLES]:
+        raise ConfigError(f'"messages" have a turn of {excerpt(other[0])}: a role is one of {", ".join(ROLES)}')
     while turns and turns[-1]["role"] == "assistant":
         turns.pop()
-    if not any(turn["role"] == "user" for turn in turns):
+    roles = [turn["role"] for turn in turns]
+    if "user" not in roles:
         raise ConfigError(f'"messages" = {excerpt(messages)}: there is no user\'s turn to respond to; give one')
+    if roles[-1] in ("system", "developer") and "assistant" in roles[len(roles) - roles[::-1].index("user") :]:
+        raise ConfigError(
+            f'"messages" end with a {roles[-1]} turn behind the assistant\'s, which would stay in the prompt: leave '
+            "both out, or give a user's turn behind them"
+        )
     return turns
 
 

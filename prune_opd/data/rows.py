@@ -97,6 +97,16 @@ def _arrow(path: Path) -> Iterator[Numbered]:
 def _numbered(path: Path, batches: Any) -> Iterator[Numbered]:
     number = 0
     for batch in batches:
+        short = [field.name for field in batch.schema if str(field.type) in ("float", "halffloat")]
         for row in batch.to_pylist():
             number += 1
+            for name in short:
+                row[name] = _shortest(row[name])
             yield path, number, row
+
+
+def _shortest(value: float | None) -> float | None:
+    """A float32 as it was written: 2.5e16, not the 24999999607668736 that is next to it as a double."""
+    import numpy
+
+    return None if value is None else float(str(numpy.float32(value)))

@@ -10,6 +10,7 @@ from typing import Any
 import yaml
 
 from prune_opd.config import DataConfig
+from prune_opd.config.yaml import parse
 from prune_opd.data.extract import read_answer
 from prune_opd.data.ledger import TOKEN_ID, VOCABULARY, Ledger, encode
 from prune_opd.data.prompt import Prompt, Tokenizer
@@ -126,4 +127,7 @@ def _settings(source: str, text: str) -> dict[str, Any]:
     parts = [part.partition("=") for part in text.split("&") if part]
     if any(not separator for _, separator, _ in parts):
         raise ConfigError(f"data.source = {source!r}: write settings as TASK?name=value&name=value")
-    return {name: yaml.safe_load(value) for name, _, value in parts}
+    try:
+        return {name: parse(value) for name, _, value in parts}
+    except yaml.YAMLError as error:
+        raise ConfigError(f"data.source = {source!r}: {' '.join(str(error).split())}; quote the value") from error

@@ -24,6 +24,7 @@ from prune_opd.errors import UserError
 from prune_opd.platform import Platform, untouched_rng
 from prune_opd.rollout.batch import Response, Rollouts
 from prune_opd.rollout.long_tail import Race, deal_to_engines
+from prune_opd.rollout.refusal import in_our_words
 from prune_opd.rollout.request import NOTHING, Row, TokenSampling, told_apart
 from prune_opd.rollout.stepwise import StepLoop, Watch, run_together
 
@@ -95,7 +96,8 @@ class RolloutEngine:
             from vllm import LLM
 
             platform.prepare_vllm()
-            with platform.compiling() if self.compiled and machine.is_cpu else nullcontext():
+            compiled = platform.compiling() if self.compiled and machine.is_cpu else nullcontext()
+            with compiled, in_our_words(rollout, machine.is_cpu, max_model_len):
                 self.llm: Any = LLM(
                     model=model_dir,
                     load_format="safetensors",  # a pickle is a program

@@ -11,6 +11,7 @@ import functools
 import json
 import os
 import re
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,10 @@ PHASES: dict[str, str] = {
 }
 """The timed phases of a step, in the order in which they run; the rest of `time_step` is "other"."""
 
+CLOCKED = ("time_", "cpu_", "memory_", "taken_", "flops_", "speed_", "mfu_", "planned_")
+"""What the keys begin with that the clock or the machine decides: two runs of the same settings may differ there."""
+
+_NAMED = 8  # places of a file that a sentence names
 _EVAL_PREFIX, _STDERR_SUFFIX = "eval_", "_stderr"
 _EVAL_SUFFIXES = (_STDERR_SUFFIX, "_low", "_high", "_pass", "_readable", "_answers")
 
@@ -114,10 +119,10 @@ class MetricsLog:
 
 
 def read_metrics(path: Path) -> tuple[list[Record], list[Record]]:
-    """The step records and the evaluation lines of a metrics file, each in order of writing.
+    """The step records and the evaluation lines of a metrics file, each in order of their steps.
 
-    A last line that was cut off (the run was killed while it wrote) is left out. Where a step was written twice the
-    later values count.
+    A last line that was cut off is left out, and so are steps that stand there twice with different values; of equal
+    ones the later line counts. `read_doubts` says so: whoever shows the records shows that too.
 
     Raises:
         UserError: there is no such file, or a line before the last is not a JSON object with a step.
@@ -126,10 +131,95 @@ def read_metrics(path: Path) -> tuple[list[Record], list[Record]]:
         raise UserError(f"{path} does not exist: give a run directory whose training has logged at least one step")
     steps: dict[int, Record] = {}
     evaluations: dict[int, Record] = {}
-    for record in read_records(path):
+    for record in settle(read_records(path), _place)[0]:
         kind = evaluations if is_evaluation(record) else steps
         kind[record["step"]] = kind.get(record["step"], {}) | record
-    return list(steps.values()), list(evaluations.values())
+    return [steps[step] for step in sorted(steps)], [evaluations[step] for step in sorted(evaluations)]
+
+
+def read_doubts(path: Path) -> list[str]:
+    """What keeps a metrics file from being the record of one run: a sentence each, that names the file. [] if nothing.
+
+    Raises:
+        UserError: as `read_metrics`.
+    """
+    lines = read_records(path)
+    numbers = {record["step"] for record in lines if not is_evaluation(record)}
+    missing = sorted(set(range(1, max(numbers, default=0))) - numbers)
+    found = doubts(path, lines, _place)
+    return found + ([f"{path} has no record of {_these(missing)}: no total counts them"] if missing else [])
+
+
+def doubts(path: Path, lines: Sequence[Record], place: Callable[[Record], Hashable]) -> list[str]:
+    """Of any file that `MetricsLog` wrote. place: what tells its lines apart."""
+    _, same, other = settle(lines, place)
+    found = []
+    if _cut_off(path):
+        found.append(f"{path}: the last line is cut off, and left out: the run was killed, or is writing it just now")
+    if same:
+        found.append(f"{path} has {_these(same)} more than once, with the same values: each counts once")
+    if other:
+        found.append(
+            f"{path} has {_these(other)} more than once, with different values: they are left out. Have two processes "
+            "written it, or were two files joined? Remove the lines that are not this run's"
+        )
+    return found
+
+
+def settle(lines: Sequence[Record], place: Callable[[Record], Hashable]) -> tuple[list[Record], list[int], list[int]]:
+    """The lines of which each place has one; steps that had several of the same values, and of different ones.
+
+    Of the same values the last line stays, of different ones none: neither is known to be the run's. What the clock or
+    the machine decides may differ.
+    """
+    at: dict[Hashable, list[Record]] = {}
+    for line in lines:
+        at.setdefault(place(line), []).append(line)
+    several = [group for group in at.values() if len(group) > 1]
+    other = {id(group) for group in several if len({_unclocked(line) for line in group}) > 1}
+    kept = [group[-1] for group in at.values() if id(group) not in other]
+    steps = [
+        sorted({group[0]["step"] for group in several if (id(group) in other) == which}) for which in (False, True)
+    ]
+    return kept, steps[0], steps[1]
+
+
+def _place(record: Record) -> Hashable:
+    return record["step"], tuple(task_names(record)) if is_evaluation(record) else None
+
+
+def _unclocked(record: Record) -> str:
+    return _dumps({key: value for key, value in sorted(record.items()) if not key.startswith(CLOCKED)})
+
+
+def _these(steps: Sequence[int]) -> str:
+    """Ascending step numbers in words: steps 3, 5-7."""
+    runs: list[list[int]] = []
+    for step in steps:
+        if runs and step == runs[-1][1] + 1:
+            runs[-1][1] = step
+        else:
+            runs.append([step, step])
+    named = [str(first) if first == last else f"{first}-{last}" for first, last in runs[:_NAMED]]
+    more = f" and {len(runs) - _NAMED} more places" if runs[_NAMED:] else ""
+    return f"{'step' if len(steps) == 1 else 'steps'} {', '.join(named)}{more}"
+
+
+def _lines(path: Path) -> list[str]:
+    return path.read_text(encoding="utf-8", errors="replace").rstrip().split("\n")
+
+
+def _record(line: str) -> Record | None:
+    try:
+        record = json.loads(line)
+    except ValueError:
+        return None
+    return record if isinstance(record, dict) and isinstance(record.get("step"), int) else None
+
+
+def _cut_off(path: Path) -> bool:
+    last = _lines(path)[-1]
+    return bool(last) and _record(last) is None
 
 
 def read_records(path: Path) -> list[Record]:
@@ -138,16 +228,10 @@ def read_records(path: Path) -> list[Record]:
     Raises:
         UserError: a line before the last is not a JSON object with a step.
     """
-    lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
-    while lines and not lines[-1].strip():
-        lines.pop()
+    lines = _lines(path)
     records = []
     for number, line in enumerate(lines, start=1):
-        try:
-            record = json.loads(line)
-        except ValueError:
-            record = None
-        if isinstance(record, dict) and isinstance(record.get("step"), int):
+        if record := _record(line):
             records.append(record)
         elif number < len(lines):
             raise UserError(

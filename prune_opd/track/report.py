@@ -21,13 +21,13 @@ _OVERVIEW_CHARTS = 8
 _CUT = 60  # characters of a setting's value
 
 
-def write_report(run_dirs: list[Path], out: Path) -> None:
+def write_report(run_dirs: list[Path], out: Path) -> list[str]:
     """Writes the report of one run, or of several compared, to `out`.
 
     Its overview goes to `out` with the suffix .png, its charts one by one into a folder named like `out` without one.
 
     A run needs a metrics.jsonl with one record; whatever else it lacks (evaluations, config.yaml, single metrics) is
-    left out of its page.
+    left out of its page. Returns what is wrong with the runs' files; their pages say it too.
 
     Raises:
         UserError: no run directory is given, or one has no usable metrics.jsonl.
@@ -52,6 +52,7 @@ def write_report(run_dirs: list[Path], out: Path) -> None:
     subtitle = facts if len(runs) == 1 else "   ·   ".join(run.name for run in runs)
     shown = (compared or charts[runs[0].name])[:_OVERVIEW_CHARTS]
     out.with_suffix(".png").write_bytes(overview_png(title, subtitle, shown))
+    return [doubt for run in runs for doubt in run.doubts]
 
 
 # -------------------------------------------------------------------------------------------------------- sections
@@ -102,7 +103,8 @@ def _facts(run: RunData) -> str:
 
 
 def _details(run: RunData, charts: str) -> str:
-    notes = [] if run.tasks else ["This run has no evaluation, so nothing here shows success."]
+    notes = [f"{doubt}." for doubt in run.doubts]
+    notes += [] if run.tasks else ["This run has no evaluation, so nothing here shows success."]
     for accuracy in run.summary.accuracy:
         notes += unreadable_notes(accuracy.task, accuracy.readable_after or accuracy.readable_before)
     warned = [step for step in run.steps if step.get("warning")]

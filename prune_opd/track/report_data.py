@@ -11,11 +11,12 @@ from typing import Any
 
 import yaml
 
+from prune_opd.config.yaml import parse
 from prune_opd.errors import UserError
-from prune_opd.track.metrics import FILE_NAME, Record, Summary, read_metrics, summarise, total
+from prune_opd.track.metrics import FILE_NAME, Record, Summary, read_doubts, read_metrics, summarise, total
 from prune_opd.track.redact import redact
 from prune_opd.track.samples import FILE_NAME as SAMPLES
-from prune_opd.track.samples import read_samples
+from prune_opd.track.samples import read_samples, sample_doubts
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,7 @@ class RunData:
     steps: list[Record]
     evaluations: list[Record]
     samples: list[Record]  # of samples.jsonl
+    doubts: list[str]  # what is wrong with its files: damaged lines, steps that stand there twice
     summary: Summary
     config_text: str | None
     config: dict[str, Any]  # of config.yaml; empty if there is none that can be read
@@ -96,8 +98,10 @@ def load_run(run_dir: Path) -> RunData:
         UserError: there is no metrics.jsonl, it is empty, or it cannot be read.
     """
     steps, evaluations = read_metrics(run_dir / FILE_NAME)
+    doubts = read_doubts(run_dir / FILE_NAME) + sample_doubts(run_dir / SAMPLES)
     if not steps and not evaluations:
-        raise UserError(f"{run_dir / FILE_NAME} has no record yet: the report needs at least one finished step")
+        why = "; ".join(doubts) or f"{run_dir / FILE_NAME} has no record yet"
+        raise UserError(f"{why}: the report needs at least one finished step")
     config_file = run_dir / "config.yaml"
     text = redact(config_file.read_text(encoding="utf-8", errors="replace")) if config_file.is_file() else None
     config = _parse(text)
@@ -110,6 +114,7 @@ def load_run(run_dir: Path) -> RunData:
         steps=steps,
         evaluations=evaluations,
         samples=read_samples(run_dir / SAMPLES),
+        doubts=[redact(doubt) for doubt in doubts],
         summary=summarise(steps, evaluations),
         config_text=text,
         config=config,
@@ -129,7 +134,7 @@ def load_runs(run_dirs: list[Path]) -> list[RunData]:
 def _parse(text: str | None) -> dict[str, Any]:
     # A report on a run whose config.yaml was damaged is still worth having: its charts need only the metrics.
     try:
-        config = yaml.safe_load(text or "")
+        config = parse(text or "")
     except yaml.YAMLError:
         return {}
     return config if isinstance(config, dict) else {}

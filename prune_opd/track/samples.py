@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from prune_opd.config import TrackConfig
-from prune_opd.track.metrics import Record, read_records
+from prune_opd.track.metrics import Record, doubts, read_records, settle
 from prune_opd.track.redact import redact, redact_tokens
 
 if TYPE_CHECKING:  # the command line draws reports, and torch takes seconds
@@ -106,11 +106,22 @@ def sample_records(step: int, horizon: int, rollouts: Rollouts, stats: BatchStat
 def read_samples(path: Path) -> list[Record]:
     """The lines of a samples file in their order, none if there is no file. What is a secret by now is masked too.
 
+    As of the metrics, of equal responses the last one counts, and of different ones of the same row none.
+
     Raises:
         UserError: a line before the last is not a JSON object with a step.
     """
-    lines = read_records(path) if path.is_file() else []
+    lines = settle(read_records(path), _place)[0] if path.is_file() else []
     return [line | {"prompt": redact(line["prompt"]), "tokens": redact_tokens(line["tokens"])} for line in lines]
+
+
+def sample_doubts(path: Path) -> list[str]:
+    """What `metrics.doubts` says of a samples file; nothing of one that is not there."""
+    return doubts(path, read_records(path), _place) if path.is_file() else []
+
+
+def _place(line: Record) -> tuple[int, int | None]:
+    return line["step"], line.get("row")
 
 
 def token_texts(ids: Sequence[int], tokenizer: Any) -> list[str]:

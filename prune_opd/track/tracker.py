@@ -13,7 +13,7 @@ from prune_opd.config import TrainConfig
 from prune_opd.track import samples, wandb_log
 from prune_opd.track.console import RunConsole
 from prune_opd.track.health import warnings
-from prune_opd.track.metrics import FILE_NAME, MetricsLog, Record, read_metrics
+from prune_opd.track.metrics import FILE_NAME, MetricsLog, Record, read_doubts, read_metrics
 from prune_opd.track.provenance import Provenance
 from prune_opd.track.tensorboard_log import TensorBoardLog
 
@@ -82,9 +82,13 @@ class Tracker(NullTracker):
         origin: tuple[Sequence[str], Sequence[str]] = ((), ()),
     ) -> None:
         self._run_dir, self._report, self._tokenizer = run_dir, config.track.report, tokenizer
-        self._log = MetricsLog(run_dir / FILE_NAME, keep_through=resume_step or None)
-        self._samples = MetricsLog(run_dir / samples.FILE_NAME, keep_through=resume_step or None)
+        metrics, responses = run_dir / FILE_NAME, run_dir / samples.FILE_NAME
+        found = read_doubts(metrics) if resume_step and metrics.is_file() else []
+        found += samples.sample_doubts(responses) if resume_step else []
+        self._log = MetricsLog(metrics, keep_through=resume_step or None)
+        self._samples = MetricsLog(responses, keep_through=resume_step or None)
         self._steps, _ = read_metrics(self._log.path)
+        self._doubts: set[str] = set()
         self._warned: set[str] = set()
         self._mismatch_limit = config.mismatch_limit or config.usual_mismatch
         self._last_step, self._provenance = config.steps, Provenance(run_dir, resume_step, *origin)
@@ -94,6 +98,7 @@ class Tracker(NullTracker):
         self._wandb = wandb_log.start(
             run_dir, config_dict, config.track, shown, resume=resume_step > 0, warn=self._console.note
         )
+        self._say_doubts(found)
         events = run_dir / "tensorboard" if config.track.tensorboard else None
         self._tensorboard = TensorBoardLog(events, resume_step, self._console.note)
         self._open = True
@@ -142,12 +147,20 @@ class Tracker(NullTracker):
         self._wandb.finish(exit_code)
         self._tensorboard.close()
         steps, evaluations = read_metrics(self._log.path)
+        self._say_doubts(read_doubts(self._log.path) + samples.sample_doubts(self._samples.path))
         done = steps[-1]["step"] if steps else 0
         self._provenance.end("failed" if exit_code else "finished" if done >= self._last_step else "stopped", done)
         try:
             self._summarise(steps, evaluations, failed=exit_code != 0)
         finally:
             self._console.end_log()
+
+    def _say_doubts(self, found: Sequence[str]) -> None:
+        """What is wrong with the files, each once: at a resume, and at the end, since another process may write too."""
+        for doubt in found:
+            if doubt not in self._doubts:
+                self._console.note(f"note: {doubt}")
+                self._doubts.add(doubt)
 
     def _summarise(self, steps: list[Record], evaluations: list[Record], failed: bool) -> None:
         if not steps and not evaluations:

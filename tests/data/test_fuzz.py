@@ -64,7 +64,25 @@ KEYS = st.sampled_from(
     ["gate.k", "gate", "horizon.k", "optimizer.lr", "data.suffix", "seed", "parallel.tensor", "name", "x"]
 )
 VALUES = st.text(max_size=8) | st.sampled_from(
-    ["null", "[1,2]", "{a: 1}", "1e-4", "-1", "nan", "1e999", "'", '"', "[", "&a", "*a", "!!x"]
+    [
+        "!!int ''",
+        "0x_",
+        "!!timestamp x",
+        "&a [*a]",
+        "null",
+        "[1,2]",
+        "{a: 1}",
+        "1e-4",
+        "-1",
+        "nan",
+        "1e999",
+        "'",
+        '"',
+        "[",
+        "&a",
+        "*a",
+        "!!x",
+    ]
 )
 
 

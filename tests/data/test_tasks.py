@@ -78,6 +78,8 @@ def test_too_long_gym_problems_are_passed_over(byte_tokenizer: Any) -> None:
         ("reasoning_gym/countdown?numbers=4", "countdown does not take that"),
         ("reasoning_gym/countdown?min_numbers", "write settings as TASK"),
         ("reasoning_gym/countdown?min_numbers=0", "does not take that"),
+        ("reasoning_gym/countdown?min_numbers=[", "quote the value"),
+        ("reasoning_gym/countdown?min_numbers=0x_", "not a value: .*; quote the value"),
     ],
 )
 def test_a_gym_task_that_does_not_exist_is_refused(source: str, message: str, byte_tokenizer: Any) -> None:

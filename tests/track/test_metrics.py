@@ -10,8 +10,20 @@ import numpy as np
 import pytest
 from synthetic import evaluation_record, step_record, write_run
 
+from prune_opd.config import HorizonConfig, TrackConfig, TrainConfig
 from prune_opd.errors import UserError
-from prune_opd.track.metrics import FILE_NAME, MetricsLog, meaning, meanings, read_metrics, summarise, task_names
+from prune_opd.track.metrics import (
+    FILE_NAME,
+    MetricsLog,
+    meaning,
+    meanings,
+    read_doubts,
+    read_metrics,
+    summarise,
+    task_names,
+)
+from prune_opd.track.samples import sample_doubts
+from prune_opd.track.tracker import Tracker
 
 
 def written(path: Path, records: list[dict]) -> Path:
@@ -101,6 +113,73 @@ def test_a_whole_last_line_without_its_newline_is_kept(tmp_path: Path) -> None:
     with closing(MetricsLog(path, keep_through=1)) as log:
         log.write({"step": 2, "loss": 2.0})
     assert [r["step"] for r in read_metrics(path)[0]] == [1, 2]
+
+
+def test_a_file_of_one_run_is_beyond_doubt_and_a_cut_line_is_said(tmp_path: Path) -> None:
+    path = write_run(tmp_path, steps=6, evaluate_every=2) / FILE_NAME
+    assert read_doubts(path) == sample_doubts(tmp_path / "samples.jsonl") == []
+    for file in (path, tmp_path / "samples.jsonl"):
+        text = file.read_bytes()
+        for cut in (len(text) - 2, len(text) - 40):
+            file.write_bytes(text[:cut])
+            (doubt,) = read_doubts(file) if file == path else sample_doubts(file)
+            assert doubt.startswith(f"{file}: the last line is cut off, and left out")
+
+
+def test_a_step_that_stands_there_twice_counts_once_or_not_at_all(tmp_path: Path) -> None:
+    def line(step: int, loss: float, seconds: float) -> dict:
+        return {"step": step, "loss": loss, "time_step": seconds, "tokens_generated": 10}
+
+    again = [line(step, step / 8, 2.0) for step in (2, 3, 6)]  # a resume that kept what it wrote again
+    other = [line(step, 5.0, 1.0) for step in (4, 8)]  # another process's
+    path = written(
+        tmp_path / FILE_NAME, [*(line(step, step / 8, 1.0) for step in (1, 2, 3, 4, 5, 6, 8)), *again, *other]
+    )
+    steps, evaluations = read_metrics(path)
+    assert [(r["step"], r["loss"], r["time_step"]) for r in steps] == [
+        (1, 0.125, 1.0), (2, 0.25, 2.0), (3, 0.375, 2.0), (5, 0.625, 1.0), (6, 0.75, 2.0)
+    ]  # fmt: skip
+    assert summarise(steps, evaluations).tokens_generated == 50
+    same, different, missing = read_doubts(path)
+    assert same == f"{path} has steps 2-3, 6 more than once, with the same values: each counts once"
+    assert different.startswith(f"{path} has steps 4, 8 more than once, with different values: they are left out.")
+    assert missing == f"{path} has no record of step 7: no total counts them"
+
+
+def test_lines_of_two_processes_come_out_in_the_order_of_their_steps(tmp_path: Path) -> None:
+    path = written(tmp_path / FILE_NAME, [{"step": step, "loss": 1.0} for step in (10, 1, 11, 2, 3, 12)])
+    assert [r["step"] for r in read_metrics(path)[0]] == [1, 2, 3, 10, 11, 12]
+    assert read_doubts(path) == [f"{path} has no record of steps 4-9: no total counts them"]
+
+
+def test_evaluations_of_two_tasks_at_one_step_are_no_doubles_and_of_one_task_are(tmp_path: Path) -> None:
+    lines = [
+        {"step": 2, "eval_a": 0.5, "eval_response_length": 3},
+        {"step": 2, "eval_b": 0.25, "eval_response_length": 4},
+    ]
+    path = written(tmp_path / FILE_NAME, lines)
+    assert read_metrics(path)[1] == [lines[0] | lines[1]] and read_doubts(path) == []
+    path = written(tmp_path / FILE_NAME, [*lines, lines[0] | {"eval_a": 0.75}])
+    assert read_metrics(path)[1] == [lines[1]] and "has step 2 more than once, with different" in read_doubts(path)[0]
+
+
+def test_a_resumed_run_says_that_a_line_was_cut_off_and_at_its_end_that_another_process_wrote(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_run(tmp_path, steps=4, evaluate_every=0)
+    path = tmp_path / FILE_NAME
+    path.write_text(path.read_text() + '{"step": 5, "lo')
+    track = TrackConfig(wandb="disabled", report=False)
+    config = TrainConfig("run", "s", "t", 6, HorizonConfig("full"), track=track)
+    with Tracker(tmp_path, config, {}, resume_step=4, tokenizer=None) as tracker:
+        assert "note: " + str(path) + ": the last line is cut off" in capsys.readouterr().out
+        tracker.step(step_record(5, 6))
+        with path.open("a") as other:
+            other.write('{"step": 5, "loss": 9.0}\n')
+        tracker.step(step_record(6, 6))
+    said = capsys.readouterr().out
+    assert "has step 5 more than once, with different values: they are left out" in said and "cut off" not in said
+    assert "has step 5 more than once" in (tmp_path / "run.log").read_text()
 
 
 def test_a_broken_line_in_the_middle_is_named_and_the_file_left_alone(tmp_path: Path) -> None:

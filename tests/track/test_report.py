@@ -12,7 +12,9 @@ from typing import Any
 
 import pytest
 from synthetic import KEY, PASSWORD, SCRIPT, TEXT, VALUE, evaluation_record, sample_record, step_record, write_run
+from typer.testing import CliRunner
 
+from prune_opd.cli.main import app
 from prune_opd.errors import UserError
 from prune_opd.track.metrics import FILE_NAME, MetricsLog
 from prune_opd.track.report import write_report
@@ -151,7 +153,7 @@ def test_runs_of_the_same_name_are_told_apart(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "case", ["no evaluation", "one step", "evaluation only", "no config", "damaged config", "diverged"]
+    "case", ["no evaluation", "one step", "evaluation only", "no config", "damaged config", "odd config", "diverged"]
 )
 def test_a_run_with_little_to_show_still_has_a_report(tmp_path: Path, case: str) -> None:
     run = write_run(tmp_path, steps=1 if case == "one step" else 3, evaluate_every=0)
@@ -159,6 +161,8 @@ def test_a_run_with_little_to_show_still_has_a_report(tmp_path: Path, case: str)
         (run / "config.yaml").unlink()
     elif case == "damaged config":
         (run / "config.yaml").write_text("name: [\n")
+    elif case == "odd config":
+        (run / "config.yaml").write_text("name: 0x_\n")
     elif case == "evaluation only":
         with closing(MetricsLog(run / FILE_NAME, keep_through=None)) as log:
             log.write(evaluation_record(0, 3))
@@ -185,6 +189,32 @@ def test_a_report_says_how_many_answers_could_be_read_and_notes_where_few_could(
     page = Page((run / "report.html").read_text())
     assert "200 of 256 → 250 of 256" in page.text and "40 of 48 → 3 of 48" in page.text
     assert page.text.count("could be read") == 1 and "only 3 of 48 answers to gsm could be read" in page.text
+
+
+def test_a_report_of_damaged_or_doubled_files_says_so_in_the_page_and_on_the_terminal(
+    tmp_path: Path,
+) -> None:
+    run = write_run(tmp_path / "run", steps=6, evaluate_every=0)
+    lines = (run / FILE_NAME).read_text().splitlines(keepends=True)
+    (run / FILE_NAME).write_text("".join([*lines, lines[2].replace('"step": 3', '"step": 4'), lines[5][:30]]))
+    responses = (run / "samples.jsonl").read_text()
+    (run / "samples.jsonl").write_text(responses + responses[:50])
+    done = CliRunner().invoke(app, ["report", str(run)])
+    assert done.exit_code == 0, done.output
+    said = [line for line in done.output.splitlines() if line.startswith("note: ")]
+    page = Page((run / "report.html").read_text()).text
+    expected = ("metrics.jsonl: the last line is cut off", "has step 4 more than once", "samples.jsonl: the last line")
+    assert len(said) == 3 and all(any(text in line for line in said) and text in page for text in expected)
+    assert [record["step"] for record in load_run(run).steps] == [1, 2, 3, 5, 6]
+
+
+def test_a_file_that_two_processes_wrote_from_its_start_has_no_report(tmp_path: Path) -> None:
+    run = write_run(tmp_path, steps=3, evaluate_every=0)
+    (run / FILE_NAME).write_text("".join(f'{{"step": {s}, "loss": {loss}}}\n' for s in (1, 2) for loss in (0.5, 0.25)))
+    with pytest.raises(
+        UserError, match=r"has steps 1-2 more than once, with different values: they are left out.*step$"
+    ):
+        write_report([run], run / "report.html")
 
 
 def test_a_long_run_is_drawn_with_a_moving_mean_and_grouped_bars(tmp_path: Path) -> None:
