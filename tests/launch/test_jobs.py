@@ -77,16 +77,18 @@ def test_every_word_of_a_script_arrives_as_it_was(tmp_path: Path) -> None:
     assert shlex.quote(str(folder)) in script
 
 
-def test_an_own_recipe_travels_as_it_is(tmp_path: Path) -> None:
-    text = "def mine():\n    return '$HOME `id` \\n'\n\nEND_OF_FILE\n"
-    recipe = tmp_path / "mine.py"
-    recipe.write_text(text, encoding="utf-8")
+def test_an_own_recipe_is_kept_as_it_was_and_found_beside_the_script(tmp_path: Path) -> None:
+    recipe = tmp_path / "my run.py"
+    recipe.write_text("text", encoding="utf-8")
     (job,) = plan_jobs(Submission(str(recipe), overrides=("name=a b",)), replace(CLUSTER, python="echo"))
-    script = job.script(replace(CLUSTER, python="echo"))
     recipe.unlink()
-    said = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=True).stdout
-    brought = next(word for word in said.split() if word.endswith("/mine.py"))
-    assert Path(brought).read_text(encoding="utf-8") == text and said.endswith("/mine.py name=a b\n")
+    assert job.files == (("my run.py", "text"),)
+    for folder in ("scripts", "code"):
+        (tmp_path / "a job" / folder).mkdir(parents=True)
+    script = tmp_path / "a job" / "scripts" / "train.sh"
+    script.write_text(job.script(replace(CLUSTER, python="echo", workdir="/")), encoding="utf-8")
+    said = subprocess.run(["bash", str(script)], capture_output=True, text=True, check=True).stdout
+    assert said.endswith(f"{tmp_path}/a job/code/my run.py name=a b\n")
 
 
 @pytest.mark.parametrize(
