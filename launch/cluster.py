@@ -44,6 +44,9 @@ class Cluster(Checked, name=""):
     nodes: Count | None = None  # null: the recipe's planning.nodes
     ranks_per_node: Count | None = None  # one per GPU; null: the recipe's parallel.nproc
     gpus_per_node: int | None = None
+    # torchrun holds every rank to the cores near its GPU: those of its NUMA node, of its socket, a share of the node's,
+    # or one core complex; null: the kernel moves them as it likes
+    numa_binding: Literal["node", "socket", "exclusive", "core-complex"] | None = None
     account: str | None = None
     partition: str | None = None
     qos: str | None = None
@@ -74,6 +77,8 @@ class Cluster(Checked, name=""):
             raise ConfigError(f"kind = {self.kind!r} is this machine only: set nodes: 1 and leave ssh out")
         if self.kind == "docker" and not self.container_image:
             raise ConfigError("container_image is missing: name the image, such as prune-opd")
+        if self.numa_binding and not self.gpus_per_node:
+            raise ConfigError("numa_binding holds ranks near their GPUs: set gpus_per_node, or leave it out")
         if self.kind == "local" and self.container_image:
             raise ConfigError("container_image belongs to kind slurm or docker: leave it out, or set kind: docker")
         self._check_variables()

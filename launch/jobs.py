@@ -161,6 +161,7 @@ def _run_jobs(submission: Submission, cluster: Cluster, point: tuple[str, ...], 
         name=f"train{suffix}",
         command=(
             *("-m", "prune_opd.ranks.node", "--ranks", ranks, "--run-dir", run_dir),
+            *(("--numa-binding", cluster.numa_binding) if cluster.numa_binding else ()),
             *(recipe, *submission.overrides, *overrides),
         ),
         nodes=nodes,

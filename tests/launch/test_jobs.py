@@ -8,11 +8,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from torch.distributed import run
 
 from launch.cluster import Cluster
 from launch.jobs import Job, Submission, plan_jobs, sweep_lines, sweep_points, title_of
-from prune_opd.errors import REQUEUE_EXIT_CODE, ConfigError
-from prune_opd.ranks.node import ENDED_BY_ANOTHER, PORTS, torchrun_arguments
+from prune_opd.errors import REQUEUE_EXIT_CODE, ConfigError, UserError
+from prune_opd.ranks.node import ENDED_BY_ANOTHER, PORTS, binding_arguments, torchrun_arguments
 
 CLUSTER = Cluster(kind="slurm", account="a", nodes=2, ranks_per_node=4, run_root="/r")
 
@@ -176,3 +177,22 @@ def test_a_node_that_waits_ends_when_another_has_failed(tmp_path: Path) -> None:
         time.sleep(0.05)
     node.terminate()
     assert node.wait(20) == ENDED_BY_ANOTHER
+
+
+def test_numa_binding_reaches_torchrun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    bound = replace(CLUSTER, gpus_per_node=8, numa_binding="node")
+    (job,) = plan_jobs(Submission("tiny"), bound)
+    assert job.command[job.command.index("--numa-binding") + 1] == "node"
+    (tmp_path / "numactl").write_text("", encoding="utf-8")
+    (tmp_path / "numactl").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert run.parse_args([*binding_arguments("node"), "script.py"]).numa_binding == "node"  # a name that torchrun has
+    assert binding_arguments(None) == []
+    (tmp_path / "numactl").unlink()
+    with pytest.raises(UserError, match="numactl"):
+        binding_arguments("node")
+
+
+def test_numa_binding_without_gpus_is_refused() -> None:
+    with pytest.raises(ConfigError, match="set gpus_per_node"):
+        replace(CLUSTER, numa_binding="node")
