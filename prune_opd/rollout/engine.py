@@ -258,24 +258,27 @@ class RolloutEngine:
 
 @contextmanager
 def _told(engine: Any, responses: int) -> Iterator[None]:
-    """While it generates, an engine of vLLM says how far it is. Tokens: of the responses that have ended.
+    """While it generates, an engine of vLLM says how far it is.
 
     vLLM's own progress bar moves only when a response ends, which is late where all of them are long.
     """
     if not watched():
         yield
         return
-    plain, ended, tokens, steps = engine.step, 0, 0, 0
+    plain, ended, tokens = engine.step, 0, 0  # tokens: of the responses that have ended
+
+    def describe() -> str:
+        under_way = engine.output_processor.request_states.values()
+        return so_far(ended, responses, tokens + sum(one.detokenizer.num_output_tokens() for one in under_way))
 
     def step() -> Any:
-        nonlocal ended, tokens, steps
+        nonlocal ended, tokens
         outputs = plain()
-        steps += 1
         for output in outputs:
             if output.finished:
                 ended += 1
                 tokens += sum(len(completion.token_ids) for completion in output.outputs)
-        progress(lambda: so_far(ended, responses, tokens, steps))
+        progress(describe)
         return outputs
 
     engine.step = step

@@ -95,9 +95,9 @@ class _Request:
         return len(self.begun.ids)
 
 
-def so_far(ended: int, responses: int, tokens: int, steps: int) -> str:
+def so_far(ended: int, responses: int, tokens: int) -> str:
     """How far an engine is with its responses; those of other engines are not counted."""
-    return f"{ended}/{responses} responses, {tokens:,} tokens, engine step {steps:,}"
+    return f"{ended}/{responses} responses, {tokens:,} tokens"
 
 
 class StepLoop:
@@ -152,7 +152,7 @@ class StepLoop:
 
     def _so_far(self) -> str:
         ended = sum(not request.live for request in self.requests.values())
-        return so_far(ended, len(self.requests), self.tokens, self.steps)
+        return so_far(ended, len(self.requests), self.tokens)
 
     def due(self, holder: int) -> list[Prefix]:
         """The responses that have reached a look, each with its new tokens and, on this rank, their arrays."""

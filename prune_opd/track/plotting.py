@@ -33,6 +33,8 @@ DARK = {
     MUTED: "#9fabb8",
     "#c3cad3": "#566370",
     "#e6eaef": "#323b45",
+    "#9ecae1": "#4a7ba6",  # early, middle, late: from pale to strong on both
+    "#3a8fc4": "#7db8de",
     "#08306b": "#deebf7",
     "#000000": "#e4e9ee",
 }
@@ -88,7 +90,8 @@ def recoloured(svg: str, width: int, height: int) -> str:
     light = "".join(f"{name}:{colour};" for colour, name in names.items())
     dark = "".join(f"{name}:{DARK[colour]};" for colour, name in names.items())
     black = f"fill:var({names['#000000']})"  # where no colour stands
-    style = f"<style>:root{{{light}{black}}}@media(prefers-color-scheme:dark){{:root{{{dark}}}}}</style>"
+    blanks = "text{white-space:pre}"  # those at the ends of a label are there to keep it away from something
+    style = f"<style>{blanks}:root{{{light}{black}}}@media(prefers-color-scheme:dark){{:root{{{dark}}}}}</style>"
     known = rf"(fill|stroke): ({'|'.join(DARK)})\b"
     body = re.sub(known, lambda found: f"{found[1]}: var({names[found[2]]})", svg[svg.index("<svg") :])
     body = re.sub(r"<metadata>.*?</metadata>", "", body, count=1, flags=re.DOTALL)

@@ -274,8 +274,8 @@ _CHARTS = (
         "Overlap by position over training",
         ("overlap_by_position",),
         overlap_map,
-        "Each column is a step, each row a stretch of the response; white has no tokens. Drift shows as darkening "
-        "upwards, learning as brightening to the right.",
+        "Each column is a step, each row a stretch of the response; without colour there are no tokens. Drift shows as "
+        "darkening upwards, learning as brightening to the right.",
     ),
     _Kind(
         "Overlap by position: early, middle, late",

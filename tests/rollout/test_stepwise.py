@@ -93,12 +93,15 @@ def test_the_loop_says_how_far_its_responses_are() -> None:
         loop_at_its_look([0, 1])
     finally:
         watch(None)
-    assert said[0] == "0/2 responses, 2 tokens, engine step 1"
-    assert said[-1] == f"0/2 responses, {2 * LOOK:,} tokens, engine step {LOOK}"
+    assert said[0] == "0/2 responses, 2 tokens"
+    assert said[-1] == f"0/2 responses, {2 * LOOK:,} tokens"
 
 
 def test_an_engine_of_vllm_says_how_far_it_is_and_is_left_as_it_was() -> None:
     class Ending:
+        under_way = SimpleNamespace(detokenizer=SimpleNamespace(num_output_tokens=lambda: 20))
+        output_processor = SimpleNamespace(request_states={"3": under_way})
+
         def step(self) -> list[Any]:
             return [SimpleNamespace(finished=True, outputs=[SimpleNamespace(token_ids=[7] * 1500)])]
 
@@ -110,7 +113,7 @@ def test_an_engine_of_vllm_says_how_far_it_is_and_is_left_as_it_was() -> None:
             engine.step()
     finally:
         watch(None)
-    assert said == ["1/4 responses, 1,500 tokens, engine step 1", "2/4 responses, 3,000 tokens, engine step 2"]
+    assert said == ["1/4 responses, 1,520 tokens", "2/4 responses, 3,020 tokens"]
     assert "step" not in vars(engine)
     with _told(engine, 4):  # nobody watches
         assert "step" not in vars(engine)
