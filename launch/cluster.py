@@ -81,6 +81,9 @@ class Cluster(Checked, name=""):
             raise ConfigError("numa_binding holds ranks near their GPUs: set gpus_per_node, or leave it out")
         if self.kind == "local" and self.container_image:
             raise ConfigError("container_image belongs to kind slurm or docker: leave it out, or set kind: docker")
+        for name in ("workdir", "python", "run_root", "container_image"):
+            if (value := str(getattr(self, name) or "")).startswith("~"):
+                raise ConfigError(f"{name} = {value!r}: nothing puts your home folder in for ~: write the whole path")
         self._check_variables()
         for mount in self.container_mounts:
             parts = mount.split(":")
@@ -141,6 +144,10 @@ def _check_texts(name: str, value: Any) -> None:
         _check_texts(f"{name}.{key}".lstrip("."), part)
     if isinstance(value, str) and ("\n" in value or "\0" in value):
         raise ConfigError(f"{name} holds a line break: write it on one line")
+    if name == "time" and isinstance(value, int):
+        raise ConfigError(
+            f"time = {value} has the wrong type: give a text; YAML makes a number of 12:00:00 without quotes"
+        )
     if name.startswith(("environment.", "secrets.")) and not isinstance(value, str):
         raise ConfigError(f"{name} has the wrong type: give a text (quote it)")
 

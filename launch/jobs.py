@@ -129,6 +129,8 @@ def sweep_points(sweep: tuple[str, ...]) -> list[tuple[str, ...]]:
         key, separator, values = axis.partition("=")
         if not separator or not key or not all(values.split(",")):
             raise ConfigError(f"--sweep {axis!r} is not a sweep: write it as dotted.key=value,value")
+        if values.startswith("["):
+            raise ConfigError(f"--sweep {axis!r}: its values stand without brackets, {key}={values.strip('[]')}")
         axes.append([f"{key}={value}" for value in values.split(",")])
     return list(itertools.product(*axes))
 

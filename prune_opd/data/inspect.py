@@ -88,7 +88,14 @@ def _converted(of_row: Callable[[Row], Row], path: Path) -> Iterator[Row]:
         try:
             yield of_row(row)
         except (KeyError, TypeError, IndexError) as error:
-            raise ConfigError(f"{file}:{number}: the row lacks a column of that layout ({error!r})") from error
+            raise ConfigError(
+                f"{file}:{number}: the row lacks a column of that layout ({_brief(error)}): give the file as it was "
+                "published"
+            ) from error
+
+
+def _brief(error: Exception) -> str:
+    return f"there is no {error}" if isinstance(error, KeyError) else "one of its columns has another form"
 
 
 DAPO_BEFORE = (
