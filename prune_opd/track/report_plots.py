@@ -86,6 +86,7 @@ def _tokens(fig: Any, run: RunData) -> None:
             va="center",
             color=INK,
             fontweight="bold",
+            bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 1},  # where the two lines are close
         )
     ax.plot(x, generated, color=BLUE, linewidth=2.2, marker=marker, label="generated")
     from_zero(ax)
