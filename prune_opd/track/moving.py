@@ -67,6 +67,6 @@ def shown(doing: str, speaks: bool = True, file: TextIO | None = None) -> Iterat
 
 def _width(file: TextIO) -> int:
     try:
-        return os.get_terminal_size(file.fileno()).columns
+        return os.get_terminal_size(file.fileno()).columns or 80  # a terminal of no size says 0
     except (OSError, ValueError):
         return 80
