@@ -44,7 +44,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from prune_opd.loss.chunk import Gradients, WithGradients, chunk_loss, score_chunk
-from prune_opd.loss.inputs import Head, Method, Tokens, check_buffer, check_options, checked_offsets
+from prune_opd.loss.inputs import Head, Method, Tokens, check_buffer, check_kernels, check_options, checked_offsets
 from prune_opd.loss.old_policy import OldPolicy
 from prune_opd.loss.stats import GateStats, TokenRecord
 from prune_opd.loss.token_weights import TokenWeights
@@ -90,6 +90,7 @@ def distill_loss(
     student_head = OutputHead("student", *student, method.objective.temperature, tokens.vocab_size, tp_group)
     teacher_head = OutputHead("teacher", *teacher, method.objective.of_teacher, tokens.vocab_size, tp_group)
     check_options(chunk, policy)
+    check_kernels(method.objective.kernels, student.hidden_NH.device)
     offsets = checked_offsets(student_head, teacher_head, tokens, method)
     if weight_grad is not None:
         check_buffer(weight_grad, student.weight_VH)
@@ -134,4 +135,5 @@ def _allocate(student: OutputHead, teacher: OutputHead, method: Method, chunk: i
     dtype = torch.promote_types(torch.promote_types(student.dtype, teacher.dtype), torch.float32)
     if on_vocabulary(method.objective) or needs_reverse_kl(method.weighting):
         teacher.align(student.shard.rows)
-    return BothLogits(student, teacher, min(chunk, len(student.hidden_NH)), dtype)
+    scratch = method.objective.kernels == "torch"
+    return BothLogits(student, teacher, min(chunk, len(student.hidden_NH)), dtype, scratch)
