@@ -83,13 +83,18 @@ def test_a_weight_is_cast_up_a_block_at_a_time(name: str, monkeypatch: pytest.Mo
 
 
 def stand_in(name: str) -> Callable[..., Tensor]:
-    """torch.mm or torch.addmm as CUDA has it: bf16 in, sums and result in `out_dtype`. The CPU has no such kernel."""
+    """torch.mm or torch.addmm as CUDA has it: bf16 in, sums and result in `out_dtype`. The CPU has no such kernel.
+
+    Without `out_dtype` the result is rounded once, as the CPU's own is.
+    """
     plain = getattr(torch, name)
     schemas = {schema.overload_name for schema in torch._C._jit_get_schemas_for_operator(f"aten::{name}")}
     assert {"dtype", "dtype_out"} <= schemas  # this torch knows the call
 
-    def product(*inputs: Tensor, out_dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
+    def product(*inputs: Tensor, out_dtype: torch.dtype | None = None, out: Tensor | None = None) -> Tensor:
         *added, left, right = inputs
+        if out_dtype is None:
+            return plain(*inputs, out=out)
         assert left.dtype == right.dtype == torch.bfloat16 and all(part.dtype == out_dtype for part in added)
         result: Tensor = plain(*(part.to(out_dtype) for part in inputs))
         return result if out is None else out.copy_(result)
