@@ -202,10 +202,9 @@ def chunk_loss(
 
 
 def _on_columns(scores: Scores, weight_N: Tensor) -> ChunkLoss:
-    """An objective on the whole vocabulary: this rank's columns, and its sums over the group."""
-    at, passes = scores.at[0], scores.passes
-    sums_2N = passes.divergence(scores.log_total_2N1, at.ids_NK, at.teacher_logp_NK)
-    divergence_N, total_N = sum_together([sums_2N], passes.shards[0].group)[0]
+    """An objective on the whole vocabulary."""
+    at = scores.at[0]
+    divergence_N, total_N = scores.passes.divergence(scores.sums, scores.log_total_2N1, at.ids_NK, at.teacher_logp_NK)
     at_candidates_NK = torch.zeros_like(at.student_logp_NK)  # the columns have it all
     return ChunkLoss(weight_N * divergence_N, divergence_N, at_candidates_NK, Columns(weight_N, weight_N * total_N))
 

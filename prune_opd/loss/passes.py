@@ -19,7 +19,15 @@ from torch import Tensor
 
 from prune_opd.config import ObjectiveConfig
 from prune_opd.loss.products import ready_
-from prune_opd.loss.vocab_parallel import BothLogits, TopK, VocabShard, local_columns, row_blocks, topk_together
+from prune_opd.loss.vocab_parallel import (
+    BothLogits,
+    TopK,
+    VocabShard,
+    local_columns,
+    row_blocks,
+    sum_together,
+    topk_together,
+)
 from prune_opd.loss.vocab_sums import Apart, VocabSums, only_known_, vocab_sums_
 from prune_opd.method.divergences import DIVERGENCES
 from prune_opd.method.objective import is_priced, on_vocabulary
@@ -54,8 +62,8 @@ class Passes:
         sums = vocab_sums_(self.logits_2NW, self._scratch_2RW, maximum_2N1, self._in_logs, apart)
         return only_known_(sums, self.shards)
 
-    def divergence(self, log_total_2N1: Tensor, ids_NK: Tensor, teacher_logp_NK: Tensor) -> Tensor:
-        """Value and slopes' sum [2, N] of this rank's columns. ids_NK: where a priced teacher is known.
+    def divergence(self, sums: VocabSums, log_total_2N1: Tensor, ids_NK: Tensor, teacher_logp_NK: Tensor) -> Tensor:
+        """Value and slopes' sum [2, N], over all ranks' columns. ids_NK: where a priced teacher is known.
 
         A few rows at a time, whose temporaries stay in the cache; the slopes are written over the teacher's logits.
         """
@@ -67,7 +75,7 @@ class Passes:
             value_N, slope_NV = DIVERGENCES[self.objective.name](student_RV, teacher_RV, self.objective)
             torch.stack([value_N, slope_NV.sum(dim=1)], out=sums_2N[:, part])
             teacher_RV.copy_(slope_NV)
-        return sums_2N
+        return sum_together([sums_2N], self.shards[0].group)[0]
 
     def gradient(self, slopes: Slopes, sums: VocabSums, log_total_2N1: Tensor) -> Tensor:
         """(c_v − p_v Σ_j c_j) [N, W] of this rank's columns of the student."""

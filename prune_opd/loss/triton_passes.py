@@ -2,7 +2,7 @@
 
     statistics    both models' block maxima, maxima and sums                      read both
     rest          Σ exp outside a support, where objective.tail = bucket          read both
-    divergence    an objective on the vocabulary: its value and its slopes' sum   read both
+    divergence    JSD and priced KL: value and slopes' sum; other KL have theirs   read what they need
     gradient      ∂ℓ/∂logit in the place of the student's logits, or in bf16      read what it needs, write
 
 The logits stay what they are until the gradient is written over them, and no scratch memory is needed. Every launch is
@@ -22,7 +22,15 @@ from torch import Tensor
 from prune_opd.config import ObjectiveConfig
 from prune_opd.loss.passes import Passes, Slopes
 from prune_opd.loss.products import gradient_dtype
-from prune_opd.loss.vocab_parallel import BLOCK, BothLogits, TopK, group_size, local_columns, topk_together
+from prune_opd.loss.vocab_parallel import (
+    BLOCK,
+    BothLogits,
+    TopK,
+    group_size,
+    local_columns,
+    sum_together,
+    topk_together,
+)
 from prune_opd.loss.vocab_sums import Apart, VocabSums, only_known_
 from prune_opd.method.objective import is_priced, on_vocabulary
 
@@ -56,13 +64,20 @@ class TritonPasses(Passes):
             rest_2N1 = torch.stack([rest(*of_one) for of_one in of_both]).unsqueeze(2)
         return only_known_(VocabSums(total_2N.unsqueeze(2), cross_22N.permute(2, 0, 1), rest_2N1), self.shards)
 
-    def divergence(self, log_total_2N1: Tensor, ids_NK: Tensor, teacher_logp_NK: Tensor) -> Tensor:
+    def divergence(self, sums: VocabSums, log_total_2N1: Tensor, ids_NK: Tensor, teacher_logp_NK: Tensor) -> Tensor:
+        kind, constants = self._kind()
+        if kind == "kl":  # known already
+            share, (reverse_N, forward_N) = constants[0], sums.both_kl()
+            total_N = (1 - share) * reverse_N  # the forward KL's slopes p − q have none
+            return torch.stack([share * forward_N + total_N, total_N])
         student_NW, teacher_NW = self.logits_2NW
-        if is_priced(self.objective):
+        if kind == "priced":
             column_NK = _only(*local_columns(ids_NK, self.shards[0]))
             self._prices = [column_NK, teacher_logp_NK.log_softmax(dim=-1)]
         norms_4N = torch.cat([self._maximum_2N, log_total_2N1.squeeze(2)])
-        return divergence(student_NW, None if self._prices else teacher_NW, norms_4N, self._prices, *self._kind())
+        known_NW = None if self._prices else teacher_NW
+        sums_2N = divergence(student_NW, known_NW, norms_4N, self._prices, kind, constants)
+        return sum_together([sums_2N], self.shards[0].group)[0]
 
     def gradient(self, slopes: Slopes, sums: VocabSums, log_total_2N1: Tensor) -> Tensor:
         (student_NW, teacher_NW), weight_N1 = self.logits_2NW, slopes.weight_N1

@@ -41,9 +41,15 @@ class VocabSums(NamedTuple):
 
     def reverse_kl(self) -> Tensor:
         """Σ_v p_v (log p_v − log q_v) [N] over the whole vocabulary, in nats; never below 0, NaN where unknown."""
-        student_N, teacher_N = self.total_2N1.squeeze(2)
-        gap_N = self.cross_N22[:, 0, 0] - self.cross_N22[:, 0, 1]
-        return (gap_N / student_N + teacher_N.log() - student_N.log()).clamp(min=0)
+        return self.both_kl()[0].clamp(min=0)
+
+    def both_kl(self) -> Tensor:
+        """KL(p ‖ q) and KL(q ‖ p) [2, N] as they come out: a rounding may bring them below 0."""
+        total_2N, log_2N = self.total_2N1.squeeze(2), self.total_2N1.squeeze(2).log()
+        own_2N, other_2N = (
+            cross_N22.diagonal(dim1=1, dim2=2).T for cross_N22 in (self.cross_N22, self.cross_N22.flip(2))
+        )
+        return (own_2N - other_2N) / total_2N + log_2N.flip(0) - log_2N
 
     def log_rest(self) -> tuple[Tensor, Tensor] | None:
         """Log of both models' mass outside the columns that are apart [N]; finite even where there is none."""
