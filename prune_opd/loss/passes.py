@@ -30,7 +30,7 @@ from prune_opd.loss.vocab_parallel import (
 )
 from prune_opd.loss.vocab_sums import Apart, VocabSums, only_known_, vocab_sums_
 from prune_opd.method.divergences import DIVERGENCES
-from prune_opd.method.objective import is_priced, on_vocabulary
+from prune_opd.method.objective import is_priced, kl_share, on_vocabulary
 
 ON_DEVICE = 8  # parts that a chunk's columns are worked on in off the CPU, for the sake of what is held meanwhile
 
@@ -50,7 +50,7 @@ class Passes:
     def __init__(self, both: BothLogits, part: slice, objective: ObjectiveConfig) -> None:
         self.logits_2NW, self.shards, self.objective = both.of(part), both.shards, objective
         self._student, self._scratch_2RW = both.heads[0], both.scratch_2RW
-        self._in_logs = on_vocabulary(objective)
+        self._in_logs, self._kl_share = on_vocabulary(objective), kl_share(objective)
 
     def top(self, k: int) -> TopK:
         """The k largest logits of both models, over all ranks."""
@@ -63,7 +63,16 @@ class Passes:
         return only_known_(sums, self.shards)
 
     def divergence(self, sums: VocabSums, log_total_2N1: Tensor, ids_NK: Tensor, teacher_logp_NK: Tensor) -> Tensor:
-        """Value and slopes' sum [2, N], over all ranks' columns. ids_NK: where a priced teacher is known.
+        """Value and slopes' sum [2, N], over all ranks' columns. ids_NK: where a priced teacher is known."""
+        if self._kl_share is not None:  # known already
+            reverse_N, forward_N = sums.both_kl()
+            total_N = (1 - self._kl_share) * reverse_N  # the forward KL's slopes p − q have none
+            return torch.stack([self._kl_share * forward_N + total_N, total_N])
+        own_2N = self._divergence(log_total_2N1, ids_NK, teacher_logp_NK)
+        return sum_together([own_2N], self.shards[0].group)[0]
+
+    def _divergence(self, log_total_2N1: Tensor, ids_NK: Tensor, teacher_logp_NK: Tensor) -> Tensor:
+        """The same of this rank's columns, of another objective than a KL.
 
         A few rows at a time, whose temporaries stay in the cache; the slopes are written over the teacher's logits.
         """
@@ -75,13 +84,15 @@ class Passes:
             value_N, slope_NV = DIVERGENCES[self.objective.name](student_RV, teacher_RV, self.objective)
             torch.stack([value_N, slope_NV.sum(dim=1)], out=sums_2N[:, part])
             teacher_RV.copy_(slope_NV)
-        return sum_together([sums_2N], self.shards[0].group)[0]
+        return sums_2N
 
     def gradient(self, slopes: Slopes, sums: VocabSums, log_total_2N1: Tensor) -> Tensor:
         """(c_v − p_v Σ_j c_j) [N, W] of this rank's columns of the student."""
         grad_logits_NW, slope_NW = self.logits_2NW
         if slopes.weight_N1 is None:
             grad_logits_NW.mul_(slopes.total_N1.div(sums.total_2N1[0]).neg_())
+        elif self._kl_share is not None:
+            self._kl_gradient_(self._kl_share, slopes.total_N1, slopes.weight_N1, log_total_2N1)
         else:
             valid = self.shards[0].valid
             grad_logits_NW[:, valid:] = 0
@@ -89,6 +100,19 @@ class Passes:
                 logp_RV = grad_logits_NW[part, :valid]
                 logp_RV.exp_().mul_(-slopes.total_N1[part]).addcmul_(slope_NW[part, :valid], slopes.weight_N1[part])
         return grad_logits_NW.scatter_add_(1, slopes.column_NK, slopes.slope_NK)
+
+    def _kl_gradient_(self, share: float, total_N1: Tensor, weight_N1: Tensor, log_total_2N1: Tensor) -> None:
+        """p (W (1 − φ) (log p − log q) + W φ − Σ c) − W φ q over the student's logits, φ = `share`."""
+        forward_N1, reverse_N1 = share * weight_N1, (1 - share) * weight_N1
+        constant_N1 = forward_N1 - total_N1 - reverse_N1 * (log_total_2N1[0] - log_total_2N1[1])
+        for part in row_blocks(self.logits_2NW, ON_DEVICE if share else 1):
+            student_RW, teacher_RW = self.logits_2NW[:, part]
+            q_RW = (teacher_RW - log_total_2N1[1, part]).exp_().mul_(forward_N1[part]) if share else None
+            torch.sub(student_RW, teacher_RW, out=teacher_RW)
+            torch.addcmul(constant_N1[part], teacher_RW, reverse_N1[part], out=teacher_RW)
+            student_RW.sub_(log_total_2N1[0, part]).exp_().mul_(teacher_RW)
+            if q_RW is not None:
+                student_RW.sub_(q_RW)
 
     def ready(self, grad_logits_NW: Tensor) -> Tensor:
         """The gradient [N, V] of this rank's rows of the output weight, as the products take it."""

@@ -54,7 +54,7 @@ def statistics_kernel(logits, maxima, sums, TILE: tl.constexpr, BLOCK: tl.conste
     maxima += row * blocks
     nothing = tl.zeros((), student.dtype.element_ty)
     top_s, top_t = nothing + NOTHING, nothing + NOTHING
-    e_sum, f_sum, el, em, fl, fm = nothing, nothing, nothing, nothing, nothing, nothing
+    e_sum, f_sum, el, fm, e_gap, f_gap = nothing, nothing, nothing, nothing, nothing, nothing
     for begin in range(0, width, TILE):
         column = begin + tl.arange(0, TILE)
         block = begin // BLOCK + tl.arange(0, TILE // BLOCK)
@@ -71,9 +71,10 @@ def statistics_kernel(logits, maxima, sums, TILE: tl.constexpr, BLOCK: tl.conste
         log_s, log_t = s - higher_s, t - higher_t
         e, f = tl.exp(log_s), tl.exp(log_t)
         el = less_s * (el + down_s * e_sum) + tl.sum(e * log_s, axis=0)
-        em = less_s * (em + down_t * e_sum) + tl.sum(e * log_t, axis=0)
-        fl = less_t * (fl + down_s * f_sum) + tl.sum(f * log_s, axis=0)
         fm = less_t * (fm + down_t * f_sum) + tl.sum(f * log_t, axis=0)
+        # Σ e (l − m), which is small where the models are close: a difference of two large sums would be all rounding.
+        e_gap = less_s * (e_gap + (down_s - down_t) * e_sum) + tl.sum(e * (log_s - log_t), axis=0)
+        f_gap = less_t * (f_gap + (down_s - down_t) * f_sum) + tl.sum(f * (log_s - log_t), axis=0)
         e_sum = less_s * e_sum + tl.sum(e, axis=0)
         f_sum = less_t * f_sum + tl.sum(f, axis=0)
         top_s, top_t = higher_s, higher_t
@@ -83,8 +84,8 @@ def statistics_kernel(logits, maxima, sums, TILE: tl.constexpr, BLOCK: tl.conste
     tl.store(sums + 2 * rows, e_sum)
     tl.store(sums + 3 * rows, f_sum)
     tl.store(sums + 4 * rows, el)
-    tl.store(sums + 5 * rows, em)
-    tl.store(sums + 6 * rows, fl)
+    tl.store(sums + 5 * rows, el - e_gap)
+    tl.store(sums + 6 * rows, fm + f_gap)
     tl.store(sums + 7 * rows, fm)
 
 

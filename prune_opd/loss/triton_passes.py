@@ -28,7 +28,6 @@ from prune_opd.loss.vocab_parallel import (
     TopK,
     group_size,
     local_columns,
-    sum_together,
     topk_together,
 )
 from prune_opd.loss.vocab_sums import Apart, VocabSums, only_known_
@@ -64,20 +63,13 @@ class TritonPasses(Passes):
             rest_2N1 = torch.stack([rest(*of_one) for of_one in of_both]).unsqueeze(2)
         return only_known_(VocabSums(total_2N.unsqueeze(2), cross_22N.permute(2, 0, 1), rest_2N1), self.shards)
 
-    def divergence(self, sums: VocabSums, log_total_2N1: Tensor, ids_NK: Tensor, teacher_logp_NK: Tensor) -> Tensor:
-        kind, constants = self._kind()
-        if kind == "kl":  # known already
-            share, (reverse_N, forward_N) = constants[0], sums.both_kl()
-            total_N = (1 - share) * reverse_N  # the forward KL's slopes p − q have none
-            return torch.stack([share * forward_N + total_N, total_N])
+    def _divergence(self, log_total_2N1: Tensor, ids_NK: Tensor, teacher_logp_NK: Tensor) -> Tensor:
         student_NW, teacher_NW = self.logits_2NW
-        if kind == "priced":
+        if is_priced(self.objective):
             column_NK = _only(*local_columns(ids_NK, self.shards[0]))
             self._prices = [column_NK, teacher_logp_NK.log_softmax(dim=-1)]
         norms_4N = torch.cat([self._maximum_2N, log_total_2N1.squeeze(2)])
-        known_NW = None if self._prices else teacher_NW
-        sums_2N = divergence(student_NW, known_NW, norms_4N, self._prices, kind, constants)
-        return sum_together([sums_2N], self.shards[0].group)[0]
+        return divergence(student_NW, None if self._prices else teacher_NW, norms_4N, self._prices, *self._kind())
 
     def gradient(self, slopes: Slopes, sums: VocabSums, log_total_2N1: Tensor) -> Tensor:
         (student_NW, teacher_NW), weight_N1 = self.logits_2NW, slopes.weight_N1
@@ -106,10 +98,7 @@ class TritonPasses(Passes):
             return "candidates", [0, 0]
         if is_priced(objective):
             return "priced", [0, objective.outside_logp]
-        if objective.name == "full_vocab_jsd":
-            return "jsd", [objective.beta, 0]
-        share = {"full_vocab_reverse_kl": 0, "full_vocab_forward_kl": 1}.get(objective.name, objective.forward_share)
-        return "kl", [share, 0]
+        return ("jsd", [objective.beta, 0]) if self._kl_share is None else ("kl", [self._kl_share, 0])
 
 
 # ---------------------------------------------------------------------------------------------------- operators

@@ -41,15 +41,17 @@ class VocabSums(NamedTuple):
 
     def reverse_kl(self) -> Tensor:
         """Σ_v p_v (log p_v − log q_v) [N] over the whole vocabulary, in nats; never below 0, NaN where unknown."""
-        return self.both_kl()[0].clamp(min=0)
+        return self._kl(0).clamp(min=0)
 
-    def both_kl(self) -> Tensor:
-        """KL(p ‖ q) and KL(q ‖ p) [2, N] as they come out: a rounding may bring them below 0."""
-        total_2N, log_2N = self.total_2N1.squeeze(2), self.total_2N1.squeeze(2).log()
-        own_2N, other_2N = (
-            cross_N22.diagonal(dim1=1, dim2=2).T for cross_N22 in (self.cross_N22, self.cross_N22.flip(2))
-        )
-        return (own_2N - other_2N) / total_2N + log_2N.flip(0) - log_2N
+    def both_kl(self) -> tuple[Tensor, Tensor]:
+        """KL(p ‖ q) and KL(q ‖ p) [N] as they come out: a rounding may bring them below 0."""
+        return self._kl(0), self._kl(1)
+
+    def _kl(self, of: int) -> Tensor:
+        """Of this model to the other."""
+        own_N, other_N = self.total_2N1[of].squeeze(1), self.total_2N1[1 - of].squeeze(1)
+        gap_N = self.cross_N22[:, of, of] - self.cross_N22[:, of, 1 - of]
+        return gap_N / own_N + other_N.log() - own_N.log()
 
     def log_rest(self) -> tuple[Tensor, Tensor] | None:
         """Log of both models' mass outside the columns that are apart [N]; finite even where there is none."""
