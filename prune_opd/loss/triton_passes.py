@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from prune_opd.config import ObjectiveConfig
+from prune_opd.errors import ConfigError
 from prune_opd.loss.passes import Passes, Slopes
 from prune_opd.loss.products import gradient_dtype
 from prune_opd.loss.vocab_parallel import (
@@ -98,7 +99,14 @@ class TritonPasses(Passes):
             return "candidates", [0, 0]
         if is_priced(objective):
             return "priced", [0, objective.outside_logp]
-        return ("jsd", [objective.beta, 0]) if self._kl_share is None else ("kl", [self._kl_share, 0])
+        if self._kl_share is not None:
+            return "kl", [self._kl_share, 0]
+        if objective.name == "full_vocab_jsd":
+            return "jsd", [objective.beta, 0]
+        raise ConfigError(
+            f"objective.kernels = triton has no kernel for objective.name = {objective.name}: "
+            "set objective.kernels=torch"
+        )
 
 
 # ---------------------------------------------------------------------------------------------------- operators

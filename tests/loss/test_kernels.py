@@ -89,6 +89,21 @@ def test_every_kernel_compiles_for_a_hopper(path: str, tmp_path: Path) -> None:
         assert 0 < registers <= REGISTERS and stack <= STACK, name
 
 
+def test_the_check_of_a_gpu_compares_both_paths(path: str, tmp_path: Path) -> None:
+    """`make gpu-check`'s step, interpreted, at a size that this takes a few seconds for."""
+    environment = {**os.environ, "PYTHONPATH": path, "TRITON_INTERPRET": "1"}
+    program = (
+        "import sys; from pathlib import Path; from scripts.gpu_check import SMALL, kernels_step, run; "
+        "run(Path(sys.argv[1]), SMALL._replace(tokens=6, vocab=96), {'kernels': kernels_step})"
+    )
+    command = [sys.executable, "-c", program, str(tmp_path)]
+    done = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    rows = json.loads((tmp_path / "gpu-check.json").read_text(encoding="utf-8"))
+    assert [row["passed"] for row in rows] == 3 * [True, True, None]
+    assert all("triton" in row["figure"] and "torch" in row["figure"] for row in rows[2::3])
+
+
 # ---------------------------------------------------------------------------------------------------- refused
 
 
