@@ -23,10 +23,11 @@ the logits are there: no matrix product is computed twice and nothing of size to
 What needs a whole response first (`weight_normalisation = mean`, iw_opd, tip, a discount) takes a pass before for that
 alone, and so does a gate over context-parallel ranks, each of which has a part of every response (loss/context.py).
 
-An objective on the whole vocabulary has every column of a rank as its candidates, and its sums are all-reduced. The
-normalisers' pass also sums what tells whether a run is well, whatever the objective (loss/vocab_sums.py): the exact
-reverse KL and both entropies. Where both models' vocabularies are padded differently,
-the teacher's weight is first exchanged so that a rank holds the same ids of both (`OutputHead.align`).
+An objective on the whole vocabulary has every column of a rank as its candidates. The normalisers' pass also sums what
+tells whether a run is well, whatever the objective (loss/vocab_sums.py): the exact reverse KL and both entropies. A KL
+on the whole vocabulary has its value from there; the sums of another are all-reduced once more. Where both models'
+vocabularies are padded differently, the teacher's weight is first exchanged so that a rank holds the same ids of both
+(`OutputHead.align`). loss/passes.py has all that goes through whole matrices of logits, by torch's kernels or our own.
 
 A caller that keeps a gradient buffer of the output weight (megatron's `main_grad`) has the weight gradient added to it
 right there (`weight_grad`), so that the loss holds nothing of the size of a weight.

@@ -14,9 +14,9 @@ from prune_opd.plan.setting import Setting
 STEP = ("sync", "rollout", "teacher", "train")
 INFLIGHT = "inflight"  # what the rollout is where the teacher looks at the responses on the way
 START = "start"  # student, optimizer and teacher are built first, then the engine, while what may move is away
-# Matrices [loss chunk × vocabulary] that are alive together, in fp32, by objective.kernels: both models' logits and what
-# the gradients take; with our own kernels that is one in bf16. On a CPU the loss took 2.3 to 2.6 of them in fp32 beyond
-# its inputs (README); bf16 heads add copies.
+# Matrices [loss chunk × vocabulary] that are alive together, in fp32, by objective.kernels: both models' logits and
+# what the gradients take, which with our own kernels is one in bf16. On a CPU the loss took 2.3 to 2.6 of them in fp32
+# beyond its inputs (README); bf16 heads add copies.
 LOSS_MATRICES = {"torch": 4, "triton": 2.5}
 MASTERS_AND_MOMENTS = 12  # bytes a parameter: fp32 master, Adam's two moments; 8 if the parameters are fp32 themselves
 GRADIENT_BYTES = 4  # trainer.py reduces in fp32
