@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from prune_opd.config import memory_phases as phases
-from prune_opd.plan.memory import loss_bytes, part_bytes, working_bytes
+from prune_opd.plan.memory import LOSS_MATRICES, loss_bytes, part_bytes, working_bytes
 from prune_opd.plan.setting import Setting
 from prune_opd.rehearse.step import LOSS, Rehearsal
 
@@ -55,9 +55,11 @@ def _working(rehearsal: Rehearsal) -> Iterator[Line]:
     yield of_tokens("teacher work", peaks["teacher"].work, planned["teacher"], filled["teacher"])
     if LOSS not in peaks:
         return
-    chunk = loss_bytes(setting)
+    chunk, matrices = loss_bytes(setting), LOSS_MATRICES[setting.config.objective.kernels]
     yield of_tokens("train work", peaks["train"].work, planned["train"] - chunk, filled["train"] - chunk)
-    yield Line("loss chunk", peaks[LOSS].work - peaks[LOSS].began, chunk, "the planner takes four matrices in fp32")
+    yield Line(
+        "loss chunk", peaks[LOSS].work - peaks[LOSS].began, chunk, f"the planner takes {matrices:g} matrices in fp32"
+    )
 
 
 def filled_with(setting: Setting, tokens: int) -> Setting:
