@@ -14,9 +14,10 @@ from prune_opd.plan.setting import Setting
 STEP = ("sync", "rollout", "teacher", "train")
 INFLIGHT = "inflight"  # what the rollout is where the teacher looks at the responses on the way
 START = "start"  # student, optimizer and teacher are built first, then the engine, while what may move is away
-# Matrices [loss chunk × vocabulary] that are alive together, in fp32: both models' logits, and scratch as large for the
-# sums over the vocabulary, which a CPU makes a few rows at a time.
-LOSS_MATRICES = 4
+# Matrices [loss chunk × vocabulary] that are alive together, in fp32, by objective.kernels: both models' logits, and
+# scratch as large for the sums over the vocabulary (which a CPU makes a few rows at a time). With our own kernels there
+# are no such sums, and the student's gradient is one in bf16 beside the logits.
+LOSS_MATRICES = {"torch": 4, "triton": 2.5}
 TOPK_BLOCK = 64  # ids of which the loss looks at the largest first
 MASTERS_AND_MOMENTS = 12  # bytes a parameter: fp32 master, Adam's two moments; 8 if the parameters are fp32 themselves
 GRADIENT_BYTES = 4  # trainer.py reduces in fp32
@@ -217,7 +218,7 @@ def loss_bytes(setting: Setting, tokens: float) -> float:
     """
     layout, config = setting.student_layout, setting.config
     width = max(setting.student.vocab_size, setting.teacher.vocab_size) / layout.tensor
-    row = LOSS_MATRICES * 4 * width + 2 * (4 * width / TOPK_BLOCK + 20 * config.objective.k * TOPK_BLOCK)
+    row = LOSS_MATRICES[config.objective.kernels] * 4 * width + 2 * (4 * width / TOPK_BLOCK + 20 * config.objective.k * TOPK_BLOCK)
     gradient = setting.student.hidden * (2 if layout.tensor == 1 else 6)
     return config.parallel.loss_chunk_tokens * row + tokens / layout.context * gradient
 

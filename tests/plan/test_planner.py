@@ -138,6 +138,12 @@ def test_training_takes_more_memory_with(override: str) -> None:
     assert more.total("train") > less.total("train")
 
 
+def test_our_own_kernels_leave_the_loss_with_less_memory() -> None:
+    plain, ours = (plan(SMALL, f"objective.kernels={kernels}").memory for kernels in ("torch", "triton"))
+    assert ours.total("train") < plain.total("train")
+    assert ours.total("rollout") == plain.total("rollout")
+
+
 @pytest.mark.parametrize(
     ("part", "override"),
     [
