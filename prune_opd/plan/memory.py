@@ -155,12 +155,13 @@ def _sync_bytes(setting: Setting) -> float:
     """Bytes of two buckets; those of the vocabulary's matrices, which come last, may be larger than the others.
 
     A matrix that ranks share has room for their shards beside the whole (weights/buckets.py), and one bucket of the
-    layers before is still there. Ranks that share nothing need no bucket.
+    layers before is still there. A rank with the whole model copies q, k and v alone, which megatron-core has in one.
     """
     layout, spec = setting.student_layout, setting.student
-    if layout.tensor * layout.pipeline * layout.expert == 1:
-        return 0.0
     bucket = setting.config.rollout.bucket_mb * 2**20
+    if layout.tensor * layout.pipeline * layout.expert == 1:
+        qkv = (spec.heads + 2 * spec.kv_heads) * spec.head_dim * spec.hidden * setting.weight_bytes
+        return float(min(2 * bucket, spec.layers * qkv))
     matrix = spec.vocab_size * spec.hidden * setting.weight_bytes * (2 if layout.tensor > 1 else 1)
     return 2 * bucket if matrix <= bucket else bucket + matrix * (1 if spec.tied else 2)
 
@@ -214,13 +215,15 @@ def loss_bytes(setting: Setting, tokens: float) -> float:
     """Bytes of the loss on a micro-batch: those of a chunk, and the hidden states' gradient.
 
     A chunk has both heads' logits on this rank's part of the vocabulary, the maximum of each block of ids, and the ids
-    and values of the best blocks. Where ranks share the vocabulary the gradient is added up in fp32.
+    and values of the best blocks. Where ranks share the vocabulary the gradient is added up in fp32, and rounded when
+    the chunks are done.
     """
-    layout, config = setting.student_layout, setting.config
+    layout, config, objective = setting.student_layout, setting.config, setting.config.objective
     width = max(setting.student.vocab_size, setting.teacher.vocab_size) / layout.tensor
-    row = LOSS_MATRICES[config.objective.kernels] * 4 * width + 2 * (4 * width / TOPK_BLOCK + 20 * config.objective.k * TOPK_BLOCK)
-    gradient = setting.student.hidden * (2 if layout.tensor == 1 else 6)
-    return config.parallel.loss_chunk_tokens * row + tokens / layout.context * gradient
+    chunk, gradient = config.parallel.loss_chunk_tokens, 2 * setting.student.hidden * tokens / layout.context
+    logits = LOSS_MATRICES[objective.kernels] * 4 * width * chunk
+    best = 2 * (4 * width / TOPK_BLOCK + 20 * objective.k * TOPK_BLOCK) * chunk
+    return logits + (gradient + best if layout.tensor == 1 else 2 * gradient + max(best, gradient))
 
 
 def _gathered_bytes(spec: ModelSpec, tensor: int, sequence_parallel: bool) -> float:

@@ -46,15 +46,17 @@ def _working(rehearsal: Rehearsal) -> Iterator[Line]:
     filled = filled_with(setting, tokens)
     planned = working_bytes(filled)
     buckets = [bucket.nbytes for bucket in rehearsal.run.sync.resharder.buckets]
-    why = f"{len(buckets)} buckets of at most {gigabytes(max(buckets))}; the planner takes two full ones"
+    why = f"{len(buckets)} buckets of at most {gigabytes(max(buckets))}; the planner takes full ones"
     yield Line("sync work", peaks["sync"].work - peaks["sync"].began, planned["sync"], why)
     why = "hidden states of other micro-batches lie beside it; what the student gathers grows during the first step"
     yield Line("teacher work", peaks["teacher"].work, teacher_forward(filled, tokens), why)
     if LOSS not in peaks:
         return
     loss = loss_bytes(filled, tokens)
-    yield Line("train work", peaks["train"].work, planned["train"] - loss, "")
-    yield Line("loss work", peaks[LOSS].work - peaks[LOSS].began, loss, "")
+    # Its graph ends in the input of a layer that is recomputed, whose gradient stays until the layer is called again.
+    why = "megatron-core's dispatcher keeps each layer's routing" if setting.student.moe else ""
+    yield Line("train work", peaks["train"].work, planned["train"] - loss, why)
+    yield Line("loss work", peaks[LOSS].work - peaks[LOSS].began, loss)
 
 
 def filled_with(setting: Setting, tokens: int) -> Setting:
