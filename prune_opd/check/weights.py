@@ -48,8 +48,8 @@ def _tensors(directory: Path) -> dict[str, tuple[int, ...]]:
     index, single = directory / "model.safetensors.index.json", directory / "model.safetensors"
     if index.is_file():
         try:
-            file_of: dict[str, str] = json.loads(index.read_bytes())["weight_map"]
-        except (ValueError, KeyError, TypeError) as error:
+            file_of = {tensor: str(Path(file)) for tensor, file in json.loads(index.read_bytes())["weight_map"].items()}
+        except (AttributeError, ValueError, KeyError, TypeError) as error:
             raise ConfigError(f"{index.name} cannot be read ({error!r}): copy the model again") from error
         headers = {name: header(directory / name) for name in sorted(set(file_of.values()))}
         for tensor, file in file_of.items():
@@ -77,12 +77,20 @@ def header(path: Path) -> dict[str, tuple[int, ...]]:
         raise ConfigError(f"{path.name} cannot be read ({error}): copy the model again") from error
     if not isinstance(described, dict):
         raise ConfigError(f"{path.name} has {size} bytes, fewer than its header: copy the model again")
-    tensors = {name: entry for name, entry in described.items() if name != "__metadata__"}
+    try:
+        return _shapes(path.name, described, size - 8 - length)
+    except (AttributeError, IndexError, KeyError, TypeError) as error:
+        raise ConfigError(f"{path.name} has a header that cannot be read ({error!r}): copy the model again") from error
+
+
+def _shapes(name: str, described: dict[str, Any], size: int) -> dict[str, tuple[int, ...]]:
+    """Tensor → shape, of the entries of a header. ConfigError if they are not of a file with `size` bytes behind it."""
+    tensors = {tensor: entry for tensor, entry in described.items() if tensor != "__metadata__"}
     end = max((entry["data_offsets"][1] for entry in tensors.values()), default=0)
-    if size < 8 + length + end:
-        raise ConfigError(f"{path.name} has {size} bytes where {8 + length + end} belong: copy the model again")
-    for name, entry in tensors.items():
+    if size < end:
+        raise ConfigError(f"{name} has {size} bytes behind its header where {end} belong: copy the model again")
+    for tensor, entry in tensors.items():
         begin, stop = entry["data_offsets"]
         if entry["dtype"] in BYTES and stop - begin != math.prod(entry["shape"]) * BYTES[entry["dtype"]]:
-            raise ConfigError(f"{path.name}: tensor {name!r} has not the bytes of its shape: copy the model again")
-    return {name: tuple(entry["shape"]) for name, entry in tensors.items()}
+            raise ConfigError(f"{name}: tensor {tensor!r} has not the bytes of its shape: copy the model again")
+    return {tensor: tuple(entry["shape"]) for tensor, entry in tensors.items()}

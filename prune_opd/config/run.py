@@ -60,6 +60,8 @@ class DataConfig(Checked, name="data"):
 
 READERS = ("box", "last_number", "box_or_last_number", "choice")
 REGEX = "regex:"
+# What stands behind a task's name in metrics.jsonl, beside its accuracy: eval_aime_low.
+RESULT_SUFFIXES = ("_stderr", "_low", "_high", "_pass", "_readable", "_answers")
 
 
 def extract_problem(field: str, extract: str) -> str | None:

@@ -14,6 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from prune_opd.config import CorpusConfig, DataConfig
+from prune_opd.config.run import RESULT_SUFFIXES
 from prune_opd.data.files import FileSource
 from prune_opd.data.ledger import Ledger, encode, random_stream, worked_solution
 from prune_opd.data.prompt import Prompt, PromptSource, Tokenizer
@@ -61,15 +62,20 @@ def task_name(source: str) -> str:
 
 
 def doubled_names(field: str, sources: Sequence[str]) -> list[str]:
-    """A line for each name that several sources have: their results would be one."""
+    """A line for each name that several sources have, or that a result of another has: their results would be one."""
     by_name: dict[str, list[str]] = {}
     for source in sources:
         by_name.setdefault(task_name(source), []).append(source)
-    return [
+    found = [
         f"{field} has several tasks named {name!r} ({', '.join(map(repr, same))}): rename one, or their results are one"
         for name, same in by_name.items()
         if len(same) > 1
     ]
+    taken = {f"{name}{suffix}": name for name in by_name for suffix in RESULT_SUFFIXES}
+    for name in by_name.keys() & (taken.keys() | {"response_length"}):
+        other = f"a result of the task {taken[name]!r}" if name in taken else "the mean length of all responses"
+        found.append(f"{field} has a task named {name!r} ({by_name[name][0]!r}), as {other} is called: rename it")
+    return found
 
 
 def file_sources(sampler: Sampler) -> list[FileSource]:

@@ -18,6 +18,7 @@ from typing import Any
 
 import yaml
 
+from prune_opd.config.run import RESULT_SUFFIXES
 from prune_opd.errors import UserError
 
 Record = dict[str, Any]
@@ -37,7 +38,6 @@ CLOCKED = ("time_", "cpu_", "memory_", "taken_", "flops_", "speed_", "mfu_", "pl
 
 _NAMED = 8  # places of a file that a sentence names
 _EVAL_PREFIX, _STDERR_SUFFIX = "eval_", "_stderr"
-_EVAL_SUFFIXES = (_STDERR_SUFFIX, "_low", "_high", "_pass", "_readable", "_answers")
 
 
 @functools.cache
@@ -50,7 +50,7 @@ def meanings() -> dict[str, str]:
 def meaning(key: str) -> str | None:
     """The meaning of a key as it is written, None if there is none: `eval_ledger` is `eval_<task>`, `end_share_2`
     is `end_share_<id>`."""
-    pattern = re.sub(rf"^eval_(.+?)({'|'.join(_EVAL_SUFFIXES)})?$", r"eval_<task>\2", key)
+    pattern = re.sub(rf"^eval_(.+?)({'|'.join(RESULT_SUFFIXES)})?$", r"eval_<task>\2", key)
     pattern = re.sub(r"^(end_mass_student|end_mass_teacher|end_share)_\d+$", r"\1_<id>", pattern)
     return meanings().get(key) or meanings().get(pattern)
 
@@ -62,7 +62,7 @@ def is_evaluation(record: Record) -> bool:
 
 def task_names(evaluation: Record) -> list[str]:
     """The tasks an evaluation line has an accuracy for, in its order; one may be called `math_high`."""
-    further = {f"{key}{suffix}" for key in evaluation for suffix in _EVAL_SUFFIXES} | {"eval_response_length"}
+    further = {f"{key}{suffix}" for key in evaluation for suffix in RESULT_SUFFIXES} | {"eval_response_length"}
     return [key.removeprefix(_EVAL_PREFIX) for key in evaluation if key.startswith(_EVAL_PREFIX) and key not in further]
 
 

@@ -15,6 +15,7 @@ from prune_opd.config import CorpusConfig, ParallelConfig, SftConfig, SftStage, 
 from prune_opd.config.overrides import apply_overrides
 from prune_opd.config.recipe import load_recipe
 from prune_opd.data.ledger import VOCABULARY
+from prune_opd.data.prompts import doubled_names
 from prune_opd.process import has_gpu
 from tests.fake_models import TOKENS, tokenizer, train_config, with_weights, write_model
 
@@ -245,6 +246,12 @@ def test_a_prompt_file_is_a_jsonl_file(pair: TrainConfig, tmp_path: Path) -> Non
         (tmp_path / name).write_text('{"prompt": "w1"}\n', encoding="utf-8")
         found = problems(pair, f"data.source={tmp_path / name}", "evaluation.sources=ledger")
         assert found == [] if accepted else "is not a .jsonl or .parquet file" in only(found)
+
+
+def test_a_task_that_is_called_like_a_result_of_another_is_refused() -> None:
+    (line,) = doubled_names("--task", ["a/math.jsonl", "math_high.jsonl", "math_hard.jsonl"])
+    assert line.startswith("--task has a task named 'math_high' ('math_high.jsonl'), as a result of the task 'math' is")
+    assert doubled_names("--task", ["response_length.jsonl"]) and not doubled_names("--task", ["math_high.jsonl"])
 
 
 @pytest.mark.parametrize(

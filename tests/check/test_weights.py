@@ -50,11 +50,29 @@ SHARDED = {
         m, lambda names: names.update({UP: next(name for name in names.values() if name != names[UP])})
     ),
     "model.safetensors.index.json cannot be read": lambda m: truncate(m / "model.safetensors.index.json", 0.5),
+    "AttributeError(": lambda m: (m / "model.safetensors.index.json").write_text('{"weight_map": ["a"]}'),
+    "TypeError(": lambda m: (m / "model.safetensors.index.json").write_text('{"weight_map": {"a": 3}}'),
     "model-00000.safetensors is a Git LFS pointer": lambda m: (m / "model-00000.safetensors").write_text(POINTER),
 }
+
+
+def change_header(model: Path, change: Any) -> None:
+    """The header of the one file anew; what is behind it stays."""
+    path = model / "model.safetensors"
+    content = path.read_bytes()
+    end = 8 + int.from_bytes(content[:8], "little")
+    header = json.loads(content[8:end])
+    change(header)
+    text = json.dumps(header).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + content[end:])
+
+
 SINGLE = {
+    "a header that cannot be read (KeyError": lambda m: change_header(m, lambda h: h.update({UP: {}})),
+    "a header that cannot be read (TypeError": lambda m: change_header(m, lambda h: h.update({UP: None})),
+    "cannot be read": lambda m: (m / "model.safetensors").write_bytes((m / "model.safetensors").read_bytes() + b"more"),
     "is a Git LFS pointer": lambda m: (m / "model.safetensors").write_text(POINTER),
-    "bytes where": lambda m: truncate(m / "model.safetensors", 0.5),
+    "bytes behind its header where": lambda m: truncate(m / "model.safetensors", 0.5),
     "fewer than its header": lambda m: truncate(m / "model.safetensors", 0.001),
     "has 0 bytes": lambda m: truncate(m / "model.safetensors", 0),
     "no model.safetensors and no index": lambda m: (m / "model.safetensors").unlink(),

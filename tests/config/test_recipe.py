@@ -114,6 +114,16 @@ def test_config_yaml_round_trips(name: str, tmp_path: Path) -> None:
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["config.yaml"]
 
 
+@pytest.mark.parametrize(
+    "text", ["1e-4", "-1E5", "2_0e3", " a ", "a\x85b", "\u2028", "a\n\n", "\t", "# x", "'q'", "null", "é\u0301"]
+)
+def test_a_text_in_config_yaml_stays_the_same_text(text: str, tmp_path: Path) -> None:
+    data = dataclasses.replace(tiny().data, source="p.jsonl", suffix=text, system_prompt=text)
+    config = dataclasses.replace(tiny(), data=data)
+    save_config(config, tmp_path / "config.yaml")
+    assert load_config(tmp_path / "config.yaml") == config
+
+
 def test_config_yaml_round_trips_without_a_gate_and_with_extreme_numbers(tmp_path: Path) -> None:
     config = apply_overrides(tiny(), ["horizon.strategy=full", "gate=null", "optimizer.eps=1e-300", "name='null: x'"])
     save_config(config, tmp_path / "config.yaml")
