@@ -52,8 +52,9 @@ def statistics_kernel(logits, maxima, sums, TILE: tl.constexpr, BLOCK: tl.conste
     width, blocks = logits.width, logits.width // BLOCK
     student, teacher = logits.student + row * width, logits.teacher + row * width
     maxima += row * blocks
-    nothing = tl.zeros((), student.dtype.element_ty)
-    top_s, top_t = nothing + NOTHING, nothing + NOTHING
+    top_s, top_t = tl.zeros((), student.dtype.element_ty) + NOTHING, tl.zeros((), student.dtype.element_ty) + NOTHING
+    # Column by column of a tile, and over the tile in the end: what is summed over all threads makes them wait.
+    nothing = tl.zeros((TILE,), student.dtype.element_ty)
     e_sum, f_sum, el, fm, e_gap, f_gap = nothing, nothing, nothing, nothing, nothing, nothing
     for begin in range(0, width, TILE):
         column = begin + tl.arange(0, TILE)
@@ -70,23 +71,24 @@ def statistics_kernel(logits, maxima, sums, TILE: tl.constexpr, BLOCK: tl.conste
         less_s, less_t = tl.exp(down_s), tl.exp(down_t)
         log_s, log_t = s - higher_s, t - higher_t
         e, f = tl.exp(log_s), tl.exp(log_t)
-        el = less_s * (el + down_s * e_sum) + tl.sum(e * log_s, axis=0)
-        fm = less_t * (fm + down_t * f_sum) + tl.sum(f * log_t, axis=0)
+        el = less_s * (el + down_s * e_sum) + e * log_s
+        fm = less_t * (fm + down_t * f_sum) + f * log_t
         # Σ e (l − m), which is small where the models are close: a difference of two large sums would be all rounding.
-        e_gap = less_s * (e_gap + (down_s - down_t) * e_sum) + tl.sum(e * (log_s - log_t), axis=0)
-        f_gap = less_t * (f_gap + (down_s - down_t) * f_sum) + tl.sum(f * (log_s - log_t), axis=0)
-        e_sum = less_s * e_sum + tl.sum(e, axis=0)
-        f_sum = less_t * f_sum + tl.sum(f, axis=0)
+        e_gap = less_s * (e_gap + (down_s - down_t) * e_sum) + e * (log_s - log_t)
+        f_gap = less_t * (f_gap + (down_s - down_t) * f_sum) + f * (log_s - log_t)
+        e_sum = less_s * e_sum + e
+        f_sum = less_t * f_sum + f
         top_s, top_t = higher_s, higher_t
     sums += row
     tl.store(sums, top_s)
     tl.store(sums + rows, top_t)
-    tl.store(sums + 2 * rows, e_sum)
-    tl.store(sums + 3 * rows, f_sum)
-    tl.store(sums + 4 * rows, el)
-    tl.store(sums + 5 * rows, el - e_gap)
-    tl.store(sums + 6 * rows, fm + f_gap)
-    tl.store(sums + 7 * rows, fm)
+    tl.store(sums + 2 * rows, tl.sum(e_sum, axis=0))
+    tl.store(sums + 3 * rows, tl.sum(f_sum, axis=0))
+    own_s, own_t = tl.sum(el, axis=0), tl.sum(fm, axis=0)
+    tl.store(sums + 4 * rows, own_s)
+    tl.store(sums + 5 * rows, own_s - tl.sum(e_gap, axis=0))
+    tl.store(sums + 6 * rows, own_t + tl.sum(f_gap, axis=0))
+    tl.store(sums + 7 * rows, own_t)
 
 
 @triton.jit

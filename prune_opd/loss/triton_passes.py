@@ -74,10 +74,10 @@ class TritonPasses(Passes):
 
     def gradient(self, slopes: Slopes, sums: VocabSums, log_total_2N1: Tensor) -> Tensor:
         (student_NW, teacher_NW), weight_N1 = self.logits_2NW, slopes.weight_N1
-        on_vocabulary = weight_N1 is not None
+        on_columns = weight_N1 is not None
         total_1N, weight_1N = slopes.total_N1.T, (slopes.total_N1 if weight_N1 is None else weight_N1).T
         given = (
-            teacher_NW if on_vocabulary and not self._prices else None,
+            teacher_NW if on_columns and not self._prices else None,
             torch.cat([self._maximum_2N, log_total_2N1.squeeze(2), total_1N, weight_1N]),
             [slopes.column_NK.contiguous(), slopes.slope_NK.contiguous()],
             self._prices,

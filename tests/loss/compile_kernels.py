@@ -24,12 +24,15 @@ HOPPER = GPUTarget("cuda", 90, 32)
 TOOL = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 LOGITS = kernels.Logits("*fp32", "*fp32", "i32")
 POINTS = kernels.Points("*i64", "*fp32", "i32")
+ONE = kernels.Points("*i64", "*fp32", "constexpr")
 CONSTANTS = kernels.Constants("fp32", "fp32")
 
 
 def compiled(kernel: Any, arguments: dict[str, Any], **constants: Any) -> list[int]:
     signature = {**arguments, **dict.fromkeys(constants, "constexpr")}
     at = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
+    # Triton takes a number that is 1 as a constant: one candidate is a kernel of its own.
+    at |= {(kernel.arg_names.index(name), 2): 1 for name, value in arguments.items() if value is ONE}
     result = triton.compile(ASTSource(kernel, signature, at), target=HOPPER, options={"num_warps": WARPS})
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(result.asm["cubin"])
@@ -62,6 +65,8 @@ def compile_all() -> dict[str, list[int]]:
         for dtype in ("*fp32", "*bf16"):
             arguments = {**given, "gradient": dtype, "slopes": POINTS, "prices": POINTS, "constants": CONSTANTS}
             found[f"gradient {kind} {dtype[1:]}"] = compiled(kernels.gradient_kernel, arguments, KIND=kind, TILE=TILE)
+    arguments = {**given, "gradient": "*fp32", "slopes": ONE, "prices": POINTS, "constants": CONSTANTS}
+    found["gradient one candidate"] = compiled(kernels.gradient_kernel, arguments, KIND="candidates", TILE=TILE)
     return found
 
 
