@@ -29,7 +29,7 @@ def real_pair() -> TrainConfig:
         name="real_pair",
         student=str(pair / "student"),
         teacher=str(pair / "teacher"),
-        steps=40,
+        steps=80,
         data=DataConfig(
             mixture=tuple(str(pair / "data" / f"{name}_train.jsonl") for name in ("chat", "arithmetic")), weights=(1, 1)
         ),

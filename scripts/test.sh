@@ -11,7 +11,8 @@ export PRUNE_OPD_LINES=$folder
 start=$(.venv/bin/python -c 'import site; print(site.getsitepackages()[0])')/line_notes.pth
 echo "import os, sys; exec('if \"PRUNE_OPD_LINES\" in os.environ: sys.path.append(\"$PWD/tests/lines\"); import line_notes')" >"$start"
 code=0
-.venv/bin/pytest -rs -m "slurm or not ranks" "$@" >"$folder/others.txt" 2>&1 &
+# The ranks take longer and run two at a time; the rest has what they leave of the two cores.
+nice -n 5 .venv/bin/pytest -rs -m "slurm or not ranks" "$@" >"$folder/others.txt" 2>&1 &
 others=$!
 trap 'kill "$others" 2>/dev/null || true; rm -f "$start"' EXIT
 .venv/bin/pytest -rs -m "ranks and not slurm" "$@" || code=$?
