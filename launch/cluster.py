@@ -44,6 +44,9 @@ class Cluster(Checked, name=""):
     nodes: Count | None = None  # null: the recipe's planning.nodes
     ranks_per_node: Count | None = None  # one per GPU; null: the recipe's parallel.nproc
     gpus_per_node: int | None = None
+    # torchrun holds every rank to the cores near its GPU: those of its NUMA node, of its socket, a share of the node's,
+    # or one core complex; null: the kernel moves them as it likes
+    numa_binding: Literal["node", "socket", "exclusive", "core-complex"] | None = None
     account: str | None = None
     partition: str | None = None
     qos: str | None = None
@@ -74,8 +77,13 @@ class Cluster(Checked, name=""):
             raise ConfigError(f"kind = {self.kind!r} is this machine only: set nodes: 1 and leave ssh out")
         if self.kind == "docker" and not self.container_image:
             raise ConfigError("container_image is missing: name the image, such as prune-opd")
+        if self.numa_binding and not self.gpus_per_node:
+            raise ConfigError("numa_binding holds ranks near their GPUs: set gpus_per_node, or leave it out")
         if self.kind == "local" and self.container_image:
             raise ConfigError("container_image belongs to kind slurm or docker: leave it out, or set kind: docker")
+        for name in ("workdir", "python", "run_root", "container_image"):
+            if (value := str(getattr(self, name) or "")).startswith("~"):
+                raise ConfigError(f"{name} = {value!r}: nothing puts your home folder in for ~: write the whole path")
         self._check_variables()
         for mount in self.container_mounts:
             parts = mount.split(":")
@@ -136,6 +144,10 @@ def _check_texts(name: str, value: Any) -> None:
         _check_texts(f"{name}.{key}".lstrip("."), part)
     if isinstance(value, str) and ("\n" in value or "\0" in value):
         raise ConfigError(f"{name} holds a line break: write it on one line")
+    if name == "time" and isinstance(value, int):
+        raise ConfigError(
+            f"time = {value} has the wrong type: give a text; YAML makes a number of 12:00:00 without quotes"
+        )
     if name.startswith(("environment.", "secrets.")) and not isinstance(value, str):
         raise ConfigError(f"{name} has the wrong type: give a text (quote it)")
 

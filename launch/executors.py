@@ -14,6 +14,7 @@ import nemo_run as run
 
 from launch.cluster import FROM_ENVIRONMENT, Cluster
 from launch.jobs import Job, secret_lines
+from launch.packager import Brought
 from prune_opd.errors import REQUEUE_EXIT_CODE, UserError
 
 JOB_PREFIX = "prune-opd."
@@ -21,7 +22,8 @@ JOB_PREFIX = "prune-opd."
 
 def make_executor(cluster: Cluster, job: Job) -> Any:
     """The executor of one job, on the job's number of nodes (not the cluster's)."""
-    if cluster.kind == "local":
+    packager = Brought(files=dict(job.files)) if job.files else run.Packager()
+    if cluster.kind == "local":  # its executor ignores packagers: the script writes the files
         return run.LocalExecutor(env_vars=dict(cluster.environment), packager=run.Packager())
     if cluster.kind == "docker":
         return run.DockerExecutor(
@@ -31,7 +33,7 @@ def make_executor(cluster: Cluster, job: Job) -> Any:
             ipc_mode="host",
             volumes=list(cluster.container_mounts),
             env_vars=dict(cluster.environment),
-            packager=run.Packager(),
+            packager=packager,
         )
     more = dict(cluster.more)
     return run.SlurmExecutor(
@@ -59,7 +61,7 @@ def make_executor(cluster: Cluster, job: Job) -> Any:
         job_name_prefix=f"{JOB_PREFIX}{job.label}." if job.label else JOB_PREFIX,
         poll_estimated_start_time=bool(more.pop("poll_estimated_start_time", False)),
         tunnel=_tunnel(cluster),
-        packager=run.Packager(),
+        packager=packager,
         **more,
     )
 

@@ -19,7 +19,7 @@ from invoke.exceptions import UnexpectedExit
 
 from launch.cluster import Cluster
 from launch.executors import make_executor
-from launch.jobs import EXIT_CODE, Job, end_of
+from launch.jobs import CODE, EXIT_CODE, Job, end_of
 from prune_opd.errors import UserError
 
 POLL = 2.0  # seconds between two looks at a job
@@ -100,14 +100,14 @@ def as_script(title: str, jobs: list[Job], cluster: Cluster) -> str:
             f"# on {cluster.ssh.user}@{cluster.ssh.host}, where NeMo-Run would copy these files and run sbatch"
         )
     for path, text in files.items():
-        end = end_of(text)
-        lines += [f"# ---- {Path(path).name}", f"mkdir -p {shlex.quote(str(Path(path).parent))}"]
-        lines += [f"cat >{shlex.quote(path)} <<'{end}'", text.removesuffix("\n"), end]
+        lines += _written(path, text)
     names: dict[str, str] = {}
     for job in jobs:
         script = next(path for path in files if path.endswith(f"/{job.name}/scripts/{job.name}.sh"))
         folder = Path(script).parent.parent
-        lines.append(f"mkdir -p {shlex.quote(str(folder / 'code'))}")
+        lines.append(f"mkdir -p {shlex.quote(str(folder / CODE))}")
+        for name, text in job.files if cluster.kind != "local" else ():
+            lines += _written(str(folder / CODE / name), text)
         batch = next((path for path in files if path.endswith(f"/{job.name}_sbatch.sh")), None)
         if batch is None:
             lines.append(_started_here(cluster, job, folder, script))
@@ -117,6 +117,18 @@ def as_script(title: str, jobs: list[Job], cluster: Cluster) -> str:
         lines.append(f"{names[job.name]}=$(sbatch --requeue --parsable {waits}{shlex.quote(batch)})")
         lines.append(f'echo "{job.name}: job ${names[job.name]}"')
     return "\n".join(lines) + "\n"
+
+
+def _written(path: str, text: str) -> list[str]:
+    """Bash lines that write a file, byte for byte but for a line break at its end."""
+    end = end_of(text)
+    return [
+        f"# ---- {Path(path).name}",
+        f"mkdir -p {shlex.quote(str(Path(path).parent))}",
+        f"cat >{shlex.quote(path)} <<'{end}'",
+        text.removesuffix("\n"),
+        end,
+    ]
 
 
 def _started_here(cluster: Cluster, job: Job, folder: Path, script: str) -> str:

@@ -11,6 +11,7 @@ from pathlib import Path
 from launch.cluster import FROM_ENVIRONMENT, Cluster
 from prune_opd.errors import ConfigError
 
+CODE = "code"  # NeMo-Run's folder in a job's folder: what a packager brings, and where the job starts
 BROUGHT = "brought:"  # before the name of a file that a job brings along
 EXIT_CODE = "the job exited with code"
 RECIPES = "recipe="  # a sweep's axis that begins like this is one of recipes, not of a setting
@@ -36,8 +37,11 @@ class Job:
         lines = ["set -euo pipefail"]
         if cluster.kind != "slurm":  # there the batch script reads them, outside the container
             lines += secret_lines(cluster)
-        for number, (name, text) in enumerate(self.files):
-            lines += ['brought="$(mktemp -d)"'] if number == 0 else []
+        if self.files:  # beside the folder of this script, whatever the job's folder is called there
+            code = f'"$(dirname -- "$0")/../{CODE}"'
+            lines += [f"mkdir -p -- {code}"] if cluster.kind == "local" else []
+            lines.append(f'brought="$(cd -- {code} && pwd)"')
+        for name, text in self.files if cluster.kind == "local" else ():  # NeMo-Run packages nothing for this machine
             end = end_of(text)
             lines += [f"cat >\"$brought\"/{shlex.quote(name)} <<'{end}'", text.removesuffix("\n"), end]
         if cluster.workdir:
@@ -49,7 +53,7 @@ class Job:
         return "\n".join([*lines, f'{command} || {{ code=$?; echo "{EXIT_CODE} $code"; exit "$code"; }}', ""])
 
     def _quoted(self, word: str) -> str:
-        """A word for the shell; what the job brings along lies in the folder that the script has made."""
+        """A word for the shell; what the job brings along lies in the folder `code` of the job."""
         if word.startswith(BROUGHT):
             return f'"$brought"/{shlex.quote(word.removeprefix(BROUGHT))}'
         return shlex.quote(word)
@@ -125,6 +129,8 @@ def sweep_points(sweep: tuple[str, ...]) -> list[tuple[str, ...]]:
         key, separator, values = axis.partition("=")
         if not separator or not key or not all(values.split(",")):
             raise ConfigError(f"--sweep {axis!r} is not a sweep: write it as dotted.key=value,value")
+        if values.startswith("["):
+            raise ConfigError(f"--sweep {axis!r}: its values stand without brackets, {key}={values.strip('[]')}")
         axes.append([f"{key}={value}" for value in values.split(",")])
     return list(itertools.product(*axes))
 
@@ -157,6 +163,7 @@ def _run_jobs(submission: Submission, cluster: Cluster, point: tuple[str, ...], 
         name=f"train{suffix}",
         command=(
             *("-m", "prune_opd.ranks.node", "--ranks", ranks, "--run-dir", run_dir),
+            *(("--numa-binding", cluster.numa_binding) if cluster.numa_binding else ()),
             *(recipe, *submission.overrides, *overrides),
         ),
         nodes=nodes,

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from launch.cluster import Cluster
 from launch.jobs import Submission, recipe_of, sweep_points
+from launch.places import behind, place_problems
 from prune_opd.check.run import check_structure
 from prune_opd.config import TrainConfig
 from prune_opd.config.paths import shipped_models_dir
@@ -57,6 +58,8 @@ def wishes(submission: Submission, cluster: Cluster, nodes: int | None, ranks: i
 
     Raises UserError for a recipe, a setting or a file that is not there, and for what `check --structure` refuses.
     """
+    if problems := place_problems(submission, cluster):
+        raise ConfigError("\n".join(problems))
     found = []
     with _environment(cluster.environment):
         for point in sweep_points(submission.sweep):
@@ -69,6 +72,11 @@ def wishes(submission: Submission, cluster: Cluster, nodes: int | None, ranks: i
             if problems := check_structure(config, n * r):
                 raise UserError("\n".join(dict.fromkeys(problems)))
             gpu = config.planning.gpu
+            if gpu != "cpu" and r > (cluster.gpus_per_node or r):
+                raise ConfigError(
+                    f"{r} ranks a node and gpus_per_node = {cluster.gpus_per_node}: every rank takes a GPU, so set "
+                    f"RANKS={cluster.gpus_per_node} (--ranks) with more NODES, or give the job more GPUs"
+                )
             planned = replace(config, parallel=replace(config.parallel, nproc=r))
             found.append(Wish(name, config, n, r, None if gpu == "cpu" else plan_run(planned, gpu, n)))
     return found
@@ -111,11 +119,7 @@ def _presence(model: str, cluster: Cluster) -> str:
         return "comes with the package"
     here: str | None = model
     if cluster.container_image:
-        here = None
-        for mount in cluster.container_mounts:
-            source, target = mount.split(":")[:2]
-            if model == target or model.startswith(f"{target.rstrip('/')}/"):
-                here = source + model[len(target) :]
+        here = behind(model, cluster)
         if here is None:
             return f"{model} is under no mount" if model.startswith("/") else f"{model} is relative: not in the image"
     elif cluster.workdir and not Path(model).is_absolute():

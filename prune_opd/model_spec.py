@@ -272,6 +272,12 @@ HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")  # owner/name, as the Hugging
 def absent_problem(role: str, directory: str, name: str) -> str:
     """Why `directory` is no model directory, and what would make it one. name: the file that is not in it."""
     path = Path(directory)
+    if not directory:
+        return f"{role} is empty: give a Hugging Face model directory"
+    if directory.startswith("~"):
+        return f"{role} = {directory!r}: no shell puts your home folder in for ~ after the =: write $HOME or the path"
+    if path.suffix in (".safetensors", ".bin", ".json"):
+        return f"{role} = {directory!r} is one file of a model: give the directory that holds it, {path.parent}"
     what = (
         f"there is no {name} in it"
         if path.is_dir()

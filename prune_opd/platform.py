@@ -14,6 +14,7 @@ from __future__ import annotations
 import functools
 import os
 import random
+import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -130,14 +131,28 @@ def prepare_rehearsal() -> Platform:
 @functools.cache
 def _prepare() -> Platform:
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    # cuBLAS may split a product over a whole vocabulary in parts and add those up in bf16, unless it is told not to.
+    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
     if torch.cuda.is_available():
         torch.cuda.set_device(local_rank)
+        _import_megatron()
         return Platform("cuda", torch.device("cuda", local_rank), "nccl")
     os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # megatron-core's jit_fuser is torch.compile
     for message in EXPECTED_WARNINGS:
         warnings.filterwarnings("ignore", message=message)
     _answer_cuda_names()
     return Platform("cpu", stand_in, "gloo")
+
+
+def _import_megatron() -> Any:
+    """Its generators' module; without wandb, which its inference part imports: a twentieth of a rank's start."""
+    hidden = sys.modules.setdefault("wandb", None) is None  # type: ignore[arg-type]  # None: an ImportError there
+    try:
+        import megatron.core.tensor_parallel.random as megatron_random
+    finally:
+        if hidden:
+            del sys.modules["wandb"]
+    return megatron_random
 
 
 def prepare_experts() -> None:
@@ -324,8 +339,7 @@ def _cpu_generator_for_the_cuda_generator() -> None:
     cuda.manual_seed = torch.manual_seed
     cuda.get_rng_state = lambda *args, **kwargs: torch.get_rng_state()
     cuda.set_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
-    import megatron.core.tensor_parallel.random as megatron_random
-
+    megatron_random = _import_megatron()
     megatron_random._get_cuda_rng_state = lambda *args, **kwargs: torch.get_rng_state()
     megatron_random._set_cuda_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
 

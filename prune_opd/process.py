@@ -19,6 +19,7 @@ FILE_WIDTH = 160  # of tables that go to a file or a pipe: nothing there can be 
 COMMAND = "PRUNE_OPD_COMMAND"  # environment variable: the command line that started the ranks
 
 _listeners: list[Callable[[str], None]] = []
+_watchers: list[Callable[[Callable[[], str]], None]] = []
 
 
 def hear(listener: Callable[[str], None] | None) -> None:
@@ -30,6 +31,25 @@ def tell(text: str) -> None:
     """Say what this process is doing, if anybody listens: "reading teacher, file 3 of 7"."""
     for listener in _listeners:
         listener(text)
+
+
+def watch(watcher: Callable[[Callable[[], str]], None] | None) -> None:
+    """From now on `watcher` gets what `progress` is given; None: nobody does."""
+    _watchers[:] = [] if watcher is None else [watcher]
+
+
+def watched() -> bool:
+    return bool(_watchers)
+
+
+def progress(describe: Callable[[], str]) -> None:
+    """How far this process is within what it is doing, if anybody watches: "responses 37/64, 18,240 tokens".
+
+    For loops over engine steps, micro-batches or tensors: `describe` is called only when it is time to show something,
+    and must not wait for a device.
+    """
+    for watcher in _watchers:
+        watcher(describe)
 
 
 def has_gpu() -> bool:

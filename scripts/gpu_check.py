@@ -6,9 +6,9 @@ size that is asked for; what only a GPU has says "not here". Exit code 1 if a st
 
     python scripts/gpu_check.py [--out DIR] [--small]
 
-On a GPU it needs torch, numpy, psutil and annotated-types. Left out, since they need megatron-core, Transformer Engine
-or vLLM: training steps against the CPU's numbers, a checkpoint with a live CUDA context, an engine that sleeps and
-wakes.
+On a GPU it needs torch (with its Triton), numpy, psutil and annotated-types. On a CPU our own kernels are "not here"
+unless TRITON_INTERPRET=1 has them interpreted. Left out, since they need megatron-core, Transformer Engine or vLLM:
+training steps against the CPU's numbers, a checkpoint with a live CUDA context, an engine that sleeps and wakes.
 """
 
 from __future__ import annotations
@@ -30,11 +30,15 @@ from torch import Tensor
 
 from prune_opd import platform
 from prune_opd.config import ObjectiveConfig
+from prune_opd.config.kernels import kernels_problem
 from prune_opd.loss import Head, Method, Tokens, distill_loss
 from prune_opd.megatron.offload import StorageMover
 
 PACKAGES = ("megatron.core", "transformer_engine.pytorch", "fused_weight_gradient_mlp_cuda", "flashinfer", "vllm")
 HOPPER = (9, 0)
+WHOLE = ObjectiveConfig("full_vocab_reverse_kl")  # no rounding of a top-k decides its gradients
+BY_KERNELS = ("topk_reverse_kl", "full_vocab_reverse_kl", "full_vocab_jsd")  # one of each kind
+TURNS = 5
 
 
 class Size(NamedTuple):
@@ -112,14 +116,33 @@ def loss_step(machine: platform.Platform, size: Size) -> Iterator[Row]:
             ours, exact = rows[dtype][which].double(), rows[torch.float64][which]
             error = float((ours - exact).norm() / exact.norm())
             yield Row("loss", f"{name} gradient, {dtype}", f"{error:.1e}", f"< {most:g}", error < most)
+    inputs = _inputs(machine, size, torch.bfloat16, torch.bfloat16)
+    machine.synchronize()
     machine.watch_memory()
     before, begin = machine.memory(), time.perf_counter()
-    waits = _waits(machine, lambda: _gradients(machine, size, torch.bfloat16, torch.bfloat16))
+    waits = _waits(machine, lambda: _backward(inputs, size, WHOLE))
     machine.synchronize()
     yield Row("loss", f"{size.tokens} tokens", f"{1e3 * (time.perf_counter() - begin):.1f} ms", "", None)
     if not machine.is_cpu:
         yield Row("loss", "peak beyond what was there", f"{(machine.memory() - before) / 1e9:.2f} GB", "", None)
         yield Row("loss", "waits for the device", str(waits), "", None)
+
+
+def kernels_step(machine: platform.Platform, size: Size) -> Iterator[Row]:
+    """The loss by our own kernels (objective.kernels=triton) beside torch's: gradients, and the time of both."""
+    if problem := kernels_problem("triton", not machine.is_cpu):
+        yield Row("kernels", "triton", f"not here ({problem.partition(':')[0]})", "the gradients of torch's", None)
+        return
+    for name in BY_KERNELS:
+        ours, theirs = (ObjectiveConfig(name, kernels=kernels) for kernels in ("triton", "torch"))
+        for dtype, most in ((torch.float32, 1e-4), (torch.bfloat16, 2e-2)):
+            pairs = zip(*(_gradients(machine, size, dtype, dtype, of) for of in (ours, theirs)), strict=True)
+            error = max(float((one.double() - other.double()).norm() / other.double().norm()) for one, other in pairs)
+            yield Row("kernels", f"{name}, {dtype}", f"{error:.1e} from torch's", f"< {most:g}", error < most)
+        seconds = {of.kernels: _seconds(machine, size, of) for of in (ours, theirs)}
+        figure = ", ".join(f"{kernels} {1e3 * taken:.1f} ms" for kernels, taken in seconds.items())
+        faster = None if machine.is_cpu else seconds["triton"] < seconds["torch"]
+        yield Row("kernels", f"{name}, {size.tokens} tokens in bf16", figure, "triton is faster", faster)
 
 
 def mover_step(machine: platform.Platform, size: Size) -> Iterator[Row]:
@@ -143,6 +166,7 @@ STEPS: dict[str, Step] = {
     "machine": machine_step,
     "product": product_step,
     "loss": loss_step,
+    "kernels": kernels_step,
     "mover": mover_step,
 }
 
@@ -185,18 +209,47 @@ def _random(size: Size, machine: platform.Platform, dtype: torch.dtype) -> tuple
 
 
 def _gradients(
-    machine: platform.Platform, size: Size, dtype: torch.dtype, precision: torch.dtype
+    machine: platform.Platform,
+    size: Size,
+    dtype: torch.dtype,
+    precision: torch.dtype,
+    objective: ObjectiveConfig = WHOLE,
 ) -> tuple[Tensor, Tensor]:
-    """Of an objective over the whole vocabulary, which no rounding of a top-k decides. dtype: of the inputs."""
+    """Of the student's hidden states and output weight. dtype: of the inputs."""
+    return _backward(_inputs(machine, size, dtype, precision), size, objective)
+
+
+def _inputs(
+    machine: platform.Platform, size: Size, dtype: torch.dtype, precision: torch.dtype
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Hidden states and output weight of the student and of the teacher."""
     ours = [tensor.to(precision).requires_grad_() for tensor in _random(size, machine, dtype)]
     theirs = [t.to(precision) for t in _random(size._replace(hidden=size.teacher_hidden), machine, dtype)]
-    ids = torch.arange(size.tokens, device=machine.device) % size.vocab
+    return ours, theirs
+
+
+def _backward(inputs: tuple[list[Tensor], list[Tensor]], size: Size, objective: ObjectiveConfig) -> Any:
+    """The loss, and back: the student's gradients."""
+    ours, theirs = inputs
+    for tensor in ours:
+        tensor.grad = None
+    ids = torch.arange(size.tokens, device=ours[0].device) % size.vocab
     tokens = Tokens(ids, [0, size.tokens // 3, size.tokens], size.vocab)
-    method = Method(gate=None, objective=ObjectiveConfig("full_vocab_reverse_kl"))
-    loss, _, _ = distill_loss(Head(*ours), Head(*theirs), tokens, method, chunk=size.chunk)
+    loss, _, _ = distill_loss(Head(*ours), Head(*theirs), tokens, Method(None, objective), chunk=size.chunk)
     loss.backward()
-    gradients: Any = tuple(tensor.grad for tensor in ours)
-    return gradients
+    return tuple(tensor.grad for tensor in ours)
+
+
+def _seconds(machine: platform.Platform, size: Size, objective: ObjectiveConfig) -> float:
+    """Of the loss in bf16, forward and backward: the least of some turns, after one that compiles."""
+    inputs, taken = _inputs(machine, size, torch.bfloat16, torch.bfloat16), []
+    for _ in range(1 if machine.is_cpu else 1 + TURNS):
+        machine.synchronize()
+        begin = time.perf_counter()
+        _backward(inputs, size, objective)
+        machine.synchronize()
+        taken.append(time.perf_counter() - begin)
+    return min(taken)
 
 
 def _waits(machine: platform.Platform, work: Callable[[], Any]) -> int:

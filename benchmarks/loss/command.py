@@ -7,10 +7,11 @@ what else the machine does falls on all of them; a ratio is that of two medians.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import median
-from typing import Any
+from typing import Annotated, Any
 
+import typer
 from rich.console import Console
 from rich.progress import track
 
@@ -33,7 +34,8 @@ CONTENDERS = ("ours", "ours_no_buffer", "ours_full", "naive", "trl", "liger", "n
 PACKAGES = {"trl": "trl", "liger": "liger_kernel"}  # of the contenders that need one
 SAME_KIND = {"trl": "ours_full", "liger": "ours_full", "nemo_rl": "ours"}  # a rival → ours that does as much
 IN_BF16 = ("ours", "floor")
-COUNTED = {"topk_reverse_kl": {}, "full_vocab_reverse_kl": {"name": "full_vocab_reverse_kl"}}  # by count.py
+COUNTED = ("topk_reverse_kl", "full_vocab_reverse_kl")  # by count.py
+PATHS = ("torch", "triton")  # objective.kernels
 SAME_LOSS = 1e-4  # relative
 OVER_FLOOR = 1.25  # time of ours over the floor's, at most
 TIMES = {"time": "wall", "cpu": "cpu"}
@@ -78,9 +80,12 @@ QUICK = Settings(
 )
 
 
-def run(out: Out = BENCH, quick: Quick = False) -> int:
+Threads = Annotated[int, typer.Option(min=1, help="CPU threads of each contender; one where others use the machine.")]
+
+
+def run(out: Out = BENCH, quick: Quick = False, threads: Threads = Settings.threads) -> int:
     """Measure, write the JSON file, print the tables. Returns 0 whether or not the targets are reached."""
-    settings = QUICK if quick else Settings()
+    settings = QUICK if quick else replace(Settings(), threads=threads)
     report = Report(out / "loss.json", quick, settings)
     raw = _measure_all(settings, report.console)
     result = report.write(
@@ -145,12 +150,15 @@ def _measure(contender: str, vocab: int, tokens: int, settings: Settings, dtype:
 
 
 def _count(settings: Settings) -> list[dict[str, Any]]:
-    """What one chunk asks of a device, on a rank of a group, by objective."""
+    """What one chunk asks of a device, on a rank of a group, by objective and kernels."""
     size = {"vocab": settings.growth_vocab, "sizes": settings.counted_sizes, "chunk": settings.counted_chunk}
-    what = [(name, ranks) for name in COUNTED for ranks in settings.counted_ranks]
-    requests = [{"objective": COUNTED[name], "ranks": ranks, **size} for name, ranks in what]
+    what = [(name, path, ranks) for name in COUNTED for path in PATHS for ranks in settings.counted_ranks]
+    requests = [{"objective": {"name": name, "kernels": path}, "ranks": ranks, **size} for name, path, ranks in what]
     (found,) = measure("benchmarks.loss.count", {"requests": requests}, "counting the kernels")
-    return [{"objective": name, "ranks": ranks, **row} for (name, ranks), row in zip(what, found, strict=True)]
+    return [
+        {"objective": name, "path": path, "ranks": ranks, **row}
+        for (name, path, ranks), row in zip(what, found, strict=True)
+    ]
 
 
 # ---------------------------------------------------------------------------------------------------- comparing
@@ -282,6 +290,7 @@ def _print(result: dict[str, Any], console: Console) -> None:
     console.print(table(f"growth of ours, vocabulary {settings['growth_vocab']}", columns, result["growth"], left=0))
     columns = {
         "": "{objective}",
+        "by": "{path}",
         "ranks": "{ranks}",
         "kernels": "{kernels:.0f}",
         "waits": "{waits:.0f}",

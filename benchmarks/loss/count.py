@@ -5,7 +5,9 @@ one chunk and with two: the difference is a chunk. Every operation that PyTorch 
 have to wait for has no answer on such tensors and stops the count; what it would have to send is counted as a wait.
 
 Counted as a pass: a kernel that goes through a matrix of a model's logits, be it in their place or in scratch memory,
-and is not one of the products. Its bytes: what it reads and what it writes of them. Gathers are no passes.
+and is not one of the products. Its bytes: what it reads and what it writes of them. Gathers are no passes. A kernel of
+our own (objective.kernels=triton) is an operator whose arguments say what it reads and writes; the tests hold that
+against the addresses that an interpreter is asked for.
 """
 
 from __future__ import annotations

@@ -21,6 +21,7 @@ from prune_opd.check.tokenizer import tokenizer_problems, vocabulary_problems
 from prune_opd.check.weights import weight_problems
 from prune_opd.config import Fp8Config, SftConfig, TrainConfig
 from prune_opd.config.changes import changes, is_harmless
+from prune_opd.config.kernels import kernels_problem
 from prune_opd.config.run import extract_problem
 from prune_opd.data.prompts import doubled_names, source_problem
 from prune_opd.errors import ConfigError
@@ -57,6 +58,8 @@ def check_train(
     problems += _sources(config)
     problems += _apex()
     problems += compiler_problems(config.rollout, has_gpu())
+    if problem := kernels_problem(config.objective.kernels, has_gpu()):
+        problems.append(problem)
     problems += tensorboard_problems(config.track)
     if run_dir is not None:
         problems += _run_dir(config, run_dir, resume, allow_config_change)

@@ -12,6 +12,7 @@ from prune_opd.config.overrides import apply_overrides
 from prune_opd.errors import UserError
 from prune_opd.model_spec import gguf_problem
 from prune_opd.process import table_console
+from prune_opd.track.moving import shown
 
 app = typer.Typer(help="Look at prompts, and convert published files of them.", no_args_is_help=True)
 
@@ -48,5 +49,7 @@ def convert_data(
     """Write a published file's rows as prompts, each problem once."""
     from prune_opd.data.inspect import convert
 
-    print(f"{convert(layout, path, out)} prompts in {out}")
+    with shown("converting"):
+        prompts = convert(layout, path, out)
+    print(f"{prompts} prompts in {out}")
     return 0

@@ -143,6 +143,16 @@ def recipes() -> int:
     return 0
 
 
+TRAINS = ("train", "check")
+INSTEAD = {  # options that other programs have: of which commands, and what does it here
+    "--nodes": (TRAINS, "several nodes are a job on a cluster, make launch RECIPE=… NODES=… (docs/cluster.md)"),
+    "--gpus": ((*TRAINS, "eval"), "--nproc N starts a rank for each of N GPUs"),
+    "--recipe": ((*TRAINS, "plan", "show", "rehearse"), "the recipe stands first, without a name"),
+    "--config": ((*TRAINS, "plan", "show", "rehearse"), "the recipe, or a run's config.yaml, stands first"),
+    "--set": ((*TRAINS, "plan", "show", "rehearse"), "settings stand as they are, dotted.key=value"),
+}
+
+
 def refuse_dashes(words: list[str]) -> None:
     """Raise ConfigError for a setting that is written like an option: `--gate.k=4`."""
     plain = {field.name for field in fields(TrainConfig)} - {"name"}
@@ -150,6 +160,10 @@ def refuse_dashes(words: list[str]) -> None:
         found = re.match(r"--?([a-z_0-9]+(?:\.[a-z_0-9]+)*)(=.*)?$", word)
         if found and ("." in found[1] or (found[2] and found[1] in plain)):
             raise ConfigError(f"{word} is a setting, and settings have no dashes: write {found[1]}{found[2] or '=…'}")
+    for word in words:
+        name = word.partition("=")[0]
+        if name in INSTEAD and words[0] in INSTEAD[name][0]:
+            raise ConfigError(f"{words[0]} has no option {name}: {INSTEAD[name][1]}")
 
 
 def main() -> None:

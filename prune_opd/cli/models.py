@@ -19,6 +19,7 @@ from prune_opd.eval.run import SEED, EvalJob, results_table
 from prune_opd.process import table_console
 from prune_opd.track.console import unreadable_notes
 from prune_opd.track.metrics import Record, readable
+from prune_opd.track.moving import shown
 
 AS_RUN = "the run's"
 UNALIKE = "and are asked or read differently: give --suffix, --system-prompt, --thinking, --chat or --extract for all"
@@ -147,7 +148,8 @@ def convert(
     """Turn pickled weights, which nothing else here reads, into safetensors."""
     from prune_opd.weights.convert import convert_pickle
 
-    convert_pickle(model_dir, out_dir, allow_pickle)
+    with shown("converting"):
+        convert_pickle(model_dir, out_dir, allow_pickle)
     print(f"safetensors: {out_dir}")
     return 0
 

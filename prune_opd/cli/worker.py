@@ -23,6 +23,7 @@ from prune_opd.eval.run import EvalJob, evaluate_model
 from prune_opd.process import end_with_parent
 from prune_opd.ranks.lease import held
 from prune_opd.ranks.signals import Interruption
+from prune_opd.track.moving import shown
 
 MAIN_RANK_SPEAKS_FIRST = 3.0  # seconds
 
@@ -114,11 +115,13 @@ def _run(part: argparse.Namespace) -> int:
 
             sft.run(part.config)
         case "eval":
-            evaluate_model(part.job)
+            with shown("evaluating", is_main_rank()):
+                evaluate_model(part.job)
         case _:
             from prune_opd.megatron.export import export_checkpoint
 
-            export_checkpoint(part.checkpoint, part.out_dir)
+            with shown("exporting", is_main_rank()):
+                export_checkpoint(part.checkpoint, part.out_dir)
     return 0
 
 

@@ -21,6 +21,7 @@ HARMLESS = (
     "evaluation.every",
     "evaluation.generations",
     "memory",
+    "objective.kernels",
     "planning",
     "rollout.bucket_mb",
     "rollout.enforce_eager",

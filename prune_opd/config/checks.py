@@ -132,6 +132,8 @@ def wanted(name: str, annotated: Any) -> str:
     hint = bare(annotated)
     if dataclasses.is_dataclass(hint):
         words = f"its settings one by one, as in {name}.{dataclasses.fields(hint)[0].name}=…"
+    elif typing.get_origin(hint) is typing.Literal:
+        words = f"one of {', '.join(map(str, typing.get_args(hint)))}"
     elif is_list(hint):
         words = f"{names.get(bare(typing.get_args(hint)[0]), 'a text')} or several, as in {name}=[…,…]"
     elif is_part(hint):

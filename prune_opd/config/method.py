@@ -142,6 +142,8 @@ class ObjectiveConfig(Checked, name="objective"):
     # sampled_k2, sampled_k3, topk_forward_kl: log p and log q are taken as no less [nats]; verl has -10
     logp_min: Annotated[float, Interval(lt=0)] | None = None
     loss_max: Positive | None = None  # the same three: a token's divergence is held within ± this [nats]; verl has 10
+    # what goes through the logits: torch: its own kernels | triton: ours, fewer passes; needs a GPU and Triton
+    kernels: Literal["torch", "triton"] = "torch"
     clip: ShareAboveZero = (
         0.2  # of the ratio p / p_old, where a batch serves several updates (optimizer.updates_per_batch)
     )

@@ -31,6 +31,21 @@ SYMBOLS = {  # what the papers call a setting
     "δh": "horizon.increment",
     "δs": "horizon.interval",
 }
+ELSEWHERE = {  # what other recipes call a setting, or where it is none
+    "parallel.tp": "did you mean parallel.tensor?",
+    "parallel.tensor_parallel": "did you mean parallel.tensor?",
+    "parallel.pp": "did you mean parallel.pipeline?",
+    "parallel.cp": "did you mean parallel.context?",
+    "parallel.ep": "did you mean parallel.expert?",
+    "parallel.dp": "it is what is left of the ranks (--nproc) after the others",
+    "batch_size": "did you mean rollout.prompts (of a step) or rollout.responses (of a prompt)?",
+    "rollout.n": "did you mean rollout.responses?",
+    "data.path": "did you mean data.source?",
+    "evaluation.task": "did you mean evaluation.sources?",
+    "evaluation.tasks": "did you mean evaluation.sources?",
+    "gate.enabled": "gate=null switches the gate off",
+    "run_dir": "it is the option --run-dir",
+}
 
 
 def apply_overrides(config: T, overrides: list[str]) -> T:
@@ -50,6 +65,13 @@ def apply_overrides(config: T, overrides: list[str]) -> T:
 
 def _apply(kind: type, tree: dict[str, Any], override: str) -> None:
     key, separator, text = override.partition("=")
+    if key.endswith(" ") or override == "=":
+        raise ConfigError("settings have no spaces around their =: write dotted.key=value in one word")
+    if not separator and override in dotted_keys(kind):
+        raise ConfigError(
+            f"override {override!r} is not a setting: write it as dotted.key=value; its meaning has "
+            f"`prune-opd settings {override}`"
+        )
     if not separator or not key:
         raise ConfigError(f"override {override!r} is not a setting: write it as dotted.key=value")
     node, name, hint = _find(kind, tree, key)
@@ -95,6 +117,8 @@ def dotted_keys(annotated: Any, value: Any = None, prefix: str = "") -> list[str
 
 
 def _unknown_key(known: list[str], key: str) -> ConfigError:
+    if key in ELSEWHERE:
+        return ConfigError(f"there is no setting {key!r}: {ELSEWHERE[key]}")
     part, _, leaf = key.rpartition(".")
     symbols = difflib.get_close_matches(leaf.lower(), SYMBOLS, n=1, cutoff=0.8)
     meant = [SYMBOLS[symbol] for symbol in symbols if SYMBOLS[symbol] in known]

@@ -69,6 +69,11 @@ def _recipe_path(name_or_path: str) -> Path:
     if name_or_path.endswith(".py") or os.sep in name_or_path:
         path = Path(name_or_path)
         if path.suffix != ".py" or not path.is_file():
+            if path.stem in list_recipes():
+                raise ConfigError(
+                    f"recipe {name_or_path}: there is no such file; for the one that comes with the package write its "
+                    f"name, {path.stem}"
+                )
             raise ConfigError(
                 f"recipe {name_or_path}: there is no such .py file; give its path, a name in recipes/, or a run's "
                 "config.yaml"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 from rich.console import Console
@@ -17,6 +18,7 @@ from prune_opd.data.prompts import make_source
 from prune_opd.data.render import excerpt
 from prune_opd.data.rows import Row, read_rows
 from prune_opd.errors import ConfigError, UserError
+from prune_opd.process import progress
 
 BINS, BAR = 12, 40  # rows of the histogram, and characters of its longest bar
 ENDLESS = 256  # prompts of an endless task that are read
@@ -82,10 +84,18 @@ def _converted(of_row: Callable[[Row], Row], path: Path) -> Iterator[Row]:
     for file, number, row in read_rows(path):
         if isinstance(row, ConfigError):
             raise ConfigError(f"{file}:{number}: {row}")
+        progress(partial("{}, row {:,}".format, file, number))
         try:
             yield of_row(row)
         except (KeyError, TypeError, IndexError) as error:
-            raise ConfigError(f"{file}:{number}: the row lacks a column of that layout ({error!r})") from error
+            raise ConfigError(
+                f"{file}:{number}: the row lacks a column of that layout ({_brief(error)}): give the file as it was "
+                "published"
+            ) from error
+
+
+def _brief(error: Exception) -> str:
+    return f"there is no {error}" if isinstance(error, KeyError) else "one of its columns has another form"
 
 
 DAPO_BEFORE = (

@@ -20,6 +20,7 @@ from prune_opd.data.answers import pass_at
 from prune_opd.errors import ConfigError
 from prune_opd.eval.evaluate import Sampling, Scored, generation_rows, make_evaluator, write_rows
 from prune_opd.model_spec import ModelSpec, model_config
+from prune_opd.process import tell
 from prune_opd.rollout.request import cached_tokens
 from prune_opd.track.console import readable_answers
 from prune_opd.track.metrics import Record, readable
@@ -63,6 +64,7 @@ def evaluate_model(job: EvalJob) -> None:
     Raises:
         ConfigError: an unknown task, a prompt file without answers, or no positions left for a response.
     """
+    tell("importing torch and vLLM")
     import torch
 
     from prune_opd import platform
@@ -92,6 +94,7 @@ def evaluate_model(job: EvalJob) -> None:
         rollout = replace(rollout, gpu_memory_utilization=ALONE)
         if problem := room_problem(Path(job.model_dir), rollout, min(free, ALONE * total)):
             raise ConfigError(problem)
+    tell("starting vLLM")
     engine = RolloutEngine(job.model_dir, rollout, max_len, dtype, machine)
     answers: list[Record] = []
     results: list[Record] = []

@@ -7,7 +7,6 @@ goes back. See loss/distill.py for the whole picture.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -20,7 +19,9 @@ from prune_opd.config import ObjectiveConfig
 from prune_opd.loss.ends import AtEnds, take_ends_, token_logp, unfold_
 from prune_opd.loss.inputs import Method
 from prune_opd.loss.old_policy import OldPolicy
-from prune_opd.loss.products import add_weight_gradient_, hidden_gradient_, ready_
+from prune_opd.loss.passes import Passes, Slopes
+from prune_opd.loss.products import add_weight_gradient_, hidden_gradient_
+from prune_opd.loss.triton_passes import TritonPasses
 from prune_opd.loss.vocab_parallel import (
     BothLogits,
     OutputHead,
@@ -29,12 +30,9 @@ from prune_opd.loss.vocab_parallel import (
     gather_both,
     group_size,
     local_columns,
-    row_blocks,
     sum_together,
-    topk_together,
 )
-from prune_opd.loss.vocab_sums import Apart, VocabSums, vocab_sums_
-from prune_opd.method.divergences import DIVERGENCES
+from prune_opd.loss.vocab_sums import Apart, VocabSums
 from prune_opd.method.gate import Agreement, Views, judge, needs_nucleus
 from prune_opd.method.objective import (
     Candidates,
@@ -43,12 +41,13 @@ from prune_opd.method.objective import (
     candidates,
     clipped_policy_loss,
     has_rest,
-    is_priced,
     on_vocabulary,
     token_loss,
     top_k,
 )
 from prune_opd.method.weighting import Signals
+
+PASSES: dict[str, type[Passes]] = {"torch": Passes, "triton": TritonPasses}  # by objective.kernels
 
 
 class AtCandidates(NamedTuple):
@@ -67,11 +66,9 @@ class Scores(NamedTuple):
     agreement: Agreement
     outcome_logp_2N: Tensor  # both models' of what was sampled: of the class where an end of one was
     at: list[AtCandidates]  # one an objective
-    logits_2NW: Tensor  # this rank's columns, the student's first: log p + log_total if `in_logs`, else p · total
+    passes: Passes  # through this rank's columns of the logits
     log_total_2N1: Tensor
     sums: VocabSums
-    in_logs: bool
-    shard: VocabShard  # the student's
     ends: AtEnds | None = None  # where there are terminal ids
     end_class: tuple[int, ...] = ()  # those that are one outcome
 
@@ -98,10 +95,10 @@ def score_chunk(
     old: take the candidates of its policy gradient, if it has one.
     """
     objectives, k, sampled_N = method.objectives, method.gate_k, sampled_ids_N[part]
-    in_logs, shards = on_vocabulary(method.objective), both.shards
-    logits_2NW = both.of(part)
+    passes, shards = PASSES[method.objective.kernels](both, part, method.objective), both.shards
+    logits_2NW = passes.logits_2NW
     sampled_N, ends = take_ends_(logits_2NW.unbind(), shards, sampled_N, method)  # then a class is one outcome
-    top = topk_together(logits_2NW, max(k, *map(top_k, objectives)), shards)
+    top = passes.top(max(k, *map(top_k, objectives)))
     student_ids_NK, teacher_ids_NK = top.ids_NK
     chosen = [candidates(objective, sampled_N, student_ids_NK, teacher_ids_NK) for objective in objectives]
     if old is not None and old.reward_NK is not None:
@@ -111,7 +108,7 @@ def score_chunk(
     # All is read off the logits before they turn, in place, into something else. A top-k's first is the maximum.
     at_2NK, maximum_2N1 = gather_both(logits_2NW, torch.cat(ids, dim=1), shards), top.values_NK[..., :1]
     apart = _apart(chosen[0], shards) if has_rest(method.objective) else None
-    mine = vocab_sums_(both, logits_2NW, maximum_2N1, in_logs, apart)
+    mine = passes.sums(maximum_2N1, apart)
     at_2NK, *whole = sum_together([at_2NK, *(of for of in mine if of is not None)], shards[0].group)
     sums = VocabSums(*whole)
     # logit − max − log Σ: with max + log Σ as one number, large logits would cost digits of small log-probabilities.
@@ -138,11 +135,9 @@ def score_chunk(
             AtCandidates(*where, logp_2NC[0], logp_2NC[1], log_rest)
             for where, logp_2NC, log_rest in zip(chosen, logp_at, rests, strict=True)
         ],
-        logits_2NW=logits_2NW,
+        passes=passes,
         log_total_2N1=log_total_2N1,
         sums=sums,
-        in_logs=in_logs,
-        shard=shards[0],
         ends=ends,
         end_class=method.end_class,
     )
@@ -159,11 +154,8 @@ def _apart(chosen: Candidates, shards: tuple[VocabShard, VocabShard]) -> Apart:
 # ---------------------------------------------------------------------------------------------------- loss
 
 
-ON_DEVICE = 8  # parts that a chunk's columns are worked on in off the CPU, for the sake of what is held meanwhile
-
-
 class Columns(NamedTuple):
-    """Slopes of an objective on the whole vocabulary, unweighted, are in the place of the teacher's logits."""
+    """Of an objective on the whole vocabulary; the passes have its slopes."""
 
     weight_N: Tensor
     total_N: Tensor  # weighted, over all ranks' columns
@@ -194,7 +186,7 @@ def chunk_loss(
     """
     objective, at, weight_N = objectives[0], scores.at[0], weights[0]
     if on_vocabulary(objective):
-        loss = _on_columns(scores, objective, weight_N)
+        loss = _on_columns(scores, weight_N)
     else:
         first = token_loss(
             objective, at.student_logp_NK, at.teacher_logp_NK, weight_N, at.valid_NK, at.log_rest, credit_N
@@ -209,37 +201,12 @@ def chunk_loss(
     return loss
 
 
-def _on_columns(scores: Scores, objective: ObjectiveConfig, weight_N: Tensor) -> ChunkLoss:
-    """An objective on the whole vocabulary: this rank's columns, and its sums over the group.
-
-    A few rows at a time, whose temporaries stay in the cache; the slopes are written over the teacher's.
-    """
-    at, valid = scores.at[0], scores.shard.valid
-    sums_2N = weight_N.new_zeros(2, len(weight_N))
-    for part in row_blocks(scores.logits_2NW, ON_DEVICE):
-        student_RV, teacher_RV = scores.logits_2NW[:, part, :valid].sub_(scores.log_total_2N1[:, part])
-        if is_priced(objective):
-            price_(teacher_RV, at.ids_NK[part], at.teacher_logp_NK[part], scores.shard, objective.outside_logp)
-        value_N, slope_NV = DIVERGENCES[objective.name](student_RV, teacher_RV, objective)
-        torch.stack([value_N, slope_NV.sum(dim=1)], out=sums_2N[:, part])
-        teacher_RV.copy_(slope_NV)
-    divergence_N, total_N = sum_together([sums_2N], scores.shard.group)[0]
+def _on_columns(scores: Scores, weight_N: Tensor) -> ChunkLoss:
+    """An objective on the whole vocabulary."""
+    at = scores.at[0]
+    divergence_N, total_N = scores.passes.divergence(scores.sums, scores.log_total_2N1, at.ids_NK, at.teacher_logp_NK)
     at_candidates_NK = torch.zeros_like(at.student_logp_NK)  # the columns have it all
     return ChunkLoss(weight_N * divergence_N, divergence_N, at_candidates_NK, Columns(weight_N, weight_N * total_N))
-
-
-def price_(teacher_NV: Tensor, ids_NK: Tensor, teacher_logp_NK: Tensor, shard: VocabShard, outside_logp: float) -> None:
-    """Replace the teacher's log q by what is left of it: renormalised at the candidates, `outside_logp` elsewhere."""
-    column_NK, mine_NK = local_columns(ids_NK, shard)
-    inside_NK = teacher_logp_NK.log_softmax(dim=-1)
-    if mine_NK is not None:
-        inside_NK = inside_NK.masked_fill(~mine_NK, -math.inf)
-    # Ids of other ranks point to some column of this one: a maximum with −inf leaves what is there.
-    column_NK = column_NK.clamp(max=max(teacher_NV.shape[1] - 1, 0))
-    teacher_NV.fill_(-math.inf)
-    if teacher_NV.shape[1]:
-        teacher_NV.scatter_reduce_(1, column_NK, inside_NK, "amax")
-    teacher_NV.masked_fill_(teacher_NV == -math.inf, outside_logp)
 
 
 def _against_old(
@@ -292,17 +259,17 @@ class Gradients:
         slope_NK = loss.slope_NK if student.temperature == 1 else loss.slope_NK / student.temperature
         ids = [at.ids_NK for at in scores.at]
         column_NK, mine_NK = local_columns(ids[0] if len(ids) == 1 else torch.cat(ids, dim=1), student.shard)
-        total_N1 = slope_NK.sum(dim=1, keepdim=True)
-        grad_logits_NW, spare_NW = scores.logits_2NW
-        if loss.columns is None:
-            grad_logits_NW.mul_(total_N1.div_(scores.sums.total_2N1[0]).neg_())
-        else:
-            _turn_columns_(scores, loss.columns, total_N1, student.temperature)
-        grad_logits_NW.scatter_add_(1, column_NK, slope_NK if mine_NK is None else slope_NK * mine_NK)
+        total_N1, weight_N1 = slope_NK.sum(dim=1, keepdim=True), None
+        if loss.columns is not None:
+            weight_N1 = (loss.columns.weight_N / student.temperature).unsqueeze(1)
+            total_N1 = total_N1 + (loss.columns.total_N / student.temperature).unsqueeze(1)
+        here_NK = slope_NK if mine_NK is None else slope_NK * mine_NK
+        slopes = Slopes(column_NK, here_NK, total_N1, weight_N1)
+        grad_logits_NW = scores.passes.gradient(slopes, scores.sums, scores.log_total_2N1)
         if scores.end_class and scores.ends is not None:
             unfold_(grad_logits_NW, scores.ends.student_logp_NM, scores.end_class, student.shard)
-        dtype, rows = grad_logits_NW.dtype, student.shard.rows
-        grad_logits_NV = ready_(grad_logits_NW[:, :rows], student.weight_VH, spare_NW)
+        grad_logits_NV = scores.passes.ready(grad_logits_NW)
+        dtype = scores.passes.logits_2NW.dtype
         if self._hidden_NH is not None:
             hidden_gradient_(grad_logits_NV, student.weight_VH, self._hidden_NH[part], dtype)
         if self._weight_VH is not None:
@@ -321,16 +288,6 @@ class Gradients:
         if self._weight_VH is None or self._in_buffer:
             return hidden_NH, None
         return hidden_NH, self._weight_VH.to(student.dtype)
-
-
-def _turn_columns_(scores: Scores, columns: Columns, total_N1: Tensor, temperature: float) -> None:
-    """log p to the gradient in this rank's logits, of slopes that stand in the place of the teacher's logits."""
-    valid, total_N1 = scores.shard.valid, total_N1 + (columns.total_N / temperature).unsqueeze(1)
-    weight_N1 = (columns.weight_N / temperature).unsqueeze(1)
-    scores.logits_2NW[0, :, valid:] = 0
-    for part in row_blocks(scores.logits_2NW, ON_DEVICE):
-        logp_RV, slope_RV = scores.logits_2NW[:, part, :valid]
-        logp_RV.exp_().mul_(-total_N1[part]).addcmul_(slope_RV, weight_N1[part])
 
 
 class WithGradients(torch.autograd.Function):

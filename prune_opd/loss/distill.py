@@ -23,10 +23,11 @@ the logits are there: no matrix product is computed twice and nothing of size to
 What needs a whole response first (`weight_normalisation = mean`, iw_opd, tip, a discount) takes a pass before for that
 alone, and so does a gate over context-parallel ranks, each of which has a part of every response (loss/context.py).
 
-An objective on the whole vocabulary has every column of a rank as its candidates, and its sums are all-reduced. The
-normalisers' pass also sums what tells whether a run is well, whatever the objective (loss/vocab_sums.py): the exact
-reverse KL and both entropies. Where both models' vocabularies are padded differently,
-the teacher's weight is first exchanged so that a rank holds the same ids of both (`OutputHead.align`).
+An objective on the whole vocabulary has every column of a rank as its candidates. The normalisers' pass also sums what
+tells whether a run is well, whatever the objective (loss/vocab_sums.py): the exact reverse KL and both entropies. A KL
+on the whole vocabulary has its value from there; the sums of another are all-reduced once more. Where both models'
+vocabularies are padded differently, the teacher's weight is first exchanged so that a rank holds the same ids of both
+(`OutputHead.align`). loss/passes.py has all that goes through whole matrices of logits, by torch's kernels or our own.
 
 A caller that keeps a gradient buffer of the output weight (megatron's `main_grad`) has the weight gradient added to it
 right there (`weight_grad`), so that the loss holds nothing of the size of a weight.
@@ -44,7 +45,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from prune_opd.loss.chunk import Gradients, WithGradients, chunk_loss, score_chunk
-from prune_opd.loss.inputs import Head, Method, Tokens, check_buffer, check_options, checked_offsets
+from prune_opd.loss.inputs import Head, Method, Tokens, check_buffer, check_kernels, check_options, checked_offsets
 from prune_opd.loss.old_policy import OldPolicy
 from prune_opd.loss.stats import GateStats, TokenRecord
 from prune_opd.loss.token_weights import TokenWeights
@@ -90,6 +91,7 @@ def distill_loss(
     student_head = OutputHead("student", *student, method.objective.temperature, tokens.vocab_size, tp_group)
     teacher_head = OutputHead("teacher", *teacher, method.objective.of_teacher, tokens.vocab_size, tp_group)
     check_options(chunk, policy)
+    check_kernels(method.objective.kernels, student.hidden_NH.device)
     offsets = checked_offsets(student_head, teacher_head, tokens, method)
     if weight_grad is not None:
         check_buffer(weight_grad, student.weight_VH)
@@ -134,4 +136,5 @@ def _allocate(student: OutputHead, teacher: OutputHead, method: Method, chunk: i
     dtype = torch.promote_types(torch.promote_types(student.dtype, teacher.dtype), torch.float32)
     if on_vocabulary(method.objective) or needs_reverse_kl(method.weighting):
         teacher.align(student.shard.rows)
-    return BothLogits(student, teacher, min(chunk, len(student.hidden_NH)), dtype)
+    scratch = method.objective.kernels == "torch"
+    return BothLogits(student, teacher, min(chunk, len(student.hidden_NH)), dtype, scratch)

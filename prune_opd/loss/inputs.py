@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from prune_opd.config import GateConfig, ObjectiveConfig, WeightingConfig
+from prune_opd.config.kernels import kernels_problem
 from prune_opd.errors import ConfigError, NotFiniteLogitsError
 from prune_opd.loss.context import ContextShard
 from prune_opd.loss.vocab_parallel import OutputHead
@@ -70,6 +71,12 @@ class Method(NamedTuple):
     def gate_k(self) -> int:
         """Size of the top-k sets whose overlap is measured."""
         return self.objective.k if self.gate is None else self.gate.k
+
+
+def check_kernels(kernels: str, device: torch.device) -> None:
+    """ConfigError where `objective.kernels` cannot run on the tensors' device. Tensors without numbers need none."""
+    if device.type != "meta" and (problem := kernels_problem(kernels, device.type == "cuda")):
+        raise ConfigError(problem)
 
 
 def check_options(chunk: int, policy: object) -> None:

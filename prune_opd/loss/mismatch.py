@@ -36,13 +36,14 @@ class Mismatch:
         engine_logp_N = torch.tensor(
             list(chain.from_iterable(self.logprobs_B[row] for row in rows)), dtype=torch.float64, device=device
         )
-        row_N = torch.tensor(list(rows), dtype=torch.int64, device=device).repeat_interleave(length_B)
+        row_N = torch.tensor(list(rows), dtype=torch.int64, device=device)
+        row_N = row_N.repeat_interleave(length_B, output_size=len(engine_logp_N))
         delta_N = log_ratio(logp_N, engine_logp_N)
         known_N = ~delta_N.isnan()
-        row_N, delta_N = row_N[known_N], delta_N[known_N]
+        delta_N = delta_N.where(known_N, 0)
         ratio_N, (low, high) = delta_N.clamp(-20, 20).exp(), self.bounds
         outside_N = (ratio_N < low) | (ratio_N > high)
-        parts = [delta_N.abs(), ratio_N - 1 - delta_N, ratio_N, outside_N, torch.ones_like(ratio_N)]
+        parts = [delta_N.abs(), ratio_N - 1 - delta_N, ratio_N * known_N, outside_N & known_N, known_N]
         self.sums_B6[:, :5].index_add_(0, row_N, torch.stack([part.double() for part in parts], dim=1))
         self.sums_B6[:, 5].scatter_reduce_(0, row_N, delta_N.abs(), reduce="amax")
 

@@ -31,14 +31,20 @@ def logits_(hidden_CH: Tensor, weight_VH: Tensor, out_CV: Tensor) -> Tensor:
     return out_CV
 
 
+def gradient_dtype(weight_VH: Tensor, dtype: torch.dtype) -> torch.dtype:
+    """In which both products with the logits' gradient, which is of `dtype`, take it."""
+    return weight_VH.dtype if _on_tensor_cores(weight_VH, dtype) else dtype
+
+
 def ready_(grad_logits_CV: Tensor, weight_VH: Tensor, spare_CV: Tensor) -> Tensor:
     """The gradient as both products of it take it: on tensor cores rounded to the weight's dtype, in the spare memory.
 
     spare_CV: of the gradient's dtype, with rows at least as long.
     """
-    if grad_logits_CV.dtype == weight_VH.dtype or not _on_tensor_cores(weight_VH, grad_logits_CV.dtype):
+    dtype = gradient_dtype(weight_VH, grad_logits_CV.dtype)
+    if dtype == grad_logits_CV.dtype:
         return grad_logits_CV
-    return spare_CV.view(weight_VH.dtype)[:, : grad_logits_CV.shape[1]].copy_(grad_logits_CV)
+    return spare_CV.view(dtype)[:, : grad_logits_CV.shape[1]].copy_(grad_logits_CV)
 
 
 def hidden_gradient_(grad_logits_CV: Tensor, weight_VH: Tensor, out_CH: Tensor, dtype: torch.dtype) -> None:

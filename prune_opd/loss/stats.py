@@ -182,7 +182,10 @@ class BatchStats:
         self.reliable_length_B[list(rows)] = stats.reliable_length_B.double()
         length_B = stats.length_B
         start_B = length_B.cumsum(0) - length_B
-        position_N = torch.arange(len(stats.overlap_N), device=length_B.device) - start_B.repeat_interleave(length_B)
+        position_N = torch.arange(len(stats.overlap_N), device=length_B.device) - start_B.repeat_interleave(
+            length_B,
+            output_size=len(stats.overlap_N),  # or the host would wait for the sum of the lengths
+        )
         bin_N = (position_N * self.bins // self.max_len).clamp_max(self.bins - 1)
         values = [stats.overlap_N, stats.event_N, stats.weight_N, stats.divergence_N, stats.reverse_kl_N]
         values += [stats.student_entropy_N, stats.teacher_entropy_N, stats.student_mass_N, stats.teacher_mass_N]
@@ -198,7 +201,7 @@ class BatchStats:
         self.count.index_add_(0, bin_N, torch.ones_like(bin_N, dtype=torch.float64))
         if stats.stale_ratio_N is not None and stats.stale_clipped_N is not None:
             stale_N = ~stats.stale_ratio_N.isnan()
-            sums = (stats.stale_ratio_N[stale_N], stats.stale_clipped_N[stale_N], stale_N)
+            sums = (stats.stale_ratio_N.where(stale_N, 0), stats.stale_clipped_N.where(stale_N, 0), stale_N)
             self.stale_3 += torch.stack([part.double().sum() for part in sums])
         if stats.ends_5M is not None:
             self.ends_5M += stats.ends_5M
@@ -219,20 +222,21 @@ class BatchStats:
             self.ratio_3 += torch.stack([stats.ratio_N, stats.clipped_N, counted]).double().sum(1)
 
     def reduce(self, counts: bool) -> None:
-        """Make every rank's sums those of the global batch: one collective of the whole job.
+        """Make every rank's sums those of the global batch, on the host: one collective of the whole job, one wait.
 
         counts: whether this rank's sums are taken; each token must be in those of one rank (`Layout.reports`).
         """
         names = ("reliable_length_B", "sums", "count", "ratio_3", "stale_3", "early_3", "tokens_W4T", "ends_5M")
-        parts = [getattr(self, name) for name in names]
-        parts += [] if self.mismatch is None else [self.mismatch.sums_B6]
+        owners: list[tuple[Any, str]] = [(self, name) for name in names]
+        owners += [] if self.mismatch is None else [(self.mismatch, "sums_B6")]
+        parts = [getattr(owner, name) for owner, name in owners]
         flat = torch.cat([part.flatten() for part in parts])
         if not counts:
             flat.zero_()
         dist.all_reduce(flat)
-        whole = flat.split([part.numel() for part in parts])
-        for part, values in zip(parts, whole, strict=True):
-            part.copy_(values.view_as(part))
+        whole = flat.cpu().split([part.numel() for part in parts])
+        for (owner, name), part, values in zip(owners, parts, whole, strict=True):
+            setattr(owner, name, values.view_as(part))
 
     def record(self) -> dict[str, Any]:
         """The gate's part of a step record in metrics.jsonl."""

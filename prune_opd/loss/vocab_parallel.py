@@ -147,16 +147,18 @@ class BothLogits:
     """The buffer for both models' logits of a chunk, [2, C, W], the student's first, and as much again for scratch.
 
     W: the rows of the larger shard, rounded up to a multiple of `BLOCK`. On a CPU the scratch memory is for the few
-    rows at a time that its cache holds (`row_blocks`); elsewhere for the whole chunk.
+    rows at a time that its cache holds (`row_blocks`); elsewhere for the whole chunk. scratch: whether there is any.
     """
 
-    def __init__(self, student: OutputHead, teacher: OutputHead, tokens: int, dtype: torch.dtype) -> None:
+    def __init__(
+        self, student: OutputHead, teacher: OutputHead, tokens: int, dtype: torch.dtype, scratch: bool = True
+    ) -> None:
         self.heads, self.dtype = (student, teacher), dtype
         self.shards = (student.shard, teacher.shard)
         width = -(-max(shard.rows for shard in self.shards) // BLOCK) * BLOCK
         self._logits_2CW = student.weight_VH.new_empty(2, tokens, width, dtype=dtype)
         rows = max((part.stop - part.start for part in row_blocks(self._logits_2CW)), default=0)
-        self.scratch_2RW = self._logits_2CW.new_empty(2, rows, width)
+        self.scratch_2RW = self._logits_2CW.new_empty(2, rows if scratch else 0, width)
 
     def of(self, part: slice) -> Tensor:
         """Both models' logits of some tokens [2, N, W]; good until the next call."""
@@ -181,23 +183,27 @@ def row_blocks(logits_2NW: Tensor, on_device: int = 1) -> list[slice]:
 # ---------------------------------------------------------------------------------------------------- on one rank
 
 
-def local_topk(logits_NV: Tensor, k: int) -> TopK:
+def local_topk(logits_NV: Tensor, k: int, maxima_NB: Tensor | None = None) -> TopK:
     """Exact top-k of this rank's columns, ties to the lower column; the ids are columns. All columns if fewer than k.
 
     logits_NV: [..., V] with fewer than 2^20 columns, finite but for −inf at fewer than V − k of them. In a wide matrix
     the maxima of blocks of columns are taken first, one pass, and all the rest is done in the k blocks that hold the
     largest: k blocks with larger maxima, or with equal ones at lower ids, have k elements that come before any other.
+    maxima_NB: of the blocks, where they are known.
     """
     columns, rows = logits_NV.shape[-1], logits_NV.shape[-2]
     k = min(k, columns)
     if logits_NV.device.type == "cpu" and logits_NV.numel() > CACHED and rows > TOPK_PARTS:
-        parts = [local_topk(part_RV, k) for part_RV in logits_NV.split(-(-rows // TOPK_PARTS), dim=-2)]
+        step = -(-rows // TOPK_PARTS)
+        maxima = [None] * TOPK_PARTS if maxima_NB is None else maxima_NB.split(step, dim=-2)
+        parts = [local_topk(part_RV, k, of) for part_RV, of in zip(logits_NV.split(step, dim=-2), maxima, strict=False)]
         return TopK(*(torch.cat(part, dim=-2) for part in zip(*parts, strict=True)))
-    if columns % BLOCK or columns < 4 * k * BLOCK:
+    if columns % BLOCK or columns < (4 if maxima_NB is None else 1) * k * BLOCK:
         ids_NC = torch.arange(columns, device=logits_NV.device).expand(logits_NV.shape)
         values_NC = logits_NV
     else:
-        maxima_NB = logits_NV.unflatten(-1, (-1, BLOCK)).amax(dim=-1)
+        if maxima_NB is None:
+            maxima_NB = logits_NV.unflatten(-1, (-1, BLOCK)).amax(dim=-1)
         block_NK = _largest(maxima_NB, torch.arange(maxima_NB.shape[-1], device=logits_NV.device), k)
         within_B = torch.arange(BLOCK, device=logits_NV.device)
         ids_NC = torch.add(within_B, block_NK.unsqueeze(-1), alpha=BLOCK).flatten(-2)
@@ -266,13 +272,14 @@ def sum_together(parts: Sequence[Tensor], group: dist.ProcessGroup | None) -> li
     ]
 
 
-def topk_together(logits_MNV: Tensor, k: int, shards: Sequence[VocabShard]) -> TopK:
+def topk_together(logits_MNV: Tensor, k: int, shards: Sequence[VocabShard], maxima_MNB: Tensor | None = None) -> TopK:
     """Exact top-k of several models' logits for the same N tokens over the whole vocabulary, in one all-gather.
 
     logits_MNV: [models, N, columns], padding at `NOTHING`. shards: in that order, of one group. k ≤ vocab_size.
+    maxima_MNB: of blocks of columns, where they are known.
     """
     group, ranks = shards[0].group, group_size(shards[0].group)
-    values_MNK, ids_MNK = local_topk(logits_MNV, k)
+    values_MNK, ids_MNK = local_topk(logits_MNV, k, maxima_MNB)
     if ranks == 1:
         return TopK(values_MNK, ids_MNK)
     first = [shard.first for shard in shards]

@@ -7,12 +7,13 @@ On a CPU it goes through a few rows at a time, which are still in the cache when
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from prune_opd.loss.vocab_parallel import BothLogits, group_size, row_blocks
+from prune_opd.loss.vocab_parallel import VocabShard, group_size, row_blocks
 
 # A product adds up its terms one after the other. Parts of the vocabulary by themselves keep fp32's digits.
 PARTS = 16
@@ -40,9 +41,17 @@ class VocabSums(NamedTuple):
 
     def reverse_kl(self) -> Tensor:
         """Σ_v p_v (log p_v − log q_v) [N] over the whole vocabulary, in nats; never below 0, NaN where unknown."""
-        student_N, teacher_N = self.total_2N1.squeeze(2)
-        gap_N = self.cross_N22[:, 0, 0] - self.cross_N22[:, 0, 1]
-        return (gap_N / student_N + teacher_N.log() - student_N.log()).clamp(min=0)
+        return self._kl(0).clamp(min=0)
+
+    def both_kl(self) -> tuple[Tensor, Tensor]:
+        """KL(p ‖ q) and KL(q ‖ p) [N] as they come out: a rounding may bring them below 0."""
+        return self._kl(0), self._kl(1)
+
+    def _kl(self, of: int) -> Tensor:
+        """Of this model to the other."""
+        own_N, other_N = self.total_2N1[of].squeeze(1), self.total_2N1[1 - of].squeeze(1)
+        gap_N = self.cross_N22[:, of, of] - self.cross_N22[:, of, 1 - of]
+        return gap_N / own_N + other_N.log() - own_N.log()
 
     def log_rest(self) -> tuple[Tensor, Tensor] | None:
         """Log of both models' mass outside the columns that are apart [N]; finite even where there is none."""
@@ -59,9 +68,9 @@ class VocabSums(NamedTuple):
 
 
 def vocab_sums_(
-    both: BothLogits, logits_2NW: Tensor, maximum_2N1: Tensor, keep_logs: bool, apart: Apart | None = None
+    logits_2NW: Tensor, scratch_2RW: Tensor, maximum_2N1: Tensor, keep_logs: bool, apart: Apart | None = None
 ) -> VocabSums:
-    """The sums over this rank's columns; add them up over the group.
+    """The sums over this rank's columns, with torch's own kernels.
 
     logits_2NW: used up; they become exp(logit − maximum), or logit − maximum if `keep_logs`. maximum_2N1: over the
     whole vocabulary. apart: see `VocabSums`.
@@ -72,12 +81,12 @@ def vocab_sums_(
     cross_C22 = logits_2NW.new_empty(rows * PARTS, 2, 2)
     for part in row_blocks(logits_2NW):
         logits_2RW, maximum_2R1 = logits_2NW[:, part], maximum_2N1[:, part]
-        scratch_2RW = both.scratch_2RW[:, : part.stop - part.start]
+        other_2RW = scratch_2RW[:, : part.stop - part.start]
         if keep_logs:
             log_2RW = logits_2RW.sub_(maximum_2R1)
-            exp_2RW = torch.exp(log_2RW, out=scratch_2RW)
+            exp_2RW = torch.exp(log_2RW, out=other_2RW)
         else:
-            log_2RW = torch.sub(logits_2RW, maximum_2R1, out=scratch_2RW)
+            log_2RW = torch.sub(logits_2RW, maximum_2R1, out=other_2RW)
             exp_2RW = torch.exp(log_2RW, out=logits_2RW)
         exp_2CP, log_2CP = (of.view(2, -1, width // PARTS) for of in (exp_2RW, log_2RW))
         products_C22 = cross_C22[part.start * PARTS : part.stop * PARTS]
@@ -94,8 +103,12 @@ def vocab_sums_(
         torch.sum(exp_2RW, dim=2, keepdim=True, out=rest_2N1[:, part])
         exp_2RW.scatter_add_(2, column_2RK, at_2RK)
         torch.add(rest_2N1[:, part], at_2RK.sum(dim=2, keepdim=True), out=total_2N1[:, part])
-    cross_N22 = cross_C22.view(rows, PARTS, 2, 2).sum(dim=1)
-    student, teacher = both.shards
+    return VocabSums(total_2N1, cross_C22.view(rows, PARTS, 2, 2).sum(dim=1), rest_2N1)
+
+
+def only_known_(sums: VocabSums, shards: Sequence[VocabShard]) -> VocabSums:
+    """Take away what compares both models where this rank has not the same ids of them."""
+    student, teacher = shards
     if group_size(student.group) > 1 and student.rows != teacher.rows:
-        cross_N22[:, 0, 1] = cross_N22[:, 1, 0] = float("nan")
-    return VocabSums(total_2N1, cross_N22, rest_2N1)
+        sums.cross_N22[:, 0, 1] = sums.cross_N22[:, 1, 0] = float("nan")
+    return sums

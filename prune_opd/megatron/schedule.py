@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from itertools import count
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from prune_opd.megatron.layout import ModelLayout
 from prune_opd.megatron.packing import PackedBatch
+from prune_opd.process import progress
 
 # (micro-batches, chunk) -> (the chunk's output, what the last stage does with it)
 ForwardStep = Callable[[Iterator[PackedBatch], Any], tuple[Tensor, Callable[..., Any]]]
@@ -52,10 +54,17 @@ def _run(
     **options: bool,
 ) -> list[Any]:
     pipelined = layout.pp > 1
+    all_passes, begun = len(batches) * len(models), count(1)
+
+    def told(batches: Iterator[PackedBatch], model: Any) -> tuple[Tensor, Callable[..., Any]]:
+        number = next(begun)  # that this process has handed to the device: it does not wait to know more
+        progress(lambda: f"micro-batch {number}/{all_passes}")
+        return step(batches, model)
+
     run = get_forward_backward_func(pp_size=layout.pp, vp_size=layout.vp if layout.vp > 1 else None)
     config = get_model_config(models[0])
     return run(
-        forward_step_func=step,
+        forward_step_func=told,
         data_iterator=[iter(batches) for _ in models],
         model=list(models),
         num_microbatches=len(batches),

@@ -72,6 +72,12 @@ def is_priced(config: ObjectiveConfig) -> bool:
     return config.name == "priced_reverse_kl"
 
 
+def kl_share(config: ObjectiveConfig) -> float | None:
+    """The forward KL's share in a mixture of both KL on the whole vocabulary; None for another objective."""
+    shares = {"full_vocab_reverse_kl": 0.0, "full_vocab_forward_kl": 1.0, "full_vocab_mixed_kl": config.forward_share}
+    return shares.get(config.name)
+
+
 def top_k(config: ObjectiveConfig) -> int:
     """How many of each model's best ids `candidates` needs."""
     return 0 if config.name in (*_ON_VOCABULARY, *_ON_SAMPLED) else config.k

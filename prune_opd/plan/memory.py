@@ -14,9 +14,11 @@ from prune_opd.plan.setting import Setting
 STEP = ("sync", "rollout", "teacher", "train")
 INFLIGHT = "inflight"  # what the rollout is where the teacher looks at the responses on the way
 START = "start"  # student, optimizer and teacher are built first, then the engine, while what may move is away
-# Matrices [loss chunk × vocabulary] that are alive together, in fp32: both models' logits and what the gradients take.
-# In fp32 on a CPU the loss took 2.3 to 2.6 of them beyond its inputs (README); bf16 heads add copies.
-LOSS_MATRICES = 4
+# Matrices [loss chunk × vocabulary] that are alive together, in fp32, by objective.kernels: both models' logits, and
+# scratch as large for the sums over the vocabulary (which a CPU makes a few rows at a time). With our own kernels there
+# are no such sums, and the student's gradient is one in bf16 beside the logits.
+LOSS_MATRICES = {"torch": 4, "triton": 2.5}
+TOPK_BLOCK = 64  # ids of which the loss looks at the largest first
 MASTERS_AND_MOMENTS = 12  # bytes a parameter: fp32 master, Adam's two moments; 8 if the parameters are fp32 themselves
 GRADIENT_BYTES = 4  # trainer.py reduces in fp32
 
@@ -135,12 +137,12 @@ def working_bytes(setting: Setting) -> dict[str, float]:
     tokens = max(parallel.microbatch_tokens, longest)  # a row is never cut, even where it is longer than the budget
     of_all = setting.responses * setting.lengths.mean(setting.config.horizon.max_len)
     sent, trained_on = hidden_bytes(setting, of_all, longest)
-    forward = _teacher_forward(setting, tokens)
+    forward = teacher_forward(setting, tokens)
     found = {
-        "sync": 2 * setting.config.rollout.bucket_mb * 2**20,
+        "sync": _sync_bytes(setting),
         "rollout": float(ENGINE_WORKSPACE),
         "teacher": max(forward, phases.EXCHANGE_BYTES) + sent + trained_on,
-        "train": tokens / student.context * _activation_bytes(setting) + loss_bytes(setting) + trained_on,
+        "train": tokens / student.context * _activation_bytes(setting) + loss_bytes(setting, tokens) + trained_on,
     }
     found["train"] += _fp8_copy(setting, setting.student, student, setting.config.precision.student_fp8.on)
     if INFLIGHT in phases_of(setting):
@@ -149,11 +151,35 @@ def working_bytes(setting: Setting) -> dict[str, float]:
     return {phase: found[phase] for phase in phases_of(setting)}
 
 
-def _teacher_forward(setting: Setting, tokens: float) -> float:
-    """Bytes of a forward pass of the teacher. With experts over TP ranks it has sequence parallelism (teacher.py)."""
-    spec, layout = setting.teacher, setting.teacher_layout
-    each = layer_bytes(spec, layout.tensor, spec.moe is not None and layout.tensor > 1) + 4 * spec.hidden
-    return tokens * each + _fp8_copy(setting, spec, layout, setting.config.precision.teacher_fp8.on)
+def _sync_bytes(setting: Setting) -> float:
+    """Bytes of two buckets; those of the vocabulary's matrices, which come last, may be larger than the others.
+
+    A matrix that ranks share has room for their shards beside the whole (weights/buckets.py), and one bucket of the
+    layers before is still there. Ranks that share nothing need no bucket.
+    """
+    layout, spec = setting.student_layout, setting.student
+    if layout.tensor * layout.pipeline * layout.expert == 1:
+        return 0.0
+    bucket = setting.config.rollout.bucket_mb * 2**20
+    matrix = spec.vocab_size * spec.hidden * setting.weight_bytes * (2 if layout.tensor > 1 else 1)
+    return 2 * bucket if matrix <= bucket else bucket + matrix * (1 if spec.tied else 2)
+
+
+def teacher_forward(setting: Setting, tokens: float) -> float:
+    """Bytes of the teacher's forward pass beside its weights. With experts over TP ranks it has sequence parallelism.
+
+    Nothing is kept for a backward pass: attention's part of a layer is gone when the feed-forward part is there, and
+    experts, one after the other, leave their results alone. The memory in which the student gathers its layers' input
+    stays (megatron-core's buffer).
+    """
+    spec, layout, config = setting.teacher, setting.teacher_layout, setting.config
+    shared = layout.tensor if spec.moe is not None else 1
+    stream, attention, feed_forward = _layer_parts(spec, layout.tensor, spec.moe is not None and layout.tensor > 1)
+    if spec.moe is not None:
+        feed_forward = _dispatched_bytes(spec, shared) + 2 * spec.hidden * spec.moe.per_token / shared
+    gathered = _gathered_bytes(setting.student, setting.student_layout.tensor, config.parallel.sequence_parallel)
+    each = stream + max(attention, feed_forward) + gathered
+    return tokens * each + _fp8_copy(setting, spec, layout, config.precision.teacher_fp8.on)
 
 
 def _fp8_copy(setting: Setting, spec: ModelSpec, layout: ParallelSizes, fp8: bool) -> float:
@@ -184,10 +210,22 @@ def _looked_at(setting: Setting) -> float:
     return rows * max(reached, default=0.0)
 
 
-def loss_bytes(setting: Setting) -> float:
-    """Bytes of one chunk of the loss: both heads' logits on this rank's part of the vocabulary."""
-    tensor, vocab = setting.student_layout.tensor, max(spec.vocab_size for spec in (setting.student, setting.teacher))
-    return LOSS_MATRICES * 4 * setting.config.parallel.loss_chunk_tokens * vocab / tensor
+def loss_bytes(setting: Setting, tokens: float) -> float:
+    """Bytes of the loss on a micro-batch: those of a chunk, and the hidden states' gradient.
+
+    A chunk has both heads' logits on this rank's part of the vocabulary, the maximum of each block of ids, and the ids
+    and values of the best blocks. Where ranks share the vocabulary the gradient is added up in fp32.
+    """
+    layout, config = setting.student_layout, setting.config
+    width = max(setting.student.vocab_size, setting.teacher.vocab_size) / layout.tensor
+    row = LOSS_MATRICES[config.objective.kernels] * 4 * width + 2 * (4 * width / TOPK_BLOCK + 20 * config.objective.k * TOPK_BLOCK)
+    gradient = setting.student.hidden * (2 if layout.tensor == 1 else 6)
+    return config.parallel.loss_chunk_tokens * row + tokens / layout.context * gradient
+
+
+def _gathered_bytes(spec: ModelSpec, tensor: int, sequence_parallel: bool) -> float:
+    """Bytes of a token's hidden state on a rank that has a part of the tokens and needs all."""
+    return 2 * spec.hidden if sequence_parallel and tensor > 1 else 0
 
 
 def largest_fit(setting: Setting) -> tuple[int, int]:
@@ -244,7 +282,28 @@ def _activation_bytes(setting: Setting) -> float:
     kept = layers * kept_bytes(spec, layout.tensor, parallel.sequence_parallel, parallel.recompute)
     again = layer_bytes(spec, layout.tensor, parallel.sequence_parallel) if parallel.recompute == "full" else 0.0
     under_way = layout.pipeline * (1 + (layout.pipeline - 1) / (layout.pipeline * parallel.virtual_pipeline))
-    return kept * (under_way if layout.pipeline > 1 else 1) + again + 4 * spec.hidden
+    backward = _backward_bytes(spec, layout.tensor, parallel.sequence_parallel)
+    return kept * (under_way if layout.pipeline > 1 else 1) + again + backward
+
+
+def _backward_bytes(spec: ModelSpec, tensor: int, sequence_parallel: bool) -> float:
+    """Bytes of a token at the fullest moment of a layer's backward pass, beside what the layer has kept of it.
+
+    The gradient of SwiGLU's product and of both its factors, less the product, which is gone by then, or what the
+    experts' tokens need on their way; the gradient of the layer's output; q before its norm; the layer's input,
+    gathered from the ranks.
+    """
+    shared = tensor if sequence_parallel else 1
+    feed_forward = 4 * spec.ffn / tensor if spec.moe is None else _dispatched_bytes(spec, shared)
+    gathered = _gathered_bytes(spec, tensor, sequence_parallel)
+    return feed_forward + 2 * spec.hidden / shared + 2 * spec.heads * spec.head_dim / tensor * spec.qk_norm + gathered
+
+
+def _dispatched_bytes(spec: ModelSpec, shared: int) -> float:
+    """Bytes of a token on the way to its experts and back: in their order here, as it arrived, in the order of the
+    experts there, and their results."""
+    assert spec.moe is not None
+    return 4 * 2 * spec.hidden * spec.moe.per_token / shared
 
 
 def kept_bytes(spec: ModelSpec, tensor: int, sequence_parallel: bool, recompute: str) -> float:
@@ -267,6 +326,11 @@ def layer_bytes(spec: ModelSpec, tensor: int, sequence_parallel: bool) -> float:
     gate and up in one piece, SiLU of gate, a copy of up (megatron-core adds its offset, 0), their product. An expert
     also keeps the product before it is weighted, and its copy of the token.
     """
+    return sum(_layer_parts(spec, tensor, sequence_parallel))
+
+
+def _layer_parts(spec: ModelSpec, tensor: int, sequence_parallel: bool) -> tuple[float, float, float]:
+    """`layer_bytes` of the stream between the parts and its norms, of attention, of the feed-forward part."""
     shared = tensor if sequence_parallel else 1
     width = spec.heads * spec.head_dim
     groups = spec.kv_heads * spec.head_dim
@@ -275,4 +339,4 @@ def layer_bytes(spec: ModelSpec, tensor: int, sequence_parallel: bool) -> float:
         feed_forward = spec.moe.per_token * (12 * spec.moe.ffn + 2 * spec.hidden) / shared
     else:
         feed_forward = 10 * spec.ffn / tensor
-    return 8 * spec.hidden / shared + attention + feed_forward
+    return 8 * spec.hidden / shared, attention, feed_forward

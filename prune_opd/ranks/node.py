@@ -23,7 +23,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from types import FrameType
 
-from prune_opd.errors import REQUEUE_EXIT_CODE
+from prune_opd.errors import REQUEUE_EXIT_CODE, UserError
 from prune_opd.process import rank_environment
 
 SAVED_TOGETHER = 90.0  # seconds that a node which has saved waits for the others, at most
@@ -101,8 +101,21 @@ class Supervisor:
         return REQUEUE_EXIT_CODE
 
 
-def run_node(recipe: list[str], run_dir: Path, ranks: int) -> int:
-    """Check on the first node, then train on all of them."""
+def binding_arguments(mode: str | None) -> list[str]:
+    """torchrun's arguments that hold each rank to cores near its GPU; UserError without the program it does it with."""
+    if mode is None:
+        return []
+    if shutil.which("numactl") is None:
+        raise UserError(
+            "numa_binding: torchrun binds ranks with the program numactl, and this node or image has none: install it, "
+            "or leave numa_binding out of the cluster file"
+        )
+    return ["--numa-binding", mode]
+
+
+def run_node(recipe: list[str], run_dir: Path, ranks: int, binding: str | None = None) -> int:
+    """Check on the first node, then train on all of them. binding: torchrun's `--numa-binding`."""
+    bound = binding_arguments(binding)
     supervisor = Supervisor()
     env = rank_environment({"HF_HUB_OFFLINE": "1"} | os.environ)
     command = [sys.executable, "-m", "prune_opd.cli"]
@@ -114,7 +127,7 @@ def run_node(recipe: list[str], run_dir: Path, ranks: int) -> int:
             return supervisor.code_before_training
         if code:
             return code
-    torchrun = [sys.executable, "-m", "prune_opd.ranks.launcher", *torchrun_arguments(ranks, env)]
+    torchrun = [sys.executable, "-m", "prune_opd.ranks.launcher", *torchrun_arguments(ranks, env), *bound]
     code = supervisor.run([*torchrun, *command[1:], "train", *recipe, "--run-dir", str(run_dir)], env)
     return supervisor.leave_together(run_dir, env) if code == REQUEUE_EXIT_CODE else code
 
@@ -123,11 +136,16 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m prune_opd.ranks.node", description="One node of a job.")
     parser.add_argument("--ranks", type=int, default=1, help="ranks on this node, one per GPU")
     parser.add_argument("--run-dir", type=Path, required=True)
+    parser.add_argument("--numa-binding", metavar="MODE", help="torchrun's: holds ranks to the cores near their GPUs")
     parser.add_argument("--export-to", type=Path, help="write the run's last checkpoint there, train nothing")
     parser.add_argument("recipe", nargs="+", metavar="RECIPE [key=value …]")
     arguments = parser.parse_args(argv)
     if arguments.export_to is None:
-        return run_node(arguments.recipe, arguments.run_dir.absolute(), arguments.ranks)
+        try:
+            return run_node(arguments.recipe, arguments.run_dir.absolute(), arguments.ranks, arguments.numa_binding)
+        except UserError as error:
+            print(f"error: {error}", file=sys.stderr)
+            return error.exit_code
     export = [sys.executable, "-m", "prune_opd.cli", "export"]
     checkpoints = arguments.run_dir / "checkpoints"
     checkpoint = checkpoints / (checkpoints / "latest").read_text(encoding="utf-8").strip()

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import weakref
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -45,6 +46,7 @@ class Ledger:
     def __init__(self) -> None:
         self._blocks: dict[int, _Block] = {}
         self._ignored: set[int] = set()
+        self._counting = True
         self.by_part: defaultdict[str, int] = defaultdict(int)
         self.live = 0
         self.phase = "build"
@@ -60,18 +62,22 @@ class Ledger:
         key = storage._cdata
         if key in self._blocks or key in self._ignored:
             return
+        if not self._counting:
+            self._ignored.add(key)
+            weakref.finalize(storage, self._ignored.discard, key)
+            return
         nbytes = storage.nbytes()
         self._blocks[key] = _Block(nbytes, WORK, weakref.ref(storage, self._freed(key)))
         self._add(WORK, nbytes)
 
-    def ignore(self, tensor: Tensor) -> None:
-        """These bytes are another storage's, which is counted."""
-        storage = tensor.untyped_storage()
-        key = storage._cdata
-        if block := self._blocks.pop(key, None):
-            self._add(block.part, -block.nbytes)
-        self._ignored.add(key)
-        weakref.finalize(storage, self._ignored.discard, key)
+    @contextmanager
+    def not_counting(self) -> Iterator[None]:
+        """What is made in here has bytes that another storage has, which is counted."""
+        self._counting = False
+        try:
+            yield
+        finally:
+            self._counting = True
 
     def resized(self, storage: torch.UntypedStorage) -> None:
         """A storage has been emptied or filled again under its tensors."""

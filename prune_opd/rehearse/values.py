@@ -24,7 +24,7 @@ ANSWERS: dict[str, float | tuple[float, ...]] = {
     "_update": (1.0, 1.0, 0.0),  # the loss, the tokens, and how many ranks have numbers that are not finite
     "compare": 1 << 40,  # the first tensor whose checksum is wrong: none
     "raise_if_broken": 0,
-    "_figures": 0,  # of the mismatch between engine and trainer: there are no tokens to compare
+    "reduce": 0,  # the step's statistics: there are no tokens
 }
 
 

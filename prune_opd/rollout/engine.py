@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any
@@ -22,11 +22,12 @@ from prune_opd import platform
 from prune_opd.config import RolloutConfig
 from prune_opd.errors import UserError
 from prune_opd.platform import Platform, untouched_rng
+from prune_opd.process import progress, watched
 from prune_opd.rollout.batch import Response, Rollouts
 from prune_opd.rollout.long_tail import Race, deal_to_engines
 from prune_opd.rollout.refusal import in_our_words
 from prune_opd.rollout.request import NOTHING, Row, TokenSampling, told_apart
-from prune_opd.rollout.stepwise import StepLoop, Watch, run_together
+from prune_opd.rollout.stepwise import StepLoop, Watch, run_together, so_far
 
 # Read when vllm is imported. One process a rank (no engine subprocess), no telemetry, no hub; the V1 model runner on
 # every platform, because the CPU has no other and both must behave alike. FlashInfer would compile its sampler and its
@@ -190,11 +191,12 @@ class RolloutEngine:
         if not rows:
             return []
         settings = {"logprobs": 0, "flat_logprobs": True} if sampling.logprobs else {}
-        outputs = self.llm.generate(
-            [{"prompt_token_ids": list(row.prompt.ids)} for row in rows],
-            [SamplingParams(**settings, **self._settings(row, sampling)) for row in rows],
-            use_tqdm=False,
-        )
+        with _told(self.llm.llm_engine, len(rows)):
+            outputs = self.llm.generate(
+                [{"prompt_token_ids": list(row.prompt.ids)} for row in rows],
+                [SamplingParams(**settings, **self._settings(row, sampling)) for row in rows],
+                use_tqdm=False,
+            )
         return [_response(output.outputs[0], sampling.logprobs) for output in outputs]
 
     def _sample_together(
@@ -254,6 +256,38 @@ class RolloutEngine:
             self.wake_up(sorted(self.asleep))
         dist.barrier()
         self.llm.llm_engine.engine_core.shutdown()
+
+
+@contextmanager
+def _told(engine: Any, responses: int) -> Iterator[None]:
+    """While it generates, an engine of vLLM says how far it is.
+
+    vLLM's own progress bar moves only when a response ends, which is late where all of them are long.
+    """
+    if not watched():
+        yield
+        return
+    plain, ended, tokens = engine.step, 0, 0  # tokens: of the responses that have ended
+
+    def describe() -> str:
+        under_way = engine.output_processor.request_states.values()
+        return so_far(ended, responses, tokens + sum(one.detokenizer.num_output_tokens() for one in under_way))
+
+    def step() -> Any:
+        nonlocal ended, tokens
+        outputs = plain()
+        for output in outputs:
+            if output.finished:
+                ended += 1
+                tokens += sum(len(completion.token_ids) for completion in output.outputs)
+        progress(describe)
+        return outputs
+
+    engine.step = step
+    try:
+        yield
+    finally:
+        del engine.step  # the method of its class again
 
 
 def rollout_arguments(rollout: RolloutConfig, sleep_level: int = 0) -> dict[str, Any]:

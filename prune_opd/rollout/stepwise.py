@@ -29,6 +29,7 @@ import torch.distributed as dist
 from prune_opd.data.prompt import Prompt
 from prune_opd.errors import UserError
 from prune_opd.platform import untouched_rng
+from prune_opd.process import progress
 from prune_opd.rollout.batch import Response
 from prune_opd.rollout.long_tail import Race
 
@@ -94,6 +95,11 @@ class _Request:
         return len(self.begun.ids)
 
 
+def so_far(ended: int, responses: int, tokens: int) -> str:
+    """How far an engine is with its responses; those of other engines are not counted."""
+    return f"{ended}/{responses} responses, {tokens:,} tokens"
+
+
 class StepLoop:
     """One engine's requests. `add` them all, then `advance` and `stop` in turn until `idle`."""
 
@@ -102,7 +108,7 @@ class StepLoop:
         self.engine, self.looks, self.racing, self.logprobs = engine, looks, racing, logprobs
         self.gap = min((after - before for before, after in pairwise((0, *looks))), default=1)
         self.requests: dict[str, _Request] = {}  # by the name that we gave
-        self.steps = 0
+        self.steps = self.tokens = 0
         self._seen = hashlib.blake2b(digest_size=8)
 
     def add(self, row: int, prompt_ids: Sequence[int], params: Any, limit: int, begun: Response) -> None:
@@ -134,6 +140,8 @@ class StepLoop:
             self.steps += 1
             tokens = self._take(self.engine.step())
             steps += 1
+            self.tokens += tokens
+            progress(self._so_far)
             without_tokens = 0 if tokens else without_tokens + 1
             if without_tokens >= STALLED:
                 waiting = [request.row for request in self.requests.values() if request.live]
@@ -141,6 +149,10 @@ class StepLoop:
                     f"{STALLED} steps brought no token, and {len(waiting)} responses never finish (rows "
                     f"{waiting[:4]} …): the KV cache may be too small for one of them"
                 )
+
+    def _so_far(self) -> str:
+        ended = sum(not request.live for request in self.requests.values())
+        return so_far(ended, len(self.requests), self.tokens)
 
     def due(self, holder: int) -> list[Prefix]:
         """The responses that have reached a look, each with its new tokens and, on this rank, their arrays."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import math
-import os
 import sys
 from collections import deque
 from collections.abc import Sequence
@@ -20,7 +19,9 @@ from rich.table import Table
 from rich.text import Text
 
 from prune_opd.config.run import READERS, REGEX
+from prune_opd.process import watch
 from prune_opd.track.metrics import PHASES, Record, Summary, full_kl, readable, summarise, task_names, total
+from prune_opd.track.moving import PLAIN, TERMINAL, Moving, is_terminal
 
 _ALONE = {"evaluation": "evaluating …", "export": "exporting the student …"}
 _PLAIN_WIDTH = 100
@@ -63,6 +64,10 @@ class RunConsole:
         self._full = total(estimated, "tokens_full")
         self._recent: deque[float] = deque((r["time_step"] for r in history if r.get("time_step")), _ETA_WINDOW)
         self._live: Live | None = None
+        self._phase = ""
+        self._below: tuple[Text, ...] = ()  # of the last step
+        self._moving = Moving(self._moved, TERMINAL if self._is_terminal() else PLAIN)
+        watch(self._moving)
         if self._is_terminal():
             self._start_live()
 
@@ -79,7 +84,8 @@ class RunConsole:
         else:
             self._keep(self._plain_step(record))
             self._progress.update(self._task, completed=self._done, eta=self._eta())
-            self._live.update(Group(self._progress, self._figures(record), self._phase_line(record)))
+            self._below = (self._figures(record), self._phase_line(record))
+            self._draw()
 
     def evaluation(self, record: Record) -> None:
         """Shows the accuracies of an evaluation, above the progress display."""
@@ -107,9 +113,15 @@ class RunConsole:
         self._say(Text(text, style="bright_black"))
 
     def phase(self, name: str) -> None:
-        """Shows what the ranks do now: on a terminal always, in plain lines only what has no step of its own."""
+        """Shows what the ranks do now: on a terminal always, in plain lines only what has no step of its own.
+
+        What takes longer is then followed by how far it is (`process.progress`).
+        """
+        self._phase = name
+        self._moving.begin()
         if self._live is not None:
             self._progress.update(self._task, phase=name)
+            self._draw()
         elif name in _ALONE:
             self._line(_ALONE[name])
 
@@ -144,9 +156,18 @@ class RunConsole:
 
     def close(self) -> None:
         """Ends the progress display. Safe to call twice."""
+        watch(None)
         if self._live is not None:
             self._live.stop()
             self._live = None
+
+    def _moved(self, text: str) -> None:
+        if self._live is not None:
+            self._draw(text)
+        else:
+            alone = self._phase in _ALONE or self._done >= self._total
+            step = "" if alone else f"step {self._done + 1}/{self._total}  "
+            self._line(f"{step}{self._phase}: {text}")
 
     # ---------------------------------------------------------------------------------------------- terminal
 
@@ -167,6 +188,12 @@ class RunConsole:
         )
         self._live = Live(self._progress, console=Console(file=self._file), refresh_per_second=2, transient=False)
         self._live.start()
+
+    def _draw(self, moving: str = "") -> None:
+        """The bar, below it what moves within the phase, and the figures of the last step."""
+        assert self._live is not None
+        within = [Text(f"  {self._phase}: {moving}", style="bright_black")] if moving else []
+        self._live.update(Group(self._progress, *within, *self._below))
 
     def _figures(self, record: Record) -> Text:
         text = Text("  ")
@@ -189,7 +216,7 @@ class RunConsole:
             self._live.console.print(text)
 
     def _is_terminal(self) -> bool:
-        return self._file.isatty() and os.environ.get("TERM", "") not in ("", "dumb")
+        return is_terminal(self._file)
 
     # ------------------------------------------------------------------------------------------------- plain
 

@@ -127,6 +127,8 @@ def read_metrics(path: Path) -> tuple[list[Record], list[Record]]:
     Raises:
         UserError: there is no such file, or a line before the last is not a JSON object with a step.
     """
+    if path.parent.is_file():
+        raise UserError(f"{path.parent} is a file: give the directory of its run, {path.parent.parent}")
     if not path.is_file():
         raise UserError(f"{path} does not exist: give a run directory whose training has logged at least one step")
     steps: dict[int, Record] = {}

@@ -1,16 +1,16 @@
-"""What all charts share: colours, fonts, axes, and drawing a chart as a PNG."""
+"""What all charts share: colours, fonts, axes, and drawing a chart as an SVG or a PNG."""
 
 from __future__ import annotations
 
 import io
 import math
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
-from matplotlib.colors import to_hex, to_rgba
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import FuncFormatter, MaxNLocator, PercentFormatter
@@ -33,6 +33,8 @@ DARK = {
     MUTED: "#9fabb8",
     "#c3cad3": "#566370",
     "#e6eaef": "#323b45",
+    "#9ecae1": "#4a7ba6",  # early, middle, late: from pale to strong on both
+    "#3a8fc4": "#7db8de",
     "#08306b": "#deebf7",
     "#000000": "#e4e9ee",
 }
@@ -63,13 +65,39 @@ class Chart:
     draw: Callable[[Any], None]
 
 
-def png(chart: Chart, dark: bool = False) -> bytes:
-    """The chart alone as a PNG, without its title (the page shows that). dark: for a page with a dark background."""
+def pictures(chart: Chart, with_png: bool) -> tuple[str, bytes | None]:
+    """The chart alone as an SVG and, if asked for, as a PNG; without its title (the page shows that).
+
+    The SVG is for light and for dark pages (`recoloured`); the layout, which costs as much as drawing, is made once.
+    """
     with mpl.rc_context(fname=STYLE):
         figure = drawn(chart)
-        if dark:
-            _darken(figure)
-        return _bytes(figure)
+        png = _bytes(figure) if with_png else None
+        if with_png:
+            figure.set_layout_engine("none")
+        buffer = io.StringIO()
+        figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
+        width, height = (round(side * _DPI) for side in SIZE)
+    return recoloured(buffer.getvalue(), width, height), png
+
+
+def recoloured(svg: str, width: int, height: int) -> str:
+    """matplotlib's SVG, `width` × `height` pixels large, whose paper and ink follow the reader's colour scheme.
+
+    The colours of data stay. Browsers ask the media query in pictures too, so that the page needs one of each chart.
+    """
+    names = {colour: f"--c{number}" for number, colour in enumerate(DARK)}
+    light = "".join(f"{name}:{colour};" for colour, name in names.items())
+    dark = "".join(f"{name}:{DARK[colour]};" for colour, name in names.items())
+    black = f"fill:var({names['#000000']})"  # where no colour stands
+    blanks = "text{white-space:pre}"  # those at the ends of a label are there to keep it away from something
+    style = f"<style>{blanks}:root{{{light}{black}}}@media(prefers-color-scheme:dark){{:root{{{dark}}}}}</style>"
+    known = rf"(fill|stroke): ({'|'.join(DARK)})\b"
+    body = re.sub(known, lambda found: f"{found[1]}: var({names[found[2]]})", svg[svg.index("<svg") :])
+    body = re.sub(r"<metadata>.*?</metadata>", "", body, count=1, flags=re.DOTALL)
+    head, _, rest = body.partition(">")
+    head = re.sub(r' (width|height)="[^"]*"', "", head) + f' width="{width}" height="{height}"'
+    return f"{head}>{style}{rest}"
 
 
 def drawn(chart: Chart) -> Figure:
@@ -77,23 +105,6 @@ def drawn(chart: Chart) -> Figure:
     figure = Figure(figsize=SIZE, dpi=_DPI, layout=ConstrainedLayoutEngine(w_pad=0.08, h_pad=0.06))
     chart.draw(figure)
     return figure
-
-
-def _darken(figure: Figure) -> None:
-    """Exchange the colours of paper and ink in everything that is drawn; the colours of data stay."""
-    figure.draw_without_rendering()  # legends, ticks and their labels are made now
-    names = ("color", "facecolor", "edgecolor", "markerfacecolor", "markeredgecolor")
-    for artist in figure.findobj():
-        for name in names:
-            get, put = (getattr(artist, f"{verb}_{name}", None) for verb in ("get", "set"))
-            if get is None or put is None:
-                continue
-            colour = get()
-            known = isinstance(colour, str) or (isinstance(colour, tuple) and len(colour) in (3, 4))
-            if known and to_rgba(colour)[3] > 0 and (other := DARK.get(to_hex(colour))):
-                put(other)
-    for axes_ in figure.axes:
-        axes_.tick_params(colors=DARK[MUTED])
 
 
 def _bytes(figure: Figure) -> bytes:

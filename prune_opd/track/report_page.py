@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 
-from prune_opd.track.plotting import Chart, png
+from prune_opd.track.plotting import Chart, pictures
 
 
 def asset(name: str) -> str:
@@ -32,22 +32,16 @@ def grid(charts: Sequence[Chart], folder: Path | None = None) -> str:
     """The charts as cards side by side. folder: gets each chart as a PNG too, numbered in order."""
     cards = []
     for place, chart in enumerate(charts, start=1):
-        image = png(chart)
-        if folder is not None:
+        svg, png = pictures(chart, with_png=folder is not None)
+        if folder is not None and png is not None:
             folder.mkdir(parents=True, exist_ok=True)
-            (folder / f"{place:02d}-{_slug(chart.title)}.png").write_bytes(image)
-        title = escape(chart.title)
-        light, dark = (f"data:image/png;base64,{_text(picture)}" for picture in (image, png(chart, dark=True)))
+            (folder / f"{place:02d}-{_slug(chart.title)}.png").write_bytes(png)
+        title, source = escape(chart.title), base64.b64encode(svg.encode()).decode("ascii")
         cards.append(
-            f'<figure><h3>{title}</h3><picture><source media="(prefers-color-scheme: dark)" srcset="{dark}">'
-            f'<img alt="{title}" src="{light}"></picture>'
+            f'<figure><h3>{title}</h3><img alt="{title}" src="data:image/svg+xml;base64,{source}">'
             f"<figcaption>{escape(chart.caption)}</figcaption></figure>"
         )
     return '<div class="grid">' + "".join(cards) + "</div>"
-
-
-def _text(image: bytes) -> str:
-    return base64.b64encode(image).decode("ascii")
 
 
 def _slug(title: str) -> str:

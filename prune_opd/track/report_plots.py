@@ -86,6 +86,7 @@ def _tokens(fig: Any, run: RunData) -> None:
             va="center",
             color=INK,
             fontweight="bold",
+            bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 1},  # where the two lines are close
         )
     ax.plot(x, generated, color=BLUE, linewidth=2.2, marker=marker, label="generated")
     from_zero(ax)
@@ -274,8 +275,8 @@ _CHARTS = (
         "Overlap by position over training",
         ("overlap_by_position",),
         overlap_map,
-        "Each column is a step, each row a stretch of the response; white has no tokens. Drift shows as darkening "
-        "upwards, learning as brightening to the right.",
+        "Each column is a step, each row a stretch of the response; without colour there are no tokens. Drift shows as "
+        "darkening upwards, learning as brightening to the right.",
     ),
     _Kind(
         "Overlap by position: early, middle, late",

@@ -7,12 +7,14 @@ from itertools import pairwise
 from typing import Any
 
 import numpy as np
+from matplotlib.colors import LinearSegmentedColormap, to_rgb
 from matplotlib.ticker import MaxNLocator
 
-from prune_opd.track.plotting import INK, MUTED, axes, count_axis, legend, percent_axis
+from prune_opd.track.plotting import BLUE, INK, MUTED, axes, count_axis, legend, percent_axis
 from prune_opd.track.report_data import RunData
 
 _STEPS = 10  # steps that are averaged into one curve, at most
+_SHARES = LinearSegmentedColormap.from_list("shares", [(*to_rgb(BLUE), alpha) for alpha in (0, 0.35, 1)])  # over paper
 _COLOURS = ("#9ecae1", "#3a8fc4", "#08306b")  # early, middle, late
 
 
@@ -25,7 +27,7 @@ def overlap_map(fig: Any, run: RunData) -> None:
 
 def length_map(fig: Any, run: RunData) -> None:
     """Share of the responses that end in each stretch, step × length, with the horizon."""
-    bar = _map(fig, run, _length_shares(run), "response length", "share of the responses", cmap="Blues", vmin=0)
+    bar = _map(fig, run, _length_shares(run), "response length", "share of the responses", cmap=_SHARES, vmin=0)
     percent_axis(bar.ax.yaxis)
 
 

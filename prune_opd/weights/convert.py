@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import pickle
+from functools import partial
 from pathlib import Path
 
 import torch
 
 from prune_opd.errors import UserError
+from prune_opd.process import progress
 from prune_opd.weights.files import HfDirectoryWriter
 
 PICKLE, INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
@@ -36,11 +38,12 @@ def convert_pickle(model_dir: Path, out_dir: Path, allow_pickle: bool) -> None:
     if out_dir.exists() and (not out_dir.is_dir() or any(out_dir.iterdir())):
         raise UserError(f"OUT_DIR = {str(out_dir)!r} is there already: choose a new directory")
     writer = HfDirectoryWriter(out_dir, model_dir, FILE_BYTES)
-    for name in names:
+    for number, name in enumerate(names, 1):
         try:
             tensors = torch.load(model_dir / name, map_location="cpu", weights_only=True)
             for key, tensor in tensors.items():
                 writer.add(key, tensor)
+                progress(partial("{}, file {} of {}".format, name, number, len(names)))
         except (pickle.UnpicklingError, RuntimeError, AttributeError, EOFError) as error:
             brief = str(error).partition("\n")[0]
             raise UserError(f"{model_dir / name} does not hold weights alone ({brief}): it is not read") from error

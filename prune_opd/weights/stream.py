@@ -16,6 +16,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import islice
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from prune_opd.process import progress
 from prune_opd.weights.buckets import Bucket, Holding, Item, make_buckets, make_items
 from prune_opd.weights.checksum import Checksums
 from prune_opd.weights.files import HfDirectoryWriter
@@ -60,6 +62,7 @@ class Resharder:
         self.group = max(self.groups.mp, self.groups.tp_ep_pp, key=lambda group: group.size())
         self.transport = self._transport(transport)
         self._buffers: list[Buffer] = []
+        self._handed_on = 0  # bytes of the stream under way
 
     @torch.no_grad()
     def stream(self) -> Iterator[tuple[str, Tensor]]:
@@ -70,6 +73,7 @@ class Resharder:
         """
         parameters = local_parameters(self.chunks)
         sums = Checksums(self.buckets, self.group, self.device) if self.group.size() > 1 else None
+        self._handed_on = 0
         now = self._send(self.buckets[0], parameters, sums, in_use=None)
         for bucket, after in zip(self.buckets, [*self.buckets[1:], None], strict=True):
             self.transport.arrive(now.flight)
@@ -102,6 +106,12 @@ class Resharder:
         return make_buckets(
             make_items(table, holdings), self.bucket_bytes, staging=self.transport.staging, in_order=self.in_order
         )
+
+    @cached_property
+    def _whole(self) -> int:
+        """Bytes of all tensors."""
+        items = (item for bucket in self.buckets for item in bucket.items)
+        return sum(prod(shape) * item.dtype.itemsize for item in items for shape in item.entry.shapes)
 
     def _transport(self, name: str | None) -> Transport:
         if name is None:
@@ -139,6 +149,8 @@ class Resharder:
     def _hand_on(self, bucket: Bucket, flight: Flight, sums: Checksums | None) -> Iterator[tuple[str, Tensor]]:
         for item, wholes in zip(bucket.items, flight.wholes, strict=True):
             yield from zip(item.entry.hf, wholes, strict=True)
+            self._handed_on += sum(whole.nbytes for whole in wholes)
+            progress(lambda: f"{self._handed_on / MIB:,.0f}/{self._whole / MIB:,.0f} MB")
             for index, owner in enumerate(item.owners):
                 if sums and owner != self.group.rank():
                     sums.handed_on(item, index, item.slices(wholes, index))
@@ -152,6 +164,8 @@ class Resharder:
             if not taken and len(buffer.memory) >= nbytes:
                 return buffer
         usual = min(self.bucket_bytes, max(bucket.nbytes for bucket in self.buckets))
+        if nbytes > usual and self.device.type != "cpu":  # a vocabulary's matrix, which comes last: only one beside it
+            self._buffers = [buffer for buffer, taken in zip(self._buffers, busy, strict=True) if taken]
         buffer = Buffer(self.transport.allocate(max(nbytes, usual)))
         if nbytes <= usual:  # a larger one is let go of after use
             self._buffers.append(buffer)

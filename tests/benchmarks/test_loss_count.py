@@ -30,6 +30,41 @@ def test_no_objective_waits(objective: dict[str, str]) -> None:
     assert count(objective, 1, VOCAB, SIZES, 64)["waits"] == 0
 
 
+# Objective → passes through the student's and the teacher's logits by our own kernels.
+PASSES = {
+    "topk_reverse_kl": (2, 1),
+    "sampled_token": (2, 1),
+    "topk_jsd": (2, 1),
+    "full_vocab_reverse_kl": (2, 2),
+    "full_vocab_forward_kl": (2, 2),
+    "full_vocab_mixed_kl": (2, 2),
+    "full_vocab_jsd": (3, 3),
+    "priced_reverse_kl": (3, 1),
+}
+
+
+@pytest.mark.parametrize("name", PASSES)
+def test_our_own_kernels_take_three_passes_at_most(name: str) -> None:
+    found = count({"name": name, "kernels": "triton"}, 1, VOCAB, SIZES, CHUNK)
+    assert found["passes"] == PASSES[name] and max(PASSES[name]) <= 3
+    assert found["waits"] == found["collectives"] == 0
+    assert found["by_kernel"]["loss_statistics"] == found["by_kernel"]["loss_gradient_"] == 1
+    plain = count({"name": name}, 1, VOCAB, SIZES, CHUNK)
+    assert found["gbytes"] < plain["gbytes"] / 4 and found["kernels"] < plain["kernels"]
+
+
+def test_a_support_with_a_rest_takes_one_more_and_no_more_than_three() -> None:
+    assert count({"tail": "bucket", "kernels": "triton"}, 1, VOCAB, SIZES, CHUNK)["passes"] == (3, 2)
+
+
+@pytest.mark.parametrize("kernels", ["torch", "triton"])
+def test_a_kl_on_a_sharded_vocabulary_has_one_pair_of_collectives(kernels: str) -> None:
+    found = count({"name": "full_vocab_reverse_kl", "kernels": kernels}, 8, VOCAB, SIZES, CHUNK)
+    assert (found["waits"], found["collectives"]) == (0, 2)
+    student, teacher = found["passes"]
+    assert student <= 9 and teacher <= 8
+
+
 def test_what_is_counted_is_seen() -> None:
     """A wait stops the count or is in it; a pass is one for each model that it goes through."""
     logits = torch.empty(2, 8, 128, device="meta")

@@ -171,6 +171,6 @@ def test_table_and_page_come_from_the_numbers(tmp_path: Path) -> None:
     path.write_text(json.dumps({"pairs": {"x": pair}, "sweeps": sweeps, "seeds": SEEDS}))
     (tmp_path / "strategies").mkdir()
     page = write_charts(path).read_text()
-    assert page.count("data:image/png;base64") == 2 * 9  # for light and dark pages
+    assert page.count("data:image/svg+xml;base64") == 9
     assert "60.0% ± 5.8" in page and 'src="http' not in page
     assert (tmp_path / "strategies" / "x.png").stat().st_size > 10_000

@@ -41,6 +41,12 @@ def test_a_good_run_has_no_problem(pair: TrainConfig, nproc: int) -> None:
     assert problems(pair, "precision.params=bf16", "horizon.strategy=full", "gate=null", nproc=nproc) == []
 
 
+def test_kernels_that_need_a_gpu_are_refused_without_one(pair: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    line = only(problems(pair, "objective.kernels=triton"))
+    assert line.startswith("objective.kernels = triton needs a GPU") and "objective.kernels=torch" in line
+
+
 # ---------------------------------------------------------------------------------------------------- models
 
 

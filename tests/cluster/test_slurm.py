@@ -318,8 +318,9 @@ def test_container_flags_through_pyxis_options(site: Site, trained: subprocess.C
     mounts = [f"{path}:{path}:ro" for path in sorted(shared)] + [f"{site.runs}:/inside"]
     cluster = site.cluster("container", nodes=1, container_image=str(root), container_mounts=mounts)
     finished = ("--run-dir", "/inside/tiny_compatible")
-    done = site.launch("submit", "tiny_compatible", *TINY, "steps=2", *finished, "--cluster", cluster)
-    logs = site.launch("logs", "tiny_compatible").stdout
+    recipe = site.recipe("boxed", "from prune_opd.recipes.tiny_compatible import tiny_compatible as boxed\n")
+    done = site.launch("submit", recipe, *TINY, "steps=2", *finished, "--cluster", cluster)
+    logs = site.launch("logs", "boxed").stdout
     assert done.returncode == 0, done.stdout + done.stderr + logs
     assert "is finished" in logs
 

@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 PYTHON = REPOSITORY / ".venv-launch" / "bin" / "python"
@@ -101,3 +102,65 @@ def test_bad_input_never_exits_with_0(tmp_path: Path, words: list[str], said: st
     assert done.returncode != 0
     assert said in done.stderr
     assert "Traceback" not in done.stderr
+
+
+OWN = (
+    '"""$HOME `id` \\n and /nemo_run"""\nEND_OF_FILE = 1\n'
+    "from prune_opd.recipes.tiny_compatible import tiny_compatible as own\n"
+)
+FAKE = """#!/bin/sh
+# sbatch, srun and docker: start what a node would
+case "$0" in
+*docker) while [ "$1" != prune-opd ]; do case "$1" in *:/nemo_run) folder=${1%:/nemo_run};; esac; shift; done
+    exec bash "$folder/scripts/train.sh";;
+*) for word; do :; done; folder=${word%_sbatch.sh}; echo 7
+    exec bash "$folder/scripts/train.sh" >&2;;
+esac
+"""
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_an_own_recipe_travels_with_the_script_and_with_the_job(name: str, tmp_path: Path) -> None:
+    recipe, home, programs = tmp_path / "own.py", tmp_path / "home", tmp_path / "bin"
+    recipe.write_text(OWN, encoding="utf-8")
+    settings = yaml.safe_load((REPOSITORY / "launch" / "clusters" / f"{name}.yaml").read_text(encoding="utf-8"))
+    settings |= {"python": "echo", "environment": {}} | ({"workdir": str(tmp_path)} if name == "slurm" else {})
+    cluster = tmp_path / "cluster.yaml"
+    cluster.write_text(yaml.safe_dump(settings), encoding="utf-8")
+    done = dry_run(home, str(recipe), "--cluster", str(cluster), "--ranks", "1")
+    assert done.returncode == 0, done.stderr
+    recipe.unlink()
+    programs.mkdir()
+    for program in ("sbatch", "docker"):
+        (programs / program).write_text(FAKE, encoding="utf-8")
+        (programs / program).chmod(0o755)
+    env = {**os.environ, "PATH": f"{programs}:{os.environ['PATH']}"}
+    ran = subprocess.run(["bash", "-c", done.stdout], env=env, capture_output=True, text=True, check=True)
+    (brought,) = home.glob("experiments/own/*/train/code/own.py")
+    assert brought.read_text(encoding="utf-8") == OWN
+    assert str(brought) in ran.stdout + ran.stderr
+
+
+def test_nemo_run_unpacks_what_a_job_brings_where_the_job_starts(tmp_path: Path) -> None:
+    program = """
+import os, sys
+from pathlib import Path
+from launch.cluster import load_cluster
+from launch.jobs import Submission, plan_jobs
+from launch.experiment import build
+cluster = load_cluster("slurm-pyxis")
+with build("own", plan_jobs(Submission(sys.argv[1], export="/x"), cluster), cluster) as experiment:
+    experiment.dryrun(log=False, delete_exp_dir=False)
+"""
+    recipe = tmp_path / "my $run's.py"
+    recipe.write_text(OWN, encoding="utf-8")
+    env = {**os.environ, "NEMORUN_HOME": str(tmp_path / "home"), "PYTHONPATH": ""}
+    done = subprocess.run(
+        [str(PYTHON), "-c", program, str(recipe)], cwd=REPOSITORY, env=env, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    found = sorted((tmp_path / "home").glob("experiments/own/*/*/code/*"))
+    assert [path.parent.parent.name for path in found] == ["export", "train"]
+    assert {path.name for path in found} == {recipe.name} and {path.read_text(encoding="utf-8") for path in found} == {
+        OWN
+    }

@@ -8,11 +8,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from torch.distributed import run
 
 from launch.cluster import Cluster
 from launch.jobs import Job, Submission, plan_jobs, sweep_lines, sweep_points, title_of
-from prune_opd.errors import REQUEUE_EXIT_CODE, ConfigError
-from prune_opd.ranks.node import ENDED_BY_ANOTHER, PORTS, torchrun_arguments
+from prune_opd.errors import REQUEUE_EXIT_CODE, ConfigError, UserError
+from prune_opd.ranks.node import ENDED_BY_ANOTHER, PORTS, binding_arguments, torchrun_arguments
 
 CLUSTER = Cluster(kind="slurm", account="a", nodes=2, ranks_per_node=4, run_root="/r")
 
@@ -77,16 +78,18 @@ def test_every_word_of_a_script_arrives_as_it_was(tmp_path: Path) -> None:
     assert shlex.quote(str(folder)) in script
 
 
-def test_an_own_recipe_travels_as_it_is(tmp_path: Path) -> None:
-    text = "def mine():\n    return '$HOME `id` \\n'\n\nEND_OF_FILE\n"
-    recipe = tmp_path / "mine.py"
-    recipe.write_text(text, encoding="utf-8")
+def test_an_own_recipe_is_kept_as_it_was_and_found_beside_the_script(tmp_path: Path) -> None:
+    recipe = tmp_path / "my run.py"
+    recipe.write_text("text", encoding="utf-8")
     (job,) = plan_jobs(Submission(str(recipe), overrides=("name=a b",)), replace(CLUSTER, python="echo"))
-    script = job.script(replace(CLUSTER, python="echo"))
     recipe.unlink()
-    said = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=True).stdout
-    brought = next(word for word in said.split() if word.endswith("/mine.py"))
-    assert Path(brought).read_text(encoding="utf-8") == text and said.endswith("/mine.py name=a b\n")
+    assert job.files == (("my run.py", "text"),)
+    for folder in ("scripts", "code"):
+        (tmp_path / "a job" / folder).mkdir(parents=True)
+    script = tmp_path / "a job" / "scripts" / "train.sh"
+    script.write_text(job.script(replace(CLUSTER, python="echo", workdir="/")), encoding="utf-8")
+    said = subprocess.run(["bash", str(script)], capture_output=True, text=True, check=True).stdout
+    assert said.endswith(f"{tmp_path}/a job/code/my run.py name=a b\n")
 
 
 @pytest.mark.parametrize(
@@ -174,3 +177,22 @@ def test_a_node_that_waits_ends_when_another_has_failed(tmp_path: Path) -> None:
         time.sleep(0.05)
     node.terminate()
     assert node.wait(20) == ENDED_BY_ANOTHER
+
+
+def test_numa_binding_reaches_torchrun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    bound = replace(CLUSTER, gpus_per_node=8, numa_binding="node")
+    (job,) = plan_jobs(Submission("tiny"), bound)
+    assert job.command[job.command.index("--numa-binding") + 1] == "node"
+    (tmp_path / "numactl").write_text("", encoding="utf-8")
+    (tmp_path / "numactl").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert run.parse_args([*binding_arguments("node"), "script.py"]).numa_binding == "node"  # a name that torchrun has
+    assert binding_arguments(None) == []
+    (tmp_path / "numactl").unlink()
+    with pytest.raises(UserError, match="numactl"):
+        binding_arguments("node")
+
+
+def test_numa_binding_without_gpus_is_refused() -> None:
+    with pytest.raises(ConfigError, match="set gpus_per_node"):
+        replace(CLUSTER, numa_binding="node")

@@ -14,7 +14,7 @@ from launch.wish import describe, seconds_of, settled, wishes
 from prune_opd.errors import ConfigError, UserError
 
 LARGE = "qwen3_8b_from_32b_32xh100_fp8"
-SLURM = Cluster(kind="slurm", account="a")
+SLURM = Cluster(kind="slurm", account="a", run_root="/runs")
 
 
 def test_nodes_and_ranks_are_the_recipes_unless_told_otherwise() -> None:
@@ -64,7 +64,8 @@ def test_a_model_is_looked_for_behind_its_mount(tmp_path: Path) -> None:
     cluster = Cluster(
         kind="docker",
         container_image="i",
-        container_mounts=(f"{tmp_path}:/models:ro",),
+        container_mounts=(f"{tmp_path}:/models:ro", "/runs:/runs"),
+        run_root="/runs",
         environment={"PRUNE_OPD_MODELS": "/models"},
     )
     (wish,) = wishes(Submission(LARGE), cluster, 1, 8)
@@ -90,3 +91,37 @@ def test_nobody_needs_a_key_for_wandb_that_is_not_asked() -> None:
     cluster = replace(SLURM, secrets={"WANDB_API_KEY": "environment", "HF_TOKEN": "/s/hf"})
     assert list(without_idle_secrets(cluster, online=False).secrets) == ["HF_TOKEN"]
     assert without_idle_secrets(cluster, online=True) == cluster
+
+
+IN_IMAGE = replace(SLURM, container_image="/i.sqsh", container_mounts=("/a/runs:/runs", "/d:/runs/data:ro"))
+
+
+@pytest.mark.parametrize(
+    ("submission", "cluster", "message"),
+    [
+        (Submission(LARGE, run_dir="runs/x"), IN_IMAGE, "--run-dir = 'runs/x' is relative, and jobs start in a folder"),
+        (Submission(LARGE), replace(IN_IMAGE, run_root="runs"), "run_root = 'runs' is relative"),
+        (Submission(LARGE), replace(SLURM, run_root="runs"), "give an absolute path, or set workdir"),
+        (Submission(LARGE, run_dir="/scratch/x"), IN_IMAGE, "is under no mount, so it would go with the container"),
+        (Submission(LARGE, export="/runsx/out"), IN_IMAGE, r"choose a folder under one \(/runs, /runs/data\)"),
+        (Submission(LARGE, run_dir="/runs/data/x"), IN_IMAGE, "is under /d:/runs/data:ro, which can only be read"),
+        (Submission(LARGE, evaluate="ledgre"), IN_IMAGE, "--evaluate = 'ledgre' is no task: did you mean 'ledger'?"),
+        (Submission(LARGE), replace(SLURM, gpus_per_node=4), "8 ranks a node and gpus_per_node = 4: every rank takes"),
+        (Submission(LARGE, sweep=("gate.k=[4,8]",)), SLURM, "its values stand without brackets, gate.k=4,8"),
+    ],
+)
+def test_what_would_be_lost_or_not_found_stops_before_it_is_submitted(
+    submission: Submission, cluster: Cluster, message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        wishes(submission, cluster, None, None)
+
+
+def test_places_that_a_job_can_write_to_pass() -> None:
+    for submission in (
+        Submission(LARGE, run_dir="/runs"),
+        Submission(LARGE, export="/runs/a", evaluate="my tasks.jsonl"),
+    ):
+        assert wishes(submission, IN_IMAGE, None, None)
+    assert wishes(Submission(LARGE), replace(SLURM, run_root="runs", workdir="/repository"), None, None)
+    assert wishes(Submission("tiny_compatible"), Cluster(kind="local"), None, None)

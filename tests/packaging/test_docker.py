@@ -70,6 +70,11 @@ def test_transformer_engine_is_tested_with_the_packages_of_the_image() -> None:
     assert {canonicalize_name(name): version for name, version in tested.items()}.items() <= image.items()
 
 
+def test_the_losss_kernels_are_tested_with_the_triton_of_the_image() -> None:
+    tested = pins(REPOSITORY / "requirements" / "triton-test.txt")
+    assert tested == {"triton": pins(DOCKER / "pins.h100.txt")["triton"]}
+
+
 def test_flash_attn_is_compiled_only_where_it_is_asked_for() -> None:
     """On Hopper Transformer Engine takes cuDNN's attention: hours of compiling for nothing."""
     script, dockerfile = (DOCKER / "install_python.sh").read_text(), (DOCKER / "Dockerfile").read_text()

@@ -24,6 +24,7 @@ from prune_opd.rehearse import machine
 
 SMALL = "qwen3_8b_from_32b_32xh100_fp8"  # two TP ranks, sequence parallelism, in-flight looks, a teacher of its own TP
 ONE_LAYER = 1
+KEPT: list[Any] = []  # buckets
 
 
 def a_host_tensor() -> AbstractContextManager[Any]:
@@ -40,17 +41,23 @@ def a_host_tensor() -> AbstractContextManager[Any]:
 
 
 def a_kept_bucket() -> AbstractContextManager[Any]:
-    """Nobody lets go of the buckets of the weights."""
+    """Somebody holds on to the buckets of the weights."""
     from prune_opd.weights.stream import Resharder
 
-    return mock.patch.object(Resharder, "release", lambda self: None)
+    make = Resharder._buffer
+
+    def keep(self: Any, *args: Any) -> Any:
+        KEPT.append(make(self, *args))
+        return KEPT[-1]
+
+    return mock.patch.object(Resharder, "_buffer", keep)
 
 
 def a_skipped_collective() -> AbstractContextManager[Any]:
-    """The statistics of the gate are not added up."""
-    from prune_opd.loss.stats import BatchStats
+    """The norm of the weights is not added up."""
+    from prune_opd.megatron.trainer import Trainer
 
-    return mock.patch.object(BatchStats, "reduce", lambda self, counts: None)
+    return mock.patch.object(Trainer, "weight_norm", lambda self: 1.0)
 
 
 def a_lost_gradient() -> AbstractContextManager[Any]:

@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from prune_opd.process import watch
+from prune_opd.rollout.engine import _told
 from prune_opd.rollout.request import NOTHING
 from prune_opd.rollout.stepwise import StepLoop, _due_rows, _report
 
@@ -82,3 +84,36 @@ def test_a_rank_that_has_failed_brings_its_error_alone() -> None:
     _, loop = loop_at_its_look([0, 1])
     report = _report(loop, 0, "RuntimeError: gone", loop.due(0), {0: 5})
     assert (report.error, report.due, report.done, report.idle) == ("RuntimeError: gone", [], {}, True)
+
+
+def test_the_loop_says_how_far_its_responses_are() -> None:
+    said: list[str] = []
+    watch(lambda describe: said.append(describe()))
+    try:
+        loop_at_its_look([0, 1])
+    finally:
+        watch(None)
+    assert said[0] == "0/2 responses, 2 tokens"
+    assert said[-1] == f"0/2 responses, {2 * LOOK:,} tokens"
+
+
+def test_an_engine_of_vllm_says_how_far_it_is_and_is_left_as_it_was() -> None:
+    class Ending:
+        under_way = SimpleNamespace(detokenizer=SimpleNamespace(num_output_tokens=lambda: 20))
+        output_processor = SimpleNamespace(request_states={"3": under_way})
+
+        def step(self) -> list[Any]:
+            return [SimpleNamespace(finished=True, outputs=[SimpleNamespace(token_ids=[7] * 1500)])]
+
+    engine, said = Ending(), []
+    watch(lambda describe: said.append(describe()))
+    try:
+        with _told(engine, 4):
+            engine.step()
+            engine.step()
+    finally:
+        watch(None)
+    assert said == ["1/4 responses, 1,520 tokens", "2/4 responses, 3,020 tokens"]
+    assert "step" not in vars(engine)
+    with _told(engine, 4):  # nobody watches
+        assert "step" not in vars(engine)

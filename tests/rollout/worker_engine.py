@@ -173,12 +173,18 @@ class SharedMemory:
             path.write_bytes(b"left behind")
 
     def found(self) -> list[dict[str, Any]]:
-        """Once the engine is there: both as they are, the same on every rank."""
+        """Once the engine is there: both as they are, the same on every rank.
+
+        "shared": vLLM's kernels for this processor have shared memory; those for one without AVX-512 have none.
+        """
         sizes = [path.stat().st_size for path in (self.mine, self.others)]
         self.others.unlink()
+        shared = hasattr(torch.ops._C, "init_shm_manager")
+        if not shared:
+            self.mine.unlink()
         everyone: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(everyone, (str(self.mine), *sizes))
-        return [dict(zip(("path", "in use", "others"), each, strict=True)) for each in everyone]
+        dist.all_gather_object(everyone, (str(self.mine), *sizes, shared))
+        return [dict(zip(("path", "in use", "others", "shared"), each, strict=True)) for each in everyone]
 
 
 def main(

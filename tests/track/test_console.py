@@ -4,13 +4,16 @@ import io
 import re
 from contextlib import closing
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, TextIO
 
 import pytest
 from rich.console import Console
 from synthetic import evaluation_record, step_record
 
+from prune_opd.process import progress
 from prune_opd.track.console import RunConsole, duration, summary_table, unreadable_notes
+from prune_opd.track.moving import shown as following
 
 ESCAPE = "\x1b"
 
@@ -205,3 +208,52 @@ def test_what_has_no_step_is_said_and_a_terminal_shows_every_phase() -> None:
                 console.phase(phase)
     assert plain.getvalue() == "evaluating …\n"
     assert "teacher" in terminal.getvalue()
+
+
+def test_what_moves_within_a_phase_is_shown_on_a_terminal_and_now_and_then_in_plain_lines(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    now, asked = [0.0], [0]
+    monkeypatch.setattr("prune_opd.track.moving.time", SimpleNamespace(monotonic=lambda: now[0]))
+    plain, terminal = io.StringIO(), Terminal()
+
+    def describe() -> str:
+        asked[0] += 1
+        return f"micro-batch {now[0]:.0f}/100"
+
+    for file, looks in ((plain, 4), (terminal, 100)):
+        now[0], asked[0] = 0.0, 0
+        with closing(RunConsole("run", 4, 1, file=file, log=tmp_path / "log")) as console:
+            console.phase("train")
+            for second in range(100):
+                now[0] = second
+                progress(describe)
+            console.phase("evaluation")
+            progress(describe)
+            now[0] += 31
+            progress(describe)
+        now[0] += 31
+        progress(describe)  # nobody watches any more
+        assert asked[0] == looks
+    assert plain.getvalue().splitlines() == [
+        "step 1/4  train: micro-batch 30/100",
+        "step 1/4  train: micro-batch 60/100",
+        "step 1/4  train: micro-batch 90/100",
+        "evaluating …",
+        "evaluation: micro-batch 130/100",
+    ]
+    assert "evaluation: micro-batch 130/100" in terminal.getvalue()
+
+
+def test_a_command_shows_how_far_it_is_and_leaves_a_terminal_clean(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr("prune_opd.track.moving.time", SimpleNamespace(monotonic=lambda: now[0]))
+    plain, terminal, silent = io.StringIO(), Terminal(), io.StringIO()
+    for file in (plain, terminal, silent):
+        with following("exporting", speaks=file is not silent, file=file):
+            now[0] += 40
+            progress(lambda: "3/7 MB")
+            progress(lambda: "4/7 MB")
+    assert plain.getvalue() == "exporting: 3/7 MB\n"
+    assert terminal.getvalue() == f"{ESCAPE}[2Kexporting: 3/7 MB\r{ESCAPE}[2K"
+    assert silent.getvalue() == ""

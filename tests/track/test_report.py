@@ -3,12 +3,14 @@
 import json
 import re
 import warnings
+from base64 import b64decode
 from contextlib import closing
 from dataclasses import replace
 from html import unescape
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import pytest
 from synthetic import KEY, PASSWORD, SCRIPT, TEXT, VALUE, evaluation_record, sample_record, step_record, write_run
@@ -65,9 +67,9 @@ def several(comparison: Path) -> str:
 def test_the_report_needs_nothing_but_itself(single: str, several: str) -> None:
     for text in (single, several):
         page = Page(text)
-        pictures = page.tags.count("img") + page.tags.count("source")  # each chart for light and dark pages
-        assert sum(link.startswith("data:image/png;base64,") for link in page.links) == pictures
-        assert {link for link in page.links if not link.startswith("data:image/png")} == {"data:,", "#viewer"}
+        pictures = page.tags.count("img")
+        assert sum(link.startswith("data:image/svg+xml;base64,") for link in page.links) == pictures
+        assert {link for link in page.links if not link.startswith("data:image/svg+xml")} == {"data:,", "#viewer"}
         assert not re.search(r"url\(|@import|https?://|fetch\(|XMLHttpRequest|WebSocket", text)
         assert page.open == []
 
@@ -78,6 +80,12 @@ def test_text_of_the_run_and_of_its_models_cannot_become_markup(single: str, sev
         assert page.tags.count("script") == 2, "a block of data and the page's own script"
         assert SCRIPT in page.text and f"student: {TEXT}" in re.sub(r"\s+", " ", page.text)
         assert TEXT in "".join(rollouts(text)[0]["samples"][0]["tokens"])
+        for link in page.links:
+            if link.startswith("data:image/svg+xml;base64,"):  # a picture whose names became markup would not parse
+                tags = {
+                    element.tag.rpartition("}")[2] for element in ElementTree.fromstring(b64decode(link[26:])).iter()
+                }
+                assert "path" in tags and not tags & {"script", "foreignObject", "a", "iframe"}
 
 
 def test_secrets_of_the_environment_and_of_known_shapes_are_masked(single: str, several: str, runs: list[Path]) -> None:

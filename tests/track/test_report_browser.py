@@ -1,5 +1,6 @@
 """The report in a real browser: its controls work, nothing is fetched, and nothing that a model wrote is run."""
 
+import io
 import json
 import re
 import sys
@@ -7,10 +8,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from browser import Browser, why_not
+from PIL import Image
 from synthetic import SCRIPT, TEXT, sample_record
 
+from prune_opd.track.plotting import DARK
 from prune_opd.track.report_page import write_page
 
 SHOTS = Path(__file__).resolve().parents[2] / "build" / "screenshots"
@@ -67,6 +71,20 @@ def test_every_chart_is_drawn_and_opens_large(page: Browser) -> None:
 def test_the_page_fits_its_window(page: Browser) -> None:
     assert page.evaluate("document.documentElement.scrollWidth") <= 1280
     page.screenshot(SHOTS / "report.png", whole=True)
+
+
+def test_a_dark_chart_has_dark_paper_and_light_ink(page: Browser) -> None:
+    light, dark = (chart_pixels(page, scheme) for scheme in ("light", "dark"))
+    page.colour_scheme("light")
+    assert tuple(light[20, 20]) == (255, 255, 255)
+    assert tuple(dark[20, 20]) == tuple(int(DARK["#ffffff"][i : i + 2], 16) for i in (1, 3, 5))
+    assert (light.mean(axis=2) > 245).mean() > 0.5 and (dark.mean(axis=2) > 245).mean() < 0.005
+    assert (light.mean(axis=2) < 110).any() and (dark.mean(axis=2) > 140).any()
+
+
+def chart_pixels(page: Browser, scheme: str) -> np.ndarray:
+    page.colour_scheme(scheme)
+    return np.asarray(Image.open(io.BytesIO(page.page.locator("figure img").first.screenshot())).convert("RGB"))
 
 
 def test_steps_and_responses_are_chosen_with_clicks_and_keys(page: Browser) -> None:

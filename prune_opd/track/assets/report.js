@@ -11,7 +11,7 @@ document.body.append(dialog);
 dialog.addEventListener("click", () => dialog.close());
 for (const image of document.querySelectorAll("figure img")) {
   image.addEventListener("click", () => {
-    large.src = image.currentSrc; // the light one, or the dark one
+    large.src = image.src;
     heading.textContent = large.alt = image.alt;
     dialog.showModal();
   });
