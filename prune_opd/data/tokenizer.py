@@ -21,15 +21,20 @@ PROBE = (
 def load_tokenizer(directory: str | Path) -> Tokenizer:
     """The tokenizer of a Hugging Face directory, as its tokenizer.json encodes and decodes.
 
-    It is the class that transformers chooses where that agrees with the file on a text with everything in it, else the
-    one that takes the file as it is. Without a tokenizer.json it is the class's.
+    It is the class that transformers chooses where that can be made and agrees with the file on a text with everything
+    in it, else the one that takes the file as it is. Without a tokenizer.json it is the class's.
     """
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-    tokenizer = AutoTokenizer.from_pretrained(directory)
-    if (Path(directory) / "tokenizer.json").is_file() and not _agrees(tokenizer, directory):
-        return PreTrainedTokenizerFast.from_pretrained(directory)
-    return tokenizer
+    has_file = (Path(directory) / "tokenizer.json").is_file()
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(directory)
+        if not has_file or _agrees(tokenizer, directory):
+            return tokenizer
+    except Exception:  # a class that makes no tokenizer of this vocabulary raises what it likes
+        if not has_file:
+            raise
+    return PreTrainedTokenizerFast.from_pretrained(directory)
 
 
 def _agrees(tokenizer: Any, directory: str | Path) -> bool:

@@ -68,6 +68,7 @@ CLASSES = (
     "LlamaTokenizer",
     "Qwen2Tokenizer",
     "GPT2TokenizerFast",
+    "GemmaTokenizer",  # it has no place in most of these vocabularies, and transformers says so with an Exception
     "PreTrainedTokenizerFast",
     None,
 )
