@@ -84,7 +84,8 @@ def pictures(chart: Chart, with_png: bool) -> tuple[str, bytes | None]:
 def recoloured(svg: str, width: int, height: int) -> str:
     """matplotlib's SVG, `width` × `height` pixels large, whose paper and ink follow the reader's colour scheme.
 
-    The colours of data stay. Browsers ask the media query in pictures too, so that the page needs one of each chart.
+    The colours of data stay, but for those of early and late steps. Browsers ask the media query in pictures too, so
+    that the page needs one of each chart.
     """
     names = {colour: f"--c{number}" for number, colour in enumerate(DARK)}
     light = "".join(f"{name}:{colour};" for colour, name in names.items())
