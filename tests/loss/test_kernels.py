@@ -40,7 +40,7 @@ def path() -> str:
 @pytest.fixture(scope="module", params=[1, 2], ids=["tp 1", "tp 2"])
 def results(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, path: str) -> list[Any]:
     folder, environment = tmp_path_factory.mktemp("kernels"), {"PYTHONPATH": path, "TRITON_INTERPRET": "1"}
-    run_ranks(WORKER, request.param, [folder], timeout=600, env=environment, kind="fresh")
+    run_ranks(WORKER, request.param, [folder], timeout=800, env=environment, kind="fresh")
     return read_ranks(folder, request.param)
 
 

@@ -45,10 +45,10 @@ from tests.loss.test_bf16 import stand_in
 from tests.reference import GATE, NO_WEIGHTING, OBJECTIVES, WEIGHTINGS, Case, describe, make_case
 from tests.sharp import Gradients, gradients, sharp_case
 
-SMALL = make_case((5, 0, 1, 3))
-ENDING = ending_case((5, 0, 1, 3))
-SHARP = sharp_case(tokens=9, hidden=16, vocab=96)
-WIDE = sharp_case(tokens=9, hidden=16, vocab=1024)
+SMALL = make_case((3, 0, 1, 2))
+ENDING = ending_case((3, 0, 1, 2))
+SHARP = sharp_case(tokens=6, hidden=16, vocab=96)
+WIDE = sharp_case(tokens=6, hidden=16, vocab=1024)
 COMBINATIONS = [(objective, weighting) for objective in OBJECTIVES for weighting in (NO_WEIGHTING, *WEIGHTINGS)]
 FULL = ObjectiveConfig("full_vocab_jsd", k=6)
 
@@ -70,7 +70,7 @@ def get_ready() -> None:
 
     for module in (vocab_parallel, triton_passes):
         module.BLOCK = 16
-    triton_passes.TILE = 32
+    triton_passes.TILE = 64
     plain_fused, plain_patch, patched = Case.fused, interpreter._patch_lang, set()
 
     def fused(
