@@ -79,7 +79,7 @@ def test_a_model_directory_with_a_gguf_file_in_it_is_a_model_directory(pair: Tra
 def test_a_file_that_is_there_is_not_called_missing(pair: TrainConfig, tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").write_bytes(b"")
     line = only(problems(dataclasses.replace(pair, student=str(tmp_path / "model.safetensors"))))
-    assert "model.safetensors': it is a file; give a Hugging Face model directory" in line
+    assert "model.safetensors' is one file of a model: give the directory that holds it" in line
 
 
 @pytest.mark.parametrize("name", ["config.json", "tokenizer.json"])

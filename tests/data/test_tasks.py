@@ -185,7 +185,7 @@ def test_dapo_rows_become_problems_each_of_them_once(byte_tokenizer: Any, tmp_pa
 
 def test_a_file_of_another_layout_is_refused_and_nothing_is_written(tmp_path: Path) -> None:
     path = write_parquet(tmp_path / "other.parquet", [{"question": "1 + 1?"}])
-    with pytest.raises(ConfigError, match=r"other.parquet:1: the row lacks a column of that layout \(KeyError"):
+    with pytest.raises(ConfigError, match=r"other.parquet:1: the row lacks a column of that layout \(there is no"):
         convert("dapo-math-17k", path, tmp_path / "out.jsonl")
     with pytest.raises(ConfigError, match="LAYOUT = 'dapo' is not known"):
         convert("dapo", path, tmp_path / "out.jsonl")
