@@ -45,7 +45,7 @@ from tests.loss.test_bf16 import stand_in
 from tests.reference import GATE, NO_WEIGHTING, OBJECTIVES, WEIGHTINGS, Case, describe, make_case
 from tests.sharp import Gradients, gradients, sharp_case
 
-SMALL = make_case((3, 0, 1, 2))
+SMALL = make_case((3, 0, 1, 2), seed=3)  # whose losses are no small sums of large terms
 ENDING = ending_case((3, 0, 1, 2))
 SHARP = sharp_case(tokens=6, hidden=16, vocab=96)
 WIDE = sharp_case(tokens=6, hidden=16, vocab=1024)
