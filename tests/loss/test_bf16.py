@@ -85,14 +85,18 @@ def test_a_weight_is_cast_up_a_block_at_a_time(name: str, monkeypatch: pytest.Mo
 def stand_in(name: str) -> Callable[..., Tensor]:
     """torch.mm or torch.addmm as CUDA has it: bf16 in, sums in fp32, the result in `out_dtype` or rounded to bf16.
 
-    The CPU has no such kernel. Like CUDA's, it takes no `out` of another dtype than the result's.
+    The CPU has no such kernel. Like CUDA's, it takes no `out` of another dtype than the result's. Other inputs than bf16
+    are multiplied as they are.
     """
     plain = getattr(torch, name)
     schemas = {schema.overload_name for schema in torch._C._jit_get_schemas_for_operator(f"aten::{name}")}
     assert {"dtype", "dtype_out"} <= schemas  # this torch knows the call
 
-    def product(*inputs: Tensor, out_dtype: torch.dtype = torch.bfloat16, out: Tensor | None = None) -> Tensor:
+    def product(*inputs: Tensor, out_dtype: torch.dtype | None = None, out: Tensor | None = None) -> Tensor:
         *added, left, right = inputs
+        if out_dtype is None and left.dtype != torch.bfloat16:
+            return plain(*inputs, out=out)
+        out_dtype = out_dtype or torch.bfloat16
         assert left.dtype == right.dtype == torch.bfloat16 and all(part.dtype == out_dtype for part in added)
         result: Tensor = plain(*(part.float() for part in inputs)).to(out_dtype)
         assert out is None or out.dtype == out_dtype
