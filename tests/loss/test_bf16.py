@@ -85,8 +85,8 @@ def test_a_weight_is_cast_up_a_block_at_a_time(name: str, monkeypatch: pytest.Mo
 def stand_in(name: str) -> Callable[..., Tensor]:
     """torch.mm or torch.addmm as CUDA has it: bf16 in, sums in fp32, the result in `out_dtype` or rounded to bf16.
 
-    The CPU has no such kernel. Like CUDA's, it takes no `out` of another dtype than the result's. Other inputs than bf16
-    are multiplied as they are.
+    The CPU has no such kernel. Like CUDA's, it takes no `out` of another dtype than the result's. Inputs wider than
+    bf16 are multiplied as they are.
     """
     plain = getattr(torch, name)
     schemas = {schema.overload_name for schema in torch._C._jit_get_schemas_for_operator(f"aten::{name}")}
