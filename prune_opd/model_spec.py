@@ -17,7 +17,7 @@ from prune_opd.errors import ConfigError
 VOCAB_MULTIPLE = 128  # rows of the vocabulary matrices per tensor-parallel rank: GEMM sizes that H100 likes
 FAMILIES = ("llama", "qwen2", "qwen3", "qwen3_moe")
 # Settings of a Hugging Face config that change the mathematics, and the one value of each that is built here.
-# (attention_bias of Llama and Qwen3 also puts a bias on o_proj; Qwen2's bias on q, k and v is not a setting.)
+# (attention_bias of Llama and Qwen3 also puts a bias on o_proj; Qwen2 looks at none, and has its bias on q, k and v.)
 BUILT = {
     "attention_bias": False,
     "mlp_bias": False,
@@ -55,10 +55,19 @@ def not_built(config: dict[str, Any]) -> str | None:
         return f"rope_scaling = {rope!r} is no set of settings: use a model with null, or an object with rope_type"
     for name, built in BUILT.items():
         found = config.get(name, rope.get(name))
+        if (family, name) == ("qwen2", "attention_bias"):
+            continue
         if found not in (built, None):
             return f"{name} = {found!r} is not supported yet: use a model with {built!r}"
     if other := sorted(set(config.get("layer_types") or ()) - {"full_attention"}):
         return f"layer_types has {', '.join(other)}, which is not supported yet: use a model with full attention only"
+    heads, groups = config.get("num_attention_heads"), config.get("num_key_value_heads")
+    groups = DEFAULTS[family].get("num_key_value_heads", heads) if groups is None else groups
+    if isinstance(heads, int) and isinstance(groups, int) and (groups < 1 or heads % groups):
+        return (
+            f"num_key_value_heads = {groups} does not divide num_attention_heads = {heads} (left out it is "
+            "transformers' default of the family): copy the model's config.json again"
+        )
     return _rope_not_built(rope) or (_experts_not_built(config) if family == "qwen3_moe" else None)
 
 

@@ -53,6 +53,9 @@ def read(folder: Path, **settings: Any) -> Any:
         ({"model_type": "qwen3_moe", "num_experts": 4, "num_experts_per_tok": 5}, "num_experts_per_tok = 5"),
         ({"model_type": "qwen3_moe", "num_experts_per_tok": 1, "norm_topk_prob": True}, "norm_topk_prob = True"),
         ({"hidden_size": None}, "hidden_size is missing"),
+        ({"num_key_value_heads": 3}, "num_key_value_heads = 3 does not divide num_attention_heads"),
+        ({"model_type": "qwen3", "num_key_value_heads": None}, "num_key_value_heads = 32 does not divide"),
+        ({"num_key_value_heads": 0}, "num_key_value_heads = 0 does not divide"),
     ],
 )
 def test_a_config_that_is_not_built_is_refused_by_name(tmp_path: Path, settings: dict[str, Any], named: str) -> None:
@@ -66,6 +69,12 @@ def test_settings_that_change_nothing_are_read_over(tmp_path: Path) -> None:
     quiet = {"rope_scaling": None, "use_sliding_window": False, "sliding_window": 4096, "attention_bias": False}
     layers = {"layer_types": ["full_attention", "full_attention"], "head_dim": None}
     assert read(tmp_path, **quiet, **layers, mlp_bias=False, hidden_act="silu") == read(tmp_path)
+
+
+def test_qwen2_looks_at_no_attention_bias(tmp_path: Path) -> None:
+    """transformers' Qwen2 has its bias on q, k and v whatever the config says."""
+    qwen2 = {"model_type": "qwen2", "num_key_value_heads": 2}
+    assert read(tmp_path, **qwen2, attention_bias=True) == read(tmp_path, **qwen2)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
