@@ -22,12 +22,24 @@ def chat_template(directory: Path) -> str | None:
 def render(directory: Path, template: str, turns: Sequence[Mapping[str, str]], **options: Any) -> str | None:
     """The turns in this template's form; options: its own variables. None if it does not render here."""
     try:
-        from jinja2.ext import loopcontrols
+        from jinja2 import nodes
+        from jinja2.ext import Extension, loopcontrols
         from jinja2.sandbox import ImmutableSandboxedEnvironment
     except ImportError:  # a login node without torch may not have it
         return None
-    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
-    environment.filters["tojson"] = lambda value, **settings: json.dumps(value, ensure_ascii=False)
+
+    class Generation(Extension):
+        """What stands between `generation` and `endgeneration`: transformers marks its tokens, and it has a scope."""
+
+        tags = {"generation"}  # noqa: RUF012
+
+        def parse(self, parser: Any) -> Any:
+            line = next(parser.stream).lineno
+            return nodes.Scope(parser.parse_statements(("name:endgeneration",), drop_needle=True), lineno=line)
+
+    extensions = [Generation, loopcontrols]
+    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=extensions)
+    environment.filters["tojson"] = _to_json
     environment.globals |= {"raise_exception": _refuse, "strftime_now": lambda form: "today"}
     tokenizer = read_object(directory / "tokenizer_config.json")
     words = {name: token_text(value) for name, value in tokenizer.items() if name.endswith("_token")}
@@ -50,6 +62,13 @@ def token_text(token: Any) -> str:
     """A token of tokenizer_config.json: a text, or an object with `content`."""
     content = token.get("content") if isinstance(token, dict) else token
     return content if isinstance(content, str) else ""
+
+
+def _to_json(
+    value: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, sort_keys: bool = False
+) -> str:
+    """Without jinja's escapes for HTML."""
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
 def _refuse(message: str) -> None:
