@@ -36,6 +36,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 def test_without_cuda_the_machine_is_a_cpu_with_gloo_and_is_prepared_once(results: dict[str, Any]) -> None:
     assert results["machine"] == ["cpu", "cpu", "gloo", True]
     assert results["once"]
+    assert not results["wandb came along"], "megatron-core's inference imports it where it can"
     assert results["bf16 sums in parts"] is False, "cuBLAS may not add up the parts of a product in bf16"
 
 

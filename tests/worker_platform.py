@@ -120,6 +120,7 @@ def main(model_dir: Path, out: Path) -> None:
     results = {
         "machine": [machine.name, machine.device.type, machine.backend, machine.is_cpu],
         "once": platform.prepare() is machine,
+        "wandb came along": "wandb" in sys.modules,
         "bf16 sums in parts": torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction,
         "devices": devices(),
         "other devices": other_devices(),
