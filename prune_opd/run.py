@@ -97,6 +97,17 @@ class Run:
             self.phases.watchdog.close()
         self.rollout.engine.close()
 
+    def refresh(self) -> None:
+        """Bring the student into the engine, unless this step's rollouts are there already (`refresh_every`)."""
+        if not self.rollout.long_tail.stocked:
+            self.sync(self.finished_steps)
+
+    def move_window(self, stats: BatchStats, rollouts: Rollouts) -> None:
+        """Let the controller and the calibration see a step. Reused rollouts have the horizon that they have."""
+        if not rollouts.reused:
+            self.controller.update(stats.reliable_length_B, rollouts.length_B, rollouts.finished_B)
+        self.calibration.update(stats.early_3.tolist())
+
     def generate(self, horizon: int, step: int) -> Rollouts:
         """The step's rollouts. The in-flight gate, if there is one, stops drifting responses on the way."""
         if self.inflight is not None:

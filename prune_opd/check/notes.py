@@ -47,8 +47,9 @@ def _nucleus(config: TrainConfig) -> list[str]:
     users = []
     if objective.name == "sampled_token":
         users.append("objective.name = sampled_token, an estimate over the whole vocabulary")
-    if rollout.partial:
-        users.append("rollout.partial = true, whose ratio is of probabilities over the whole vocabulary")
+    if rollout.partial or rollout.reuses:
+        name = "rollout.partial = true" if rollout.partial else f"rollout.refresh_every = {rollout.refresh_every}"
+        users.append(f"{name}, whose ratio is of probabilities over the whole vocabulary")
     if config.optimizer.updates_per_batch > 1 and objective.name in RATIO_OBJECTIVES:
         users.append("optimizer.updates_per_batch > 1, whose ratio is of probabilities over the whole vocabulary")
     return [

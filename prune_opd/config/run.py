@@ -201,6 +201,7 @@ class TrainConfig(Checked, name=""):
             )
         check_inflight(self)
         check_long_tail(self)
+        check_reuse(self)
         check_mismatch(self)
 
     @property
@@ -292,14 +293,42 @@ def check_long_tail(config: TrainConfig) -> None:
             "nothing is left to go on with; raise rollout.oversample (1.25 starts a quarter more), or "
             "set rollout.partial=false"
         )
+    _check_stale_ratio(config, "rollout.partial = true", "rollout.partial=false")
+
+
+def check_reuse(config: TrainConfig) -> None:
+    """ConfigError where reused rollouts (`rollout.refresh_every`) meet what decides by the step that generates."""
+    rollout, strategy = config.rollout, config.horizon.strategy
+    if not rollout.reuses:
+        return
+    field, off = f"rollout.refresh_every = {rollout.refresh_every}", "rollout.refresh_every=1"
+    if rollout.oversample > 1:
+        raise ConfigError(
+            f"{field} with rollout.oversample = {rollout.oversample:g}: what a step leaves would mix with what is kept "
+            f"for the next ones; set rollout.oversample=1, or {off}"
+        )
+    if rollout.inflight.on:
+        raise ConfigError(
+            f"{field} with rollout.inflight.mode = gate: what the teacher has seen in flight is of one step's "
+            f"responses; set rollout.inflight.mode=off, or {off}"
+        )
+    if rollout.refresh_every == 0 and strategy not in ("full", "topd"):
+        raise ConfigError(
+            f"{field} with horizon.strategy = {strategy}: all rollouts are generated before the first step, so the "
+            "window would never move; set horizon.strategy=full or topd, or give the steps between two refreshes"
+        )
+    _check_stale_ratio(config, field, off)
+
+
+def _check_stale_ratio(config: TrainConfig, field: str, off: str) -> None:
     for name, value in (
         ("objective.temperature", config.objective.temperature),
-        ("rollout.temperature", rollout.temperature),
+        ("rollout.temperature", config.rollout.temperature),
     ):
         if value != 1:
             raise ConfigError(
-                f"rollout.partial = true with {name} = {value:g}: stale tokens are corrected by the ratio of both "
-                f"students' probabilities at temperature 1; set {name}=1, or rollout.partial=false"
+                f"{field} with {name} = {value:g}: stale tokens are corrected by the ratio of both "
+                f"students' probabilities at temperature 1; set {name}=1, or {off}"
             )
 
 

@@ -55,6 +55,7 @@ class Method(NamedTuple):
     # Ids that end a response for either model, ascending: what both think of them goes to the statistics, and with
     # objective.ends = class they are one outcome (loss/ends.py).
     terminal_ids: tuple[int, ...] = ()
+    correct_stale: bool = True  # weigh stale tokens by the ratio of both students' probabilities
 
     @property
     def objectives(self) -> list[ObjectiveConfig]:

@@ -101,7 +101,7 @@ class TokenWeights:
         return weights if correction_N is None else [weight_N * correction_N for weight_N in weights]
 
     def _stale_correction(self, part: slice, scores: Scores) -> Tensor | None:
-        if self._tokens.stale_logp_N is None:
+        if self._tokens.stale_logp_N is None or not self._method.correct_stale:
             return None
         clip = self._method.objective.clip
         return stale_correction(scores.token_logp_N, self._tokens.stale_logp_N[part], clip).to(self._dtype)
