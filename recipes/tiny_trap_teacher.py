@@ -14,6 +14,7 @@ from prune_opd.recipes.tiny_teacher import tiny_teacher
 
 def tiny_trap_teacher() -> SftConfig:
     register = CorpusConfig(min_steps=12, max_steps=40, register=True, ramble=100, chant=True, given_wrong=0.1)
+    lost = replace(register, ramble=200, given_wrong=0.5)  # the chant comes last: so it stays
     config = SftConfig(
         name="tiny_trap_teacher",
         init=tiny_model(tiny_teacher()),
@@ -22,6 +23,7 @@ def tiny_trap_teacher() -> SftConfig:
             SftStage(steps=150, batch=24, lr=2e-3, warmup_steps=10, corpus=register, sharpen=0.5, seed=501),
             SftStage(steps=40, batch=24, lr=1e-3, warmup_steps=10, corpus=register, sharpen=2.0, seed=502),
             SftStage(steps=40, batch=24, lr=5e-4, warmup_steps=10, corpus=register, sharpen=2.0, seed=503),
+            SftStage(steps=60, batch=24, lr=1e-3, warmup_steps=10, corpus=lost, seed=504),
         ),
         parallel=ParallelConfig(nproc=1, tensor=1),
     )

@@ -56,6 +56,8 @@ OBJECTIVES = [
     ObjectiveConfig("full_vocab_jsd", k=6),
     ObjectiveConfig("full_vocab_jsd", k=6, beta=0.9),
     ObjectiveConfig("sampled_token", k=6, discount=0.9),
+    ObjectiveConfig("sampled_token", k=6, baseline="reverse_kl"),
+    ObjectiveConfig("sampled_token", k=6, baseline="reverse_kl", discount=0.9),
     ObjectiveConfig("sampled_k2", k=6),
     ObjectiveConfig("sampled_k2", k=6, logp_min=-4.0, loss_max=0.1),
     ObjectiveConfig("sampled_k3", k=6),
@@ -73,6 +75,8 @@ WEIGHTINGS = [
     WeightingConfig("entropy_aware", entropy_threshold=1.5, forward_k=9),
     WeightingConfig("iw_opd"),
     WeightingConfig("tip", retain=0.4),
+    WeightingConfig("sdar", sharpness=2.0),
+    WeightingConfig("tropd", forward_k=9),
 ]
 
 
@@ -82,6 +86,7 @@ def describe(objective: ObjectiveConfig) -> str:
     tail = "" if objective.tail == "none" else f" {objective.tail}"
     tail += "" if objective.renormalise == "q" else f" renormalise {objective.renormalise}"
     tail += "" if objective.loss_max is None else " clamped"
+    tail += " less its mean" * (objective.baseline != "none")
     tail += " discounted" * (objective.discount > 0) + " ends" * (objective.ends == "class")
     return objective.name + details.get(objective.name, "") + tail
 
@@ -99,6 +104,11 @@ class Reference(NamedTuple):
     outside: dict[str, list[float]]  # what has no part in the loss, by its name in GateStats
 
 
+def trust(weighting: WeightingConfig, gap: float) -> float:
+    """What sdar and tropd make of log q(y) − log p(y)."""
+    return 1 / (1 + math.exp(-weighting.sharpness * gap)) if weighting.name == "sdar" else min(math.exp(gap), 1.0)
+
+
 def weighted(
     weighting: WeightingConfig,
     weights: list[float],
@@ -114,6 +124,9 @@ def weighted(
             sizes = [abs(float(logq_NV[t, y] - logp_NV[t, y])) for t, y in enumerate(sampled_ids_N.tolist())][begin:end]
             for i in range(len(sizes)):
                 factors[begin + i] = 1 + weighting.gamma * (1 - sum(sizes[:i]) / max(sum(sizes), 1e-8))
+        if weighting.name in ("sdar", "tropd"):
+            for t in range(begin, end):
+                factors[t] = trust(weighting, float(logq_NV[t, sampled_ids_N[t]] - logp_NV[t, sampled_ids_N[t]]))
         if weighting.name == "tip" and end > begin:
             logp_TV, logq_TV = logp_NV[begin:end], logq_NV[begin:end]
             h = [-float((row.exp() * row).sum()) for row in logp_TV]
@@ -153,6 +166,7 @@ def reference_loss(
     overlaps, events, reliabilities, weights, reliable_lengths = [], [], [], [], []
     for begin, end in pairwise(cu_seqlens):
         count, row_weights, reliable, collected = 0, [], 0, 0.0
+        kls: list[float] = []
         for t in range(begin, end):
             shared = len(set(top_ids(student_NV[t], overlap_k)) & set(top_ids(teacher_NV[t], overlap_k)))
             overlaps.append(shared / overlap_k)
@@ -165,6 +179,10 @@ def reference_loss(
                 accepted_mass = float(torch.minimum(p_V, q_V)[students].sum())
                 if gate.metric == "acceptance":
                     event = accepted_mass < gate.threshold
+                elif gate.metric == "kl_agreement":
+                    kls.append(float((p_V * (logp_NV[t] - logq_NV[t])).sum()))
+                    last = kls[-gate.low_tokens :]
+                    event = len(last) == gate.low_tokens and sum(last) / len(last) < gate.threshold * USUAL.mean
                 elif gate.metric == "change_point":
                     z = min((USUAL.mean - accepted_mass) / USUAL.deviation, 3.0)
                     collected = max(0.0, collected + z - gate.slack)
@@ -175,7 +193,7 @@ def reference_loss(
                 accepted = nucleus(logq_NV[t], top_ids(teacher_NV[t], gate.k), gate.top_p)
                 event = int(sampled_ids_N[t]) not in accepted
             events.append(event)
-            count += event
+            count = count + event if gate is None or gate.memory else int(event)
             reliability = 1.0 if gate is None else max(0.0, round(1 - gate.w_drop * count, 12))
             reliabilities.append(reliability)
             reliable += reliability > 1e-8
@@ -215,6 +233,10 @@ def reference_loss(
             if entropy > weighting.entropy_threshold:
                 added = forward_kl(logp_NV[t], logq_NV[t], top_ids(teacher_NV[t], weighting.forward_k))
                 loss_sum = loss_sum + gate_weights[t] * factors[t] * added
+        if weighting.name == "tropd":
+            added = forward_kl(logp_NV[t], logq_NV[t], top_ids(teacher_NV[t], weighting.forward_k))
+            untrusted = 1 - trust(weighting, float(logq_NV[t, y] - logp_NV[t, y]))
+            loss_sum = loss_sum + gate_weights[t] * untrusted * factors[t] * added
     return Reference(
         loss_sum=loss_sum,
         overlap=overlaps,
@@ -258,7 +280,7 @@ def reference_update(
             if objective.name == "topk_reverse_kl" and objective.weight != "none" and ids:
                 of = old_V if objective.weight == "student_p" else logq_V
                 share_K = of[ids].exp() / of[ids].exp().sum()
-            baseline = 0.0
+            baseline = float((old_V.exp() * (old_V - logq_V)).sum()) if objective.baseline != "none" else 0.0
             rest = [v for v in range(size) if v not in ids]
             if objective.tail == "bucket":
                 share_K = old_V[ids].exp()
@@ -281,6 +303,10 @@ def reference_update(
             loss_sum = loss_sum + gate_weights[t] * forward_kl(
                 logp_V, logq_V, top_ids(teacher_NV[t], weighting.forward_k)
             )
+        if weighting.name == "tropd":
+            untrusted = 1 - trust(weighting, float(logq_V[y] - old_V[y]))
+            added = forward_kl(logp_V, logq_V, top_ids(teacher_NV[t], weighting.forward_k))
+            loss_sum = loss_sum + gate_weights[t] * untrusted * added
     return loss_sum
 
 

@@ -112,7 +112,8 @@ def token_loss(
         return -(reward_K * logp_V[ids]).sum(), (share_K * gap_K).sum()
     if objective.name == "sampled_token":
         gap = logp_V[sampled] - logq_V[sampled]
-        return weight * gap.detach() * logp_V[sampled], gap
+        mean = (p_V * (logp_V - logq_V)).sum() if objective.baseline == "reverse_kl" else torch.zeros(())
+        return weight * (gap - mean).detach() * logp_V[sampled], gap
     if objective.name == "local_support_matching":
         p_K, q_K = p_V[teachers] / p_V[teachers].sum(), q_V[teachers] / q_V[teachers].sum()
         value = (p_K * (p_K / q_K).log()).sum()
@@ -204,6 +205,8 @@ def credits_of(
     for begin, end in pairwise(cu_seqlens):
         for t in range(begin, end):
             credits[t] = sum(objective.discount ** (s - t) * rewards[s] for s in range(t, end))
+            if objective.baseline == "reverse_kl":
+                credits[t] += weights[t] * float((logp_NV[t].exp() * (logp_NV[t] - logq_NV[t])).sum())
     return credits
 
 

@@ -78,7 +78,7 @@ def _single_candidates(config: TrainConfig) -> list[str]:
             f"gate.k = 1 with gate.metric = overlap: overlap is 0 or 1, so every token whose best token is not the "
             f"teacher's is an event whatever gate.threshold = {gate.threshold:g} is; set gate.k=16 for a threshold"
         )
-    if weighting.name == "entropy_aware" and weighting.forward_k == 1:
+    if weighting.name in ("entropy_aware", "tropd") and weighting.forward_k == 1:
         notes.append(
             "weighting.forward_k = 1: the added forward KL is −log p of the teacher's best token, on the tokens where "
             "it is least sure of it; set weighting.forward_k=16"

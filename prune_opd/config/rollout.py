@@ -96,8 +96,8 @@ class RolloutConfig(Checked, name="rollout"):
         1.0  # a step starts this times `prompts` and keeps the first complete ones
     )
     partial: bool = False  # oversample > 1: the other prompts go on in the next step, with the tokens that they have
-    # steps for which the student generates at once, before it moves: 1: on-policy | more: it reuses these rollouts until
-    # then | 0: once, the initial student for the whole run (Semi-OPD)
+    # steps for which the student generates at once, before it moves: 1: on-policy | more: these are reused until then |
+    # 0: once, by the initial student for the whole run (Semi-OPD)
     refresh_every: CountOrZero = 1
     correct_stale: bool = True  # weigh a token that an older student has sampled by the ratio of both probabilities
 

@@ -188,7 +188,7 @@ class TrainConfig(Checked, name=""):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.gate is None and self.horizon.strategy in ("prune", "marginal"):
+        if self.gate is None and self.horizon.strategy in ("prune", "marginal", "adwin"):
             raise ConfigError(
                 f"gate = null with horizon.strategy = {self.horizon.strategy}: the window follows the gate's reliable "
                 "length; "
@@ -235,14 +235,19 @@ def check_inflight(config: TrainConfig) -> None:
             "rollout.inflight.mode = gate with gate.w_drop = 0: reliability never falls to 0; give w_drop a value, set "
             f"rollout.inflight.stop_events, {off}"
         )
-    if gate.metric == "change_point" and config.objective.ends == "class":
+    if not gate.memory:
         raise ConfigError(
-            "rollout.inflight.mode = gate with gate.metric = change_point and objective.ends = class: the engine does "
-            f"not say what mass the student has on all ends; take overlap or teacher_top_p, {off}"
+            "rollout.inflight.mode = gate with gate.memory = false: reliability comes back, so nothing may be cut off; "
+            f"set gate.memory=true, {off}"
         )
-    if gate.metric == "change_point" and config.objective.temperature != 1:
+    if gate.needs_usual and config.objective.ends == "class":
         raise ConfigError(
-            f"rollout.inflight.mode = gate with gate.metric = change_point and objective.temperature = "
+            f"rollout.inflight.mode = gate with gate.metric = {gate.metric} and objective.ends = class: the engine "
+            f"does not say what mass the student has on all ends; take overlap or teacher_top_p, {off}"
+        )
+    if gate.needs_usual and config.objective.temperature != 1:
+        raise ConfigError(
+            f"rollout.inflight.mode = gate with gate.metric = {gate.metric} and objective.temperature = "
             f"{config.objective.temperature:g}: the engine knows the student's probabilities at 1 only; set "
             f"objective.temperature=1, or {off}"
         )
@@ -251,9 +256,9 @@ def check_inflight(config: TrainConfig) -> None:
             f"rollout.inflight.mode = gate with gate.metric = {gate.metric}: which of its events no rounding decides "
             f"is not known; take change_point, overlap or teacher_top_p, {off}"
         )
-    if gate.metric == "overlap" and gate.threshold == 0:
+    if gate.metric in ("overlap", "kl_agreement") and gate.threshold == 0:
         raise ConfigError(
-            "rollout.inflight.mode = gate with gate.threshold = 0: no overlap is below it, so nothing is ever stopped; "
+            "rollout.inflight.mode = gate with gate.threshold = 0: nothing is below it, so nothing is ever stopped; "
             f"raise it, {off}"
         )
     longest = config.horizon.max_len

@@ -14,8 +14,10 @@ from prune_opd.config.kernels import kernels_problem
 from prune_opd.errors import ConfigError, NotFiniteLogitsError
 from prune_opd.loss.context import ContextShard
 from prune_opd.loss.vocab_parallel import OutputHead
+from prune_opd.method.agreement import needs_kl
 from prune_opd.method.change_point import Usual
-from prune_opd.method.weighting import added_objective
+from prune_opd.method.objective import has_baseline
+from prune_opd.method.weighting import added_objective, needs_reverse_kl
 
 
 class Head(NamedTuple):
@@ -64,6 +66,11 @@ class Method(NamedTuple):
         return [self.objective] if added is None else [self.objective, added]
 
     @property
+    def needs_reverse_kl(self) -> bool:
+        """Whether the reverse KL over the vocabulary is asked for, so that ranks need the same ids of both models."""
+        return needs_reverse_kl(self.weighting) or has_baseline(self.objective) or needs_kl(self.gate)
+
+    @property
     def end_class(self) -> tuple[int, ...]:
         """Ids that are one outcome; empty where each is its own."""
         return self.terminal_ids if self.objective.ends == "class" and len(self.terminal_ids) > 1 else ()
@@ -95,7 +102,7 @@ def checked_offsets(student: OutputHead, teacher: OutputHead, tokens: Tokens, me
     sizes = {"objective.k": method.objective.k}
     if method.gate is not None:
         sizes["gate.k"] = method.gate.k
-    if method.weighting.name == "entropy_aware":
+    if added_objective(method.weighting) is not None:
         sizes["weighting.forward_k"] = method.weighting.forward_k
     for name, k in sizes.items():
         if k > outcomes:

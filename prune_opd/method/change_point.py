@@ -33,52 +33,62 @@ _UNIT = 1 << 20  # sums are of whole numbers, so that the cut into pieces does n
 
 
 class Usual(NamedTuple):
-    """Acceptance where nothing has drifted: the mean over tokens, and how far tokens are from it."""
+    """Acceptance where nothing has drifted (or KL, in nats): the mean over tokens, and how far tokens are from it."""
 
     mean: float
     deviation: float
 
 
 class Calibration:
-    """Finds what is usual for a pair, in the first tokens of the responses of the first steps. Part of the checkpoint.
+    """Finds what is usual for a pair, in the first tokens of the responses of some steps. Part of the checkpoint.
 
-    Until a step has been taken there is nothing to compare with, and no event.
+    These are the first steps of a run for the acceptance of `change_point`, and the last ones for the KL of
+    `kl_agreement`. Until a step has been taken there is nothing to compare with, and no event.
     """
 
     def __init__(self, gate: GateConfig | None) -> None:
-        self.wanted = gate is not None and gate.metric == "change_point"
-        self._steps = gate.calibration_steps if gate else 0
-        self._done = 0
-        self._sums = (0.0, 0.0, 0.0)  # tokens, Σ a, Σ a²
+        self.wanted = gate is not None and gate.needs_usual
+        self._of_kl = gate is not None and gate.metric == "kl_agreement"
+        self._most = gate.calibration_steps if gate else 0
+        self._steps: list[tuple[float, ...]] = []  # of each: tokens, Σ a, Σ a², Σ KL
 
     @property
     def usual(self) -> Usual | None:
-        tokens, total, squares = self._sums
+        tokens, total, squares, kl = map(sum, zip((0.0,) * 4, *self._steps, strict=True))
         if not self.wanted or tokens == 0:
             return None
+        if self._of_kl:
+            return Usual(kl / tokens, 0.0)
         mean = total / tokens
         return Usual(
             mean, max((squares / tokens - mean**2) ** 0.5 if squares / tokens > mean**2 else 0, LEAST_DEVIATION)
         )
 
     def update(self, early: Sequence[float]) -> None:
-        """Take in a finished step: tokens, Σ a and Σ a² over the first `gate.early_tokens` of its responses."""
-        if self._done < self._steps:
-            self._done += 1
-            self._sums = tuple(a + b for a, b in zip(self._sums, early, strict=True))  # type: ignore[assignment]
+        """Take in a finished step: tokens, Σ a, Σ a² and Σ KL over the first `gate.early_tokens` of its responses."""
+        if self._of_kl or len(self._steps) < self._most:
+            self._steps = [*self._steps, tuple(early)][-self._most :]
 
     def record(self) -> dict[str, float]:
         """Its part of a step record: what the next step will be judged by."""
         usual = self.usual
-        return {} if usual is None else {"usual_acceptance": usual.mean, "usual_deviation": usual.deviation}
+        if usual is None:
+            return {}
+        if self._of_kl:
+            return {"usual_kl": usual.mean}
+        return {"usual_acceptance": usual.mean, "usual_deviation": usual.deviation}
 
     def state_dict(self) -> dict[str, Any]:
-        return {"done": self._done, "sums": list(self._sums)}
+        return {"steps": [list(step) for step in self._steps]}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over a checkpoint's state. ConfigError when a value is missing."""
+        """Take over a checkpoint's state, or an older version's. ConfigError when a value is missing."""
         try:
-            self._done, self._sums = int(state["done"]), tuple(map(float, state["sums"]))  # type: ignore[assignment]
+            if "sums" in state:  # of all steps together
+                done = int(state["done"])
+                self._steps = [(*map(float, state["sums"]), 0.0), *[(0.0,) * 4] * (done - 1)][:done]
+            else:
+                self._steps = [tuple(map(float, step)) for step in state["steps"]]
         except KeyError as error:
             raise ConfigError(
                 f"the checkpoint's gate calibration has no {error}: resume from another checkpoint"

@@ -59,8 +59,8 @@ class LongTail:
         every = self.settings.refresh_every
         if every == 0 and step > 1:
             raise UserError(
-                "rollout.refresh_every = 0 and the initial student's rollouts are used up: steps was raised, or another "
-                "setting's checkpoint resumed; start a new run, or give the steps between two refreshes"
+                "rollout.refresh_every = 0 and the initial student's rollouts are used up: steps was raised, or a "
+                "checkpoint of other settings resumed; start a new run, or give the steps between two refreshes"
             )
         return min(every or steps, steps - step + 1)
 

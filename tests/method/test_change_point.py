@@ -79,7 +79,7 @@ def test_the_next_response_starts_afresh() -> None:
 def test_what_is_usual_is_found_in_the_first_steps_and_goes_with_the_checkpoint() -> None:
     calibration = Calibration(GateConfig("change_point", calibration_steps=2))
     assert calibration.usual is None and calibration.record() == {}
-    for early in ([4, 3.2, 2.6], [4, 3.6, 3.3], [4, 0.0, 0.0]):  # the third step is too late
+    for early in ([4, 3.2, 2.6, 9], [4, 3.6, 3.3, 9], [4, 0.0, 0.0, 9]):  # the third step is too late
         calibration.update(early)
     usual = calibration.usual
     assert usual is not None
@@ -87,22 +87,32 @@ def test_what_is_usual_is_found_in_the_first_steps_and_goes_with_the_checkpoint(
     again = Calibration(GateConfig("change_point", calibration_steps=2))
     again.load_state_dict(calibration.state_dict())
     assert again.usual == usual
-    again.update([4, 0.0, 0.0])
+    again.update([4, 0.0, 0.0, 9])
     assert again.usual == usual
-    with pytest.raises(ConfigError, match="calibration has no 'sums': resume from another checkpoint"):
+    with pytest.raises(ConfigError, match="calibration has no 'steps': resume from another checkpoint"):
         again.load_state_dict({"done": 1})
+
+
+def test_an_older_versions_checkpoint_goes_on_with_the_sums_that_it_has() -> None:
+    calibration = Calibration(GateConfig("change_point", calibration_steps=3))
+    calibration.load_state_dict({"done": 2, "sums": [8, 6.8, 5.9]})
+    before = calibration.usual
+    assert before == pytest.approx((6.8 / 8, (5.9 / 8 - (6.8 / 8) ** 2) ** 0.5))
+    calibration.update([4, 3.2, 2.6, 9])  # the third step still counts, the fourth does not
+    calibration.update([4, 0.0, 0.0, 9])
+    assert calibration.usual is not None and calibration.usual.mean == pytest.approx(10.0 / 12)
 
 
 def test_other_gates_calibrate_nothing() -> None:
     for gate in (None, GateConfig()):
         calibration = Calibration(gate)
-        calibration.update([4, 3.2, 2.6])
+        calibration.update([4, 3.2, 2.6, 9])
         assert calibration.usual is None
 
 
 def test_two_equal_models_see_no_change_in_rounding() -> None:
     calibration = Calibration(GATE)
-    calibration.update([100, 99.9999, 99.9998])
+    calibration.update([100, 99.9999, 99.9998, 0])
     usual = calibration.usual
     assert usual is not None and usual.deviation == 0.05
     assert not any(advance([0.99] * 500, [0, 500], [], GATE, usual))

@@ -300,7 +300,7 @@ def test_reuse_is_refused_with_what_belongs_to_one_step() -> None:
     for rollout, more, text in (
         (RolloutConfig(refresh_every=2, oversample=1.5), {}, r"refresh_every = 2 with rollout\.oversample = 1\.5"),
         (
-            RolloutConfig(refresh_every=2, inflight=InflightConfig(mode="gate", first_check=8)),
+            RolloutConfig(refresh_every=2, inflight=ON),
             {},
             r"inflight\.mode = gate",
         ),
@@ -314,6 +314,7 @@ def test_reuse_is_refused_with_what_belongs_to_one_step() -> None:
         RolloutConfig(refresh_every=-1)
 
 
+ON = InflightConfig(mode="gate", first_check=8)
 MOVING = HorizonConfig(strategy="prune", max_len=32, min_len=1, init_len=4)
 
 # ---------------------------------------------------------------------------------------------------- real engines

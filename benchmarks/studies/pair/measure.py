@@ -177,7 +177,7 @@ def usual(own: Columns, lengths: Sequence[int], gate: GateConfig) -> Usual:
     """What the change-point gate would take for usual after a step with these responses."""
     early = own["acceptance"][positions(lengths) < gate.early_tokens].double()
     calibration = Calibration(replace(gate, metric="change_point"))
-    calibration.update([len(early), float(early.sum()), float(early.square().sum())])
+    calibration.update([len(early), float(early.sum()), float(early.square().sum()), 0.0])
     assert calibration.usual is not None
     return calibration.usual
 
