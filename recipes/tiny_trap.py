@@ -19,9 +19,12 @@ from prune_opd.recipes.tiny_trap_teacher import tiny_trap_teacher
 
 
 def tiny_trap() -> TrainConfig:
+    base = tiny_drift()
     return replace(
-        tiny_drift(),
+        base,
         name="tiny_trap",
         student=tiny_model(tiny_trap_student()),
         teacher=tiny_model(tiny_trap_teacher()),
+        # A right solution has 105 to 205 tokens. Longer chants than they have learnt fall apart in both models.
+        horizon=replace(base.horizon, max_len=240),
     )

@@ -159,7 +159,7 @@ def sweep_rows(
 
 
 def verdicts(pair: str, max_len: int, rows: Sequence[dict[str, Any]]) -> list[Verdict]:
-    """The targets of a drift pair or trap pair (by its name: there are tokens to save), or of a compatible one, for every pruning method."""
+    """The targets of a drift or trap pair, by its name, or of a compatible one, for every pruning method."""
     by_name = {row["method"]: row for row in rows if row["saved_cpu_s"] is not None}  # some seed has full OPD too
     judge = _drift_verdicts if "drift" in pair or "trap" in pair else _compatible_verdicts
     found = [verdict for name in PRUNING if name in by_name for verdict in judge(pair, max_len, by_name, by_name[name])]
