@@ -34,8 +34,10 @@ STOP = (
     "rollout.inflight.price=0.05",
 )
 # The rivals, in our reading (docs/choosing.md). Whatever their papers do not give is the recipe's, a default of the
-# setting, or a share of max_len: an eighth. KAT's threshold was set on seed 77's prompts, before any training.
-KAT = ("gate.metric=kl_agreement", "gate.threshold=0.01", "gate.k=16", "gate.low_tokens={eighth}", "gate.w_drop=1")
+# setting, or a share of max_len: an eighth. KAT's threshold is the pair's own, before any training: the largest of .1,
+# .03, .01, .003 and .001 that stops at most 5 % of the teacher's own responses to 24 prompts of seed 77.
+KAT_THRESHOLD = {"tiny_compatible": 0.001, "tiny_drift": 0.01, "tiny_trap": 0.01}
+KAT = ("gate.metric=kl_agreement", "gate.threshold={kat}", "gate.k=16", "gate.low_tokens={eighth}", "gate.w_drop=1")
 SAMPLED, BASELINE = "objective.name=sampled_token", "objective.baseline=reverse_kl"
 ONCE = "rollout.refresh_every=0"
 FOLLOW = ("horizon.strategy=prune", "horizon.finished_rows=hit_if_reliable")
@@ -182,6 +184,7 @@ def method_config(recipe: TrainConfig, method: Method, common: Sequence[str] = (
         "eighth": max(1, longest // 8),
         "sixteenth": max(1, longest // 16),
         "hundred": min(1.0, 100 / longest),
+        "kat": KAT_THRESHOLD.get(recipe.name, 0.01),
     }
     return apply_overrides(recipe, [*(text.format(**values) for text in (*BASE, *method.changes)), *common])
 
