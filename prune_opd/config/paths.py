@@ -63,13 +63,13 @@ def tiny_model(recipe: SftConfig) -> str:
     if source not in ("shipped", "trained"):
         raise ConfigError(f"PRUNE_OPD_TINY_MODELS = {source!r} is not known: choose shipped or trained")
     digest, name = Path(recipe.output).parts[-2:]
-    index = _shipped()
+    index = shipped_index()
     if source == "trained" or name not in index or index[name]["digest"] != digest:
         return recipe.output
     return str(shipped_models_dir() / name)
 
 
-def _shipped() -> dict[str, dict[str, str]]:
+def shipped_index() -> dict[str, dict[str, str]]:
     """What comes with the package, by name."""
     index: dict[str, dict[str, str]] = json.loads((shipped_models_dir() / "index.json").read_text(encoding="utf-8"))
     return index
@@ -94,5 +94,5 @@ def config_digest(config: SftConfig) -> str:
         init = Path(config.init)
         settings["init"] = init.parts[-2:]
         if init.parent == shipped_models_dir():
-            settings["init"] = ("shipped", _shipped()[init.name]["digest"], init.name)
+            settings["init"] = ("shipped", shipped_index()[init.name]["digest"], init.name)
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
