@@ -109,7 +109,7 @@ def compare(
         and torch.equal(stats.overlap_N, alone.overlap_N)
     )
     errors = gradient_errors(loss, shard, reference.loss_sum, expected, group)
-    aligned = is_aligned(shard, group, objective, weighting)
+    aligned = is_aligned(shard, group, objective, weighting, gate)
     return {**errors, "statistics": statistics_error(stats, reference, aligned) if same else math.inf}
 
 
