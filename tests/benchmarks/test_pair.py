@@ -20,6 +20,7 @@ from prune_opd.config.overrides import apply_overrides
 from prune_opd.config.paths import shipped_models_dir
 from prune_opd.config.recipe import load_recipe
 from prune_opd.errors import ConfigError
+from prune_opd.method.change_point import Usual
 from tests.forked.command import run_command
 
 STUDENT, TEACHER = (str(shipped_models_dir() / name) for name in ("student", "teacher"))
@@ -69,6 +70,7 @@ def test_a_gate_row_says_what_its_events_find_and_keep() -> None:
     event, kl = torch.tensor([0, 1, 1, 0, 0]).bool(), torch.tensor([2.0, 2.0, 0.5, 0.0, 0.0])
     row = gate_row("g", event, kl, [4, 1], GateConfig(w_drop=0.5))  # R is 0 at a second event
     assert (row["events"], row["precision"], row["recall"], row["kept"]) == (0.4, 0.5, 0.5, 3 / 5)
+    assert row["kl_kept"] == 4.0 / 4.5  # of the first two tokens of the first response, and all of the second
     assert (row["responses"], row["half_by"]) == (0.5, 1)
 
 
@@ -79,9 +81,11 @@ def test_a_fall_of_acceptance_is_an_alarm_where_it_begins_and_the_early_tokens_s
     gate = GateConfig(k=4)
     normal = usual(found, lengths, gate)
     assert normal.mean == pytest.approx(0.9)
-    text = summary(found, lengths, gate, normal, gamma=0.25, max_len=64)
+    text = summary(found, lengths, gate, (normal, Usual(1.0, 0.0)), gamma=0.25, max_len=64)
     alarm = {row["gate"]: row for row in text["gates"]}["change_point"]
     assert (alarm["responses"], alarm["half_by"]) == (0.5, 43)  # 2.5 a token: 8 is reached by the fourth
+    (kat,) = (row for row in text["gates"] if row["gate"] == "kl_agreement < 0.01")
+    assert (kat["responses"], kat["half_by"], kat["kept"]) == (1, 7, 14 / 128)  # no KL at all: from the eighth token on
     assert text["by_position"]["width"] == 16 and text["by_position"]["tokens"] == [32] * 4
 
 
