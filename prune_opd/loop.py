@@ -106,7 +106,7 @@ def train_on(run: Run, batch: TrainBatch, clock: PhaseClock) -> tuple[StepResult
     run.check_updates(result, rollouts)
     if not result.skipped:
         run.controller.update(stats.reliable_length_B, rollouts.length_B, rollouts.finished_B)
-        run.calibration.update(stats.early_3.tolist())
+        run.calibration.update(stats.early.tolist())
     run.finished_steps += 1
     return result, stats
 

@@ -23,7 +23,7 @@ from prune_opd.eval.evaluate import Evaluator, Sampling, make_evaluator
 from prune_opd.inflight.gate import InflightGate
 from prune_opd.loss.mismatch import Mismatch
 from prune_opd.loss.stats import BatchStats
-from prune_opd.method.change_point import Calibration
+from prune_opd.method.calibration import Calibration
 from prune_opd.method.horizon import HorizonController, make_controller
 from prune_opd.plan.speed import SpeedMeter
 from prune_opd.process import tell
@@ -101,7 +101,7 @@ class Run:
         """The step's rollouts. The in-flight gate, if there is one, stops drifting responses on the way."""
         if self.inflight is not None:
             self.phases.enter("inflight")
-            self.inflight.usual = self.calibration.usual
+            self.inflight.calibrate(self.calibration.usual)
         return self.rollout.generate(horizon, step, self.inflight)
 
     def train_batch(self, rollouts: Rollouts) -> TrainBatch:
@@ -117,7 +117,8 @@ class Run:
         config, responses = self.config, len(rollouts.responses)
         step = self.finished_steps + 1
         watched = sampled_rows(config.track, step, config.steps, rollouts.prompts, rollouts.stopped_rows)
-        early, device = config.gate.early_tokens if config.gate else 0, self.machine.device
+        gate, device = config.gate, self.machine.device
+        early = (gate.early_tokens, gate.k) if gate else (0, config.objective.k)
         bins, logprobs_B, mismatch = config.track.position_bins, rollouts.fresh_logprobs_B, None
         if logprobs_B is not None and config.objective.temperature == 1:  # the engine's are those at temperature 1
             mismatch = Mismatch(logprobs_B, rollouts.engine_B, config.objective.mismatch_bounds, device)

@@ -18,7 +18,7 @@ from torch import Tensor
 from prune_opd.config import GateConfig, ObjectiveConfig, WeightingConfig
 from prune_opd.loss import GateStats, Head, Method, Tokens, distill_loss
 from prune_opd.loss.context import ContextShard
-from prune_opd.method.change_point import Usual
+from prune_opd.method.calibration import Usual
 from tests.reference_token import (
     as_one_end,
     credits_of,

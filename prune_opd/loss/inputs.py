@@ -14,7 +14,7 @@ from prune_opd.config.kernels import kernels_problem
 from prune_opd.errors import ConfigError, NotFiniteLogitsError
 from prune_opd.loss.context import ContextShard
 from prune_opd.loss.vocab_parallel import OutputHead
-from prune_opd.method.change_point import Usual
+from prune_opd.method.calibration import Usual
 from prune_opd.method.weighting import added_objective
 
 
@@ -51,7 +51,7 @@ class Method(NamedTuple):
     gate: GateConfig | None  # None for plain distillation: weight 1, no events
     objective: ObjectiveConfig  # its temperature divides both models' logits
     weighting: WeightingConfig = WeightingConfig()  # one of the literature, beside the gate
-    usual: Usual | None = None  # the pair's own measure, for a gate that looks for change points
+    usual: Usual | None = None  # what is usual for the pair, for a gate that looks for change points
     # Ids that end a response for either model, ascending: what both think of them goes to the statistics, and with
     # objective.ends = class they are one outcome (loss/ends.py).
     terminal_ids: tuple[int, ...] = ()

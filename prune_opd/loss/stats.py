@@ -148,7 +148,7 @@ class BatchStats:
     """Sums over response tokens, also by position in the response (`bins` of equal width over `max_len` tokens).
 
     watched: rows of the global batch whose single tokens are kept too, for whoever wants to look at them.
-    early: first tokens of a response whose acceptance is summed for the gate's calibration.
+    early: (first tokens of a response that the gate's calibration is made of, ids in a top-k set there).
     mismatch: that of the batch, which is added up and reduced with the rest.
     terminal_ids: what ends a response for either model; the calls of the loss have had the same.
     """
@@ -160,13 +160,15 @@ class BatchStats:
         max_len: int,
         device: torch.device,
         watched: Sequence[int] = (),
-        early: int = 0,
+        early: tuple[int, int] = (0, 1),
         mismatch: Mismatch | None = None,
         terminal_ids: Sequence[int] = (),
     ):
-        self.bins, self.max_len, self.watched, self.early = bins, max_len, tuple(watched), early
+        self.bins, self.max_len, self.watched = bins, max_len, tuple(watched)
         self.mismatch = mismatch
-        self.early_3 = torch.zeros(3, dtype=torch.float64, device=device)  # tokens, Σ acceptance, Σ acceptance²
+        self.early_tokens, self.k = early
+        # Of these tokens: how many, Σ acceptance, Σ acceptance², and how many share 0, 1, … k ids.
+        self.early = torch.zeros(3 + self.k + 1, dtype=torch.float64, device=device)
         shape = (len(self.watched), len(PER_TOKEN), max_len)
         self.tokens_W4T = torch.zeros(shape, dtype=torch.float64, device=device)  # PER_TOKEN of the watched rows
         self.reliable_length_B = torch.zeros(responses, dtype=torch.float64, device=device)
@@ -194,8 +196,9 @@ class BatchStats:
         value_SN = torch.stack([value_N.double() for value_N in values])
         self.sums.index_add_(1, bin_N, value_SN)
         value_4N = value_SN[: len(PER_TOKEN)]
-        early_N, acceptance_N = (position_N < self.early).double(), stats.acceptance_N.double()
-        self.early_3 += torch.stack([early_N, early_N * acceptance_N, early_N * acceptance_N**2]).sum(1)
+        early_N, acceptance_N = (position_N < self.early_tokens).double(), stats.acceptance_N.double()
+        self.early[:3] += torch.stack([early_N, early_N * acceptance_N, early_N * acceptance_N**2]).sum(1)
+        self.early[3:].index_add_(0, (stats.overlap_N * self.k).round().long(), early_N)
         if self.mismatch is not None:
             self.mismatch.add(rows, length_B, stats.token_logp_N)
         self.count.index_add_(0, bin_N, torch.ones_like(bin_N, dtype=torch.float64))
@@ -226,7 +229,7 @@ class BatchStats:
 
         counts: whether this rank's sums are taken; each token must be in those of one rank (`Layout.reports`).
         """
-        names = ("reliable_length_B", "sums", "count", "ratio_3", "stale_3", "early_3", "tokens_W4T", "ends_5M")
+        names = ("reliable_length_B", "sums", "count", "ratio_3", "stale_3", "early", "tokens_W4T", "ends_5M")
         owners: list[tuple[Any, str]] = [(self, name) for name in names]
         owners += [] if self.mismatch is None else [(self.mismatch, "sums_B6")]
         parts = [getattr(owner, name) for owner, name in owners]

@@ -15,7 +15,7 @@ from prune_opd.errors import NotFiniteLogitsError
 from prune_opd.loss import Head, Method, OldPolicy, Tokens, distill_loss
 from prune_opd.loss.context import ContextShard
 from prune_opd.loss.stats import BatchStats
-from prune_opd.method.change_point import Usual
+from prune_opd.method.calibration import Usual, in_force
 
 
 class Student(Protocol):
@@ -69,7 +69,7 @@ def gated_loss(
     """The trainer's loss function for this step: `distill_loss` on the positions that predict a response token.
 
     vocab_size: ids that both models know. tp_group: the ranks that share the output matrices; None: there is one.
-    usual: the pair's own measure, of a gate that looks for change points (`Calibration`).
+    usual: what is usual for the pair, of a gate that judges by it (`Calibration`).
 
     What the gate saw goes to `stats`. With several updates a batch (method.md §1), the first call with a micro-batch
     notes down what is then fixed of it (`OldPolicy`: gate weights, and a policy gradient's candidates and rewards) and
@@ -99,7 +99,7 @@ def gated_loss(
                     batch.stale_logp_M,
                     batch.engine_logp_M,
                 ),
-                Method(config.gate, config.objective, config.weighting, usual, stats.terminal_ids),
+                Method(in_force(config.gate, usual), config.objective, config.weighting, usual, stats.terminal_ids),
                 tp_group=tp_group,
                 chunk=config.parallel.loss_chunk_tokens,
                 policy="keep" if several and old is None else old,

@@ -70,7 +70,7 @@ def build_run(config: TrainConfig, layout: Any, run_dir: Path) -> Any:
     from prune_opd.megatron.sync import WeightSync
     from prune_opd.megatron.teacher import Teacher
     from prune_opd.megatron.trainer import Trainer
-    from prune_opd.method.change_point import Calibration
+    from prune_opd.method.calibration import Calibration
     from prune_opd.method.horizon import make_controller
     from prune_opd.rollout.phase import RolloutPhase
     from prune_opd.run import Phases, Run
