@@ -33,6 +33,7 @@ from prune_opd.ranks.signals import Watchdog
 from prune_opd.rollout.batch import Rollouts
 from prune_opd.rollout.engine import EngineOptions, RolloutEngine
 from prune_opd.rollout.phase import RolloutPhase
+from prune_opd.rollout.reward import RewardModel, make_reward
 from prune_opd.track.samples import sampled_rows
 from prune_opd.track.startup import StartUp
 from prune_opd.track.tracker import NullTracker, Tracker
@@ -79,6 +80,7 @@ class Run:
     checkpoints: Checkpoints
     evaluators: list[Evaluator] = field(default_factory=list)  # one a task; none: no evaluation
     inflight: InflightGate | None = None
+    reward: RewardModel | None = None
     phases: Phases = field(default_factory=Phases)
     tracker: NullTracker = field(default_factory=NullTracker)
     meter: SpeedMeter | None = None
@@ -105,12 +107,13 @@ class Run:
         return self.rollout.generate(horizon, step, self.inflight)
 
     def train_batch(self, rollouts: Rollouts) -> TrainBatch:
-        """The step's rollouts as the ranks train on them."""
+        """The step's rollouts as the ranks train on them, with a task's rewards if there are any."""
         from prune_opd.megatron.train_batch import make_batch
 
         updates, budget = self.config.optimizer.updates_per_batch, self.config.parallel.microbatch_tokens
         multiple = self.trainer.chunks[0].token_multiple
-        return make_batch(rollouts, updates, self.layout.student, budget, multiple, self.machine.device)
+        batch = make_batch(rollouts, updates, self.layout.student, budget, multiple, self.machine.device)
+        return batch if self.reward is None else replace(batch, rewards=self.reward(rollouts))
 
     def new_stats(self, rollouts: Rollouts) -> BatchStats:
         """The next step's; it watches the rows that samples.jsonl gets."""
@@ -247,7 +250,9 @@ def _prepare(config: TrainConfig, run_dir: Path, resume: str, allow_config_chang
     phases = Phases(watchdog=Watchdog(config.survival.watchdog_minutes, run_dir / "stacks", layout.rank))
     dtype = dtype_of(config.precision.params)
     tokenizer = load_tokenizer(config.student)
-    sampler = make_sampler(config.data, tokenizer, config.seed, config.rollout.max_prompt_len)
+    extract = config.evaluation.extract
+    sampler = make_sampler(config.data, tokenizer, config.seed, config.rollout.max_prompt_len, extract=extract)
+    reward = make_reward(config, tokenizer, sampler)
     parallel, precision, memory = config.parallel, config.precision, config.memory
     student_fp8, teacher_fp8 = precision.student_fp8, precision.teacher_fp8
     tell(f"student: {config.student}")
@@ -289,6 +294,7 @@ def _prepare(config: TrainConfig, run_dir: Path, resume: str, allow_config_chang
         checkpoints=Checkpoints(run_dir / "checkpoints", config.checkpoint, layout),
         evaluators=_evaluators(config, tokenizer),
         inflight=inflight,
+        reward=reward,
         phases=phases,
         meter=SpeedMeter(config, trainer.spec, teacher.spec, layout.world),
     )

@@ -69,9 +69,17 @@ class TokenRecord:
         self._policies: list[OldPolicy] = []
         self._ends_5M: Tensor | None = None
 
-    def add(self, scores: Scores, weights: list[Tensor], loss: ChunkLoss, plain_N: Tensor) -> None:
+    def add(
+        self,
+        scores: Scores,
+        weights: list[Tensor],
+        loss: ChunkLoss,
+        plain_N: Tensor,
+        advantage_N: Tensor | None = None,
+    ) -> None:
         """Take in the next chunk, with the objectives' weights; plain_N: the first's, before `objective.mismatch`.
 
+        advantage_N: of a task's reward, corrected.
         What can be made of what is noted is made in the end, of all chunks at once.
         """
         moved = [] if loss.ratio_N is None or loss.clipped_N is None else [loss.ratio_N, loss.clipped_N]
@@ -90,7 +98,8 @@ class TokenRecord:
             at = scores.at[0]
             chosen = Candidates(at.ids_NK, at.valid_NK)
             reward_NK = None if loss.first is None else loss.first.reward_NK
-            self._policies.append(OldPolicy(weights, chosen, at.student_logp_NK, reward_NK))
+            sampled_N = None if advantage_N is None else scores.sampled_logp_N.clone()
+            self._policies.append(OldPolicy(weights, chosen, at.student_logp_NK, reward_NK, sampled_N, advantage_N))
 
     def loss_sum(self) -> Tensor:
         """Of all chunks, added up in fp64."""
@@ -98,7 +107,7 @@ class TokenRecord:
 
     def stats(self, offsets: Sequence[int], method: Method) -> GateStats:
         """Of all chunks, and of all ranks that share the tokens. ValueError for broken numbers, on all these ranks."""
-        sampled_ids_N, _, vocab_size, context, stale_logp_N, _ = self._tokens
+        sampled_ids_N, _, vocab_size, context, stale_logp_N, *_ = self._tokens
         values_N = [torch.cat(chunks) for chunks in zip(*self._values, strict=True)]
         sums, (sampled_logp_N, teacher_logp_N) = VocabSums.concatenate(self._sums), torch.cat(self._outcomes, dim=1)
         own, moved = (values_N[7:8], values_N[8:]) if method.terminal_ids else ([sampled_logp_N], values_N[7:])
