@@ -28,9 +28,18 @@ class GateConfig(Checked, name="gate"):
 
     # overlap: O_t < threshold | teacher_top_p: the sampled token is outside the teacher's nucleus | ours:
     # acceptance: Σ min(p, q) over the student's top k < threshold | shared_mass: p's mass on the shared ids < threshold
-    # change_point: the acceptance has fallen along the response, by the pair's own measure | of KAT:
-    # kl_agreement: the mean KL of the last `low_tokens` tokens < threshold · the usual KL, so nothing is left to learn
-    metric: Literal["overlap", "teacher_top_p", "acceptance", "shared_mass", "change_point", "kl_agreement"] = "overlap"
+    # overlap_quantile: O_t < the pair's own γ | change_point: the acceptance has fallen along the response, by the
+    # pair's own measure | kl_agreement, of KAT: the mean KL of the last `low_tokens` tokens < threshold · the usual KL,
+    # so nothing is left to learn
+    metric: Literal[
+        "overlap",
+        "teacher_top_p",
+        "acceptance",
+        "shared_mass",
+        "overlap_quantile",
+        "change_point",
+        "kl_agreement",
+    ] = "overlap"
     k: Count = 16  # size of both top-k sets
     threshold: Share = 0.7  # γ, strict
     memory: bool = True  # false: a token's weight is of its own event alone, as if reliability could recover
@@ -42,12 +51,14 @@ class GateConfig(Checked, name="gate"):
     slack: PositiveOrZero = 0.5  # change_point: deviations a token that are no evidence
     alarm: Positive = 8.0  # change_point: deviations that come together before it is an event
     low_tokens: Count = 64  # kl_agreement: tokens over which the KL is low before it is an event
-    # change_point, kl_agreement: first tokens of a response, where the usual acceptance or KL is found
+    quantile: Share = 0.05  # overlap_quantile: share of a response's first tokens that may lie below the pair's γ
+    # overlap_quantile, change_point, kl_agreement: first tokens of a response, where the usual is found
     early_tokens: Count = 16
-    calibration_steps: Count = 5  # change_point: first steps of a run in which it is; kl_agreement: the last ones
+    # overlap_quantile, change_point: first steps of a run in which it is; kl_agreement: the last ones
+    calibration_steps: Count = 5
 
     @property
-    def needs_usual(self) -> bool:
+    def along(self) -> bool:
         """Whether events are found along a response, by what is usual for the pair."""
         return self.metric in ("change_point", "kl_agreement")
 

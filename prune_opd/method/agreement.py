@@ -24,7 +24,8 @@ import torch
 from torch import Tensor
 
 from prune_opd.config import GateConfig
-from prune_opd.method.change_point import ChangePoint, Usual
+from prune_opd.method.calibration import Usual
+from prune_opd.method.change_point import ChangePoint
 from prune_opd.method.packed import Pieces
 
 _UNIT = 1 << 20  # sums are of whole numbers, so that the cut into pieces does not change them
@@ -42,7 +43,7 @@ def along_responses(
     cu_seqlens: Sequence[int], gate: GateConfig | None, usual: Usual | None, device: torch.device | str = "cpu"
 ) -> Watch | None:
     """The watch of a gate whose events need more than their own token; None for another gate."""
-    if gate is None or not gate.needs_usual:
+    if gate is None or not gate.along:
         return None
     return (AgreementTrap if needs_kl(gate) else ChangePoint)(cu_seqlens, gate, usual, device)
 
@@ -62,7 +63,7 @@ class AgreementTrap:
         self, cu_seqlens: Sequence[int], gate: GateConfig, usual: Usual | None, device: torch.device | str = "cpu"
     ) -> None:
         self._pieces, self._span = Pieces(cu_seqlens, device), gate.low_tokens
-        self._below = None if usual is None else round(gate.threshold * usual.mean * gate.low_tokens * _UNIT)
+        self._below = None if usual is None else round(gate.threshold * usual.kl * gate.low_tokens * _UNIT)
         self._before = torch.zeros(gate.low_tokens, dtype=torch.int64, device=device)  # the KL of so many tokens
 
     def advance(self, kl_C: Tensor) -> Tensor:

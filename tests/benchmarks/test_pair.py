@@ -20,7 +20,6 @@ from prune_opd.config.overrides import apply_overrides
 from prune_opd.config.paths import shipped_models_dir
 from prune_opd.config.recipe import load_recipe
 from prune_opd.errors import ConfigError
-from prune_opd.method.change_point import Usual
 from tests.forked.command import run_command
 
 STUDENT, TEACHER = (str(shipped_models_dir() / name) for name in ("student", "teacher"))
@@ -81,7 +80,7 @@ def test_a_fall_of_acceptance_is_an_alarm_where_it_begins_and_the_early_tokens_s
     gate = GateConfig(k=4)
     normal = usual(found, lengths, gate)
     assert normal.mean == pytest.approx(0.9)
-    text = summary(found, lengths, gate, (normal, Usual(1.0, 0.0)), gamma=0.25, max_len=64)
+    text = summary(found, lengths, gate, normal._replace(overlap=0.25, kl=1.0), max_len=64)
     alarm = {row["gate"]: row for row in text["gates"]}["change_point"]
     assert (alarm["responses"], alarm["half_by"]) == (0.5, 43)  # 2.5 a token: 8 is reached by the fourth
     (kat,) = (row for row in text["gates"] if row["gate"] == "kl_agreement < 0.01")

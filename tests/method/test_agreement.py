@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from itertools import pairwise
 
 import pytest
@@ -11,11 +12,12 @@ from hypothesis import strategies as st
 
 from prune_opd.config import GateConfig
 from prune_opd.method.agreement import AgreementTrap, along_responses
-from prune_opd.method.change_point import Calibration, ChangePoint, Usual
+from prune_opd.method.calibration import Calibration, Usual
+from prune_opd.method.change_point import ChangePoint
 from prune_opd.method.gate import apply_gate
 
 GATE = GateConfig("kl_agreement", threshold=0.1, low_tokens=4, w_drop=1, w_base=0)
-USUAL = Usual(1.0, 0.0)  # so a trap is a mean below .1 nats
+USUAL = Usual(0.0, 0.0, kl=1.0)  # so a trap is a mean below .1 nats
 
 
 def advance(kl: list[float], offsets: list[int], cuts: list[int], gate: GateConfig = GATE) -> list[bool]:
@@ -31,7 +33,7 @@ def plain(kl: list[float], offsets: list[int], gate: GateConfig) -> list[bool]:
     for begin, end in pairwise(offsets):
         for t in range(begin, end):
             last = kl[max(begin, t - gate.low_tokens + 1) : t + 1]
-            events.append(len(last) == gate.low_tokens and sum(last) < gate.threshold * gate.low_tokens * USUAL.mean)
+            events.append(len(last) == gate.low_tokens and sum(last) < gate.threshold * gate.low_tokens * USUAL.kl)
     return events
 
 
@@ -72,15 +74,17 @@ def test_before_anything_is_known_of_the_run_there_is_no_event() -> None:
 
 
 def test_what_is_usual_follows_the_last_steps() -> None:
-    calibration = Calibration(GateConfig("kl_agreement", calibration_steps=2))
-    for early in ([4, 9, 9, 8.0], [4, 9, 9, 4.0], [4, 9, 9, 0.4]):
-        calibration.update(early)
-    assert calibration.usual == pytest.approx((4.4 / 8, 0.0)) and calibration.record() == {"usual_kl": 0.55}
-    again = Calibration(GateConfig("kl_agreement", calibration_steps=2))
-    again.load_state_dict(calibration.state_dict())
-    again.update([4, 9, 9, 0.0])
-    calibration.update([4, 9, 9, 0.0])
-    assert again.usual == calibration.usual == pytest.approx((0.05, 0.0))
+    gate = GateConfig("kl_agreement", k=1, calibration_steps=2)
+    calibration, early = Calibration(gate), [4, 9, 9, 0, 4]
+    assert calibration.usual is None and calibration.record() == {}
+    for kl in (8.0, 4.0, 0.4):
+        calibration.update(early, kl)
+    assert calibration.usual == pytest.approx((0, 0, 0, 4.4 / 8)) and calibration.record() == {"usual_kl": 0.55}
+    again = Calibration(gate)
+    again.load_state_dict(json.loads(json.dumps(calibration.state_dict())))
+    for one in (again, calibration):
+        one.update(early, 0.0)
+    assert again.usual == calibration.usual == pytest.approx((0, 0, 0, 0.05))
 
 
 def test_each_gate_has_its_own_watch() -> None:
