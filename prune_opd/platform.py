@@ -135,7 +135,7 @@ def _prepare() -> Platform:
     torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
     if torch.cuda.is_available():
         torch.cuda.set_device(local_rank)
-        _import_megatron()
+        import_megatron()
         return Platform("cuda", torch.device("cuda", local_rank), "nccl")
     os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # megatron-core's jit_fuser is torch.compile
     for message in EXPECTED_WARNINGS:
@@ -144,7 +144,7 @@ def _prepare() -> Platform:
     return Platform("cpu", stand_in, "gloo")
 
 
-def _import_megatron() -> Any:
+def import_megatron() -> Any:
     """Its generators' module; without wandb, which its inference part imports: a twentieth of a rank's start."""
     hidden = sys.modules.setdefault("wandb", None) is None  # type: ignore[arg-type]  # None: an ImportError there
     try:
@@ -339,7 +339,7 @@ def _cpu_generator_for_the_cuda_generator() -> None:
     cuda.manual_seed = torch.manual_seed
     cuda.get_rng_state = lambda *args, **kwargs: torch.get_rng_state()
     cuda.set_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
-    megatron_random = _import_megatron()
+    megatron_random = import_megatron()
     megatron_random._get_cuda_rng_state = lambda *args, **kwargs: torch.get_rng_state()
     megatron_random._set_cuda_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+import sys
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -34,7 +35,7 @@ from prune_opd.rollout.batch import Rollouts
 from prune_opd.rollout.engine import EngineOptions, RolloutEngine
 from prune_opd.rollout.phase import RolloutPhase
 from prune_opd.track.samples import sampled_rows
-from prune_opd.track.startup import StartUp
+from prune_opd.track.startup import IMPORTING, StartUp
 from prune_opd.track.tracker import NullTracker, Tracker
 
 if TYPE_CHECKING:  # megatron-core is imported after `platform.prepare`
@@ -224,7 +225,7 @@ class Run:
 def prepare(config: TrainConfig, run_dir: Path, resume: str, allow_config_change: bool = False) -> Run:
     """Build every part, restore a checkpoint if there is one to resume, and open the run directory's files."""
     with StartUp(speaks=os.environ.get("RANK", "0") == "0") as startup:
-        tell("importing torch, megatron-core and vLLM")
+        tell("starting ranks" if "vllm" in sys.modules else IMPORTING)
         return _prepare(config, run_dir, resume, allow_config_change, startup)
 
 

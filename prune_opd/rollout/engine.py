@@ -65,6 +65,14 @@ class EngineOptions:
     stop_ids: tuple[int, ...] = ()
 
 
+def prepare_process() -> None:
+    """What must be so in a process before vllm is imported."""
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    for name in QUIET_LOGGERS:
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
 class RolloutEngine:
     """One vLLM engine per `rollout.tensor_parallel` ranks (vLLM's external launcher, inside torchrun)."""
 
@@ -77,8 +85,7 @@ class RolloutEngine:
         machine: Platform,
         options: EngineOptions = EngineOptions(),
     ):
-        for name, value in ENVIRONMENT.items():
-            os.environ.setdefault(name, value)
+        prepare_process()
         self.machine = machine
         self.compiled = rollout.enforce_eager is False or (rollout.enforce_eager is None and not machine.is_cpu)
         self.holds_weights = True  # it starts with those of `model_dir`
@@ -89,8 +96,6 @@ class RolloutEngine:
         self.engines = self.world // rollout.tensor_parallel
         self.engine_index = self.rank // rollout.tensor_parallel
         max_model_len = rollout.max_prompt_len + max_response
-        for name in QUIET_LOGGERS:
-            logging.getLogger(name).setLevel(logging.ERROR)
         set_num_threads = torch.set_num_threads
         dist.barrier()  # a rank whose models took longer to read would use up the patience of the engine's own groups
         with untouched_rng():

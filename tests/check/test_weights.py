@@ -14,7 +14,8 @@ from prune_opd.check.weights import weight_problems
 from prune_opd.config import TrainConfig
 from prune_opd.errors import ConfigError
 from prune_opd.model_spec import ModelSpec
-from prune_opd.weights.load import EMBEDDING, HEAD, SafetensorsDirectory, two_heads
+from prune_opd.weights.load import SafetensorsDirectory, two_heads
+from prune_opd.weights.mapping import EMBEDDING, HEAD
 from tests.fake_models import settings_of, train_config, with_weights, write_model
 
 MOE = {"model_type": "qwen3_moe", "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
