@@ -45,6 +45,7 @@ FACTORIES = (
     "empty_like",
 )
 # fmt: off
+NAMES = (str, torch.device)  # types that name a device
 NO_OPS = ("synchronize", "empty_cache", "set_device", "reset_peak_memory_stats")
 MEMORY = ("memory_allocated", "max_memory_allocated", "memory_reserved", "max_memory_reserved")
 # fmt: on
@@ -309,14 +310,18 @@ def _answer_cuda_names() -> None:
 
 
 def _on_stand_in(function: Callable[..., Any]) -> Callable[..., Any]:
-    """`function` (a factory, or `Tensor.to`) with the stand-in as its device where CUDA is asked for."""
+    """`function` (a factory, or `Tensor.to`) with the stand-in as its device where CUDA is asked for; quick."""
 
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
-        if _is_cuda(kwargs.get("device")):
+        if "device" in kwargs and _is_cuda(kwargs["device"]):
             kwargs["device"] = stand_in
             kwargs.pop("pin_memory", None)
-        return function(*(stand_in if _is_cuda(arg) else arg for arg in args), **kwargs)
+        for arg in args:
+            if type(arg) in NAMES and _is_cuda(arg):
+                args = tuple(stand_in if _is_cuda(arg) else arg for arg in args)
+                break
+        return function(*args, **kwargs)
 
     return call
 

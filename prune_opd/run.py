@@ -263,7 +263,7 @@ def _prepare(config: TrainConfig, run_dir: Path, resume: str, allow_config_chang
     tested = check_teacher(config, teacher, sampler, vocab_size)  # before an engine is built: that may take minutes
     inflight = InflightGate(config, teacher, layout, vocab_size) if config.rollout.inflight.on else None
     top, ends = inflight.top or 0 if inflight else 0, end_class(config, vocab_size)
-    options = EngineOptions(memory.sleep_level, top, parallel.timeout_minutes, ends)
+    options = EngineOptions(memory.sleep_level, top, parallel.timeout_minutes, ends, tokenizer.eos_token_id)
     tell("starting vLLM")
     engines: list[RolloutEngine] = []
     phases.memory = MemoryPhases(
