@@ -12,6 +12,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -24,7 +25,7 @@ from benchmarks.common import BENCH, MIB, Out, Quick, Report, load, rotated, tab
 from prune_opd.errors import UserError
 
 HERE = Path(__file__).resolve().parents[2]
-SETTINGS = ("evaluation.problems=0", "track.wandb=disabled", "track.report=false")
+SETTINGS = ("parallel.tensor=1", "evaluation.problems=0", "track.wandb=disabled", "track.report=false")
 
 
 @dataclass(frozen=True)
@@ -90,16 +91,18 @@ def launch(ranks: int, checkout: Path) -> dict[str, float]:
             raise UserError(f"a launch of {ranks} ranks ended before its first step: {''.join(said)[-2000:]}")
         finally:
             for process in psutil.Process(training.pid).children(recursive=True):
-                process.kill()  # at once: torchrun's agent would let its ranks save
+                with suppress(psutil.NoSuchProcess):
+                    process.kill()  # at once: torchrun's agent would let its ranks save
             training.kill()
             training.communicate()  # until the last rank is gone
 
 
 def _read(command: psutil.Process) -> dict[str, float]:
-    processes = [command, *command.children(recursive=True)]
-    memory = [process.memory_full_info() for process in processes]
-    return {
-        "cpu": sum(sum(process.cpu_times()[:4]) for process in processes),
-        "pss": sum(each.pss for each in memory) / MIB,
-        "rss": sum(each.rss for each in memory) / MIB,
-    }
+    found = {"cpu": 0.0, "pss": 0.0, "rss": 0.0}
+    for process in (command, *command.children(recursive=True)):
+        with suppress(psutil.NoSuchProcess):  # a compiler's or git's, which has ended meanwhile
+            times, memory = process.cpu_times(), process.memory_full_info()
+            found["cpu"] += sum(times[:4])  # with those of ended children
+            found["pss"] += memory.pss / MIB
+            found["rss"] += memory.rss / MIB
+    return found

@@ -11,13 +11,13 @@ from __future__ import annotations
 import importlib
 import os
 import sys
-from contextlib import nullcontext
 
 from prune_opd.process import has_gpu, rank_environment
 
 # Every engine imports these before `platform.compiling`, which is for the model alone.
 ENGINE = ("vllm", "vllm.v1.sample.sampler")
-# What making an engine imports. Where vLLM compiles on a CPU, they are imported with its switch on, as there.
+# What making an engine imports. vLLM compiles what is imported while its switch is on (`platform.compiling`), so ranks
+# with compiled engines on a CPU import these themselves.
 MAKING = (
     "vllm.v1.engine.llm_engine",
     "vllm.v1.core.kv_cache_manager",
@@ -55,13 +55,14 @@ OURS = {
     "export": MODELS,
 }
 SAMPLE = ("train", "eval")  # they have an engine
+EAGER = "eager"
 
 
 def get_ready(kind: str) -> None:
     """Import what the ranks of a command need.
 
-    kind: train, eval, sft or export, and after a slash how vLLM runs the model: eager, compiled, or unknown (then only
-    what is the same for both is imported on a CPU).
+    kind: train, eval, sft or export, and after a slash how vLLM runs the model: eager; or compiled or unknown, for which
+    only what is the same for all is imported on a CPU.
     """
     command, _, model = kind.partition("/")
     os.environ.update(rank_environment(os.environ))
@@ -79,11 +80,10 @@ def get_ready(kind: str) -> None:
 
         prepare_process()
         _import(ENGINE)
-        if with_gpu or model in ("eager", "compiled"):
-            with platform.compiling() if model == "compiled" and not with_gpu else nullcontext():
-                _import(MAKING)
-                if not with_gpu:
-                    _import_cpu_worker()
+        if with_gpu or model == EAGER:
+            _import(MAKING)
+        if not with_gpu and model == EAGER:
+            _import_cpu_worker()
     _import(OURS[command])
     os.environ.pop("PYTORCH_NVML_BASED_CUDA_CHECK", None)
 
