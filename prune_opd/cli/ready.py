@@ -61,7 +61,7 @@ EAGER = "eager"
 def get_ready(kind: str) -> None:
     """Import what the ranks of a command need.
 
-    kind: train, eval, sft or export, and after a slash how vLLM runs the model: eager; or compiled or unknown, for which
+    kind: train, eval, sft or export, and after a slash how vLLM runs the model: eager; compiled or unknown, for which
     only what is the same for all is imported on a CPU.
     """
     command, _, model = kind.partition("/")
