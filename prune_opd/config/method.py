@@ -28,8 +28,11 @@ class GateConfig(Checked, name="gate"):
 
     # overlap: O_t < threshold | teacher_top_p: the sampled token is outside the teacher's nucleus | ours:
     # acceptance: Σ min(p, q) over the student's top k < threshold | shared_mass: p's mass on the shared ids < threshold
-    # change_point: the acceptance has fallen along the response, by the pair's own measure
-    metric: Literal["overlap", "teacher_top_p", "acceptance", "shared_mass", "change_point"] = "overlap"
+    # overlap_quantile: O_t < the pair's own γ | change_point: the acceptance has fallen along the response, by the
+    # pair's own measure
+    metric: Literal["overlap", "teacher_top_p", "acceptance", "shared_mass", "overlap_quantile", "change_point"] = (
+        "overlap"
+    )
     k: Count = 16  # size of both top-k sets
     threshold: Share = 0.7  # γ, strict
     w_drop: Share = 0.01  # lost reliability per event
@@ -39,8 +42,9 @@ class GateConfig(Checked, name="gate"):
     top_p: ShareAboveZero = 0.95  # p of teacher_top_p
     slack: PositiveOrZero = 0.5  # change_point: deviations a token that are no evidence
     alarm: Positive = 8.0  # change_point: deviations that come together before it is an event
-    early_tokens: Count = 16  # change_point: first tokens of a response, where the usual acceptance is found
-    calibration_steps: Count = 5  # change_point: first steps of a run in which it is
+    quantile: Share = 0.05  # overlap_quantile: share of a response's first tokens that may lie below the pair's γ
+    early_tokens: Count = 16  # overlap_quantile, change_point: first tokens of a response, where the usual is found
+    calibration_steps: Count = 5  # overlap_quantile, change_point: first steps of a run in which it is
 
 
 STRATEGIES = ("full", "topd", "popd", "prune", "marginal")

@@ -12,6 +12,7 @@ from annotated_types import Interval
 
 from prune_opd.config.checks import Checked, Count, CountOrZero, Positive, PositiveOrZero, ShareAboveZero, between
 from prune_opd.config.method import GateConfig, HorizonConfig, ObjectiveConfig, WeightingConfig
+from prune_opd.config.reward import RewardConfig
 from prune_opd.config.rollout import MISMATCH_LIMIT, RolloutConfig
 from prune_opd.config.training import MemoryConfig, OptimizerConfig, ParallelConfig, PrecisionConfig
 from prune_opd.errors import ConfigError
@@ -171,6 +172,7 @@ class TrainConfig(Checked, name=""):
     gate: GateConfig | None = field(default_factory=GateConfig)  # None: plain OPD, every token at weight 1
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     weighting: WeightingConfig = field(default_factory=WeightingConfig)
+    reward: RewardConfig = field(default_factory=RewardConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
@@ -202,6 +204,7 @@ class TrainConfig(Checked, name=""):
         check_inflight(self)
         check_long_tail(self)
         check_mismatch(self)
+        check_reward(self)
 
     @property
     def mismatch_limit(self) -> float | None:
@@ -322,6 +325,29 @@ def check_mismatch(config: TrainConfig) -> None:
             raise ConfigError(
                 f"{field} with {name} = {value:g}: the ratio is that of probabilities at temperature 1 over the whole "
                 f"vocabulary, and the tokens come from others then; set {name}=1, or objective.mismatch=none"
+            )
+
+
+def check_reward(config: TrainConfig) -> None:
+    """ConfigError where a reward could teach nothing, or its gradient would be that of another policy."""
+    reward, rollout = config.reward, config.rollout
+    if not reward.on:
+        return
+    field = f"reward.name = {reward.name}"
+    if reward.normalise == "group" and rollout.responses == 1:
+        raise ConfigError(
+            f"{field} with reward.normalise = group and rollout.responses = 1: a response is its group's mean, so "
+            "every advantage is 0; raise rollout.responses (8 is usual), or set reward.normalise=batch"
+        )
+    for name, value in (
+        ("objective.temperature", config.objective.temperature),
+        ("rollout.temperature", rollout.temperature),
+        ("rollout.top_p", rollout.top_p),
+    ):
+        if value != 1:
+            raise ConfigError(
+                f"{field} with {name} = {value:g}: a policy gradient is that of the policy which samples, at "
+                f"temperature 1 over the whole vocabulary; set {name}=1, or reward.name=none"
             )
 
 

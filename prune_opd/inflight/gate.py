@@ -30,7 +30,8 @@ from prune_opd.inflight.certain_events import certain_overlap_events, certain_re
 from prune_opd.inflight.look_schedule import Course, LookSchedule
 from prune_opd.loss.ends import as_outcomes, end_logits, fold_
 from prune_opd.loss.vocab_parallel import OutputHead, local_gather, log_normaliser, sum_together, topk
-from prune_opd.method.change_point import ChangePoint, Usual
+from prune_opd.method.calibration import Usual, in_force
+from prune_opd.method.change_point import ChangePoint
 from prune_opd.method.gate import RELIABLE_ABOVE, apply_gate
 from prune_opd.rollout.balance import Deal, deal_any, padded_size
 from prune_opd.rollout.batch import Response, Rollouts
@@ -47,17 +48,23 @@ class InflightGate:
 
     def __init__(self, config: TrainConfig, teacher: Teacher, layout: Layout, vocab_size: int):
         assert config.gate is not None  # TrainConfig has seen to it
-        self.config, self.gate, self.settings = config, config.gate, config.rollout.inflight
+        self.config, self.settings = config, config.rollout.inflight
+        self.calibrate(None)
         self.teacher, self.layout, self.vocab_size = teacher, layout, vocab_size
         self.candidates = min(2 * self.gate.k, vocab_size)  # more than k, to see how close a call is
         self.top = self.candidates if self.gate.metric in ("overlap", "change_point") else None
         self.ends = end_class(config, vocab_size)
-        self.usual: Usual | None = None  # the pair's own measure, for a gate that looks for change points
         margin = self.settings.margin
         self.margin = MARGIN[config.rollout.coarsest_format(config.precision.params)] if margin is None else margin
         self.schedule = LookSchedule(self.settings.price)
         self.chosen: tuple[int, ...] = ()  # the batch's looks
         self.begin([], [], [])
+
+    def calibrate(self, usual: Usual | None) -> None:
+        """Judge from now on by what is usual for the pair, for a gate that does."""
+        gate = in_force(self.config.gate, usual)
+        assert gate is not None
+        self.gate, self.usual = gate, usual
 
     def looks(self, max_tokens: int) -> tuple[int, ...]:
         self.chosen = self.schedule.choose(self.settings.looks(max_tokens))

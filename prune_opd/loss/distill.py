@@ -32,6 +32,9 @@ vocabularies are padded differently, the teacher's weight is first exchanged so 
 A caller that keeps a gradient buffer of the output weight (megatron's `main_grad`) has the weight gradient added to it
 right there (`weight_grad`), so that the loss holds nothing of the size of a weight.
 
+A task's reward (`Tokens.advantage_N`) adds the policy gradient of the sampled tokens, as one more candidate a token:
+its log-probability is there already.
+
 When a batch serves several updates, a call with policy "keep" before the first leaves in its statistics what is then
 fixed (`OldPolicy`), and calls with that policy evaluate the moved student against it.
 """
@@ -44,7 +47,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from prune_opd.loss.chunk import Gradients, WithGradients, chunk_loss, score_chunk
+from prune_opd.loss.chunk import Gradients, WithGradients, add_reward, chunk_loss, score_chunk
 from prune_opd.loss.inputs import Head, Method, Tokens, check_buffer, check_kernels, check_options, checked_offsets
 from prune_opd.loss.old_policy import OldPolicy
 from prune_opd.loss.stats import GateStats, TokenRecord
@@ -115,7 +118,11 @@ def distill_loss(
             if old_part is None:
                 chunk_weights = weights.corrected(part, scores, plain)
             loss = chunk_loss(scores, method.objectives, chunk_weights, old_part, weights.credit(part, scores))
-            record.add(scores, chunk_weights, loss, plain[0])
+            advantage_N = weights.advantage(part, scores) if old_part is None else old_part.advantage_N
+            if advantage_N is not None:
+                sampled_N = None if old_part is None else old_part.sampled_logp_N
+                scores, loss = add_reward(scores, loss, method.objective, advantage_N, sampled_N)
+            record.add(scores, chunk_weights, loss, plain[0], advantage_N)
             gradients.add(part, scores, loss)
         stats = record.stats(offsets, method)
         loss_sum = record.loss_sum()

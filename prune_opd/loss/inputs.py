@@ -14,7 +14,7 @@ from prune_opd.config.kernels import kernels_problem
 from prune_opd.errors import ConfigError, NotFiniteLogitsError
 from prune_opd.loss.context import ContextShard
 from prune_opd.loss.vocab_parallel import OutputHead
-from prune_opd.method.change_point import Usual
+from prune_opd.method.calibration import Usual
 from prune_opd.method.weighting import added_objective
 
 
@@ -43,6 +43,8 @@ class Tokens(NamedTuple):
     stale_logp_N: Tensor | None = None
     # log p that the rollout engine gave the token, NaN at stale ones: what `objective.mismatch` corrects by.
     engine_logp_N: Tensor | None = None
+    # What a task's reward gives to each token (method/advantage.py); its term is added to the objective's.
+    advantage_N: Tensor | None = None
 
 
 class Method(NamedTuple):
@@ -51,7 +53,7 @@ class Method(NamedTuple):
     gate: GateConfig | None  # None for plain distillation: weight 1, no events
     objective: ObjectiveConfig  # its temperature divides both models' logits
     weighting: WeightingConfig = WeightingConfig()  # one of the literature, beside the gate
-    usual: Usual | None = None  # the pair's own measure, for a gate that looks for change points
+    usual: Usual | None = None  # what is usual for the pair, for a gate that looks for change points
     # Ids that end a response for either model, ascending: what both think of them goes to the statistics, and with
     # objective.ends = class they are one outcome (loss/ends.py).
     terminal_ids: tuple[int, ...] = ()
@@ -113,11 +115,16 @@ def checked_offsets(student: OutputHead, teacher: OutputHead, tokens: Tokens, me
             f"sampled_ids is {sampled_ids_N.dtype} {list(sampled_ids_N.shape)}: "
             f"one integer id per token of student_hidden is needed, [{count}]"
         )
-    for name, logp_N in (("stale_logp", tokens.stale_logp_N), ("engine_logp", tokens.engine_logp_N)):
-        if logp_N is not None and logp_N.shape != sampled_ids_N.shape:
+    numbers = {
+        "stale_logp": tokens.stale_logp_N,
+        "engine_logp": tokens.engine_logp_N,
+        "advantage": tokens.advantage_N,
+    }
+    for name, value_N in numbers.items():
+        if value_N is not None and value_N.shape != sampled_ids_N.shape:
             raise ValueError(
-                f"{name} is {list(logp_N.shape)} and sampled_ids {list(sampled_ids_N.shape)}: give one number for each "
-                "sampled token, NaN where there is none"
+                f"{name} is {list(value_N.shape)} and sampled_ids {list(sampled_ids_N.shape)}: give one number for "
+                "each sampled token, NaN where there is none"
             )
     if method.objective.mismatch != "none" and tokens.engine_logp_N is None:
         raise ValueError(

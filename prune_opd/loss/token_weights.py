@@ -100,6 +100,16 @@ class TokenWeights:
         correction_N = self._engine_correction(part, scores)
         return weights if correction_N is None else [weight_N * correction_N for weight_N in weights]
 
+    def advantage(self, part: slice, scores: Scores) -> Tensor | None:
+        """What a task's reward gives to the tokens of a chunk, times the corrections; None without one."""
+        advantage_N = self._tokens.advantage_N
+        if advantage_N is None:
+            return None
+        advantage_N = advantage_N[part].to(self._dtype)
+        for correction_N in (self._stale_correction(part, scores), self._engine_correction(part, scores)):
+            advantage_N = advantage_N if correction_N is None else advantage_N * correction_N
+        return advantage_N
+
     def _stale_correction(self, part: slice, scores: Scores) -> Tensor | None:
         if self._tokens.stale_logp_N is None:
             return None

@@ -62,6 +62,7 @@ def judge(views: Views, gate: GateConfig | None) -> Agreement:
         acceptance       B_t = 1[Σ_{v ∈ K^S} min(p_v, q_v) < γ]: ours, blind to the order of a tail that has no mass
         shared_mass      B_t = 1[Σ_{v ∈ K^S ∩ K^T} p_v < γ]: ours
         change_point     not from a token alone: `ChangePoint` makes it of the acceptance, and there is none here
+        overlap_quantile overlap, once the pair's γ is known (`calibration.in_force`), and there is none here
 
     views: with k = gate.k. With gate None any k will do, and nothing is an event. ValueError when the shapes do not
     fit together.
@@ -70,7 +71,7 @@ def judge(views: Views, gate: GateConfig | None) -> Agreement:
     p_2BTK = views.logp.exp()
     student_mass_BT, teacher_mass_BT = p_2BTK.sum(-1)
     acceptance_BT = p_2BTK.amin(0).sum(-1)
-    if gate is None or gate.metric == "change_point":
+    if gate is None or gate.metric in ("change_point", "overlap_quantile"):
         event_BT = torch.zeros_like(shared_BT, dtype=torch.bool)
     elif gate.metric == "overlap":
         event_BT = shared_BT < _enough(k, gate.threshold)

@@ -79,7 +79,7 @@ def test_a_fall_of_acceptance_is_an_alarm_where_it_begins_and_the_early_tokens_s
     gate = GateConfig(k=4)
     normal = usual(found, lengths, gate)
     assert normal.mean == pytest.approx(0.9)
-    text = summary(found, lengths, gate, normal, gamma=0.25, max_len=64)
+    text = summary(found, lengths, gate, normal._replace(overlap=0.25), max_len=64)
     alarm = {row["gate"]: row for row in text["gates"]}["change_point"]
     assert (alarm["responses"], alarm["half_by"]) == (0.5, 43)  # 2.5 a token: 8 is reached by the fourth
     assert text["by_position"]["width"] == 16 and text["by_position"]["tokens"] == [32] * 4

@@ -60,6 +60,7 @@ class Ranks:
             teacher_hidden=case.teacher_hidden[index_N],
             sampled=case.sampled[index_N],
             stale_logp=None if case.stale_logp is None else case.stale_logp[index_N],
+            advantage=None if case.advantage is None else case.advantage[index_N],
         )
         return mine.leaves(dtype), ContextShard(index_N, len(case.sampled), self.cp_group)
 
@@ -153,6 +154,10 @@ CASES: dict[str, Callable[[Ranks], dict[str, float]]] = {
     "moved student, discounted": lambda ranks: compare_update(ranks, DISCOUNTED),
     "change point": lambda ranks: compare(ranks, CHANGE_POINT),
     "change point, ranks without a token": lambda ranks: compare(ranks, CHANGE_POINT, case=SHORT),
+    "reward": lambda ranks: compare(ranks, case=LONG.rewarded()),
+    "reward, stale tokens": lambda ranks: compare(ranks, case=LONG.stale().rewarded()),
+    "reward, moved student": lambda ranks: compare_update(ranks, case=LONG.rewarded()),
+    "reward, ranks without a token": lambda ranks: compare(ranks, case=SHORT.rewarded()),
     "stale tokens": lambda ranks: compare(ranks, case=LONG.stale()),
     "stale tokens, ranks without a token": lambda ranks: compare(ranks, case=SHORT.stale()),
     "ranks without a token": lambda ranks: compare(ranks, case=SHORT),

@@ -169,6 +169,8 @@ def compare_update(group: dist.ProcessGroup, objective: ObjectiveConfig, case: C
 
 # ---------------------------------------------------------------------------------------------------- the cases
 
+FULL_VOCABULARY = ObjectiveConfig("full_vocab_reverse_kl", k=6)
+
 
 def tied_case() -> Case:
     """Small whole numbers: logits tie within a shard and across shards; one token's are all equal."""
@@ -291,6 +293,13 @@ CASES: dict[str, Callable[[dist.ProcessGroup], dict[str, float]]] = {
     "151936 ids and 152064 rows": lambda group: compare(
         large_vocabulary_case(), group, objective=ObjectiveConfig("full_vocab_jsd"), chunk=3
     ),
+    "reward": lambda group: compare(PLAIN.rewarded(), group),
+    "reward, full vocabulary": lambda group: compare(PLAIN.rewarded(), group, objective=FULL_VOCABULARY),
+    "reward, stale tokens": lambda group: compare(PLAIN.stale().rewarded(), group, objective=FULL_VOCABULARY),
+    "reward, bfloat16": lambda group: compare(
+        PLAIN.rewarded(), group, gate=None, objective=FULL_VOCABULARY, dtype=torch.bfloat16
+    ),
+    "reward, moved student": lambda group: compare_update(group, FULL_VOCABULARY, PLAIN.rewarded()),
     **of_every_kind(),
     **of_ends(),
     "moved student": lambda group: compare_update(group, OBJECTIVE),
