@@ -252,7 +252,7 @@ def test_a_command_has_its_own_folder_output_and_exit_code(tmp_path: Path) -> No
 FORKS = """
 import line_notes
 import os
-from tests.forked.server import fork, run_fresh
+from prune_opd.ranks.forked import fork, run_fresh
 from prune_opd.config import HorizonConfig
 from prune_opd.method.horizon import make_controller
 pid = fork(lambda: run_fresh(lambda: make_controller(HorizonConfig("full", max_len=5, min_len=1))))
