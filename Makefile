@@ -90,6 +90,9 @@ bench-fp8-noise: setup ## Count the drift events that FP8 noise alone makes: ben
 bench-peers: setup-bench ## Measure our training step against TRL's: bench/peers.json (about 4 minutes)
 	$(BIN)/prune-opd bench peers
 
+bench-start: setup ## Measure what a start costs, new interpreters against forked ranks: bench/start.json (about 5 minutes)
+	$(BIN)/prune-opd bench start
+
 bench-scaling: setup ## Measure how a step grows with length, batch, model and ranks: bench/scaling.json and .png
 	$(BIN)/prune-opd bench scaling
 
