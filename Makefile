@@ -50,6 +50,12 @@ setup-real-test: setup ## The same for the tests; where pip cannot get it, it sa
 setup-triton-test: setup ## Put Triton (200 MB) into .venv-triton, for the tests of the loss's kernels, if pip can get it
 	@bash scripts/setup_triton_test.sh
 
+setup-h100: ## Make .venv-h100, the image's CUDA packages on a machine without a GPU (9 GB; compiles for half an hour)
+	@bash scripts/setup_h100.sh
+
+test-h100: setup-h100 ## Hold the image's packages and our code together, without a GPU: docker/h100-check.txt
+	.venv-h100/bin/python scripts/h100_check.py
+
 setup-docs: ## Make .venv-docs, the small environment that builds the docs (no torch)
 	@bash scripts/setup_small.sh docs
 
