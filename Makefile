@@ -99,8 +99,11 @@ bench-peers: setup-bench ## Measure our training step against TRL's: bench/peers
 bench-scaling: setup ## Measure how a step grows with length, batch, model and ranks: bench/scaling.json and .png
 	$(BIN)/prune-opd bench scaling
 
-gpu-check: ## Hold one GPU's figures against what is expected of them: gpu-check/gpu-check.md (a few minutes; needs torch)
+gpu-check: ## Hold one GPU's figures against what is expected of them: gpu-check/gpu-check.md (about ten minutes)
 	PYTHONPATH=. $(or $(PYTHON),python3) scripts/gpu_check.py
+
+gpu-check-folder: setup ## Put gpu-check and what it needs beside torch into build/gpu-check, for a GPU without a network
+	$(BIN)/python scripts/gpu_check_folder.py
 
 soak: setup ## Kill and resume a run of 300 steps, compare it with one left alone: runs/soak/soak.json (about 15 minutes)
 	$(BIN)/python scripts/soak.py

@@ -1,8 +1,8 @@
 """Hold the image's packages and our code together, on a machine without a GPU: `make test-h100`.
 
 Each step runs in a process of its own, in .venv-h100: packages and our modules are imported together, recipes are
-checked, engines are configured, the trainer and the loss run on CUDA tensors without data (scripts/h100/ has them). What
-they say goes to docker/h100-check.txt, with the date, the commit and the versions. Exit code 1 if a step has failed.
+checked, engines are configured, the trainer and the loss run on CUDA tensors without data (scripts/h100/ has them).
+What they say goes to docker/h100-check.txt, with the date, the commit and the versions. Exit code 1 if one has failed.
 
     python scripts/h100_check.py [--out FILE] [STEP …]
 """
@@ -59,7 +59,7 @@ def run_step(name: str, folder: Path = REPOSITORY / "scripts" / "h100") -> tuple
         done = subprocess.run(program, capture_output=True, text=True, timeout=SECONDS, env=environment)
     except subprocess.TimeoutExpired:
         return False, [f"not done after {SECONDS} s"]
-    lines = done.stdout.splitlines() + [f"{time.perf_counter() - begin:.0f} s"]
+    lines = [*done.stdout.splitlines(), f"{time.perf_counter() - begin:.0f} s"]
     return done.returncode == 0, lines if done.returncode == 0 else lines + done.stderr.splitlines()[-12:]
 
 

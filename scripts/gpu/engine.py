@@ -76,5 +76,6 @@ def _run(name: str, settings: tuple[str, ...]) -> Row:
                 "engine", name, f"exit code {done.returncode} after {len(steps)} steps: {last}"[:300], expected, False
             )
         away = max(step["mismatch_mean"] or 0.0 for step in steps)
-        figure = f"{len(steps)} steps of {steps[-1]['time_step']:.1f} s, {steps[-1]['pruned_inflight']} stopped, |Δ| {away:.1e}"
+        stopped, seconds = sum(step["pruned_inflight"] for step in steps), steps[-1]["time_step"]
+        figure = f"{len(steps)} steps, the last of {seconds:.1f} s, {stopped} responses stopped, |Δ| {away:.1e}"
         return Row("engine", name, figure, expected, True)

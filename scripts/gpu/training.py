@@ -1,4 +1,4 @@
-"""A student and a teacher of made-up weights on one GPU, without Transformer Engine: steps, trouble, checkpoints, memory.
+"""A student and a teacher of made-up weights on one GPU, without Transformer Engine: steps, NaN, checkpoints, memory.
 
 python -m scripts.gpu.training fp32|bf16      the numbers of three steps on this machine, as JSON
 """
@@ -180,13 +180,10 @@ def steps_step(machine: Platform, size: Size) -> Iterator[Row]:
         if machine.is_cpu:
             continue
         theirs = _on_the_cpu(params)
-        pairs_ = [
-            (a, b) for one, other in zip(ours, theirs, strict=True) for a, b in zip(one[:2], other[:2], strict=True)
-        ]
-        error = max(abs(a - b) / abs(b) for a, b in pairs_)
-        yield Row(
-            "steps", f"losses and gradient norms, {params}", f"{error:.1e} from a CPU's", f"< {most:g}", error < most
-        )
+        steps = zip(ours, theirs, strict=True)
+        error = max(abs(one[i] - other[i]) / abs(other[i]) for one, other in steps for i in (0, 1))
+        figure = f"{error:.1e} from a CPU's"
+        yield Row("steps", f"losses and gradient norms, {params}", figure, f"< {most:g}", error < most)
 
 
 def _on_the_cpu(params: str) -> Any:
@@ -205,13 +202,8 @@ def trouble_step(machine: Platform, size: Size) -> Iterator[Row]:
         pair.spoil = lambda hidden: hidden * float("nan")
         updates = pair.step()[2]
         same = all(torch.equal(a, b) for a, b in zip(before, pair.parameters(), strict=True))
-        yield Row(
-            "trouble",
-            "updates from NaN",
-            f"{updates}, weights {'as before' if same else 'changed'}",
-            "0, as before",
-            updates == 0 and same,
-        )
+        figure = f"{updates}, weights {'as before' if same else 'changed'}"
+        yield Row("trouble", "updates from NaN", figure, "0, as before", updates == 0 and same)
         pair.spoil = lambda hidden: hidden
         loss, norm, updates = pair.step()
         good = updates == 1 and loss < float("inf") and norm > 0
@@ -240,9 +232,8 @@ def checkpoint_step(machine: Platform, size: Size) -> Iterator[Row]:
             resumed = [again.step()[0] for _ in range(2)]
             error = max(abs(a - b) / abs(b) for a, b in zip(resumed, unbroken, strict=True))
             most = 0.0 if machine.is_cpu else 1e-3
-            yield Row(
-                "checkpoint", f"resume {number}", f"{error:.1e} from the unbroken run", f"≤ {most:g}", error <= most
-            )
+            figure = f"{error:.1e} from the unbroken run"
+            yield Row("checkpoint", f"resume {number}", figure, f"≤ {most:g}", error <= most)
 
 
 def memory_step(machine: Platform, size: Size) -> Iterator[Row]:

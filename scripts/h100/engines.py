@@ -1,6 +1,6 @@
 """The engine of every recipe, up to vLLM's whole configuration, by the CUDA wheel on an H100 that is a stub.
 
-`RolloutEngine` itself calls `LLM`, which here makes the configuration that the real one begins with and goes no further.
+`RolloutEngine` itself calls `LLM`, which here makes the configuration that the real one begins with, and ends there.
 What the product counts on is asserted, and what a reader may want to know is printed.
 """
 

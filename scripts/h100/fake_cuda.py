@@ -1,9 +1,10 @@
 """Student, teacher and loss of a recipe on CUDA tensors without data (torch's FakeTensorMode): forward.
 
-Every operation is refused whose tensors lie on different devices, or that asks the device for a number. The loss makes
-its gradients in the forward pass, so they are in it; the models' backward is not, since autograd asks for a CUDA context
-(`prune-opd rehearse` has it, on `meta`). The layers are megatron-core's own: those of Transformer Engine begin by asking
-for a device, and its kernels know no tensors without data. A tensor left on the host must be caught: it is tried.
+Every operation is refused whose tensors lie on different devices, or that asks the device for a number. The loss
+makes its gradients in the forward pass, so they are in it; the models' backward is not, since autograd asks for a CUDA
+context (`prune-opd rehearse` has it, on `meta`). The layers are megatron-core's own: those of Transformer Engine begin
+by asking for a device, and its kernels know no tensors without data. A tensor left on the host must be caught: it is
+tried.
 """
 
 from __future__ import annotations
@@ -37,6 +38,10 @@ def prepare() -> Platform:
     sys.modules["transformer_engine"] = None  # type: ignore[assignment]
     platform.prepare()
     platform.stand_in = torch.device("cuda", 0)
+    cuda: Any = torch.cuda
+    cuda.get_device_capability = lambda *args: platform.HOPPER
+    tensor_type: Any = torch.Tensor
+    tensor_type.type = torch.Tensor.type.__wrapped__  # type: ignore[attr-defined]  # it says torch.cuda.… by itself
     machine = Platform("cuda", platform.stand_in, "fake")
     platform.prepare = lambda: machine  # type: ignore[assignment]
     return machine
@@ -49,13 +54,14 @@ def new_parameters() -> Iterator[None]:
     real = torch.nn.Module.to
 
     def to(module: torch.nn.Module, *args: Any, **kwargs: Any) -> torch.nn.Module:
-        new: dict[int, torch.nn.Parameter] = {}  # by the old one, which two modules may share
+        new: dict[torch.nn.Parameter, torch.nn.Parameter] = {}  # by the old one, which two modules may share
         for part in module.modules():
             for name, old in part._parameters.items():
-                if old is not None and id(old) not in new:
-                    new[id(old)] = torch.nn.Parameter(old.detach().to(*args, **kwargs), old.requires_grad)
-                    vars(new[id(old)]).update(vars(old))
-                part._parameters[name] = None if old is None else new[id(old)]
+                if old is not None and old not in new:
+                    new[old] = torch.nn.Parameter(old.detach().to(*args, **kwargs), old.requires_grad)
+                    own = vars(new[old])  # what torch keeps there: the device, above all
+                    own.update({mark: value for mark, value in vars(old).items() if mark not in own})
+                part._parameters[name] = None if old is None else new[old]
             for name, buffer in part._buffers.items():
                 part._buffers[name] = None if buffer is None else buffer.to(*args, **kwargs)
         return module
@@ -74,7 +80,7 @@ def all_say_the_same(everyone: list[Any], mine: Any, group: Any = None) -> None:
 
 
 def on_cuda(batch: Any, mode: FakeTensorMode) -> Any:
-    """A micro-batch whose tensors are on CUDA, but for the bounds, which the stand-in of the attention reads on the host."""
+    """A micro-batch whose tensors are on CUDA, but for the bounds: the layers here read those on the host."""
 
     def moved(tensor: Tensor) -> Tensor:
         return mode.from_tensor(tensor).to(platform.stand_in)
