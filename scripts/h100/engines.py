@@ -6,6 +6,7 @@ What the product counts on is asserted, and what a reader may want to know is pr
 
 from __future__ import annotations
 
+import os
 import tempfile
 from dataclasses import replace
 from pathlib import Path
@@ -19,7 +20,6 @@ from prune_opd.platform import Platform
 from prune_opd.rollout.engine import ENVIRONMENT
 from scripts.h100 import stub_h100
 
-QUANTIZED = {None: "bf16", "fp8": "fp8", "fp8_per_tensor": "fp8", "fp8_per_block": "fp8"}
 configurations: list[Any] = []
 
 
@@ -39,20 +39,21 @@ def configured(config: Any, model: Path, rank: int, world: int) -> Any:
     """vLLM's configuration of this rank's engine."""
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
-    from prune_opd.inflight.look_schedule import LookSchedule  # noqa: F401
+    from prune_opd import platform
     from prune_opd.rollout import engine
 
     options = engine.EngineOptions(config.memory.sleep_level, 32, config.parallel.timeout_minutes)
     longest = max(config.horizon.max_len, config.evaluation.max_len or 0)
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world)
+    machine = Platform("cuda", torch.device("cuda", rank % 8), "nccl")
     environment = {"RANK": str(rank), "LOCAL_RANK": str(rank % 8), "WORLD_SIZE": str(world)}
     try:
         with (
             mock.patch.dict("os.environ", {**environment, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29511"}),
             mock.patch("vllm.LLM", Configured),
+            mock.patch.object(platform, "prepare", lambda: machine),
             mock.patch.object(engine, "_answer_within", lambda seconds: None),  # of groups that are not there
         ):
-            machine = Platform("cuda", torch.device("cuda", rank % 8), "nccl")
             engine.RolloutEngine(str(model), config.rollout, longest, torch.bfloat16, machine, options)
     finally:
         dist.destroy_process_group()
@@ -83,11 +84,9 @@ def line(name: str, config: Any, found: Any) -> str:
 
 
 def main() -> None:
-    import os
-
     os.environ.update(ENVIRONMENT)
-    stubs = stub_h100.install()
-    print(f"stubs, since there is no driver: {', '.join(stubs) or 'none'}; and vLLM's flash attention")
+    stub_h100.install()
+    print(f"stubs, since there is no driver: {', '.join((*stub_h100.EXTENSIONS, *stub_h100.FLASH))}")
 
     from prune_opd.config import TrainConfig
     from prune_opd.config.recipe import list_recipes, load_recipe

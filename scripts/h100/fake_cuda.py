@@ -12,20 +12,22 @@ from __future__ import annotations
 import sys
 import tempfile
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 
 from prune_opd import platform
+from prune_opd.method import packed
 from prune_opd.platform import Platform
 
 RECIPES = ("qwen3_8b_from_32b_32xh100_fp8", "r1_1_5b_from_r1_7b_8xh100")
@@ -74,13 +76,38 @@ def new_parameters() -> Iterator[None]:
         module_type.to = real
 
 
+def pieces_with_numbers(mode: FakeTensorMode) -> Callable[..., None]:
+    """`Pieces` as it is, which looks where responses begin in tensors on the host; then on the device, without data."""
+    real = packed.Pieces.__init__
+
+    def init(self: packed.Pieces, cu_seqlens: Sequence[int], device: torch.device) -> None:
+        with unset_fake_temporarily():
+            real(self, cu_seqlens, "cpu")
+        for name in ("length_B", "response_N", "start_N"):
+            setattr(self, name, mode.from_tensor(getattr(self, name)).to(device))
+
+    return init
+
+
 def all_say_the_same(everyone: list[Any], mine: Any, group: Any = None) -> None:
     """In place of a gathering of objects, which go through tensors that have numbers."""
     everyone[:] = [mine] * len(everyone)
 
 
+class Bounds(np.ndarray):
+    """Segment bounds with their numbers, which tensors lose in here."""
+
+    def diff(self) -> Any:
+        return np.diff(self)
+
+
+def with_numbers(batch: Any) -> Any:
+    """A micro-batch whose bounds keep their numbers: the layers here, and the loss, read those on the host."""
+    return replace(batch, cu_seqlens=batch.cu_seqlens.numpy().view(Bounds), cu_responses=batch.cu_responses.tolist())
+
+
 def on_cuda(batch: Any, mode: FakeTensorMode) -> Any:
-    """A micro-batch whose tensors are on CUDA, but for the bounds: the layers here read those on the host."""
+    """A micro-batch whose tensors are on CUDA."""
 
     def moved(tensor: Tensor) -> Tensor:
         return mode.from_tensor(tensor).to(platform.stand_in)
@@ -95,6 +122,8 @@ def on_cuda(batch: Any, mode: FakeTensorMode) -> Any:
 
 
 def forward(config: Any, machine: Platform, rank: int, world: int) -> list[str]:
+    from megatron.core.tensor_parallel.random import CudaRNGStatesTracker
+
     from prune_opd.loss.stats import BatchStats
     from prune_opd.loss.training_loss import gated_loss
     from prune_opd.megatron import layout as layouts
@@ -106,11 +135,17 @@ def forward(config: Any, machine: Platform, rank: int, world: int) -> list[str]:
     said, mode = [], FakeTensorMode(allow_non_fake_inputs=True)
     rows = range(len(LENGTHS))
     prompts, responses = [[1] * PROMPT] * len(LENGTHS), [[1] * length for length in LENGTHS]
-    with job(rank, world), new_parameters(), mock.patch.object(dist, "all_gather_object", all_say_the_same):
+    with (
+        job(rank, world),
+        new_parameters(),
+        mock.patch.object(dist, "all_gather_object", all_say_the_same),
+        mock.patch.object(CudaRNGStatesTracker, "fork", lambda self, *name: nullcontext()),  # compares generators
+        mock.patch.object(packed.Pieces, "__init__", pieces_with_numbers(mode)),
+    ):
         layout = layouts.arrange(config.parallel, 0)
         host = torch.device("cpu")
         batches = {
-            role: pack_rows(prompts, responses, rows, host, 128 * getattr(layout, role).tp)
+            role: with_numbers(pack_rows(prompts, responses, rows, host, 128 * getattr(layout, role).tp))
             for role in ("student", "teacher")
         }
         with mode:

@@ -1,12 +1,11 @@
 """An H100 that is a stub: enough of one for vLLM's CUDA wheel to make its configurations where there is no driver.
 
-Import it before anything of vLLM. Its compiled modules want libcuda.so when they are loaded: where that is missing they
-are stubs as well, which nothing here calls.
+Its compiled modules want libcuda.so when they are loaded, and flash attention asks the device what it can do: they are
+stubs as well, which nothing here calls.
 """
 
 from __future__ import annotations
 
-import importlib
 import sys
 from importlib.machinery import ModuleSpec
 from types import ModuleType
@@ -33,16 +32,9 @@ def _stub(name: str) -> ModuleType:
     return module
 
 
-def install() -> list[str]:
-    """Make vLLM believe in eight H100s; the compiled modules that had to be stubs."""
-    stubs = []
-    for name in EXTENSIONS:
-        try:
-            importlib.import_module(name)
-        except ImportError:
-            _stub(name)
-            stubs.append(name)
-    for name in FLASH:  # asks the device what it can do
+def install() -> None:
+    """Make vLLM believe in eight H100s, before anything of it has looked for a device."""
+    for name in (*EXTENSIONS, *FLASH):
         _stub(name)
     import vllm.platforms as platforms
     from vllm import _custom_ops
@@ -63,4 +55,7 @@ def install() -> list[str]:
     for name in dir(_custom_ops):
         if name.startswith("cutlass") and name.endswith(("_supported", "_supports_fp8", "_supports_block_fp8")):
             setattr(_custom_ops, name, lambda *args: True)
-    return stubs
+    # It looks at a model's class in a process of its own, which would have no stubs.
+    from vllm.model_executor.models import registry
+
+    registry._run_in_subprocess = lambda look: look()
