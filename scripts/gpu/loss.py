@@ -56,9 +56,11 @@ def loss_step(machine: Platform, size: Size) -> Iterator[Row]:
             yield Row("loss", f"{name} gradient, {dtype}", f"{error:.1e}", f"< {most:g}", error < most)
     inputs = _inputs(machine, size, torch.bfloat16, torch.bfloat16)
     _backward(inputs, size, WHOLE)  # allocations and kernels that the first call alone pays for
-    waits = _waits(machine, lambda: _backward(inputs, size, WHOLE))
-    if not machine.is_cpu:
-        yield Row("loss", "waits for the device", str(waits), "0", waits == 0)
+    chunks = (size.tokens, size.chunk)
+    waits = [_waits(machine, partial(_backward, inputs, size._replace(chunk=chunk), WHOLE)) for chunk in chunks]
+    if not machine.is_cpu:  # one is known: whether the logits are finite
+        figure = f"{waits[0]} in one chunk, {waits[1]} in {size.tokens // size.chunk}"
+        yield Row("loss", "waits for the device", figure, "as many", waits[0] == waits[1])
 
 
 def kernels_step(machine: Platform, size: Size) -> Iterator[Row]:

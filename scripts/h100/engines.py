@@ -16,6 +16,7 @@ from unittest import mock
 import torch
 import torch.distributed as dist
 
+from prune_opd.errors import ConfigError
 from prune_opd.platform import Platform
 from prune_opd.rollout.engine import ENVIRONMENT
 from scripts.h100 import stub_h100
@@ -62,6 +63,9 @@ def configured(config: Any, model: Path, rank: int, world: int) -> Any:
 
 def line(name: str, config: Any, found: Any) -> str:
     """What an engine is like. AssertionError where it is not as the product takes it to be."""
+    from vllm.platforms import current_platform
+
+    assert current_platform.is_cuda(), current_platform
     rollout, scheduler, compilation = config.rollout, found.scheduler_config, found.compilation_config
     quantization = found.quant_config
     assert (quantization is None) == (rollout.quantization is None), quantization
@@ -71,13 +75,14 @@ def line(name: str, config: Any, found: Any) -> str:
     assert bool(found.model_config.enable_sleep_mode) == (config.memory.sleep_level > 0)
     assert not found.kernel_config.enable_flashinfer_autotune
     assert not found.use_v2_model_runner
+    assert scheduler.async_scheduling, "docs/gpu.md (3) says that engines schedule asynchronously on a GPU"
     assert scheduler.max_num_seqs == rollout.max_num_seqs
     if rollout.head_dtype == "fp32":
         assert found.model_config.head_dtype == torch.float32
     method = "bf16" if quantization is None else f"{type(quantization).__name__} for {rollout.quantization}"
     return (
         f"{name}: TP {rollout.tensor_parallel}, {method}, head {found.model_config.head_dtype}, "
-        f"asynchronous {scheduler.async_scheduling}, prefill of {scheduler.max_num_batched_tokens} tokens at once "
+        f"asynchronous scheduling, prefill of {scheduler.max_num_batched_tokens} tokens at once "
         f"(chunked {scheduler.enable_chunked_prefill}), prefix cache {found.cache_config.enable_prefix_caching}, "
         f"{compilation.cudagraph_mode.name} graphs of up to {max(compilation.cudagraph_capture_sizes or [0])} rows"
     )
@@ -85,14 +90,13 @@ def line(name: str, config: Any, found: Any) -> str:
 
 def main() -> None:
     os.environ.update(ENVIRONMENT)
-    stub_h100.install()
-    print(f"stubs, since there is no driver: {', '.join((*stub_h100.EXTENSIONS, *stub_h100.FLASH))}")
-
-    from prune_opd.config import TrainConfig
-    from prune_opd.config.recipe import list_recipes, load_recipe
-    from prune_opd.rehearse.machine import write_model
-
     with tempfile.TemporaryDirectory() as folder:
+        stub_h100.install(Path(folder))
+        print(f"stubs: the driver, the platform, {', '.join(stub_h100.FLASH)}")
+        from prune_opd.config import TrainConfig
+        from prune_opd.config.recipe import list_recipes, load_recipe
+        from prune_opd.rehearse.machine import write_model
+
         for name in list_recipes():
             config = load_recipe(name)
             if not isinstance(config, TrainConfig):
@@ -101,11 +105,11 @@ def main() -> None:
                 config = replace(config, rollout=replace(config.rollout, quantization=None))
             try:
                 model = write_model(Path(folder) / name, config.student, "student", None)
-            except Exception as error:
+            except ConfigError as error:
                 print(f"{name}: {error}")
                 continue
             world = config.planning.nodes * config.parallel.nproc
-            print(line(name, config, configured(config, model, world - 1, world)))
+            print(line(name, config, configured(config, model, world - 1, world)), flush=True)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ import os
 import subprocess
 import sys
 import tempfile
-from importlib.util import find_spec
 from pathlib import Path
 from unittest import mock
 
@@ -19,10 +18,11 @@ from prune_opd.check import run as check
 from prune_opd.config import TrainConfig
 from prune_opd.config.recipe import list_recipes, load_recipe
 from prune_opd.model_spec import model_config
+from scripts.h100.imports import compiled
 
 COMMAND = (sys.executable, "-m", "prune_opd.cli", "check")
 # What cannot be had here: Transformer Engine's import, where its compiled half is not.
-NOT_HERE = () if find_spec("transformer_engine_torch") else ("Transformer Engine is installed and cannot be imported",)
+NOT_HERE = () if compiled() else ("Transformer Engine is installed and cannot be imported",)
 
 
 def structure(name: str) -> str | None:
