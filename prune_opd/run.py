@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+import sys
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -35,7 +36,7 @@ from prune_opd.rollout.engine import EngineOptions, RolloutEngine
 from prune_opd.rollout.phase import RolloutPhase
 from prune_opd.rollout.reward import RewardModel, make_reward
 from prune_opd.track.samples import sampled_rows
-from prune_opd.track.startup import StartUp
+from prune_opd.track.startup import IMPORTING, StartUp
 from prune_opd.track.tracker import NullTracker, Tracker
 
 if TYPE_CHECKING:  # megatron-core is imported after `platform.prepare`
@@ -241,7 +242,7 @@ class Run:
 def prepare(config: TrainConfig, run_dir: Path, resume: str, allow_config_change: bool = False) -> Run:
     """Build every part, restore a checkpoint if there is one to resume, and open the run directory's files."""
     with StartUp(speaks=os.environ.get("RANK", "0") == "0") as startup:
-        tell("importing torch, megatron-core and vLLM")
+        tell("starting ranks" if "vllm" in sys.modules else IMPORTING)
         return _prepare(config, run_dir, resume, allow_config_change, startup)
 
 
@@ -281,7 +282,7 @@ def _prepare(config: TrainConfig, run_dir: Path, resume: str, allow_config_chang
     tested = check_teacher(config, teacher, sampler, vocab_size)  # before an engine is built: that may take minutes
     inflight = InflightGate(config, teacher, layout, vocab_size) if config.rollout.inflight.on else None
     top, ends = inflight.top or 0 if inflight else 0, end_class(config, vocab_size)
-    options = EngineOptions(memory.sleep_level, top, parallel.timeout_minutes, ends)
+    options = EngineOptions(memory.sleep_level, top, parallel.timeout_minutes, ends, tokenizer.eos_token_id)
     tell("starting vLLM")
     engines: list[RolloutEngine] = []
     phases.memory = MemoryPhases(

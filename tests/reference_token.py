@@ -10,7 +10,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from prune_opd.config import ObjectiveConfig
+from prune_opd.config import ObjectiveConfig, WeightingConfig
 
 
 def top_ids(logits_V: Tensor, k: int) -> list[int]:
@@ -47,6 +47,11 @@ def nucleus(logp_V: Tensor, ids: list[int], p: float) -> set[int]:
         if total >= p:
             break
     return accepted
+
+
+def trust(weighting: WeightingConfig, gap: float) -> float:
+    """What sdar and tropd make of log q(y) − log p(y)."""
+    return 1 / (1 + math.exp(-weighting.sharpness * gap)) if weighting.name == "sdar" else min(math.exp(gap), 1.0)
 
 
 def forward_kl(logp_V: Tensor, logq_V: Tensor, ids: list[int]) -> Tensor:

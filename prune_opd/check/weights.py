@@ -13,6 +13,7 @@ from typing import Any
 
 from prune_opd.errors import ConfigError
 from prune_opd.model_spec import ModelSpec
+from prune_opd.weights.mapping import EMBEDDING, HEAD, entries, missing
 
 BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1, "I64": 8, "I32": 4, "I8": 1, "U8": 1}
 POINTER = b"version https://git-lfs"
@@ -23,9 +24,6 @@ def weight_problems(role: str, directory: Path, settings: dict[str, Any]) -> lis
 
     role: the setting that names the model. settings: of its config.json.
     """
-    from prune_opd.weights.load import SafetensorsDirectory, missing, two_heads  # imports torch
-    from prune_opd.weights.mapping import entries
-
     try:
         shapes, spec = _tensors(directory), ModelSpec.of(settings, str(directory))
         for entry in entries(spec):
@@ -36,8 +34,11 @@ def weight_problems(role: str, directory: Path, settings: dict[str, Any]) -> lis
                     raise ConfigError(
                         f"tensor {name!r} has shape {list(shapes[name])}, but config.json asks for {list(wanted)}"
                     )
-        if problem := two_heads(SafetensorsDirectory(directory), spec):
-            raise ConfigError(problem)
+        if spec.tied and {HEAD, EMBEDDING} <= shapes.keys():
+            from prune_opd.weights.load import SafetensorsDirectory, two_heads  # imports torch
+
+            if problem := two_heads(SafetensorsDirectory(directory), spec):
+                raise ConfigError(problem)
     except ConfigError as problem:
         return [f"{role} = {str(directory)!r}: {problem}"]
     return []

@@ -75,7 +75,8 @@ class RolloutConfig(Checked, name="rollout"):
     top_p: ShareAboveZero = 1.0  # the sampling's nucleus; 1: the whole vocabulary
     max_prompt_len: Count = 1024  # tokens; a longer prompt is a bad row
     tensor_parallel: Count = 1  # ranks per engine; world / tensor_parallel engines share the prompts
-    kv_cache_gb: Positive = 1.0  # CPU only: a GPU takes gpu_memory_utilization
+    # CPU only, the most: max_num_seqs sequences of the longest length need no more. A GPU takes gpu_memory_utilization
+    kv_cache_gb: Positive = 1.0
     gpu_memory_utilization: ShareAboveZero = 0.5  # share of a GPU's memory that vLLM takes, weights included
     max_num_seqs: Count = 256  # responses that an engine works on at a time
     enforce_eager: bool | None = None  # vLLM without compiled graphs; null: so on the CPU, compiled on a GPU

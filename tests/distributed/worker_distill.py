@@ -37,9 +37,9 @@ from tests.reference import (
     Reference,
     describe,
     make_case,
-    reference_update,
 )
 from tests.reference_token import top_ids
+from tests.reference_update import reference_update
 
 PLAIN = make_case()
 ENDING = ending_case()
@@ -299,12 +299,9 @@ CASES: dict[str, Callable[[dist.ProcessGroup], dict[str, float]]] = {
     "151936 ids and 152064 rows": lambda group: compare(
         large_vocabulary_case(), group, objective=ObjectiveConfig("full_vocab_jsd"), chunk=3
     ),
-    "reward": lambda group: compare(PLAIN.rewarded(), group),
     "reward, full vocabulary": lambda group: compare(PLAIN.rewarded(), group, objective=FULL_VOCABULARY),
     "reward, stale tokens": lambda group: compare(PLAIN.stale().rewarded(), group, objective=FULL_VOCABULARY),
-    "reward, bfloat16": lambda group: compare(
-        PLAIN.rewarded(), group, gate=None, objective=FULL_VOCABULARY, dtype=torch.bfloat16
-    ),
+    "reward, bfloat16": lambda group: compare(PLAIN.rewarded(), group, None, FULL_VOCABULARY, torch.bfloat16),
     "reward, moved student": lambda group: compare_update(group, FULL_VOCABULARY, PLAIN.rewarded()),
     **of_every_kind(),
     **of_ends(),

@@ -18,8 +18,8 @@ from tests.reference import (
     WEIGHTINGS,
     describe,
     make_case,
-    reference_update,
 )
+from tests.reference_update import reference_update
 
 POLICY_GRADIENTS = [objective for objective in OBJECTIVES if has_rewards(objective)]
 
