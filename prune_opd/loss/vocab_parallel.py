@@ -316,8 +316,8 @@ def log_normaliser(logits_NV: Tensor, shard: VocabShard) -> Tensor:
 
 
 def least_logit(logits_NV: Tensor, shard: VocabShard) -> Tensor:
-    """The least finite logit over the whole vocabulary [N], complete on every rank."""
-    least_N = logits_NV.masked_fill(~logits_NV.isfinite(), math.inf).amin(dim=-1).contiguous()
+    """The least logit over the whole vocabulary [N], without padding, complete on every rank."""
+    least_N = logits_NV.masked_fill(logits_NV <= NOTHING, math.inf).amin(dim=-1).contiguous()
     if group_size(shard.group) > 1:
         dist.all_reduce(least_N, op=dist.ReduceOp.MIN, group=shard.group)
     return least_N

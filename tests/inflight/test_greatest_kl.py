@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from prune_opd.inflight.certain_events import greatest_kl
+from prune_opd.loss.vocab_parallel import VocabShard, least_logit, mask_padding_
 
 V, N = 40, 400
 
@@ -49,3 +50,10 @@ def test_where_both_models_are_sure_of_one_token_the_bound_is_low() -> None:
 def test_of_the_whole_vocabulary_without_a_margin_it_is_the_kl() -> None:
     logp_NV, logq_NV = pair(2.0, 1.0)
     torch.testing.assert_close(bound(logp_NV, logq_NV, V, 0.0), (logp_NV.exp() * (logp_NV - logq_NV)).sum(1))
+
+
+def test_padding_of_the_vocabulary_is_no_least_logit() -> None:
+    logits_NV = torch.randn(5, V + 8)
+    expected = logits_NV[:, :V].amin(1)
+    shard = VocabShard(V + 8, V)
+    assert torch.equal(least_logit(mask_padding_(logits_NV, shard), shard), expected)
