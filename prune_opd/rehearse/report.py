@@ -48,6 +48,8 @@ def problems(rehearsal: Rehearsal) -> Iterator[str]:
     watch = rehearsal.watch
     for (phase, what, place), count in watch.found.wrong_device.items():
         yield f"wrong device: {what} of a host tensor with one of the device, {count} ×, {phase}, {place}"
+    for (phase, what, place), count in watch.found.missing.items():
+        yield f"not gone through: {what} has no kernel without data, {count} ×, {phase}, {place}"
     for lost in rehearsal.lost:
         yield f"lost gradient: {lost}"
     if watch.ledger.by_part[WORK] > LEFT:
