@@ -3,28 +3,30 @@ is here, with the sizes that NCCL would refuse."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_map
 
-if TYPE_CHECKING:
-    from prune_opd.rehearse.watch import Watch
+from prune_opd.rehearse.values import KnownValues
 
 LARGE = 1 << 20  # bytes of a host tensor whose numbers are left alone
 c10d = torch.ops.c10d
 
 
-def perform(watch: Watch, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def perform(
+    func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], values: KnownValues, missing: Callable[[Any], None]
+) -> Any:
     """The result of a collective.
 
-    One on tensors of the device that torch has no kernel for, and that is not in `_OURS`, is noted: what it does is not
-    known then. Raises `ValueError` for sizes that do not fit.
+    One on tensors of the device that torch has no kernel for, and that is not in `_OURS`, is told to `missing`: what it
+    does is not known then. Raises `ValueError` for sizes that do not fit.
     """
     tensors = [x for x in tree_flatten((args, kwargs))[0] if isinstance(x, Tensor)]
-    if func is c10d._allgather_base_.default and (known := watch.values.of(args[1])) is not None:
-        watch.values.learn(args[0], known.repeat(args[0].numel() // known.numel(), *([1] * (known.dim() - 1))))
+    if func is c10d._allgather_base_.default and (known := values.of(args[1])) is not None:
+        values.learn(args[0], known.repeat(args[0].numel() // known.numel(), *([1] * (known.dim() - 1))))
     if not any(x.is_meta for x in tensors):
         if any(x.nbytes > LARGE for x in tensors):
             args = _without_tensors(args)
@@ -35,7 +37,7 @@ def perform(watch: Watch, func: Any, args: tuple[Any, ...], kwargs: dict[str, An
     try:
         return func(*args, **kwargs)
     except NotImplementedError:
-        watch.note_missing(func)
+        missing(func)
         return func(*_without_tensors(args), **kwargs)
 
 

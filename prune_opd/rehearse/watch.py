@@ -97,7 +97,7 @@ class Watch(TorchDispatchMode):
         self.operations += 1
         if func.namespace == "c10d":
             self.traffic.record(self.phase, func, args)
-            return perform(self, func, args, kwargs)
+            return perform(func, args, kwargs, self.values, self.note_missing)
         if (told := _HANDLERS.get(func)) is not None:
             result = told(self, func, args, kwargs)
             if result is not NotImplemented:
