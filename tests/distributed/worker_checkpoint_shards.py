@@ -140,6 +140,7 @@ def case(models: Path, out: Path, parallel: ParallelConfig, any_layout: bool) ->
         load_shards(resumed.trainer.sharded_state(loading=True, any_layout=any_layout), checkpoint)
     with Read() as read:
         resumed.checkpoints.load(checkpoint, resumed.trainer)
+    result["weights"] = sum(p.nbytes for chunk in run.trainer.chunks for p in chunk.parameters())
     result["read"], result["read alone"] = read.nbytes, alone.nbytes
     result["loaded bit by bit"] = all(map(torch.equal, saved, state_of(resumed.trainer)))
     resumed.trainer.schedule.load_state_dict({**run.trainer.schedule.state_dict(), "num_steps": 2})

@@ -57,6 +57,16 @@ def test_what_a_phase_needs_beside_it_is_what_the_planner_says(found: dict[str, 
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
+def test_the_engine_of_a_gpu_compiles_nothing_of_flashinfer_and_may_start_slowly(
+    found: dict[str, Any], recipe: str
+) -> None:
+    engine = found[recipe]["engine"]
+    assert engine["autotune"] is False and engine["environment"] == ["0", "0"]
+    assert engine["patience"] == [1800, 1800] and engine["barriers"] == 1  # seconds; ranks that are early wait there
+    assert engine["head"] is None  # its numbers are compared, and never used: docs/objectives.md
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
 def test_the_trainer_waits_for_the_device_once_an_update(found: dict[str, Any], recipe: str) -> None:
     places = [place for phase, _, place in found[recipe]["reads"] if phase == "train"]
     ours = [place for place in places if place.startswith("prune_opd/megatron/trainer.py")]

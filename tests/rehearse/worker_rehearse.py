@@ -8,6 +8,7 @@ A case is a recipe, or a mistake (`MISTAKES`) that is made in a small one. OUT/C
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -166,7 +167,24 @@ def recipe(name: str) -> dict[str, Any]:
         "compared": {line.name: [line.counted, line.planned] for line in compare(found)},
         "reads": [[phase, how, str(place)] for phase, how, place in found.watch.found.reads],
         "phases": list(found.watch.ledger.peaks),
+        "engine": engine_of(found),
         "loaded": [len(load) for load in found.run.rollout.engine.llm.loads],
+    }
+
+
+def engine_of(found: Any) -> dict[str, Any]:
+    """What the recipe asks of vLLM on a GPU, and whether the ranks meet before."""
+    arguments = found.run.rollout.engine.llm.arguments
+    return {
+        "autotune": arguments["enable_flashinfer_autotune"],
+        "patience": [arguments[f"{kind}distributed_timeout_seconds"] for kind in ("", "cpu_")],
+        "environment": [os.environ[f"VLLM_{name}"] for name in ("USE_FLASHINFER_SAMPLER", "ALLREDUCE_USE_FLASHINFER")],
+        "head": arguments.get("hf_overrides"),
+        "barriers": sum(
+            total.count
+            for (phase, _, operation), total in found.watch.traffic.by.items()
+            if (phase, operation) == ("build", "barrier")
+        ),
     }
 
 
