@@ -92,9 +92,7 @@ def blocks_in(text: str) -> dict[str, str]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("steps", nargs="*", metavar="STEP", help=f"of {', '.join(STEPS)}; none: all")
-    parser.add_argument(
-        "--out", type=Path, default=RESULT, help="where the report goes (default: docker/h100-check.txt)"
-    )
+    parser.add_argument("--out", type=Path, default=RESULT, help="the report (default: docker/h100-check.txt)")
     given = parser.parse_args()
     if unknown := set(given.steps) - STEPS.keys():
         parser.error(f"STEP {', '.join(sorted(unknown))}: there are {', '.join(STEPS)}")
