@@ -38,7 +38,7 @@ class Configured:
 
 
 def model_of(config: Any, folder: Path) -> Path:
-    """The student's directory with its config.json alone, and in that the class, without which vLLM takes no decoder."""
+    """The student's config.json alone, with the class in it: without that vLLM does not know that it generates."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     from prune_opd.rehearse.machine import write_model
