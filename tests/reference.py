@@ -29,12 +29,13 @@ from tests.reference_token import (
     scaled,
     token_loss,
     top_ids,
+    trust,
     with_one_end,
 )
 from tests.reference_update import reference_reward
 
 VOCAB = 61
-USUAL = Usual(0.75, 0.15)  # acceptance, for gates that look for a change point
+USUAL = Usual(0.75, 0.15, kl=0.75)  # acceptance, for gates that look for a change point
 GATE = GateConfig(k=6, threshold=0.5, w_drop=0.15)
 OBJECTIVE = ObjectiveConfig(k=6)
 NO_WEIGHTING = WeightingConfig()
@@ -56,6 +57,8 @@ OBJECTIVES = [
     ObjectiveConfig("full_vocab_jsd", k=6),
     ObjectiveConfig("full_vocab_jsd", k=6, beta=0.9),
     ObjectiveConfig("sampled_token", k=6, discount=0.9),
+    ObjectiveConfig("sampled_token", k=6, baseline="reverse_kl"),
+    ObjectiveConfig("sampled_token", k=6, baseline="reverse_kl", discount=0.9),
     ObjectiveConfig("sampled_k2", k=6),
     ObjectiveConfig("sampled_k2", k=6, logp_min=-4.0, loss_max=0.1),
     ObjectiveConfig("sampled_k3", k=6),
@@ -73,6 +76,8 @@ WEIGHTINGS = [
     WeightingConfig("entropy_aware", entropy_threshold=1.5, forward_k=9),
     WeightingConfig("iw_opd"),
     WeightingConfig("tip", retain=0.4),
+    WeightingConfig("sdar", sharpness=2.0),
+    WeightingConfig("tropd", forward_k=9),
 ]
 
 
@@ -82,6 +87,7 @@ def describe(objective: ObjectiveConfig) -> str:
     tail = "" if objective.tail == "none" else f" {objective.tail}"
     tail += "" if objective.renormalise == "q" else f" renormalise {objective.renormalise}"
     tail += "" if objective.loss_max is None else " clamped"
+    tail += " less its mean" * (objective.baseline != "none")
     tail += " discounted" * (objective.discount > 0) + " ends" * (objective.ends == "class")
     return objective.name + details.get(objective.name, "") + tail
 
@@ -114,6 +120,9 @@ def weighted(
             sizes = [abs(float(logq_NV[t, y] - logp_NV[t, y])) for t, y in enumerate(sampled_ids_N.tolist())][begin:end]
             for i in range(len(sizes)):
                 factors[begin + i] = 1 + weighting.gamma * (1 - sum(sizes[:i]) / max(sum(sizes), 1e-8))
+        if weighting.name in ("sdar", "tropd"):
+            for t in range(begin, end):
+                factors[t] = trust(weighting, float(logq_NV[t, sampled_ids_N[t]] - logp_NV[t, sampled_ids_N[t]]))
         if weighting.name == "tip" and end > begin:
             logp_TV, logq_TV = logp_NV[begin:end], logq_NV[begin:end]
             h = [-float((row.exp() * row).sum()) for row in logp_TV]
@@ -153,6 +162,7 @@ def reference_loss(
     overlaps, events, reliabilities, weights, reliable_lengths = [], [], [], [], []
     for begin, end in pairwise(cu_seqlens):
         count, row_weights, reliable, collected = 0, [], 0, 0.0
+        kls: list[float] = []
         for t in range(begin, end):
             shared = len(set(top_ids(student_NV[t], overlap_k)) & set(top_ids(teacher_NV[t], overlap_k)))
             overlaps.append(shared / overlap_k)
@@ -165,6 +175,10 @@ def reference_loss(
                 accepted_mass = float(torch.minimum(p_V, q_V)[students].sum())
                 if gate.metric == "acceptance":
                     event = accepted_mass < gate.threshold
+                elif gate.metric == "kl_agreement":
+                    kls.append(float((p_V * (logp_NV[t] - logq_NV[t])).sum()))
+                    last = kls[-gate.low_tokens :]
+                    event = len(last) == gate.low_tokens and sum(last) / len(last) < gate.threshold * USUAL.kl
                 elif gate.metric == "change_point":
                     z = min((USUAL.mean - accepted_mass) / USUAL.deviation, 3.0)
                     collected = max(0.0, collected + z - gate.slack)
@@ -175,7 +189,7 @@ def reference_loss(
                 accepted = nucleus(logq_NV[t], top_ids(teacher_NV[t], gate.k), gate.top_p)
                 event = int(sampled_ids_N[t]) not in accepted
             events.append(event)
-            count += event
+            count = count + event if gate is None or gate.memory else int(event)
             reliability = 1.0 if gate is None else max(0.0, round(1 - gate.w_drop * count, 12))
             reliabilities.append(reliability)
             reliable += reliability > 1e-8
@@ -215,6 +229,10 @@ def reference_loss(
             if entropy > weighting.entropy_threshold:
                 added = forward_kl(logp_NV[t], logq_NV[t], top_ids(teacher_NV[t], weighting.forward_k))
                 loss_sum = loss_sum + gate_weights[t] * factors[t] * added
+        if weighting.name == "tropd":
+            added = forward_kl(logp_NV[t], logq_NV[t], top_ids(teacher_NV[t], weighting.forward_k))
+            untrusted = 1 - trust(weighting, float(logq_NV[t, y] - logp_NV[t, y].detach()))
+            loss_sum = loss_sum + gate_weights[t] * untrusted * factors[t] * added
     if case.advantage is not None:
         loss_sum = loss_sum + reference_reward(case, case, objective)
     return Reference(

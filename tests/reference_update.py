@@ -9,7 +9,16 @@ import torch
 from torch import Tensor
 
 from prune_opd.config import GateConfig, ObjectiveConfig, WeightingConfig
-from tests.reference_token import as_one_end, credits_of, forward_kl, support_of, token_loss, top_ids, with_one_end
+from tests.reference_token import (
+    as_one_end,
+    credits_of,
+    forward_kl,
+    support_of,
+    token_loss,
+    top_ids,
+    trust,
+    with_one_end,
+)
 
 if TYPE_CHECKING:
     from tests.reference import Case
@@ -70,7 +79,7 @@ def reference_update(
             if objective.name == "topk_reverse_kl" and objective.weight != "none" and ids:
                 of = old_V if objective.weight == "student_p" else logq_V
                 share_K = of[ids].exp() / of[ids].exp().sum()
-            baseline = 0.0
+            baseline = float((old_V.exp() * (old_V - logq_V)).sum()) if objective.baseline != "none" else 0.0
             rest = [v for v in range(size) if v not in ids]
             if objective.tail == "bucket":
                 share_K = old_V[ids].exp()
@@ -93,6 +102,10 @@ def reference_update(
             loss_sum = loss_sum + gate_weights[t] * forward_kl(
                 logp_V, logq_V, top_ids(teacher_NV[t], weighting.forward_k)
             )
+        if weighting.name == "tropd":
+            untrusted = 1 - trust(weighting, float(logq_V[y] - old_V[y]))
+            added = forward_kl(logp_V, logq_V, top_ids(teacher_NV[t], weighting.forward_k))
+            loss_sum = loss_sum + gate_weights[t] * untrusted * added
     if old.advantage is not None:
         loss_sum = loss_sum + reference_reward(old, moved, objective)
     return loss_sum

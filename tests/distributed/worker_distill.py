@@ -109,7 +109,7 @@ def compare(
         and torch.equal(stats.overlap_N, alone.overlap_N)
     )
     errors = gradient_errors(loss, shard, reference.loss_sum, expected, group)
-    aligned = is_aligned(shard, group, objective, weighting)
+    aligned = is_aligned(shard, group, objective, weighting, gate)
     return {**errors, "statistics": statistics_error(stats, reference, aligned) if same else math.inf}
 
 
@@ -289,6 +289,12 @@ CASES: dict[str, Callable[[dist.ProcessGroup], dict[str, float]]] = {
     "bucket without a rest": lambda group: compare(PLAIN, group, objective=dataclasses.replace(BUCKET, k=VOCAB)),
     "acceptance": lambda group: compare(PLAIN, group, dataclasses.replace(GATE, metric="acceptance")),
     "shared mass": lambda group: compare(PLAIN, group, dataclasses.replace(GATE, metric="shared_mass")),
+    "KL agreement": lambda group: compare(
+        PLAIN, group, dataclasses.replace(GATE, metric="kl_agreement", low_tokens=4, threshold=1.0)
+    ),
+    "gate without memory, tropd": lambda group: compare(
+        PLAIN, group, dataclasses.replace(GATE, memory=False), weighting=WEIGHTINGS[4]
+    ),
     "change point": lambda group: compare(PLAIN, group, dataclasses.replace(GATE, metric="change_point", alarm=3.0)),
     "151936 ids and 152064 rows": lambda group: compare(
         large_vocabulary_case(), group, objective=ObjectiveConfig("full_vocab_jsd"), chunk=3
