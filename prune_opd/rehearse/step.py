@@ -59,7 +59,7 @@ def reduced(config: TrainConfig, nodes: int, cut: Cut, folder: Path) -> TrainCon
     prompts = min(rollout.prompts, -(-responses // rollout.responses))
     return replace(
         config,
-        rollout=replace(rollout, prompts=prompts, oversample=1.0, partial=False),
+        rollout=replace(rollout, prompts=prompts, oversample=1.0, partial=False, refresh_every=1),
         horizon=replace(config.horizon, strategy="full"),
         precision=replace(config.precision, student_fp8=Fp8Config(), teacher_fp8=Fp8Config()),
         evaluation=replace(config.evaluation, problems=0),
