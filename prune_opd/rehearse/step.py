@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -120,7 +121,7 @@ class Rehearsal:
         stand_ins.Engine.lengths = full_rows(self.config)
         prompts = stand_ins.Prompts(self.config.rollout.max_prompt_len)
         stand_ins.put_in_place_of_vllm()
-        resize = torch.UntypedStorage.resize_
+        resize, no_text = torch.UntypedStorage.resize_, SimpleNamespace(eos_token_id=machine.ENDS["student"])
 
         def resize_(storage: torch.UntypedStorage, size: int) -> Any:
             result = resize(storage, size)
@@ -147,13 +148,13 @@ class Rehearsal:
             kernels.of_a_gpu(),
             peers.answering(self.watch, self.setting.student, self.config.parallel, self.world),
             mock.patch.object(layouts, "initialize", lambda parallel, platform, seed: layouts.arrange(parallel, seed)),
-            mock.patch.object(product, "make_sampler", lambda *_: prompts.sampler()),
+            mock.patch.object(product, "make_sampler", lambda *_, **__: prompts.sampler()),
             mock.patch.object(product, "RolloutEngine", stand_ins.Engine),
             mock.patch.object(product, "Tracker", lambda *_: NullTracker()),
             mock.patch.object(product, "save_config", lambda *_: None),
             mock.patch.object(engine, "_answer_within", lambda seconds: None),
             mock.patch.object(platform.Platform, "taken", lambda machine: None),  # the books have it
-            mock.patch.object(tokenizers, "load_tokenizer", lambda directory: None),  # no text is read or written
+            mock.patch.object(tokenizers, "load_tokenizer", lambda directory: no_text),  # none is read or written
             mock.patch.object(torch.UntypedStorage, "resize_", resize_),
             mock.patch.object(torch, "from_dlpack", same_bytes),
             mock.patch.object(training_loss, "distill_loss", loss),
