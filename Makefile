@@ -18,7 +18,8 @@ setup: ## Make .venv with the pinned packages (does nothing when it is up to dat
 	@bash scripts/setup.sh
 
 tiny-models: setup ## Train the tiny models anew into the per-user cache; PRUNE_OPD_TINY_MODELS=trained takes them
-	@set -e; for recipe in tiny_base tiny_teacher tiny_student tiny_drift_teacher tiny_drift_student; do \
+	@set -e; for recipe in tiny_base tiny_teacher tiny_student tiny_drift_teacher tiny_drift_student \
+		tiny_trap_teacher tiny_trap_student; do \
 		$(BIN)/prune-opd sft $$recipe --if-missing; done
 
 real-pair: setup-real-pair ## Make a pretrained teacher and its damaged student in the per-user cache, for real_pair
@@ -49,6 +50,12 @@ setup-real-test: setup ## The same for the tests; where pip cannot get it, it sa
 
 setup-triton-test: setup ## Put Triton (200 MB) into .venv-triton, for the tests of the loss's kernels, if pip can get it
 	@PYTHON=$(BIN)/python bash scripts/setup_folder.sh triton triton-test "the tests of the loss's Triton kernels"
+
+setup-h100: ## Make .venv-h100, the image's CUDA packages on a machine without a GPU (9 GB; compiles for half an hour)
+	@bash scripts/setup_h100.sh
+
+test-h100: setup-h100 ## Hold the image's packages and our code together, without a GPU: docker/h100-check.txt
+	.venv-h100/bin/python scripts/h100_check.py
 
 setup-docs: ## Make .venv-docs, the small environment that builds the docs (no torch)
 	@bash scripts/setup_small.sh docs
@@ -96,8 +103,11 @@ bench-start: setup ## Measure what a start costs, new interpreters against forke
 bench-scaling: setup ## Measure how a step grows with length, batch, model and ranks: bench/scaling.json and .png
 	$(BIN)/prune-opd bench scaling
 
-gpu-check: ## Hold one GPU's figures against what is expected of them: gpu-check/gpu-check.md (a few minutes; needs torch)
+gpu-check: ## Hold one GPU's figures against what is expected of them: gpu-check/gpu-check.md (about ten minutes)
 	PYTHONPATH=. $(or $(PYTHON),python3) scripts/gpu_check.py
+
+gpu-check-folder: setup ## Put gpu-check and what it needs beside torch into build/gpu-check, for a GPU without a network
+	$(BIN)/python scripts/gpu_check_folder.py
 
 soak: setup ## Kill and resume a run of 300 steps, compare it with one left alone: runs/soak/soak.json (about 15 minutes)
 	$(BIN)/python scripts/soak.py

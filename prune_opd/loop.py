@@ -62,7 +62,7 @@ def step(run: Run) -> None:
     clock, number = PhaseClock(run.machine, run.phases.enter), run.finished_steps + 1
     horizon = run.controller.horizon
     with clock("sync"):
-        run.sync(run.finished_steps)
+        run.refresh()
     with clock("rollout"):
         rollouts = run.generate(horizon, number)  # the in-flight gate stops drifting responses
     batch = run.train_batch(rollouts)
@@ -104,8 +104,7 @@ def train_on(run: Run, batch: TrainBatch, clock: PhaseClock) -> tuple[StepResult
         stats.reduce(run.layout.reports)
     run.check_updates(result, rollouts)
     if not result.skipped:
-        run.controller.update(stats.reliable_length_B, rollouts.length_B, rollouts.finished_B)
-        run.calibration.update(stats.early.tolist())
+        run.move_window(stats, rollouts)
     run.finished_steps += 1
     return result, stats
 

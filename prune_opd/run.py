@@ -25,7 +25,7 @@ from prune_opd.inflight.gate import InflightGate
 from prune_opd.loss.mismatch import Mismatch
 from prune_opd.loss.stats import BatchStats
 from prune_opd.method.calibration import Calibration
-from prune_opd.method.horizon import HorizonController, make_controller
+from prune_opd.method.horizon import HorizonController, PlateauHorizon, make_controller
 from prune_opd.plan.speed import SpeedMeter
 from prune_opd.process import tell
 from prune_opd.ranks.agreement import must_agree
@@ -99,6 +99,19 @@ class Run:
         if self.phases.watchdog:
             self.phases.watchdog.close()
         self.rollout.engine.close()
+
+    def refresh(self) -> None:
+        """Bring the student into the engine, unless this step's rollouts are there already (`refresh_every`)."""
+        if not self.rollout.long_tail.stocked:
+            self.sync(self.finished_steps)
+
+    def move_window(self, stats: BatchStats, rollouts: Rollouts) -> None:
+        """Let the controller and the calibration see a step. Reused rollouts have the horizon that they have."""
+        if not rollouts.reused:
+            if isinstance(self.controller, PlateauHorizon):
+                self.controller.see(stats.near(self.controller.horizon, self.config.horizon.margin))
+            self.controller.update(stats.reliable_length_B, rollouts.length_B, rollouts.finished_B)
+        self.calibration.update(stats.early.tolist(), float(stats.early_kl))
 
     def generate(self, horizon: int, step: int) -> Rollouts:
         """The step's rollouts. The in-flight gate, if there is one, stops drifting responses on the way."""

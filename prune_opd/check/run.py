@@ -220,7 +220,7 @@ def _candidates(config: TrainConfig, models: list[_Model]) -> list[str]:
     sizes = {"objective.k": config.objective.k}
     if config.gate is not None:
         sizes["gate.k"] = config.gate.k
-    if config.weighting.name == "entropy_aware":
+    if config.weighting.name in ("entropy_aware", "tropd"):
         sizes["weighting.forward_k"] = config.weighting.forward_k
     problems = []
     if config.objective.name == "local_support_matching" and config.objective.k == 1:

@@ -98,6 +98,15 @@ class RolloutConfig(Checked, name="rollout"):
         1.0  # a step starts this times `prompts` and keeps the first complete ones
     )
     partial: bool = False  # oversample > 1: the other prompts go on in the next step, with the tokens that they have
+    # steps for which the student generates at once, before it moves: 1: on-policy | more: these are reused until then |
+    # 0: once, by the initial student for the whole run (Semi-OPD)
+    refresh_every: CountOrZero = 1
+    correct_stale: bool = True  # weigh a token that an older student has sampled by the ratio of both probabilities
+
+    @property
+    def reuses(self) -> bool:
+        """Whether steps train on rollouts that an earlier one has generated."""
+        return self.refresh_every != 1
 
     def coarsest_format(self, params: str) -> str:
         """fp32, bf16 or fp8: the coarsest format that the rollouts are computed in. params: of the parameters."""

@@ -190,7 +190,7 @@ class TrainConfig(Checked, name=""):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.gate is None and self.horizon.strategy in ("prune", "marginal"):
+        if self.gate is None and self.horizon.strategy in ("prune", "marginal", "adwin"):
             raise ConfigError(
                 f"gate = null with horizon.strategy = {self.horizon.strategy}: the window follows the gate's reliable "
                 "length; "
@@ -203,6 +203,7 @@ class TrainConfig(Checked, name=""):
             )
         check_inflight(self)
         check_long_tail(self)
+        check_reuse(self)
         check_mismatch(self)
         check_reward(self)
 
@@ -237,14 +238,19 @@ def check_inflight(config: TrainConfig) -> None:
             "rollout.inflight.mode = gate with gate.w_drop = 0: reliability never falls to 0; give w_drop a value, set "
             f"rollout.inflight.stop_events, {off}"
         )
-    if gate.metric == "change_point" and config.objective.ends == "class":
+    if not gate.memory:
         raise ConfigError(
-            "rollout.inflight.mode = gate with gate.metric = change_point and objective.ends = class: the engine does "
-            f"not say what mass the student has on all ends; take overlap or teacher_top_p, {off}"
+            "rollout.inflight.mode = gate with gate.memory = false: reliability comes back, so nothing may be cut off; "
+            f"set gate.memory=true, {off}"
         )
-    if gate.metric == "change_point" and config.objective.temperature != 1:
+    if gate.along and config.objective.ends == "class":
         raise ConfigError(
-            f"rollout.inflight.mode = gate with gate.metric = change_point and objective.temperature = "
+            f"rollout.inflight.mode = gate with gate.metric = {gate.metric} and objective.ends = class: the engine "
+            f"does not say what mass the student has on all ends; take overlap or teacher_top_p, {off}"
+        )
+    if gate.along and config.objective.temperature != 1:
+        raise ConfigError(
+            f"rollout.inflight.mode = gate with gate.metric = {gate.metric} and objective.temperature = "
             f"{config.objective.temperature:g}: the engine knows the student's probabilities at 1 only; set "
             f"objective.temperature=1, or {off}"
         )
@@ -253,9 +259,9 @@ def check_inflight(config: TrainConfig) -> None:
             f"rollout.inflight.mode = gate with gate.metric = {gate.metric}: which of its events no rounding decides "
             f"is not known; take change_point, overlap or teacher_top_p, {off}"
         )
-    if gate.metric == "overlap" and gate.threshold == 0:
+    if gate.metric in ("overlap", "kl_agreement") and gate.threshold == 0:
         raise ConfigError(
-            "rollout.inflight.mode = gate with gate.threshold = 0: no overlap is below it, so nothing is ever stopped; "
+            "rollout.inflight.mode = gate with gate.threshold = 0: nothing is below it, so nothing is ever stopped; "
             f"raise it, {off}"
         )
     longest = config.horizon.max_len
@@ -295,14 +301,42 @@ def check_long_tail(config: TrainConfig) -> None:
             "nothing is left to go on with; raise rollout.oversample (1.25 starts a quarter more), or "
             "set rollout.partial=false"
         )
+    _check_stale_ratio(config, "rollout.partial = true", "rollout.partial=false")
+
+
+def check_reuse(config: TrainConfig) -> None:
+    """ConfigError where reused rollouts (`rollout.refresh_every`) meet what decides by the step that generates."""
+    rollout, strategy = config.rollout, config.horizon.strategy
+    if not rollout.reuses:
+        return
+    field, off = f"rollout.refresh_every = {rollout.refresh_every}", "rollout.refresh_every=1"
+    if rollout.oversample > 1:
+        raise ConfigError(
+            f"{field} with rollout.oversample = {rollout.oversample:g}: what a step leaves would mix with what is kept "
+            f"for the next ones; set rollout.oversample=1, or {off}"
+        )
+    if rollout.inflight.on:
+        raise ConfigError(
+            f"{field} with rollout.inflight.mode = gate: what the teacher has seen in flight is of one step's "
+            f"responses; set rollout.inflight.mode=off, or {off}"
+        )
+    if rollout.refresh_every == 0 and strategy not in ("full", "topd"):
+        raise ConfigError(
+            f"{field} with horizon.strategy = {strategy}: all rollouts are generated before the first step, so the "
+            "window would never move; set horizon.strategy=full or topd, or give the steps between two refreshes"
+        )
+    _check_stale_ratio(config, field, off)
+
+
+def _check_stale_ratio(config: TrainConfig, field: str, off: str) -> None:
     for name, value in (
         ("objective.temperature", config.objective.temperature),
-        ("rollout.temperature", rollout.temperature),
+        ("rollout.temperature", config.rollout.temperature),
     ):
         if value != 1:
             raise ConfigError(
-                f"rollout.partial = true with {name} = {value:g}: stale tokens are corrected by the ratio of both "
-                f"students' probabilities at temperature 1; set {name}=1, or rollout.partial=false"
+                f"{field} with {name} = {value:g}: stale tokens are corrected by the ratio of both "
+                f"students' probabilities at temperature 1; set {name}=1, or {off}"
             )
 
 

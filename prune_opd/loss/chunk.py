@@ -40,6 +40,7 @@ from prune_opd.method.objective import (
     TokenLoss,
     candidates,
     clipped_policy_loss,
+    has_baseline,
     has_rest,
     on_vocabulary,
     token_loss,
@@ -190,9 +191,9 @@ def chunk_loss(
     if on_vocabulary(objective):
         loss = _on_columns(scores, weight_N)
     else:
-        first = token_loss(
-            objective, at.student_logp_NK, at.teacher_logp_NK, weight_N, at.valid_NK, at.log_rest, credit_N
-        )
+        logs = at.student_logp_NK, at.teacher_logp_NK
+        baseline_N = scores.sums.reverse_kl() if has_baseline(objective) else None
+        first = token_loss(objective, *logs, weight_N, at.valid_NK, at.log_rest, credit_N, baseline_N)
         loss = ChunkLoss(first.loss_N, first.divergence_N, first.grad_logp_NK, first=first)
         if old is not None and old.reward_NK is not None:
             loss = _against_old(loss, objective, at, old.logp_NK, old.reward_NK)

@@ -54,7 +54,6 @@ from prune_opd.loss.stats import GateStats, TokenRecord
 from prune_opd.loss.token_weights import TokenWeights
 from prune_opd.loss.vocab_parallel import BothLogits, OutputHead
 from prune_opd.method.objective import on_vocabulary
-from prune_opd.method.weighting import needs_reverse_kl
 
 
 def distill_loss(
@@ -141,7 +140,7 @@ def _parts(tokens: int, chunk: int) -> list[slice]:
 def _allocate(student: OutputHead, teacher: OutputHead, method: Method, chunk: int) -> BothLogits:
     """The buffer for a chunk's logits, at least fp32."""
     dtype = torch.promote_types(torch.promote_types(student.dtype, teacher.dtype), torch.float32)
-    if on_vocabulary(method.objective) or needs_reverse_kl(method.weighting):
+    if on_vocabulary(method.objective) or method.needs_reverse_kl:
         teacher.align(student.shard.rows)
     scratch = method.objective.kernels == "torch"
     return BothLogits(student, teacher, min(chunk, len(student.hidden_NH)), dtype, scratch)

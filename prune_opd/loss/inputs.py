@@ -14,8 +14,10 @@ from prune_opd.config.kernels import kernels_problem
 from prune_opd.errors import ConfigError, NotFiniteLogitsError
 from prune_opd.loss.context import ContextShard
 from prune_opd.loss.vocab_parallel import OutputHead
+from prune_opd.method.agreement import needs_kl
 from prune_opd.method.calibration import Usual
-from prune_opd.method.weighting import added_objective
+from prune_opd.method.objective import has_baseline
+from prune_opd.method.weighting import added_objective, needs_reverse_kl
 
 
 class Head(NamedTuple):
@@ -57,12 +59,18 @@ class Method(NamedTuple):
     # Ids that end a response for either model, ascending: what both think of them goes to the statistics, and with
     # objective.ends = class they are one outcome (loss/ends.py).
     terminal_ids: tuple[int, ...] = ()
+    correct_stale: bool = True  # weigh stale tokens by the ratio of both students' probabilities
 
     @property
     def objectives(self) -> list[ObjectiveConfig]:
         """The objective, and the one that the weighting adds to it, if any."""
         added = added_objective(self.weighting)
         return [self.objective] if added is None else [self.objective, added]
+
+    @property
+    def needs_reverse_kl(self) -> bool:
+        """Whether the reverse KL over the vocabulary is asked for, so that ranks need the same ids of both models."""
+        return needs_reverse_kl(self.weighting) or has_baseline(self.objective) or needs_kl(self.gate)
 
     @property
     def end_class(self) -> tuple[int, ...]:
@@ -96,7 +104,7 @@ def checked_offsets(student: OutputHead, teacher: OutputHead, tokens: Tokens, me
     sizes = {"objective.k": method.objective.k}
     if method.gate is not None:
         sizes["gate.k"] = method.gate.k
-    if method.weighting.name == "entropy_aware":
+    if added_objective(method.weighting) is not None:
         sizes["weighting.forward_k"] = method.weighting.forward_k
     for name, k in sizes.items():
         if k > outcomes:

@@ -178,6 +178,7 @@ class BatchStats:
         self.early_tokens, self.k = early
         # Of these tokens: how many, Σ acceptance, Σ acceptance², and how many share 0, 1, … k ids.
         self.early = torch.zeros(3 + self.k + 1, dtype=torch.float64, device=device)
+        self.early_kl = torch.zeros(1, dtype=torch.float64, device=device)  # Σ reverse KL of them, 0 where unknown
         shape = (len(self.watched), len(PER_TOKEN), max_len)
         self.tokens_W4T = torch.zeros(shape, dtype=torch.float64, device=device)  # PER_TOKEN of the watched rows
         self.reliable_length_B = torch.zeros(responses, dtype=torch.float64, device=device)
@@ -208,6 +209,7 @@ class BatchStats:
         early_N, acceptance_N = (position_N < self.early_tokens).double(), stats.acceptance_N.double()
         self.early[:3] += torch.stack([early_N, early_N * acceptance_N, early_N * acceptance_N**2]).sum(1)
         self.early[3:].index_add_(0, (stats.overlap_N * self.k).round().long(), early_N)
+        self.early_kl += (early_N * stats.reverse_kl_N.double().nan_to_num(nan=0.0)).sum()
         if self.mismatch is not None:
             self.mismatch.add(rows, length_B, stats.token_logp_N)
         self.count.index_add_(0, bin_N, torch.ones_like(bin_N, dtype=torch.float64))
@@ -238,7 +240,8 @@ class BatchStats:
 
         counts: whether this rank's sums are taken; each token must be in those of one rank (`Layout.reports`).
         """
-        names = ("reliable_length_B", "sums", "count", "ratio_3", "stale_3", "early", "tokens_W4T", "ends_5M")
+        names: tuple[str, ...] = ("reliable_length_B", "sums", "count", "ratio_3", "stale_3", "early", "early_kl")
+        names += ("tokens_W4T", "ends_5M")
         owners: list[tuple[Any, str]] = [(self, name) for name in names]
         owners += [] if self.mismatch is None else [(self.mismatch, "sums_B6")]
         parts = [getattr(owner, name) for owner, name in owners]
@@ -249,6 +252,20 @@ class BatchStats:
         whole = flat.cpu().split([part.numel() for part in parts])
         for (owner, name), part, values in zip(owners, parts, whole, strict=True):
             setattr(owner, name, values.view_as(part))
+
+    def near(self, end: int, tokens: int) -> dict[str, float] | None:
+        """Signals over the bins that the `tokens` tokens before token number `end` lie in; None if there was none.
+
+        overlap, the teacher's mass on the student's candidates, mean and root mean square of log p(y) − log q(y).
+        """
+        first, last = (min(t * self.bins // self.max_len, self.bins - 1) for t in (max(end - tokens, 0), end - 1))
+        part = slice(first, max(first, last) + 1)
+        count = float(self.count[part].sum())
+        if count == 0:
+            return None
+        mean = dict(zip(SUMMED, (self.sums[:, part].sum(1) / count).tolist(), strict=True))
+        signals = {name: mean[name] for name in ("overlap", "support_mass_teacher", "gap")}
+        return {**signals, "gap_size": math.sqrt(mean["gap_squared"])}
 
     def record(self) -> dict[str, Any]:
         """The gate's part of a step record in metrics.jsonl."""

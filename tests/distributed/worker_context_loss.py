@@ -24,7 +24,8 @@ from prune_opd.config import GateConfig, ObjectiveConfig, WeightingConfig
 from prune_opd.loss.context import ContextShard
 from tests.distributed.worker_distill import BUCKET, DISCOUNTED, error, is_aligned, sharded, statistics_error, whole
 from tests.ending import CLASS, ending_case
-from tests.reference import GATE, NO_WEIGHTING, OBJECTIVE, WEIGHTINGS, Case, make_case, reference_update
+from tests.reference import GATE, NO_WEIGHTING, OBJECTIVE, WEIGHTINGS, Case, make_case
+from tests.reference_update import reference_update
 
 LONG = make_case(lengths=(9, 0, 1, 14, 0, 30))
 ENDING = ending_case(lengths=(9, 0, 1, 14, 0, 30))

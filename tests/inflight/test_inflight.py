@@ -53,6 +53,7 @@ WATCHED = (
     "real, overlap",
     "real, top-p",
     "real, change point",
+    "real, KL agreement",
 )
 
 
@@ -113,7 +114,7 @@ def test_the_losss_gate_agrees_with_the_gate_in_flight(results: Results) -> None
         assert reliable == result["loss of all"]["reliable_length_B"]
         assert reliable == [RELIABLE.get(row, MAX_TOKENS) for row in range(ROWS)]
         assert result["record"]["inflight_too_early"] == 0
-    for name in ("real, overlap", "real, top-p", "real, change point", "real, overlap quantile"):
+    for name in ("real, overlap", "real, top-p", "real, change point", "real, overlap quantile", "real, KL agreement"):
         result = results[0][name]
         assert result["loss"]["reliable_length_B"] == result["loss of all"]["reliable_length_B"]
         assert result["too early"] == 0

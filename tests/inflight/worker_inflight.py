@@ -32,6 +32,7 @@ SPENT = 4  # events: w_drop = 0.25
 GATE = GateConfig(k=4, threshold=0.5, w_drop=0.25, w_base=0.0)
 TOP_P = replace(GATE, metric="teacher_top_p", top_p=0.9)
 CHANGE_POINT = replace(GATE, metric="change_point", alarm=2.0)
+KAT = replace(GATE, metric="kl_agreement", threshold=0.8, low_tokens=4)
 QUANTILE = replace(GATE, metric="overlap_quantile", threshold=0.0)  # γ is found: .5 too
 GEOMETRIC = InflightConfig(mode="gate", first_check=4)  # 4, 8, 16, 32
 FIXED = InflightConfig(mode="gate", schedule="fixed", first_check=6, chunk=5, min_keep=8)  # 11, 16, 21, 26, 31, 36
@@ -104,9 +105,10 @@ class Checks:
         self.run.inflight = self.make_gate(self.run.config, self.run.teacher, self.run.layout, self.run.vocab_size)
         self.run.calibration = Calibration(gate)
         # Acceptance .6 ± .1, of which this pair falls short here and there; overlap is k / 2 but for 4 tokens in 100.
+        # The KL is .5, above that of most tokens.
         shared = [0.0] * (gate.k + 1)
         shared[0], shared[gate.k // 2] = 4, 96
-        self.run.calibration.update([100, 60.0, 37.0, *shared])
+        self.run.calibration.update([100, 60.0, 37.0, *shared], 50.0)
         self.run.inflight.calibrate(self.run.calibration.usual)
         return self.run.inflight
 
@@ -216,6 +218,7 @@ def main(models: Path, out: Path, rollout_tp: int, max_num_seqs: int) -> None:
     results["scripted, two events"] = checks.scripted(replace(GEOMETRIC, stop_events=2), GATE, plain)
     run.teacher = checks.teacher = drifting
     gates = {"overlap": GATE, "top-p": TOP_P, "change point": CHANGE_POINT, "overlap quantile": QUANTILE}
+    gates["KL agreement"] = KAT
     for name, gate in ((f"real, {name}", gate) for name, gate in gates.items()):
         watch = checks.watch(GEOMETRIC, gate)
         rollouts = checks.generate(watch)

@@ -20,9 +20,8 @@ from tests.reference import (
     Case,
     describe,
     make_case,
-    reference_reward,
-    reference_update,
 )
+from tests.reference_update import reference_reward, reference_update
 
 TOLERANCE = {"rtol": 1e-9, "atol": 1e-10}
 

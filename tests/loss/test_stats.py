@@ -119,7 +119,25 @@ def test_what_tells_of_the_run_is_a_token_mean_and_an_unknown_kl_is_null_with_it
     assert record["reverse_kl_sampled_stderr"] == pytest.approx((0.5 / 4) ** 0.5)  # variance .5 of four tokens
     acceptance = [3, 0.2 + 0.4 + 0.8, 0.04 + 0.16 + 0.64]  # 2 tokens of the first response, 1 of the other's 1
     assert known.early.tolist() == pytest.approx([*acceptance, 1, 0, 2])
+    assert known.early_kl.item() == 1.5
     unknown = BatchStats(2, 1, 4, CPU)
     unknown.add([0, 1], GateStats(**(values | lengths | {"reverse_kl_N": torch.full((count,), float("nan"))})))
     assert unknown.record()["reverse_kl"] is None and unknown.record()["reverse_kl_by_position"] == [1.0]
-    assert not unknown.early.any()
+    assert not unknown.early.any() and not unknown.early_kl.any()
+
+
+def test_signals_near_the_end_of_the_window_are_means_over_the_bins_there() -> None:
+    count = 8
+    values = {field.name: torch.zeros(count) for field in fields(GateStats) if field.name.endswith("_N")}
+    values["overlap_N"] = torch.tensor([1, 1, 0.8, 0.6, 0.5, 0.3, 0.2, 0.1])
+    values["teacher_mass_N"] = torch.tensor([1, 1, 1, 1, 0.9, 0.7, 0.5, 0.1])
+    values["sampled_logp_N"], values["teacher_logp_N"] = torch.zeros(count), -torch.arange(8.0)
+    lengths = {"reliable_length_B": torch.tensor([8]), "length_B": torch.tensor([8])}
+    stats = BatchStats(1, 8, 16, CPU)  # bins of two tokens
+    stats.add([0], GateStats(**(values | lengths)))
+    near = stats.near(end=8, tokens=4)
+    assert near == pytest.approx(
+        {"overlap": 0.275, "support_mass_teacher": 0.55, "gap": 5.5, "gap_size": ((16 + 25 + 36 + 49) / 4) ** 0.5}
+    )
+    assert stats.near(end=16, tokens=4) is None
+    assert stats.near(end=1, tokens=0) is not None  # the bin of its only token

@@ -24,7 +24,7 @@ def test_what_is_usual_is_found_in_the_first_steps_and_goes_with_the_checkpoint(
         calibration.update(step)
     usual = calibration.usual
     assert usual is not None
-    assert usual == pytest.approx((6.8 / 8, (5.9 / 8 - (6.8 / 8) ** 2) ** 0.5, 0.5))
+    assert usual == pytest.approx((6.8 / 8, (5.9 / 8 - (6.8 / 8) ** 2) ** 0.5, 0.5, 0))
     assert calibration.record() == {"usual_acceptance": usual.mean, "usual_deviation": usual.deviation}
     again = Calibration(gate)
     again.load_state_dict(calibration.state_dict())

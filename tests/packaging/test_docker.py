@@ -2,10 +2,13 @@
 
 import ast
 import re
+import runpy
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import pytest
 from packaging.utils import canonicalize_name
@@ -62,6 +65,14 @@ def test_everything_that_the_product_imports_is_in_the_h100_set() -> None:
     assert not missing
 
 
+def test_everything_that_the_launcher_imports_is_in_its_own_set() -> None:
+    """A login node has no torch, and so nothing of the image's set."""
+    names = imported(REPOSITORY / "launch") - set(sys.stdlib_module_names) - {"launch", "prune_opd"}
+    assert {"nemo_run", "yaml"} <= names
+    pinned = {canonicalize_name(name) for name in pins(REPOSITORY / "requirements" / "launch.txt")}
+    assert not {name for name in names if canonicalize_name(BRINGS.get(name, name)) not in pinned}
+
+
 def test_transformer_engine_is_tested_with_the_packages_of_the_image() -> None:
     """Its PyTorch half imports onnx and onnxscript at once, and is compiled in the image without its dependencies."""
     tested = pins(REPOSITORY / "requirements" / "te-test.txt")
@@ -98,7 +109,32 @@ def test_no_dependency_file_can_bring_the_package_indexs_apex() -> None:
         assert not [line for line in lines if asks.search(line)], path
     assert asks.search("apex==0.9.10") and asks.search("pip install -q apex")  # it would have seen one
     assert re.fullmatch(r"[0-9a-f]{40}\n", (DOCKER / "apex.commit").read_text())
-    assert "git+https://github.com/NVIDIA/apex.git@" in (DOCKER / "install_python.sh").read_text()
+    assert "https://github.com/NVIDIA/apex.git" in (DOCKER / "install_python.sh").read_text()
+
+
+def test_of_apex_one_kernel_is_compiled_under_the_name_that_megatron_core_imports(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """setuptools and torch's extensions are stand-ins that keep what they are given; nothing is compiled."""
+    from prune_opd.check.gpu import APEX_KERNEL
+
+    kept: dict[str, Any] = {}
+    cpp: Any = ModuleType("torch.utils.cpp_extension")
+    cpp.BuildExtension = object()
+    cpp.CUDAExtension = lambda name, sources, **settings: {"name": name, "sources": sources, **settings}
+    tools: Any = ModuleType("setuptools")
+    tools.setup = lambda **settings: kept.update(settings)
+    monkeypatch.setitem(sys.modules, "torch.utils.cpp_extension", cpp)
+    monkeypatch.setitem(sys.modules, "setuptools", tools)
+    monkeypatch.setenv("KERNEL_VERSION", "0.1+abc")
+    runpy.run_path(str(shutil.copy(DOCKER / "apex_kernel.py", tmp_path / "setup.py")))
+    (extension,) = kept["ext_modules"]
+    assert kept["name"] == extension["name"] == APEX_KERNEL and kept["version"] == "0.1+abc"
+    assert kept["packages"] == kept["py_modules"] == []  # above all no package `apex`
+    assert extension["include_dirs"] == [str(tmp_path / "csrc")]
+    assert extension["sources"] == [
+        f"csrc/megatron/fused_weight_gradient_dense{part}" for part in (".cpp", "_cuda.cu", "_16bit_prec_cuda.cu")
+    ]
 
 
 def test_the_image_runs_without_root_and_builds_for_h100() -> None:

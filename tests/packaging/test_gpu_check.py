@@ -3,26 +3,74 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
-from scripts import gpu_check
-from scripts.gpu_check import SMALL, Row, run
+import pytest
+import torch
+
+from prune_opd import platform
+from scripts import gpu_check, gpu_check_folder
+from scripts.gpu import engine, loss
+from scripts.gpu.rows import SMALL, Row
+from scripts.gpu_check import run
+
+# What a machine has that has torch and numpy: those, what torch itself needs, and Triton.
+# fmt: off
+BARE = (
+    "torch", "torchgen", "functorch", "numpy", "numpy.libs", "triton", "sympy", "mpmath", "networkx", "jinja2",
+    "markupsafe", "fsspec", "filelock", "typing_extensions.py", "setuptools", "_distutils_hack",
+)
+# fmt: on
 
 
-def test_every_step_leaves_its_figures_on_a_page_and_as_json(tmp_path: Path, monkeypatch: Any) -> None:
-    monkeypatch.setattr(gpu_check, "PACKAGES", ("this", "a_package_that_nobody_has"))  # the real ones take long
-    rows = run(tmp_path, SMALL)
-    assert [row.what for row in rows if row.passed is False] == []
+def bare_packages(folder: Path) -> Path:
+    """A folder of packages with nothing but those of BARE that are installed here."""
+    folder.mkdir()
+    for name in BARE:
+        if (found := Path(torch.__file__).parents[1] / name).exists():
+            (folder / name).symlink_to(found)
+    return folder
+
+
+def test_every_step_runs_on_a_machine_that_has_torch_alone(tmp_path: Path) -> None:
+    """From the folder that is carried there, which has no vLLM and no transformers; on the CPU, in a small size."""
+    folder = tmp_path / "carried"
+    assert gpu_check_folder.make(folder) < gpu_check_folder.LIMIT
+    bare = {"PYTHONPATH": str(bare_packages(tmp_path / "bare")), "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, "-S", str(folder / "run.py"), "--small", "--out", str(tmp_path / "out")],  # -S: no other ones
+        cwd=tmp_path,
+        env={**os.environ, **bare},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = [Row(**row) for row in json.loads((tmp_path / "out" / "gpu-check.json").read_text())]
+    assert rows[0].what == "device"
+    assert [row.step for row in dict.fromkeys(rows) if row.passed is False] == []
     assert {row.step for row in rows} == set(gpu_check.STEPS)
-    imports = {row.what: row.passed for row in rows if row.step == "machine"}
-    assert imports["this"] and imports["a_package_that_nobody_has"] is None
-    gradients = [float(row.figure) for row in rows if "gradient" in row.what]
+    found = {(row.step, row.what): row for row in rows}
+    assert found["machine", "megatron.core"].passed  # carried
+    assert found["machine", "vllm"].figure == found["engine", "runs with vLLM"].figure.replace(" (no vllm)", "")
+    gradients = [float(row.figure) for row in rows if row.step == "loss" and "gradient" in row.what]
     assert len(gradients) == 4 and all(0 < error < 2e-2 for error in gradients)
-    assert json.loads((tmp_path / "gpu-check.json").read_text())[0]["what"] == "device"
-    page = (tmp_path / "gpu-check.md").read_text()
+    held = {row.step for row in rows if row.passed}
+    assert held == {"machine", "loss", "ties", "mover", "steps", "trouble", "checkpoint"}  # no CPU holds the others
+    page = (tmp_path / "out" / "gpu-check.md").read_text()
     assert all(f"| {row.step} | {row.what} |" in page for row in rows)
+
+
+def test_the_carried_folder_has_nothing_that_is_compiled_for_one_python(tmp_path: Path) -> None:
+    gpu_check_folder.make(tmp_path)
+    compiled = {path.name for path in tmp_path.rglob("*.so")}
+    assert compiled == {"_psutil_linux.abi3.so", "_safetensors_rust.abi3.so"}
 
 
 def test_a_step_that_fails_is_said_and_the_others_go_on(tmp_path: Path) -> None:
@@ -36,13 +84,55 @@ def test_a_step_that_fails_is_said_and_the_others_go_on(tmp_path: Path) -> None:
     assert rows[2].step == "mover" and rows[2].passed
 
 
-def test_wrong_gradients_fail(tmp_path: Path, monkeypatch: Any) -> None:
-    exact = gpu_check._gradients
+def test_wrong_gradients_fail(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    exact = loss._gradients
 
     def wrong(machine: Any, size: Any, dtype: Any, precision: Any) -> Any:
         hidden, weight = exact(machine, size, dtype, precision)
         return (hidden * 1.05 if precision == dtype else hidden), weight
 
-    monkeypatch.setattr(gpu_check, "_gradients", wrong)
-    rows = run(tmp_path, SMALL, {"loss": gpu_check.loss_step})
+    monkeypatch.setattr(loss, "_gradients", wrong)
+    rows = run(tmp_path, SMALL, {"loss": loss.loss_step})
     assert [row.passed for row in rows if "hidden gradient" in row.what] == [False, False]
+
+
+def test_ties_that_are_settled_otherwise_fail(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = loss._loss
+
+    def highest_ids_first(inputs: Any, size: Any, method: Any) -> Any:
+        """The teacher's ids are numbered from the other end, as if the student had taken the highest ones."""
+        ours, theirs = inputs
+        return real((ours, [theirs[0], theirs[1].flip(0)]), size, method)
+
+    monkeypatch.setattr(loss, "_loss", highest_ids_first)
+    rows = run(tmp_path, SMALL, {"ties": loss.ties_step})
+    assert [row.passed for row in rows if "rows of equal logits" in row.what][:2] == [False, False]
+
+
+@pytest.mark.parametrize(("code", "steps", "passed"), [(0, 3, True), (0, 2, False), (1, 3, False)])
+def test_a_run_with_vllm_counts_by_its_exit_code_and_its_steps(
+    code: int, steps: int, passed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The run is a stand-in that writes records as the program does."""
+    record = {"tokens_trained": 9, "mismatch_mean": 1e-3, "time_step": 2.0, "pruned_inflight": 4}
+
+    def program(command: list[str], **_: Any) -> Any:
+        run_dir = Path(command[command.index("--run-dir") + 1])
+        run_dir.mkdir()
+        (run_dir / "metrics.jsonl").write_text(f"{json.dumps(record)}\n" * steps)
+        return SimpleNamespace(returncode=code, stdout="", stderr="the engine fell over\n")
+
+    monkeypatch.setattr(engine.subprocess, "run", program)
+    monkeypatch.setattr(engine.importlib.util, "find_spec", lambda name: object())
+    gpu = platform.Platform("cuda", platform.META, "nccl")
+    rows = list(engine.engine_step(gpu, SMALL))
+    assert [row.what for row in rows] == list(engine.RUNS)
+    assert {row.passed for row in rows} == {passed}
+    assert all("stopped, |Δ| 1.0e-03" in row.figure if passed else "the engine fell over" in row.figure for row in rows)
+
+
+def test_the_runs_with_vllm_have_settings_that_there_are() -> None:
+    from prune_opd.config.recipe import load_recipe
+
+    for settings in (*engine.RUNS.values(), *engine.ON_A_CPU.values()):
+        load_recipe("tiny_compatible", [*engine.COMMON, *settings])

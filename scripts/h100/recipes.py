@@ -1,0 +1,69 @@
+"""`prune-opd check` of every recipe in the image's environment.
+
+As on this machine: --structure, which needs no weights. As on a machine with a GPU (`has_gpu` says so): number formats,
+against the Transformer Engine and the CUDA that are really here; and whatever a run looks at before it takes its GPUs,
+for the recipes whose models are here, imports of Transformer Engine and apex's kernel included.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from unittest import mock
+
+from prune_opd.check import run as check
+from prune_opd.config import TrainConfig
+from prune_opd.config.recipe import list_recipes, load_recipe
+from prune_opd.model_spec import model_config
+from scripts.h100.imports import compiled
+
+COMMAND = (sys.executable, "-m", "prune_opd.cli", "check")
+# What cannot be had here: Transformer Engine's import, where its compiled half is not.
+NOT_HERE = () if compiled() else ("Transformer Engine is installed and cannot be imported",)
+
+
+def structure(name: str) -> str | None:
+    """What the command says; None if it finds nothing."""
+    done = subprocess.run([*COMMAND, name, "--structure"], capture_output=True, text=True)
+    return None if done.returncode == 0 else (done.stdout + done.stderr).strip()
+
+
+def as_on_a_gpu(config: TrainConfig) -> list[str]:
+    world = config.planning.nodes * config.parallel.nproc
+    models = [
+        check._Model(role, Path(getattr(config, role)), model_config(role, getattr(config, role)))
+        for role in ("student", "teacher")
+    ]
+    with mock.patch.object(check, "has_gpu", lambda: True):
+        found = check._sizes(config, world, models) + check._precision(config, models)
+        if all(Path(model.path, "config.json").is_file() for model in models):
+            with tempfile.TemporaryDirectory() as folder:
+                found += check.check_everything(config, config.parallel.nproc, Path(folder) / "run")
+    return [line for line in found if not line.startswith(NOT_HERE)]
+
+
+def main() -> int:
+    os.environ.setdefault("COLUMNS", "160")
+    bad = 0
+    for start in NOT_HERE:
+        print(f"left out: lines that begin with {start!r}, which cannot be had here")
+    for name in list_recipes():
+        config = load_recipe(name)
+        found = [line for line in (structure(name),) if line]
+        here = ""
+        if not isinstance(config, TrainConfig) and config.init and not Path(config.init).is_dir():
+            print(f"{name}: it begins with a model that `make tiny-models` makes, and that is not here")
+            continue
+        if isinstance(config, TrainConfig):
+            found += as_on_a_gpu(config)
+            here = ", everything" if Path(config.student, "config.json").is_file() else ""
+        print(f"{name}: {'; '.join(found) or f'no problem (structure, number formats{here})'}")
+        bad += bool(found)
+    return 1 if bad else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
