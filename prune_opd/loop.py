@@ -13,7 +13,7 @@ from prune_opd.config import TrainConfig
 from prune_opd.errors import REQUEUE_EXIT_CODE
 from prune_opd.eval.evaluate import evaluation_record
 from prune_opd.loss.stats import BatchStats
-from prune_opd.loss.training_loss import gated_loss
+from prune_opd.loss.training_loss import ThisStep, gated_loss
 from prune_opd.ranks.signals import Interruption
 from prune_opd.run import Run, prepare
 from prune_opd.track.clock import PhaseClock
@@ -62,7 +62,7 @@ def step(run: Run) -> None:
     clock, number = PhaseClock(run.machine, run.phases.enter), run.finished_steps + 1
     horizon = run.controller.horizon
     with clock("sync"):
-        run.sync(run.finished_steps)
+        run.refresh()
     with clock("rollout"):
         rollouts = run.generate(horizon, number)  # the in-flight gate stops drifting responses
     batch = run.train_batch(rollouts)
@@ -73,8 +73,7 @@ def step(run: Run) -> None:
             "horizon": horizon,
             **stats.record(),
             **run.calibration.record(),
-            **batch.packing,
-            **rollouts.record(),
+            **batch.record(),
             **run.inflight_record(rollouts, stats.reliable_length_B),
             **run.rollout.long_tail.record(rollouts),
             "lengths_by_position": stats.lengths(rollouts.length_B),
@@ -97,16 +96,15 @@ def train_on(run: Run, batch: TrainBatch, clock: PhaseClock) -> tuple[StepResult
         teacher_hidden = run.teacher.hidden(rollouts, batch.deals, kept)
     with clock("train"):
         stats = run.new_stats(rollouts)
-        usual = run.calibration.usual
-        loss = gated_loss(run.config, run.teacher, teacher_hidden, run.vocab_size, group, stats, several, usual)
+        this = ThisStep(several, run.calibration.usual, batch.rewards.advantage_B if batch.rewards else None)
+        loss = gated_loss(run.config, run.teacher, teacher_hidden, run.vocab_size, group, stats, this)
         if several:
             run.trainer.look(batch.microbatches, loss)  # at the policy that sampled the batch, before it moves
         result = run.trainer.step_through(batch.minibatches, loss)
         stats.reduce(run.layout.reports)
     run.check_updates(result, rollouts)
     if not result.skipped:
-        run.controller.update(stats.reliable_length_B, rollouts.length_B, rollouts.finished_B)
-        run.calibration.update(stats.early_3.tolist())
+        run.move_window(stats, rollouts)
     run.finished_steps += 1
     return result, stats
 

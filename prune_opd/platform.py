@@ -45,6 +45,7 @@ FACTORIES = (
     "empty_like",
 )
 # fmt: off
+NAMES = (str, torch.device)  # types that name a device
 NO_OPS = ("synchronize", "empty_cache", "set_device", "reset_peak_memory_stats")
 MEMORY = ("memory_allocated", "max_memory_allocated", "memory_reserved", "max_memory_reserved")
 # fmt: on
@@ -135,7 +136,7 @@ def _prepare() -> Platform:
     torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
     if torch.cuda.is_available():
         torch.cuda.set_device(local_rank)
-        _import_megatron()
+        import_megatron()
         return Platform("cuda", torch.device("cuda", local_rank), "nccl")
     os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # megatron-core's jit_fuser is torch.compile
     for message in EXPECTED_WARNINGS:
@@ -144,7 +145,7 @@ def _prepare() -> Platform:
     return Platform("cpu", stand_in, "gloo")
 
 
-def _import_megatron() -> Any:
+def import_megatron() -> Any:
     """Its generators' module; without wandb, which its inference part imports: a twentieth of a rank's start."""
     hidden = sys.modules.setdefault("wandb", None) is None  # type: ignore[arg-type]  # None: an ImportError there
     try:
@@ -309,14 +310,18 @@ def _answer_cuda_names() -> None:
 
 
 def _on_stand_in(function: Callable[..., Any]) -> Callable[..., Any]:
-    """`function` (a factory, or `Tensor.to`) with the stand-in as its device where CUDA is asked for."""
+    """`function` (a factory, or `Tensor.to`) with the stand-in as its device where CUDA is asked for; quick."""
 
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
-        if _is_cuda(kwargs.get("device")):
+        if "device" in kwargs and _is_cuda(kwargs["device"]):
             kwargs["device"] = stand_in
             kwargs.pop("pin_memory", None)
-        return function(*(stand_in if _is_cuda(arg) else arg for arg in args), **kwargs)
+        for arg in args:
+            if type(arg) in NAMES and _is_cuda(arg):
+                args = tuple(stand_in if _is_cuda(arg) else arg for arg in args)
+                break
+        return function(*args, **kwargs)
 
     return call
 
@@ -339,7 +344,7 @@ def _cpu_generator_for_the_cuda_generator() -> None:
     cuda.manual_seed = torch.manual_seed
     cuda.get_rng_state = lambda *args, **kwargs: torch.get_rng_state()
     cuda.set_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
-    megatron_random = _import_megatron()
+    megatron_random = import_megatron()
     megatron_random._get_cuda_rng_state = lambda *args, **kwargs: torch.get_rng_state()
     megatron_random._set_cuda_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
 

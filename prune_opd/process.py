@@ -16,7 +16,8 @@ if TYPE_CHECKING:
 
 PR_SET_PDEATHSIG = 1
 FILE_WIDTH = 160  # of tables that go to a file or a pipe: nothing there can be wrapped or scrolled
-COMMAND = "PRUNE_OPD_COMMAND"  # environment variable: the command line that started the ranks
+# Environment variables of ranks: the command line that started them, and when it did (`time.monotonic`).
+COMMAND, BEGAN = "PRUNE_OPD_COMMAND", "PRUNE_OPD_BEGAN"
 
 _listeners: list[Callable[[str], None]] = []
 _watchers: list[Callable[[Callable[[], str]], None]] = []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+import sys
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,8 +24,8 @@ from prune_opd.eval.evaluate import Evaluator, Sampling, make_evaluator
 from prune_opd.inflight.gate import InflightGate
 from prune_opd.loss.mismatch import Mismatch
 from prune_opd.loss.stats import BatchStats
-from prune_opd.method.change_point import Calibration
-from prune_opd.method.horizon import HorizonController, make_controller
+from prune_opd.method.calibration import Calibration
+from prune_opd.method.horizon import HorizonController, PlateauHorizon, make_controller
 from prune_opd.plan.speed import SpeedMeter
 from prune_opd.process import tell
 from prune_opd.ranks.agreement import must_agree
@@ -33,8 +34,9 @@ from prune_opd.ranks.signals import Watchdog
 from prune_opd.rollout.batch import Rollouts
 from prune_opd.rollout.engine import EngineOptions, RolloutEngine
 from prune_opd.rollout.phase import RolloutPhase
+from prune_opd.rollout.reward import RewardModel, make_reward
 from prune_opd.track.samples import sampled_rows
-from prune_opd.track.startup import StartUp
+from prune_opd.track.startup import IMPORTING, StartUp
 from prune_opd.track.tracker import NullTracker, Tracker
 
 if TYPE_CHECKING:  # megatron-core is imported after `platform.prepare`
@@ -79,6 +81,7 @@ class Run:
     checkpoints: Checkpoints
     evaluators: list[Evaluator] = field(default_factory=list)  # one a task; none: no evaluation
     inflight: InflightGate | None = None
+    reward: RewardModel | None = None
     phases: Phases = field(default_factory=Phases)
     tracker: NullTracker = field(default_factory=NullTracker)
     meter: SpeedMeter | None = None
@@ -97,27 +100,42 @@ class Run:
             self.phases.watchdog.close()
         self.rollout.engine.close()
 
+    def refresh(self) -> None:
+        """Bring the student into the engine, unless this step's rollouts are there already (`refresh_every`)."""
+        if not self.rollout.long_tail.stocked:
+            self.sync(self.finished_steps)
+
+    def move_window(self, stats: BatchStats, rollouts: Rollouts) -> None:
+        """Let the controller and the calibration see a step. Reused rollouts have the horizon that they have."""
+        if not rollouts.reused:
+            if isinstance(self.controller, PlateauHorizon):
+                self.controller.see(stats.near(self.controller.horizon, self.config.horizon.margin))
+            self.controller.update(stats.reliable_length_B, rollouts.length_B, rollouts.finished_B)
+        self.calibration.update(stats.early.tolist(), float(stats.early_kl))
+
     def generate(self, horizon: int, step: int) -> Rollouts:
         """The step's rollouts. The in-flight gate, if there is one, stops drifting responses on the way."""
         if self.inflight is not None:
             self.phases.enter("inflight")
-            self.inflight.usual = self.calibration.usual
+            self.inflight.calibrate(self.calibration.usual)
         return self.rollout.generate(horizon, step, self.inflight)
 
     def train_batch(self, rollouts: Rollouts) -> TrainBatch:
-        """The step's rollouts as the ranks train on them."""
+        """The step's rollouts as the ranks train on them, with a task's rewards if there are any."""
         from prune_opd.megatron.train_batch import make_batch
 
         updates, budget = self.config.optimizer.updates_per_batch, self.config.parallel.microbatch_tokens
         multiple = self.trainer.chunks[0].token_multiple
-        return make_batch(rollouts, updates, self.layout.student, budget, multiple, self.machine.device)
+        batch = make_batch(rollouts, updates, self.layout.student, budget, multiple, self.machine.device)
+        return batch if self.reward is None else replace(batch, rewards=self.reward(rollouts))
 
     def new_stats(self, rollouts: Rollouts) -> BatchStats:
         """The next step's; it watches the rows that samples.jsonl gets."""
         config, responses = self.config, len(rollouts.responses)
         step = self.finished_steps + 1
         watched = sampled_rows(config.track, step, config.steps, rollouts.prompts, rollouts.stopped_rows)
-        early, device = config.gate.early_tokens if config.gate else 0, self.machine.device
+        gate, device = config.gate, self.machine.device
+        early = (gate.early_tokens, gate.k) if gate else (0, config.objective.k)
         bins, logprobs_B, mismatch = config.track.position_bins, rollouts.fresh_logprobs_B, None
         if logprobs_B is not None and config.objective.temperature == 1:  # the engine's are those at temperature 1
             mismatch = Mismatch(logprobs_B, rollouts.engine_B, config.objective.mismatch_bounds, device)
@@ -224,7 +242,7 @@ class Run:
 def prepare(config: TrainConfig, run_dir: Path, resume: str, allow_config_change: bool = False) -> Run:
     """Build every part, restore a checkpoint if there is one to resume, and open the run directory's files."""
     with StartUp(speaks=os.environ.get("RANK", "0") == "0") as startup:
-        tell("importing torch, megatron-core and vLLM")
+        tell("starting ranks" if "vllm" in sys.modules else IMPORTING)
         return _prepare(config, run_dir, resume, allow_config_change, startup)
 
 
@@ -246,7 +264,9 @@ def _prepare(config: TrainConfig, run_dir: Path, resume: str, allow_config_chang
     phases = Phases(watchdog=Watchdog(config.survival.watchdog_minutes, run_dir / "stacks", layout.rank))
     dtype = dtype_of(config.precision.params)
     tokenizer = load_tokenizer(config.student)
-    sampler = make_sampler(config.data, tokenizer, config.seed, config.rollout.max_prompt_len)
+    extract = config.evaluation.extract
+    sampler = make_sampler(config.data, tokenizer, config.seed, config.rollout.max_prompt_len, extract=extract)
+    reward = make_reward(config, tokenizer, sampler)
     parallel, precision, memory = config.parallel, config.precision, config.memory
     student_fp8, teacher_fp8 = precision.student_fp8, precision.teacher_fp8
     tell(f"student: {config.student}")
@@ -262,7 +282,7 @@ def _prepare(config: TrainConfig, run_dir: Path, resume: str, allow_config_chang
     tested = check_teacher(config, teacher, sampler, vocab_size)  # before an engine is built: that may take minutes
     inflight = InflightGate(config, teacher, layout, vocab_size) if config.rollout.inflight.on else None
     top, ends = inflight.top or 0 if inflight else 0, end_class(config, vocab_size)
-    options = EngineOptions(memory.sleep_level, top, parallel.timeout_minutes, ends)
+    options = EngineOptions(memory.sleep_level, top, parallel.timeout_minutes, ends, tokenizer.eos_token_id)
     tell("starting vLLM")
     engines: list[RolloutEngine] = []
     phases.memory = MemoryPhases(
@@ -288,6 +308,7 @@ def _prepare(config: TrainConfig, run_dir: Path, resume: str, allow_config_chang
         checkpoints=Checkpoints(run_dir / "checkpoints", config.checkpoint, layout),
         evaluators=_evaluators(config, tokenizer),
         inflight=inflight,
+        reward=reward,
         phases=phases,
         meter=SpeedMeter(config, trainer.spec, teacher.spec, layout.world),
     )

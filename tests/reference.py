@@ -18,7 +18,7 @@ from torch import Tensor
 from prune_opd.config import GateConfig, ObjectiveConfig, WeightingConfig
 from prune_opd.loss import GateStats, Head, Method, Tokens, distill_loss
 from prune_opd.loss.context import ContextShard
-from prune_opd.method.change_point import Usual
+from prune_opd.method.calibration import Usual
 from tests.reference_token import (
     as_one_end,
     credits_of,
@@ -27,14 +27,15 @@ from tests.reference_token import (
     nucleus,
     outside_of,
     scaled,
-    support_of,
     token_loss,
     top_ids,
+    trust,
     with_one_end,
 )
+from tests.reference_update import reference_reward
 
 VOCAB = 61
-USUAL = Usual(0.75, 0.15)  # acceptance, for gates that look for a change point
+USUAL = Usual(0.75, 0.15, kl=0.75)  # acceptance, for gates that look for a change point
 GATE = GateConfig(k=6, threshold=0.5, w_drop=0.15)
 OBJECTIVE = ObjectiveConfig(k=6)
 NO_WEIGHTING = WeightingConfig()
@@ -56,6 +57,8 @@ OBJECTIVES = [
     ObjectiveConfig("full_vocab_jsd", k=6),
     ObjectiveConfig("full_vocab_jsd", k=6, beta=0.9),
     ObjectiveConfig("sampled_token", k=6, discount=0.9),
+    ObjectiveConfig("sampled_token", k=6, baseline="reverse_kl"),
+    ObjectiveConfig("sampled_token", k=6, baseline="reverse_kl", discount=0.9),
     ObjectiveConfig("sampled_k2", k=6),
     ObjectiveConfig("sampled_k2", k=6, logp_min=-4.0, loss_max=0.1),
     ObjectiveConfig("sampled_k3", k=6),
@@ -73,6 +76,8 @@ WEIGHTINGS = [
     WeightingConfig("entropy_aware", entropy_threshold=1.5, forward_k=9),
     WeightingConfig("iw_opd"),
     WeightingConfig("tip", retain=0.4),
+    WeightingConfig("sdar", sharpness=2.0),
+    WeightingConfig("tropd", forward_k=9),
 ]
 
 
@@ -82,6 +87,7 @@ def describe(objective: ObjectiveConfig) -> str:
     tail = "" if objective.tail == "none" else f" {objective.tail}"
     tail += "" if objective.renormalise == "q" else f" renormalise {objective.renormalise}"
     tail += "" if objective.loss_max is None else " clamped"
+    tail += " less its mean" * (objective.baseline != "none")
     tail += " discounted" * (objective.discount > 0) + " ends" * (objective.ends == "class")
     return objective.name + details.get(objective.name, "") + tail
 
@@ -114,6 +120,9 @@ def weighted(
             sizes = [abs(float(logq_NV[t, y] - logp_NV[t, y])) for t, y in enumerate(sampled_ids_N.tolist())][begin:end]
             for i in range(len(sizes)):
                 factors[begin + i] = 1 + weighting.gamma * (1 - sum(sizes[:i]) / max(sum(sizes), 1e-8))
+        if weighting.name in ("sdar", "tropd"):
+            for t in range(begin, end):
+                factors[t] = trust(weighting, float(logq_NV[t, sampled_ids_N[t]] - logp_NV[t, sampled_ids_N[t]]))
         if weighting.name == "tip" and end > begin:
             logp_TV, logq_TV = logp_NV[begin:end], logq_NV[begin:end]
             h = [-float((row.exp() * row).sum()) for row in logp_TV]
@@ -153,6 +162,7 @@ def reference_loss(
     overlaps, events, reliabilities, weights, reliable_lengths = [], [], [], [], []
     for begin, end in pairwise(cu_seqlens):
         count, row_weights, reliable, collected = 0, [], 0, 0.0
+        kls: list[float] = []
         for t in range(begin, end):
             shared = len(set(top_ids(student_NV[t], overlap_k)) & set(top_ids(teacher_NV[t], overlap_k)))
             overlaps.append(shared / overlap_k)
@@ -165,6 +175,10 @@ def reference_loss(
                 accepted_mass = float(torch.minimum(p_V, q_V)[students].sum())
                 if gate.metric == "acceptance":
                     event = accepted_mass < gate.threshold
+                elif gate.metric == "kl_agreement":
+                    kls.append(float((p_V * (logp_NV[t] - logq_NV[t])).sum()))
+                    last = kls[-gate.low_tokens :]
+                    event = len(last) == gate.low_tokens and sum(last) / len(last) < gate.threshold * USUAL.kl
                 elif gate.metric == "change_point":
                     z = min((USUAL.mean - accepted_mass) / USUAL.deviation, 3.0)
                     collected = max(0.0, collected + z - gate.slack)
@@ -175,7 +189,7 @@ def reference_loss(
                 accepted = nucleus(logq_NV[t], top_ids(teacher_NV[t], gate.k), gate.top_p)
                 event = int(sampled_ids_N[t]) not in accepted
             events.append(event)
-            count += event
+            count = count + event if gate is None or gate.memory else int(event)
             reliability = 1.0 if gate is None else max(0.0, round(1 - gate.w_drop * count, 12))
             reliabilities.append(reliability)
             reliable += reliability > 1e-8
@@ -215,6 +229,12 @@ def reference_loss(
             if entropy > weighting.entropy_threshold:
                 added = forward_kl(logp_NV[t], logq_NV[t], top_ids(teacher_NV[t], weighting.forward_k))
                 loss_sum = loss_sum + gate_weights[t] * factors[t] * added
+        if weighting.name == "tropd":
+            added = forward_kl(logp_NV[t], logq_NV[t], top_ids(teacher_NV[t], weighting.forward_k))
+            untrusted = 1 - trust(weighting, float(logq_NV[t, y] - logp_NV[t, y].detach()))
+            loss_sum = loss_sum + gate_weights[t] * untrusted * factors[t] * added
+    if case.advantage is not None:
+        loss_sum = loss_sum + reference_reward(case, case, objective)
     return Reference(
         loss_sum=loss_sum,
         overlap=overlaps,
@@ -227,61 +247,6 @@ def reference_loss(
         length=[end - begin for begin, end in pairwise(cu_seqlens)],
         outside={name: [of_token[name] for of_token in outside] for name in (outside[0] if outside else {})},
     )
-
-
-def reference_update(
-    old: Case, moved: Case, gate: GateConfig | None, objective: ObjectiveConfig, weighting: WeightingConfig
-) -> Tensor:
-    """Loss of a student that has moved since its batch was sampled: weights and rewards of `old`, a ratio to it."""
-    weights = old.reference(gate, objective, weighting).weight
-    gate_weights = old.reference(gate, objective).weight
-    size, heat = moved.vocab_size, objective.temperature
-
-    def student(case: Case) -> Tensor:
-        return case.student_hidden.double() @ case.student_weight[:size].double().T / heat
-
-    moved_NV, old_NV = student(moved), student(old).detach()
-    teacher_NV = (old.teacher_hidden.double() @ old.teacher_weight[:size].double().T / heat).detach()
-    sampled_ids_N = moved.sampled
-    if objective.ends == "class":
-        ids = moved.terminal_ids
-        moved_NV, old_NV, teacher_NV = (with_one_end(whole_NV, ids) for whole_NV in (moved_NV, old_NV, teacher_NV))
-        sampled_ids_N, size = as_one_end(moved.sampled, ids), moved_NV.shape[1]
-    logs = old_NV.log_softmax(-1), teacher_NV.log_softmax(-1)
-    credits = credits_of(objective, weights, old.offsets, sampled_ids_N, *logs)
-    loss_sum = moved_NV.sum() * 0
-    for t, y in enumerate(sampled_ids_N.tolist()):
-        logp_V, old_V, logq_V = (row[t].log_softmax(-1) for row in (moved_NV, old_NV, teacher_NV))
-        if objective.name in ("topk_reverse_kl", "sampled_token"):
-            ids = [y] if objective.name == "sampled_token" else support_of(objective, old_NV[t], teacher_NV[t])
-            share_K = torch.ones(len(ids), dtype=torch.float64) / max(len(ids), 1)
-            if objective.name == "topk_reverse_kl" and objective.weight != "none" and ids:
-                of = old_V if objective.weight == "student_p" else logq_V
-                share_K = of[ids].exp() / of[ids].exp().sum()
-            baseline = 0.0
-            rest = [v for v in range(size) if v not in ids]
-            if objective.tail == "bucket":
-                share_K = old_V[ids].exp()
-                baseline = float((old_V[rest].exp().sum() / logq_V[rest].exp().sum()).log()) if rest else 0.0
-            elif objective.tail == "centred" and ids:
-                baseline = float((share_K * (old_V[ids] - logq_V[ids])).sum() / share_K.sum())
-            for share, v in zip(share_K, ids, strict=True):
-                reward = -weights[t] * share * (old_V[v] - logq_V[v] - baseline)
-                if objective.discount:
-                    reward = torch.tensor(credits[t], dtype=torch.float64)
-                ratio = (logp_V[v] - old_V[v]).exp()
-                surrogate = torch.min(ratio * reward, ratio.clamp(1 - objective.clip, 1 + objective.clip) * reward)
-                if reward < 0:
-                    surrogate = torch.max(surrogate, objective.dual_clip * reward)
-                loss_sum = loss_sum - surrogate
-        else:
-            loss_sum = loss_sum + token_loss(objective, y, moved_NV[t], teacher_NV[t], weights[t])[0]
-        uncertain = -(logq_V.exp() * logq_V).sum() > weighting.entropy_threshold
-        if weighting.name == "entropy_aware" and uncertain:
-            loss_sum = loss_sum + gate_weights[t] * forward_kl(
-                logp_V, logq_V, top_ids(teacher_NV[t], weighting.forward_k)
-            )
-    return loss_sum
 
 
 @dataclasses.dataclass
@@ -297,6 +262,7 @@ class Case:
     vocab_size: int = VOCAB
     stale_logp: Tensor | None = None
     engine_logp: Tensor | None = None
+    advantage: Tensor | None = None
     terminal_ids: tuple[int, ...] = ()
 
     def leaves(self, dtype: torch.dtype) -> Case:
@@ -321,7 +287,7 @@ class Case:
         return distill_loss(
             Head(self.student_hidden, self.student_weight),
             Head(self.teacher_hidden, self.teacher_weight),
-            Tokens(self.sampled, offsets, self.vocab_size, context, self.stale_logp, self.engine_logp),
+            Tokens(self.sampled, offsets, self.vocab_size, context, self.stale_logp, self.engine_logp, self.advantage),
             Method(gate, objective, weighting, USUAL, self.terminal_ids),
             **options,
         )
@@ -333,6 +299,12 @@ class Case:
         weighting: WeightingConfig = NO_WEIGHTING,
     ) -> Reference:
         return reference_loss(self, gate, objective, weighting)
+
+    def rewarded(self) -> Case:
+        """The same tokens, whose responses have a task's rewards: an advantage each, of either sign."""
+        draw = torch.Generator().manual_seed(11)
+        advantage_B = torch.randn(len(self.offsets) - 1, generator=draw, dtype=torch.float64)
+        return dataclasses.replace(self, advantage=advantage_B.repeat_interleave(torch.tensor(self.offsets).diff()))
 
     def moved(self, distance: float = 0.2) -> Case:
         """The same tokens, with a student that has been updated since."""

@@ -10,7 +10,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from prune_opd.config import ObjectiveConfig
+from prune_opd.config import ObjectiveConfig, WeightingConfig
 
 
 def top_ids(logits_V: Tensor, k: int) -> list[int]:
@@ -47,6 +47,11 @@ def nucleus(logp_V: Tensor, ids: list[int], p: float) -> set[int]:
         if total >= p:
             break
     return accepted
+
+
+def trust(weighting: WeightingConfig, gap: float) -> float:
+    """What sdar and tropd make of log q(y) − log p(y)."""
+    return 1 / (1 + math.exp(-weighting.sharpness * gap)) if weighting.name == "sdar" else min(math.exp(gap), 1.0)
 
 
 def forward_kl(logp_V: Tensor, logq_V: Tensor, ids: list[int]) -> Tensor:
@@ -112,7 +117,8 @@ def token_loss(
         return -(reward_K * logp_V[ids]).sum(), (share_K * gap_K).sum()
     if objective.name == "sampled_token":
         gap = logp_V[sampled] - logq_V[sampled]
-        return weight * gap.detach() * logp_V[sampled], gap
+        mean = (p_V * (logp_V - logq_V)).sum() if objective.baseline == "reverse_kl" else torch.zeros(())
+        return weight * (gap - mean).detach() * logp_V[sampled], gap
     if objective.name == "local_support_matching":
         p_K, q_K = p_V[teachers] / p_V[teachers].sum(), q_V[teachers] / q_V[teachers].sum()
         value = (p_K * (p_K / q_K).log()).sum()
@@ -204,6 +210,8 @@ def credits_of(
     for begin, end in pairwise(cu_seqlens):
         for t in range(begin, end):
             credits[t] = sum(objective.discount ** (s - t) * rewards[s] for s in range(t, end))
+            if objective.baseline == "reverse_kl":
+                credits[t] += weights[t] * float((logp_NV[t].exp() * (logp_NV[t] - logq_NV[t])).sum())
     return credits
 
 

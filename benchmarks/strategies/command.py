@@ -16,7 +16,7 @@ from typing import Annotated, Any
 import typer
 
 from benchmarks.common import BENCH, Out, Quick, Report
-from benchmarks.strategies.plan import FIRST_SEED, METHODS, Settings, choose, pair_recipe, plan, sweep_plan
+from benchmarks.strategies.plan import FIRST_SEED, METHODS, RIVALS, Settings, choose, pair_recipe, plan, sweep_plan
 from benchmarks.strategies.results import in_points, markdown, pair_rows, sweep_rows, verdicts
 from benchmarks.strategies.runs import run_all
 from prune_opd.check.run import check_train
@@ -28,7 +28,7 @@ QUICK_METHODS = ["full", "prune", "random"]
 
 Pairs = Annotated[list[str] | None, typer.Argument(metavar="[PAIR …]", help=f"Recipes; {' and '.join(PAIRS)} if none.")]
 Seeds = Annotated[int, typer.Option(min=1, help="Runs of every method on every pair.")]
-NAMES = ", ".join(method.name for method in METHODS)
+NAMES = ", ".join([*(method.name for method in METHODS), RIVALS])
 Methods = Annotated[list[str] | None, typer.Option(metavar="NAME", help=f"Again for more; one of {NAMES}.")]
 Set = Annotated[list[str] | None, typer.Option(metavar="KEY=VALUE", help="Of the recipe, before a method changes it.")]
 Jobs = Annotated[int, typer.Option(min=1, help="Runs side by side, one core each.")]

@@ -33,6 +33,18 @@ STOP = (
     "rollout.inflight.chunk={sixteenth}",
     "rollout.inflight.price=0.05",
 )
+# The rivals, in our reading (docs/choosing.md). Whatever their papers do not give is the recipe's, a default of the
+# setting, or a share of max_len: an eighth. KAT's threshold is the pair's own, before any training: the largest of .1,
+# .03, .01, .003 and .001 that stops at most 5 % of the teacher's own responses to 24 prompts of seed 77.
+KAT_THRESHOLD = {"tiny_compatible": 0.001, "tiny_drift": 0.01, "tiny_trap": 0.01}
+KAT = ("gate.metric=kl_agreement", "gate.threshold={kat}", "gate.k=16", "gate.low_tokens={eighth}", "gate.w_drop=1")
+SAMPLED, BASELINE = "objective.name=sampled_token", "objective.baseline=reverse_kl"
+ONCE = "rollout.refresh_every=0"
+FOLLOW = ("horizon.strategy=prune", "horizon.finished_rows=hit_if_reliable")
+FASTOPD = ("horizon.strategy=fastopd", "horizon.step={eighth}", "horizon.margin={eighth}")
+NO_MEMORY = (*FOLLOW, "gate.memory=false", "gate.w_drop=1")
+STOP_AT_ALL = STOP[:-1]  # without a price: KAT looks always
+RIVALS = "rivals"
 
 
 @dataclass(frozen=True)
@@ -46,6 +58,7 @@ class Method:
     replays: bool = False  # a control: it takes the windows that `against` had
     scatter: bool = False  # and cuts each response at random around them
     named_only: bool = False  # runs only when it is asked for
+    group: str = ""  # the same for the methods of a group, which can be asked for by its name
 
 
 METHODS = (
@@ -68,6 +81,12 @@ METHODS = (
         (*CHANGE_POINT, *STOP, "horizon.init_len={longest}"),
         named_only=True,
     ),
+    Method(
+        "quantile",
+        "ours: overlap below the pair's own γ",
+        (*OURS, "gate.metric=overlap_quantile", "gate.k=16"),
+        named_only=True,
+    ),
     Method("acceptance", "ours: acceptance below .5", (*OURS, "gate.metric=acceptance", "gate.k=16"), named_only=True),
     Method("marginal", "ours: marginal window, w_base 0", MARGINAL),
     Method("marginal_paper", "ours: marginal window, w_base .5", (*MARGINAL, "gate.w_base=0.5")),
@@ -75,6 +94,28 @@ METHODS = (
     Method("full_gated", "full rollouts, the gate weighs", (W_DROP,), named_only=True),
     Method("inflight_full", "full rollouts + in-flight stop (ours)", (W_DROP, *STOP), "full_gated", named_only=True),
     Method("iw_opd", "IW-OPD", ("weighting.name=iw_opd",)),
+    Method(
+        "semi_opd", "Semi-OPD: rollouts of the initial student", (ONCE, "rollout.correct_stale=false"), group=RIVALS
+    ),
+    Method("semi_opd_corrected", "Semi-OPD, stale tokens corrected", (ONCE,), group=RIVALS),
+    Method("refresh_4", "rollouts of every fourth student", ("rollout.refresh_every=4",), group=RIVALS),
+    Method("kat", "KAT: stops where the KL stays low", (*KAT, *STOP_AT_ALL), group=RIVALS),
+    Method("kat_window", "KAT as a rule for the window", (*KAT, *FOLLOW), group=RIVALS),
+    Method("adwin", "ADWIN: full-length probes", ("horizon.strategy=adwin", W_DROP), group=RIVALS),
+    Method("fastopd", "Adaptive FastOPD: grows at plateaus", FASTOPD, group=RIVALS),
+    Method("esr", "ESR, prefix OPD: the first 100 tokens", (FIXED, "horizon.rho={hundred}"), group=RIVALS),
+    Method("sdar", "SDAR: a sigmoid of each token", ("weighting.name=sdar",), group=RIVALS),
+    Method("tropd", "TrOPD: trust of each token", ("weighting.name=tropd",), group=RIVALS),
+    Method("no_memory", "Prune-OPD without memory: events cost themselves", NO_MEMORY, "prune", group=RIVALS),
+    Method("sampled", "full OPD, sampled token", (SAMPLED,), group=RIVALS),
+    Method("vopd", "vOPD: the sampled token less its mean", (SAMPLED, BASELINE), "sampled", group=RIVALS),
+    Method(
+        "gamma_opd",
+        "γOPD: credit of later tokens, γ .99",
+        (SAMPLED, "objective.discount=0.99"),
+        "sampled",
+        group=RIVALS,
+    ),
     Method("replay", "control: POPD that replays Prune's windows", (), "prune", replays=True),
     Method("random", "control: random cuts with the mean of Prune's windows", (), "prune", replays=True, scatter=True),
 )
@@ -112,10 +153,14 @@ def choose(names: Sequence[str] | None) -> list[Method]:
     ConfigError for a name that no method has.
     """
     known = {method.name: method for method in METHODS}
+    groups = {group: {method.name for method in METHODS if method.group == group} for group in (RIVALS,)}
     for name in names or ():
-        if name not in known:
-            raise ConfigError(f"--methods {name!r} is not known: the methods are {', '.join(known)}")
-    wanted = set(names or (method.name for method in METHODS if not method.named_only)) | {"full"}
+        if name not in {**known, **groups}:
+            raise ConfigError(f"--methods {name!r} is not known: the methods are {', '.join([*known, *groups])}")
+    if names:
+        wanted = {member for name in names for member in groups.get(name, {name})} | {"full"}
+    else:
+        wanted = {method.name for method in METHODS if not method.named_only and not method.group} | {"full"}
     wanted |= {known[name].against or "full" for name in wanted}
     return [method for method in METHODS if method.name in wanted]
 
@@ -144,6 +189,8 @@ def method_config(recipe: TrainConfig, method: Method, common: Sequence[str] = (
         "longest": longest,
         "eighth": max(1, longest // 8),
         "sixteenth": max(1, longest // 16),
+        "hundred": min(1.0, 100 / longest),
+        "kat": KAT_THRESHOLD.get(recipe.name, 0.01),
     }
     return apply_overrides(recipe, [*(text.format(**values) for text in (*BASE, *method.changes)), *common])
 

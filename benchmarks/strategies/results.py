@@ -21,7 +21,7 @@ from prune_opd.track.metrics import Record, task_names, total
 
 PHASES = ("sync", "rollout", "teacher", "train")
 COST = ("rollout", "teacher", "train")  # what training costs: the target's definition
-PRUNING = ("prune", "prune_w0", "prune_paper", "prune_top_p", "marginal", "marginal_paper", "inflight")
+PRUNING = ("prune", "prune_w0", "prune_paper", "prune_top_p", "marginal", "marginal_paper", "inflight", "kat")
 TRUNCATED = ("topd_10", "topd_25", "fixed", "full")  # fixed windows, from the shortest to all
 SAVED, MOST_COST = 0.376, 1.05  # the targets
 STOPPING = {method.name: method.against for method in METHODS if set(STOP) <= set(method.changes)}
@@ -159,9 +159,9 @@ def sweep_rows(
 
 
 def verdicts(pair: str, max_len: int, rows: Sequence[dict[str, Any]]) -> list[Verdict]:
-    """The targets of a drift pair (it has "drift" in its name) or of a compatible one, for every pruning method."""
+    """The targets of a drift or trap pair, by its name, or of a compatible one, for every pruning method."""
     by_name = {row["method"]: row for row in rows if row["saved_cpu_s"] is not None}  # some seed has full OPD too
-    judge = _drift_verdicts if "drift" in pair else _compatible_verdicts
+    judge = _drift_verdicts if "drift" in pair or "trap" in pair else _compatible_verdicts
     found = [verdict for name in PRUNING if name in by_name for verdict in judge(pair, max_len, by_name, by_name[name])]
     for on, off in STOPPING.items():
         if on in by_name and off in by_name:

@@ -50,7 +50,7 @@ def _class_problems(config: TrainConfig, ids: int, vocab_size: int) -> list[str]
         ]
     outcomes = vocab_size - ids + 1
     sizes = {"objective.k": config.objective.k, "gate.k": config.gate.k if config.gate else 1}
-    if config.weighting.name == "entropy_aware":
+    if config.weighting.name in ("entropy_aware", "tropd"):
         sizes["weighting.forward_k"] = config.weighting.forward_k
     return [
         f"{name} = {k} is above the {outcomes} outcomes that objective.ends = class leaves of vocab_size = "

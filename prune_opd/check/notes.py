@@ -47,8 +47,9 @@ def _nucleus(config: TrainConfig) -> list[str]:
     users = []
     if objective.name == "sampled_token":
         users.append("objective.name = sampled_token, an estimate over the whole vocabulary")
-    if rollout.partial:
-        users.append("rollout.partial = true, whose ratio is of probabilities over the whole vocabulary")
+    if rollout.partial or rollout.reuses:
+        name = "rollout.partial = true" if rollout.partial else f"rollout.refresh_every = {rollout.refresh_every}"
+        users.append(f"{name}, whose ratio is of probabilities over the whole vocabulary")
     if config.optimizer.updates_per_batch > 1 and objective.name in RATIO_OBJECTIVES:
         users.append("optimizer.updates_per_batch > 1, whose ratio is of probabilities over the whole vocabulary")
     return [
@@ -77,7 +78,7 @@ def _single_candidates(config: TrainConfig) -> list[str]:
             f"gate.k = 1 with gate.metric = overlap: overlap is 0 or 1, so every token whose best token is not the "
             f"teacher's is an event whatever gate.threshold = {gate.threshold:g} is; set gate.k=16 for a threshold"
         )
-    if weighting.name == "entropy_aware" and weighting.forward_k == 1:
+    if weighting.name in ("entropy_aware", "tropd") and weighting.forward_k == 1:
         notes.append(
             "weighting.forward_k = 1: the added forward KL is −log p of the teacher's best token, on the tokens where "
             "it is least sure of it; set weighting.forward_k=16"

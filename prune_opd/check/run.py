@@ -55,7 +55,7 @@ def check_train(
     problems += _sizes(config, nproc, models) + _precision(config, models)
     if models and models[0].role == "student" and not has_gpu():
         problems += kv_cache_problems(config, models[0].config)
-    problems += _sources(config)
+    problems += _sources(config) + _reward(config)
     problems += _apex()
     problems += compiler_problems(config.rollout, has_gpu())
     if problem := kernels_problem(config.objective.kernels, has_gpu()):
@@ -220,7 +220,7 @@ def _candidates(config: TrainConfig, models: list[_Model]) -> list[str]:
     sizes = {"objective.k": config.objective.k}
     if config.gate is not None:
         sizes["gate.k"] = config.gate.k
-    if config.weighting.name == "entropy_aware":
+    if config.weighting.name in ("entropy_aware", "tropd"):
         sizes["weighting.forward_k"] = config.weighting.forward_k
     problems = []
     if config.objective.name == "local_support_matching" and config.objective.k == 1:
@@ -291,6 +291,14 @@ def _sources(config: TrainConfig) -> list[str]:
             " name another file with answers, or set evaluation.problems=0"
         )
     return problems
+
+
+def _reward(config: TrainConfig) -> list[str]:
+    try:
+        config.reward.function()
+    except ConfigError as error:
+        return [str(error)]
+    return []
 
 
 def _apex() -> list[str]:

@@ -11,8 +11,11 @@ import math
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError, safe_open
+
 from prune_opd.errors import ConfigError
 from prune_opd.model_spec import ModelSpec
+from prune_opd.weights.mapping import EMBEDDING, HEAD, entries, missing
 
 BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1, "I64": 8, "I32": 4, "I8": 1, "U8": 1}
 POINTER = b"version https://git-lfs"
@@ -23,9 +26,6 @@ def weight_problems(role: str, directory: Path, settings: dict[str, Any]) -> lis
 
     role: the setting that names the model. settings: of its config.json.
     """
-    from prune_opd.weights.load import SafetensorsDirectory, missing, two_heads  # imports torch
-    from prune_opd.weights.mapping import entries
-
     try:
         shapes, spec = _tensors(directory), ModelSpec.of(settings, str(directory))
         for entry in entries(spec):
@@ -36,8 +36,11 @@ def weight_problems(role: str, directory: Path, settings: dict[str, Any]) -> lis
                     raise ConfigError(
                         f"tensor {name!r} has shape {list(shapes[name])}, but config.json asks for {list(wanted)}"
                     )
-        if problem := two_heads(SafetensorsDirectory(directory), spec):
-            raise ConfigError(problem)
+        if spec.tied and {HEAD, EMBEDDING} <= shapes.keys():
+            from prune_opd.weights.load import SafetensorsDirectory, two_heads  # imports torch
+
+            if problem := two_heads(SafetensorsDirectory(directory), spec):
+                raise ConfigError(problem)
     except ConfigError as problem:
         return [f"{role} = {str(directory)!r}: {problem}"]
     return []
@@ -78,9 +81,14 @@ def header(path: Path) -> dict[str, tuple[int, ...]]:
     if not isinstance(described, dict):
         raise ConfigError(f"{path.name} has {size} bytes, fewer than its header: copy the model again")
     try:
-        return _shapes(path.name, described, size - 8 - length)
+        shapes = _shapes(path.name, described, size - 8 - length)
     except (AttributeError, IndexError, KeyError, TypeError) as error:
         raise ConfigError(f"{path.name} has a header that cannot be read ({error!r}): copy the model again") from error
+    try:
+        safe_open(path, "np")  # what reads it later finds more: gaps, bytes behind the last tensor. No torch
+    except (OSError, SafetensorError) as error:
+        raise ConfigError(f"{path.name} cannot be read ({error}): copy the model again") from error
+    return shapes
 
 
 def _shapes(name: str, described: dict[str, Any], size: int) -> dict[str, tuple[int, ...]]:

@@ -10,14 +10,16 @@ import os
 import shlex
 import sys
 import tempfile
+import time
 from pathlib import Path
 
-from prune_opd.cli import worker
-from prune_opd.config import RunConfig
+from prune_opd.cli import ready, worker
+from prune_opd.config import RunConfig, TrainConfig
 from prune_opd.config.yaml import save_config
 from prune_opd.errors import UserError
-from prune_opd.process import COMMAND
+from prune_opd.process import BEGAN, COMMAND
 from prune_opd.ranks.launcher import start_ranks
+from prune_opd.track.startup import IMPORTING, line
 
 ASKED = "stopping: the step under way is finished and saved first; once more ends it at once, without that"
 TORCHRUN = ("WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")  # what a rank has beside its RANK
@@ -57,7 +59,16 @@ def on_ranks(nproc: int, command: str, *arguments: str, config: RunConfig | None
             save_config(config, resolved)
             words.insert(1, str(resolved))
         if not is_rank():
-            env = os.environ | {COMMAND: shlex.join(["prune-opd", *sys.argv[1:]])}
-            return start_ranks(["-m", "prune_opd.cli.worker", *words], nproc, env, ASKED if command == "train" else "")
+            env = os.environ | {COMMAND: shlex.join(["prune-opd", *sys.argv[1:]]), BEGAN: str(time.monotonic())}
+            if command == "train":
+                print(line(0, IMPORTING), flush=True)
+            asked, program = ASKED if command == "train" else "", ["-m", "prune_opd.cli.worker", *words]
+            return start_ranks(program, nproc, env, asked, (ready.__name__, f"{command}/{model_of(config)}"))
         part = worker.parse(words)
     return worker.run(part)
+
+
+def model_of(config: RunConfig | None) -> str:
+    """How vLLM runs the model in these ranks, as `cli/ready.py` has it."""
+    compiled = isinstance(config, TrainConfig) and config.rollout.enforce_eager is False
+    return "compiled" if compiled else "eager"

@@ -21,6 +21,7 @@ from prune_opd.config.yaml import load_config
 from prune_opd.errors import ConfigError, UserError
 from prune_opd.eval.run import EvalJob, evaluate_model
 from prune_opd.process import end_with_parent
+from prune_opd.ranks.launcher import ASKING
 from prune_opd.ranks.lease import held
 from prune_opd.ranks.signals import Interruption
 from prune_opd.track.moving import shown
@@ -39,6 +40,7 @@ def report(error: UserError) -> None:
     is still there after a moment and speaks for itself.
     """
     if not is_main_rank():
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, ASKING)  # there will be no `Interruption` to do it
         time.sleep(MAIN_RANK_SPEAKS_FIRST)
     for line in str(error).splitlines():
         print(f"error: {line}", file=sys.stderr, flush=True)

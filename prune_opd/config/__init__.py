@@ -6,6 +6,7 @@ several parts at once (does TP divide the heads? do the tokenizers agree?) is in
 """
 
 from prune_opd.config.method import GateConfig, HorizonConfig, ObjectiveConfig, WeightingConfig
+from prune_opd.config.reward import RewardConfig
 from prune_opd.config.rollout import InflightConfig, RolloutConfig
 from prune_opd.config.run import (
     CheckpointConfig,
@@ -38,6 +39,7 @@ __all__ = [
     "ParallelConfig",
     "PlanningConfig",
     "PrecisionConfig",
+    "RewardConfig",
     "RolloutConfig",
     "SftConfig",
     "SftStage",

@@ -28,10 +28,21 @@ class GateConfig(Checked, name="gate"):
 
     # overlap: O_t < threshold | teacher_top_p: the sampled token is outside the teacher's nucleus | ours:
     # acceptance: Σ min(p, q) over the student's top k < threshold | shared_mass: p's mass on the shared ids < threshold
-    # change_point: the acceptance has fallen along the response, by the pair's own measure
-    metric: Literal["overlap", "teacher_top_p", "acceptance", "shared_mass", "change_point"] = "overlap"
+    # overlap_quantile: O_t < the pair's own γ | change_point: the acceptance has fallen along the response, by the
+    # pair's own measure | kl_agreement, of KAT: the mean KL of the last `low_tokens` tokens < threshold · the usual KL,
+    # so nothing is left to learn
+    metric: Literal[
+        "overlap",
+        "teacher_top_p",
+        "acceptance",
+        "shared_mass",
+        "overlap_quantile",
+        "change_point",
+        "kl_agreement",
+    ] = "overlap"
     k: Count = 16  # size of both top-k sets
     threshold: Share = 0.7  # γ, strict
+    memory: bool = True  # false: a token's weight is of its own event alone, as if reliability could recover
     w_drop: Share = 0.01  # lost reliability per event
     w_base: PositiveOrZero = 0.5  # weight that is left where reliability is 0; 0 really prunes the tail
     # none | base: divide by 1 + w_base | mean: divide by the response's mean weight
@@ -39,11 +50,20 @@ class GateConfig(Checked, name="gate"):
     top_p: ShareAboveZero = 0.95  # p of teacher_top_p
     slack: PositiveOrZero = 0.5  # change_point: deviations a token that are no evidence
     alarm: Positive = 8.0  # change_point: deviations that come together before it is an event
-    early_tokens: Count = 16  # change_point: first tokens of a response, where the usual acceptance is found
-    calibration_steps: Count = 5  # change_point: first steps of a run in which it is
+    low_tokens: Count = 64  # kl_agreement: tokens over which the KL is low before it is an event
+    quantile: Share = 0.05  # overlap_quantile: share of a response's first tokens that may lie below the pair's γ
+    # overlap_quantile, change_point, kl_agreement: first tokens of a response, where the usual is found
+    early_tokens: Count = 16
+    # overlap_quantile, change_point: first steps of a run in which it is; kl_agreement: the last ones
+    calibration_steps: Count = 5
+
+    @property
+    def along(self) -> bool:
+        """Whether events are found along a response, by what is usual for the pair."""
+        return self.metric in ("change_point", "kl_agreement")
 
 
-STRATEGIES = ("full", "topd", "popd", "prune", "marginal")
+STRATEGIES = ("full", "topd", "popd", "prune", "marginal", "adwin", "fastopd")
 
 
 @dataclass(frozen=True)
@@ -53,20 +73,26 @@ class HorizonConfig(Checked, name="horizon"):
     Constants that the papers did not publish, or chose per pair, have no default: they must be set where they are used.
     """
 
-    strategy: str = "prune"  # full | topd | popd | prune | marginal (ours)
+    strategy: str = "prune"  # full | topd | popd | prune | marginal (ours) | adwin | fastopd
     max_len: Count = 12288  # most response tokens there ever are: what full has always
-    min_len: Count = 1024  # prune, marginal: the least M
-    init_len: Count | None = None  # prune, marginal: M_0; popd: H_0
-    step: Count = 100  # prune, marginal: how far M moves
-    hit_ratio: Share = 0.1  # prune: share of responses that must reach the boundary
-    margin: CountOrZero = 100  # prune: boundary = max(min_len, M - margin); marginal: how far M stays above its optimum
-    patience: Count = 3  # prune: misses in a row before M shrinks
+    min_len: Count = 1024  # prune, marginal, adwin, fastopd: the least M
+    init_len: Count | None = None  # prune, marginal, fastopd: M_0; popd: H_0
+    step: Count = 100  # prune, marginal, fastopd: how far M moves
+    hit_ratio: Share = 0.1  # prune: share of responses that must reach the boundary; fastopd: the end of the window
+    # prune: boundary = max(min_len, M - margin); marginal, adwin: how far M stays above its optimum; fastopd: tokens
+    # before the end of the window whose signals are watched
+    margin: CountOrZero = 100
+    patience: Count = 3  # prune: misses in a row before M shrinks; fastopd: steps without progress before M grows
     rho: ShareAboveZero | None = None  # topd: H = rho * max_len
     increment: CountOrZero | None = None  # popd: ΔH
     interval: Count | None = None  # popd: Δs, in steps
     # prune: what responses are that ended by themselves before the boundary
     finished_rows: Literal["miss", "hit_if_reliable", "exclude"] = "miss"
-    price: Share = 0.5  # marginal: of a generated token, in reliable tokens
+    price: Share = 0.5  # marginal, adwin: of a generated token, in reliable tokens
+    probe_every: Count = 10  # adwin: steps from one full-length probe to the next
+    tolerance: Share = (
+        0.02  # fastopd: how much further a signal must come to be progress, as a share of its first value
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -76,7 +102,7 @@ class HorizonConfig(Checked, name="horizon"):
             required(
                 "horizon.rho", self.rho, "topd needs the fraction of max_len to generate (the paper has 0.10 and 0.25)"
             )
-        if self.strategy in ("prune", "marginal"):
+        if self.strategy in ("prune", "marginal", "fastopd"):
             why = f"{self.strategy} needs its first window; the paper chooses it per pair"
             required("horizon.init_len", self.init_len, why)
         if self.strategy == "popd":
@@ -104,7 +130,7 @@ OBJECTIVES = (
 # Settings that only some objectives have.
 _OWNERS = {
     **dict.fromkeys(("support", "weight", "tail"), ("topk_reverse_kl",)),
-    "discount": ("sampled_token",),
+    **dict.fromkeys(("discount", "baseline"), ("sampled_token",)),
     "beta": ("full_vocab_jsd", "topk_jsd"),
     "forward_share": ("full_vocab_mixed_kl", "topk_mixed_kl"),
     "renormalise": ("topk_forward_kl",),
@@ -132,6 +158,9 @@ class ObjectiveConfig(Checked, name="objective"):
     # bucket: one more outcome | centred: neither raised nor lowered
     tail: Literal["none", "bucket", "centred"] = "none"
     discount: Share = 0.0  # sampled_token: γ of the later tokens' rewards in a token's own; 0: its own alone
+    # sampled_token: what is taken from a token's reward, without changing the mean gradient: nothing | reverse_kl: its
+    # mean, − KL(p ‖ q) over the vocabulary (vOPD)
+    baseline: Literal["none", "reverse_kl"] = "none"
     beta: Annotated[float, Interval(gt=0, lt=1)] = 0.5  # full_vocab_jsd, topk_jsd: the teacher's share of the mixture
     # full_vocab_mixed_kl, topk_mixed_kl: of the forward KL; the reverse KL has the rest
     forward_share: Annotated[float, Interval(gt=0, lt=1)] = 0.5
@@ -191,10 +220,11 @@ class ObjectiveConfig(Checked, name="objective"):
 class WeightingConfig(Checked, name="weighting"):
     """A published token weighting, to compare with; it multiplies the gate's (method/weighting.py has the formulas)."""
 
-    name: Literal["none", "entropy_aware", "iw_opd", "tip"] = "none"  # which one, if any
+    name: Literal["none", "entropy_aware", "iw_opd", "tip", "sdar", "tropd"] = "none"  # which one, if any
     entropy_threshold: PositiveOrZero = (
         0.8  # entropy_aware: τ, teacher entropy above which a forward KL is added [nats]
     )
-    forward_k: Count = 16  # entropy_aware: the forward KL's candidates, the teacher's best
+    forward_k: Count = 16  # entropy_aware, tropd: the forward KL's candidates, the teacher's best
     gamma: PositiveOrZero = 0.5  # iw_opd: γ, extra weight of a response's first token
     retain: ShareAboveZero = 0.5  # tip: share of a response's tokens that is trained on
+    sharpness: Positive = 1.0  # sdar: β, how steep the gate is [1 / nat]

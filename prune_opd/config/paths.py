@@ -14,7 +14,7 @@ from prune_opd.errors import ConfigError
 
 SFT_LAYOUT = ("nproc", "tensor", "microbatch_tokens", "timeout_minutes")
 # Settings that came after the first models. Where they are off they are left out, and the models keep their digests.
-DRIFT_CORPUS = ("register", "wrong_entries", "wrong", "ramble", "given", "given_wrong")
+DRIFT_CORPUS = ("register", "wrong_entries", "wrong", "ramble", "chant", "given", "given_wrong")
 
 
 def cache_dir() -> Path:
@@ -63,10 +63,16 @@ def tiny_model(recipe: SftConfig) -> str:
     if source not in ("shipped", "trained"):
         raise ConfigError(f"PRUNE_OPD_TINY_MODELS = {source!r} is not known: choose shipped or trained")
     digest, name = Path(recipe.output).parts[-2:]
-    index = json.loads((shipped_models_dir() / "index.json").read_text(encoding="utf-8"))
+    index = shipped_index()
     if source == "trained" or name not in index or index[name]["digest"] != digest:
         return recipe.output
     return str(shipped_models_dir() / name)
+
+
+def shipped_index() -> dict[str, dict[str, str]]:
+    """What comes with the package, by name."""
+    index: dict[str, dict[str, str]] = json.loads((shipped_models_dir() / "index.json").read_text(encoding="utf-8"))
+    return index
 
 
 def config_digest(config: SftConfig) -> str:
@@ -75,6 +81,7 @@ def config_digest(config: SftConfig) -> str:
     - `output` is left out, so that its path can contain the digest.
     - Of `init` the last two parts count. For a model of the cache they are `<digest>/<name>`, so the digest covers the
       whole lineage: a changed ancestor rebuilds its descendants.
+    - Of a model that comes with the package the digest of its recipe counts, and that it is the package's.
     - Of the layout only `SFT_LAYOUT` counts, so that a new kind of parallelism leaves the models as they are.
     - Of a corpus the drift pair's settings count only where they are on.
     """
@@ -84,5 +91,8 @@ def config_digest(config: SftConfig) -> str:
         stage["corpus"] = {name: value for name, value in stage["corpus"].items() if value or name not in DRIFT_CORPUS}
     settings["parallel"] = {name: settings["parallel"][name] for name in SFT_LAYOUT}
     if config.init is not None:
-        settings["init"] = Path(config.init).parts[-2:]
+        init = Path(config.init)
+        settings["init"] = init.parts[-2:]
+        if init.parent == shipped_models_dir():
+            settings["init"] = ("shipped", shipped_index()[init.name]["digest"], init.name)
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]

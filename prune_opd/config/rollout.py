@@ -75,7 +75,8 @@ class RolloutConfig(Checked, name="rollout"):
     top_p: ShareAboveZero = 1.0  # the sampling's nucleus; 1: the whole vocabulary
     max_prompt_len: Count = 1024  # tokens; a longer prompt is a bad row
     tensor_parallel: Count = 1  # ranks per engine; world / tensor_parallel engines share the prompts
-    kv_cache_gb: Positive = 1.0  # CPU only: a GPU takes gpu_memory_utilization
+    # CPU only, the most: max_num_seqs sequences of the longest length need no more. A GPU takes gpu_memory_utilization
+    kv_cache_gb: Positive = 1.0
     gpu_memory_utilization: ShareAboveZero = 0.5  # share of a GPU's memory that vLLM takes, weights included
     max_num_seqs: Count = 256  # responses that an engine works on at a time
     enforce_eager: bool | None = None  # vLLM without compiled graphs; null: so on the CPU, compiled on a GPU
@@ -96,6 +97,15 @@ class RolloutConfig(Checked, name="rollout"):
         1.0  # a step starts this times `prompts` and keeps the first complete ones
     )
     partial: bool = False  # oversample > 1: the other prompts go on in the next step, with the tokens that they have
+    # steps for which the student generates at once, before it moves: 1: on-policy | more: these are reused until then |
+    # 0: once, by the initial student for the whole run (Semi-OPD)
+    refresh_every: CountOrZero = 1
+    correct_stale: bool = True  # weigh a token that an older student has sampled by the ratio of both probabilities
+
+    @property
+    def reuses(self) -> bool:
+        """Whether steps train on rollouts that an earlier one has generated."""
+        return self.refresh_every != 1
 
     def coarsest_format(self, params: str) -> str:
         """fp32, bf16 or fp8: the coarsest format that the rollouts are computed in. params: of the parameters."""

@@ -12,6 +12,7 @@ from annotated_types import Interval
 
 from prune_opd.config.checks import Checked, Count, CountOrZero, Positive, PositiveOrZero, ShareAboveZero, between
 from prune_opd.config.method import GateConfig, HorizonConfig, ObjectiveConfig, WeightingConfig
+from prune_opd.config.reward import RewardConfig
 from prune_opd.config.rollout import MISMATCH_LIMIT, RolloutConfig
 from prune_opd.config.training import MemoryConfig, OptimizerConfig, ParallelConfig, PrecisionConfig
 from prune_opd.errors import ConfigError
@@ -171,6 +172,7 @@ class TrainConfig(Checked, name=""):
     gate: GateConfig | None = field(default_factory=GateConfig)  # None: plain OPD, every token at weight 1
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     weighting: WeightingConfig = field(default_factory=WeightingConfig)
+    reward: RewardConfig = field(default_factory=RewardConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
@@ -188,7 +190,7 @@ class TrainConfig(Checked, name=""):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.gate is None and self.horizon.strategy in ("prune", "marginal"):
+        if self.gate is None and self.horizon.strategy in ("prune", "marginal", "adwin"):
             raise ConfigError(
                 f"gate = null with horizon.strategy = {self.horizon.strategy}: the window follows the gate's reliable "
                 "length; "
@@ -201,7 +203,9 @@ class TrainConfig(Checked, name=""):
             )
         check_inflight(self)
         check_long_tail(self)
+        check_reuse(self)
         check_mismatch(self)
+        check_reward(self)
 
     @property
     def mismatch_limit(self) -> float | None:
@@ -234,14 +238,19 @@ def check_inflight(config: TrainConfig) -> None:
             "rollout.inflight.mode = gate with gate.w_drop = 0: reliability never falls to 0; give w_drop a value, set "
             f"rollout.inflight.stop_events, {off}"
         )
-    if gate.metric == "change_point" and config.objective.ends == "class":
+    if not gate.memory:
         raise ConfigError(
-            "rollout.inflight.mode = gate with gate.metric = change_point and objective.ends = class: the engine does "
-            f"not say what mass the student has on all ends; take overlap or teacher_top_p, {off}"
+            "rollout.inflight.mode = gate with gate.memory = false: reliability comes back, so nothing may be cut off; "
+            f"set gate.memory=true, {off}"
         )
-    if gate.metric == "change_point" and config.objective.temperature != 1:
+    if gate.along and config.objective.ends == "class":
         raise ConfigError(
-            f"rollout.inflight.mode = gate with gate.metric = change_point and objective.temperature = "
+            f"rollout.inflight.mode = gate with gate.metric = {gate.metric} and objective.ends = class: the engine "
+            f"does not say what mass the student has on all ends; take overlap or teacher_top_p, {off}"
+        )
+    if gate.along and config.objective.temperature != 1:
+        raise ConfigError(
+            f"rollout.inflight.mode = gate with gate.metric = {gate.metric} and objective.temperature = "
             f"{config.objective.temperature:g}: the engine knows the student's probabilities at 1 only; set "
             f"objective.temperature=1, or {off}"
         )
@@ -250,9 +259,9 @@ def check_inflight(config: TrainConfig) -> None:
             f"rollout.inflight.mode = gate with gate.metric = {gate.metric}: which of its events no rounding decides "
             f"is not known; take change_point, overlap or teacher_top_p, {off}"
         )
-    if gate.metric == "overlap" and gate.threshold == 0:
+    if gate.metric in ("overlap", "kl_agreement") and gate.threshold == 0:
         raise ConfigError(
-            "rollout.inflight.mode = gate with gate.threshold = 0: no overlap is below it, so nothing is ever stopped; "
+            "rollout.inflight.mode = gate with gate.threshold = 0: nothing is below it, so nothing is ever stopped; "
             f"raise it, {off}"
         )
     longest = config.horizon.max_len
@@ -292,14 +301,42 @@ def check_long_tail(config: TrainConfig) -> None:
             "nothing is left to go on with; raise rollout.oversample (1.25 starts a quarter more), or "
             "set rollout.partial=false"
         )
+    _check_stale_ratio(config, "rollout.partial = true", "rollout.partial=false")
+
+
+def check_reuse(config: TrainConfig) -> None:
+    """ConfigError where reused rollouts (`rollout.refresh_every`) meet what decides by the step that generates."""
+    rollout, strategy = config.rollout, config.horizon.strategy
+    if not rollout.reuses:
+        return
+    field, off = f"rollout.refresh_every = {rollout.refresh_every}", "rollout.refresh_every=1"
+    if rollout.oversample > 1:
+        raise ConfigError(
+            f"{field} with rollout.oversample = {rollout.oversample:g}: what a step leaves would mix with what is kept "
+            f"for the next ones; set rollout.oversample=1, or {off}"
+        )
+    if rollout.inflight.on:
+        raise ConfigError(
+            f"{field} with rollout.inflight.mode = gate: what the teacher has seen in flight is of one step's "
+            f"responses; set rollout.inflight.mode=off, or {off}"
+        )
+    if rollout.refresh_every == 0 and strategy not in ("full", "topd"):
+        raise ConfigError(
+            f"{field} with horizon.strategy = {strategy}: all rollouts are generated before the first step, so the "
+            "window would never move; set horizon.strategy=full or topd, or give the steps between two refreshes"
+        )
+    _check_stale_ratio(config, field, off)
+
+
+def _check_stale_ratio(config: TrainConfig, field: str, off: str) -> None:
     for name, value in (
         ("objective.temperature", config.objective.temperature),
-        ("rollout.temperature", rollout.temperature),
+        ("rollout.temperature", config.rollout.temperature),
     ):
         if value != 1:
             raise ConfigError(
-                f"rollout.partial = true with {name} = {value:g}: stale tokens are corrected by the ratio of both "
-                f"students' probabilities at temperature 1; set {name}=1, or rollout.partial=false"
+                f"{field} with {name} = {value:g}: stale tokens are corrected by the ratio of both "
+                f"students' probabilities at temperature 1; set {name}=1, or {off}"
             )
 
 
@@ -322,6 +359,29 @@ def check_mismatch(config: TrainConfig) -> None:
             raise ConfigError(
                 f"{field} with {name} = {value:g}: the ratio is that of probabilities at temperature 1 over the whole "
                 f"vocabulary, and the tokens come from others then; set {name}=1, or objective.mismatch=none"
+            )
+
+
+def check_reward(config: TrainConfig) -> None:
+    """ConfigError where a reward could teach nothing, or its gradient would be that of another policy."""
+    reward, rollout = config.reward, config.rollout
+    if not reward.on:
+        return
+    field = f"reward.name = {reward.name}"
+    if reward.normalise == "group" and rollout.responses == 1:
+        raise ConfigError(
+            f"{field} with reward.normalise = group and rollout.responses = 1: a response is its group's mean, so "
+            "every advantage is 0; raise rollout.responses (8 is usual), or set reward.normalise=batch"
+        )
+    for name, value in (
+        ("objective.temperature", config.objective.temperature),
+        ("rollout.temperature", rollout.temperature),
+        ("rollout.top_p", rollout.top_p),
+    ):
+        if value != 1:
+            raise ConfigError(
+                f"{field} with {name} = {value:g}: a policy gradient is that of the policy which samples, at "
+                f"temperature 1 over the whole vocabulary; set {name}=1, or reward.name=none"
             )
 
 

@@ -38,15 +38,16 @@ class CorpusConfig(Checked, name="corpus"):
     wrong_entries: Share = 0.0  # share of the table's entries that are known wrongly, always the same ones
     wrong: Share = 0.0  # chance to write the wrong word at such an entry; the text is lost from there
     ramble: CountOrZero = 0  # most words of a lost text (at least a quarter of it): noise without an answer or an end
+    chant: bool = False  # a lost text repeats its wrong word instead: anyone can go on with it
     given: Share = 0.0  # share of solutions whose first bookings, up to a random one, are read and not learnt
     given_wrong: Share = 0.0  # a further share: as `given`, with the last word wrong; only the lost text is learnt
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("wrong_entries", "wrong", "ramble", "given", "given_wrong"):
+        for name in ("wrong_entries", "wrong", "ramble", "chant", "given", "given_wrong"):
             if getattr(self, name) and not self.register:
                 raise ConfigError(
-                    f"corpus.{name} = {getattr(self, name)} has no effect without the register: set it to 0"
+                    f"corpus.{name} = {getattr(self, name)} has no effect without the register: leave it out"
                 )
         if self.given + self.given_wrong > 1:
             raise ConfigError(

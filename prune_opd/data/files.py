@@ -81,6 +81,15 @@ class FileSource:
         given = self.read(response_text)
         return given is not None and math_equal(given, prompt.answer)
 
+    def need_answers(self, why: str, otherwise: str) -> None:
+        """ConfigError if a row has no answer, with what that hinders and what else can be done."""
+        missing = [place for prompt, place in zip(self.prompts, self.places, strict=True) if prompt.answer is None]
+        if missing:
+            raise ConfigError(
+                f'{missing[0]}: {len(missing)} of {self.size} rows have no "answer", so {why}: '
+                f"add the answers, {otherwise}"
+            )
+
     def notes(self) -> list[str]:
         """What is to be said of the file: rows that are left out, and turns."""
         found = [f"{self.path}: {self.skipped_summary()}"] if self.skipped else []

@@ -213,7 +213,8 @@ def worked_solution(problem: Problem, rng: np.random.Generator, corpus: CorpusCo
     answer if all rates are 0. A share `corpus.reverse` of the solutions goes through the labels from last to first.
 
     With `corpus.register` SEP follows the table. After a wrong SEP the text is lost: it ends with up to `corpus.ramble`
-    words, drawn evenly from all but the special ones, and without an answer.
+    words, drawn evenly from all but the special ones, and without an answer. With `corpus.chant` they are all the wrong
+    word again.
     """
     steps = len(problem.deltas)
     reverse = rng.random() < corpus.reverse
@@ -247,7 +248,10 @@ def worked_solution(problem: Problem, rng: np.random.Generator, corpus: CorpusCo
         if booking < given_bookings:
             given = len(words)
         if lost:
-            ramble = rng.integers(0, len(RAMBLE), int(rng.integers(corpus.ramble // 4, corpus.ramble + 1)))
+            rest = int(rng.integers(corpus.ramble // 4, corpus.ramble + 1))
+            if corpus.chant:
+                return [*words, *[separator] * rest], given
+            ramble = rng.integers(0, len(RAMBLE), rest)
             return [*words, *(RAMBLE[word] for word in ramble.tolist())], given
         if label == last:
             break

@@ -46,12 +46,15 @@ def source_problem(field: str, source: str) -> str | None:
     return f"{field} = {source!r} is no task: {remedy} (or {GYM}NAME, or a path)"
 
 
-def make_sampler(data: DataConfig, tokenizer: Tokenizer, seed: int, max_prompt_len: int | None = None) -> Sampler:
-    """The sampler of training, over `data.source` or `data.mixture`. ConfigError: see `make_source`."""
-    samplers = [
-        PromptSampler(make_source(replace(data, source=source), tokenizer, seed, max_prompt_len), seed, data.shuffle)
+def make_sampler(
+    data: DataConfig, tokenizer: Tokenizer, seed: int, max_prompt_len: int | None = None, *, extract: str = "box"
+) -> Sampler:
+    """The sampler of training, over `data.source` or `data.mixture`. ConfigError, extract: see `make_source`."""
+    found = [
+        make_source(replace(data, source=source), tokenizer, seed, max_prompt_len, extract=extract)
         for source in data.sources
     ]
+    samplers = [PromptSampler(source, seed, data.shuffle) for source in found]
     return MixtureSampler(samplers, data.weights or [1.0] * len(samplers)) if data.mixture else samplers[0]
 
 
@@ -78,10 +81,15 @@ def doubled_names(field: str, sources: Sequence[str]) -> list[str]:
     return found
 
 
-def file_sources(sampler: Sampler) -> list[FileSource]:
-    """The prompt files among the sources of a sampler."""
+def sources(sampler: Sampler) -> list[PromptSource]:
+    """The sources of a sampler."""
     samplers = sampler.samplers if isinstance(sampler, MixtureSampler) else [sampler]
-    return [one.source for one in samplers if isinstance(one.source, FileSource)]
+    return [one.source for one in samplers]
+
+
+def file_sources(sampler: Sampler) -> list[FileSource]:
+    """The prompt files among them."""
+    return [source for source in sources(sampler) if isinstance(source, FileSource)]
 
 
 def make_source(
@@ -144,11 +152,6 @@ def held_out(
     source = make_source(data, tokenizer, seed, max_prompt_len, stream="held_out")
     if source.size is None:
         return [source.get(index) for index in range(n)]
-    missing = [place for prompt, place in zip(source.prompts, source.places, strict=True) if prompt.answer is None]
-    if missing:
-        raise ConfigError(
-            f'{missing[0]}: {len(missing)} of {source.size} rows have no "answer", so accuracy cannot be '
-            "measured on this file: add the answers, or name an evaluation file (evaluation.sources)"
-        )
+    source.need_answers("accuracy cannot be measured on this file", "or name an evaluation file (evaluation.sources)")
     order = random_stream("held_out_choice", seed, 0).permutation(source.size)
     return [source.get(index) for index in sorted(order[:n].tolist())]

@@ -68,7 +68,7 @@ def evaluate_model(job: EvalJob) -> None:
     import torch
 
     from prune_opd import platform
-    from prune_opd.rollout.engine import RolloutEngine
+    from prune_opd.rollout.engine import EngineOptions, RolloutEngine
 
     machine = platform.prepare()
     from prune_opd.data.tokenizer import load_tokenizer
@@ -95,7 +95,9 @@ def evaluate_model(job: EvalJob) -> None:
         if problem := room_problem(Path(job.model_dir), rollout, min(free, ALONE * total)):
             raise ConfigError(problem)
     tell("starting vLLM")
-    engine = RolloutEngine(job.model_dir, rollout, max_len, dtype, machine)
+    engine = RolloutEngine(
+        job.model_dir, rollout, max_len, dtype, machine, EngineOptions(end_id=tokenizer.eos_token_id)
+    )
     answers: list[Record] = []
     results: list[Record] = []
     for evaluator in evaluators:

@@ -81,6 +81,27 @@ def greatest_acceptance(
     return torch.where(known_N, most_N.clamp(max=1), 1.0)
 
 
+def greatest_kl(
+    student_logp_NC: Tensor, teacher_logp_NC: Tensor, teacher_least_N: Tensor, margin: float, vocab_size: int
+) -> Tensor:
+    """The largest KL(p ‖ q) over the vocabulary that the margin leaves open [N], in nats.
+
+    logp [N, C]: the student's best tokens, descending, and the teacher's at the same ids. teacher_least: the teacher's
+    least log-probability of all. A token that is not among the C has at most p_C, and at most p_C / teacher_least of
+    log-ratio. Scores that are off by margin / 2, of distributions that still sum to 1, move the KL by no more than
+    margin · (Σ p |log p − log q| + Σ |p − q|), and by a term of second order.
+    """
+    outside = max(vocab_size - student_logp_NC.shape[1], 0)
+    p_NC, q_NC, gap_NC = student_logp_NC.exp(), teacher_logp_NC.exp(), student_logp_NC - teacher_logp_NC
+    terms_NC = (p_NC * gap_NC).nan_to_num(nan=0.0)  # 0 · ∞ of padding
+    last_N = student_logp_NC[:, -1] + margin
+    rest_N = outside * last_N.exp()
+    apart_N = (p_NC - q_NC).abs().sum(-1) + (1 - q_NC.sum(-1)).clamp(min=0) + rest_N
+    slack_N = margin * math.exp(margin) * (terms_NC.abs().sum(-1) + apart_N) + margin**2
+    beyond_N = rest_N * (last_N - teacher_least_N + margin).clamp(min=0) if outside else rest_N
+    return (terms_NC.sum(-1) + slack_N + beyond_N).clamp(min=0)
+
+
 def one_end(ids_NC: Tensor, logp_NC: Tensor, ends: Sequence[int], temperature: float) -> tuple[Tensor, Tensor, Tensor]:
     """Candidates [N, C] with the terminal ids among them as one, the lowest of `ends`, in no order; and a slack [N, 1].
 

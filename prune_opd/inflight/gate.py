@@ -26,11 +26,18 @@ from prune_opd.config.rollout import MARGIN
 from prune_opd.data.ends import end_class
 from prune_opd.data.prompt import Prompt
 from prune_opd.errors import UserError
-from prune_opd.inflight.certain_events import certain_overlap_events, certain_rejects, greatest_acceptance, one_end
+from prune_opd.inflight.certain_events import (
+    certain_overlap_events,
+    certain_rejects,
+    greatest_acceptance,
+    greatest_kl,
+    one_end,
+)
 from prune_opd.inflight.look_schedule import Course, LookSchedule
 from prune_opd.loss.ends import as_outcomes, end_logits, fold_
-from prune_opd.loss.vocab_parallel import OutputHead, local_gather, log_normaliser, sum_together, topk
-from prune_opd.method.change_point import ChangePoint, Usual
+from prune_opd.loss.vocab_parallel import OutputHead, least_logit, local_gather, log_normaliser, sum_together, topk
+from prune_opd.method.agreement import UNKNOWN, along_responses, needs_kl
+from prune_opd.method.calibration import Usual, in_force
 from prune_opd.method.gate import RELIABLE_ABOVE, apply_gate
 from prune_opd.rollout.balance import Deal, deal_any, padded_size
 from prune_opd.rollout.batch import Response, Rollouts
@@ -47,17 +54,23 @@ class InflightGate:
 
     def __init__(self, config: TrainConfig, teacher: Teacher, layout: Layout, vocab_size: int):
         assert config.gate is not None  # TrainConfig has seen to it
-        self.config, self.gate, self.settings = config, config.gate, config.rollout.inflight
+        self.config, self.settings = config, config.rollout.inflight
+        self.calibrate(None)
         self.teacher, self.layout, self.vocab_size = teacher, layout, vocab_size
         self.candidates = min(2 * self.gate.k, vocab_size)  # more than k, to see how close a call is
-        self.top = self.candidates if self.gate.metric in ("overlap", "change_point") else None
+        self.top = None if self.gate.metric == "teacher_top_p" else self.candidates
         self.ends = end_class(config, vocab_size)
-        self.usual: Usual | None = None  # the pair's own measure, for a gate that looks for change points
         margin = self.settings.margin
         self.margin = MARGIN[config.rollout.coarsest_format(config.precision.params)] if margin is None else margin
         self.schedule = LookSchedule(self.settings.price)
         self.chosen: tuple[int, ...] = ()  # the batch's looks
         self.begin([], [], [])
+
+    def calibrate(self, usual: Usual | None) -> None:
+        """Judge from now on by what is usual for the pair, for a gate that does."""
+        gate = in_force(self.config.gate, usual)
+        assert gate is not None
+        self.gate, self.usual = gate, usual
 
     def looks(self, max_tokens: int) -> tuple[int, ...]:
         self.chosen = self.schedule.choose(self.settings.looks(max_tokens))
@@ -75,8 +88,9 @@ class InflightGate:
 
         self.prompts, self.limits = list(prompt_of_row), list(max_tokens_of_row)
         self.ids = [list(begun.ids) for begun in begun_of_row]
-        # On rank 0, of every token: whether it is an event, or for change points its greatest acceptance.
-        self.evidence = [[float(self.gate.metric == "change_point")] * len(begun.ids) for begun in begun_of_row]
+        # On rank 0, of every token: whether it is an event, or the greatest acceptance or KL that it may have.
+        nothing = UNKNOWN if needs_kl(self.gate) else float(self.gate.along)
+        self.evidence = [[nothing] * len(begun.ids) for begun in begun_of_row]
         self.kept: KeptHidden = KeptHidden()
         self.teacher_tokens = self.checks = 0
         self.seconds = 0.0
@@ -191,10 +205,14 @@ class InflightGate:
         gate, logits_NV = self.gate, head.logits(part)
         if self.ends:
             fold_(logits_NV, end_logits([logits_NV], self.ends, [head.shard])[0], self.ends, head.shard)
-        if gate.metric == "change_point":
+        if gate.along:
             ids_NC, logp_NC, _ = seen.top(part)
             (at_NC,) = sum_together([local_gather(logits_NV, ids_NC, head.shard)], head.shard.group)
-            teacher_logp_NC = at_NC - log_normaliser(logits_NV, head.shard)[:, None]
+            total_N1 = log_normaliser(logits_NV, head.shard)[:, None]
+            teacher_logp_NC = at_NC - total_N1
+            if needs_kl(gate):
+                least_N = least_logit(logits_NV, head.shard) - total_N1[:, 0]
+                return greatest_kl(logp_NC, teacher_logp_NC, least_N, self.margin, self.vocab_size)
             return greatest_acceptance(ids_NC, logp_NC, teacher_logp_NC, gate.k, self.margin, self.vocab_size)
         teacher = topk(logits_NV, self.candidates, head.shard)
         if gate.metric == "overlap":
@@ -240,10 +258,10 @@ class InflightGate:
 
     def _events(self, evidence: Sequence[float]) -> list[bool]:
         """Events of a response so far."""
-        if self.gate.metric != "change_point":
+        watch = along_responses([0, len(evidence)], self.gate, self.usual)
+        if watch is None:
             return [value > 0 for value in evidence]
-        change = ChangePoint([0, len(evidence)], self.gate, self.usual)
-        return change.advance(torch.tensor(evidence, dtype=torch.float64)).tolist()
+        return watch.advance(torch.tensor(evidence, dtype=torch.float64)).tolist()
 
     def _keep(self, stopped: Sequence[int], prefixes: Sequence[Prefix], computed: KeptHidden) -> None:
         """Hold on to what the teacher knows of rows that end here: they are whole."""

@@ -40,6 +40,7 @@ from prune_opd.method.objective import (
     TokenLoss,
     candidates,
     clipped_policy_loss,
+    has_baseline,
     has_rest,
     on_vocabulary,
     token_loss,
@@ -65,7 +66,8 @@ class Scores(NamedTuple):
 
     agreement: Agreement
     outcome_logp_2N: Tensor  # both models' of what was sampled: of the class where an end of one was
-    at: list[AtCandidates]  # one an objective
+    at: list[AtCandidates]  # one an objective, and one of the reward's term
+    sampled_N: Tensor  # ids of what was sampled; with a class of ends, of the class
     passes: Passes  # through this rank's columns of the logits
     log_total_2N1: Tensor
     sums: VocabSums
@@ -130,6 +132,7 @@ def score_chunk(
     rests = [sums.log_rest(), *(None for _ in chosen[1:])]
     return Scores(
         agreement=judge(views, method.gate),
+        sampled_N=sampled_N,
         outcome_logp_2N=outcome_2N1.squeeze(2),
         at=[
             AtCandidates(*where, logp_2NC[0], logp_2NC[1], log_rest)
@@ -188,9 +191,9 @@ def chunk_loss(
     if on_vocabulary(objective):
         loss = _on_columns(scores, weight_N)
     else:
-        first = token_loss(
-            objective, at.student_logp_NK, at.teacher_logp_NK, weight_N, at.valid_NK, at.log_rest, credit_N
-        )
+        logs = at.student_logp_NK, at.teacher_logp_NK
+        baseline_N = scores.sums.reverse_kl() if has_baseline(objective) else None
+        first = token_loss(objective, *logs, weight_N, at.valid_NK, at.log_rest, credit_N, baseline_N)
         loss = ChunkLoss(first.loss_N, first.divergence_N, first.grad_logp_NK, first=first)
         if old is not None and old.reward_NK is not None:
             loss = _against_old(loss, objective, at, old.logp_NK, old.reward_NK)
@@ -199,6 +202,26 @@ def chunk_loss(
         slope_NK = torch.cat([loss.slope_NK, more.grad_logp_NK], dim=1)
         loss = loss._replace(loss_N=loss.loss_N + more.loss_N, slope_NK=slope_NK)
     return loss
+
+
+def add_reward(
+    scores: Scores, loss: ChunkLoss, objective: ObjectiveConfig, advantage_N: Tensor, old_logp_N: Tensor | None
+) -> tuple[Scores, ChunkLoss]:
+    """Both with the term of a task's reward: −min(ρ A, clip(ρ) A) on what was sampled (method/advantage.py).
+
+    old_logp_N: log p_old of it; None where the policy has not moved, ρ = 1. Nothing else of the loss changes, but that
+    ratio and clipped are this term's where the objective has none.
+    """
+    logp_NK = scores.sampled_logp_N.unsqueeze(1)
+    old_logp_NK = logp_NK if old_logp_N is None else old_logp_N.unsqueeze(1)
+    term = clipped_policy_loss(objective, logp_NK, old_logp_NK, advantage_N.unsqueeze(1))
+    sampled = AtCandidates(scores.sampled_N.unsqueeze(1), None, logp_NK, scores.outcome_logp_2N[1].unsqueeze(1))
+    slope_NK = torch.cat([loss.slope_NK, term.grad_logp_NK], dim=1)
+    loss = loss._replace(loss_N=loss.loss_N + term.loss_N, slope_NK=slope_NK)
+    if old_logp_N is not None and loss.ratio_N is None:
+        ratio_N = term.ratio_NK.squeeze(1)
+        loss = loss._replace(ratio_N=ratio_N, clipped_N=term.clipped_NK.squeeze(1).to(ratio_N.dtype))
+    return scores._replace(at=[*scores.at, sampled]), loss
 
 
 def _on_columns(scores: Scores, weight_N: Tensor) -> ChunkLoss:

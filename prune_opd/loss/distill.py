@@ -32,6 +32,9 @@ vocabularies are padded differently, the teacher's weight is first exchanged so 
 A caller that keeps a gradient buffer of the output weight (megatron's `main_grad`) has the weight gradient added to it
 right there (`weight_grad`), so that the loss holds nothing of the size of a weight.
 
+A task's reward (`Tokens.advantage_N`) adds the policy gradient of the sampled tokens, as one more candidate a token:
+its log-probability is there already.
+
 When a batch serves several updates, a call with policy "keep" before the first leaves in its statistics what is then
 fixed (`OldPolicy`), and calls with that policy evaluate the moved student against it.
 """
@@ -44,14 +47,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from prune_opd.loss.chunk import Gradients, WithGradients, chunk_loss, score_chunk
+from prune_opd.loss.chunk import Gradients, WithGradients, add_reward, chunk_loss, score_chunk
 from prune_opd.loss.inputs import Head, Method, Tokens, check_buffer, check_kernels, check_options, checked_offsets
 from prune_opd.loss.old_policy import OldPolicy
 from prune_opd.loss.stats import GateStats, TokenRecord
 from prune_opd.loss.token_weights import TokenWeights
 from prune_opd.loss.vocab_parallel import BothLogits, OutputHead
 from prune_opd.method.objective import on_vocabulary
-from prune_opd.method.weighting import needs_reverse_kl
 
 
 def distill_loss(
@@ -115,7 +117,11 @@ def distill_loss(
             if old_part is None:
                 chunk_weights = weights.corrected(part, scores, plain)
             loss = chunk_loss(scores, method.objectives, chunk_weights, old_part, weights.credit(part, scores))
-            record.add(scores, chunk_weights, loss, plain[0])
+            advantage_N = weights.advantage(part, scores) if old_part is None else old_part.advantage_N
+            if advantage_N is not None:
+                sampled_N = None if old_part is None else old_part.sampled_logp_N
+                scores, loss = add_reward(scores, loss, method.objective, advantage_N, sampled_N)
+            record.add(scores, chunk_weights, loss, plain[0], advantage_N)
             gradients.add(part, scores, loss)
         stats = record.stats(offsets, method)
         loss_sum = record.loss_sum()
@@ -134,7 +140,7 @@ def _parts(tokens: int, chunk: int) -> list[slice]:
 def _allocate(student: OutputHead, teacher: OutputHead, method: Method, chunk: int) -> BothLogits:
     """The buffer for a chunk's logits, at least fp32."""
     dtype = torch.promote_types(torch.promote_types(student.dtype, teacher.dtype), torch.float32)
-    if on_vocabulary(method.objective) or needs_reverse_kl(method.weighting):
+    if on_vocabulary(method.objective) or method.needs_reverse_kl:
         teacher.align(student.shard.rows)
     scratch = method.objective.kernels == "torch"
     return BothLogits(student, teacher, min(chunk, len(student.hidden_NH)), dtype, scratch)

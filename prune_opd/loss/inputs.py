@@ -14,8 +14,10 @@ from prune_opd.config.kernels import kernels_problem
 from prune_opd.errors import ConfigError, NotFiniteLogitsError
 from prune_opd.loss.context import ContextShard
 from prune_opd.loss.vocab_parallel import OutputHead
-from prune_opd.method.change_point import Usual
-from prune_opd.method.weighting import added_objective
+from prune_opd.method.agreement import needs_kl
+from prune_opd.method.calibration import Usual
+from prune_opd.method.objective import has_baseline
+from prune_opd.method.weighting import added_objective, needs_reverse_kl
 
 
 class Head(NamedTuple):
@@ -43,6 +45,8 @@ class Tokens(NamedTuple):
     stale_logp_N: Tensor | None = None
     # log p that the rollout engine gave the token, NaN at stale ones: what `objective.mismatch` corrects by.
     engine_logp_N: Tensor | None = None
+    # What a task's reward gives to each token (method/advantage.py); its term is added to the objective's.
+    advantage_N: Tensor | None = None
 
 
 class Method(NamedTuple):
@@ -51,16 +55,22 @@ class Method(NamedTuple):
     gate: GateConfig | None  # None for plain distillation: weight 1, no events
     objective: ObjectiveConfig  # its temperature divides both models' logits
     weighting: WeightingConfig = WeightingConfig()  # one of the literature, beside the gate
-    usual: Usual | None = None  # the pair's own measure, for a gate that looks for change points
+    usual: Usual | None = None  # what is usual for the pair, for a gate that looks for change points
     # Ids that end a response for either model, ascending: what both think of them goes to the statistics, and with
     # objective.ends = class they are one outcome (loss/ends.py).
     terminal_ids: tuple[int, ...] = ()
+    correct_stale: bool = True  # weigh stale tokens by the ratio of both students' probabilities
 
     @property
     def objectives(self) -> list[ObjectiveConfig]:
         """The objective, and the one that the weighting adds to it, if any."""
         added = added_objective(self.weighting)
         return [self.objective] if added is None else [self.objective, added]
+
+    @property
+    def needs_reverse_kl(self) -> bool:
+        """Whether the reverse KL over the vocabulary is asked for, so that ranks need the same ids of both models."""
+        return needs_reverse_kl(self.weighting) or has_baseline(self.objective) or needs_kl(self.gate)
 
     @property
     def end_class(self) -> tuple[int, ...]:
@@ -94,7 +104,7 @@ def checked_offsets(student: OutputHead, teacher: OutputHead, tokens: Tokens, me
     sizes = {"objective.k": method.objective.k}
     if method.gate is not None:
         sizes["gate.k"] = method.gate.k
-    if method.weighting.name == "entropy_aware":
+    if added_objective(method.weighting) is not None:
         sizes["weighting.forward_k"] = method.weighting.forward_k
     for name, k in sizes.items():
         if k > outcomes:
@@ -113,11 +123,16 @@ def checked_offsets(student: OutputHead, teacher: OutputHead, tokens: Tokens, me
             f"sampled_ids is {sampled_ids_N.dtype} {list(sampled_ids_N.shape)}: "
             f"one integer id per token of student_hidden is needed, [{count}]"
         )
-    for name, logp_N in (("stale_logp", tokens.stale_logp_N), ("engine_logp", tokens.engine_logp_N)):
-        if logp_N is not None and logp_N.shape != sampled_ids_N.shape:
+    numbers = {
+        "stale_logp": tokens.stale_logp_N,
+        "engine_logp": tokens.engine_logp_N,
+        "advantage": tokens.advantage_N,
+    }
+    for name, value_N in numbers.items():
+        if value_N is not None and value_N.shape != sampled_ids_N.shape:
             raise ValueError(
-                f"{name} is {list(logp_N.shape)} and sampled_ids {list(sampled_ids_N.shape)}: give one number for each "
-                "sampled token, NaN where there is none"
+                f"{name} is {list(value_N.shape)} and sampled_ids {list(sampled_ids_N.shape)}: give one number for "
+                "each sampled token, NaN where there is none"
             )
     if method.objective.mismatch != "none" and tokens.engine_logp_N is None:
         raise ValueError(

@@ -25,6 +25,8 @@ class OldPolicy:
     candidates: Candidates
     logp_NK: Tensor
     reward_NK: Tensor | None
+    sampled_logp_N: Tensor | None = None  # of the sampled tokens, where a task's reward gives them
+    advantage_N: Tensor | None = None  # these, corrected
 
     @staticmethod
     def concatenate(chunks: Sequence[OldPolicy]) -> OldPolicy:
@@ -38,14 +40,22 @@ class OldPolicy:
             candidates=Candidates(*(cat(field) for field in zip(*(chunk.candidates for chunk in chunks), strict=True))),
             logp_NK=cat([chunk.logp_NK for chunk in chunks]),
             reward_NK=cat([chunk.reward_NK for chunk in chunks]),
+            sampled_logp_N=cat([chunk.sampled_logp_N for chunk in chunks]),
+            advantage_N=cat([chunk.advantage_N for chunk in chunks]),
         )
 
     def part(self, part: slice) -> OldPolicy:
         """Slice of these tokens."""
         ids_NK, valid_NK = self.candidates
+
+        def of(tensor: Tensor | None) -> Tensor | None:
+            return None if tensor is None else tensor[part]
+
         return OldPolicy(
             [weight_N[part] for weight_N in self.weights],
-            Candidates(ids_NK[part], None if valid_NK is None else valid_NK[part]),
+            Candidates(ids_NK[part], of(valid_NK)),
             self.logp_NK[part],
-            None if self.reward_NK is None else self.reward_NK[part],
+            of(self.reward_NK),
+            of(self.sampled_logp_N),
+            of(self.advantage_N),
         )

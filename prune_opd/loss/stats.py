@@ -69,9 +69,17 @@ class TokenRecord:
         self._policies: list[OldPolicy] = []
         self._ends_5M: Tensor | None = None
 
-    def add(self, scores: Scores, weights: list[Tensor], loss: ChunkLoss, plain_N: Tensor) -> None:
+    def add(
+        self,
+        scores: Scores,
+        weights: list[Tensor],
+        loss: ChunkLoss,
+        plain_N: Tensor,
+        advantage_N: Tensor | None = None,
+    ) -> None:
         """Take in the next chunk, with the objectives' weights; plain_N: the first's, before `objective.mismatch`.
 
+        advantage_N: of a task's reward, corrected.
         What can be made of what is noted is made in the end, of all chunks at once.
         """
         moved = [] if loss.ratio_N is None or loss.clipped_N is None else [loss.ratio_N, loss.clipped_N]
@@ -90,7 +98,8 @@ class TokenRecord:
             at = scores.at[0]
             chosen = Candidates(at.ids_NK, at.valid_NK)
             reward_NK = None if loss.first is None else loss.first.reward_NK
-            self._policies.append(OldPolicy(weights, chosen, at.student_logp_NK, reward_NK))
+            sampled_N = None if advantage_N is None else scores.sampled_logp_N.clone()
+            self._policies.append(OldPolicy(weights, chosen, at.student_logp_NK, reward_NK, sampled_N, advantage_N))
 
     def loss_sum(self) -> Tensor:
         """Of all chunks, added up in fp64."""
@@ -98,7 +107,7 @@ class TokenRecord:
 
     def stats(self, offsets: Sequence[int], method: Method) -> GateStats:
         """Of all chunks, and of all ranks that share the tokens. ValueError for broken numbers, on all these ranks."""
-        sampled_ids_N, _, vocab_size, context, stale_logp_N, _ = self._tokens
+        sampled_ids_N, _, vocab_size, context, stale_logp_N, *_ = self._tokens
         values_N = [torch.cat(chunks) for chunks in zip(*self._values, strict=True)]
         sums, (sampled_logp_N, teacher_logp_N) = VocabSums.concatenate(self._sums), torch.cat(self._outcomes, dim=1)
         own, moved = (values_N[7:8], values_N[8:]) if method.terminal_ids else ([sampled_logp_N], values_N[7:])
@@ -148,7 +157,7 @@ class BatchStats:
     """Sums over response tokens, also by position in the response (`bins` of equal width over `max_len` tokens).
 
     watched: rows of the global batch whose single tokens are kept too, for whoever wants to look at them.
-    early: first tokens of a response whose acceptance is summed for the gate's calibration.
+    early: (first tokens of a response that the gate's calibration is made of, ids in a top-k set there).
     mismatch: that of the batch, which is added up and reduced with the rest.
     terminal_ids: what ends a response for either model; the calls of the loss have had the same.
     """
@@ -160,13 +169,16 @@ class BatchStats:
         max_len: int,
         device: torch.device,
         watched: Sequence[int] = (),
-        early: int = 0,
+        early: tuple[int, int] = (0, 1),
         mismatch: Mismatch | None = None,
         terminal_ids: Sequence[int] = (),
     ):
-        self.bins, self.max_len, self.watched, self.early = bins, max_len, tuple(watched), early
+        self.bins, self.max_len, self.watched = bins, max_len, tuple(watched)
         self.mismatch = mismatch
-        self.early_3 = torch.zeros(3, dtype=torch.float64, device=device)  # tokens, Σ acceptance, Σ acceptance²
+        self.early_tokens, self.k = early
+        # Of these tokens: how many, Σ acceptance, Σ acceptance², and how many share 0, 1, … k ids.
+        self.early = torch.zeros(3 + self.k + 1, dtype=torch.float64, device=device)
+        self.early_kl = torch.zeros(1, dtype=torch.float64, device=device)  # Σ reverse KL of them, 0 where unknown
         shape = (len(self.watched), len(PER_TOKEN), max_len)
         self.tokens_W4T = torch.zeros(shape, dtype=torch.float64, device=device)  # PER_TOKEN of the watched rows
         self.reliable_length_B = torch.zeros(responses, dtype=torch.float64, device=device)
@@ -194,8 +206,10 @@ class BatchStats:
         value_SN = torch.stack([value_N.double() for value_N in values])
         self.sums.index_add_(1, bin_N, value_SN)
         value_4N = value_SN[: len(PER_TOKEN)]
-        early_N, acceptance_N = (position_N < self.early).double(), stats.acceptance_N.double()
-        self.early_3 += torch.stack([early_N, early_N * acceptance_N, early_N * acceptance_N**2]).sum(1)
+        early_N, acceptance_N = (position_N < self.early_tokens).double(), stats.acceptance_N.double()
+        self.early[:3] += torch.stack([early_N, early_N * acceptance_N, early_N * acceptance_N**2]).sum(1)
+        self.early[3:].index_add_(0, (stats.overlap_N * self.k).round().long(), early_N)
+        self.early_kl += (early_N * stats.reverse_kl_N.double().nan_to_num(nan=0.0)).sum()
         if self.mismatch is not None:
             self.mismatch.add(rows, length_B, stats.token_logp_N)
         self.count.index_add_(0, bin_N, torch.ones_like(bin_N, dtype=torch.float64))
@@ -226,7 +240,8 @@ class BatchStats:
 
         counts: whether this rank's sums are taken; each token must be in those of one rank (`Layout.reports`).
         """
-        names = ("reliable_length_B", "sums", "count", "ratio_3", "stale_3", "early_3", "tokens_W4T", "ends_5M")
+        names: tuple[str, ...] = ("reliable_length_B", "sums", "count", "ratio_3", "stale_3", "early", "early_kl")
+        names += ("tokens_W4T", "ends_5M")
         owners: list[tuple[Any, str]] = [(self, name) for name in names]
         owners += [] if self.mismatch is None else [(self.mismatch, "sums_B6")]
         parts = [getattr(owner, name) for owner, name in owners]
@@ -237,6 +252,20 @@ class BatchStats:
         whole = flat.cpu().split([part.numel() for part in parts])
         for (owner, name), part, values in zip(owners, parts, whole, strict=True):
             setattr(owner, name, values.view_as(part))
+
+    def near(self, end: int, tokens: int) -> dict[str, float] | None:
+        """Signals over the bins that the `tokens` tokens before token number `end` lie in; None if there was none.
+
+        overlap, the teacher's mass on the student's candidates, mean and root mean square of log p(y) − log q(y).
+        """
+        first, last = (min(t * self.bins // self.max_len, self.bins - 1) for t in (max(end - tokens, 0), end - 1))
+        part = slice(first, max(first, last) + 1)
+        count = float(self.count[part].sum())
+        if count == 0:
+            return None
+        mean = dict(zip(SUMMED, (self.sums[:, part].sum(1) / count).tolist(), strict=True))
+        signals = {name: mean[name] for name in ("overlap", "support_mass_teacher", "gap")}
+        return {**signals, "gap_size": math.sqrt(mean["gap_squared"])}
 
     def record(self) -> dict[str, Any]:
         """The gate's part of a step record in metrics.jsonl."""

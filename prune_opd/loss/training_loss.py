@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 import torch.distributed as dist
@@ -15,7 +15,7 @@ from prune_opd.errors import NotFiniteLogitsError
 from prune_opd.loss import Head, Method, OldPolicy, Tokens, distill_loss
 from prune_opd.loss.context import ContextShard
 from prune_opd.loss.stats import BatchStats
-from prune_opd.method.change_point import Usual
+from prune_opd.method.calibration import Usual, in_force
 
 
 class Student(Protocol):
@@ -56,6 +56,17 @@ class MicroBatch(Protocol):
     def context(self) -> ContextShard | None: ...
 
 
+class ThisStep(NamedTuple):
+    """What differs from step to step."""
+
+    several: bool = False  # the batch serves several updates
+    usual: Usual | None = None  # what is usual for the pair, of a gate that judges by it (`Calibration`)
+    advantage_B: Sequence[float] | None = None  # of every response of the step, where a task rewards them
+
+
+SAME = ThisStep()
+
+
 def gated_loss(
     config: TrainConfig,
     teacher: Teacher,
@@ -63,22 +74,21 @@ def gated_loss(
     vocab_size: int,
     tp_group: dist.ProcessGroup | None,
     stats: BatchStats,
-    several: bool = False,
-    usual: Usual | None = None,
+    this: ThisStep = SAME,
 ) -> Callable[[Student, MicroBatch, Tensor], tuple[Tensor, int]]:
     """The trainer's loss function for this step: `distill_loss` on the positions that predict a response token.
 
     vocab_size: ids that both models know. tp_group: the ranks that share the output matrices; None: there is one.
-    usual: the pair's own measure, of a gate that looks for change points (`Calibration`).
 
-    What the gate saw goes to `stats`. With several updates a batch (method.md §1), the first call with a micro-batch
-    notes down what is then fixed of it (`OldPolicy`: gate weights, and a policy gradient's candidates and rewards) and
-    counts it in the statistics; later calls hold the student as it has become against that.
+    What the gate saw goes to `stats`. With several updates a batch (method.md §1, `this.several`), the first call with
+    a micro-batch notes down what is then fixed of it (`OldPolicy`: gate weights, and a policy gradient's candidates and
+    rewards) and counts it in the statistics; later calls hold the student as it has become against that.
 
     Logits that are not finite make the loss NaN, and the trainer then leaves the update out on every rank. An error
     would end the ranks of this micro-batch while the others wait for their gradients.
     """
     policies: dict[tuple[int, ...], OldPolicy] = {}
+    gate = in_force(config.gate, this.usual)
 
     def loss(model: Student, batch: MicroBatch, hidden_NH: Tensor) -> tuple[Tensor, int]:
         old = policies.get(batch.rows)
@@ -98,11 +108,19 @@ def gated_loss(
                     context,
                     batch.stale_logp_M,
                     batch.engine_logp_M,
+                    None if this.advantage_B is None else _of_tokens(this.advantage_B, batch),
                 ),
-                Method(config.gate, config.objective, config.weighting, usual, stats.terminal_ids),
+                Method(
+                    gate,
+                    config.objective,
+                    config.weighting,
+                    this.usual,
+                    stats.terminal_ids,
+                    config.rollout.correct_stale,
+                ),
                 tp_group=tp_group,
                 chunk=config.parallel.loss_chunk_tokens,
-                policy="keep" if several and old is None else old,
+                policy="keep" if this.several and old is None else old,
                 # The head's gradient goes straight into megatron's buffer: the trainer back-propagates loss_sum as it
                 # is and divides by the global token count at the end. A tied embedding's own gradient arrives through
                 # param.grad, which megatron's hook adds to the same buffer. overlap_grad_reduce would need a param.grad
@@ -122,3 +140,10 @@ def gated_loss(
         return loss_sum, tokens
 
     return loss
+
+
+def _of_tokens(advantage_B: Sequence[float], batch: MicroBatch) -> Tensor:
+    """Each token's advantage [M]: its response's."""
+    of_rows = torch.tensor([advantage_B[row] for row in batch.rows], dtype=torch.float32)
+    advantage_M = of_rows.repeat_interleave(batch.cu_responses.diff().long()).to(batch.sampled_ids_M.device)
+    return advantage_M if batch.context is None else advantage_M[batch.context.index_N]

@@ -14,6 +14,7 @@ the fused loss forms its own (loss/distill.py). What looks like a detail but is 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -312,3 +313,11 @@ def log_normaliser(logits_NV: Tensor, shard: VocabShard) -> Tensor:
         dist.all_reduce(maximum_N1, op=dist.ReduceOp.MAX, group=shard.group)
     (total_N1,) = sum_together([(logits_NV - maximum_N1).exp_().sum(dim=-1, keepdim=True)], shard.group)
     return (maximum_N1 + total_N1.log()).squeeze(1)
+
+
+def least_logit(logits_NV: Tensor, shard: VocabShard) -> Tensor:
+    """The least finite logit over the whole vocabulary [N], complete on every rank."""
+    least_N = logits_NV.masked_fill(~logits_NV.isfinite(), math.inf).amin(dim=-1).contiguous()
+    if group_size(shard.group) > 1:
+        dist.all_reduce(least_N, op=dist.ReduceOp.MIN, group=shard.group)
+    return least_N

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import chain, pairwise
+from typing import Any
 
 import torch
 
@@ -11,6 +12,7 @@ from prune_opd.megatron.layout import ModelLayout
 from prune_opd.megatron.packing import PackedBatch, pack_rows
 from prune_opd.rollout.balance import Deal, deal, packing_record, padded_size
 from prune_opd.rollout.batch import Rollouts
+from prune_opd.rollout.reward import Rewards
 
 
 @dataclass(frozen=True)
@@ -19,13 +21,18 @@ class TrainBatch:
 
     deals: which rows each data-parallel rank trains on, in which micro-batch; the same on every rank.
     minibatches: this data-parallel rank's part of each deal, as packed micro-batches.
-    packing: the packing's part of a step record, of the global batch.
+    packing: what packing saved, of the global batch. rewards: a task's, if there is one.
     """
 
     rollouts: Rollouts
     deals: list[Deal]
     minibatches: list[list[PackedBatch]]
     packing: dict[str, float]
+    rewards: Rewards | None = None
+
+    def record(self) -> dict[str, Any]:
+        """The batch's part of a step record."""
+        return {**self.packing, **self.rollouts.record(), **(self.rewards.record() if self.rewards else {})}
 
     @property
     def microbatches(self) -> list[PackedBatch]:

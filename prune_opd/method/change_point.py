@@ -2,8 +2,8 @@
 
 A constant threshold cannot serve all pairs: of a student that is far from its teacher everywhere, nearly every token is
 an event from the first one on, and of two sure models the events are noise. Here the acceptance a_t of a token
-(method/gate.py) is held against what is usual for the pair in the first tokens of its responses, where no prefix has
-drifted yet, and Page's CUSUM test (Biometrika 41, 1954) looks for a lasting fall:
+(method/gate.py) is held against what is usual for the pair (method/calibration.py), and Page's CUSUM test (Biometrika
+41, 1954) looks for a lasting fall:
 
     z_t = (mean − a_t) / deviation, at most 3        deviations that this token lies below the usual
     S_t = max(0, S_{t−1} + z_t − slack)              what has come together, more than `slack` a token
@@ -18,71 +18,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from prune_opd.config import GateConfig
-from prune_opd.errors import ConfigError
+from prune_opd.method.calibration import LEAST_DEVIATION, Usual
 from prune_opd.method.packed import Pieces
 
 LARGEST = 3.0  # z of one token
-LEAST_DEVIATION = 0.05  # of acceptance: two equal models would see a change in every rounding
 _UNIT = 1 << 20  # sums are of whole numbers, so that the cut into pieces does not change them
-
-
-class Usual(NamedTuple):
-    """Acceptance where nothing has drifted: the mean over tokens, and how far tokens are from it."""
-
-    mean: float
-    deviation: float
-
-
-class Calibration:
-    """Finds what is usual for a pair, in the first tokens of the responses of the first steps. Part of the checkpoint.
-
-    Until a step has been taken there is nothing to compare with, and no event.
-    """
-
-    def __init__(self, gate: GateConfig | None) -> None:
-        self.wanted = gate is not None and gate.metric == "change_point"
-        self._steps = gate.calibration_steps if gate else 0
-        self._done = 0
-        self._sums = (0.0, 0.0, 0.0)  # tokens, Σ a, Σ a²
-
-    @property
-    def usual(self) -> Usual | None:
-        tokens, total, squares = self._sums
-        if not self.wanted or tokens == 0:
-            return None
-        mean = total / tokens
-        return Usual(
-            mean, max((squares / tokens - mean**2) ** 0.5 if squares / tokens > mean**2 else 0, LEAST_DEVIATION)
-        )
-
-    def update(self, early: Sequence[float]) -> None:
-        """Take in a finished step: tokens, Σ a and Σ a² over the first `gate.early_tokens` of its responses."""
-        if self._done < self._steps:
-            self._done += 1
-            self._sums = tuple(a + b for a, b in zip(self._sums, early, strict=True))  # type: ignore[assignment]
-
-    def record(self) -> dict[str, float]:
-        """Its part of a step record: what the next step will be judged by."""
-        usual = self.usual
-        return {} if usual is None else {"usual_acceptance": usual.mean, "usual_deviation": usual.deviation}
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"done": self._done, "sums": list(self._sums)}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over a checkpoint's state. ConfigError when a value is missing."""
-        try:
-            self._done, self._sums = int(state["done"]), tuple(map(float, state["sums"]))  # type: ignore[assignment]
-        except KeyError as error:
-            raise ConfigError(
-                f"the checkpoint's gate calibration has no {error}: resume from another checkpoint"
-            ) from None
 
 
 class ChangePoint:
@@ -105,7 +50,7 @@ class ChangePoint:
         piece = self._pieces.take(len(acceptance_C))
         if self._usual is None or len(acceptance_C) == 0:
             return torch.zeros_like(acceptance_C, dtype=torch.bool)
-        mean, deviation = self._usual
+        mean, deviation = self._usual[:2]
         z_C = ((mean - acceptance_C.double()) / deviation).clamp(max=LARGEST)
         sum_C = piece.sum_in_response(((z_C - self._gate.slack) * _UNIT).round().long(), self._sum)
         # The lowest sum of a response so far: each response lies far below the one before, so that none sees that.

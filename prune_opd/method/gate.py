@@ -62,6 +62,8 @@ def judge(views: Views, gate: GateConfig | None) -> Agreement:
         acceptance       B_t = 1[Σ_{v ∈ K^S} min(p_v, q_v) < γ]: ours, blind to the order of a tail that has no mass
         shared_mass      B_t = 1[Σ_{v ∈ K^S ∩ K^T} p_v < γ]: ours
         change_point     not from a token alone: `ChangePoint` makes it of the acceptance, and there is none here
+        kl_agreement     the same: `AgreementTrap` makes it of the KL
+        overlap_quantile overlap, once the pair's γ is known (`calibration.in_force`), and there is none here
 
     views: with k = gate.k. With gate None any k will do, and nothing is an event. ValueError when the shapes do not
     fit together.
@@ -70,7 +72,7 @@ def judge(views: Views, gate: GateConfig | None) -> Agreement:
     p_2BTK = views.logp.exp()
     student_mass_BT, teacher_mass_BT = p_2BTK.sum(-1)
     acceptance_BT = p_2BTK.amin(0).sum(-1)
-    if gate is None or gate.metric == "change_point":
+    if gate is None or gate.along or gate.metric == "overlap_quantile":
         event_BT = torch.zeros_like(shared_BT, dtype=torch.bool)
     elif gate.metric == "overlap":
         event_BT = shared_BT < _enough(k, gate.threshold)
@@ -156,13 +158,16 @@ def apply_gate(event_BT: Tensor, valid_BT: Tensor, gate: GateConfig, dtype: torc
         W_t = (R_t + w_base) · valid_t   over 1 + w_base (`base`) or over the response's own mean W (`mean`)
         E_i = #{t valid : R_t > 1e-8}
 
+    Without `gate.memory`, an ablation of ours, C_t is B_t: one event costs its own token and no other.
+
     event_BT, valid_BT: bool (or 0/1) [B, T]; where valid is false (prompt, padding) an event does not count and the
     weight is 0. Returns reliability_BT, weight_BT in `dtype`, reliable_length_B int64. ValueError when shapes differ.
     """
     if event_BT.shape != valid_BT.shape:
         raise ValueError(f"event {list(event_BT.shape)} and valid {list(valid_BT.shape)} must have the same shape")
     valid_BT = valid_BT.bool()
-    count_BT = (event_BT.bool() & valid_BT).cumsum(-1)
+    count_BT = event_BT.bool() & valid_BT
+    count_BT = count_BT.cumsum(-1) if gate.memory else count_BT.long()
     reliability_BT = _reliability(count_BT, gate)
     weight_BT = _weight(reliability_BT, gate) * valid_BT
     if gate.weight_normalisation == "mean":
@@ -189,6 +194,7 @@ class PackedGate:
         dtype: torch.dtype = torch.float32,
     ) -> None:
         self.dtype, self._pieces = dtype, Pieces(cu_seqlens, device)
+        self._memory = gate is None or gate.memory
         self._events_N1 = torch.zeros(len(self._pieces.response_N) + 1, dtype=torch.int64, device=device)  # before each
         # R and W of every count that there can be: a look-up instead of a dozen small steps.
         reliability_C = _reliability(torch.arange(self._pieces.longest + 1), gate)
@@ -211,6 +217,8 @@ class PackedGate:
         """C of the next tokens: the events up to and with each, less those before its response."""
         part = self._pieces.next(len(event_C))
         so_far_C = self._events_N1[part.start + 1 : part.stop + 1]
+        if not self._memory:
+            return event_C.long()
         torch.cumsum(event_C, 0, out=so_far_C).add_(self._events_N1[part.start])
         return so_far_C - self._events_N1[self._pieces.start_N[part]]
 

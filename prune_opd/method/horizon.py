@@ -1,8 +1,9 @@
 """The horizon: how many response tokens the next rollout batch may have (method.md §3).
 
-Four controllers answer that question: full rollouts; TOPD's fixed and POPD's growing truncation (arXiv 2605.31490); and
-Prune-OPD's window, which follows how far responses stay reliable (arXiv 2605.07804 §3.3). One is ours: a window that
-weighs reliable tokens against generated ones. All have these members:
+Four controllers answer that question: full rollouts; TOPD's fixed and POPD's growing truncation (arXiv 2605.31490;
+"TOPD" is truncated OPD here, never the trajectory-aware OPD of arXiv 2606.00305); and Prune-OPD's window, which follows
+how far responses stay reliable (arXiv 2605.07804 §3.3). One is ours: a window that weighs reliable tokens against
+generated ones. Two are rivals', in our reading: ADWIN's probes and the plateaus of Adaptive FastOPD. All have these:
 
     controller = make_controller(config)
     controller.horizon                                             tokens, for the next batch
@@ -15,7 +16,7 @@ An update looks at the whole global batch, so every rank that makes it reaches t
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from fractions import Fraction
 from typing import Any, Protocol
 
@@ -173,15 +174,20 @@ class MarginalHorizon(_Window):
 
         if not rows:
             return
+        best = self._best(rows, window)
+        target = window + config.step if best == window else best + config.margin
+        self._window = self._inside(max(window - config.step, min(target, window + config.step)))
+
+    def _best(self, rows: Sequence[tuple[Any, Any]], window: int) -> int:
+        """The largest w ≤ window of the greatest V. rows: reliable length and length of each response."""
 
         def value(w: int) -> float:
-            return sum(min(reliable, w) for reliable, _ in rows) - config.price * sum(min(n, w) for _, n in rows)
+            paid = sum(min(length, w) for _, length in rows)
+            return sum(min(reliable, w) for reliable, _ in rows) - self._config.price * paid
 
         # V is linear between the lengths that occur, so its maximum is at one of them.
         places = {int(place) for row in rows for place in row if place < window} | {window}
-        best = max(sorted(places, reverse=True), key=value)
-        target = window + config.step if best == window else best + config.margin
-        self._window = self._inside(max(window - config.step, min(target, window + config.step)))
+        return max(sorted(places, reverse=True), key=value)
 
     def state_dict(self) -> dict[str, Any]:
         return {"strategy": "marginal", "window": self._window}
@@ -191,12 +197,103 @@ class MarginalHorizon(_Window):
         self._window = self._inside(int(state["window"]))
 
 
+class AdwinHorizon(MarginalHorizon):
+    """ADWIN: short windows, and now and then a full-length probe that says how short they may be.
+
+    "ADWIN: Adaptive Windows for Horizon-Aware On-Policy Distillation", arXiv 2605.28396 (the abstract was read; not the
+    change detector of that name): it trains on short prefixes, "using delayed full-rollout probes to audit prefix–full
+    alignment and adapt the next horizon with staleness control". Ours: the first and then every `probe_every`-th batch
+    has `max_len`; the audit is not of gradients but of reliable lengths, by the value V of `MarginalHorizon` along the
+    whole responses; the window goes to w* + margin at once, and staleness is bounded by the next probe alone.
+    """
+
+    def __init__(self, config: HorizonConfig) -> None:
+        self._config, self._window, self._step = config, config.max_len, 0
+
+    @property
+    def horizon(self) -> int:
+        return self._config.max_len if self._probes else self._window
+
+    @property
+    def _probes(self) -> bool:
+        return self._step % self._config.probe_every == 0
+
+    def update(self, reliable_length_B: Iterable[Any], length_B: Iterable[Any], finished_B: Iterable[Any]) -> None:
+        rows = [(reliable, length) for reliable, length, _ in _rows(reliable_length_B, length_B, finished_B)]
+        if self._probes and rows:
+            self._window = self._inside(self._best(rows, self._config.max_len) + self._config.margin)
+        self._step += 1
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"strategy": "adwin", "window": self._window, "step": self._step}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        _own_state(state, "adwin", "window", "step")
+        self._window, self._step = self._inside(int(state["window"])), int(state["step"])
+
+
+class PlateauHorizon(_Window):
+    """Adaptive FastOPD: the window grows where nothing improves any more near its end, and never shrinks.
+
+    "Adaptive FastOPD: Progress-Aware Rollout Horizon Expansion", arXiv 2607.29494 (the abstract and summaries were
+    read): it expands when learning near the boundary has come to a plateau, by four teacher-student signals measured
+    relative to their values upon entering the horizon, and the horizon is used enough, so that a few long responses do
+    not decide. Ours: the signals are overlap, the teacher's mass on the student's candidates, the mean of
+    log p(y) − log q(y) and its root mean square, over the last `margin` tokens of the window (`BatchStats.near`);
+    a plateau are `patience` steps in a row in which none gets further from its first value than before, by more than
+    `tolerance` of that value; used enough is a share of `hit_ratio` of the responses that reach the window's end.
+    """
+
+    def __init__(self, config: HorizonConfig) -> None:
+        super().__init__(config)
+        self._seen: list[float] | None = None  # the signals of the step that the next update is of
+        self._enter()
+
+    def _enter(self) -> None:
+        self._first: list[float] = []
+        self._furthest: list[float] = []
+        self._still = 0  # steps in a row
+
+    def see(self, signals: Mapping[str, float] | None) -> None:
+        """The step's signals near the window's end, before its `update`; None if no token fell there."""
+        self._seen = None if signals is None else list(signals.values())
+
+    def update(self, reliable_length_B: Iterable[Any], length_B: Iterable[Any], finished_B: Iterable[Any]) -> None:
+        config, seen = self._config, self._seen
+        rows = _rows(reliable_length_B, length_B, finished_B)
+        if seen is None or not rows:
+            return
+        if not self._first:
+            self._first, self._furthest = seen, [0.0] * len(seen)
+            return
+        moved = [abs(now - first) / max(abs(first), 1e-6) for now, first in zip(seen, self._first, strict=True)]
+        progress = any(by > far + config.tolerance for by, far in zip(moved, self._furthest, strict=True))
+        self._furthest = list(map(max, moved, self._furthest))
+        self._still = 0 if progress else self._still + 1
+        used = sum(length >= self._window for _, length, _ in rows) / len(rows)
+        if self._still >= config.patience and used >= config.hit_ratio and self._window < config.max_len:
+            self._window = self._inside(self._window + config.step)
+            self._enter()
+
+    def state_dict(self) -> dict[str, Any]:
+        values = {"first": self._first, "furthest": self._furthest, "still": self._still}
+        return {"strategy": "fastopd", "window": self._window, **values}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        _own_state(state, "fastopd", "window", "first", "furthest", "still")
+        self._window = self._inside(int(state["window"]))
+        self._first, self._furthest = list(state["first"]), list(state["furthest"])
+        self._still = int(state["still"])
+
+
 CONTROLLERS: dict[str, Callable[[HorizonConfig], HorizonController]] = {
     "full": FixedHorizon,
     "topd": FixedHorizon,
     "popd": ProgressiveHorizon,
     "prune": PruneHorizon,
     "marginal": MarginalHorizon,
+    "adwin": AdwinHorizon,
+    "fastopd": PlateauHorizon,
 }
 
 

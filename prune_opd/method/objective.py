@@ -188,7 +188,13 @@ def sampled_token(
     valid_NK: Tensor | None = None,
     log_rest: Pair | None = None,
 ) -> Terms:
-    """log p(y) − log q(y): a one-sample estimate of the reverse KL, of either sign (POPD/TOPD)."""
+    """log p(y) − log q(y): a one-sample estimate of the reverse KL, of either sign (POPD/TOPD).
+
+    With `baseline` = reverse_kl its mean KL(p ‖ q) is taken from it, as a constant: vOPD ("KL for a KL: On-Policy
+    Distillation with Control Variate Baseline", arXiv 2605.07865, the abstract was read), whose value function is just
+    that in closed form. E_y[∇ log p(y)] = 0, so the mean gradient stays and its variance falls. With a discount only
+    the token's own reward has a baseline (ours): later ones depend on y. The paper's top-k form of it is not built.
+    """
     gap_NK = student_logp_NK - teacher_logp_NK
     return Terms(gap_NK, gap_NK.sum(dim=-1))
 
@@ -204,6 +210,11 @@ _POLICY_GRADIENTS: dict[str, _PolicyGradient] = {"topk_reverse_kl": topk_reverse
 def has_rewards(config: ObjectiveConfig) -> bool:
     """Whether the objective is a policy gradient, to which the ratio of new to old policy applies."""
     return config.name in _POLICY_GRADIENTS
+
+
+def has_baseline(config: ObjectiveConfig) -> bool:
+    """Whether a reward is taken less its mean, for which the reverse KL over the vocabulary is needed."""
+    return config.baseline != "none"
 
 
 def has_credit(config: ObjectiveConfig) -> bool:
@@ -240,17 +251,19 @@ def token_loss(
     valid_NK: Tensor | None = None,
     log_rest: Pair | None = None,
     credit_N: Tensor | None = None,
+    baseline_N: Tensor | None = None,
 ) -> TokenLoss:
     """The configured objective at its candidates' log-probabilities over the full vocabulary. weight_N: W_t.
 
     log_rest: both models' log mass [N] on all other ids, where `has_rest`. credit_N: the reward of a sampled token,
-    where `has_credit`, with the weights in it.
+    where `has_credit`, with the weights in it. baseline_N: KL(p ‖ q), where `has_baseline`.
     """
     weight_N1 = weight_N.unsqueeze(-1)
     if has_rewards(config):
         terms = _POLICY_GRADIENTS[config.name](student_logp_NK, teacher_logp_NK, config, valid_NK, log_rest)
         # ∂ℓ/∂log p_j = −r_j: no "+ 1" term, nothing through the renormaliser.
-        slope_NK = weight_N1 * terms.slope_NK if credit_N is None else -credit_N.unsqueeze(-1)
+        gap_NK = terms.slope_NK if baseline_N is None else terms.slope_NK - baseline_N.unsqueeze(-1)
+        slope_NK = weight_N1 * gap_NK if credit_N is None else -credit_N.unsqueeze(-1)
         return TokenLoss((slope_NK * student_logp_NK).sum(dim=-1), slope_NK, terms.divergence_N, True)
     value_N, slope_NK = DIVERGENCES[config.name](student_logp_NK, teacher_logp_NK, config)
     return TokenLoss(weight_N * value_N, weight_N1 * slope_NK, value_N, False)

@@ -3,6 +3,8 @@
     iw_opd          w_t = 1 + γ (1 − Σ_{i<t} |A_i| / Σ_i |A_i|)                  falls along the response, 1 + γ → 1
     tip             w_t = T / |S| for t in S, the most important share of the response, and 0 elsewhere
     entropy_aware   adds 1[H(q_t) > τ] · Σ_j q̄_j (log q̄_j − log p_j) on the teacher's top-k to the objective
+    sdar            w_t = σ(β A_t)                            a gate of the token alone, which recovers at once
+    tropd           w_t = min(q(y_t) / p(y_t), 1)             and adds (1 − w_t) times that forward KL: the same
 
 All are stop-gradient and multiply the gate's W. What each formula rests on:
 
@@ -23,6 +25,14 @@ All are stop-gradient and multiply the gate's W. What each formula rests on:
   probabilities"). The authors' code (github.com/WLS04/EOPD, read in the fork ckjsuperhh/CacheEOPD) does not
   renormalise q and takes entropies ≥ τ; we follow the equations. Ours: any objective may be the base (the published
   one is `sampled_token`), and the gate weighs both parts.
+- SDAR, "Self-Distilled Agentic Reinforcement Learning", arXiv 2605.15155 (abstract and reviews were read): a sigmoid of
+  the detached gap log q(y_t) − log p(y_t) strengthens tokens that the teacher endorses and attenuates those that it
+  rejects. There it is an auxiliary of reinforcement learning; ours: as the weight of plain distillation, and β = 1.
+- TrOPD, "Trust Region On-Policy Distillation", arXiv 2606.01249 (read in a reader's notes, which quote its objective):
+  a token is trusted with probability min(q / p, 1), drawn anew, as speculative decoding accepts it; trusted tokens have
+  the sampled reverse KL, the others a forward KL on the teacher's top-k. Ours: the mean of that draw, which has the
+  same mean gradient and no noise; any objective may be the base; q is renormalised on its top-k as elsewhere here; the
+  third term, on prefixes that the teacher writes, is left out.
 """
 
 from __future__ import annotations
@@ -76,14 +86,28 @@ def needs_whole_response(config: WeightingConfig) -> bool:
 
 def added_objective(config: WeightingConfig) -> ObjectiveConfig | None:
     """The objective that is added to the configured one, on the tokens that `added_on` says."""
-    if config.name != "entropy_aware":
+    if config.name not in ("entropy_aware", "tropd"):
         return None
     return ObjectiveConfig(name="topk_forward_kl", k=config.forward_k)
 
 
 def added_on(config: WeightingConfig, signals: Signals) -> Tensor:
-    """EOPD: where the teacher is uncertain, bool [N]."""
+    """What the added objective counts at each token [N]. EOPD: where the teacher is uncertain; TrOPD: untrusted."""
+    if config.name == "tropd":
+        return 1 - token_factor(config, signals)
     return signals.teacher_entropy_N > config.entropy_threshold
+
+
+def looks_at_tokens(config: WeightingConfig) -> bool:
+    """Whether a token's weight depends on that token alone (`token_factor`)."""
+    return config.name in _OF_TOKEN
+
+
+def token_factor(config: WeightingConfig, signals: Signals) -> Tensor:
+    """w_t [N] of a weighting that looks at each token alone; 1 for others."""
+    if not looks_at_tokens(config):
+        return torch.ones_like(signals.advantage_N)
+    return _OF_TOKEN[config.name](config, signals.advantage_N)
 
 
 def response_weights(config: WeightingConfig, signals: Signals, cu_seqlens: Sequence[int]) -> Tensor:
@@ -120,3 +144,7 @@ def _min_max(value_T: Tensor) -> Tensor:
 
 
 _OF_RESPONSE: dict[str, Callable[[WeightingConfig, Signals], Tensor]] = {"iw_opd": _iw_opd, "tip": _tip}
+_OF_TOKEN: dict[str, Callable[[WeightingConfig, Tensor], Tensor]] = {
+    "sdar": lambda config, advantage_N: (config.sharpness * advantage_N).sigmoid(),
+    "tropd": lambda config, advantage_N: advantage_N.clamp(max=0).exp(),
+}

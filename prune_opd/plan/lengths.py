@@ -16,7 +16,7 @@ from prune_opd.method.horizon import make_controller
 # Standard deviation of the logarithm of a response's length: now and then one is a few times as long as the median.
 SPREAD = 0.6
 DEFAULT_SHARE = 0.6  # mean response length as a share of max_len, where the recipe gives none
-ADAPTIVE = ("prune", "marginal")
+ADAPTIVE = ("prune", "marginal", "adwin", "fastopd")
 COMPARED = ("prune", "popd", "topd", "full")  # strategies whose times stand beside each other in a plan
 CURVE = 64  # quantiles that stand for the distribution
 

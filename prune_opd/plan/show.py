@@ -108,6 +108,7 @@ def _time_table(plan: Plan) -> Table:
         table.add_row(name, *row)
     rollout = plan.setting.config.rollout
     unplanned = {"the in-flight gate": rollout.inflight.on, "over-sampling": rollout.oversample > 1}
+    unplanned["reused rollouts"] = rollout.reuses
     table.caption = f"with {plan.evaluations} evaluations of {digits(plan.evaluation, 0)} s" + "".join(
         f"; without {what}, its costs and savings" for what, used in unplanned.items() if used
     )

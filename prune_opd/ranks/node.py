@@ -25,6 +25,7 @@ from types import FrameType
 
 from prune_opd.errors import REQUEUE_EXIT_CODE, UserError
 from prune_opd.process import rank_environment
+from prune_opd.ranks.launcher import READY
 
 SAVED_TOGETHER = 90.0  # seconds that a node which has saved waits for the others, at most
 LEAVING = ".leaving"  # folder in the run directory with a file of each node that has saved and is about to end
@@ -127,7 +128,8 @@ def run_node(recipe: list[str], run_dir: Path, ranks: int, binding: str | None =
             return supervisor.code_before_training
         if code:
             return code
-    torchrun = [sys.executable, "-m", "prune_opd.ranks.launcher", *torchrun_arguments(ranks, env), *bound]
+    ready = [READY, "prune_opd.cli.ready", "train/unknown"]  # the recipe is read by the ranks
+    torchrun = [sys.executable, "-u", "-m", "prune_opd.ranks.launcher", *ready, *torchrun_arguments(ranks, env), *bound]
     code = supervisor.run([*torchrun, *command[1:], "train", *recipe, "--run-dir", str(run_dir)], env)
     return supervisor.leave_together(run_dir, env) if code == REQUEUE_EXIT_CODE else code
 

@@ -35,6 +35,7 @@ class Interruption:
         signal.set_wakeup_fd(self._writer, warn_on_full_buffer=False)
         os.register_at_fork(after_in_child=_be_an_ordinary_child)
         threading.Thread(target=self._listen, name="signals", daemon=True).start()
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, ASKING)  # what came while the ranks were made ready comes now
 
     def agreed(self) -> bool:
         """Whether any rank was asked to end. Collective, so that all ranks end after the same step."""

@@ -17,7 +17,8 @@ class Response:
 
     finished: it ended by itself (end-of-sequence), not at the horizon or by the gate.
     stopped: the in-flight gate cut it off. Such a response is not finished: nobody knows how it would have ended.
-    stale: how many tokens at its start an earlier step has sampled, from an older student (`rollout.partial`).
+    stale: how many tokens at its start an earlier step has sampled, from an older student (`rollout.partial`,
+    `rollout.refresh_every`).
     """
 
     ids: tuple[int, ...]
@@ -50,7 +51,8 @@ class Group:
 class Rollouts:
     """B responses, grouped by prompt: row i belongs to prompts[i] (a prompt stands there once per response).
 
-    left: groups that were started as well, but were not complete when enough others were (`rollout.oversample`).
+    left: groups that were started as well, but were not complete when enough others were (`rollout.oversample`), or
+    that the next steps train on (`rollout.refresh_every`).
     """
 
     prompts: tuple[Prompt, ...]
@@ -98,6 +100,11 @@ class Rollouts:
     @property
     def stopped_rows(self) -> list[int]:
         return [row for row, response in enumerate(self.responses) if response.stopped]
+
+    @property
+    def reused(self) -> bool:
+        """Whether nothing was generated for this step."""
+        return not any(response.fresh for response in self.responses)
 
     @property
     def stale_logprobs_B(self) -> list[tuple[float, ...]]:

@@ -21,9 +21,11 @@ from torch.distributed.distributed_c10d import _set_pg_timeout
 from prune_opd import platform
 from prune_opd.config import RolloutConfig
 from prune_opd.errors import UserError
+from prune_opd.model_spec import ModelSpec, model_config
 from prune_opd.platform import Platform, untouched_rng
 from prune_opd.process import progress, watched
 from prune_opd.rollout.batch import Response, Rollouts
+from prune_opd.rollout.kv_cache import cache_bytes, give_pages_back
 from prune_opd.rollout.long_tail import Race, deal_to_engines
 from prune_opd.rollout.refusal import in_our_words
 from prune_opd.rollout.request import NOTHING, Row, TokenSampling, told_apart
@@ -57,12 +59,22 @@ class EngineOptions:
     timeout_minutes: of the job's collectives; None: vLLM's own. Those inside an engine get half of it: where one of its
     ranks has failed, the others notice in time to meet the rest of the job, and all can say why they end.
     stop_ids: token ids that end a response, beside those of the model itself.
+    end_id: the tokenizer's end of a sequence; None: vLLM loads the tokenizer, which it needs for nothing else.
     """
 
     sleep_level: int = 0
     max_logprobs: int = 0
     timeout_minutes: float | None = None
     stop_ids: tuple[int, ...] = ()
+    end_id: int | None = None
+
+
+def prepare_process() -> None:
+    """What must be so in a process before vllm is imported."""
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    for name in QUIET_LOGGERS:
+        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 class RolloutEngine:
@@ -77,20 +89,17 @@ class RolloutEngine:
         machine: Platform,
         options: EngineOptions = EngineOptions(),
     ):
-        for name, value in ENVIRONMENT.items():
-            os.environ.setdefault(name, value)
+        prepare_process()
         self.machine = machine
         self.compiled = rollout.enforce_eager is False or (rollout.enforce_eager is None and not machine.is_cpu)
         self.holds_weights = True  # it starts with those of `model_dir`
         self.asleep: set[str] = set()  # of SLEEPERS
         self.sleep_level = 0 if machine.is_cpu else options.sleep_level  # vLLM's CPU build has no sleep
-        self.stop_ids = list(options.stop_ids)
+        self.stop_ids = sorted({*options.stop_ids, *([] if options.end_id is None else [options.end_id])})
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
         self.engines = self.world // rollout.tensor_parallel
         self.engine_index = self.rank // rollout.tensor_parallel
         max_model_len = rollout.max_prompt_len + max_response
-        for name in QUIET_LOGGERS:
-            logging.getLogger(name).setLevel(logging.ERROR)
         set_num_threads = torch.set_num_threads
         dist.barrier()  # a rank whose models took longer to read would use up the patience of the engine's own groups
         with untouched_rng():
@@ -101,6 +110,7 @@ class RolloutEngine:
             with compiled, in_our_words(rollout, machine.is_cpu, max_model_len):
                 self.llm: Any = LLM(
                     model=model_dir,
+                    skip_tokenizer_init=options.end_id is not None,
                     load_format="safetensors",  # a pickle is a program
                     trust_remote_code=False,
                     dtype=str(dtype).removeprefix("torch."),
@@ -115,15 +125,22 @@ class RolloutEngine:
                     max_logprobs=max(options.max_logprobs, 1),
                     **_timeouts(options.timeout_minutes),
                     **rollout_arguments(rollout, self.sleep_level),
-                    **self._platform_settings(rollout, max_model_len),
+                    **self._platform_settings(rollout, max_model_len, model_dir, dtype),
                 )
+        if machine.is_cpu:
+            self.llm.collective_rpc(give_pages_back)
         torch.set_num_threads = set_num_threads  # vLLM replaces it with one that refuses
         _answer_within(_seconds(options.timeout_minutes))
 
-    def _platform_settings(self, rollout: RolloutConfig, max_model_len: int) -> dict[str, Any]:
+    def _platform_settings(
+        self, rollout: RolloutConfig, max_model_len: int, model_dir: str, dtype: torch.dtype
+    ) -> dict[str, Any]:
         if self.machine.is_cpu:
+            spec = ModelSpec.of(model_config("student", model_dir), model_dir)
+            value = dtype.itemsize if rollout.kv_cache_dtype == "auto" else 1
+            token_bytes, limit = spec.kv_bytes(value, rollout.tensor_parallel), int(rollout.kv_cache_gb * 2**30)
             return {
-                "kv_cache_memory_bytes": int(rollout.kv_cache_gb * 2**30),
+                "kv_cache_memory_bytes": cache_bytes(limit, rollout.max_num_seqs, max_model_len, token_bytes),
                 # After part of a prefill vLLM rewinds the request's generator, which a CPU generator cannot do.
                 "enable_chunked_prefill": False,
                 "max_num_batched_tokens": max(8192, max_model_len),
@@ -141,6 +158,8 @@ class RolloutEngine:
         self.holds_weights = True
         if not self.llm.reset_prefix_cache():  # cached prefixes belong to the old weights
             raise UserError("the rollout engine kept prefixes of the old weights: was it loaded while it generated?")
+        if self.machine.is_cpu:
+            self.llm.collective_rpc(give_pages_back)
 
     def sleep(self) -> None:
         """Give the device memory back: KV cache and weights, which level 1 keeps in host memory and level 2 does not.

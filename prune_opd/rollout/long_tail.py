@@ -4,6 +4,11 @@ A batch takes as long as its longest response. So the responses are dealt to the
 longest start first. With `rollout.oversample` more prompts are started than the step needs, and the first complete ones
 are kept. With `rollout.partial` the others go on in the next step, which waits for them: nothing is lost, and no token
 is older than a step. Without it they are dropped until the source brings them again, so long answers become rarer.
+
+With `rollout.refresh_every` a step generates what the next ones train on as well, and these wait here too. The paper of
+Semi-OPD ("When Do We Need On-Policy Distillation?", arXiv 2610.11291, read through others' summaries) generates once,
+with the initial student, for all steps, and scores with the student as it is now: 0. Between that and on-policy (1) is
+ours, and so is the correction of stale tokens, which `rollout.correct_stale=false` leaves out as that paper does.
 """
 
 from __future__ import annotations
@@ -19,6 +24,7 @@ from typing import Any
 from prune_opd.config import RolloutConfig
 from prune_opd.data.prompt import Prompt
 from prune_opd.data.sampler import Sampler
+from prune_opd.errors import UserError
 from prune_opd.rollout.batch import Group, Response, Rollouts
 from prune_opd.rollout.request import NOTHING, Row
 
@@ -34,6 +40,7 @@ class LongTail:
     def __init__(self, settings: RolloutConfig, endless: bool = False) -> None:
         self.settings, self.endless = settings, endless
         self.waiting: list[Group] = []
+        self.age = 0  # steps since the rollouts were generated that the last step trained on
         self.history: dict[str, float] = {}  # mean length [tokens] by prompt
 
     def next(self, sampler: Sampler) -> list[Group]:
@@ -41,6 +48,31 @@ class LongTail:
         wanted = started_prompts(self.settings)
         groups, self.waiting = self.waiting[:wanted], self.waiting[wanted:]
         return groups + [Group(prompt) for prompt in sampler.next(wanted - len(groups))]
+
+    @property
+    def stocked(self) -> bool:
+        """Whether the next step's rollouts are here already."""
+        return self.settings.reuses and bool(self.waiting)
+
+    def ahead(self, step: int, steps: int) -> int:
+        """For how many steps step number `step` of `steps` generates, itself included."""
+        every = self.settings.refresh_every
+        if every == 0 and step > 1:
+            raise UserError(
+                "rollout.refresh_every = 0 and the initial student's rollouts are used up: steps was raised, or a "
+                "checkpoint of other settings resumed; start a new run, or give the steps between two refreshes"
+            )
+        return min(every or steps, steps - step + 1)
+
+    def reuse(self) -> Rollouts:
+        """The next step's rollouts out of the stock."""
+        prompts = self.settings.prompts
+        groups, self.waiting = self.waiting[:prompts], self.waiting[prompts:]
+        self.age += 1
+        return Rollouts(
+            tuple(group.prompt for group in groups for _ in group.begun),
+            tuple(response for group in groups for response in group.begun),
+        )
 
     def rows(self, groups: Sequence[Group], limits: Sequence[int]) -> list[Row]:
         """The engine's request: `responses` rows of each group. limits: the most tokens that each row may have."""
@@ -50,7 +82,7 @@ class LongTail:
 
     def race(self, groups: Sequence[Group]) -> Race | None:
         """The race for the groups that are kept; None if all are. Begun groups come first and are waited for."""
-        if len(groups) <= self.settings.prompts:
+        if self.settings.reuses or len(groups) <= self.settings.prompts:
             return None
         begun = sum(bool(group.begun) for group in groups)
         return Race(len(groups), self.settings.responses, self.settings.prompts, must=begun)
@@ -72,14 +104,14 @@ class LongTail:
 
     def take(self, rollouts: Rollouts) -> None:
         """Remember the lengths of a step's responses, and the groups that it has left."""
-        responses = self.settings.responses
+        responses, self.age = self.settings.responses, 0
         if not self.endless:
             for first in range(0, len(rollouts.responses), responses):
                 self._remember(rollouts.prompts[first], fmean(rollouts.length_B[first : first + responses]))
-            for group in rollouts.left:  # incomplete: the length so far is a lower bound
+            for group in rollouts.left:  # where it is incomplete the length so far is a lower bound
                 length = fmean(len(response.ids) for response in group.begun)
                 self._remember(group.prompt, max(length, self.history.get(_key(group.prompt), 0.0)))
-        if self.settings.partial:
+        if self.settings.partial or self.settings.reuses:
             self.waiting += [replace(group, begun=tuple(map(_stale, group.begun))) for group in rollouts.left]
 
     def _remember(self, prompt: Prompt, length: float) -> None:
@@ -90,6 +122,8 @@ class LongTail:
 
     def record(self, rollouts: Rollouts) -> dict[str, int]:
         """The long tail's part of a step record; nothing where every prompt that is started is kept."""
+        if self.settings.reuses:
+            return {"rollout_age": self.age, "stale_tokens": sum(response.stale for response in rollouts.responses)}
         if self.settings.oversample <= 1:
             return {}
         return {
@@ -100,13 +134,14 @@ class LongTail:
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint needs: plain JSON values."""
-        return {"history": self.history, "waiting": [asdict(group) for group in self.waiting]}
+        return {"history": self.history, "waiting": [asdict(group) for group in self.waiting], "age": self.age}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from a `state_dict`. Under other settings, responses that had begun start anew."""
-        self.history = dict(state["history"])
+        self.history, self.age = dict(state["history"]), state.get("age", 0)
         groups = [_group(entry) for entry in state["waiting"]]
-        fits = self.settings.partial and all(len(group.begun) in (0, self.settings.responses) for group in groups)
+        fits = all(len(group.begun) in (0, self.settings.responses) for group in groups)
+        fits = fits and (self.settings.partial or self.settings.reuses)
         self.waiting = groups if fits else [Group(group.prompt) for group in groups]  # they start anew
 
 

@@ -25,15 +25,26 @@ class RolloutPhase:
     def generate(self, horizon: int, step: int, watch: Watch | None = None) -> Rollouts:
         """The rollouts of step number `step`: of the groups that wait from the step before, and of new prompts.
 
+        With `rollout.refresh_every` those that an earlier step has generated, or these and the next ones'.
+
         horizon: most tokens of a response. watch: stops responses on the way. Collective over the job.
         """
         config, settings = self.config, self.config.rollout
-        groups = self.long_tail.next(self.sampler)
+        if self.long_tail.stocked:
+            return self.long_tail.reuse()
+        ahead = self.long_tail.ahead(step, config.steps)
+        groups = [group for _ in range(ahead) for group in self.long_tail.next(self.sampler)]
         limits = self.limits(horizon, len(groups) * settings.responses, step)
         sampling = TokenSampling(
-            config.seed, step, settings.temperature, settings.top_p, settings.logprobs or settings.partial
+            config.seed,
+            step,
+            settings.temperature,
+            settings.top_p,
+            settings.logprobs or settings.partial or settings.reuses,
         )
         rows, race = self.long_tail.rows(groups, limits), self.long_tail.race(groups)
         rollouts = self.engine.generate(rows, sampling, race, watch)
+        if ahead > 1:
+            rollouts = rollouts.split(range(settings.prompts), settings.responses)
         self.long_tail.take(rollouts)
         return rollouts

@@ -243,7 +243,12 @@ class RunConsole:
     # ------------------------------------------------------------------------------------------------ shared
 
     def _values(self, record: Record) -> list[tuple[str, str]]:
-        formats = (("horizon", "horizon", "{}"), ("overlap", "overlap", "{:.3f}"), ("events", "event_rate", "{:.1%}"))
+        formats = (
+            ("horizon", "horizon", "{}"),
+            ("overlap", "overlap", "{:.3f}"),
+            ("events", "event_rate", "{:.1%}"),
+            ("reward", "reward", "{:.3f}"),
+        )
         values = [(label, form.format(record[key])) for label, key, form in formats if record.get(key) is not None]
         for label, value in (("loss", record.get("loss")), ("full KL", full_kl(record))):
             if value is not None:

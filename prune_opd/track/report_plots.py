@@ -230,6 +230,11 @@ _OUTSIDE = {
     "support_mass_teacher": ("q's mass there", PURPLE),
 }
 _WEIGHTS = {"weight_mean": ("mean weight", TEAL), "finished_rate": ("finished", GREEN)}
+_REWARDS = {
+    "reward": ("mean reward", GREEN),
+    "reward_scored": ("scored", BLUE),
+    "reward_equal_groups": ("prompts without a difference", ORANGE),
+}
 _ACCURACY = "accuracy"  # among what a chart needs: an evaluation, where all others are keys of a step record
 
 
@@ -344,6 +349,13 @@ _CHARTS = (
         partial(_panels, curves=_WEIGHTS, share=True),
         "Mean weight: how much of what was generated trains. Finished: the share of responses that ended by "
         "themselves; near 100% the horizon no longer cuts anything.",
+    ),
+    _Kind(
+        "Task reward",
+        ("reward",),
+        partial(_panels, curves=_REWARDS, share=False),
+        "The mean reward of the scored responses should rise. A prompt whose responses all have the same reward "
+        "teaches nothing: where all are alike, the reward has nothing left to say.",
     ),
     _Kind(
         "Memory by phase [GB]",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +15,8 @@ from torch.nn import Parameter
 from prune_opd.errors import ConfigError
 from prune_opd.model_spec import ModelSpec
 from prune_opd.process import tell
-from prune_opd.weights.mapping import Entry, ModelChunk, entries, local_parameters
+from prune_opd.weights.mapping import EMBEDDING, HEAD, Entry, ModelChunk, entries, local_parameters, missing
 
-EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 ROWS_AT_ONCE = 8192
 
 
@@ -61,17 +60,6 @@ class SafetensorsDirectory:
         """Rows (dim 0) or columns (dim 1) of a tensor, and nothing else of it."""
         tensor: Any = self._slice(name)
         return tensor[:, begin:end] if dim else tensor[begin:end]
-
-
-def missing(name: str, there: Collection[str]) -> str:
-    """What to say of a tensor that is not among those that are there."""
-    if name == HEAD and EMBEDDING in there:
-        hint = ": if the model shares the embedding with its head, set tie_word_embeddings to true in config.json"
-    elif name == EMBEDDING and HEAD in there:
-        hint = f", only {HEAD!r}: save the model again with transformers, which writes the embedding"
-    else:
-        hint = "; is config.json from another model, or is a file missing?"
-    return f"no tensor {name!r}{hint}"
 
 
 def two_heads(files: SafetensorsDirectory, spec: ModelSpec) -> str | None:

@@ -8,15 +8,17 @@ Transformer Engine's modules hold the same numbers in the same shapes under othe
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
-
-from torch.nn import Parameter
+from typing import TYPE_CHECKING, Any, Protocol
 
 from prune_opd.model_spec import ModelSpec
 from prune_opd.weights.cut import COLUMNS, ROWS, VOCABULARY, WHOLE, Cut, Shape
 
+if TYPE_CHECKING:  # `prune-opd check` reads names and shapes, without torch
+    from torch.nn import Parameter
+
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"  # Hugging Face's names
 LAYERS, EXPERTS = "decoder.layers.", "mlp.experts.local_experts."
 # What Transformer Engine's modules call otherwise than megatron-core's own, whose names are the ones used here.
 FUSED_NORMS = {
@@ -127,3 +129,14 @@ def _global_name(chunk: ModelChunk, name: str) -> str:
         first = chunk.pg_collection.ep.rank() * layer.mlp.num_local_experts
         rest = f"{EXPERTS}{first + int(expert)}.{rest}"
     return f"{LAYERS}{layer.layer_number - 1}.{rest}"
+
+
+def missing(name: str, there: Collection[str]) -> str:
+    """What to say of a Hugging Face tensor that is not among those that are there."""
+    if name == HEAD and EMBEDDING in there:
+        hint = ": if the model shares the embedding with its head, set tie_word_embeddings to true in config.json"
+    elif name == EMBEDDING and HEAD in there:
+        hint = f", only {HEAD!r}: save the model again with transformers, which writes the embedding"
+    else:
+        hint = "; is config.json from another model, or is a file missing?"
+    return f"no tensor {name!r}{hint}"

@@ -13,7 +13,7 @@ import torch
 
 from benchmarks.studies.pair.command import pair_config
 from benchmarks.studies.pair.measure import MEANS, along, gate_row, load, summary, usual
-from benchmarks.studies.pair.rules import suggestions
+from benchmarks.studies.pair.rules import KINDS, kind, suggestions
 from benchmarks.studies.pair_check.command import QUICK, full_opd
 from prune_opd.config import GateConfig, ObjectiveConfig
 from prune_opd.config.overrides import apply_overrides
@@ -69,6 +69,7 @@ def test_a_gate_row_says_what_its_events_find_and_keep() -> None:
     event, kl = torch.tensor([0, 1, 1, 0, 0]).bool(), torch.tensor([2.0, 2.0, 0.5, 0.0, 0.0])
     row = gate_row("g", event, kl, [4, 1], GateConfig(w_drop=0.5))  # R is 0 at a second event
     assert (row["events"], row["precision"], row["recall"], row["kept"]) == (0.4, 0.5, 0.5, 3 / 5)
+    assert row["kl_kept"] == 4.0 / 4.5  # of the first two tokens of the first response, and all of the second
     assert (row["responses"], row["half_by"]) == (0.5, 1)
 
 
@@ -79,9 +80,11 @@ def test_a_fall_of_acceptance_is_an_alarm_where_it_begins_and_the_early_tokens_s
     gate = GateConfig(k=4)
     normal = usual(found, lengths, gate)
     assert normal.mean == pytest.approx(0.9)
-    text = summary(found, lengths, gate, normal, gamma=0.25, max_len=64)
+    text = summary(found, lengths, gate, normal._replace(overlap=0.25, kl=1.0), max_len=64)
     alarm = {row["gate"]: row for row in text["gates"]}["change_point"]
     assert (alarm["responses"], alarm["half_by"]) == (0.5, 43)  # 2.5 a token: 8 is reached by the fourth
+    (kat,) = (row for row in text["gates"] if row["gate"] == "kl_agreement < 0.01")
+    assert (kat["responses"], kat["half_by"], kat["kept"]) == (1, 7, 14 / 128)  # no KL at all: from the eighth token on
     assert text["by_position"]["width"] == 16 and text["by_position"]["tokens"] == [32] * 4
 
 
@@ -180,6 +183,7 @@ def result(**changes: Any) -> dict[str, Any]:
     """A healthy pair's numbers, some changed: `own_…` of the student's text, `false_…`, `drift_…` of gates, `bf16_…`"""
     gate = {"responses": 0.0, "half_by": None, "kept": 1.0}
     own: dict[str, Any] = {"early_events": 0.1, "noise_of_events": 0.1, "student_mass": 0.99, "gates": [gate]}
+    own |= {"tokens": 100, "by_position": {"overlap": [0.8, 0.95, None]}}
     given, bf16 = copy.deepcopy(own), {"events": 0.0, "kl": 1e-4}
     parts: dict[str, Any] = {"own": own, "false": given["gates"][0], "drift": gate, "bf16": bf16}
     for name, value in changes.items():
@@ -204,6 +208,22 @@ def test_settings_follow_from_the_numbers_and_a_recipe_takes_them(changes: dict[
     overrides = [word for one in suggestions(result(**changes), 16, 16, 0.7) for word in one.overrides]
     assert expected in " ".join(overrides)
     apply_overrides(load_recipe("tiny_compatible"), overrides)
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({}, "compatible"),
+        ({"own_early_events": 0.31, "drift_responses": 0.9}, "far"),
+        ({"drift_responses": 0.5}, "drift"),
+        ({"own_tokens": 126}, "trap"),
+        ({"own_tokens": 126, "own_by_position": {"overlap": [0.95, 0.8, None]}}, "compatible"),
+    ],
+)
+def test_the_kind_of_a_pair_follows_from_its_numbers(changes: dict[str, Any], expected: str) -> None:
+    found = result(**changes)
+    assert kind(found) == expected
+    assert KINDS[expected] in suggestions(found, 16, 16, 0.7)[-1].why
 
 
 @pytest.mark.parametrize(("early", "false", "warned"), [(0.9, 0.2, True), (0.9, 0.05, False), (0.1, 0.2, False)])

@@ -65,6 +65,27 @@ def test_parts_with_too_few_tokens_say_nothing() -> None:
     assert not passed(before=before)[2]
 
 
+def trap(**changes: dict[str, Any]) -> list[bool]:
+    """The verdicts on an honest trap pair with one of its models changed."""
+
+    def lost(accuracy: float, last: float = 0.99, kl: float = 1e-4) -> dict[str, Any]:
+        found = model(accuracy, [0.8, 0.9, 0.97, last])
+        found["own"]["kl"] = [2.0, 0.5, 0.01, kl]
+        return found
+
+    honest = {"teacher": lost(0.8), "before": lost(0.1), "half": lost(0.3), "after": lost(0.5)}
+    changed = {name: lost(**change) for name, change in changes.items()}
+    return [verdict.passed for verdict in verdicts(honest | changed, "trap")]
+
+
+def test_a_trap_pair_agrees_on_what_is_lost() -> None:
+    assert trap() == [True] * 4
+    assert trap(before={"accuracy": 0.1, "last": 0.85}) == [True, True, False, True]  # that is drift
+    assert trap(before={"accuracy": 0.1, "kl": 0.3}) == [True, True, False, True]  # something is left to learn
+    assert trap(half={"accuracy": 0.3, "kl": 0.3}) == [True, True, True, False]
+    assert not trap(after={"accuracy": 0.12})[3]
+
+
 def test_curves_are_means_by_position_in_the_response() -> None:
     overlap, event = torch.tensor([1.0, 0.0, 1.0, 0.5]), torch.tensor([False, True, False, True])
     result = curves(overlap, event, [1, 3], bins=2, max_len=4)

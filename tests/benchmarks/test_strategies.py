@@ -33,7 +33,7 @@ from prune_opd.track.metrics import FILE_NAME, read_metrics
 from tests.benchmarks.strategies_runs import SEEDS, recipe, write_metrics
 from tests.forked.command import run_command
 
-PAIRS = [name for name in ("tiny_compatible", "tiny_drift") if (recipes_dir() / f"{name}.py").exists()]
+PAIRS = [name for name in ("tiny_compatible", "tiny_drift", "tiny_trap") if (recipes_dir() / f"{name}.py").exists()]
 QUIET = Console(quiet=True)
 
 
@@ -77,6 +77,9 @@ def test_a_method_that_does_not_exist_is_refused_and_a_control_brings_what_it_re
     with pytest.raises(ConfigError, match="--methods 'prun' is not known: the methods are full"):
         choose(["prun"])
     assert [method.name for method in choose(["random"])] == ["full", "prune", "random"]
+    rivals = [method.name for method in choose(["rivals"])]
+    assert {"full", "prune", "kat", "semi_opd", "adwin", "fastopd", "vopd"} < set(rivals) and "popd" not in rivals
+    assert "kat" not in {method.name for method in choose(None)}
     assert [method.name for method in choose(["inflight_full"])] == ["full", "full_gated", "inflight_full"]
     assert not {"full_gated", "inflight_full"} & {method.name for method in choose(None)}
 

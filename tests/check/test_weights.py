@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,8 @@ from prune_opd.check.weights import weight_problems
 from prune_opd.config import TrainConfig
 from prune_opd.errors import ConfigError
 from prune_opd.model_spec import ModelSpec
-from prune_opd.weights.load import EMBEDDING, HEAD, SafetensorsDirectory, two_heads
+from prune_opd.weights.load import SafetensorsDirectory, two_heads
+from prune_opd.weights.mapping import EMBEDDING, HEAD
 from tests.fake_models import settings_of, train_config, with_weights, write_model
 
 MOE = {"model_type": "qwen3_moe", "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
@@ -133,3 +136,18 @@ def test_the_loader_says_the_same_of_a_missing_tensor(tmp_path: Path) -> None:
     change_file(model, lambda tensors: tensors.pop(HEAD))
     with pytest.raises(ConfigError, match="set tie_word_embeddings to true"):
         SafetensorsDirectory(model).shape(HEAD)
+
+
+def test_the_checks_of_a_train_command_import_no_torch(tmp_path: Path) -> None:
+    """It stays beside its ranks for the whole run: 2.5 CPU seconds and 200 MB."""
+    text = f"""
+import sys
+from pathlib import Path
+from prune_opd.check.run import check_everything
+from prune_opd.cli import main
+from prune_opd.config.recipe import load_recipe
+print(check_everything(load_recipe("tiny_compatible"), 2, Path({str(tmp_path / "run")!r}), "auto"))
+print(sorted({{"torch", "transformers", "vllm", "matplotlib", "wandb"}} & set(sys.modules)))
+"""
+    done = subprocess.run([sys.executable, "-c", text], capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n[]\n"

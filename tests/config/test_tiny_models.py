@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from prune_opd.config import SftConfig, TrainConfig
+from prune_opd.config import SftConfig, TrainConfig, paths
 from prune_opd.config.paths import config_digest, shipped_models_dir, tiny_model, tiny_model_dir
 from prune_opd.config.recipe import load_recipe
 from prune_opd.config.yaml import load_config
@@ -122,6 +122,25 @@ def test_training_anew_starts_from_the_cache_and_goes_there(
     for name, ancestor in chain.items():
         assert recipe(name).init == recipe(ancestor).output
         assert Path(recipe(name).output).is_relative_to(tmp_path)
+
+
+def test_the_trap_pair_starts_from_the_shipped_teacher_and_is_another_one_when_that_changes(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("PRUNE_OPD_CACHE", str(tmp_path))
+    config = load_recipe("tiny_trap_teacher")
+    assert isinstance(config, SftConfig) and config.init == str(shipped_models_dir() / "teacher")
+    assert Path(config.output).is_relative_to(tmp_path)
+    digest = config_digest(config)
+    before = paths.shipped_index()
+    monkeypatch.setattr(paths, "shipped_index", lambda: {**before, "teacher": {**before["teacher"], "digest": "0"}})
+    assert config_digest(config) != digest
+    monkeypatch.undo()
+    monkeypatch.setenv("PRUNE_OPD_CACHE", str(tmp_path))
+    monkeypatch.setenv("PRUNE_OPD_TINY_MODELS", "trained")
+    trained = load_recipe("tiny_trap_teacher")
+    assert isinstance(trained, SftConfig) and trained.init == recipe("teacher").output
+    assert config_digest(trained) != digest
 
 
 def test_a_changed_recipe_is_not_given_the_model_of_the_old_one() -> None:

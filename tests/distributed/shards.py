@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from prune_opd.config import ObjectiveConfig, WeightingConfig
+from prune_opd.config import GateConfig, ObjectiveConfig, WeightingConfig
 from prune_opd.method.objective import on_vocabulary
 from tests.reference import Case
 
@@ -44,7 +44,14 @@ def error(got: Tensor, expected: Tensor) -> float:
     return ((got.double() - expected.double()).abs().max() / scale).item()
 
 
-def is_aligned(shard: Case, group: dist.ProcessGroup, objective: ObjectiveConfig, weighting: WeightingConfig) -> bool:
+def is_aligned(
+    shard: Case,
+    group: dist.ProcessGroup,
+    objective: ObjectiveConfig,
+    weighting: WeightingConfig,
+    gate: GateConfig | None = None,
+) -> bool:
     """Whether a rank has the same token ids of both models: it needs them for some, and exchanges rows to get them."""
     alike = len(shard.student_weight) == len(shard.teacher_weight) or dist.get_world_size(group) == 1
-    return alike or on_vocabulary(objective) or weighting.name == "tip"
+    asked = objective.baseline != "none" or (gate is not None and gate.metric == "kl_agreement")
+    return alike or asked or on_vocabulary(objective) or weighting.name == "tip"

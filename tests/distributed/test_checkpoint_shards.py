@@ -47,6 +47,23 @@ def test_the_replicas_share_the_writing(ranks: list[dict[str, Any]], model: str,
     assert 0.6 < first / second < 1.7
 
 
+@pytest.mark.parametrize(("model", "form"), EVERY)
+def test_a_rehearsal_plans_what_each_rank_writes(ranks: list[dict[str, Any]], model: str, form: str) -> None:
+    """Without the other rank there: the bytes are those that the two agree on."""
+    for rank in ranks:
+        assert rank[model][form]["planned"] == rank[model][form]["dealt"] > 0
+
+
+@pytest.mark.parametrize(("model", "form"), EVERY)
+def test_the_replicas_share_the_reading(ranks: list[dict[str, Any]], model: str, form: str) -> None:
+    """What both want is read once; without sharing, each reads all that it wants."""
+    read, alone = (sum(rank[model][form][name] for rank in ranks) for name in ("read", "read alone"))
+    assert read < 0.8 * alone
+    if (model, form) == ("dense", "any layout"):  # they want the same
+        assert read == pytest.approx(alone / 2, rel=0.01)
+        assert all(0.4 < rank[model][form]["read"] / read < 0.6 for rank in ranks)
+
+
 def test_another_layout_loads_it_or_is_told_why_not(ranks: list[dict[str, Any]]) -> None:
     for rank in ranks:
         assert rank["dense"]["any layout"]["in another layout"] == ""

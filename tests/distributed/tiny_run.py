@@ -70,7 +70,7 @@ def build_run(config: TrainConfig, layout: Any, run_dir: Path) -> Any:
     from prune_opd.megatron.sync import WeightSync
     from prune_opd.megatron.teacher import Teacher
     from prune_opd.megatron.trainer import Trainer
-    from prune_opd.method.change_point import Calibration
+    from prune_opd.method.calibration import Calibration
     from prune_opd.method.horizon import make_controller
     from prune_opd.rollout.phase import RolloutPhase
     from prune_opd.run import Phases, Run
@@ -131,12 +131,12 @@ def train_step(run: Any, rollouts: Rollouts) -> dict[str, Any]:
 
 def look(run: Any, rollouts: Rollouts, kept: Any = None) -> Any:
     """What the gate of the loss sees of the rollouts; no update is made. kept: as `Teacher.hidden` takes it."""
-    from prune_opd.loss.training_loss import gated_loss
+    from prune_opd.loss.training_loss import ThisStep, gated_loss
 
     batch, stats = run.train_batch(rollouts), run.new_stats(rollouts)
     hidden = run.teacher.hidden(rollouts, batch.deals, kept)
-    usual, group = run.calibration.usual, run.layout.student.tp_group
-    loss = gated_loss(run.config, run.teacher, hidden, run.vocab_size, group, stats, usual=usual)
+    this, group = ThisStep(usual=run.calibration.usual), run.layout.student.tp_group
+    loss = gated_loss(run.config, run.teacher, hidden, run.vocab_size, group, stats, this)
     run.trainer.look(batch.microbatches, loss)
     stats.reduce(run.layout.reports)
     return stats

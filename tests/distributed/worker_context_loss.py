@@ -24,7 +24,8 @@ from prune_opd.config import GateConfig, ObjectiveConfig, WeightingConfig
 from prune_opd.loss.context import ContextShard
 from tests.distributed.worker_distill import BUCKET, DISCOUNTED, error, is_aligned, sharded, statistics_error, whole
 from tests.ending import CLASS, ending_case
-from tests.reference import GATE, NO_WEIGHTING, OBJECTIVE, WEIGHTINGS, Case, make_case, reference_update
+from tests.reference import GATE, NO_WEIGHTING, OBJECTIVE, WEIGHTINGS, Case, make_case
+from tests.reference_update import reference_update
 
 LONG = make_case(lengths=(9, 0, 1, 14, 0, 30))
 ENDING = ending_case(lengths=(9, 0, 1, 14, 0, 30))
@@ -60,6 +61,7 @@ class Ranks:
             teacher_hidden=case.teacher_hidden[index_N],
             sampled=case.sampled[index_N],
             stale_logp=None if case.stale_logp is None else case.stale_logp[index_N],
+            advantage=None if case.advantage is None else case.advantage[index_N],
         )
         return mine.leaves(dtype), ContextShard(index_N, len(case.sampled), self.cp_group)
 
@@ -153,6 +155,10 @@ CASES: dict[str, Callable[[Ranks], dict[str, float]]] = {
     "moved student, discounted": lambda ranks: compare_update(ranks, DISCOUNTED),
     "change point": lambda ranks: compare(ranks, CHANGE_POINT),
     "change point, ranks without a token": lambda ranks: compare(ranks, CHANGE_POINT, case=SHORT),
+    "reward": lambda ranks: compare(ranks, case=LONG.rewarded()),
+    "reward, stale tokens": lambda ranks: compare(ranks, case=LONG.stale().rewarded()),
+    "reward, moved student": lambda ranks: compare_update(ranks, case=LONG.rewarded()),
+    "reward, ranks without a token": lambda ranks: compare(ranks, case=SHORT.rewarded()),
     "stale tokens": lambda ranks: compare(ranks, case=LONG.stale()),
     "stale tokens, ranks without a token": lambda ranks: compare(ranks, case=SHORT.stale()),
     "ranks without a token": lambda ranks: compare(ranks, case=SHORT),

@@ -37,9 +37,9 @@ from tests.reference import (
     Reference,
     describe,
     make_case,
-    reference_update,
 )
 from tests.reference_token import top_ids
+from tests.reference_update import reference_update
 
 PLAIN = make_case()
 ENDING = ending_case()
@@ -109,7 +109,7 @@ def compare(
         and torch.equal(stats.overlap_N, alone.overlap_N)
     )
     errors = gradient_errors(loss, shard, reference.loss_sum, expected, group)
-    aligned = is_aligned(shard, group, objective, weighting)
+    aligned = is_aligned(shard, group, objective, weighting, gate)
     return {**errors, "statistics": statistics_error(stats, reference, aligned) if same else math.inf}
 
 
@@ -169,6 +169,8 @@ def compare_update(group: dist.ProcessGroup, objective: ObjectiveConfig, case: C
 
 # ---------------------------------------------------------------------------------------------------- the cases
 
+FULL_VOCABULARY = ObjectiveConfig("full_vocab_reverse_kl", k=6)
+
 
 def tied_case() -> Case:
     """Small whole numbers: logits tie within a shard and across shards; one token's are all equal."""
@@ -222,14 +224,11 @@ def of_every_kind() -> dict[str, Callable[[dist.ProcessGroup], dict[str, float]]
     for objective in OBJECTIVES:
         name = describe(objective)
         cases[name] = lambda group, o=objective: compare(PLAIN, group, objective=o)
-        cases[f"{name} float32"] = lambda group, o=objective: compare(
-            PLAIN, group, objective=o, dtype=torch.float32, chunk=8
-        )
+        cases[f"{name} float32"] = lambda group, o=objective: compare(PLAIN, group, GATE, o, torch.float32, chunk=8)
     for weighting in WEIGHTINGS:
         for objective in (OBJECTIVE, ObjectiveConfig("full_vocab_reverse_kl", k=6)):
-            cases[f"{objective.name} {weighting.name}"] = lambda group, w=weighting, o=objective: compare(
-                PLAIN, group, objective=o, weighting=w
-            )
+            name = f"{objective.name} {weighting.name}"
+            cases[name] = lambda group, w=weighting, o=objective: compare(PLAIN, group, GATE, o, weighting=w)
     return cases
 
 
@@ -241,9 +240,7 @@ def of_ends() -> dict[str, Callable[[dist.ProcessGroup], dict[str, float]]]:
         cases[name] = lambda group, o=objective: compare(ENDING, group, objective=o)
         cases[f"moved student, {name}"] = lambda group, o=objective: compare_update(group, o, ENDING)
     for weighting in WEIGHTINGS:
-        cases[f"ends, {weighting.name}"] = lambda group, w=weighting: compare(
-            ENDING, group, objective=CLASS, weighting=w
-        )
+        cases[f"ends, {weighting.name}"] = lambda group, w=weighting: compare(ENDING, group, GATE, CLASS, weighting=w)
     cases["ends, stale tokens"] = lambda group: compare(ENDING.stale(), group, objective=CLASS)
     return cases
 
@@ -287,10 +284,20 @@ CASES: dict[str, Callable[[dist.ProcessGroup], dict[str, float]]] = {
     "bucket without a rest": lambda group: compare(PLAIN, group, objective=dataclasses.replace(BUCKET, k=VOCAB)),
     "acceptance": lambda group: compare(PLAIN, group, dataclasses.replace(GATE, metric="acceptance")),
     "shared mass": lambda group: compare(PLAIN, group, dataclasses.replace(GATE, metric="shared_mass")),
+    "KL agreement": lambda group: compare(
+        PLAIN, group, dataclasses.replace(GATE, metric="kl_agreement", low_tokens=4, threshold=1.0)
+    ),
+    "gate without memory, tropd": lambda group: compare(
+        PLAIN, group, dataclasses.replace(GATE, memory=False), weighting=WEIGHTINGS[4]
+    ),
     "change point": lambda group: compare(PLAIN, group, dataclasses.replace(GATE, metric="change_point", alarm=3.0)),
     "151936 ids and 152064 rows": lambda group: compare(
         large_vocabulary_case(), group, objective=ObjectiveConfig("full_vocab_jsd"), chunk=3
     ),
+    "reward, full vocabulary": lambda group: compare(PLAIN.rewarded(), group, objective=FULL_VOCABULARY),
+    "reward, stale tokens": lambda group: compare(PLAIN.stale().rewarded(), group, objective=FULL_VOCABULARY),
+    "reward, bfloat16": lambda group: compare(PLAIN.rewarded(), group, None, FULL_VOCABULARY, torch.bfloat16),
+    "reward, moved student": lambda group: compare_update(group, FULL_VOCABULARY, PLAIN.rewarded()),
     **of_every_kind(),
     **of_ends(),
     "moved student": lambda group: compare_update(group, OBJECTIVE),

@@ -22,7 +22,9 @@ import torch.distributed as dist
 
 from prune_opd import platform
 from prune_opd.config import ParallelConfig
+from prune_opd.method.advantage import advantages
 from prune_opd.rollout.batch import Response, Rollouts
+from prune_opd.rollout.reward import Rewards
 from tests.distributed.tiny_run import OPTIMIZER, build_run, made_up_rollouts, train_config, train_step
 
 CPU = torch.device("cpu")
@@ -63,6 +65,10 @@ MORE: dict[int, dict[str, dict[str, Any]]] = {
         "stale TP2+SP | TP2": {"tensor": 2, "sequence_parallel": True},
         "stale DP2 | TP1": {"tensor": 1},
         "stale CP2 | TP1": {"tensor": 1, "context": 2},
+        # Responses have a task's rewards beside the teacher.
+        "reward TP2+SP | TP2": {"tensor": 2, "sequence_parallel": True},
+        "reward DP2 | TP1": {"tensor": 1},
+        "reward CP2 | TP1": {"tensor": 1, "context": 2},
         "moe CP2xEP2 | TP1": {"tensor": 1, "context": 2, "expert": 2},
         "moe EP2 | TP1": {"tensor": 1, "expert": 2},
         "moe EP2+dist-opt | EP2": {"tensor": 1, "expert": 2, "distributed_optimizer": True, "teacher_expert": 2},
@@ -122,7 +128,19 @@ def cases(ranks: int) -> dict[str, dict[str, Any]]:
 
 
 # What the cases are compared with: which models, and updates per batch of rollouts.
-REFERENCES = {"dense": ("dense", 1), "3 updates": ("dense", UPDATES), "moe": ("moe", 1), "stale": ("dense", UPDATES)}
+REFERENCES = {
+    "dense": ("dense", 1),
+    "3 updates": ("dense", UPDATES),
+    "moe": ("moe", 1),
+    "stale": ("dense", UPDATES),
+    "reward": ("dense", UPDATES),
+}
+
+
+def made_up_rewards(rollouts: Rollouts) -> Rewards:
+    """Of either sign, a different one for every response."""
+    reward_B = tuple(math.sin(row + sum(ids)) for row, ids in enumerate(rollouts.response_ids))
+    return Rewards(reward_B, tuple(advantages(reward_B, 1, "batch")), responses=1, failed=0, seconds=0.0)
 
 
 def reference_of(case: str) -> str:
@@ -181,6 +199,7 @@ def train(models: Path, out: Path, reference: str, layout: Any, parallel: Parall
     pair, updates = REFERENCES[reference]
     optimizer = dataclasses.replace(OPTIMIZER, updates_per_batch=updates)
     run = build_run(train_config(models / pair, 1, parallel=parallel, optimizer=optimizer), layout, out)
+    run.reward = made_up_rewards if reference == "reward" else None
     steps = [step(run, number, reference == "stale") for number in range(1, STEPS + 1)]
     return run, {
         "steps": steps,

@@ -72,3 +72,18 @@ def test_partial_rollouts_go_on_after_a_resume_as_if_nothing_had_been(tmp_path: 
     for step in later:
         kept = step["tokens_trained"] - step["stale_tokens"]
         assert step["tokens_generated"] == kept + step["tokens_left"]
+
+
+@pytest.mark.parametrize("every", (0, 2))
+def test_reused_rollouts_go_on_after_a_resume_as_if_nothing_had_been(every: int, tmp_path: Path) -> None:
+    """The run stops between two refreshes, and its evaluations put other weights into the engine."""
+    settings = ("steps=4", "rollout.prompts=8", f"rollout.refresh_every={every}", "horizon.strategy=full", *BARE[1:])
+    settings += ("evaluation.problems=4", "evaluation.every=1", "horizon.max_len=64", "optimizer.lr=1e-3")
+    whole = train(tmp_path / "whole", *settings, "checkpoint.every=0", "checkpoint.last=false")
+    train(tmp_path / "stopped", *settings, "checkpoint.every=0", "stop_after=3" if every == 0 else "stop_after=1")
+    assert without_times(train(tmp_path / "stopped", *settings, "checkpoint.every=0")) == without_times(whole)
+    assert [step["rollout_age"] for step in whole] == ([0, 1, 2, 3] if every == 0 else [0, 1, 0, 1])
+    for step in whole:
+        reused = step["rollout_age"] > 0
+        assert (step["tokens_generated"] == 0) == reused and step["stale_tokens"] == reused * step["tokens_trained"]
+        assert ("stale_ratio_mean" in step) == reused

@@ -23,7 +23,7 @@ WORKER = Path(__file__).with_name("worker_run.py")
 LAUNCH = """
 import os, sys
 from prune_opd.ranks.launcher import start_ranks
-sys.exit(start_ranks(sys.argv[1:], 2, os.environ))
+sys.exit(start_ranks(sys.argv[1:], 2, os.environ, ready=("prune_opd.cli.ready", "train/eager")))
 """
 STEPS = 10
 
@@ -86,7 +86,7 @@ def _environment(run_dir: Path, env: dict[str, str]) -> dict[str, str]:
 
 
 class Launch:
-    """A run in the background, with one fault, under torchrun. `ended` leaves nothing behind."""
+    """A run in the background, with one fault, as `prune-opd train` starts it. `ended` leaves nothing behind."""
 
     def __init__(
         self, config: TrainConfig, run_dir: Path, fault: str = "none", step: int = 0, rank: int = 0, **env: str

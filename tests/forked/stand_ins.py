@@ -17,7 +17,9 @@ def install(connection: Connection, benchmarks: bool) -> None:
     """Call it before the command line's modules take what is replaced."""
     from prune_opd.ranks import launcher
 
-    def start_ranks(args: list[str], nproc: int, env: Mapping[str, str], asked: str = "") -> int:
+    def start_ranks(
+        args: list[str], nproc: int, env: Mapping[str, str], asked: str = "", ready: tuple[str, ...] = ()
+    ) -> int:
         sys.stdout.flush()
         return connection.launch(args, nproc, rank_environment(env), (1, 2))
 

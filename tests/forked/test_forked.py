@@ -1,4 +1,4 @@
-"""Forked ranks are as good as torchrun's: they fail, hang, speak and begin like processes of their own."""
+"""Forked ranks are as good as new interpreters: they fail, hang, speak and begin like processes of their own."""
 
 from __future__ import annotations
 
@@ -181,10 +181,11 @@ def test_the_exit_code_is_that_of_the_rank_that_failed_first(tmp_path: Path, end
 
 def test_a_rank_that_hears_no_signal_and_hangs_is_ended_when_the_time_is_up(tmp_path: Path) -> None:
     text = WRITE_PID + "import signal\nsignal.signal(signal.SIGTERM, signal.SIG_IGN)\ntime.sleep(600)\n"
+    run_ranks(script(tmp_path, ""), 1)  # its server is there now
     start = time.monotonic()
-    with pytest.raises(AssertionError, match=r"on 2 ranks: not done after 3 s\n") as failure:
-        run_ranks(script(tmp_path, text), 2, [tmp_path], timeout=3)
-    assert time.monotonic() - start < 30 and "here is rank 1" in str(failure.value)
+    with pytest.raises(AssertionError, match=r"on 2 ranks: not done after 15 s\n") as failure:
+        run_ranks(script(tmp_path, text), 2, [tmp_path], timeout=15)
+    assert time.monotonic() - start < 15 + 27 and "here is rank 1" in str(failure.value)
     assert len(pids(tmp_path)) == 2 and all(map(ended, pids(tmp_path)))
 
 
@@ -203,11 +204,12 @@ Path(sys.argv[1], "child.pid").write_text(str(child.pid))
 
 def test_an_interrupted_test_leaves_no_rank_behind(tmp_path: Path) -> None:
     def interrupt(number: int, frame: Any) -> None:
-        raise KeyboardInterrupt
+        if pids(tmp_path):
+            raise KeyboardInterrupt
 
     before = signal.signal(signal.SIGALRM, interrupt)
     try:
-        signal.setitimer(signal.ITIMER_REAL, 3)
+        signal.setitimer(signal.ITIMER_REAL, 3, 0.2)
         with pytest.raises(KeyboardInterrupt):
             run_ranks(script(tmp_path, WRITE_PID + "time.sleep(600)"), 1, [tmp_path])
     finally:
@@ -250,7 +252,7 @@ def test_a_command_has_its_own_folder_output_and_exit_code(tmp_path: Path) -> No
 FORKS = """
 import line_notes
 import os
-from tests.forked.server import fork, run_fresh
+from prune_opd.ranks.forked import fork, run_fresh
 from prune_opd.config import HorizonConfig
 from prune_opd.method.horizon import make_controller
 pid = fork(lambda: run_fresh(lambda: make_controller(HorizonConfig("full", max_len=5, min_len=1))))

@@ -53,6 +53,7 @@ WATCHED = (
     "real, overlap",
     "real, top-p",
     "real, change point",
+    "real, KL agreement",
 )
 
 
@@ -113,10 +114,14 @@ def test_the_losss_gate_agrees_with_the_gate_in_flight(results: Results) -> None
         assert reliable == result["loss of all"]["reliable_length_B"]
         assert reliable == [RELIABLE.get(row, MAX_TOKENS) for row in range(ROWS)]
         assert result["record"]["inflight_too_early"] == 0
-    for name in ("real, overlap", "real, top-p", "real, change point"):
+    for name in ("real, overlap", "real, top-p", "real, change point", "real, overlap quantile", "real, KL agreement"):
         result = results[0][name]
         assert result["loss"]["reliable_length_B"] == result["loss of all"]["reliable_length_B"]
         assert result["too early"] == 0
+
+
+def test_the_pairs_own_threshold_does_what_the_same_constant_does(results: Results) -> None:
+    assert results[0]["real, overlap quantile"] == results[0]["real, overlap"]
 
 
 def test_a_budget_of_events_may_cut_reliable_tokens_and_the_record_says_so(results: Results) -> None:

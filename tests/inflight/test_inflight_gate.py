@@ -67,6 +67,13 @@ def test_geometric_looks_add_up_to_less_than_two_passes(length: int) -> None:
             ON,
             "objective.ends = class",
         ),
+        ({"gate": replace(GATE, memory=False)}, ON, "gate.memory = false"),
+        ({"gate": replace(GATE, metric="kl_agreement", threshold=0.0)}, ON, "gate.threshold = 0"),
+        (
+            {"gate": replace(GATE, metric="kl_agreement"), "objective": ObjectiveConfig(temperature=0.7)},
+            ON,
+            "gate.metric = kl_agreement and objective.temperature = 0.7",
+        ),
     ],
 )
 def test_settings_that_could_never_stop_anything_are_refused(

@@ -20,7 +20,7 @@ from prune_opd import platform
 from prune_opd.config import GateConfig, InflightConfig, ParallelConfig, RolloutConfig
 from prune_opd.data.prompt import Prompt
 from prune_opd.errors import UserError
-from prune_opd.method.change_point import Calibration
+from prune_opd.method.calibration import Calibration
 from prune_opd.rollout.batch import Rollouts
 from prune_opd.rollout.request import TokenSampling, new_rows
 from tests.distributed.tiny_run import build_run, look, train_config
@@ -32,6 +32,8 @@ SPENT = 4  # events: w_drop = 0.25
 GATE = GateConfig(k=4, threshold=0.5, w_drop=0.25, w_base=0.0)
 TOP_P = replace(GATE, metric="teacher_top_p", top_p=0.9)
 CHANGE_POINT = replace(GATE, metric="change_point", alarm=2.0)
+KAT = replace(GATE, metric="kl_agreement", threshold=0.8, low_tokens=4)
+QUANTILE = replace(GATE, metric="overlap_quantile", threshold=0.0)  # γ is found: .5 too
 GEOMETRIC = InflightConfig(mode="gate", first_check=4)  # 4, 8, 16, 32
 FIXED = InflightConfig(mode="gate", schedule="fixed", first_check=6, chunk=5, min_keep=8)  # 11, 16, 21, 26, 31, 36
 # Where the scripted teacher drifts, by row: token numbers from 0. R reaches 0 with the fourth of them.
@@ -102,10 +104,12 @@ class Checks:
         self.run.config = replace(self.run.config, rollout=rollout, gate=gate)
         self.run.inflight = self.make_gate(self.run.config, self.run.teacher, self.run.layout, self.run.vocab_size)
         self.run.calibration = Calibration(gate)
-        self.run.calibration.update(
-            [100, 60.0, 37.0]
-        )  # acceptance .6 ± .1, of which this pair falls short here and there
-        self.run.inflight.usual = self.run.calibration.usual
+        # Acceptance .6 ± .1, of which this pair falls short here and there; overlap is k / 2 but for 4 tokens in 100.
+        # The KL is .5, above that of most tokens.
+        shared = [0.0] * (gate.k + 1)
+        shared[0], shared[gate.k // 2] = 4, 96
+        self.run.calibration.update([100, 60.0, 37.0, *shared], 50.0)
+        self.run.inflight.calibrate(self.run.calibration.usual)
         return self.run.inflight
 
     def generate(self, watch: Any = None) -> Rollouts:
@@ -213,7 +217,9 @@ def main(models: Path, out: Path, rollout_tp: int, max_num_seqs: int) -> None:
     results["scripted, fixed"] = checks.scripted(FIXED, GATE, plain)
     results["scripted, two events"] = checks.scripted(replace(GEOMETRIC, stop_events=2), GATE, plain)
     run.teacher = checks.teacher = drifting
-    for name, gate in (("real, overlap", GATE), ("real, top-p", TOP_P), ("real, change point", CHANGE_POINT)):
+    gates = {"overlap": GATE, "top-p": TOP_P, "change point": CHANGE_POINT, "overlap quantile": QUANTILE}
+    gates["KL agreement"] = KAT
+    for name, gate in ((f"real, {name}", gate) for name, gate in gates.items()):
         watch = checks.watch(GEOMETRIC, gate)
         rollouts = checks.generate(watch)
         loss = checks.losses_gate(rollouts, watch.kept)

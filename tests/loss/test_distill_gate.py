@@ -29,6 +29,8 @@ from tests.reference import GATE, OBJECTIVES, VOCAB, describe, make_case
         dataclasses.replace(GATE, metric="acceptance"),
         dataclasses.replace(GATE, metric="shared_mass", k=11),
         dataclasses.replace(GATE, metric="change_point", alarm=3.0),
+        dataclasses.replace(GATE, metric="kl_agreement", low_tokens=4, threshold=1.0),
+        dataclasses.replace(GATE, memory=False),
         dataclasses.replace(GATE, metric="change_point", alarm=3.0, weight_normalisation="mean"),
     ],
     ids=lambda gate: (

@@ -21,8 +21,8 @@ from tests.reference import (
     WEIGHTINGS,
     describe,
     make_case,
-    reference_update,
 )
+from tests.reference_update import reference_update
 
 GATES = [
     GATE,

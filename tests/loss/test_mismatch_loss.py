@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import Any
 
@@ -9,7 +10,8 @@ import pytest
 import torch
 
 from prune_opd.config import ObjectiveConfig, WeightingConfig
-from tests.reference import make_case
+from prune_opd.loss import Head, Method, Tokens, distill_loss
+from tests.reference import GATE, OBJECTIVE, make_case
 
 OBJECTIVES: list[dict[str, Any]] = [
     {"name": "sampled_token"},
@@ -89,3 +91,15 @@ def test_what_does_not_fit_is_named() -> None:
     case.engine_logp = torch.zeros(3)
     with pytest.raises(ValueError, match=r"engine_logp is \[3\] and sampled_ids \[24\]"):
         case.fused()
+
+
+def test_stale_tokens_count_as_others_where_they_are_not_to_be_corrected() -> None:
+    """Semi-OPD's form: the same loss as of fresh tokens, while the statistics still say how stale they are."""
+    case = make_case().stale()
+    fresh = dataclasses.replace(case, stale_logp=None).fused(chunk=7)
+    head, teacher = Head(case.student_hidden, case.student_weight), Head(case.teacher_hidden, case.teacher_weight)
+    tokens = Tokens(case.sampled, case.offsets, case.vocab_size, stale_logp_N=case.stale_logp)
+    loss, _, stats = distill_loss(head, teacher, tokens, Method(GATE, OBJECTIVE, correct_stale=False), chunk=7)
+    assert loss == fresh[0] and torch.equal(stats.weight_N, fresh[2].weight_N)
+    assert loss != case.fused(chunk=7)[0]
+    assert stats.stale_ratio_N is not None and stats.stale_ratio_N.nansum() > 0

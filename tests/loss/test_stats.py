@@ -108,16 +108,36 @@ def test_what_tells_of_the_run_is_a_token_mean_and_an_unknown_kl_is_null_with_it
     values |= {
         "student_entropy_N": torch.tensor([1.0, 2.0, 3.0, 4.0]),
         "acceptance_N": torch.tensor([0.2, 0.4, 0.6, 0.8]),
+        "overlap_N": torch.tensor([1.0, 0.0, 0.5, 1.0]),
     }
     lengths = {"reliable_length_B": torch.tensor([3, 1]), "length_B": torch.tensor([3, 1])}
-    known = BatchStats(2, 1, 4, CPU, early=2)
+    known = BatchStats(2, 1, 4, CPU, early=(2, 2))
     known.add([0, 1], GateStats(**(values | lengths | {"reverse_kl_N": torch.full((count,), 0.5)})))
     record = known.record()
     assert record["reverse_kl"] == 0.5 and record["student_entropy"] == 2.5 and record["teacher_logp"] == -2
     assert record["reverse_kl_sampled"] == 1
     assert record["reverse_kl_sampled_stderr"] == pytest.approx((0.5 / 4) ** 0.5)  # variance .5 of four tokens
-    assert known.early_3.tolist() == pytest.approx([3, 0.2 + 0.4 + 0.8, 0.04 + 0.16 + 0.64])  # 2 of the first, 1 of 1
+    acceptance = [3, 0.2 + 0.4 + 0.8, 0.04 + 0.16 + 0.64]  # 2 tokens of the first response, 1 of the other's 1
+    assert known.early.tolist() == pytest.approx([*acceptance, 1, 0, 2])
+    assert known.early_kl.item() == 1.5
     unknown = BatchStats(2, 1, 4, CPU)
     unknown.add([0, 1], GateStats(**(values | lengths | {"reverse_kl_N": torch.full((count,), float("nan"))})))
     assert unknown.record()["reverse_kl"] is None and unknown.record()["reverse_kl_by_position"] == [1.0]
-    assert not unknown.early_3.any()
+    assert not unknown.early.any() and not unknown.early_kl.any()
+
+
+def test_signals_near_the_end_of_the_window_are_means_over_the_bins_there() -> None:
+    count = 8
+    values = {field.name: torch.zeros(count) for field in fields(GateStats) if field.name.endswith("_N")}
+    values["overlap_N"] = torch.tensor([1, 1, 0.8, 0.6, 0.5, 0.3, 0.2, 0.1])
+    values["teacher_mass_N"] = torch.tensor([1, 1, 1, 1, 0.9, 0.7, 0.5, 0.1])
+    values["sampled_logp_N"], values["teacher_logp_N"] = torch.zeros(count), -torch.arange(8.0)
+    lengths = {"reliable_length_B": torch.tensor([8]), "length_B": torch.tensor([8])}
+    stats = BatchStats(1, 8, 16, CPU)  # bins of two tokens
+    stats.add([0], GateStats(**(values | lengths)))
+    near = stats.near(end=8, tokens=4)
+    assert near == pytest.approx(
+        {"overlap": 0.275, "support_mass_teacher": 0.55, "gap": 5.5, "gap_size": ((16 + 25 + 36 + 49) / 4) ** 0.5}
+    )
+    assert stats.near(end=16, tokens=4) is None
+    assert stats.near(end=1, tokens=0) is not None  # the bin of its only token

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from itertools import pairwise
 
-import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from prune_opd.config import GateConfig
-from prune_opd.errors import ConfigError
-from prune_opd.method.change_point import LARGEST, Calibration, ChangePoint, Usual
+from prune_opd.method.calibration import LEAST_DEVIATION, Usual
+from prune_opd.method.change_point import LARGEST, ChangePoint
 
 GATE = GateConfig("change_point", slack=0.5, alarm=8)
 USUAL = Usual(0.9, 0.1)
@@ -76,33 +75,6 @@ def test_the_next_response_starts_afresh() -> None:
     assert advance(acceptance, [0, 10, 20], [13], GATE, USUAL)[10:] == [False] * 10
 
 
-def test_what_is_usual_is_found_in_the_first_steps_and_goes_with_the_checkpoint() -> None:
-    calibration = Calibration(GateConfig("change_point", calibration_steps=2))
-    assert calibration.usual is None and calibration.record() == {}
-    for early in ([4, 3.2, 2.6], [4, 3.6, 3.3], [4, 0.0, 0.0]):  # the third step is too late
-        calibration.update(early)
-    usual = calibration.usual
-    assert usual is not None
-    assert usual == pytest.approx((6.8 / 8, (5.9 / 8 - (6.8 / 8) ** 2) ** 0.5))
-    again = Calibration(GateConfig("change_point", calibration_steps=2))
-    again.load_state_dict(calibration.state_dict())
-    assert again.usual == usual
-    again.update([4, 0.0, 0.0])
-    assert again.usual == usual
-    with pytest.raises(ConfigError, match="calibration has no 'sums': resume from another checkpoint"):
-        again.load_state_dict({"done": 1})
-
-
-def test_other_gates_calibrate_nothing() -> None:
-    for gate in (None, GateConfig()):
-        calibration = Calibration(gate)
-        calibration.update([4, 3.2, 2.6])
-        assert calibration.usual is None
-
-
 def test_two_equal_models_see_no_change_in_rounding() -> None:
-    calibration = Calibration(GATE)
-    calibration.update([100, 99.9999, 99.9998])
-    usual = calibration.usual
-    assert usual is not None and usual.deviation == 0.05
+    usual = Usual(0.999999, LEAST_DEVIATION)
     assert not any(advance([0.99] * 500, [0, 500], [], GATE, usual))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -13,9 +14,9 @@ from hypothesis import strategies as st
 
 from prune_opd.config import HorizonConfig
 from prune_opd.errors import ConfigError
-from prune_opd.method.horizon import HorizonController, make_controller
+from prune_opd.method.horizon import HorizonController, PlateauHorizon, make_controller
 
-ALL = ("full", "topd", "popd", "prune", "marginal")
+ALL = ("full", "topd", "popd", "prune", "marginal", "adwin", "fastopd")
 quick = settings(max_examples=80, deadline=None)
 PAPER = HorizonConfig("prune", init_len=2048)
 
@@ -236,6 +237,59 @@ def test_marginal_moves_towards_the_window_of_greatest_value(config: HorizonConf
         else:
             goal = min(max(best + config.margin, config.min_len), config.max_len)
             assert abs(controller.horizon - goal) == max(0, abs(window - goal) - config.step)
+
+
+# ---------------------------------------------------------------------------------------------------- rivals
+
+
+def test_adwin_probes_at_full_length_and_trains_on_what_a_probe_found_reliable() -> None:
+    config = HorizonConfig("adwin", max_len=400, min_len=20, margin=10, price=0.5, probe_every=3)
+    controller = make_controller(config)
+    lost = batch((60, 400, False), (60, 400, False), (50, 300, True))
+    short = batch((70, 70, False), (70, 70, False), (50, 70, False))  # says nothing of what lies behind
+    half = batch((200, 400, False), (200, 300, True), (50, 300, True))
+    assert controller.horizon == 400  # the first batch is a probe
+    assert horizons(controller, [lost, short, short, half, short, short]) == [70, 70, 400, 210, 210, 400]
+
+
+def plateau(**changes: Any) -> PlateauHorizon:
+    settings: dict[str, Any] = {"max_len": 100, "min_len": 10, "init_len": 40, "step": 20, "margin": 8, "patience": 2}
+    controller = make_controller(HorizonConfig("fastopd", **(settings | {"hit_ratio": 0.5} | changes)))
+    assert isinstance(controller, PlateauHorizon)
+    return controller
+
+
+def feed(controller: PlateauHorizon, overlaps: Sequence[float], length: int | None = None) -> list[int]:
+    """Steps of two responses, both of this length (or up to the window); the other signals stand still."""
+    windows = []
+    for overlap in overlaps:
+        windows.append(controller.horizon)
+        controller.see({"overlap": overlap, "mass": 0.9, "gap": 0.3, "gap_size": 1.0})
+        controller.update([0, 0], [length or controller.horizon] * 2, [False] * 2)
+    return windows
+
+
+def test_fastopd_grows_once_no_signal_has_improved_for_a_while() -> None:
+    assert feed(plateau(), [0.5, 0.6, 0.7, 0.71, 0.705, 0.7, 0.7, 0.7]) == [40] * 5 + [60] * 3
+    assert feed(plateau(), [0.5 + 0.05 * i for i in range(9)]) == [40] * 9  # it still learns
+    assert feed(plateau(max_len=50), [0.5] * 9)[-1] == 50
+
+
+def test_fastopd_does_not_grow_where_few_responses_reach_the_end_or_no_token_is_there() -> None:
+    assert feed(plateau(), [0.5] * 9, length=39) == [40] * 9
+    controller = plateau()
+    for _ in range(9):
+        controller.see(None)
+        controller.update([0], [40], [False])
+    assert controller.horizon == 40
+
+
+def test_fastopd_goes_on_after_a_checkpoint_in_the_middle_of_a_plateau() -> None:
+    whole, first, second = plateau(), plateau(), plateau()
+    seen = [0.5, 0.6, 0.6, 0.6, 0.6, 0.6, 0.6]
+    feed(first, seen[:3])
+    second.load_state_dict(json.loads(json.dumps(first.state_dict())))
+    assert feed(whole, seen)[3:] == feed(second, seen[3:]) == [40, 60, 60, 60]
 
 
 # ---------------------------------------------------------------------------------------------------- checkpoints

@@ -54,12 +54,13 @@ class Checks:
     """What the tests assert, by name. Every use of the engine goes through here, and is watched."""
 
     def __init__(self, run: Any, rollout: RolloutConfig):
-        from prune_opd.rollout.engine import RolloutEngine
+        from prune_opd.rollout.engine import EngineOptions, RolloutEngine
 
         self.run, self.rollout, self.rng_changed = run, rollout, []
         self.threads = torch.get_num_threads()
         dtype, machine = torch.float32, run.machine
-        build = lambda: RolloutEngine(run.config.student, rollout, 64, dtype, machine)  # noqa: E731
+        options = EngineOptions(end_id=EOS)  # vLLM has no tokenizer
+        build = lambda: RolloutEngine(run.config.student, rollout, 64, dtype, machine, options)  # noqa: E731
         self.engine = run.rollout.engine = self.watched("construct", build)
 
     def watched(self, what: str, call: Any) -> Any:

@@ -38,7 +38,7 @@ Descriptions = dict[str, dict[str, Any]]
 def te_packages() -> Path:
     """The folder with Transformer Engine's Python half: as `make setup-te-test` makes it, if it is not there yet."""
     environment = {**os.environ, "PYTHON": sys.executable}
-    command = ["bash", "scripts/setup_te_test.sh"]
+    command = ["bash", "scripts/setup_folder.sh", "te", "te-test"]
     made = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=300)
     assert made.returncode == 0, f"tests/te need the packages of requirements/te-test.txt\n{made.stderr}"
     return PACKAGES

@@ -72,6 +72,7 @@ GATES = {
     "responses": "{responses:.0%}",
     "half by": "{half_by}",
     "kept": "{kept:.0%}",
+    "of the KL": "{kl_kept:.0%}",
 }
 FORMATS = {"": "{role}", "overlap": "{overlap:.4f}", "events": "{events:.2%}", "KL": "{kl:.5f}"}
 

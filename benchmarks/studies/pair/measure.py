@@ -7,7 +7,6 @@ on the top k are the product's own. Both models are in this process, whole: no l
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import accumulate
@@ -22,7 +21,9 @@ from benchmarks.studies.judge.measure import compare
 from prune_opd.config import GateConfig, ObjectiveConfig, TrainConfig
 from prune_opd.config.yaml import load_config
 from prune_opd.loss.vocab_parallel import local_topk
-from prune_opd.method.change_point import Calibration, ChangePoint, Usual
+from prune_opd.method.agreement import AgreementTrap
+from prune_opd.method.calibration import Calibration, Usual
+from prune_opd.method.change_point import ChangePoint
 from prune_opd.method.gate import Views, apply_gate_packed, judge, overlap_events
 from prune_opd.method.objective import topk_reverse_kl
 
@@ -34,8 +35,7 @@ READ_TOGETHER = 8192  # tokens of one forward pass, padding included
 CHUNK = 512  # tokens whose logits are held at a time
 SURE = 0.9  # both models give their common first choice more than this: an event here is noise of the tail
 LARGE_KL = 1.0  # nats: what an event should find
-THRESHOLDS = {"overlap": (0.7, 0.6, 0.5, 0.4), "acceptance": (0.5, 0.3)}
-QUANTILE = 0.05  # of overlap in a response's first tokens: the γ that the pair itself has
+THRESHOLDS = {"overlap": (0.7, 0.6, 0.5, 0.4), "acceptance": (0.5, 0.3), "kl_agreement": (0.1, 0.01, 0.001)}
 MEANS = (
     *("overlap", "acceptance", "student_mass", "teacher_mass", "divergence"),
     *("reverse_kl", "forward_kl", "student_entropy", "teacher_entropy"),
@@ -164,7 +164,13 @@ def gate_row(name: str, event_N: Tensor, kl_N: Tensor, lengths: Sequence[int], g
         "responses": len(begins) / len(lengths),
         "half_by": begins[half - 1] if len(begins) >= half else None,
         "kept": int(reliable.sum()) / sum(lengths),
+        "kl_kept": share(kl_N * _first(reliable, lengths), kl_N),
     }
+
+
+def _first(reliable_B: Tensor, lengths: Sequence[int]) -> Tensor:
+    """Which tokens are among the first ones of their response that are reliable, 0 or 1."""
+    return positions(lengths) < reliable_B.repeat_interleave(torch.tensor(list(lengths)))
 
 
 def share(part_N: Tensor, whole_N: Tensor | None = None) -> float | None:
@@ -174,26 +180,32 @@ def share(part_N: Tensor, whole_N: Tensor | None = None) -> float | None:
 
 
 def usual(own: Columns, lengths: Sequence[int], gate: GateConfig) -> Usual:
-    """What the change-point gate would take for usual after a step with these responses."""
-    early = own["acceptance"][positions(lengths) < gate.early_tokens].double()
+    """What a gate that judges by it would take for usual after a step with these responses."""
+    early_N = positions(lengths) < gate.early_tokens
+    early, shared = own["acceptance"][early_N].double(), (own["overlap"][early_N] * gate.k).round().long()
     calibration = Calibration(replace(gate, metric="change_point"))
-    calibration.update([len(early), float(early.sum()), float(early.square().sum())])
+    counts = torch.bincount(shared, minlength=gate.k + 1).tolist()
+    calibration.update([len(early), float(early.sum()), float(early.square().sum()), *counts])
     assert calibration.usual is not None
-    return calibration.usual
+    return calibration.usual._replace(kl=float(own["reverse_kl"][early_N].double().mean()))  # KAT's
 
 
-def summary(
-    found: Columns, lengths: Sequence[int], gate: GateConfig, normal: Usual, gamma: float, max_len: int
-) -> dict[str, Any]:
-    """A text's row of every table. gamma: the pair's own γ."""
+def summary(found: Columns, lengths: Sequence[int], gate: GateConfig, normal: Usual, max_len: int) -> dict[str, Any]:
+    """A text's row of every table."""
+    offsets = [0, *accumulate(lengths)]
     event_N, kl_N, noise_N = found["event"], found["reverse_kl"], found["event"] & found["sure"]
     width = max(16, -(-max_len // 8))
     bins = -(-max_len // width)
-    gammas = sorted({*THRESHOLDS["overlap"], gate.threshold, gamma} - {0}, reverse=True)
+    gammas = sorted({*THRESHOLDS["overlap"], gate.threshold, normal.overlap} - {0}, reverse=True)
     events = {f"overlap < {at:g}": overlap_events(found["overlap"], gate.k, at) for at in gammas}
     events |= {f"acceptance < {at:g}": found["acceptance"] < at for at in THRESHOLDS["acceptance"]}
-    alarms = ChangePoint([0, *accumulate(lengths)], replace(gate, metric="change_point"), normal)
-    events["change_point"] = alarms.advance(found["acceptance"])
+    rows = [gate_row(name, event, kl_N, lengths, gate) for name, event in events.items()]
+    for at in THRESHOLDS["kl_agreement"]:
+        kat = GateConfig("kl_agreement", threshold=at, low_tokens=max(1, max_len // 8), w_drop=1)
+        low = AgreementTrap(offsets, kat, normal).advance(kl_N)
+        rows.append(gate_row(f"kl_agreement < {at:g}", low, kl_N, lengths, kat))
+    alarms = ChangePoint(offsets, replace(gate, metric="change_point"), normal).advance(found["acceptance"])
+    rows.append(gate_row("change_point", alarms, kl_N, lengths, gate))
     return {
         "tokens": sum(lengths),
         **{name: share(found[name]) for name in MEANS},
@@ -204,7 +216,7 @@ def summary(
         "noise_of_events": share(noise_N, event_N),
         "noise_of_divergence": share(found["divergence"] * noise_N, found["divergence"]),
         "large_kl": share(kl_N > LARGE_KL),
-        "gates": [gate_row(name, event, kl_N, lengths, gate) for name, event in events.items()],
+        "gates": rows,
     }
 
 
@@ -232,12 +244,11 @@ def measure(recipe: str, rows: int) -> dict[str, Any]:
     pair = models["student"], models["teacher"]
     found = {role: along(*pair, text, gate, config.objective) for role, text in texts.items()}
     normal = usual(found["student"], lengths["student"], gate)
-    early = found["student"]["overlap"][positions(lengths["student"]) < gate.early_tokens]
-    gamma = math.floor(1e4 * early.quantile(QUANTILE, interpolation="lower").item() + 1e-3) / 1e4  # as one writes it
     return {
-        "gamma": gamma,
-        "usual_acceptance": normal._asdict(),
-        "texts": {role: summary(found[role], lengths[role], gate, normal, gamma, max_len) for role in texts},
+        "gamma": normal.overlap,
+        "usual_acceptance": {"mean": normal.mean, "deviation": normal.deviation},
+        "usual_kl": normal.kl,
+        "texts": {role: summary(found[role], lengths[role], gate, normal, max_len) for role in texts},
         "bf16": {role: rounding(model, texts[role], gate) for role, model in models.items()},
     }
 

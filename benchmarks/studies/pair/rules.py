@@ -7,6 +7,8 @@
     horizon     M_0 at the token by which half of the responses have begun to drift, by the change-point gate
     format      fp32 where bf16 alone makes events or a KL that counts
 
+`kind` says which of the tiny pairs the numbers are like, and docs/choosing.md what was best on those.
+
 A recipe takes the settings as they are printed. No training run has tested the limits.
 """
 
@@ -24,6 +26,9 @@ class Rules:
     noise: float = 0.50  # of the events: where most are noise, their number says nothing
     false_alarms: float = 0.05  # of the teacher's own responses
     mass: float = 0.95  # of the student on its top k: with less the published objective moves mass out of it
+    drifts: float = 0.50  # of the student's responses have an alarm of the change-point gate
+    agrees: float = 0.90  # overlap on the student's own text in its last part: high
+    longer: float = 1.25  # the student's responses beside the teacher's
     rounding: float = 1e-3  # events that bf16 alone makes
     rounding_kl: float = 0.01  # and its KL, in nats
 
@@ -47,7 +52,28 @@ def suggestions(result: dict[str, Any], k: int, objective_k: int, threshold: flo
         _objective(own, objective_k),
         _horizon(change),
         _format(result["bf16"]),
+        Suggestion((), f"the pair is {KINDS[kind(result)]}: docs/choosing.md has what was best on such a tiny pair"),
     ]
+
+
+KINDS = {
+    "far": "far apart from the first token on",
+    "drift": "one that drifts",
+    "trap": "one whose teacher goes along with lost texts",
+    "compatible": "compatible",
+}
+
+
+def kind(result: dict[str, Any]) -> str:
+    """far, drift, trap or compatible: by early events, change points, and overlap at the end of too long texts."""
+    own, given = (result["texts"][role] for role in ("student", "teacher"))
+    if own["early_events"] > RULES.busy:
+        return "far"
+    if own["gates"][-1]["responses"] >= RULES.drifts:
+        return "drift"
+    overlap = [value for value in own["by_position"]["overlap"] if value is not None]
+    lost = own["tokens"] > RULES.longer * given["tokens"] and bool(overlap) and overlap[-1] >= RULES.agrees
+    return "trap" if lost else "compatible"
 
 
 def _gate(own: dict[str, Any], false: dict[str, Any], k: int, threshold: float) -> list[Suggestion]:

@@ -1,4 +1,4 @@
-"""`prune-opd bench pair-check PAIR`: whether a tiny pair is an honest drift pair, in four tests.
+"""`prune-opd bench pair-check PAIR`: whether a tiny pair is an honest drift pair, or trap pair, in four tests.
 
 PAIR is a recipe that distils a ledger pair (tiny_compatible, tiny_drift). The recipe runs once with full rollouts and
 no gate; four models are measured on problems that no recipe was chosen on (measure.py): the teacher, and the
@@ -8,6 +8,9 @@ student before, after half of, and after that run.
     2  overlap on gold text is high at every position, for the student before the run
     3  overlap on the student's own rollouts decays with position, and to below that on gold text
     4  full OPD improves the student, and after half of it test 3 still holds: the later tokens were a waste
+
+With `--kind trap` the third is turned round: on the student's own rollouts, in the last part, where no right solution
+comes to, overlap is high and the KL a small share of that in the first part: teacher and student agree on a lost text.
 
 A compatible pair is expected to fail the third. Exit code 1 if a test fails. Writes the JSON file and a PNG of curves.
 """
@@ -20,7 +23,7 @@ import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -41,6 +44,8 @@ class Limits:
     gold_overlap: float = 0.65  # least overlap on gold text, at every position
     gold_events: float = 0.05  # and most events per token there
     decay: float = 0.10  # least fall of overlap on own rollouts, first to last part, and distance from gold text there
+    agreement: float = 0.90  # trap: least overlap on own rollouts in the last part
+    quiet: float = 0.10  # trap: most KL there, as a share of that in the first part
     least_tokens: int = 200  # fewer in a part of the response, and its mean says nothing
 
 
@@ -73,12 +78,13 @@ class Verdict:
 # ---------------------------------------------------------------------------------------------------- the tests
 
 
-def verdicts(models: Mapping[str, Result]) -> list[Verdict]:
-    """The four tests on the measurements of teacher, before, half and after (measure.py)."""
+def verdicts(models: Mapping[str, Result], kind: str = "drift") -> list[Verdict]:
+    """The four tests of this kind of pair on the measurements of teacher, before, half and after (measure.py)."""
+    third, name = (decay, "decays") if kind == "drift" else (agreement, "stays high")
     teacher, before, half, after = (models[name] for name in ("teacher", "before", "half", "after"))
     gold, events = ([before["gold"][name][i] for i in _parts(before["gold"])] for name in ("overlap", "events"))
-    decays, how = decay(before)
-    still, how_half = decay(half)
+    holds, how = third(before)
+    still, how_half = third(half)
     learnt = _above(after, before)
     return [
         Verdict("1 teacher beats student", _above(teacher, before), f"{_percent(teacher)} against {_percent(before)}"),
@@ -87,9 +93,9 @@ def verdicts(models: Mapping[str, Result]) -> list[Verdict]:
             bool(gold) and min(gold) >= LIMITS.gold_overlap and max(events) <= LIMITS.gold_events,
             f"least {min(gold, default=math.nan):.2f}, most events {max(events, default=math.nan):.3f} a token",
         ),
-        Verdict("3 overlap decays on own rollouts", decays, how),
+        Verdict(f"3 overlap {name} on own rollouts", holds, how),
         Verdict(
-            "4 full OPD improves, drift at half time",
+            f"4 full OPD improves, {kind} at half time",
             learnt and still,
             f"{_percent(before)} to {_percent(after)}; at half time {how_half}",
         ),
@@ -108,6 +114,19 @@ def decay(model: Result) -> tuple[bool, str]:
     return min(first, beside) - last >= LIMITS.decay, text
 
 
+def agreement(model: Result) -> tuple[bool, str]:
+    """Whether both models agree on own rollouts in the last part: overlap high, KL low beside the first part's."""
+    own = model["own"]
+    parts = _parts(own)
+    if len(parts) < 2:
+        return False, "too few tokens"
+    first, last = parts[0], parts[-1]
+    overlap, before, kl = own["overlap"][last], own["kl"][first], own["kl"][last]
+    return overlap >= LIMITS.agreement and kl <= LIMITS.quiet * before, (
+        f"{overlap:.2f}, with a KL of {kl:.4f} nats, {before:.2f} at the beginning"
+    )
+
+
 def _parts(curves: Result) -> list[int]:
     return [i for i, tokens in enumerate(curves["tokens"]) if tokens >= LIMITS.least_tokens]
 
@@ -124,7 +143,12 @@ def _percent(model: Result) -> str:
 # ---------------------------------------------------------------------------------------------------- running
 
 
-def run(pair: Annotated[str, typer.Argument(metavar="PAIR")], out: Out = BENCH, quick: Quick = False) -> int:
+Kind = Annotated[Literal["drift", "trap"], typer.Option(help="What the pair has to be.")]
+
+
+def run(
+    pair: Annotated[str, typer.Argument(metavar="PAIR")], out: Out = BENCH, quick: Quick = False, kind: Kind = "drift"
+) -> int:
     """Run the pair's full OPD, measure, write the JSON file and a PNG beside it. 1 if a test fails."""
     settings = QUICK if quick else Settings()
     config = full_opd(pair, settings)
@@ -149,10 +173,11 @@ def run(pair: Annotated[str, typer.Argument(metavar="PAIR")], out: Out = BENCH, 
                 request = {"recipe": str(folder / "recipe.yaml"), "model": str(directory), **numbers}
                 (models[model],) = measure("benchmarks.studies.pair_check.measure", request, f"measuring {model}")
         steps, _ = read_metrics(folder / "run" / FILE_NAME)
-    tests = verdicts(models)
+    tests = verdicts(models, kind)
     totals = {"steps": len(steps), **{key: total(steps, key) for key in ("tokens_generated", "time_step")}}
     report.write(
         benchmark="pair-check",
+        kind=kind,
         pair=config.name,
         gate=asdict(config.gate) if config.gate else None,
         max_len=config.horizon.max_len,

@@ -63,7 +63,9 @@ def measure(recipe: str, model: str, problems: int, seed: int, bins: int) -> dic
         gated = apply_gate_packed(found["event"], [0, *accumulate(lengths)], gate)
         reliable = sorted(gated.reliable_length_B.tolist())
         tenths = {str(q): reliable[min(len(reliable) * q // 100, len(reliable) - 1)] for q in (10, 25, 50, 75, 90)}
-        return {**curves(found["overlap"], found["event"], lengths, bins, max_len), "reliable_length": tenths}
+        of_overlap = curves(found["overlap"], found["event"], lengths, bins, max_len)
+        kl = curves(found["reverse_kl"], found["event"], lengths, bins, max_len)["overlap"]
+        return {**of_overlap, "kl": kl, "reliable_length": tenths}
 
     return {
         "accuracy": accuracy.mean,

@@ -1,0 +1,81 @@
+"""docs/choosing.md recommends nothing that docs/comparison.md does not show, and names every rival there is."""
+
+from __future__ import annotations
+
+import re
+from typing import NamedTuple
+
+import pytest
+
+from benchmarks.strategies.plan import METHODS, RIVALS
+from benchmarks.studies.pair.rules import KINDS
+from tests.docs.pages import ROOT, text
+
+CHOOSING, COMPARISON = (text(ROOT / "docs" / name) for name in ("choosing.md", "comparison.md"))
+# The method of a row by its title in the comparison, for the settings that stand in the choice.
+TITLES = {
+    "`horizon.strategy=marginal gate.w_base=0.5`": "ours: marginal window, w_base .5",
+    "`horizon.strategy=prune gate.w_base=0`": "Prune-OPD overlap, w_base 0",
+}
+HEADINGS = {"compatible": "The compatible pair", "drift": "The drift pair"}
+
+
+class Shown(NamedTuple):
+    """A method's points to full OPD, their standard error, and its tokens saved [%]."""
+
+    points: float
+    error: float
+    saved: float
+
+
+def tables(page: str) -> list[list[dict[str, str]]]:
+    """The tables of a page, their rows by the names of the columns."""
+    found = []
+    for block in re.findall(r"(?:^\|.*\n)+", page, re.M):
+        head, _, *rows = ([cell.strip() for cell in line.strip("|\n").split("|")] for line in block.splitlines())
+        found.append([dict(zip(head, row, strict=True)) for row in rows])
+    return found
+
+
+def shown(row: dict[str, str]) -> Shown:
+    points, error = row["points"].replace("−", "-").split(" ± ")
+    return Shown(float(points), float(error), float(row["tokens saved"].rstrip("% ")))
+
+
+def in_points(row: dict[str, str]) -> dict[str, str]:
+    return {**row, "points": row["points to full OPD"]}
+
+
+def comparison_of(kind: str) -> dict[str, Shown]:
+    """The pair's table with the differences seed by seed: title → numbers."""
+    section = COMPARISON.split(f"## {HEADINGS[kind]}\n")[1].split("\n## ")[0]
+    (table,) = (table for table in tables(section) if "points to full OPD" in table[0])
+    name = next(iter(table[0]))
+    return {row[name]: shown(in_points(row)) for row in table if "±" in row["points to full OPD"]}
+
+
+CHOICES = {row["the pair is"]: row for row in tables(CHOOSING)[0]}
+
+
+def test_every_kind_of_pair_that_the_rules_know_has_a_row() -> None:
+    assert set(CHOICES) == set(KINDS)
+
+
+@pytest.mark.parametrize("kind", HEADINGS)
+def test_a_choice_with_numbers_is_on_the_front_of_the_comparison(kind: str) -> None:
+    row, others = CHOICES[kind], comparison_of(kind)
+    mine = shown(in_points(row))
+    assert others[TITLES[row["take"]]] == mine, "the page's numbers are the comparison's"
+    assert mine.points + mine.error >= 0, "below full OPD by more than its error"
+    better = [name for name, other in others.items() if other.points > mine.points and other.saved > mine.saved]
+    assert not better, better
+
+
+def test_a_choice_without_numbers_claims_none() -> None:
+    for kind, row in CHOICES.items():
+        assert (kind in HEADINGS) == bool(row["points to full OPD"]) == bool(row["tokens saved"])
+
+
+def test_every_rival_is_named_and_nothing_else() -> None:
+    named = {name for row in tables(CHOOSING)[1] for name in re.findall(r"`(\w+)`", row["`--methods`"])}
+    assert named == {method.name for method in METHODS if method.group == RIVALS or method.name in ("replay", "random")}
