@@ -2,7 +2,8 @@
 
 Each step runs in a process of its own, in .venv-h100: packages and our modules are imported together, recipes are
 checked, engines are configured, the trainer and the loss run on CUDA tensors without data (scripts/h100/ has them).
-What they say goes to docker/h100-check.txt, with the date, the commit and the versions. Exit code 1 if one has failed.
+What they say goes to docker/h100-check.txt, with the date, the commit and the versions; a step alone replaces its part
+there. Exit code 1 if one has failed.
 
     python scripts/h100_check.py [--out FILE] [STEP …]
 """
@@ -13,10 +14,11 @@ import argparse
 import importlib.metadata
 import os
 import platform
+import re
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -63,33 +65,44 @@ def run_step(name: str, folder: Path = REPOSITORY / "scripts" / "h100") -> tuple
     return done.returncode == 0, lines if done.returncode == 0 else lines + done.stderr.splitlines()[-12:]
 
 
-def report(steps: Sequence[str]) -> tuple[bool, str]:
-    """Whether all passed, and the text."""
-    lines = [
+def block_of(name: str) -> tuple[bool, str]:
+    """Whether the step passed, and its part of the report."""
+    when, which = f"{time.strftime('%Y-%m-%d %H:%M', time.gmtime())} UTC", commit()
+    passed, said = run_step(name)
+    head = f"{'passed' if passed else 'FAILED'} {name} ({when}, commit {which}): {STEPS[name]}"
+    return passed, "\n".join([head, *(f"  {line}" for line in said)])
+
+
+def report(blocks: Mapping[str, str]) -> str:
+    """The whole text. blocks: by step."""
+    head = [
         "The H100 image's packages on a machine without a GPU: make test-h100 (docs/gpu.md says what this cannot show)",
-        f"{time.strftime('%Y-%m-%d %H:%M', time.gmtime())} UTC, commit {commit()}, Python {platform.python_version()}",
+        f"Python {platform.python_version()}",
         *(f"  {package} {version(package)}" for package in PACKAGES),
     ]
-    good = True
-    for name in steps:
-        passed, said = run_step(name)
-        good &= passed
-        block = ["", f"{'passed' if passed else 'FAILED'} {name}: {STEPS[name]}", *(f"  {line}" for line in said)]
-        print("\n".join(block), flush=True)
-        lines += block
-    return good, "\n".join(lines) + "\n"
+    return "\n\n".join(["\n".join(head), *(blocks[name] for name in STEPS if name in blocks)]) + "\n"
+
+
+def blocks_in(text: str) -> dict[str, str]:
+    """The blocks of an earlier report, by step."""
+    found = (re.match(r"(?:passed|FAILED) (\w+) ", block) for block in text.split("\n\n"))
+    return {match[1]: match.string.rstrip("\n") for match in found if match}
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("steps", nargs="*", metavar="STEP", help=f"of {', '.join(STEPS)}; none: all")
-    parser.add_argument("--out", type=Path, help="where the report goes (default, of all steps: docker/h100-check.txt)")
+    parser.add_argument("--out", type=Path, default=RESULT, help="the report (default: docker/h100-check.txt)")
     given = parser.parse_args()
     if unknown := set(given.steps) - STEPS.keys():
         parser.error(f"STEP {', '.join(sorted(unknown))}: there are {', '.join(STEPS)}")
-    good, text = report(given.steps or tuple(STEPS))
-    if out := given.out or (None if given.steps else RESULT):
-        out.write_text(text, encoding="utf-8")
+    blocks = blocks_in(given.out.read_text(encoding="utf-8")) if given.out.is_file() else {}
+    good = True
+    for name in given.steps or STEPS:
+        passed, blocks[name] = block_of(name)
+        good &= passed
+        print(blocks[name], end="\n\n", flush=True)
+        given.out.write_text(report(blocks), encoding="utf-8")
     return 0 if good else 1
 
 

@@ -11,6 +11,8 @@ import math
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError, safe_open
+
 from prune_opd.errors import ConfigError
 from prune_opd.model_spec import ModelSpec
 from prune_opd.weights.mapping import EMBEDDING, HEAD, entries, missing
@@ -79,9 +81,14 @@ def header(path: Path) -> dict[str, tuple[int, ...]]:
     if not isinstance(described, dict):
         raise ConfigError(f"{path.name} has {size} bytes, fewer than its header: copy the model again")
     try:
-        return _shapes(path.name, described, size - 8 - length)
+        shapes = _shapes(path.name, described, size - 8 - length)
     except (AttributeError, IndexError, KeyError, TypeError) as error:
         raise ConfigError(f"{path.name} has a header that cannot be read ({error!r}): copy the model again") from error
+    try:
+        safe_open(path, "np")  # what reads it later finds more: gaps, bytes behind the last tensor. No torch
+    except (OSError, SafetensorError) as error:
+        raise ConfigError(f"{path.name} cannot be read ({error}): copy the model again") from error
+    return shapes
 
 
 def _shapes(name: str, described: dict[str, Any], size: int) -> dict[str, tuple[int, ...]]:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, TypeVar
 
 import typer
 
+from prune_opd.check.machine import compiler_problems
 from prune_opd.check.notes import check_notes
 from prune_opd.check.run import check_everything, check_sft, check_structure
 from prune_opd.cli.look import Overrides, Recipe
@@ -19,6 +21,9 @@ from prune_opd.config.overrides import apply_overrides
 from prune_opd.config.recipe import load_recipe
 from prune_opd.config.yaml import load_config
 from prune_opd.errors import REQUEUE_EXIT_CODE, ConfigError, UserError
+from prune_opd.model_spec import ModelSpec, model_config
+from prune_opd.plan.compiling import compiling
+from prune_opd.process import has_gpu
 
 C = TypeVar("C", bound=RunConfig)
 
@@ -102,6 +107,7 @@ def train_config(
     # Rank 0 fills the run directory while the others may still be checking: only rank 0 looks at it.
     looked_at = run_dir if is_main_rank() else None
     refuse(check_everything(config, ranks, looked_at, resume, allow_config_change))
+    config = compiled_if_it_pays(config, ranks, looked_at is not None)
     for line in changes(config, looked_at, resume) if looked_at else []:
         print(f"changed since the run began: {line}", flush=True)
     for line in check_notes(config) if looked_at else []:
@@ -116,6 +122,18 @@ def train_config(
     if code == REQUEUE_EXIT_CODE and not is_rank():
         print(f"saved, not finished: the same command goes on from there (exit code {code})", flush=True)
     return code
+
+
+def compiled_if_it_pays(config: TrainConfig, ranks: int, speaks: bool) -> TrainConfig:
+    """The config with `rollout.enforce_eager` decided where a CPU run leaves it open (plan/compiling.py)."""
+    if config.rollout.enforce_eager is not None or has_gpu():
+        return config
+    layers = ModelSpec.of(model_config("student", config.student), config.student).layers
+    found, compiled = compiling(config, layers, ranks), replace(config.rollout, enforce_eager=False)
+    lacking = compiler_problems(compiled, gpu=False) if found.pays else []
+    if speaks:
+        print(f"{found}; but {lacking[0]}" if lacking else found, flush=True)
+    return replace(config, rollout=compiled) if found.pays and not lacking else config
 
 
 def load(recipe: str, overrides: list[str] | None, kind: type[C], command: str) -> C:

@@ -79,7 +79,8 @@ class RolloutConfig(Checked, name="rollout"):
     kv_cache_gb: Positive = 1.0
     gpu_memory_utilization: ShareAboveZero = 0.5  # share of a GPU's memory that vLLM takes, weights included
     max_num_seqs: Count = 256  # responses that an engine works on at a time
-    enforce_eager: bool | None = None  # vLLM without compiled graphs; null: so on the CPU, compiled on a GPU
+    # vLLM without compiled graphs; null: compiled on a GPU, and on a CPU where a run is long enough to pay for tracing
+    enforce_eager: bool | None = None
     bucket_mb: Positive = 512  # of weights on their way from the trainer; two buckets exist at a time
     # to FP8 at every load; dense models lose least with fp8_per_block. fp8 is vLLM's older name of fp8_per_tensor
     quantization: Quantization | None = None

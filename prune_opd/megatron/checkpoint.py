@@ -237,7 +237,7 @@ class Checkpoints:
                 "of a last step, or with checkpoint.any_layout=always)"
             )
         wanted = trainer.sharded_state(loading=True, any_layout=theirs is None)
-        trainer.load(load_shards(wanted, checkpoint))
+        trainer.load(load_shards(wanted, checkpoint, self.layout.student.groups.dp_cp))
         return state
 
     def _sizes(self) -> dict[str, int]:

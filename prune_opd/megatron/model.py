@@ -16,6 +16,7 @@ from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_layer_with_transformer_engine_spec,
 )
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
+from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import (
     LayerNormImpl,
@@ -155,6 +156,9 @@ class HiddenStatesGPT(GPTModel):
         """
         ids, positions = (batch.ids_N[None], batch.position_N[None]) if self.pre_process else (None, None)
         hidden = super().forward(ids, positions, attention_mask=None, packed_seq_params=batch.attention_segments())
+        self.decoder.input_tensor = (
+            None  # what came from the stage before, and its gradient: until the next micro-batch
+        )
         if not self.post_process:
             return hidden
         if self.config.sequence_parallel:
@@ -238,7 +242,28 @@ def _build_chunk(
     ).to(dtype)  # torch's norms are fp32 whatever params_dtype says, and megatron's optimizer wants one dtype
     chunk.spec = spec
     set_frequencies(chunk, spec)
+    for module in chunk.modules():
+        if isinstance(module, MoELayer):
+            release_routing(module)
     return chunk
+
+
+def release_routing(layer: MoELayer) -> None:
+    """Have a layer's dispatcher forget the tokens' routing as soon as the layer has gone forward.
+
+    megatron-core's keeps it in its attributes until the layer is called again. Where the layer is recomputed, that
+    holds the graph of the router, which ends in the layer's input and in the gradient that this has got. The backward
+    pass needs none of it: autograd has saved what it uses.
+    """
+    dispatcher = layer.token_dispatcher
+    permanent = {name for name, value in vars(dispatcher).items() if isinstance(value, Tensor)}
+
+    def forget(*_: Any) -> None:
+        for name, value in vars(dispatcher).items():
+            if isinstance(value, Tensor) and name not in permanent:
+                setattr(dispatcher, name, None)
+
+    layer.register_forward_hook(forget)
 
 
 def _block_spec(

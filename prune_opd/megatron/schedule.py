@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
+from megatron.core.pipeline_parallel.schedules import get_schedule_table
 from megatron.core.utils import get_model_config
 from torch import Tensor
 
@@ -18,6 +19,29 @@ from prune_opd.process import progress
 
 # (micro-batches, chunk) -> (the chunk's output, what the last stage does with it)
 ForwardStep = Callable[[Iterator[PackedBatch], Any], tuple[Tensor, Callable[..., Any]]]
+
+
+class Messages(P2PCommunicator):
+    """Tensors between neighbouring stages, whose shapes nobody has to ask for.
+
+    All stages of a pipeline go through the same micro-batches, so each knows what it will get, in the order of
+    megatron-core's schedule. megatron-core's own sends the shape before every tensor, and the host waits for it.
+    """
+
+    def __init__(self, layout: ModelLayout, config: Any, batches: Sequence[PackedBatch]) -> None:
+        super().__init__(pp_group=layout.groups.pp, config=config)
+        stage, shared = layout.groups.pp.rank(), layout.tp if layout.sequence_parallel else 1
+        shapes = [[len(batch.ids_N) // shared, 1, config.hidden_size] for batch in batches]
+        order = get_schedule_table(len(batches), layout.vp, layout.pp)
+        # The first chunk of the first stage begins the model; it ends on the last stage, where the way back begins.
+        self._inputs = iter([shapes[i] for i, chunk in order if chunk or stage])
+        self._gradients = iter([shapes[i] for i, chunk in order if chunk or stage < layout.pp - 1])
+
+    def _communicate_shapes(
+        self, tensor_send_next: Any, tensor_send_prev: Any, recv_prev: bool, recv_next: bool
+    ) -> tuple[list[int], list[int]]:
+        nothing = [0, 0, 0]
+        return next(self._inputs) if recv_prev else nothing, next(self._gradients) if recv_next else nothing
 
 
 def forward_backward(
@@ -70,7 +94,7 @@ def _run(
         num_microbatches=len(batches),
         seq_length=max(len(batch.ids_N) for batch in batches),
         micro_batch_size=1,
-        p2p_communicator=P2PCommunicator(pp_group=layout.groups.pp, config=config) if pipelined else None,
+        p2p_communicator=Messages(layout, config, batches) if pipelined else None,
         pg_collection=layout.groups,
         **options,
     )

@@ -14,10 +14,16 @@ from typing import Any
 import torch
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.mapping import CheckpointingException
-from megatron.core.dist_checkpointing.serialization import get_default_save_sharded_strategy
+from megatron.core.dist_checkpointing.serialization import (
+    get_default_load_sharded_strategy,
+    get_default_save_sharded_strategy,
+)
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
-from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelSaveStrategyWrapper
+from megatron.core.dist_checkpointing.strategies.fully_parallel import (
+    FullyParallelLoadStrategyWrapper,
+    FullyParallelSaveStrategyWrapper,
+)
 from megatron.core.dist_checkpointing.validation import StrictHandling
 from torch.distributed.checkpoint.api import CheckpointException
 
@@ -88,14 +94,20 @@ def sharded_model(model: Any, metadata: dict[str, Any] | None = None) -> dict[st
     return {name: tensor for name, tensor in state.items() if EXTRA_STATE not in name}
 
 
-def load_shards(wanted: dict[str, Any], checkpoint: Path) -> dict[str, Any]:
+def load_shards(wanted: dict[str, Any], checkpoint: Path, replicas: Any = None) -> dict[str, Any]:
     """`wanted`, a sharded state dict of any layout, filled from a checkpoint of any other. Collective.
 
+    replicas: the group of this rank's data-parallel replicas. What several of them want, one reads from the disk and
+    broadcasts, tensor by tensor, where otherwise each would read it.
     Transformer Engine's modules ask for an `_extra_state` (FP8 scales) that a checkpoint written without it does not
     have, and do without. Raises `UserError` if anything else is not there.
     """
     refuse_programs(checkpoint / METADATA_FILE)
-    state, _, lacking = dist_checkpointing.load(wanted, str(checkpoint), strict=StrictHandling.RETURN_UNEXPECTED)
+    strategy = get_default_load_sharded_strategy(str(checkpoint))
+    if replicas is not None:
+        strategy = FullyParallelLoadStrategyWrapper(strategy, replicas)
+    strict = StrictHandling.RETURN_UNEXPECTED
+    state, _, lacking = dist_checkpointing.load(wanted, str(checkpoint), strategy, strict=strict)
     lost = sorted(key for key in lacking if EXTRA_STATE not in key)
     if lost:
         raise UserError(

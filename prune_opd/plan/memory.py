@@ -7,9 +7,9 @@ from dataclasses import dataclass, replace
 
 from prune_opd.config import memory_phases as phases
 from prune_opd.model_spec import ModelSpec
-from prune_opd.plan.counts import Count, ParallelSizes, cache_bytes, largest_rank, parameters
+from prune_opd.plan.counts import Count, ParallelSizes, cache_bytes, largest_rank, on_rank, parameters
 from prune_opd.plan.hardware import ENGINE_WORKSPACE, RESERVED
-from prune_opd.plan.setting import Setting
+from prune_opd.plan.setting import Setting, Stages
 
 STEP = ("sync", "rollout", "teacher", "train")
 INFLIGHT = "inflight"  # what the rollout is where the teacher looks at the responses on the way
@@ -46,9 +46,14 @@ class MemoryPlan:
 
 
 def plan_memory(setting: Setting) -> MemoryPlan:
-    parts = part_bytes(setting)
+    """That of the fullest rank: stages of a pipeline hold different parts, and micro-batches under way."""
+    return max((_plan(setting, stages) for stages in setting.stages), key=lambda plan: plan.peak)
+
+
+def _plan(setting: Setting, stages: Stages) -> MemoryPlan:
+    parts = part_bytes(setting, stages)
     resident = resident_parts(setting)
-    work = working_bytes(setting)
+    work = working_bytes(setting, stages)
     rollout = setting.config.rollout
     cache_value = setting.weight_bytes if rollout.kv_cache_dtype == "auto" else 1  # bytes
     cache = cache_bytes(setting.student, cache_value, rollout.tensor_parallel)
@@ -87,10 +92,12 @@ def problems(setting: Setting, plan: MemoryPlan) -> list[str]:
     return found
 
 
-def part_bytes(setting: Setting) -> dict[str, float]:
-    """Each of `prune_opd.config.memory_phases`'s parts on the fullest rank."""
-    student, teacher = setting.student_layout, setting.teacher_layout
-    ours, theirs = largest_rank(setting.student, student), largest_rank(setting.teacher, teacher, head=False)
+def part_bytes(setting: Setting, stages: Stages) -> dict[str, float]:
+    """Each of `prune_opd.config.memory_phases`'s parts on a rank of these stages."""
+    student = setting.student_layout
+    ours = on_rank(setting.student, student, stages.student)
+    theirs = on_rank(setting.teacher, setting.teacher_layout, stages.teacher, head=False)
+    head = _teacher_head(setting, student) if stages.student == student.pipeline - 1 else 0
     rollout = setting.config.rollout
     engine = parameters(setting.student) * (1 if rollout.quantization else setting.weight_bytes)
     weights = engine / rollout.tensor_parallel
@@ -99,7 +106,7 @@ def part_bytes(setting: Setting) -> dict[str, float]:
         phases.GRADIENTS: ours.all * GRADIENT_BYTES,
         phases.OPTIMIZER: optimizer_bytes(setting, ours, student),
         phases.TEACHER: theirs.all * setting.weight_bytes,
-        phases.TEACHER_HEAD: _teacher_head(setting, student) * setting.weight_bytes,
+        phases.TEACHER_HEAD: head * setting.weight_bytes,
         phases.ROLLOUT_WEIGHTS: weights,
         phases.KV_CACHE: setting.gpu.memory * rollout.gpu_memory_utilization - weights - ENGINE_WORKSPACE,
     }
@@ -130,25 +137,45 @@ def resident_parts(setting: Setting) -> dict[str, frozenset[str]]:
     return found
 
 
-def working_bytes(setting: Setting) -> dict[str, float]:
-    """What each phase needs beside the resident parts."""
+def working_bytes(setting: Setting, stages: Stages) -> dict[str, float]:
+    """What each phase needs beside the resident parts, on a rank of these stages."""
     parallel, student = setting.config.parallel, setting.student_layout
     longest = setting.config.rollout.max_prompt_len + setting.config.horizon.max_len
-    tokens = max(parallel.microbatch_tokens, longest)  # a row is never cut, even where it is longer than the budget
+    # A row is never cut, even where it is longer than the budget; the student's ranks may share its tokens.
+    tokens, theirs = (max(parallel.microbatch_tokens, longest / ranks) for ranks in (student.context, 1))
+    forward = teacher_forward(setting, theirs, stages.teacher)
+    trains = stages.student == student.pipeline - 1
     of_all = setting.responses * setting.lengths.mean(setting.config.horizon.max_len)
-    sent, trained_on = hidden_bytes(setting, of_all, longest)
-    forward = teacher_forward(setting, tokens)
+    _, trained_on = hidden_bytes(setting, of_all, longest)
     found = {
         "sync": _sync_bytes(setting),
         "rollout": float(ENGINE_WORKSPACE),
-        "teacher": max(forward, phases.EXCHANGE_BYTES) + sent + trained_on,
-        "train": tokens / student.context * _activation_bytes(setting) + loss_bytes(setting, tokens) + trained_on,
+        "teacher": teacher_bytes(setting, stages, forward, *hidden_bytes(setting, of_all, longest)),
+        "train": tokens * _activation_bytes(setting, stages.student)
+        + (loss_bytes(setting, tokens) + trained_on) * trains,
     }
     found["train"] += _fp8_copy(setting, setting.student, student, setting.config.precision.student_fp8.on)
     if INFLIGHT in phases_of(setting):
-        looked_at = sum(hidden_bytes(setting, _looked_at(setting), 0.0))
-        found[INFLIGHT] = found.pop("rollout") + max(forward, phases.EXCHANGE_BYTES) + looked_at
+        look = teacher_bytes(setting, stages, forward, *hidden_bytes(setting, _looked_at(setting), 0.0))
+        found[INFLIGHT] = found.pop("rollout") + look
     return {phase: found[phase] for phase in phases_of(setting)}
+
+
+def teacher_bytes(setting: Setting, stages: Stages, forward: float, held: float, trained_on: float) -> float:
+    """Bytes at the fullest moment of a teacher pass: its last micro-batch beside the hidden states of the others, or
+    the exchange of them. held: bytes of hidden states on the teacher's last stage; trained_on: on the student's."""
+    student, teacher = setting.student_layout, setting.teacher_layout
+    held *= stages.teacher == teacher.pipeline - 1
+    trained_on *= stages.student == student.pipeline - 1
+    if _alike(setting):
+        return forward + held
+    return max(forward + held, held + trained_on + min(held, phases.EXCHANGE_BYTES))
+
+
+def _alike(setting: Setting) -> bool:
+    """Whether the teacher lies like the student, so that a rank trains on the rows that it has computed."""
+    student, teacher = setting.student_layout, setting.teacher_layout
+    return student.context == 1 and (student.tensor, student.pipeline) == (teacher.tensor, teacher.pipeline)
 
 
 def _sync_bytes(setting: Setting) -> float:
@@ -166,11 +193,12 @@ def _sync_bytes(setting: Setting) -> float:
     return 2 * bucket if matrix <= bucket else bucket + matrix * (1 if spec.tied else 2)
 
 
-def teacher_forward(setting: Setting, tokens: float) -> float:
+def teacher_forward(setting: Setting, tokens: float, stage: int) -> float:
     """Bytes of the teacher's forward pass beside its weights. With experts over TP ranks it has sequence parallelism.
 
     Nothing is kept for a backward pass: attention's part of a layer is gone when the feed-forward part is there, and
-    experts, one after the other, leave their results alone. The memory in which the student gathers its layers' input
+    experts, one after the other, leave their results alone. What a stage gets and sends on is
+    there until the next micro-batch has gone through. The memory in which the student gathers its layers' input
     stays (megatron-core's buffer).
     """
     spec, layout, config = setting.teacher, setting.teacher_layout, setting.config
@@ -179,7 +207,9 @@ def teacher_forward(setting: Setting, tokens: float) -> float:
     if spec.moe is not None:
         feed_forward = _dispatched_bytes(spec, shared) + 2 * spec.hidden * spec.moe.per_token / shared
     gathered = _gathered_bytes(setting.student, setting.student_layout.tensor, config.parallel.sequence_parallel)
-    each = stream + max(attention, feed_forward) + gathered
+    messages = (stage > 0) + (stage < layout.pipeline - 1)
+    sent = 2 * spec.hidden / shared * messages
+    each = stream + max(attention, feed_forward) + gathered + sent
     return tokens * each + _fp8_copy(setting, spec, layout, config.precision.teacher_fp8.on)
 
 
@@ -189,17 +219,15 @@ def _fp8_copy(setting: Setting, spec: ModelSpec, layout: ParallelSizes, fp8: boo
 
 
 def hidden_bytes(setting: Setting, tokens: float, longest: float) -> tuple[float, float]:
-    """Bytes of the teacher's hidden states on a rank: those that it holds to send, and those that it trains on.
+    """Bytes of the teacher's hidden states on a rank: those that it has computed and holds, and those it trains on.
 
     tokens: of all responses together. longest: of one row, which no replica has less than. Where the teacher lies like
-    the student, a rank trains on the very rows that it has computed (redistribute.py).
+    the student, they are the same (redistribute.py).
     """
     each = setting.teacher.hidden * setting.weight_bytes
-    student, teacher = setting.student_layout, setting.teacher_layout
-    trained_on = max(tokens / student.replicas, longest) * each
-    if student.context == 1 and (student.tensor, student.pipeline) == (teacher.tensor, teacher.pipeline):
-        return 0.0, trained_on
-    return tokens * each / (teacher.replicas * teacher.tensor) + phases.EXCHANGE_BYTES, trained_on
+    teacher = setting.teacher_layout
+    trained_on = max(tokens / setting.student_layout.replicas, longest) * each
+    return trained_on if _alike(setting) else tokens * each / (teacher.replicas * teacher.tensor), trained_on
 
 
 def _looked_at(setting: Setting) -> float:
@@ -212,7 +240,7 @@ def _looked_at(setting: Setting) -> float:
 
 
 def loss_bytes(setting: Setting, tokens: float) -> float:
-    """Bytes of the loss on a micro-batch: those of a chunk, and the hidden states' gradient.
+    """Bytes of the loss on a rank's tokens of a micro-batch: those of a chunk, and the hidden states' gradient.
 
     A chunk has both heads' logits on this rank's part of the vocabulary, the maximum of each block of ids, and the ids
     and values of the best blocks. Where ranks share the vocabulary the gradient is added up in fp32, and rounded when
@@ -220,7 +248,7 @@ def loss_bytes(setting: Setting, tokens: float) -> float:
     """
     layout, config, objective = setting.student_layout, setting.config, setting.config.objective
     width = max(setting.student.vocab_size, setting.teacher.vocab_size) / layout.tensor
-    chunk, gradient = config.parallel.loss_chunk_tokens, 2 * setting.student.hidden * tokens / layout.context
+    chunk, gradient = min(config.parallel.loss_chunk_tokens, tokens), 2 * setting.student.hidden * tokens
     logits = LOSS_MATRICES[objective.kernels] * 4 * width * chunk
     best = 2 * (4 * width / TOPK_BLOCK + 20 * objective.k * TOPK_BLOCK) * chunk
     return logits + (gradient + best if layout.tensor == 1 else 2 * gradient + max(best, gradient))
@@ -278,28 +306,48 @@ def _teacher_head(setting: Setting, student: ParallelSizes) -> float:
     return setting.teacher.padded_vocab(student.tensor) / student.tensor * setting.teacher.hidden
 
 
-def _activation_bytes(setting: Setting) -> float:
-    """Bytes of one token over the layers of the student's first stage, times the micro-batches under way there."""
+def _activation_bytes(setting: Setting, stage: int) -> float:
+    """Bytes of one token over the layers of a stage of the student, times the micro-batches under way there.
+
+    A stage also keeps what it has sent on: megatron-core holds it until its gradient comes.
+    """
     parallel, layout, spec = setting.config.parallel, setting.student_layout, setting.student
-    layers = spec.layers / layout.pipeline
-    kept = layers * kept_bytes(spec, layout.tensor, parallel.sequence_parallel, parallel.recompute)
-    again = layer_bytes(spec, layout.tensor, parallel.sequence_parallel) if parallel.recompute == "full" else 0.0
-    under_way = layout.pipeline * (1 + (layout.pipeline - 1) / (layout.pipeline * parallel.virtual_pipeline))
-    backward = _backward_bytes(spec, layout.tensor, parallel.sequence_parallel)
-    return kept * (under_way if layout.pipeline > 1 else 1) + again + backward
+    tensor, sequence = layout.tensor, parallel.sequence_parallel
+    chunks = chunks_under_way(stage, layout.pipeline, parallel.virtual_pipeline)
+    # Transformer Engine keeps the keys and values that came last from another rank, in a piece of their own.
+    ring = 4 * spec.kv_heads * spec.head_dim / tensor if layout.context > 1 else 0.0
+    full = parallel.recompute == "full"
+    kept = spec.layers / layout.pipeline / parallel.virtual_pipeline
+    kept *= kept_bytes(spec, tensor, sequence, parallel.recompute) + (0 if full else ring)
+    sent = 2 * spec.hidden / (tensor if sequence else 1)
+    ends_here = stage == layout.pipeline - 1 and parallel.virtual_pipeline == 1
+    beside = sent if stage else 0  # the last gradient that went back, until the next one is there
+    beside += 2 * sent if parallel.virtual_pipeline > 1 else 0  # what has come for the next chunk, either way
+    again = layer_bytes(spec, tensor, sequence) + ring if full else 0.0
+    return chunks * (kept + (0 if ends_here else sent)) + beside + again + _backward_bytes(spec, tensor, sequence)
+
+
+def chunks_under_way(stage: int, stages: int, virtual: int) -> int:
+    """Chunks of layers whose micro-batch has gone forward through a stage and not yet back, at most.
+
+    As in megatron-core's schedules: a micro-batch for each stage from here on, or with `virtual` chunks on a stage two,
+    and one for each stage and earlier chunk ("Efficient Large-Scale Language Model Training", arXiv 2104.04473, 2.2).
+    """
+    after = stages - 1 - stage
+    return after + 1 if virtual == 1 else 2 * after + (virtual - 1) * stages + 1
 
 
 def _backward_bytes(spec: ModelSpec, tensor: int, sequence_parallel: bool) -> float:
     """Bytes of a token at the fullest moment of a layer's backward pass, beside what the layer has kept of it.
 
     The gradient of SwiGLU's product and of both its factors, less the product, which is gone by then, or what the
-    experts' tokens need on their way; the gradient of the layer's output; q before its norm; the layer's input,
-    gathered from the ranks.
+    experts' tokens need on their way; the gradient of the layer's output; gathered from the ranks the layer's input,
+    and of a dense layer the gradient of its output.
     """
     shared = tensor if sequence_parallel else 1
     feed_forward = 4 * spec.ffn / tensor if spec.moe is None else _dispatched_bytes(spec, shared)
-    gathered = _gathered_bytes(spec, tensor, sequence_parallel)
-    return feed_forward + 2 * spec.hidden / shared + 2 * spec.heads * spec.head_dim / tensor * spec.qk_norm + gathered
+    gathered = _gathered_bytes(spec, tensor, sequence_parallel) * (2 if spec.moe is None else 1)
+    return feed_forward + 2 * spec.hidden / shared + gathered
 
 
 def _dispatched_bytes(spec: ModelSpec, shared: int) -> float:
@@ -325,9 +373,9 @@ def layer_bytes(spec: ModelSpec, tensor: int, sequence_parallel: bool) -> float:
 
     Counted tensor by tensor as in "Reducing Activation Recomputation in Large Transformer Models" (arXiv 2205.05198,
     section 4), and checked against what autograd saves of megatron-core's layers (test_plan_memory.py): inputs and
-    outputs of both norms; q, k and v in one piece, rotated q and k, attention's output, cos and sin for q and for k;
-    gate and up in one piece, SiLU of gate, a copy of up (megatron-core adds its offset, 0), their product. An expert
-    also keeps the product before it is weighted, and its copy of the token.
+    outputs of both norms; q, k and v in one piece, q before its norm, rotated q and k, attention's output, cos and sin
+    for q and for k; gate and up in one piece, SiLU of gate, a copy of up (megatron-core adds its offset, 0), their
+    product. An expert also keeps the product before it is weighted, and its copy of the token.
     """
     return sum(_layer_parts(spec, tensor, sequence_parallel))
 
@@ -337,7 +385,8 @@ def _layer_parts(spec: ModelSpec, tensor: int, sequence_parallel: bool) -> tuple
     shared = tensor if sequence_parallel else 1
     width = spec.heads * spec.head_dim
     groups = spec.kv_heads * spec.head_dim
-    attention = (2 * (width + 2 * groups) + 2 * (width + groups) + 2 * width) / tensor + 8 * spec.head_dim
+    before_norm = 2 * width * spec.qk_norm  # q, apart from k and v
+    attention = (2 * (width + 2 * groups) + 2 * (width + groups) + 2 * width + before_norm) / tensor + 8 * spec.head_dim
     if spec.moe is not None:
         feed_forward = spec.moe.per_token * (12 * spec.moe.ffn + 2 * spec.hidden) / shared
     else:

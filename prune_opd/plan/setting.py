@@ -13,6 +13,14 @@ from prune_opd.plan.lengths import DEFAULT_SHARE, Lengths
 WEIGHT_BYTES = {"bf16": 2, "fp32": 4}
 
 
+@dataclass(frozen=True, order=True)
+class Stages:
+    """The pipeline stages that a rank has: of the student and of the teacher."""
+
+    student: int = 0
+    teacher: int = 0
+
+
 @dataclass(frozen=True)
 class Setting:
     config: TrainConfig
@@ -39,6 +47,21 @@ class Setting:
         tensor = parallel.teacher_tensor or parallel.tensor_size(self.world)
         pipeline = parallel.teacher_pipeline or parallel.pipeline
         return ParallelSizes(tensor, pipeline, parallel.teacher_expert, 1, max(self.world // (tensor * pipeline), 1))
+
+    def stages_of(self, rank: int) -> Stages:
+        """Ranks are numbered stage by stage (megatron/layout.py)."""
+        student, teacher = self.student_layout.pipeline, self.teacher_layout.pipeline
+        return Stages(rank * student // self.world, rank * teacher // self.world)
+
+    @property
+    def stages(self) -> list[Stages]:
+        """All that there are in the job; every rank of the same ones holds as much."""
+        first_ranks = (
+            self.world * stage // layout.pipeline
+            for layout in (self.student_layout, self.teacher_layout)
+            for stage in range(layout.pipeline)
+        )
+        return sorted({self.stages_of(rank) for rank in first_ranks})
 
     @property
     def responses(self) -> int:

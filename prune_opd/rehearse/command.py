@@ -15,29 +15,19 @@ def run_rehearse(
 ) -> int:
     """Go through one step as each of some ranks and print what was seen; 1 if a GPU would stop at something.
 
-    ranks: none are the first, a middle and the last one. `ConfigError` for a rank or a world that cannot be.
+    ranks: none are the first, a middle and the last one, of a pipeline also the first one's neighbour.
+    `ConfigError` for a rank or a world that cannot be.
     """
     nodes = nodes or config.planning.nodes
     world = nodes * config.parallel.nproc
-    chosen = list(ranks) or sorted({0, world // 2, world - 1})
+    second_stage = world // config.parallel.pipeline % world  # it exchanges messages with rank 0
+    chosen = list(ranks) or sorted({0, second_stage, world // 2, world - 1})
     for rank in chosen:
         if not 0 <= rank < world:
             raise ConfigError(
                 f"--rank {rank} is outside the job: {nodes} nodes × parallel.nproc = {config.parallel.nproc} are "
                 f"ranks 0 to {world - 1}"
             )
-    parallel = config.parallel
-    for name in ("pipeline", "teacher_pipeline"):
-        if (getattr(parallel, name) or 1) > 1:
-            raise ConfigError(
-                f"parallel.{name} = {getattr(parallel, name)} cannot be rehearsed: what a stage receives is on a rank "
-                f"that is not there; rehearse with parallel.{name}=1 and as many more ranks in parallel.tensor"
-            )
-    if parallel.context > 1:
-        raise ConfigError(
-            f"parallel.context = {parallel.context} cannot be rehearsed: attention over several ranks is Transformer "
-            "Engine's, which needs a GPU; rehearse with parallel.context=1"
-        )
     if problems := check_structure(config, world):
         raise ConfigError(f"--nodes {nodes} ({world} ranks): {'; '.join(problems)}")
 

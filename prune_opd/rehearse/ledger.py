@@ -19,7 +19,7 @@ WORK = "work"  # what belongs to no part: activations, logits, buckets
 class Peak:
     """The fullest moment of a phase: bytes by part, and how much of it there was no part for.
 
-    began: what there was no part for when the phase began (for the first time).
+    began: what there was no part for when the phase began that had this moment.
     """
 
     began: int = 0
@@ -49,11 +49,11 @@ class Ledger:
         self._counting = True
         self.by_part: defaultdict[str, int] = defaultdict(int)
         self.live = 0
-        self.phase = "build"
+        self.phase, self._began = "build", 0
         self.peaks: dict[str, Peak] = {}
 
     def enter(self, phase: str) -> None:
-        self.phase = phase
+        self.phase, self._began = phase, self.by_part[WORK]
         self._look_for_a_peak()
 
     def see(self, tensor: Tensor) -> None:
@@ -117,6 +117,6 @@ class Ledger:
             self._look_for_a_peak()
 
     def _look_for_a_peak(self) -> None:
-        peak = self.peaks.setdefault(self.phase, Peak(began=self.by_part[WORK]))
+        peak = self.peaks.setdefault(self.phase, Peak())
         if self.live > peak.total:
-            peak.total, peak.by_part = self.live, dict(self.by_part)
+            peak.total, peak.by_part, peak.began = self.live, dict(self.by_part), self._began

@@ -115,18 +115,25 @@ def job(rank: int, world: int) -> Iterator[None]:
     """This process as one of `world` ranks that all do what it does; none of the others is there."""
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
-    new_group = dist.new_group
+    new_group, batch = dist.new_group, dist.batch_isend_irecv
 
     def without_network(ranks: Any = None, *args: Any, **kwargs: Any) -> Any:
         kwargs.pop("backend", None)  # gloo, for what megatron-core moves on the host
         return new_group(ranks, *args, **kwargs)
 
+    def one_after_the_other(p2p_op_list: list[dist.P2POp]) -> list[dist.Work]:
+        """torch asks for the group's backend on the device, to send several messages as one."""
+        works = [message.op(message.tensor, message.peer, message.group, message.tag) for message in p2p_op_list]
+        return [work for work in works if work is not None]
+
     dist.new_group = dist.distributed_c10d.new_group = without_network
+    dist.batch_isend_irecv = one_after_the_other
     try:
         dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world)
         yield
     finally:
         dist.new_group = dist.distributed_c10d.new_group = new_group
+        dist.batch_isend_irecv = batch
         if dist.is_initialized():
             from megatron.core import parallel_state
 

@@ -30,11 +30,12 @@ def rank_lines(rehearsal: Rehearsal) -> Iterator[str]:
     yield "  collectives by phase and group"
     for (phase, group, operation), total in watch.traffic.by.items():
         yield f"    {phase:<11}{group:<22}{operation:<15}{total.count:>6} × {gigabytes(total.nbytes):>10}"
-    sharded = rehearsal.sharded
-    yield (
-        f"  checkpoint: {gigabytes(sharded['device'])} of it on the device, {gigabytes(sharded['host'])} on the host, "
-        f"{gigabytes(sharded['written'])} written by this rank"
-    )
+    yield f"  a checkpoint, of this rank; × {rehearsal.config.parallel.nproc} on a node"
+    for kind, saving in rehearsal.saved.items():
+        yield (
+            f"    {kind:<15}{gigabytes(saving.device):>10} on the device, {gigabytes(saving.gathered)} gathered on the "
+            f"host, {gigabytes(saving.written)} written, {gigabytes(saving.host)} of the host at the peak"
+        )
     yield "  the host waits for the device"
     for (phase, how, place), count in watch.found.reads.items():
         if phase != "build" and not phase.startswith(BEFORE):
@@ -48,6 +49,8 @@ def problems(rehearsal: Rehearsal) -> Iterator[str]:
     watch = rehearsal.watch
     for (phase, what, place), count in watch.found.wrong_device.items():
         yield f"wrong device: {what} of a host tensor with one of the device, {count} ×, {phase}, {place}"
+    for (phase, what, place), count in watch.found.missing.items():
+        yield f"not gone through: {what} has no kernel without data, {count} ×, {phase}, {place}"
     for lost in rehearsal.lost:
         yield f"lost gradient: {lost}"
     if watch.ledger.by_part[WORK] > LEFT:
@@ -60,10 +63,12 @@ def not_rehearsed(config: TrainConfig, cut: Cut, rehearsals: list[Rehearsal]) ->
     first = rehearsals[0]
     fp8 = "FP8 and " if config.precision.student_fp8.on or config.precision.teacher_fp8.on else ""
     yield f"{fp8}Transformer Engine's layers, because its kernels need a GPU: megatron-core's own, in {first.dtype}"
+    if config.parallel.context > 1:
+        yield "Transformer Engine's attention of ranks that share rows: what it allocates and sends, from its source"
     yield "what vLLM does, because it needs a GPU: its memory is the planner's, its responses fill micro-batches"
     if config.rollout.inflight.on:
         yield "the verdict of a look in flight, because rank 0 makes it of all ranks' evidence: nobody is stopped"
-    yield "writing a checkpoint, evaluation and export, because they need the disk or responses"
+    yield "the disk: a checkpoint is planned and not written; evaluation and export, because they need responses"
     yield "numbers, because tensors have none: the host is told what a healthy step would say"
     if cut.layers is not None:
         yield f"layers beyond {cut.layers} of each model, because of --layers"

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -20,8 +21,11 @@ from prune_opd.plan.counts import parameters
 from prune_opd.plan.hardware import ENGINE_WORKSPACE
 from prune_opd.plan.setting import Setting, setting_of
 from prune_opd.rehearse import kernels, machine, peers, stand_ins
+from prune_opd.rehearse.saving import Saving, saving_of
 from prune_opd.rehearse.watch import Watch
 
+ANY_LAYOUT = "for any layout"
+SAVED = {"as held": False, ANY_LAYOUT: True}  # kinds of checkpoints: whether any layout can load it
 LOSS = "loss"  # the part of the training phase in which a chunk's logits are there
 
 
@@ -50,7 +54,7 @@ def reduced(config: TrainConfig, nodes: int, cut: Cut, folder: Path) -> TrainCon
     config = replace(config, student=models["student"], teacher=models["teacher"])
     setting = setting_of(config, gpu_of(config), nodes)
     student, rollout = setting.student_layout, config.rollout
-    rows = cut.microbatches * len(full_rows(config))
+    rows = max(cut.microbatches, under_way(config)) * len(full_rows(config))
     updates = config.optimizer.updates_per_batch
     responses = max(rows * student.replicas * updates, setting.teacher_layout.replicas)
     prompts = min(rollout.prompts, -(-responses // rollout.responses))
@@ -63,6 +67,12 @@ def reduced(config: TrainConfig, nodes: int, cut: Cut, folder: Path) -> TrainCon
         survival=replace(config.survival, watchdog_minutes=0.0),
         checkpoint=replace(config.checkpoint, asynchronous=False),
     )
+
+
+def under_way(config: TrainConfig) -> int:
+    """Micro-batches that keep a pipeline full; its first stage then holds as many as it ever will."""
+    parallel = config.parallel
+    return parallel.pipeline * (2 if parallel.virtual_pipeline > 1 else 1)
 
 
 def full_rows(config: TrainConfig) -> list[int]:
@@ -81,9 +91,14 @@ class Rehearsal:
         self.setting: Setting = setting_of(config, gpu_of(config), nodes)
         self.run: Any = None
         self.lost: list[str] = []  # gradients
-        self.sharded: dict[str, int] = {}  # of a checkpoint
+        self.saved: dict[str, Saving] = {}  # by kind of checkpoint
         self.tokens = 0  # of the largest micro-batch of this rank
+        self.predicting = 0  # of them, the ones that predict a response token
         self.microbatches = 0  # of this rank
+        self.response_tokens = 0  # of all ranks
+        self.teacher_tokens = 0  # of its largest micro-batch
+        # Bytes of the teacher's hidden states: held when the last micro-batch is computed, and trained on.
+        self.hidden_held = self.hidden_used = 0
         for spec in (self.setting.student, self.setting.teacher):
             if spec.moe is not None:
                 self.watch.routing[spec.moe.experts] = spec.moe.per_token
@@ -106,7 +121,7 @@ class Rehearsal:
         stand_ins.Engine.lengths = full_rows(self.config)
         prompts = stand_ins.Prompts(self.config.rollout.max_prompt_len)
         stand_ins.put_in_place_of_vllm()
-        resize = torch.UntypedStorage.resize_
+        resize, no_text = torch.UntypedStorage.resize_, SimpleNamespace(eos_token_id=machine.ENDS["student"])
 
         def resize_(storage: torch.UntypedStorage, size: int) -> Any:
             result = resize(storage, size)
@@ -133,13 +148,13 @@ class Rehearsal:
             kernels.of_a_gpu(),
             peers.answering(self.watch, self.setting.student, self.config.parallel, self.world),
             mock.patch.object(layouts, "initialize", lambda parallel, platform, seed: layouts.arrange(parallel, seed)),
-            mock.patch.object(product, "make_sampler", lambda *_: prompts.sampler()),
+            mock.patch.object(product, "make_sampler", lambda *_, **__: prompts.sampler()),
             mock.patch.object(product, "RolloutEngine", stand_ins.Engine),
             mock.patch.object(product, "Tracker", lambda *_: NullTracker()),
             mock.patch.object(product, "save_config", lambda *_: None),
             mock.patch.object(engine, "_answer_within", lambda seconds: None),
             mock.patch.object(platform.Platform, "taken", lambda machine: None),  # the books have it
-            mock.patch.object(tokenizers, "load_tokenizer", lambda directory: None),  # no text is read or written
+            mock.patch.object(tokenizers, "load_tokenizer", lambda directory: no_text),  # none is read or written
             mock.patch.object(torch.UntypedStorage, "resize_", resize_),
             mock.patch.object(torch, "from_dlpack", same_bytes),
             mock.patch.object(training_loss, "distill_loss", loss),
@@ -193,9 +208,27 @@ class Rehearsal:
         def dealt(rollouts: Any) -> Any:
             batch = deal(rollouts)
             self.tokens = max(len(one.ids_N) for one in batch.microbatches)
+            self.predicting = max(len(one.predicting_M) for one in batch.microbatches)
             self.microbatches = len(batch.microbatches)
+            self.response_tokens = sum(rollouts.length_B)
             return batch
 
+        look, compute = run.teacher.look, run.teacher._compute
+
+        def looked(*args: Any) -> Any:
+            found = look(*args)
+            self.hidden_used = sum(hidden.nbytes for hidden in found[0].of_row.values())
+            return found
+
+        def computed(rollouts: Any, deals: Any, sources: Any) -> Any:
+            found = compute(rollouts, deals, sources)
+            dealt = [rows for deal in deals for rows in deal[run.layout.teacher.dp_rank]]
+            self.teacher_tokens = max((sum(rollouts.row_length_B[row] for row in rows) for rows in dealt), default=0)
+            last = set(dealt[-1]) if dealt else set()
+            self.hidden_held = sum(hidden.nbytes for row, hidden in found.items() if row not in last)
+            return found
+
+        run.teacher.look, run.teacher._compute = looked, computed
         model_config = run.trainer.chunks[0].config
         finalize = model_config.finalize_model_grads_func
 
@@ -208,7 +241,9 @@ class Rehearsal:
         run.train_batch = dealt
         step(run)
         run.phases.enter("checkpoint")
-        self.sharded = sharded_bytes(run.trainer.sharded_state(loading=False))
+        groups, divided = run.layout.student.groups, self.config.parallel.distributed_optimizer
+        for kind, any_layout in SAVED.items() if divided else [(ANY_LAYOUT, True)]:
+            self.saved[kind] = saving_of(run.trainer.sharded_state(loading=False, any_layout=any_layout), groups)
         run.phases.enter("sync")
 
     def _buffers(self) -> list[Any]:
@@ -225,21 +260,6 @@ class Rehearsal:
                     yield f"{name}: a gradient was left in .grad"
                 elif buffer.storage_offset() not in self.watch.written[buffer.untyped_storage()._cdata]:
                     yield f"{name}: nothing was added to its main_grad"
-
-
-def sharded_bytes(state: Any) -> dict[str, int]:
-    """Of a sharded state dict: bytes on the device and on the host, and those that this rank would write."""
-    from megatron.core.dist_checkpointing.dict_utils import nested_values
-    from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory, is_main_replica
-
-    found = {"device": 0, "host": 0, "written": 0}
-    for value in nested_values(state):
-        if isinstance(value, ShardedTensorFactory):
-            found["device" if value.data.is_meta else "host"] += value.data.nbytes
-        elif isinstance(value, ShardedTensor) and value.data is not None:
-            found["device" if value.data.is_meta else "host"] += value.data.nbytes
-            found["written"] += value.data.nbytes if is_main_replica(value.replica_id) else 0
-    return found
 
 
 def group_names(layout: Any) -> dict[str, str]:

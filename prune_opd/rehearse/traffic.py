@@ -32,6 +32,7 @@ NAMES = {
 }
 
 
+MESSAGES = {"send", "receive"}  # between two ranks of a group
 ALIKE = {"all-reduce", "reduce-scatter"}  # of which all ranks of a group give the same number of bytes
 
 
@@ -56,13 +57,15 @@ class Call:
 class Traffic:
     """by[phase, group, operation]. Bytes: of the largest list of tensors that a rank gives or gets.
 
-    order: the collectives of each group, by its ranks.
+    order: the collectives of each group, by its ranks. messages: by group, source and destination; of a rank that is
+    the source those that it sends, of one that is the destination those that it waits for.
     """
 
     def __init__(self) -> None:
         self.by: defaultdict[tuple[str, str, str], Sum] = defaultdict(Sum)
         self.names: dict[str, str] = {}  # of the groups
         self.order: defaultdict[tuple[int, ...], list[Call]] = defaultdict(list)
+        self.messages: defaultdict[tuple[tuple[int, ...], int, int], list[Call]] = defaultdict(list)
 
     def record(self, phase: str, func: Any, args: tuple[Any, ...]) -> None:
         raw = func._schema.name.partition("::")[2]
@@ -73,6 +76,11 @@ class Traffic:
         total.count += 1
         total.nbytes += nbytes
         ranks = tuple(dist.get_process_group_ranks(group))
+        if operation in MESSAGES:
+            other = ranks[next(x for x in args if isinstance(x, int))]
+            ends = (dist.get_rank(), other) if operation == "send" else (other, dist.get_rank())
+            self.messages[ranks, *ends].append(Call(phase, operation, nbytes))
+            return
         self.order[ranks].append(Call(phase, operation, nbytes if operation in ALIKE else 0))
 
     def note(self, phase: str, operation: str) -> None:
@@ -94,6 +102,22 @@ def disagreements(ranks: Sequence[tuple[int, Traffic]]) -> Iterator[str]:
                         f"{one} and {b or 'none'} on rank {other} ({phase})"
                     )
                     break
+        yield from _unmet(one, mine, other, theirs)
+
+
+def _unmet(one: int, mine: Traffic, other: int, theirs: Traffic) -> Iterator[str]:
+    """Messages between two ranks that one of them sends and the other does not wait for."""
+    keys = {key for traffic in (mine, theirs) for key in traffic.messages if {*key[1:]} == {one, other}}
+    for group, source, destination in sorted(keys):
+        ends = (mine, theirs) if source == one else (theirs, mine)
+        sent, awaited = (traffic.messages.get((group, source, destination), []) for traffic in ends)
+        for number, (a, b) in enumerate(zip_longest(sent, awaited)):
+            if a is None or b is None or a.nbytes != b.nbytes:
+                yield (
+                    f"messages: number {number} from rank {source} to rank {destination} is {a or 'none'} on the one "
+                    f"and {b or 'none'} on the other ({(a or b).phase})"
+                )
+                break
 
 
 def _is_group(x: Any) -> bool:

@@ -19,13 +19,13 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map
 
+from prune_opd.rehearse.collectives import LARGE, perform
 from prune_opd.rehearse.ledger import Ledger
 from prune_opd.rehearse.traffic import Traffic
 from prune_opd.rehearse.values import KNOWN_NUMBERS, KnownValues
 
 aten = torch.ops.aten
 META = torch.device("meta")
-LARGE = 1 << 20  # bytes of a host tensor whose numbers are left alone
 PACKAGE = str(Path(__file__).resolve().parents[1])
 OURS = str(Path(__file__).resolve().parent)
 ADDING = {"add_", "addmm_", "copy_", "add", "addmm", "mm"}  # how a gradient comes into a buffer
@@ -64,10 +64,11 @@ def asking() -> Place:
 
 @dataclass
 class Findings:
-    """What a GPU would stall on, or refuse. Counted by phase, kind of operation and place."""
+    """What a GPU would stall on, or refuse; what was not gone through. By phase, kind of operation and place."""
 
     reads: Counter[tuple[str, str, Place]] = field(default_factory=Counter)
     wrong_device: Counter[tuple[str, str, Place]] = field(default_factory=Counter)
+    missing: Counter[tuple[str, str, Place]] = field(default_factory=Counter)  # torch has no kernel without data
     to_host: Counter[str] = field(default_factory=Counter)  # bytes by phase, that nobody waits for
     to_device: Counter[str] = field(default_factory=Counter)
 
@@ -96,7 +97,7 @@ class Watch(TorchDispatchMode):
         self.operations += 1
         if func.namespace == "c10d":
             self.traffic.record(self.phase, func, args)
-            return self._communicate(func, args, kwargs)
+            return perform(func, args, kwargs, self.values, self.note_missing)
         if (told := _HANDLERS.get(func)) is not None:
             result = told(self, func, args, kwargs)
             if result is not NotImplemented:
@@ -151,20 +152,11 @@ class Watch(TorchDispatchMode):
 
         return tree_map(move, (args, kwargs))
 
-    def _communicate(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Nothing moves. torch knows some collectives on the host only: those get nothing, and their work is used."""
-        tensors = _tensors(args, kwargs)
-        large = any(x.nbytes > LARGE and not x.is_meta for x in tensors)
-        if not large:
-            if func is torch.ops.c10d._allgather_base_.default and (known := self.values.of(args[1])) is not None:
-                self.values.learn(args[0], known.repeat(args[0].numel() // known.numel(), *([1] * (known.dim() - 1))))
-            try:
-                return func(*args, **kwargs)
-            except NotImplementedError:
-                pass
-        return func(*tree_map(lambda x: torch.empty(0) if isinstance(x, Tensor) else x, args), **kwargs)
-
     # ------------------------------------------------------------------------------------ the host and the device
+
+    def note_missing(self, func: Any) -> None:
+        """An operation of which a rehearsal does not know what it does."""
+        self.found.missing[self.phase, _name(func), asking()] += 1
 
     def read(self, tensor: Tensor, how: str) -> Tensor:
         """The host waits for the device and reads: what it gets."""

@@ -6,6 +6,7 @@ What the product counts on is asserted, and what a reader may want to know is pr
 
 from __future__ import annotations
 
+import json
 import os
 import tempfile
 from dataclasses import replace
@@ -34,6 +35,20 @@ class Configured:
         for ours in ("use_tqdm_on_load",):  # LLM's own
             arguments.pop(ours)
         configurations.append(EngineArgs(**arguments).create_engine_config(UsageContext.LLM_CLASS))
+
+
+def model_of(config: Any, folder: Path) -> Path:
+    """The student's config.json alone, with the class in it: without that vLLM does not know that it generates."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    from prune_opd.rehearse.machine import write_model
+
+    path = write_model(folder, config.student, "student", None) / "config.json"
+    settings = json.loads(path.read_text())
+    path.write_text(
+        json.dumps({"architectures": [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[settings["model_type"]]], **settings})
+    )
+    return folder
 
 
 def configured(config: Any, model: Path, rank: int, world: int) -> Any:
@@ -95,7 +110,6 @@ def main() -> None:
         print(f"stubs: the driver, the platform, {', '.join(stub_h100.FLASH)}")
         from prune_opd.config import TrainConfig
         from prune_opd.config.recipe import list_recipes, load_recipe
-        from prune_opd.rehearse.machine import write_model
 
         for name in list_recipes():
             config = load_recipe(name)
@@ -104,7 +118,7 @@ def main() -> None:
             if config.planning.gpu == "cpu":  # a tiny pair, as it would be on a GPU
                 config = replace(config, rollout=replace(config.rollout, quantization=None))
             try:
-                model = write_model(Path(folder) / name, config.student, "student", None)
+                model = model_of(config, Path(folder) / name)
             except ConfigError as error:
                 print(f"{name}: {error}")
                 continue

@@ -57,7 +57,7 @@ def main() -> None:
     found += [name for name, value in gradient_fusion(on_gpu=True).items() if value]
     print(f"kernels that a model on a GPU would have here: {', '.join(found)}")
     if importlib.util.find_spec(KERNEL) is None:
-        print(f"{KERNEL} is not installed: APEX_SOURCE (scripts/setup_h100.sh) was none")
+        print(f"{KERNEL} is not installed here")
         return
     kernel = importlib.import_module(KERNEL)
     assert callable(kernel.wgrad_gemm_accum_fp32) and "gradient_accumulation_fusion" in found

@@ -7,28 +7,38 @@ for the recipes whose models are here, imports of Transformer Engine and apex's 
 
 from __future__ import annotations
 
+import functools
 import os
-import subprocess
-import sys
 import tempfile
+from contextlib import redirect_stdout
+from io import StringIO
 from pathlib import Path
 from unittest import mock
 
+from prune_opd.check import gpu
 from prune_opd.check import run as check
+from prune_opd.cli.runs import check as command
 from prune_opd.config import TrainConfig
 from prune_opd.config.recipe import list_recipes, load_recipe
 from prune_opd.model_spec import model_config
 from scripts.h100.imports import compiled
 
-COMMAND = (sys.executable, "-m", "prune_opd.cli", "check")
+PATIENCE = 1500  # seconds of an import, on a machine that others load
 # What cannot be had here: Transformer Engine's import, where its compiled half is not.
 NOT_HERE = () if compiled() else ("Transformer Engine is installed and cannot be imported",)
 
 
 def structure(name: str) -> str | None:
     """What the command says; None if it finds nothing."""
-    done = subprocess.run([*COMMAND, name, "--structure"], capture_output=True, text=True)
-    return None if done.returncode == 0 else (done.stdout + done.stderr).strip()
+    with redirect_stdout(StringIO()) as said:
+        code = command(name, structure=True)
+    return said.getvalue().strip() if code else None
+
+
+@functools.cache
+def imports() -> list[str]:
+    """As the check does it, once."""
+    return gpu.import_problems()
 
 
 def as_on_a_gpu(config: TrainConfig) -> list[str]:
@@ -37,7 +47,11 @@ def as_on_a_gpu(config: TrainConfig) -> list[str]:
         check._Model(role, Path(getattr(config, role)), model_config(role, getattr(config, role)))
         for role in ("student", "teacher")
     ]
-    with mock.patch.object(check, "has_gpu", lambda: True):
+    with (
+        mock.patch.object(check, "has_gpu", lambda: True),
+        mock.patch.object(check, "import_problems", imports),
+        mock.patch.object(gpu, "IMPORT_SECONDS", PATIENCE),
+    ):
         found = check._sizes(config, world, models) + check._precision(config, models)
         if all(Path(model.path, "config.json").is_file() for model in models):
             with tempfile.TemporaryDirectory() as folder:

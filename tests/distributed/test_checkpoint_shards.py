@@ -47,6 +47,29 @@ def test_the_replicas_share_the_writing(ranks: list[dict[str, Any]], model: str,
     assert 0.6 < first / second < 1.7
 
 
+@pytest.mark.parametrize(("model", "form"), EVERY)
+def test_a_rehearsal_plans_what_each_rank_writes(ranks: list[dict[str, Any]], model: str, form: str) -> None:
+    """Without the other rank there: the bytes are those that the two agree on.
+
+    As held up to a few numbers: the other's share of the optimizer is taken to be as large as one's own.
+    """
+    near = 0 if form == "any layout" else 0.002
+    for rank in ranks:
+        assert rank[model][form]["dealt"] > 0
+        assert rank[model][form]["planned"] == pytest.approx(rank[model][form]["dealt"], rel=near)
+
+
+@pytest.mark.parametrize(("model", "form"), EVERY)
+def test_the_replicas_share_the_reading(ranks: list[dict[str, Any]], model: str, form: str) -> None:
+    """What both want is read once; without sharing, each reads all that it wants."""
+    read, alone = (sum(rank[model][form][name] for rank in ranks) for name in ("read", "read alone"))
+    assert read < 0.95 * alone
+    if model == "dense":  # both want all weights, and for any layout all of the optimizer's state
+        shared = ranks[0][model]["as held"]["weights"] if form == "as held" else alone / 2
+        assert 0.99 * shared <= alone - read <= 1.1 * shared  # each tensor of these tiny ones has a header in the file
+        assert all(0.4 < rank[model][form]["read"] / read < 0.6 for rank in ranks)
+
+
 def test_another_layout_loads_it_or_is_told_why_not(ranks: list[dict[str, Any]]) -> None:
     for rank in ranks:
         assert rank["dense"]["any layout"]["in another layout"] == ""

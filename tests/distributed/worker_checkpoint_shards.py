@@ -16,6 +16,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.checkpoint.filesystem import FileSystemReader
 
 from prune_opd import platform
 from prune_opd.config import ParallelConfig
@@ -48,6 +49,23 @@ class Gathered:
         dist.all_gather = self.all_gather
 
 
+class Read:
+    """Counts the bytes of shards that this rank reads."""
+
+    def __enter__(self) -> Read:
+        self.nbytes, self.read = 0, FileSystemReader.read_data
+
+        def counted(reader: Any, plan: Any, planner: Any) -> Any:
+            self.nbytes += sum(reader.storage_data[item.storage_index].length for item in plan.items)
+            return self.read(reader, plan, planner)
+
+        FileSystemReader.read_data = counted  # type: ignore[method-assign]
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        FileSystemReader.read_data = self.read  # type: ignore[method-assign]
+
+
 def state_of(trainer: Any) -> list[Tensor]:
     """What a resumed run must have bit by bit: this rank's parameters, and its share of masters and moments."""
     from prune_opd.megatron.offload import optimizer_tensors
@@ -74,9 +92,28 @@ def new_bytes(state: Any, trainer: Any) -> int:
     return sum(nbytes for key, nbytes in found.items() if key not in known)
 
 
+def dealt_bytes(state: Any, group: Any) -> int:
+    """Bytes that this rank writes, as the replicas agree among themselves."""
+    from megatron.core.dist_checkpointing.dict_utils import nested_values
+    from megatron.core.dist_checkpointing.exchange_utils import determine_main_replica_uniform_distribution
+    from megatron.core.dist_checkpointing.mapping import ShardedTensor
+    from megatron.core.dist_checkpointing.utils import _sharded_tensor_shard_id
+
+    found = determine_main_replica_uniform_distribution(state, group)
+    assert found is not None
+    return sum(
+        value.data.nbytes
+        for value in nested_values(state)
+        if isinstance(value, ShardedTensor)
+        and found.main_rank_for_shard.get(_sharded_tensor_shard_id(value)) == group.rank()
+    )
+
+
 def case(models: Path, out: Path, parallel: ParallelConfig, any_layout: bool) -> dict[str, Any]:
     from prune_opd.megatron import layout as layouts
     from prune_opd.megatron.offload import optimizer_tensors
+    from prune_opd.megatron.shards import load_shards
+    from prune_opd.rehearse.saving import saving_of
 
     layout = layouts.arrange(parallel, seed=0)
     run = build_run(train_config(models, 1, parallel=parallel), layout, out)
@@ -89,6 +126,9 @@ def case(models: Path, out: Path, parallel: ParallelConfig, any_layout: bool) ->
         "new": made,
         "held": sum(tensor.nbytes for tensor in optimizer_tensors(run.trainer.optimizer)),
     }
+    state = run.trainer.sharded_state(loading=False, any_layout=any_layout)
+    result["planned"] = saving_of(state, layout.student.groups).written
+    result["dealt"] = dealt_bytes(state, layout.student.groups.dp_cp)
     run.checkpoints.save(2, run.trainer, {}, any_layout)
     saved = state_of(run.trainer)
     unbroken = train_step(run, made_up_rollouts(3))  # the child that writes must not see it
@@ -96,7 +136,12 @@ def case(models: Path, out: Path, parallel: ParallelConfig, any_layout: bool) ->
     checkpoint = run.checkpoints.latest()
     result["written"] = written_by_rank(checkpoint)
     resumed = build_run(train_config(models, 1, parallel=parallel), layout, out / "resumed")
-    resumed.checkpoints.load(checkpoint, resumed.trainer)
+    with Read() as alone:  # as if there were no replicas
+        load_shards(resumed.trainer.sharded_state(loading=True, any_layout=any_layout), checkpoint)
+    with Read() as read:
+        resumed.checkpoints.load(checkpoint, resumed.trainer)
+    result["weights"] = sum(p.nbytes for chunk in run.trainer.chunks for p in chunk.parameters())
+    result["read"], result["read alone"] = read.nbytes, alone.nbytes
     result["loaded bit by bit"] = all(map(torch.equal, saved, state_of(resumed.trainer)))
     resumed.trainer.schedule.load_state_dict({**run.trainer.schedule.state_dict(), "num_steps": 2})
     again = train_step(resumed, made_up_rollouts(3))

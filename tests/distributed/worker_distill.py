@@ -224,14 +224,11 @@ def of_every_kind() -> dict[str, Callable[[dist.ProcessGroup], dict[str, float]]
     for objective in OBJECTIVES:
         name = describe(objective)
         cases[name] = lambda group, o=objective: compare(PLAIN, group, objective=o)
-        cases[f"{name} float32"] = lambda group, o=objective: compare(
-            PLAIN, group, objective=o, dtype=torch.float32, chunk=8
-        )
+        cases[f"{name} float32"] = lambda group, o=objective: compare(PLAIN, group, GATE, o, torch.float32, chunk=8)
     for weighting in WEIGHTINGS:
         for objective in (OBJECTIVE, ObjectiveConfig("full_vocab_reverse_kl", k=6)):
-            cases[f"{objective.name} {weighting.name}"] = lambda group, w=weighting, o=objective: compare(
-                PLAIN, group, objective=o, weighting=w
-            )
+            name = f"{objective.name} {weighting.name}"
+            cases[name] = lambda group, w=weighting, o=objective: compare(PLAIN, group, GATE, o, weighting=w)
     return cases
 
 
@@ -243,9 +240,7 @@ def of_ends() -> dict[str, Callable[[dist.ProcessGroup], dict[str, float]]]:
         cases[name] = lambda group, o=objective: compare(ENDING, group, objective=o)
         cases[f"moved student, {name}"] = lambda group, o=objective: compare_update(group, o, ENDING)
     for weighting in WEIGHTINGS:
-        cases[f"ends, {weighting.name}"] = lambda group, w=weighting: compare(
-            ENDING, group, objective=CLASS, weighting=w
-        )
+        cases[f"ends, {weighting.name}"] = lambda group, w=weighting: compare(ENDING, group, GATE, CLASS, weighting=w)
     cases["ends, stale tokens"] = lambda group: compare(ENDING.stale(), group, objective=CLASS)
     return cases
 

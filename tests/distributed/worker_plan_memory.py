@@ -91,7 +91,8 @@ def planned_activations(config: TrainConfig, setting: Any) -> float:
     tensor, shared = parallel.tensor or 1, (parallel.tensor or 1) if parallel.sequence_parallel else 1
     kept = kept_bytes(spec, tensor, parallel.sequence_parallel, parallel.recompute)
     if parallel.recompute != "full":
-        kept -= 4 * spec.hidden / shared  # inputs of the norms: see `saved`
+        before_norm = 2 * spec.heads * spec.head_dim / tensor * spec.qk_norm
+        kept -= 4 * spec.hidden / shared + before_norm  # inputs of the norms: see `saved`
     if parallel.recompute == "none":
         kept += 2 * spec.heads * spec.head_dim / tensor  # our CPU attention: outputs of segments, then all in one piece
     return spec.layers * kept
@@ -125,9 +126,12 @@ def main(models: Path, out: Path) -> None:
         everyone: list[Any] = [None] * world
         dist.all_gather_object(everyone, mine)
         setting = setting_of(config, "h100", 1)
-        planned = part_bytes(setting)
+        of_ranks = [part_bytes(setting, setting.stages_of(rank)) for rank in range(world)]
         activations = sum(rank.pop("activations") for rank in everyone) / world
-        found[case] = {part: [max(rank[part] for rank in everyone), planned[part]] for part in everyone[0]}
+        found[case] = {
+            part: [max(rank[part] for rank in everyone), max(planned[part] for planned in of_ranks)]
+            for part in everyone[0]
+        }
         found[case]["activations"] = [activations, planned_activations(config, setting)]
     if dist.get_rank() == 0:
         (out / "bytes.json").write_text(json.dumps(found))

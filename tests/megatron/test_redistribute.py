@@ -155,6 +155,6 @@ def test_the_planner_knows_what_a_rank_holds_and_receives() -> None:
     sent, trained_on = hidden_bytes(setting, found["all"][0], 0.0)
     assert trained_on == pytest.approx(max(found["received"]) * each, rel=0.02)
     most = max(held + received for held, received in zip(found["held"], found["received"], strict=True)) * each
-    assert 0.9 * most < sent + trained_on < 1.25 * most + EXCHANGE_BYTES
+    assert 0.9 * most < sent + trained_on + EXCHANGE_BYTES < 1.25 * most + EXCHANGE_BYTES
     alike = setting_of(apply_overrides(config, ["parallel.teacher_tensor=2"]), "h100", 4)
-    assert hidden_bytes(alike, found["all"][0], 0.0) == (0.0, trained_on)
+    assert hidden_bytes(alike, found["all"][0], 0.0) == (trained_on, trained_on)  # the same ones

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import re
+import sys
 from pathlib import Path
 
 import pytest
 
 from scripts import h100_check
-from scripts.h100_check import RESULT, STEPS, report, run_step
+from scripts.h100_check import RESULT, STEPS, run_step
+
+DATED = r"^{} \(\d{{4}}-\d\d-\d\d \d\d:\d\d UTC, commit [0-9a-f]{{7,}}\+?\): "
 
 
 def test_every_step_is_a_program() -> None:
@@ -24,18 +27,28 @@ def test_a_step_that_fails_leaves_what_it_said_and_the_end_of_its_errors(tmp_pat
     assert not passed and said[0] == "one tensor" and said[-1] == "RuntimeError: on the host"
 
 
-def test_the_report_has_date_commit_versions_and_verdicts(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_report_has_date_commit_versions_and_verdicts_and_keeps_other_steps(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "report.txt"
+
+    def check(*arguments: str) -> int:
+        monkeypatch.setattr(sys, "argv", ["h100_check.py", "--out", str(out), *arguments])
+        return h100_check.main()
+
     monkeypatch.setattr(h100_check, "run_step", lambda name: (name != "engines", [f"{name} said this"]))
-    good, text = report(["imports", "engines"])
-    assert not good
-    assert re.search(r"^\d{4}-\d\d-\d\d \d\d:\d\d UTC, commit [0-9a-f]+\+?, Python 3\.", text, re.MULTILINE)
-    assert "  torch 2." in text and "  fused-weight-gradient-mlp-cuda " in text
-    assert "passed imports: " in text and "FAILED engines: " in text and "  engines said this" in text
+    assert check() == 1
+    assert re.search(DATED.format("FAILED engines"), text := out.read_text(), re.MULTILINE)
+    assert re.search(DATED.format("passed imports"), text, re.MULTILINE) and "  imports said this\n" in text
+    assert "\n  torch 2." in text and "\n  fused-weight-gradient-mlp-cuda " in text
+    monkeypatch.setattr(h100_check, "run_step", lambda name: (True, ["now it does"]))
+    assert check("engines") == 0
+    again = out.read_text()
+    assert again == re.sub(r"FAILED (engines.*)\n  engines said this", r"passed \1\n  now it does", text)
 
 
 def test_the_last_result_is_here_and_names_every_step() -> None:
     """Not that it passed: what has not is to be seen there."""
     text = RESULT.read_text(encoding="utf-8")
-    assert re.search(r"^\d{4}-\d\d-\d\d \d\d:\d\d UTC, commit [0-9a-f]{7,}\+?, Python 3\.\d+", text, re.MULTILINE)
-    assert set(re.findall(r"^(?:passed|FAILED) (\w+):", text, re.MULTILINE)) == set(STEPS)
-    assert "torch 2.13.0" in text and "vllm 0.32.0" in text and "megatron-core 0.16.1" in text
+    assert all(re.search(DATED.format(f"(passed|FAILED) {name}"), text, re.MULTILINE) for name in STEPS)
+    assert all(pin in text for pin in ("torch 2.13.0", "vllm 0.32.0", "megatron-core 0.16.1"))

@@ -16,6 +16,7 @@ import pytest
 from prune_opd.errors import REQUEUE_EXIT_CODE
 from prune_opd.ranks import forked
 from prune_opd.ranks.launcher import ONE_WISH, start_ranks
+from prune_opd.ranks.node import torchrun_arguments
 
 LAUNCH = """
 import os, sys
@@ -273,6 +274,29 @@ sys.exit(os.environ["TORCHELASTIC_RESTART_COUNT"] == "0")
         (rank, f"attempt_{attempt}"): f"rank {rank} attempt {attempt}\n" for rank in "01" for attempt in (0, 1)
     }
     assert {path.read_text(encoding="utf-8") for path in (tmp_path / "logs").rglob("stderr.log")} == {"to stderr\n"}
+
+
+SUM = """
+import os, torch, torch.distributed as dist
+dist.init_process_group("gloo")
+value = torch.tensor(float(dist.get_rank() + 1))
+dist.all_reduce(value)
+print(os.environ["RANK"], os.environ["LOCAL_RANK"], os.environ["GROUP_RANK"], value.item(), flush=True)
+dist.destroy_process_group()
+"""
+
+
+def test_forked_ranks_of_two_nodes_meet(tmp_path: Path) -> None:
+    """As `prune_opd/ranks/node.py` starts them under Slurm, both nodes on this machine."""
+    nodes = []
+    for node in "01":
+        slurm = {"SLURM_NNODES": "2", "SLURM_NODEID": node, "SLURM_JOB_ID": str(os.getpid())}
+        argv = [*torchrun_arguments(2, slurm), program(tmp_path, SUM)]
+        command = [sys.executable, "-u", "-m", "prune_opd.ranks.launcher", "--ready", *FORKED, *argv]
+        nodes.append(subprocess.Popen(command, stdout=subprocess.PIPE, text=True))
+    said = [node.communicate(timeout=300)[0] for node in nodes]
+    assert [node.returncode for node in nodes] == [0, 0]
+    assert [sorted(text.splitlines()) for text in said] == [["0 0 0 10.0", "1 1 0 10.0"], ["2 0 1 10.0", "3 1 1 10.0"]]
 
 
 def test_a_process_that_has_initialized_cuda_is_not_forked(monkeypatch: pytest.MonkeyPatch) -> None:

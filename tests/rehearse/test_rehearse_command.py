@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -34,11 +33,3 @@ def test_a_world_that_the_layout_does_not_fill_is_refused() -> None:
 def test_a_recipe_that_does_not_exist_is_refused() -> None:
     with pytest.raises(ConfigError, match="no_such_recipe"):
         load_recipe("no_such_recipe")
-
-
-@pytest.mark.parametrize(("setting", "value"), [("pipeline", 2), ("teacher_pipeline", 2), ("context", 2)])
-def test_a_layout_that_cannot_be_rehearsed_is_refused(setting: str, value: int) -> None:
-    config: Any = load_recipe("qwen3_4b_base_from_4b_8xh100")
-    config = replace(config, parallel=replace(config.parallel, **{setting: value}))
-    with pytest.raises(ConfigError, match=f"parallel.{setting} = 2 cannot be rehearsed"):
-        run_rehearse(config, None, [0], layers=1, microbatches=1)

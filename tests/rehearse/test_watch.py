@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 import torch
+import torch.distributed as dist
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from prune_opd.rehearse.ledger import WORK
 from prune_opd.rehearse.traffic import Call, Traffic, disagreements
@@ -84,6 +88,44 @@ def test_an_operation_between_host_and_device_is_noted(product: object) -> None:
         on_device(3) + torch.ones(())  # a GPU takes single numbers of the host
         on_device(3)[torch.tensor([0, 1])]  # and its indices
     assert sum(watch.found.wrong_device.values()) == 1
+
+
+@pytest.fixture
+def group_of_four() -> Iterator[None]:
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=4)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.usefixtures("group_of_four")
+def test_a_collective_that_torch_has_no_kernel_for_is_named() -> None:
+    with Watch() as watch:
+        watch.enter("train")
+        dist.all_reduce(on_device(3))
+        assert not watch.found.missing
+        dist.all_reduce_coalesced([on_device(3)])
+    ((phase, what, _), count) = next(iter(watch.found.missing.items()))
+    assert (phase, what, count) == ("train", "allreduce_coalesced_", 1)
+
+
+@pytest.mark.usefixtures("group_of_four")
+@pytest.mark.parametrize("numbers", [8, 7])
+def test_coalesced_collectives_are_ours_and_their_sizes_must_fit(numbers: int) -> None:
+    """As megatron-core's optimizer reduces and gathers its buckets."""
+
+    def both() -> None:
+        with dist._coalescing_manager(async_ops=True):
+            dist.reduce_scatter_tensor(on_device(2), on_device(numbers))
+        with dist._coalescing_manager(async_ops=True):
+            dist.all_gather_into_tensor(on_device(numbers), on_device(2))
+
+    with Watch() as watch:
+        if numbers == 8:
+            both()
+        else:
+            with pytest.raises(ValueError, match="4 ranks with 7 numbers"):
+                both()
+    assert not watch.found.missing
 
 
 def test_ranks_that_do_not_meet_in_a_collective_are_named() -> None:

@@ -8,6 +8,7 @@ A case is a recipe, or a mistake (`MISTAKES`) that is made in a small one. OUT/C
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -68,6 +69,27 @@ def a_lost_gradient() -> AbstractContextManager[Any]:
     return mock.patch.object(HiddenStatesGPT, "head_weight", lambda self: weight(self).detach())
 
 
+def an_unsent_tensor() -> AbstractContextManager[Any]:
+    """A stage keeps its last gradient to itself."""
+    from prune_opd.megatron.schedule import Messages
+
+    communicate = Messages._communicate
+
+    def keep(self: Any, *, tensor_send_prev: Any, **others: Any) -> Any:
+        alone = not (others["recv_prev"] or others["recv_next"] or others["tensor_send_next"] is not None)
+        return communicate(self, tensor_send_prev=None if alone else tensor_send_prev, **others)
+
+    return mock.patch.object(Messages, "_communicate", keep)
+
+
+def a_broken_ring() -> AbstractContextManager[Any]:
+    """A context-parallel rank waits for keys and values once less than they are sent."""
+    from prune_opd.rehearse import kernels
+
+    pass_on, calls = kernels._pass_on, iter(range(10**6))
+    return mock.patch.object(kernels, "_pass_on", lambda *args: pass_on(*args) if next(calls) else None)
+
+
 # What is patched on the ranks that are rehearsed: 0, and 30, which shares the whole job with it.
 MISTAKES: dict[str, tuple[Callable[[], AbstractContextManager[Any]], ...]] = {
     "none": (nullcontext, nullcontext),
@@ -75,8 +97,36 @@ MISTAKES: dict[str, tuple[Callable[[], AbstractContextManager[Any]], ...]] = {
     "kept bucket": (a_kept_bucket,),
     "skipped collective": (nullcontext, a_skipped_collective),
     "lost gradient": (a_lost_gradient,),
+    "no mistake of a pipeline": (nullcontext, nullcontext),
+    "unsent tensor": (nullcontext, an_unsent_tensor),
+    "no mistake of a ring": (nullcontext, nullcontext),
+    "broken ring": (nullcontext, a_broken_ring),
 }
 RANKS = (0, 30)
+# Layouts that no recipe here has, by the mistakes that are made in them, and two ranks that send each other something.
+PIPELINE = {"pipeline": 2, "teacher_pipeline": 2, "teacher_tensor": 4}
+RING = {"context": 2}
+IN_LAYOUT: dict[str, tuple[dict[str, Any], tuple[int, int]]] = {
+    "no mistake of a pipeline": (PIPELINE, (0, 16)),
+    "unsent tensor": (PIPELINE, (0, 16)),
+    "no mistake of a ring": (RING, (0, 2)),
+    "broken ring": (RING, (0, 2)),
+}
+# By case: settings of `parallel` in SMALL, and the rank that is rehearsed: of the first, a middle and the last stage.
+CHUNKS = {"pipeline": 2, "virtual_pipeline": 3, "teacher_pipeline": 4, "teacher_tensor": 2}
+STAGES = {"pipeline": 4, "teacher_pipeline": 2, "teacher_tensor": 4}
+LAYOUTS: dict[str, tuple[dict[str, Any], int]] = {
+    "PP4 first": (STAGES, 0),
+    "PP4 middle": (STAGES, 16),
+    "PP4 last": (STAGES, 31),
+    "PP2xVPP3 first": (CHUNKS, 0),
+    "PP2xVPP3 last": (CHUNKS, 31),
+    "CP2 first": (RING, 0),
+    "CP2 last": ({**RING, "recompute": "none"}, 31),
+    "CP4 middle": ({"context": 4, "recompute": "none"}, 16),
+    "PP2xCP2 last": ({"context": 2, **PIPELINE}, 31),
+}
+LAYERS = 12  # that all of these stages and chunks divide
 
 
 def small(config: TrainConfig) -> TrainConfig:
@@ -96,23 +146,45 @@ def small(config: TrainConfig) -> TrainConfig:
 
 
 def recipe(name: str) -> dict[str, Any]:
-    """The last rank of a recipe's own world, with all tokens of a micro-batch, in fewer and larger chunks."""
+    """The last rank of a recipe's own world, with all tokens of a micro-batch, in fewer and larger chunks.
+
+    Or one of LAYOUTS, with layers enough for its stages.
+    """
     from prune_opd.rehearse.compare import compare
     from prune_opd.rehearse.report import problems, rank_lines
     from prune_opd.rehearse.step import Cut, rehearse_rank
 
-    config = load_recipe(name)
+    layout, rank = LAYOUTS.get(name, ({}, -1))
+    config = load_recipe(SMALL if name in LAYOUTS else name)
     assert isinstance(config, TrainConfig)
-    config = replace(config, parallel=replace(config.parallel, loss_chunk_tokens=8192))
+    config = replace(config, parallel=replace(config.parallel, loss_chunk_tokens=8192, **layout))
     nodes = config.planning.nodes
-    found = rehearse_rank(config, nodes, nodes * config.parallel.nproc - 1, Cut(layers=ONE_LAYER, microbatches=1))
+    cut = Cut(layers=LAYERS if name in LAYOUTS else ONE_LAYER, microbatches=1)
+    found = rehearse_rank(config, nodes, rank % (nodes * config.parallel.nproc), cut)
     return {
         "problems": list(problems(found)),
         "lines": list(rank_lines(found)),
         "compared": {line.name: [line.counted, line.planned] for line in compare(found)},
         "reads": [[phase, how, str(place)] for phase, how, place in found.watch.found.reads],
         "phases": list(found.watch.ledger.peaks),
+        "engine": engine_of(found),
         "loaded": [len(load) for load in found.run.rollout.engine.llm.loads],
+    }
+
+
+def engine_of(found: Any) -> dict[str, Any]:
+    """What the recipe asks of vLLM on a GPU, and whether the ranks meet before."""
+    arguments = found.run.rollout.engine.llm.arguments
+    return {
+        "autotune": arguments["enable_flashinfer_autotune"],
+        "patience": [arguments[f"{kind}distributed_timeout_seconds"] for kind in ("", "cpu_")],
+        "environment": [os.environ[f"VLLM_{name}"] for name in ("USE_FLASHINFER_SAMPLER", "ALLREDUCE_USE_FLASHINFER")],
+        "head": arguments.get("hf_overrides"),
+        "barriers": sum(
+            total.count
+            for (phase, _, operation), total in found.watch.traffic.by.items()
+            if (phase, operation) == ("build", "barrier")
+        ),
     }
 
 
@@ -123,10 +195,12 @@ def mistake(name: str) -> list[str]:
 
     config = load_recipe(SMALL)
     assert isinstance(config, TrainConfig)
-    seen = []
-    for rank, made in zip(RANKS, MISTAKES[name], strict=False):
+    layout, ranks = IN_LAYOUT.get(name, ({}, RANKS))
+    config = small(replace(config, parallel=replace(config.parallel, **layout)))
+    cut, seen = Cut(ONE_LAYER * config.parallel.pipeline, 1), []
+    for rank, made in zip(ranks, MISTAKES[name], strict=False):
         with made():
-            seen.append(rehearse_rank(small(config), config.planning.nodes, rank, Cut(ONE_LAYER, 1)))
+            seen.append(rehearse_rank(config, config.planning.nodes, rank, cut))
     apart = list(disagreements([(one.rank, one.watch.traffic) for one in seen]))
     return [problem for one in seen for problem in problems(one)] + apart
 

@@ -1,0 +1,69 @@
+"""A CPU run compiles vLLM's model where that pays: the rule, and what the train command makes of it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from prune_opd.cli import runs
+from prune_opd.config import TrainConfig
+from prune_opd.config.overrides import apply_overrides
+from prune_opd.config.recipe import load_recipe
+from prune_opd.plan.compiling import LAYER_SAVES, LAYER_TRACING, compiling
+
+ENOUGH = LAYER_TRACING / LAYER_SAVES  # engine steps
+
+
+def recipe(*overrides: str) -> TrainConfig:
+    config = apply_overrides(load_recipe("tiny_compatible"), ["horizon.strategy=full", *overrides])
+    assert isinstance(config, TrainConfig)
+    return config
+
+
+def test_engine_steps_are_those_of_all_rollouts_and_evaluations() -> None:
+    config = recipe("steps=40", "horizon.max_len=200", "evaluation.every=10", "evaluation.max_len=100")
+    assert compiling(config, layers=4, world=2).engine_steps == 40 * 200 + (1 + 4) * 100
+    none = recipe("steps=40", "horizon.max_len=200", "evaluation.problems=0")
+    assert compiling(none, layers=4, world=2).engine_steps == 40 * 200
+    waves = recipe("steps=40", "horizon.max_len=200", "evaluation.problems=0", "rollout.max_num_seqs=8")
+    assert compiling(waves, layers=4, world=2).engine_steps == 2 * 40 * 200  # 16 rows an engine
+    assert compiling(waves, layers=4, world=1).engine_steps == 4 * 40 * 200
+
+
+def test_it_pays_from_so_many_engine_steps_on_whatever_the_layers() -> None:
+    for layers in (4, 36):
+        fewer, more = (
+            compiling(
+                recipe(f"steps={int(ENOUGH / 100) + n}", "horizon.max_len=100", "evaluation.problems=0"), layers, 2
+            )
+            for n in (-1, 1)
+        )
+        assert not fewer.pays and more.pays
+    assert "does not compile" in str(fewer) and "vLLM compiles" in str(more)
+
+
+def test_the_quickstart_does_not_compile_and_a_long_run_does(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(runs, "compiler_problems", lambda rollout, gpu: [])
+    short, long = recipe("horizon.strategy=prune"), recipe("steps=400")
+    assert runs.compiled_if_it_pays(short, 2, True) == short
+    decided = runs.compiled_if_it_pays(long, 2, True)
+    assert decided == replace(long, rollout=replace(long.rollout, enforce_eager=False))
+    first, second = capsys.readouterr().out.splitlines()
+    assert first.startswith("vLLM does not compile the model: ") and second.startswith("vLLM compiles the model: ")
+    assert runs.compiled_if_it_pays(decided, 2, True) == decided  # and so when the run's config.yaml is given again
+
+
+def test_what_is_set_stays_and_where_there_is_no_compiler_the_line_says_so(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(runs, "compiler_problems", lambda rollout, gpu: ["no g++"])
+    eager, left_open = recipe("steps=400", "rollout.enforce_eager=true"), recipe("steps=400")
+    assert runs.compiled_if_it_pays(eager, 2, True) == eager
+    assert runs.compiled_if_it_pays(left_open, 2, True) == left_open
+    assert capsys.readouterr().out.rstrip().endswith("; but no g++")
+    monkeypatch.setattr(runs, "has_gpu", lambda: True)  # the engine compiles there
+    assert runs.compiled_if_it_pays(left_open, 2, True) == left_open
+    assert capsys.readouterr().out == ""
