@@ -13,6 +13,9 @@ from torch.utils.cpp_extension import BuildExtension, CUDAExtension
 
 NAME = "fused_weight_gradient_mlp_cuda"  # by which megatron-core imports it
 SOURCES = ("", "_cuda", "_16bit_prec_cuda")
+# The pins' nvcc is 13.5, torch's headers are 13.0, and CCCL refuses the two together. There is no kernel in here, only
+# calls of cuBLAS.
+NVCC = ["-O3", "--expt-relaxed-constexpr", "--expt-extended-lambda", "-DCCCL_DISABLE_CTK_COMPATIBILITY_CHECK"]
 
 setup(
     name=NAME,
@@ -24,7 +27,7 @@ setup(
             NAME,
             [f"csrc/megatron/fused_weight_gradient_dense{part}.{'cu' if part else 'cpp'}" for part in SOURCES],
             include_dirs=[str(Path(__file__).resolve().parent / "csrc")],
-            extra_compile_args={"cxx": ["-O3"], "nvcc": ["-O3", "--expt-relaxed-constexpr", "--expt-extended-lambda"]},
+            extra_compile_args={"cxx": ["-O3"], "nvcc": NVCC},
         )
     ],
     cmdclass={"build_ext": BuildExtension},
