@@ -45,7 +45,7 @@ def step_flops(student: ModelSpec, teacher: ModelSpec, rollouts: Rollouts) -> di
     )
     rows = list(zip(rollouts.prompts, rollouts.responses, strict=True))
     rows += [(group.prompt, response) for group in rollouts.left for response in group.begun]
-    prompts = {prompt.ids: len(prompt.ids) for prompt, row in rows if row.fresh}
+    prompts = {prompt.ids: len(prompt.ids) for prompt, row in rows if row.fresh or not row.ids}
     decoded = sum(whole(len(prompt.ids) + len(row.ids)) - whole(len(prompt.ids) + row.stale) for prompt, row in rows)
     lengths = [max(length, 0) for length in rollouts.row_length_B]
     heads = (1 + BACKWARD) * student.vocab_size * student.hidden + teacher.vocab_size * teacher.hidden
