@@ -93,7 +93,7 @@ class Calibration:
         """Take over a checkpoint's state. ConfigError when a value is missing."""
         try:
             self._done, self._sums = int(state["done"]), tuple(map(float, state["sums"]))  # type: ignore[assignment]
-            self._counts = tuple(map(float, state["counts"]))
+            self._counts = tuple(map(float, state.get("counts", ())))  # an older version's checkpoint has none
             self._recent = [(float(tokens), float(kl)) for tokens, kl in state.get("recent", ())]
         except KeyError as error:
             raise ConfigError(
