@@ -35,7 +35,7 @@ def test_what_is_usual_is_found_in_the_first_steps_and_goes_with_the_checkpoint(
         again.load_state_dict({"done": 1})
     of_an_older_version = {name: value for name, value in calibration.state_dict().items() if name in ("done", "sums")}
     again.load_state_dict(of_an_older_version)
-    assert again.usual == usual._replace(overlap=1.0)  # which its gates do not ask for
+    assert again.usual == usual._replace(overlap=0.0)  # which its gates do not ask for
 
 
 def test_other_gates_calibrate_nothing() -> None:
