@@ -20,7 +20,7 @@ from prune_opd.config.kernels import kernels_problem
 from prune_opd.errors import ConfigError
 from tests.distributed.ranks import REPOSITORY, read_ranks, run_ranks
 from tests.loss.worker_kernels import COUNTED, IN_BF16, IN_FP32, OTHERS, ROUNDED, cases
-from tests.reference import make_case
+from tests.reference import WEIGHTINGS, make_case
 from tests.sharp import SHARP_TOLERANCE
 
 WORKER = Path(__file__).with_name("worker_kernels.py")
@@ -47,7 +47,7 @@ def results(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
 @pytest.mark.parametrize("part", [IN_FP32, IN_BF16, ROUNDED, OTHERS], ids=["fp32", "bf16", "rounded", "others"])
 def test_every_objective_and_weighting_equals_the_reference(results: list[Any], part: dict[str, Any]) -> None:
     names = [name for name in cases(len(results)) if name in part]
-    assert len(names) >= 0.2 * len(part)
+    assert len(names) >= len(part) / (1 + len(WEIGHTINGS))  # on two ranks bf16 is without them
     for rank in results:
         for name in names:
             tolerance, errors = TOLERANCE.get(name.split()[-1], 1e-9), rank[name]
