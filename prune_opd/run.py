@@ -107,7 +107,7 @@ class Run:
 
     def move_window(self, stats: BatchStats, rollouts: Rollouts) -> None:
         """Let the controller and the calibration see a step. Reused rollouts have the horizon that they have."""
-        if not rollouts.reused:
+        if self.rollout.long_tail.age == 0:
             if isinstance(self.controller, PlateauHorizon):
                 self.controller.see(stats.near(self.controller.horizon, self.config.horizon.margin))
             self.controller.update(stats.reliable_length_B, rollouts.length_B, rollouts.finished_B)
@@ -207,18 +207,21 @@ class Run:
         state = self.checkpoints.load(checkpoint, self.trainer)
         self.trainer.schedule.load_state_dict(state["schedule"])
         anew: dict[str, str] = {}
-        parts: dict[str, HorizonController | Sampler] = {"controller": self.controller, "sampler": self.rollout.sampler}
+        parts: dict[str, HorizonController | Sampler | Calibration] = {
+            "controller": self.controller,
+            "sampler": self.rollout.sampler,
+            "calibration": self.calibration,
+        }
         for name, part in parts.items():
             try:
-                part.load_state_dict(state[name])
+                if name in state:  # an older version's checkpoint has no calibration
+                    part.load_state_dict(state[name])
             except ConfigError as error:
                 if not allow_config_change:
                     raise
                 anew[name] = f"the {name} starts anew: {error}"
         if "long_tail" in state and "sampler" not in anew:  # an older version's checkpoint has none
             self.rollout.long_tail.load_state_dict(state["long_tail"])
-        if "calibration" in state:  # an older version's checkpoint has none
-            self.calibration.load_state_dict(state["calibration"])
         if self.inflight and state.get("inflight"):
             self.inflight.schedule.load_state_dict(state["inflight"])
         self.full_response_length = state["full_response_length"]

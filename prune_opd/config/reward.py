@@ -30,7 +30,7 @@ class RewardConfig(Checked, name="reward"):
     # a response that was cut, by the horizon or in flight, has no reward and no part in any mean; false: it is scored
     # as it stands
     only_if_finished: bool = True
-    max_failed: Share = 0.1  # of a step's scored responses whose reward raises or is no number; more end the run
+    max_failed: Share = 0.1  # of a step's responses whose reward raises or is no number; more end the run
 
     def __post_init__(self) -> None:
         super().__post_init__()

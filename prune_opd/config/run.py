@@ -325,6 +325,11 @@ def check_reuse(config: TrainConfig) -> None:
             f"{field} with horizon.strategy = {strategy}: all rollouts are generated before the first step, so the "
             "window would never move; set horizon.strategy=full or topd, or give the steps between two refreshes"
         )
+    if strategy == "popd":
+        raise ConfigError(
+            f"{field} with horizon.strategy = popd: its horizon grows with the steps that generate, so "
+            f"{rollout.refresh_every} times as slowly as horizon.interval says; set another strategy, or {off}"
+        )
     _check_stale_ratio(config, field, off)
 
 
@@ -368,6 +373,11 @@ def check_reward(config: TrainConfig) -> None:
     if not reward.on:
         return
     field = f"reward.name = {reward.name}"
+    if (rollout.partial or rollout.reuses) and not rollout.correct_stale:
+        raise ConfigError(
+            f"{field} with rollout.correct_stale = false: stale tokens are an older student's, and without the ratio "
+            "the gradient would be another policy's; set rollout.correct_stale=true, or reward.name=none"
+        )
     if reward.normalise == "group" and rollout.responses == 1:
         raise ConfigError(
             f"{field} with reward.normalise = group and rollout.responses = 1: a response is its group's mean, so "

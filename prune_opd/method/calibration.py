@@ -87,10 +87,19 @@ class Calibration:
         return {"usual_acceptance": usual.mean, "usual_deviation": usual.deviation}
 
     def state_dict(self) -> dict[str, Any]:
-        return {"done": self._done, "sums": list(self._sums), "counts": list(self._counts), "recent": self._recent}
+        sums, counts, of = list(self._sums), list(self._counts), self._identity()
+        return {"done": self._done, "sums": sums, "counts": counts, "recent": self._recent, "of": of}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over a checkpoint's state. ConfigError when a value is missing."""
+        """Take over a checkpoint's state. ConfigError when a value is missing, or it is of another gate."""
+        if self._gate is None:
+            return
+        now = self._identity()
+        if (then := state.get("of", now)) != now or (self._gate.metric == "overlap_quantile" and "of" not in state):
+            raise ConfigError(
+                f"the checkpoint's gate calibration is of gate {then if 'of' in state else 'settings of before'}, this "
+                f"run has {now}: restore those settings to resume, or start a new run"
+            )
         try:
             self._done, self._sums = int(state["done"]), tuple(map(float, state["sums"]))  # type: ignore[assignment]
             self._counts = tuple(map(float, state.get("counts", ())))  # an older version's checkpoint has none
@@ -99,6 +108,14 @@ class Calibration:
             raise ConfigError(
                 f"the checkpoint's gate calibration has no {error}: resume from another checkpoint"
             ) from None
+
+    def _identity(self) -> dict[str, Any] | None:
+        """The settings that what was found depends on."""
+        gate = self._gate
+        if gate is None:
+            return None
+        steps, early = gate.calibration_steps, gate.early_tokens
+        return {"metric": gate.metric, "k": gate.k, "early_tokens": early, "calibration_steps": steps}
 
 
 def in_force(gate: GateConfig | None, usual: Usual | None) -> GateConfig | None:

@@ -51,7 +51,9 @@ def compiling(config: TrainConfig, layers: int, world: int) -> Compiling:
         """How often an engine's running responses are others."""
         return int(-(-rows // (engines * rollout.max_num_seqs)))
 
-    steps = config.steps * mean_horizon(config) * waves(rollout.prompts * rollout.oversample * rollout.responses)
+    at_once = min(rollout.refresh_every or config.steps, config.steps)  # steps that one generates for
+    rows = at_once * rollout.prompts * rollout.oversample * rollout.responses
+    steps = -(-config.steps // at_once) * mean_horizon(config) * waves(rows)
     if evaluation.problems:
         times = 1 + (-(-config.steps // evaluation.every) if evaluation.every else 1)
         sources = len(evaluation.sources) or 1

@@ -102,11 +102,6 @@ class Rollouts:
         return [row for row, response in enumerate(self.responses) if response.stopped]
 
     @property
-    def reused(self) -> bool:
-        """Whether nothing was generated for this step."""
-        return not any(response.fresh for response in self.responses)
-
-    @property
     def stale_logprobs_B(self) -> list[tuple[float, ...]]:
         """The log-probabilities with which each row's stale tokens were sampled; these are the row's first tokens."""
         return [(response.logprobs or ())[: response.stale] for response in self.responses]

@@ -52,7 +52,7 @@ class LongTail:
     @property
     def stocked(self) -> bool:
         """Whether the next step's rollouts are here already."""
-        return self.settings.reuses and bool(self.waiting)
+        return self.settings.reuses and bool(self.waiting and self.waiting[0].begun)
 
     def ahead(self, step: int, steps: int) -> int:
         """For how many steps step number `step` of `steps` generates, itself included."""
@@ -134,7 +134,8 @@ class LongTail:
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint needs: plain JSON values."""
-        return {"history": self.history, "waiting": [asdict(group) for group in self.waiting], "age": self.age}
+        waiting = [asdict(group) for group in self.waiting]
+        return {"history": self.history, "waiting": waiting, "age": self.age, "of": self._identity()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from a `state_dict`. Under other settings, responses that had begun start anew."""
@@ -142,7 +143,13 @@ class LongTail:
         groups = [_group(entry) for entry in state["waiting"]]
         fits = all(len(group.begun) in (0, self.settings.responses) for group in groups)
         fits = fits and (self.settings.partial or self.settings.reuses)
+        fits = fits and state.get("of", self._identity()) == self._identity()  # an older version's has none
         self.waiting = groups if fits else [Group(group.prompt) for group in groups]  # they start anew
+
+    def _identity(self) -> list[int | bool]:
+        """What the waiting groups are: left behind, to go on with; or whole, a step's `prompts` after the other."""
+        settings = self.settings
+        return [settings.responses, settings.partial, settings.refresh_every, settings.prompts * settings.reuses]
 
 
 def started_prompts(settings: RolloutConfig) -> int:

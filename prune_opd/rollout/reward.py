@@ -24,6 +24,8 @@ from prune_opd.errors import ConfigError, UserError
 from prune_opd.method.advantage import advantages, equal_groups
 from prune_opd.rollout.batch import Rollouts
 
+LARGEST = 1e6  # of a reward, of either sign: what is far beyond would be an infinite loss in the end
+
 
 @dataclass(frozen=True)
 class Rewards:
@@ -62,13 +64,14 @@ class RewardModel:
     def __call__(self, rollouts: Rollouts) -> Rewards:
         """Collective over the job. Raises `UserError` on all ranks when more than `max_failed` of them fail."""
         started = time.perf_counter()
-        given: list[Any] = [self._score(rollouts) if dist.get_rank() == 0 else None]
+        given: list[Any] = [self._score_or_say(rollouts) if dist.get_rank() == 0 else None]
         dist.broadcast_object_list(given)
+        if isinstance(given[0], str):
+            raise UserError(given[0])
         reward_B, failures = given[0]
-        scored = sum(reward is not None for reward in reward_B) + len(failures)
-        if len(failures) > self._config.max_failed * scored:
+        if len(failures) > self._config.max_failed * len(reward_B):
             raise UserError(
-                f"reward.name = {self._config.name}: {len(failures)} of {scored} responses have no reward, "
+                f"reward.name = {self._config.name}: {len(failures)} of {len(reward_B)} responses have failed, "
                 f"reward.max_failed = {self._config.max_failed:g}; the first: {failures[0]}. Mend the function, or "
                 "raise reward.max_failed"
             )
@@ -81,6 +84,13 @@ class RewardModel:
             time.perf_counter() - started,
         )
 
+    def _score_or_say(self, rollouts: Rollouts) -> tuple[list[float | None], list[str]] | str:
+        """As `_score`, or why there are none: were rank 0 to end here, the others would wait for it."""
+        try:
+            return self._score(rollouts)
+        except (Exception, SystemExit) as error:
+            return f"reward.name = {self._config.name}: {type(error).__name__}: {error}; mend the function"
+
     def _score(self, rollouts: Rollouts) -> tuple[list[float | None], list[str]]:
         """Rewards by row, and what was wrong with those that failed."""
         rewards: list[float | None] = [None] * len(rollouts.responses)
@@ -91,8 +101,8 @@ class RewardModel:
                 continue
             try:
                 reward = float(self._function(text, prompt))
-                if not math.isfinite(reward):
-                    raise ValueError(f"the reward is {reward}")
+                if not abs(reward) <= LARGEST:
+                    raise ValueError(f"the reward is {reward:g}, no number up to {LARGEST:g}")
                 rewards[row] = reward
             except Exception as error:
                 what = f"{type(error).__name__}: {error}"

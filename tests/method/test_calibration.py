@@ -38,6 +38,25 @@ def test_what_is_usual_is_found_in_the_first_steps_and_goes_with_the_checkpoint(
     assert again.usual == usual._replace(overlap=0.0)  # which its gates do not ask for
 
 
+def test_what_another_gate_has_found_is_refused() -> None:
+    found = Calibration(GateConfig("overlap_quantile", k=16))
+    found.update(early([0.5] * 4, [8, 8, 9, 16], 16))
+    for gate in (GateConfig("overlap_quantile", k=8), GateConfig("change_point", k=16)):
+        fresh = Calibration(gate)
+        with pytest.raises(
+            ConfigError, match=r"calibration is of gate .*'k': 16.*, this run has .*: restore those settings"
+        ):
+            fresh.load_state_dict(found.state_dict())
+        assert fresh.usual is None
+    with pytest.raises(ConfigError, match="of gate settings of before"):  # an older version has counted no ids
+        Calibration(GateConfig("overlap_quantile")).load_state_dict({"done": 5, "sums": [4, 2, 1]})
+    none = Calibration(None)
+    none.load_state_dict(found.state_dict())
+    assert none.usual is None
+    with pytest.raises(ConfigError, match="of gate None"):
+        Calibration(GateConfig("change_point")).load_state_dict(none.state_dict())
+
+
 def test_other_gates_calibrate_nothing() -> None:
     for gate in (None, GateConfig()):
         calibration = Calibration(gate)

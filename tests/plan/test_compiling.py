@@ -29,6 +29,10 @@ def test_engine_steps_are_those_of_all_rollouts_and_evaluations() -> None:
     waves = recipe("steps=40", "horizon.max_len=200", "evaluation.problems=0", "rollout.max_num_seqs=8")
     assert compiling(waves, layers=4, world=2).engine_steps == 2 * 40 * 200  # 16 rows an engine
     assert compiling(waves, layers=4, world=1).engine_steps == 4 * 40 * 200
+    fours = recipe("steps=42", "horizon.max_len=200", "evaluation.problems=0", "rollout.refresh_every=4")
+    assert compiling(fours, layers=4, world=2).engine_steps == 11 * 200  # 4 steps' rows run at a time
+    once = recipe("steps=40", "horizon.max_len=200", "evaluation.problems=0", "rollout.refresh_every=0")
+    assert compiling(once, layers=4, world=2).engine_steps == 3 * 200  # 40 · 32 rows, 512 at a time
 
 
 def test_it_pays_from_so_many_engine_steps_on_whatever_the_layers() -> None:

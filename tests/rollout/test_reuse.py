@@ -11,13 +11,15 @@ import pytest
 
 from prune_opd.config import HorizonConfig, InflightConfig, ObjectiveConfig, RolloutConfig
 from prune_opd.errors import ConfigError, UserError
-from prune_opd.rollout.batch import Rollouts
+from prune_opd.rollout.batch import Group, Response, Rollouts
+from prune_opd.rollout.long_tail import LongTail
 from prune_opd.rollout.phase import RolloutPhase
 from tests.fake_models import train_config
-from tests.rollout.test_long_tail import Numbers, response
+from tests.rollout.test_long_tail import Numbers, prompt, response
 
 REUSE = RolloutConfig(prompts=2, responses=2, refresh_every=3)
 ON = InflightConfig(mode="gate", first_check=8)
+PARTIAL = RolloutConfig(prompts=2, responses=2, oversample=1.5, partial=True)
 MOVING = HorizonConfig(strategy="prune", max_len=32, min_len=1, init_len=4)
 
 
@@ -47,9 +49,9 @@ def test_a_refresh_generates_for_the_steps_until_the_next_one_and_they_take_it_i
     assert drawn == [[0, 1], [2, 3], [4, 5], [6, 7], [8, 9]]  # as on-policy: each prompt once, in the sampler's order
     assert [len(asked) for asked in engine.asked] == [12, 8]  # the second time for two steps: the run ends there
     assert [batch.generated for batch in seen] == [2 * (1 + 1 + 2 + 3 + 4 + 5), 0, 0, 2 * (6 + 7 + 8 + 9), 0]
-    assert [batch.reused for batch in seen] == [False, True, True, False, True]
+    assert [batch.generated == 0 for batch in seen] == [False, True, True, False, True]
     assert [batch.tokens for batch in seen] == [4, 10, 18, 26, 34]
-    assert all(r.stale == len(r.ids) for batch in seen for r in batch.responses if batch.reused)
+    assert all(r.stale == len(r.ids) for batch in seen for r in batch.responses if batch.generated == 0)
     assert all(r.logprobs and r.stale == 0 for r in seen[0].responses)
 
 
@@ -67,7 +69,7 @@ def test_the_age_of_the_rollouts_is_in_the_record() -> None:
 def test_once_is_the_initial_student_for_all_steps_and_then_an_error() -> None:
     rollout, engine = phase(dataclasses.replace(REUSE, refresh_every=0), steps=4)
     for step in range(1, 5):
-        assert rollout.generate(32, step).reused == (step > 1)
+        assert (rollout.generate(32, step).generated == 0) == (step > 1)
     assert [len(asked) for asked in engine.asked] == [16]
     with pytest.raises(UserError, match=r"rollout\.refresh_every = 0 and the initial student's rollouts are used up"):
         rollout.generate(32, 5)
@@ -102,3 +104,16 @@ def test_reuse_is_refused_with_what_belongs_to_one_step() -> None:
     train_config(here, here, rollout=RolloutConfig(refresh_every=2), horizon=MOVING)
     with pytest.raises(ConfigError, match=r"rollout\.refresh_every"):
         RolloutConfig(refresh_every=-1)
+
+
+@pytest.mark.parametrize(
+    "before", (dataclasses.replace(REUSE, responses=4), dataclasses.replace(REUSE, prompts=4), PARTIAL), ids=str
+)
+def test_what_waits_under_other_settings_is_generated_anew_and_no_prompt_is_lost(before: RolloutConfig) -> None:
+    tail = LongTail(before)
+    whole = Response((1,) * 5, finished=True, logprobs=(0.0,) * 5, stale=5)
+    tail.waiting = [Group(prompt(i), (whole,) * before.responses) for i in range(4)]
+    again, engine = phase(REUSE, steps=6)
+    again.long_tail.load_state_dict(json.loads(json.dumps(tail.state_dict())))
+    drawn = [[p.index for p in again.generate(32, step).prompts[::2]] for step in range(4, 7)]
+    assert drawn == [[0, 1], [2, 3], [0, 1]] and len(engine.asked) == 1  # the sampler of this test begins at 0 again

@@ -24,6 +24,12 @@ def length(text, prompt):
 def fails_on_two(text, prompt):
     return {"1": 1, "3": float("nan")}[text]
 
+def ends(text, prompt):
+    raise SystemExit(0)
+
+def huge(text, prompt):
+    return 1e200
+
 number = 3
 """
 
@@ -111,10 +117,22 @@ def test_a_reward_that_fails_is_counted_and_too_many_end_the_run(module: str) ->
     assert found.reward_B == (1, None, None, 1) and found.record()["reward_failed"] == 2
     with pytest.raises(UserError) as refused:
         model(RewardConfig(f"{module}:fails_on_two", max_failed=0.4))(batch)
+    few = rollouts(WRONG, *[CUT] * 9)  # one of ten, although none else was scored
+    assert model(RewardConfig(f"{module}:fails_on_two", max_failed=0.1))(few).failed == 1
     assert str(refused.value) == (
-        "reward.name = python:my_rewards:fails_on_two: 2 of 4 responses have no reward, reward.max_failed = 0.4; the "
+        "reward.name = python:my_rewards:fails_on_two: 2 of 4 responses have failed, reward.max_failed = 0.4; the "
         "first: row 1, prompt 7 of task: KeyError: '2'; response '2'. Mend the function, or raise reward.max_failed"
     )
+
+
+def test_a_function_that_ends_the_process_is_every_ranks_error(module: str) -> None:
+    with pytest.raises(UserError, match=r"SystemExit: 0; mend the function"):
+        model(RewardConfig(f"{module}:ends"))(rollouts(DONE, WRONG))
+
+
+def test_a_number_that_no_loss_can_hold_is_a_failure(module: str) -> None:
+    with pytest.raises(UserError, match=r"ValueError: the reward is 1e\+200, no number up to 1e\+06"):
+        model(RewardConfig(f"{module}:huge"))(rollouts(DONE, WRONG))
 
 
 @pytest.mark.parametrize(
