@@ -5,21 +5,25 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from prune_opd.config import HorizonConfig, InflightConfig, ObjectiveConfig, RolloutConfig
 from prune_opd.errors import ConfigError, UserError
 from prune_opd.rollout.batch import Group, Response, Rollouts
 from prune_opd.rollout.long_tail import LongTail
 from prune_opd.rollout.phase import RolloutPhase
+from prune_opd.run import Run
 from tests.fake_models import train_config
 from tests.rollout.test_long_tail import Numbers, prompt, response
 
 REUSE = RolloutConfig(prompts=2, responses=2, refresh_every=3)
 ON = InflightConfig(mode="gate", first_check=8)
 PARTIAL = RolloutConfig(prompts=2, responses=2, oversample=1.5, partial=True)
+POPD = HorizonConfig(strategy="popd", max_len=32, min_len=1, init_len=4, increment=4, interval=1)
 MOVING = HorizonConfig(strategy="prune", max_len=32, min_len=1, init_len=4)
 
 
@@ -97,6 +101,7 @@ def test_reuse_is_refused_with_what_belongs_to_one_step() -> None:
             r"inflight\.mode = gate",
         ),
         (RolloutConfig(refresh_every=0), {"horizon": MOVING}, r"horizon\.strategy = prune"),
+        (RolloutConfig(refresh_every=2), {"horizon": POPD}, r"refresh_every = 2 with horizon\.strategy = popd"),
         (RolloutConfig(refresh_every=0), {"objective": ObjectiveConfig(temperature=0.7)}, r"objective\.temperature"),
     ):
         with pytest.raises(ConfigError, match=text):
@@ -117,3 +122,18 @@ def test_what_waits_under_other_settings_is_generated_anew_and_no_prompt_is_lost
     again.long_tail.load_state_dict(json.loads(json.dumps(tail.state_dict())))
     drawn = [[p.index for p in again.generate(32, step).prompts[::2]] for step in range(4, 7)]
     assert drawn == [[0, 1], [2, 3], [0, 1]] and len(engine.asked) == 1  # the sampler of this test begins at 0 again
+
+
+@pytest.mark.parametrize(("age", "moved"), ((0, 1), (1, 0)))
+def test_the_window_moves_with_a_steps_own_rollouts_though_none_of_their_tokens_be_fresh(age: int, moved: int) -> None:
+    """Partial rollouts may all have ended in the step before: they are no reused ones."""
+    seen: list[str] = []
+    controller = SimpleNamespace(update=lambda *_: seen.append("controller"))
+    calibration = SimpleNamespace(update=lambda *_: seen.append("calibration"))
+    run: Any = SimpleNamespace(
+        controller=controller, calibration=calibration, rollout=SimpleNamespace(long_tail=SimpleNamespace(age=age))
+    )
+    stats: Any = SimpleNamespace(reliable_length_B=None, early=torch.zeros(1), early_kl=torch.zeros(()))
+    stale = Rollouts((prompt(0),), (Response((1, 1), finished=True, logprobs=(0.0, 0.0), stale=2),))
+    Run.move_window(run, stats, stale)
+    assert seen == ["controller"] * moved + ["calibration"]
