@@ -155,7 +155,7 @@ import os, sys, time
 from pathlib import Path
 Path(sys.argv[1], f"{os.getpid()}.pid").write_text(str(os.getpid()))
 rank = os.environ["RANK"]
-print("here is rank", rank, flush=True)
+print(f"here is rank {rank}\\n", end="", flush=True)
 """
 
 

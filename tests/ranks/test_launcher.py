@@ -192,13 +192,13 @@ class Waiting:
         return self.process.communicate(timeout=100)[0]
 
 
-SAVES_IF_ASKED = """
+SAVES_IF_ASKED = r"""
 import sys, time
 from prune_opd.errors import REQUEUE_EXIT_CODE
 from prune_opd.ranks.signals import Interruption
 interruption = Interruption()
 time.sleep(0.5)
-print("asked" if interruption._since else "not asked", flush=True)
+sys.stdout.write("asked\n" if interruption._since else "not asked\n")  # one write: ranks share a pipe
 sys.exit(REQUEUE_EXIT_CODE if interruption._since else 0)
 """
 
@@ -276,12 +276,13 @@ sys.exit(os.environ["TORCHELASTIC_RESTART_COUNT"] == "0")
     assert {path.read_text(encoding="utf-8") for path in (tmp_path / "logs").rglob("stderr.log")} == {"to stderr\n"}
 
 
-SUM = """
-import os, torch, torch.distributed as dist
+SUM = r"""
+import os, sys, torch, torch.distributed as dist
 dist.init_process_group("gloo")
 value = torch.tensor(float(dist.get_rank() + 1))
 dist.all_reduce(value)
-print(os.environ["RANK"], os.environ["LOCAL_RANK"], os.environ["GROUP_RANK"], value.item(), flush=True)
+names = ("RANK", "LOCAL_RANK", "GROUP_RANK")
+sys.stdout.write(" ".join([*(os.environ[name] for name in names), f"{value.item()}\n"]))  # one write: a shared pipe
 dist.destroy_process_group()
 """
 
