@@ -19,6 +19,7 @@ from benchmarks.peers import command as peers
 from benchmarks.reshard import command as reshard
 from benchmarks.start import command as start
 from benchmarks.strategies import command as strategies
+from benchmarks.strategies import keep
 from benchmarks.studies.fp8_noise import command as fp8_noise
 from benchmarks.studies.judge import command as judge
 from benchmarks.studies.objectives import command as objectives
@@ -34,6 +35,7 @@ BENCHMARKS: dict[str, Callable[..., int]] = {
     "fp8-noise": fp8_noise.run,
     "peers": peers.run,
     "strategies": strategies.run,
+    "keep": keep.run,
     "scaling": scaling.run,
     "pair": pair.run,
     "pair-check": pair_check.run,

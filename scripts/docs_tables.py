@@ -86,6 +86,12 @@ def recipes_table() -> str:
     return _table(("recipe", "what it is"), [(f"`{name}`", about) for name, about in list_recipes().items()])
 
 
+def comparison_tables() -> str:
+    from benchmarks.strategies.kept import tables
+
+    return tables()
+
+
 def _table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
     lines = [head, tuple("---" for _ in head), *rows]
     return "\n".join("| " + " | ".join(_escape(cell) for cell in line) + " |" for line in lines)
@@ -102,6 +108,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "metrics": metrics_table,
     "commands": commands_tables,
     "recipes": recipes_table,
+    "comparison": comparison_tables,
 }
 
 

@@ -3,6 +3,7 @@
 plan.py      the methods, as changes of full OPD, and the order of the runs
 runs.py      one process a run (rank.py), resumable
 results.py   the rows of the tables, and whether the targets were reached
+kept.py      the runs that the repository keeps, and the table of docs/comparison.md; keep.py adds to them
 charts.py    accuracy against cost, dynamics, sweeps
 """
 

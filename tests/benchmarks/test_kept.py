@@ -1,0 +1,82 @@
+"""The comparison's runs that the repository keeps: which count, and what the table makes of them."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from benchmarks.strategies.keep import finished_lines
+from benchmarks.strategies.kept import KEPT, Line, compared, keep, read_kept, settings_digest, table, valid
+from benchmarks.strategies.plan import METHODS, Settings, method_config, run_config
+from benchmarks.strategies.rank import Wanted
+from tests.benchmarks.strategies_runs import recipe, write_metrics
+
+BY_NAME = {method.name: method for method in METHODS}
+
+
+def line(method: str, accuracy: float, tokens: int = 100, seed: int = 1001, processor: str = "a") -> Line:
+    cost = {"sync": 9.0, "rollout": tokens / 50, "teacher": 1.0, "train": 1.0}
+    settings = settings_digest(method_config(recipe(), BY_NAME[method]))
+    known = {"pair": "tiny_compatible", "method": method, "seed": seed, "settings": settings, "processor": processor}
+    return {**known, "accuracy": accuracy, "tokens_generated": tokens, "cpu_s": cost, "last_window": 200}
+
+
+def test_a_method_is_known_by_its_settings_and_not_by_its_seed_or_files() -> None:
+    prune, full = BY_NAME["prune"], BY_NAME["full"]
+    as_run = run_config(recipe(), prune, 1003, Settings(problems=512))
+    assert settings_digest(as_run) == settings_digest(method_config(recipe(), prune))
+    assert settings_digest(as_run) != settings_digest(method_config(recipe(), full))
+    assert as_run.gate is not None
+    assert settings_digest(replace(as_run, gate=replace(as_run.gate, k=3))) != settings_digest(as_run)
+
+
+def test_finished_runs_are_kept_once_and_quick_ones_not(tmp_path: Path) -> None:
+    runs, file = tmp_path / "strategies", tmp_path / "kept.jsonl"
+    for seed, problems in ((1001, 512), (1002, 8)):
+        folder = runs / "tiny_compatible" / "full" / str(seed)
+        folder.mkdir(parents=True)
+        config = run_config(recipe(), BY_NAME["full"], seed, Settings(problems=problems))
+        Wanted(config, 128).write(folder)
+        write_metrics(folder / "metrics.jsonl", config.steps, accuracy=0.25)
+    (runs / "tiny_compatible" / "full" / "1003").mkdir()
+    found = finished_lines(runs, "a")
+    assert [(at["seed"], at["accuracy"], at["last_window"]) for at in found] == [(1001, 0.25, 100 + recipe().steps)]
+    assert valid(found) == found
+    assert (keep(file, found), keep(file, found), keep(file, [{**found[0], "processor": "b"}])) == (1, 0, 1)
+    assert read_kept(file)[0] == found[0]
+
+
+def test_a_run_of_other_settings_than_now_is_not_shown() -> None:
+    lines = [
+        line("full", 0.5),
+        {**line("prune", 0.5), "settings": "of before"},
+        {**line("full", 0.5), "method": "gone"},
+    ]
+    assert valid(lines) == lines[:1]
+
+
+def test_a_run_is_compared_with_full_opd_of_its_seed_and_processor() -> None:
+    lines = [
+        *(line("full", accuracy, seed=seed) for accuracy, seed in ((0.5, 1001), (0.6, 1002))),
+        *(line("popd", accuracy, 60, seed) for accuracy, seed in ((0.52, 1001), (0.64, 1002))),
+        line("popd", 0.9, 60, 1001, "b"),
+    ]
+    (first, second) = compared(lines, "tiny_compatible")["popd"]
+    assert first == (pytest.approx(2), pytest.approx(0.4), pytest.approx(0.2), 200)
+    assert second[0] == pytest.approx(4)
+
+
+def test_the_table_marks_who_is_not_beaten_in_points_and_tokens() -> None:
+    runs = {"full": (0.5, 100), "popd": (0.52, 60), "topd_25": (0.4, 30), "prune": (0.51, 70)}
+    lines = [line(name, *numbers, seed=seed) for name, numbers in runs.items() for seed in (1001, 1002)]
+    rows = {row.split(" | ")[0]: row for row in table(lines, "tiny_compatible").splitlines()[2:]}
+    front = {name.strip("| ") for name, row in rows.items() if "●" in row}
+    assert front == {"POPD", "TOPD .25"}
+    assert "| 2 | +2.0 ± 0.0 | 40% | 20% | 200 | ● |" in rows["| POPD"]
+
+
+def test_all_that_the_repository_keeps_is_of_methods_and_settings_that_there_are() -> None:
+    lines = read_kept(KEPT)
+    assert valid(lines) == lines
