@@ -30,10 +30,9 @@ def settings_digest(config: TrainConfig) -> str:
 
     So a setting that is new since changes nothing. A default that has changed does not show.
     """
-    found = to_dict(config)
+    found = {key: value for key, value in to_dict(config).items() if key not in BESIDE}
     plain = to_dict(TrainConfig(name="", student="", teacher="", steps=1, horizon=HorizonConfig("full")))
-    differs = {key: _differences(value, plain[key]) for key, value in found.items() if key not in BESIDE}
-    return hashlib.blake2b(json.dumps(differs, sort_keys=True).encode(), digest_size=6).hexdigest()
+    return hashlib.blake2b(json.dumps(_differences(found, plain), sort_keys=True).encode(), digest_size=6).hexdigest()
 
 
 def _differences(value: Any, plain: Any) -> Any:
