@@ -80,7 +80,7 @@ class MovingAverage:
                 average.copy_(state[PREFIX + entry.hf[0]])
                 continue
             for name, part in zip(entry.hf, entry.cut.parts(average, entry.shapes, *place), strict=True):
-                part.copy_(state[PREFIX + name].view(part.shape))
+                part.copy_(state[PREFIX + name].view(part.shape).clone())  # it may lie in the average itself
         if self.head is not None and self._has_own_head:
             self.head.copy_(state[HEAD])
 
