@@ -109,7 +109,7 @@ def describe(wish: Wish, cluster: Cluster) -> str:
             )
     if cluster.container_mounts:
         parts.append(f"mounts {', '.join(mount.split(':')[1] for mount in cluster.container_mounts)}")
-    parts += [f"{role} {_presence(getattr(wish.config, role), cluster)}" for role in ("student", "teacher")]
+    parts += [f"{role} {_presence(directory, cluster)}" for role, directory in wish.config.model_dirs.items()]
     return f"{wish.recipe}: {'; '.join(parts)}"
 
 

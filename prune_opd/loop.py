@@ -102,6 +102,7 @@ def train_on(run: Run, batch: TrainBatch, clock: PhaseClock) -> tuple[StepResult
             run.trainer.look(batch.microbatches, loss)  # at the policy that sampled the batch, before it moves
         result = run.trainer.step_through(batch.minibatches, loss)
         stats.reduce(run.layout.reports)
+        run.move_teacher()
     run.check_updates(result, rollouts)
     if not result.skipped:
         run.move_window(stats, rollouts)

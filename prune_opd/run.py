@@ -15,6 +15,7 @@ from torch import Tensor
 from prune_opd import platform
 from prune_opd.config import MemoryConfig, TrainConfig, to_dict
 from prune_opd.config.memory_phases import MemoryPhases
+from prune_opd.config.teacher import EMA
 from prune_opd.config.yaml import save_config
 from prune_opd.data.ends import end_class, terminal_ids, write_ends
 from prune_opd.data.prompts import file_sources, make_sampler
@@ -142,6 +143,12 @@ class Run:
         ends = terminal_ids(config, self.vocab_size)
         return BatchStats(responses, bins, config.horizon.max_len, device, watched, early, mismatch, ends)
 
+    def move_teacher(self) -> None:
+        """Let a teacher that is the student's moving average follow it."""
+        if self.trainer.average:
+            self.phases.enter("average")
+            self.trainer.average.update()
+
     def check_updates(self, result: StepResult, rollouts: Rollouts) -> None:
         """Say which updates of this step were skipped, and where. Raises `UserError` after too many in a row."""
         for failures in result.skipped:
@@ -205,6 +212,9 @@ class Run:
     def load_checkpoint(self, checkpoint: Path, allow_config_change: bool = False) -> list[str]:
         """Continue where a checkpoint stands. Returns what starts anew, because its settings were allowed to change."""
         state = self.checkpoints.load(checkpoint, self.trainer)
+        if self.trainer.average:
+            self.phases.memory.enter("average")
+            self.trainer.average.show()
         self.trainer.schedule.load_state_dict(state["schedule"])
         anew: dict[str, str] = {}
         parts: dict[str, HorizonController | Sampler | Calibration] = {
@@ -253,6 +263,7 @@ def _prepare(config: TrainConfig, run_dir: Path, resume: str, allow_config_chang
     machine = platform.prepare()
     from prune_opd.data.tokenizer import load_tokenizer
     from prune_opd.megatron import layout as layouts
+    from prune_opd.megatron.average import MovingAverage
     from prune_opd.megatron.checkpoint import Checkpoints
     from prune_opd.megatron.model import dtype_of
     from prune_opd.megatron.offload import handlers
@@ -277,7 +288,11 @@ def _prepare(config: TrainConfig, run_dir: Path, resume: str, allow_config_chang
         config.student, config.optimizer, parallel, config.steps, layout, dtype, machine.device, student_fp8
     )
     tell(f"teacher: {config.teacher}")
-    teacher = Teacher(config.teacher, layout, dtype, machine.device, parallel.microbatch_tokens, teacher_fp8)
+    teacher = Teacher(
+        config.model_dirs["teacher"], layout, dtype, machine.device, parallel.microbatch_tokens, teacher_fp8
+    )
+    if config.teacher == EMA:
+        trainer.average = MovingAverage(teacher, trainer.chunks, config.teacher_ema.decay, config.rollout.bucket_mb)
     longest = max(config.horizon.max_len, config.evaluation.max_len or 0)
     vocab_size = min(trainer.spec.vocab_size, teacher.spec.vocab_size)
     read = terminal_ids(config, vocab_size)
@@ -360,7 +375,12 @@ def _evaluators(config: TrainConfig, tokenizer: Any) -> list[Evaluator]:
     longest = config.rollout.max_prompt_len
     return [
         make_evaluator(
-            tokenizer, replace(config.data, source=source), settings.problems, longest, sampling, settings.extract
+            tokenizer,
+            replace(config.data.without_hint(), source=source),
+            settings.problems,
+            longest,
+            sampling,
+            settings.extract,
         )
         for source in settings.sources or config.data.sources
     ]

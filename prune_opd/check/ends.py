@@ -22,7 +22,7 @@ def end_problems(config: TrainConfig, vocab_size: int) -> list[str]:
     """
     if config.objective.ends == "class":
         return _class_problems(config, len(terminal_ids(config, vocab_size)), vocab_size)
-    ours, theirs = (model_ends(Path(directory)).stops for directory in (config.student, config.teacher))
+    ours, theirs = (model_ends(Path(directory)).stops for directory in config.model_dirs.values())
     if not ours or not theirs or {*ours} & {*theirs}:
         return []
     return [
@@ -33,7 +33,7 @@ def end_problems(config: TrainConfig, vocab_size: int) -> list[str]:
 
 def end_notes(config: TrainConfig) -> list[str]:
     """What is allowed and has a known price: each model prefers another end, and each id is its own."""
-    ours, theirs = (model_ends(Path(directory)).preferred for directory in (config.student, config.teacher))
+    ours, theirs = (model_ends(Path(directory)).preferred for directory in config.model_dirs.values())
     if config.objective.ends == "class" or ours is None or theirs is None or ours == theirs:
         return []
     return [

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from prune_opd.config import RolloutConfig, TrainConfig
+from prune_opd.data.hint import teacher_row
 from prune_opd.data.render import answer_of, excerpt, prompt_of
 from prune_opd.data.rows import Row, read_rows
 from prune_opd.errors import ConfigError
@@ -41,7 +42,7 @@ def machine_problems(config: TrainConfig, run_dir: Path, gpu: bool, cuda: tuple[
     problems += space_problems(config, run_dir)
     if config.data.bad_rows == "refuse":
         for source in config.data.sources:
-            problems += prompt_problems("data", source, config.data.split)
+            problems += prompt_problems("data", source, config.data.split, hint=config.data.teacher_prompt)
     for source in config.evaluation.sources if config.evaluation.problems else ():
         problems += prompt_problems("evaluation.sources", source, config.data.split, answers=True)
     return problems
@@ -163,8 +164,13 @@ def space_problems(config: TrainConfig, run_dir: Path) -> list[str]:
     ]
 
 
-def prompt_problems(field: str, source: str, split: str | None, answers: bool = False) -> list[str]:
-    """A prompt file's first bad row, and how many there are. answers: a row without an answer is bad too."""
+def prompt_problems(
+    field: str, source: str, split: str | None, answers: bool = False, hint: str | None = None
+) -> list[str]:
+    """A prompt file's first bad row, and how many there are. answers: a row without an answer is bad too.
+
+    hint: `data.teacher_prompt`, whose columns every row must have.
+    """
     path = Path(source)
     if not path.exists():
         return []  # a task, or named by another check
@@ -174,7 +180,7 @@ def prompt_problems(field: str, source: str, split: str | None, answers: bool = 
         for file, number, row in read_rows(path, split):
             prompts += 1
             try:
-                _check_row(row, answers)
+                _check_row(row, answers, hint)
             except ConfigError as error:
                 bad.append(f"{file}:{number}: {error}")
     except ConfigError as error:
@@ -185,7 +191,7 @@ def prompt_problems(field: str, source: str, split: str | None, answers: bool = 
     return [f"{field}: {bad[0]}{more}; repair or remove it"] if bad else []
 
 
-def _check_row(row: Row | ConfigError, answers: bool) -> None:
+def _check_row(row: Row | ConfigError, answers: bool, hint: str | None) -> None:
     if isinstance(row, ConfigError):
         raise row
     column, value = prompt_of(row)
@@ -193,3 +199,5 @@ def _check_row(row: Row | ConfigError, answers: bool) -> None:
         raise ConfigError(f'"{column}" = {excerpt(value)}: give {"chat turns" if column == "messages" else "a text"}')
     if answer_of(row) is None and answers:
         raise ConfigError('there is no "answer"')
+    if hint is not None:
+        teacher_row(row, hint)

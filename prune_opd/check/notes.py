@@ -20,9 +20,10 @@ RATIO_OBJECTIVES = ("topk_reverse_kl", "sampled_token")  # policy gradients: a r
 
 def check_notes(config: TrainConfig) -> list[str]:
     """The notes on a run, a line each; a model directory that cannot be read has none (`check_train` refuses it)."""
-    notes = _temperatures(config) + _nucleus(config) + _single_candidates(config)
+    notes = _temperatures(config) + _nucleus(config) + _single_candidates(config) + _own_teacher(config)
     if any(_through_template(config, source) for source in config.data.sources):
-        notes += template_notes(Path(config.student), Path(config.teacher), config.data)
+        student, teacher = map(Path, config.model_dirs.values())
+        notes += template_notes(student, teacher, config.data)
     notes += end_notes(config)
     return [f"note: {note}" for note in notes]
 
@@ -84,6 +85,15 @@ def _single_candidates(config: TrainConfig) -> list[str]:
             "it is least sure of it; set weighting.forward_k=16"
         )
     return notes
+
+
+def _own_teacher(config: TrainConfig) -> list[str]:
+    if config.model_dirs["teacher"] != config.student or config.data.teacher_prompt is not None:
+        return []
+    return [
+        f"teacher = {config.teacher} with data.teacher_prompt = null: it reads what the student reads, so it "
+        "begins with nothing to teach; set data.teacher_prompt if that is no control"
+    ]
 
 
 def _through_template(config: TrainConfig, source: str) -> bool:

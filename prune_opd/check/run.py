@@ -43,7 +43,7 @@ def check_train(
     resume: auto, never or the path of a checkpoint. run_dir: None leaves the run directory unchecked.
     allow_config_change: a run may go on with settings that would make it another run.
     """
-    student, teacher = _read_model("student", config.student), _read_model("teacher", config.teacher)
+    student, teacher = _read_model("student", config.student), _read_model("teacher", config.model_dirs["teacher"])
     models = [model for model in (student, teacher) if isinstance(model, _Model)]
     problems = _model_problems(student) + _model_problems(teacher)
     if len(models) == 2:
@@ -76,7 +76,7 @@ def check_everything(
     if run_dir is None:  # another rank looks
         return problems
     if not problems:  # of models that fit the run
-        for model in (_read_model("student", config.student), _read_model("teacher", config.teacher)):
+        for model in (_read_model("student", config.student), _read_model("teacher", config.model_dirs["teacher"])):
             problems += weight_problems(model.role, model.path, model.config) if isinstance(model, _Model) else []
     problems += machine_problems(config, run_dir, has_gpu(), precision.cuda_of_torch())
     return list(dict.fromkeys(problems + (import_problems() + cache_problems() if has_gpu() else [])))
@@ -88,9 +88,9 @@ def check_structure(config: TrainConfig, nproc: int) -> list[str]:
     For a model that is not here its published shape is taken (model_spec.py).
     """
     problems, models = [], []
-    for role in ("student", "teacher"):
+    for role, directory in config.model_dirs.items():
         try:
-            models.append(_Model(role, Path(getattr(config, role)), model_config(role, getattr(config, role))))
+            models.append(_Model(role, Path(directory), model_config(role, directory)))
             problems += _model_problems(models[-1])
         except ConfigError as error:
             problems.append(str(error))
@@ -202,15 +202,17 @@ def _lengths(config: TrainConfig, models: list[_Model]) -> list[str]:
     lengths = {"horizon.max_len": config.horizon.max_len}
     if config.evaluation.max_len is not None:
         lengths["evaluation.max_len"] = config.evaluation.max_len
-    prompt = config.rollout.max_prompt_len
     problems = []
     for field, length in lengths.items():
         for model in models:
+            own = model.role == "teacher" and config.data.max_teacher_prompt_len is not None
+            limit = "data.max_teacher_prompt_len" if own else "rollout.max_prompt_len"
+            prompt = config.teacher_prompt_limit if own else config.rollout.max_prompt_len
             if prompt + length > model.positions and (model.role == "student" or field == "horizon.max_len"):
                 room = model.positions - prompt
-                remedy = f"set {field} to at most {room}" if room > 0 else "set a shorter rollout.max_prompt_len"
+                remedy = f"set {field} to at most {room}" if room > 0 else f"set a shorter {limit}"
                 problems.append(
-                    f"rollout.max_prompt_len + {field} = {prompt} + {length} is above the {model.positions} positions"
+                    f"{limit} + {field} = {prompt} + {length} is above the {model.positions} positions"
                     f" of the {model.role}: {remedy}"
                 )
     return problems

@@ -5,12 +5,12 @@ several parts at once (does TP divide the heads? do the tokenizers agree?) is in
 `check/run.py`. Symbols are the paper's.
 """
 
+from prune_opd.config.data import DataConfig
 from prune_opd.config.method import GateConfig, HorizonConfig, ObjectiveConfig, WeightingConfig
 from prune_opd.config.reward import RewardConfig
 from prune_opd.config.rollout import InflightConfig, RolloutConfig
 from prune_opd.config.run import (
     CheckpointConfig,
-    DataConfig,
     EvalConfig,
     PlanningConfig,
     SurvivalConfig,
@@ -19,6 +19,7 @@ from prune_opd.config.run import (
     to_dict,
 )
 from prune_opd.config.sft import CorpusConfig, ModelShape, SftConfig, SftStage
+from prune_opd.config.teacher import TeacherEmaConfig
 from prune_opd.config.training import Fp8Config, MemoryConfig, OptimizerConfig, ParallelConfig, PrecisionConfig
 
 RunConfig = TrainConfig | SftConfig  # what a recipe may return
@@ -44,6 +45,7 @@ __all__ = [
     "SftConfig",
     "SftStage",
     "SurvivalConfig",
+    "TeacherEmaConfig",
     "TrackConfig",
     "TrainConfig",
     "WeightingConfig",

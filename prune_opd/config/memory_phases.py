@@ -8,6 +8,7 @@
     inflight                                        •          •               •             •
     teacher                                         •          •
     train           •         •          •                     •
+    average         •                               •          •
     evaluation                                                                 •             •
     checkpoint      •                    •
     export          •
@@ -45,6 +46,7 @@ NEEDS: dict[str, tuple[str, ...]] = {
     "inflight": (TEACHER, TEACHER_HEAD, ROLLOUT_WEIGHTS, KV_CACHE),  # a rollout that the teacher watches
     "teacher": (TEACHER, TEACHER_HEAD),  # a tied head is the embedding too
     "train": (STUDENT, GRADIENTS, OPTIMIZER, TEACHER_HEAD),  # the loss multiplies by the teacher's head
+    "average": (STUDENT, TEACHER, TEACHER_HEAD),  # only where the teacher is the student's moving average
     "evaluation": (ROLLOUT_WEIGHTS, KV_CACHE),
     "checkpoint": (STUDENT, OPTIMIZER),
     "export": (STUDENT,),

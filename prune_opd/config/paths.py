@@ -14,7 +14,7 @@ from prune_opd.errors import ConfigError
 
 SFT_LAYOUT = ("nproc", "tensor", "microbatch_tokens", "timeout_minutes")
 # Settings that came after the first models. Where they are off they are left out, and the models keep their digests.
-DRIFT_CORPUS = ("register", "wrong_entries", "wrong", "ramble", "chant", "given", "given_wrong")
+LATER_CORPUS = ("register", "wrong_entries", "wrong", "ramble", "chant", "given", "given_wrong", "hinted")
 
 
 def cache_dir() -> Path:
@@ -83,12 +83,12 @@ def config_digest(config: SftConfig) -> str:
       whole lineage: a changed ancestor rebuilds its descendants.
     - Of a model that comes with the package the digest of its recipe counts, and that it is the package's.
     - Of the layout only `SFT_LAYOUT` counts, so that a new kind of parallelism leaves the models as they are.
-    - Of a corpus the drift pair's settings count only where they are on.
+    - Of a corpus the settings that came later count only where they are on.
     """
     settings = to_dict(config)
     del settings["output"]
     for stage in settings["stages"]:
-        stage["corpus"] = {name: value for name, value in stage["corpus"].items() if value or name not in DRIFT_CORPUS}
+        stage["corpus"] = {name: value for name, value in stage["corpus"].items() if value or name not in LATER_CORPUS}
     settings["parallel"] = {name: settings["parallel"][name] for name in SFT_LAYOUT}
     if config.init is not None:
         init = Path(config.init)

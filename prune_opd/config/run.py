@@ -1,4 +1,4 @@
-"""A whole run: its data, evaluation, checkpoints and tracking, and what does not go together."""
+"""A whole run: its evaluation, checkpoints and tracking, and what does not go together."""
 
 from __future__ import annotations
 
@@ -6,58 +6,16 @@ import dataclasses
 import math
 import re
 from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
-from annotated_types import Interval
-
-from prune_opd.config.checks import Checked, Count, CountOrZero, Positive, PositiveOrZero, ShareAboveZero, between
+from prune_opd.config.checks import Checked, Count, CountOrZero, Positive, PositiveOrZero, ShareAboveZero
+from prune_opd.config.data import DataConfig
 from prune_opd.config.method import GateConfig, HorizonConfig, ObjectiveConfig, WeightingConfig
 from prune_opd.config.reward import RewardConfig
 from prune_opd.config.rollout import MISMATCH_LIMIT, RolloutConfig
+from prune_opd.config.teacher import EMA, STUDENT, TeacherEmaConfig, check_own_teacher
 from prune_opd.config.training import MemoryConfig, OptimizerConfig, ParallelConfig, PrecisionConfig
 from prune_opd.errors import ConfigError
-
-
-@dataclass(frozen=True)
-class DataConfig(Checked, name="data"):
-    """Where prompts come from and how rows of files become prompts (data/ has the formats)."""
-
-    source: str = "ledger"  # ledger | reasoning_gym/TASK | a .jsonl or .parquet file | a dataset directory
-    mixture: tuple[str, ...] = ()  # several sources instead, in the proportions of `weights`
-    weights: tuple[float, ...] = ()  # proportions of the mixture's sources; none: all equal
-    min_steps: Annotated[int, Interval(ge=1, le=40)] = 20  # ledger: fewest bookings of a problem
-    max_steps: Annotated[int, Interval(ge=1, le=40)] = 40  # ledger: most bookings of a problem
-    shuffle: bool = True  # read a file's rows in another order each epoch
-    split: str | None = None  # which split of a dataset directory that has several; null: train
-    chat: bool | None = None  # files: use the chat template; null: for "messages", "problem", "question", not "prompt"
-    system_prompt: str | None = None  # stands before the turns, where the chat template is used
-    suffix: str = ""  # stands after the last user turn, or after the prompt
-    thinking: bool | None = None  # the chat template's switch of that name, where it has one
-    # bad rows of a file: refuse (with line numbers) | skip (and say how many, and where)
-    bad_rows: Literal["refuse", "skip"] = "refuse"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        between("data.max_steps", self.max_steps, self.min_steps, 40)
-        if self.weights and len(self.weights) != len(self.mixture):
-            raise ConfigError(
-                f"data.weights has {len(self.weights)} numbers and data.mixture {len(self.mixture)} sources: give one "
-                "weight for each source, or leave data.weights out"
-            )
-        if any(weight <= 0 for weight in self.weights):
-            raise ConfigError(
-                f"data.weights = {list(self.weights)}: every weight is above 0; leave a source out instead"
-            )
-
-        for name in ("chat", "system_prompt", "suffix", "thinking") if "ledger" in self.sources else ():
-            if (value := getattr(self, name)) != getattr(DataConfig, name):
-                raise ConfigError(f"data.{name} = {value!r}: the ledger's problems are complete texts; leave it out")
-
-    @property
-    def sources(self) -> tuple[str, ...]:
-        """The sources that prompts are drawn from."""
-        return self.mixture or (self.source,)
-
 
 READERS = ("box", "last_number", "box_or_last_number", "choice")
 REGEX = "regex:"
@@ -162,13 +120,18 @@ class PlanningConfig(Checked, name="planning"):
 
 @dataclass(frozen=True)
 class TrainConfig(Checked, name=""):
-    """One Prune-OPD run. `student` and `teacher` are Hugging Face directories with the same tokenizer."""
+    """One Prune-OPD run. `student` and `teacher` are Hugging Face directories with the same tokenizer.
+
+    The student may be its own teacher, as it begins or as a moving average; with a hint (`data.teacher_prompt`) that
+    teaches it something.
+    """
 
     name: str  # of the run: runs/NAME is its directory
     student: str  # a Hugging Face directory
-    teacher: str  # a Hugging Face directory
+    teacher: str  # a Hugging Face directory | student: the student as it begins | ema: its moving average
     steps: Count  # of training; the schedule of the learning rate ends there
     horizon: HorizonConfig
+    teacher_ema: TeacherEmaConfig = field(default_factory=TeacherEmaConfig)
     gate: GateConfig | None = field(default_factory=GateConfig)  # None: plain OPD, every token at weight 1
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     weighting: WeightingConfig = field(default_factory=WeightingConfig)
@@ -206,6 +169,18 @@ class TrainConfig(Checked, name=""):
         check_reuse(self)
         check_mismatch(self)
         check_reward(self)
+        check_own_teacher(self.teacher, self.teacher_ema, self.precision)
+
+    @property
+    def model_dirs(self) -> dict[str, str]:
+        """The directory that each model is read from, by its role."""
+        own = self.teacher in (STUDENT, EMA)
+        return {"student": self.student, "teacher": self.student if own else self.teacher}
+
+    @property
+    def teacher_prompt_limit(self) -> int:
+        """Most tokens of a prompt that the teacher reads."""
+        return self.data.max_teacher_prompt_len or self.rollout.max_prompt_len
 
     @property
     def mismatch_limit(self) -> float | None:

@@ -41,6 +41,8 @@ class CorpusConfig(Checked, name="corpus"):
     chant: bool = False  # a lost text repeats its wrong word instead: anyone can go on with it
     given: Share = 0.0  # share of solutions whose first bookings, up to a random one, are read and not learnt
     given_wrong: Share = 0.0  # a further share: as `given`, with the last word wrong; only the lost text is learnt
+    # share of solutions that stand in the prompt too, errors and all: the text to learn says the same in other words
+    hinted: Share = 0.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -53,6 +55,11 @@ class CorpusConfig(Checked, name="corpus"):
             raise ConfigError(
                 f"corpus.given + corpus.given_wrong = {self.given + self.given_wrong} is more than all solutions: "
                 "lower one of them"
+            )
+        if self.hinted and self.register:
+            raise ConfigError(
+                f"corpus.hinted = {self.hinted} with corpus.register = true: a word of the register has no other words "
+                "for it; leave one of them out"
             )
 
 

@@ -58,7 +58,7 @@ def terminal_ids(config: TrainConfig, vocab_size: int) -> tuple[int, ...]:
 
     Those of the chat templates only with `objective.ends = class`: as it is, no engine stops there.
     """
-    union = _union(config.student, config.teacher, config.objective.ends == "class")
+    union = _union(*config.model_dirs.values(), config.objective.ends == "class")
     return tuple(i for i in union if i < vocab_size)
 
 

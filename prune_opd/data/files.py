@@ -7,6 +7,7 @@ from pathlib import Path
 from prune_opd.config import DataConfig
 from prune_opd.data.answers import math_equal
 from prune_opd.data.extract import read_answer
+from prune_opd.data.hint import hint_limit, with_hint
 from prune_opd.data.prompt import Prompt, Tokenizer
 from prune_opd.data.render import (
     SettingError,
@@ -27,7 +28,8 @@ class FileSource:
     r"""The rows of a file (rows.py), all read, checked and encoded at the start, so that no bad row reaches a model.
 
     A row has a prompt (render.py) and optionally "answer" (a string or a number) and "source" (a name for metrics;
-    default: the file's). Other columns are ignored. No special tokens are added. Answers are read as `extract` says
+    default: the file's), and what `data.teacher_prompt` names (hint.py). Other columns are ignored. No special tokens
+    are added. Answers are read as `extract` says
     (extract.py) and scored by math-verify.
 
     data: its `source` is the file; bad_rows=skip leaves out rows that are broken, empty, longer than `max_prompt_len`
@@ -133,7 +135,8 @@ class FileSource:
             raise ConfigError(f'"source" = {excerpt(source)}: give a string, or leave it out')
         written("source", source)
         answer = answer_of(row)
-        return Prompt(len(self.prompts), self._encode(prompt_text(row, self._data, self._tokenizer)), answer, source)
+        prompt = Prompt(len(self.prompts), self._encode(prompt_text(row, self._data, self._tokenizer)), answer, source)
+        return with_hint(prompt, row, self._data, self._tokenizer, hint_limit(self._data, self._max_prompt_len))
 
     def _encode(self, text: str) -> tuple[int, ...]:
         ids = encode_text(text, self._tokenizer)

@@ -35,8 +35,14 @@ def inspect(data: DataConfig, tokenizer: Tokenizer, shown: int, max_prompt_len: 
     for prompt in prompts[:shown]:
         console.rule(f"{prompt.source} #{prompt.index}: {len(prompt.ids)} tokens, answer {excerpt(prompt.answer)}")
         console.print(Text(tokenizer.decode(list(prompt.ids))))
+        if prompt.teacher_ids is not None:
+            console.print(Text(f"the teacher reads {len(prompt.teacher_ids)} tokens:"), style="bold")
+            console.print(Text(tokenizer.decode(list(prompt.teacher_ids))))
     console.rule(f"{len(prompts)} prompts" + ("" if source.size else f", the first of the endless {source.name}"))
     console.print(length_table([len(prompt.ids) for prompt in prompts]))
+    if hints := [len(prompt.teacher_ids) for prompt in prompts if prompt.teacher_ids is not None]:
+        console.rule("what the teacher reads")
+        console.print(length_table(hints))
     without = sum(prompt.answer is None for prompt in prompts)
     if without:
         console.print(f"{without} of them have no answer: accuracy cannot be measured on those", style="yellow")

@@ -270,10 +270,22 @@ def _given(steps: int, rng: np.random.Generator, corpus: CorpusConfig) -> tuple[
     return (int(rng.integers(1, steps)), False) if draw < corpus.given_wrong + corpus.given else (0, False)
 
 
+def hinted_words(problem: Problem, solution: Sequence[str]) -> list[str]:
+    """A prompt in which a worked solution stands behind the problem; `<ask>` ends it as any prompt."""
+    return [*problem.prompt_words, *solution[: -1 if solution[-1] == EOS else None], ASK]
+
+
+def in_other_words(words: Sequence[str], rng: np.random.Generator) -> list[str]:
+    """The same solution with its synonyms drawn anew."""
+    kinds = (HEADERS, EQUALS, SEPARATORS)
+    return [next((_synonym(kind, rng) for kind in kinds if word in kind), word) for word in words]
+
+
 def example(corpus: CorpusConfig, seed: int, index: int) -> tuple[list[int], list[int]]:
     """(prompt ids, response ids) of the supervised example at (seed, index); about 0.1 ms.
 
-    The given part of the solution stands at the end of the prompt: it is read, not learnt.
+    The given part of the solution stands at the end of the prompt: it is read, not learnt. A hinted one stands there
+    whole, and is learnt in other words.
 
     Raises:
         ConfigError: the lengths of `corpus` are not in 1..40.
@@ -281,6 +293,8 @@ def example(corpus: CorpusConfig, seed: int, index: int) -> tuple[list[int], lis
     rng = random_stream("corpus", seed, index)
     problem = Ledger(corpus.min_steps, corpus.max_steps).draw(rng, index)
     words, given = worked_solution(problem, rng, corpus)
+    if corpus.hinted and rng.random() < corpus.hinted:
+        return encode(hinted_words(problem, words)), encode(in_other_words(words, rng))
     return encode([*problem.prompt_words, *words[:given]]), encode(words[given:])
 
 

@@ -10,12 +10,16 @@ Tokenizer = Any  # a Hugging Face tokenizer: importing its class takes seconds
 
 @dataclass(frozen=True)
 class Prompt:
-    """One prompt: its index in the source, its token ids, the reference answer if any, and the source's name."""
+    """One prompt: its index in the source, its token ids, the reference answer if any, and the source's name.
+
+    teacher_ids: what the teacher reads in its place (`data.teacher_prompt`); None: the same.
+    """
 
     index: int
     ids: tuple[int, ...]
     answer: str | None
     source: str
+    teacher_ids: tuple[int, ...] | None = None
 
 
 class PromptSource(Protocol):

@@ -13,10 +13,11 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from prune_opd.config import CorpusConfig, DataConfig
+from prune_opd.config import DataConfig
 from prune_opd.config.run import RESULT_SUFFIXES
 from prune_opd.data.files import FileSource
-from prune_opd.data.ledger import Ledger, encode, random_stream, worked_solution
+from prune_opd.data.hint import hint_limit
+from prune_opd.data.ledger import Ledger, encode, random_stream
 from prune_opd.data.prompt import Prompt, PromptSource, Tokenizer
 from prune_opd.data.rows import FORMATS
 from prune_opd.data.sampler import MixtureSampler, PromptSampler, Sampler
@@ -119,6 +120,7 @@ def make_source(
                 f"data.max_steps = {data.max_steps} makes prompts of up to {longest} tokens, rollout.max_prompt_len is "
                 f"{max_prompt_len}: raise it to {longest}, or take data.max_steps <= {(max_prompt_len - 3) // 2}"
             )
+        source.check_hints(hint_limit(data, max_prompt_len))
         return source
     if data.source.startswith(GYM):
         return ReasoningGymSource(data, tokenizer, seed, max_prompt_len, stream=stream, extract=extract)
@@ -133,9 +135,7 @@ def reference_text(source: PromptSource, index: int) -> tuple[tuple[int, ...], t
     prompt = source.get(index)
     if not isinstance(source, LedgerSource):
         return prompt.ids[:1], prompt.ids[1:]
-    problem = source.task.problem(source.seed, index, source.stream)
-    words, _ = worked_solution(problem, random_stream("reference", source.seed, index), CorpusConfig())
-    return prompt.ids, tuple(encode(words))
+    return prompt.ids, tuple(encode(source.solution(source.task.problem(source.seed, index, source.stream))))
 
 
 def held_out(

@@ -9,10 +9,20 @@ from typing import Any
 
 import yaml
 
-from prune_opd.config import DataConfig
+from prune_opd.config import CorpusConfig, DataConfig
 from prune_opd.config.yaml import parse
 from prune_opd.data.extract import read_answer
-from prune_opd.data.ledger import TOKEN_ID, VOCABULARY, Ledger, encode
+from prune_opd.data.hint import filled, fitting, hint_limit, with_hint
+from prune_opd.data.ledger import (
+    EOS,
+    TOKEN_ID,
+    VOCABULARY,
+    Ledger,
+    Problem,
+    encode,
+    random_stream,
+    worked_solution,
+)
 from prune_opd.data.prompt import Prompt, Tokenizer
 from prune_opd.data.render import encode_text, prompt_text
 from prune_opd.errors import ConfigError
@@ -40,10 +50,41 @@ class LedgerSource:
         self.task = Ledger(data.min_steps, data.max_steps)
         self.seed = seed
         self.stream = stream
+        self._tokenizer, self._hint = tokenizer, data.teacher_prompt
 
     def get(self, index: int) -> Prompt:
-        problem = self.task.problem(self.seed, index, self.stream)
-        return Prompt(index, tuple(encode(problem.prompt_words)), problem.answer, self.name)
+        return self._prompt(self.task.problem(self.seed, index, self.stream))
+
+    def solution(self, problem: Problem) -> list[str]:
+        """The words of a worked solution without errors, `<eos>` at the end: the same ones at every call."""
+        return worked_solution(problem, random_stream("reference", self.seed, problem.index), CorpusConfig())[0]
+
+    def check_hints(self, limit: int | None) -> None:
+        """ConfigError if the tokenizer lacks words of `data.teacher_prompt`, or its longest prompt has too many tokens.
+
+        limit: most tokens of a teacher's prompt.
+        """
+        if self._hint is not None:
+            fitting(self._prompt(Problem(0, (1,) * self.task.max_steps, 0)), limit)
+
+    def _prompt(self, problem: Problem) -> Prompt:
+        return Prompt(
+            problem.index,
+            tuple(encode(problem.prompt_words)),
+            problem.answer,
+            self.name,
+            None if self._hint is None else self._hinted(problem, self._hint),
+        )
+
+    def _hinted(self, problem: Problem, hint: str) -> tuple[int, ...]:
+        solution = " ".join(word for word in self.solution(problem) if word != EOS)
+        text = filled(hint, {"prompt": problem.prompt, "answer": problem.answer, "solution": solution})
+        try:
+            return encode_text(text, self._tokenizer)
+        except ConfigError as error:
+            raise ConfigError(
+                f"data.teacher_prompt = {hint!r}: {error}; the ledger has words of its own only"
+            ) from error
 
     def read(self, response_text: str) -> str | None:
         return self.task.read(response_text)
@@ -80,16 +121,17 @@ class ReasoningGymSource:
         self._settings = _settings(self.name, settings)
         self._data, self._tokenizer = data, tokenizer
         self._seed, self._stream, self._max_prompt_len = seed, stream, max_prompt_len
-        self._problem(0)
+        self.get(0) if data.teacher_prompt else self._problem(0)
 
     def get(self, index: int) -> Prompt:
         """The first short enough problem of the `TRIES` that an index has. ConfigError if all are too long."""
         for attempt in range(TRIES):
             problem = self._problem(index, attempt)
-            text = prompt_text({"question": problem[1]["question"]}, self._data, self._tokenizer)
-            ids = encode_text(text, self._tokenizer)
+            row = {"question": problem[1]["question"], "answer": str(problem[1]["answer"])}
+            ids = encode_text(prompt_text(row, self._data, self._tokenizer), self._tokenizer)
             if self._max_prompt_len is None or len(ids) <= self._max_prompt_len:
-                return Prompt(index * TRIES + attempt, ids, str(problem[1]["answer"]), self.name)
+                prompt = Prompt(index * TRIES + attempt, ids, row["answer"], self.name)
+                return with_hint(prompt, row, self._data, self._tokenizer, hint_limit(self._data, self._max_prompt_len))
         raise ConfigError(
             f"data.source = {self.name!r}: {TRIES} problems in a row have more than rollout.max_prompt_len = "
             f"{self._max_prompt_len} tokens: raise it, or set an easier task"

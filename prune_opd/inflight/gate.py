@@ -128,7 +128,7 @@ class InflightGate:
             evidence = self._evidence({row: prefixes[row] for row in mine}, hidden.of_row, tops)
         stopped = self._decide(prefixes, evidence if self.layout.reports else {})
         self._keep([i for i, prefix in enumerate(prefixes) if prefix.row in stopped], prefixes, computed)
-        self.teacher_tokens += sum(due.row_length_B)
+        self.teacher_tokens += sum(due.teacher_row_length_B)
         self.checks += 1
         self.seconds += time.perf_counter() - started
         return stopped
@@ -147,7 +147,7 @@ class InflightGate:
             "tokens_avoided": sum(_expected(rollouts, length_B[row], limits[row]) - length_B[row] for row in stopped),
             "tokens_dropped": sum(response.dropped for response in (*rollouts.responses, *left)),
             "teacher_tokens_inflight": self.teacher_tokens,
-            "teacher_tokens_reused": sum(rollouts.row_length_B[row] for row in self.kept.holders_of),
+            "teacher_tokens_reused": sum(rollouts.teacher_row_length_B[row] for row in self.kept.holders_of),
             "inflight_checks": self.checks,
             "inflight_too_early": sum(bool(reliable_length_B[row] >= length_B[row]) for row in stopped),
             "time_inflight": self.seconds,

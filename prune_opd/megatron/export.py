@@ -26,7 +26,7 @@ def export_checkpoint(checkpoint: Path, out_dir: Path) -> None:
 
     config = read_state(checkpoint)["config"]
     settings = config_from_dict(TrainConfig, config, checkpoint)
-    if settings.objective.ends == "class" and not Path(settings.teacher).is_dir():
+    if settings.objective.ends == "class" and not Path(settings.model_dirs["teacher"]).is_dir():
         raise UserError(
             f"teacher = {settings.teacher!r} of the run is not there, and objective.ends = class needs its ends: put "
             "its directory back (config.json and the tokenizer's files are enough)"

@@ -104,7 +104,7 @@ class Teacher:
         mine = [rows for part in deals for rows in part[self.layout.teacher.dp_rank]]
         if not mine:
             return {}
-        prompts, responses = rollouts.prompt_ids, rollouts.response_ids
+        prompts, responses = rollouts.teacher_prompt_ids, rollouts.response_ids
         multiple = self.chunks[0].token_multiple
         batches = [pack_rows(prompts, responses, rows, self.device, multiple) for rows in mine]
         hidden_of: dict[int, Tensor] = {}
@@ -124,14 +124,15 @@ class Teacher:
         """The teacher's deal: with as many replicas as the student has, the student's, so that rows stay put.
 
         Not with context parallelism, whose micro-batches are as many times as large: the teacher does not share them.
-        Nor when some rows are known, which would leave holes in the micro-batches.
+        Nor when some rows are known, which would leave holes in the micro-batches, nor when the teacher reads prompts
+        of its own, whose rows do not fill the budget as the student's do.
         """
         replicas, student = self.layout.teacher.dp, self.layout.student
-        if replicas == student.dp and student.cp == 1 and not kept.holders_of:
+        if replicas == student.dp and student.cp == 1 and not kept.holders_of and not rollouts.hinted:
             return deals
         rows = sorted(chain.from_iterable(replica_of_row([part]) for part in deals))
         rows = [row for row in rows if row not in kept.holders_of]
-        return [deal_any(rollouts.row_length_B, rows, replicas, self.token_budget)] if rows else []
+        return [deal_any(rollouts.teacher_row_length_B, rows, replicas, self.token_budget)] if rows else []
 
     def _read_head(self, model_dir: str | Path, dtype: torch.dtype) -> Tensor:
         first, tp = self.chunks[0], self.layout.student.groups.tp

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from prune_opd.config import Fp8Config, OptimizerConfig, ParallelConfig
 from prune_opd.megatron import optimizer_state
+from prune_opd.megatron.average import MovingAverage
 from prune_opd.megatron.layout import Layout
 from prune_opd.megatron.model import HiddenStatesGPT, build
 from prune_opd.megatron.packing import PackedBatch
@@ -130,6 +131,7 @@ class Trainer:
             wd_incr_style="constant",
         )
         config.finalize_model_grads_func = self._finalize_grads
+        self.average: MovingAverage | None = None  # of the student, that it learns from
         self._broken_gradient = torch.zeros((), dtype=torch.bool, device=device)
         config.grad_scale_func = self.optimizer.scale_loss
 
@@ -228,12 +230,15 @@ class Trainer:
             optimizer_state.prepare_to_load(self.optimizer)
         models = {f"model{i}": sharded_model(chunk, metadata) for i, chunk in enumerate(self.chunks)}
         optimizer = self.optimizer.sharded_state_dict(models, is_loading=loading, metadata=metadata)
-        return {**models, "optimizer": optimizer}
+        average = {"average": self.average.sharded_state()} if self.average else {}
+        return {**models, "optimizer": optimizer, **average}
 
     def load(self, state: dict[str, Any]) -> None:
         for i, chunk in enumerate(self.chunks):
             load_model(chunk, state[f"model{i}"])
         optimizer_state.load(self.optimizer, state["optimizer"])
+        if self.average:
+            self.average.load(state["average"])
 
 
 def _counted(parameters: Iterable[Tensor], groups: Any) -> Iterable[Tensor]:

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from prune_opd.config import memory_phases as phases
+from prune_opd.config.teacher import EMA
 from prune_opd.model_spec import ModelSpec
 from prune_opd.plan.counts import Count, ParallelSizes, cache_bytes, largest_rank, on_rank, parameters
 from prune_opd.plan.hardware import ENGINE_WORKSPACE, RESERVED
 from prune_opd.plan.setting import Setting, Stages
 
 STEP = ("sync", "rollout", "teacher", "train")
+AVERAGE = "average"  # after the update, where the teacher is the student's moving average
 INFLIGHT = "inflight"  # what the rollout is where the teacher looks at the responses on the way
 START = "start"  # student, optimizer and teacher are built first, then the engine, while what may move is away
 # Matrices [loss chunk × vocabulary] that are alive together, in fp32, by objective.kernels: both models' logits, and
@@ -122,8 +123,8 @@ def optimizer_bytes(setting: Setting, count: Count, layout: ParallelSizes) -> fl
 
 def phases_of(setting: Setting) -> tuple[str, ...]:
     """The phases of a step, in order."""
-    watched = setting.config.rollout.inflight.on
-    return tuple(INFLIGHT if phase == "rollout" and watched else phase for phase in STEP)
+    watched, steps = setting.config.rollout.inflight.on, STEP + (AVERAGE,) * (setting.config.teacher == EMA)
+    return tuple(INFLIGHT if phase == "rollout" and watched else phase for phase in steps)
 
 
 def resident_parts(setting: Setting) -> dict[str, frozenset[str]]:
@@ -142,7 +143,9 @@ def working_bytes(setting: Setting, stages: Stages) -> dict[str, float]:
     parallel, student = setting.config.parallel, setting.student_layout
     longest = setting.config.rollout.max_prompt_len + setting.config.horizon.max_len
     # A row is never cut, even where it is longer than the budget; the student's ranks may share its tokens.
-    tokens, theirs = (max(parallel.microbatch_tokens, longest / ranks) for ranks in (student.context, 1))
+    read = setting.config.teacher_prompt_limit + setting.config.horizon.max_len
+    tokens = max(parallel.microbatch_tokens, longest / student.context)
+    theirs = max(parallel.microbatch_tokens, read)
     forward = teacher_forward(setting, theirs, stages.teacher)
     trains = stages.student == student.pipeline - 1
     of_all = setting.responses * setting.lengths.mean(setting.config.horizon.max_len)
@@ -154,6 +157,7 @@ def working_bytes(setting: Setting, stages: Stages) -> dict[str, float]:
         "train": tokens * _activation_bytes(setting, stages.student)
         + (loss_bytes(setting, tokens) + trained_on) * trains,
     }
+    found[AVERAGE] = found["sync"]  # at most: where both lie alike, one weight in fp32
     found["train"] += _fp8_copy(setting, setting.student, student, setting.config.precision.student_fp8.on)
     if INFLIGHT in phases_of(setting):
         look = teacher_bytes(setting, stages, forward, *hidden_bytes(setting, _looked_at(setting), 0.0))
@@ -173,9 +177,10 @@ def teacher_bytes(setting: Setting, stages: Stages, forward: float, held: float,
 
 
 def _alike(setting: Setting) -> bool:
-    """Whether the teacher lies like the student, so that a rank trains on the rows that it has computed."""
-    student, teacher = setting.student_layout, setting.teacher_layout
-    return student.context == 1 and (student.tensor, student.pipeline) == (teacher.tensor, teacher.pipeline)
+    """Whether the teacher lies like the student and reads the same, so that a rank trains on rows it has computed."""
+    student, teacher, reads = setting.student_layout, setting.teacher_layout, setting.config.data.teacher_prompt
+    sizes = (student.tensor, student.pipeline, student.context) == (teacher.tensor, teacher.pipeline, 1)
+    return sizes and reads is None
 
 
 def _sync_bytes(setting: Setting) -> float:
@@ -257,33 +262,6 @@ def loss_bytes(setting: Setting, tokens: float) -> float:
 def _gathered_bytes(spec: ModelSpec, tensor: int, sequence_parallel: bool) -> float:
     """Bytes of a token's hidden state on a rank that has a part of the tokens and needs all."""
     return 2 * spec.hidden if sequence_parallel and tensor > 1 else 0
-
-
-def largest_fit(setting: Setting) -> tuple[int, int]:
-    """The largest parallel.microbatch_tokens and horizon.max_len that fit, in multiples of 512 tokens; 0 if none does.
-
-    The models' positions bound the horizon too.
-    """
-    config = setting.config
-    positions = min(setting.student.max_positions, setting.teacher.max_positions) - config.rollout.max_prompt_len
-
-    def batch(tokens: int) -> Setting:
-        return replace(setting, config=replace(config, parallel=replace(config.parallel, microbatch_tokens=tokens)))
-
-    def length(tokens: int) -> Setting:
-        horizon = replace(config.horizon, max_len=tokens, min_len=min(config.horizon.min_len, tokens))
-        return replace(setting, config=replace(config, horizon=horizon))
-
-    return _largest(batch, 2**20), _largest(length, positions)
-
-
-def _largest(make: Callable[[int], Setting], most: int) -> int:
-    low, high = 0, most // 512
-    while low < high:
-        middle = (low + high + 1) // 2
-        setting = make(512 * middle)
-        low, high = (low, middle - 1) if problems(setting, plan_memory(setting)) else (middle, high)
-    return 512 * low
 
 
 def _at_start(setting: Setting, parts: dict[str, float]) -> float:

@@ -100,7 +100,7 @@ def plan_run(config: TrainConfig, gpu: str, nodes: int) -> Plan:
 
 def structure(config: TrainConfig, world: int) -> list[str]:
     """Why the layout cannot be, a line each (plan/layout.py)."""
-    return layout_problems(config, world, {role: model_config(role, getattr(config, role)) for role in MODELS})
+    return layout_problems(config, world, {role: model_config(role, config.model_dirs[role]) for role in MODELS})
 
 
 def curve(config: TrainConfig, gpu: str, grow: bool) -> dict[int, StepTime]:

@@ -84,8 +84,9 @@ class Setting:
 def setting_of(config: TrainConfig, gpu: str, nodes: int) -> Setting:
     """The setting of a recipe on `nodes` nodes. Raises `ConfigError` for an unknown GPU or model."""
     chosen = gpu_named(gpu)
-    models = {role: model_config(role, getattr(config, role)) for role in ("student", "teacher")}
-    specs = {role: ModelSpec.of(model, f"{role} = {getattr(config, role)!r}") for role, model in models.items()}
+    dirs = config.model_dirs
+    models = {role: model_config(role, directory) for role, directory in dirs.items()}
+    specs = {role: ModelSpec.of(model, f"{role} = {dirs[role]!r}") for role, model in models.items()}
     world = nodes * config.parallel.nproc
     longest = config.horizon.max_len
     lengths = Lengths.of(config.planning.response_length or DEFAULT_SHARE * longest, longest)

@@ -10,7 +10,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from prune_opd.plan.memory import largest_fit
+from prune_opd.plan.fit import largest_fit
 from prune_opd.plan.planner import Plan, curve
 from prune_opd.plan.search import Found
 from prune_opd.plan.time import PHASES, StepTime

@@ -4,7 +4,7 @@ Counted are the floating-point operations of the models (MFU, not HFU: neither w
 With f(L) a model's forward pass over L tokens (counts.flops_by_length), of a prompt of P tokens and a response of T:
 
     rollout   f(P + T) − f(P + stale)  of each response, and f(P) without the head once a prompt: its prefill is shared
-    teacher   f(P + T − 1) without the head
+    teacher   f(P + T − 1) without the head, of the prompt that the teacher reads
     train     3 × the student's f(P + T − 1) without the head, and the loss's heads at T tokens: three products with the
               student's, one with the teacher's
     MFU       operations / (seconds × ranks × peak)
@@ -47,11 +47,11 @@ def step_flops(student: ModelSpec, teacher: ModelSpec, rollouts: Rollouts) -> di
     rows += [(group.prompt, response) for group in rollouts.left for response in group.begun]
     prompts = {prompt.ids: len(prompt.ids) for prompt, row in rows if row.fresh or not row.ids}
     decoded = sum(whole(len(prompt.ids) + len(row.ids)) - whole(len(prompt.ids) + row.stale) for prompt, row in rows)
-    lengths = [max(length, 0) for length in rollouts.row_length_B]
+    lengths, theirs = ([max(n, 0) for n in of] for of in (rollouts.row_length_B, rollouts.teacher_row_length_B))
     heads = (1 + BACKWARD) * student.vocab_size * student.hidden + teacher.vocab_size * teacher.hidden
     return {
         "rollout": decoded + sum(map(body, prompts.values())),
-        "teacher": sum(map(teacher_body, lengths)),
+        "teacher": sum(map(teacher_body, theirs)),
         "train": (1 + BACKWARD) * sum(map(body, lengths)) + 2 * heads * rollouts.tokens,
     }
 
@@ -69,7 +69,8 @@ class SpeedMeter:
         flops = step_flops(self.student, self.teacher, rollouts)
         flops["step"] = sum(flops.values())
         rows = sum(rollouts.row_length_B)
-        tokens = {"rollout": rollouts.generated, "teacher": rows, "train": rows, "step": rollouts.generated}
+        read = sum(rollouts.teacher_row_length_B)
+        tokens = {"rollout": rollouts.generated, "teacher": read, "train": rows, "step": rollouts.generated}
         found: dict[str, float] = {}
         for phase, count in flops.items():
             device_seconds = max(seconds[f"time_{phase}"], 1e-9) * self.ranks

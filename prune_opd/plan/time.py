@@ -57,10 +57,11 @@ def step_time(setting: Setting, horizon: float, cache_tokens: float, phases: Seq
     lengths = setting.lengths.quantiles(min(setting.responses, 512), horizon)
     tokens = sum(lengths) / len(lengths) * setting.responses
     rows = [prompt + length for length in lengths]
+    read = [PROMPT_SHARE * setting.config.teacher_prompt_limit + length for length in lengths]
     of_phase: dict[str, Callable[[], float]] = {
         "sync": lambda: sync_seconds(setting),
         "rollout": lambda: rollout_seconds(setting, horizon, prompt, cache_tokens),
-        "teacher": lambda: teacher_seconds(setting, rows),
+        "teacher": lambda: teacher_seconds(setting, read),
         "train": lambda: train_seconds(setting, rows),
         "all-reduce": lambda: all_reduce_seconds(setting),
         "overhead": lambda: overhead_seconds(setting, horizon),

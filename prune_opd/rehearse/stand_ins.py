@@ -31,11 +31,13 @@ class Prompts:
 
     name, size = "rehearsal", None
 
-    def __init__(self, tokens: int):
-        self.tokens = tokens
+    def __init__(self, tokens: int, hinted: int | None = None):
+        """hinted: tokens of what the teacher reads; None: the same prompt."""
+        self.tokens, self.hinted = tokens, hinted
 
     def get(self, index: int) -> Prompt:
-        return Prompt(index, (TOKEN,) * self.tokens, None, self.name)
+        hint = None if self.hinted is None else (TOKEN,) * self.hinted
+        return Prompt(index, (TOKEN,) * self.tokens, None, self.name, hint)
 
     def read(self, response_text: str) -> str | None:
         return None

@@ -14,7 +14,7 @@ from unittest import mock
 import torch
 
 from prune_opd import platform
-from prune_opd.config import Fp8Config, TrainConfig
+from prune_opd.config import Fp8Config, TeacherEmaConfig, TrainConfig
 from prune_opd.config import memory_phases as phases
 from prune_opd.data import tokenizer as tokenizers
 from prune_opd.plan.counts import parameters
@@ -48,10 +48,15 @@ def reduced(config: TrainConfig, nodes: int, cut: Cut, folder: Path) -> TrainCon
     Responses run to the longest horizon that the recipe has, which needs the most memory (`full_rows`).
     """
     models = {
-        role: str(machine.write_model(folder / role, getattr(config, role), role, cut.layers))
-        for role in ("student", "teacher")
+        role: str(machine.write_model(folder / role, directory, role, cut.layers))
+        for role, directory in config.model_dirs.items()
     }
-    config = replace(config, student=models["student"], teacher=models["teacher"])
+    config = replace(
+        config,
+        student=models["student"],
+        teacher=models["teacher"],
+        teacher_ema=TeacherEmaConfig(),  # an average lies in host memory
+    )
     setting = setting_of(config, gpu_of(config), nodes)
     student, rollout = setting.student_layout, config.rollout
     rows = max(cut.microbatches, under_way(config)) * len(full_rows(config))
@@ -119,7 +124,8 @@ class Rehearsal:
         stand_ins.Llm.ledger = self.watch.ledger
         stand_ins.Llm.memory, stand_ins.Llm.workspace = self.setting.gpu.memory, ENGINE_WORKSPACE
         stand_ins.Engine.lengths = full_rows(self.config)
-        prompts = stand_ins.Prompts(self.config.rollout.max_prompt_len)
+        hint = self.config.teacher_prompt_limit if self.config.data.teacher_prompt else None
+        prompts = stand_ins.Prompts(self.config.rollout.max_prompt_len, hint)
         stand_ins.put_in_place_of_vllm()
         resize, no_text = torch.UntypedStorage.resize_, SimpleNamespace(eos_token_id=machine.ENDS["student"])
 
@@ -223,7 +229,9 @@ class Rehearsal:
         def computed(rollouts: Any, deals: Any, sources: Any) -> Any:
             found = compute(rollouts, deals, sources)
             dealt = [rows for deal in deals for rows in deal[run.layout.teacher.dp_rank]]
-            self.teacher_tokens = max((sum(rollouts.row_length_B[row] for row in rows) for rows in dealt), default=0)
+            self.teacher_tokens = max(
+                (sum(rollouts.teacher_row_length_B[row] for row in rows) for rows in dealt), default=0
+            )
             last = set(dealt[-1]) if dealt else set()
             self.hidden_held = sum(hidden.nbytes for row, hidden in found.items() if row not in last)
             return found

@@ -6,6 +6,7 @@ import hashlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from statistics import fmean
 from typing import Any
 
 from prune_opd.data.prompt import Prompt
@@ -77,6 +78,16 @@ class Rollouts:
         return [prompt.ids for prompt in self.prompts]
 
     @property
+    def teacher_prompt_ids(self) -> list[tuple[int, ...]]:
+        """What the teacher reads before each response."""
+        return [prompt.ids if prompt.teacher_ids is None else prompt.teacher_ids for prompt in self.prompts]
+
+    @property
+    def hinted(self) -> bool:
+        """Whether the teacher reads another prompt than the student before any response."""
+        return any(prompt.teacher_ids not in (None, prompt.ids) for prompt in self.prompts)
+
+    @property
     def response_ids(self) -> list[tuple[int, ...]]:
         return [response.ids for response in self.responses]
 
@@ -88,10 +99,15 @@ class Rollouts:
     @property
     def row_length_B(self) -> list[int]:
         """Tokens of each row that go through a model: prompt and response, whose last token predicts nothing."""
-        return [
-            len(prompt.ids) + len(response.ids) - 1
-            for prompt, response in zip(self.prompts, self.responses, strict=True)
-        ]
+        return self._with_responses(self.prompt_ids)
+
+    @property
+    def teacher_row_length_B(self) -> list[int]:
+        """Tokens of each row that go through the teacher, which may read a longer prompt."""
+        return self._with_responses(self.teacher_prompt_ids)
+
+    def _with_responses(self, prompts: Sequence[tuple[int, ...]]) -> list[int]:
+        return [len(ids) + len(response.ids) - 1 for ids, response in zip(prompts, self.responses, strict=True)]
 
     @property
     def finished_B(self) -> list[bool]:
@@ -144,4 +160,5 @@ class Rollouts:
             "finished_rate": sum(self.finished_B) / len(self.responses),
             "rollout_digest": self.digest,
             "tokens_generated": self.generated,
+            **({"teacher_prompt_length": fmean(map(len, self.teacher_prompt_ids))} if self.hinted else {}),
         }

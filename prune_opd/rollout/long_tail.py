@@ -225,7 +225,8 @@ def _stale(response: Response) -> Response:
 
 def _group(entry: Mapping[str, Any]) -> Group:
     """A group out of a checkpoint's JSON, where tuples have become lists."""
-    prompt = Prompt(**{**entry["prompt"], "ids": tuple(entry["prompt"]["ids"])})
+    lists = {name: tuple(value) for name, value in entry["prompt"].items() if isinstance(value, list)}
+    prompt = Prompt(**{**entry["prompt"], **lists})
     begun = [
         Response(**{**row, "ids": tuple(row["ids"]), "logprobs": tuple(row["logprobs"] or ())})
         for row in entry["begun"]

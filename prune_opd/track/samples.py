@@ -6,6 +6,7 @@ One JSON object a line, one line a response:
     problem, source   the prompt's place in its source
     horizon           response tokens that the step's rollouts were allowed
     prompt            the prompt as text
+    teacher_prompt    what the teacher reads in its place, where that is another text: both ends of it
     tokens            the response: the text of each token; a token that completes no character has an empty one
     overlap           top-k overlap O of each token [0..1]
     weight            training weight W of each token, times that of a weighting if there is one
@@ -40,6 +41,7 @@ Item = TypeVar("Item")
 
 FILE_NAME = "samples.jsonl"
 _DECIMALS = 4
+_SHOWN = 600  # characters of a teacher's prompt
 _CONTEXT = 6  # so many tokens before a token may change its text: spaces, characters of several tokens
 
 
@@ -89,6 +91,7 @@ def sample_records(step: int, horizon: int, rollouts: Rollouts, stats: BatchStat
                 "source": prompt.source,
                 "horizon": horizon,
                 "prompt": redact(_decode(tokenizer, prompt.ids)),
+                **_hint(prompt, tokenizer),
                 "tokens": redact_tokens(token_texts(response.ids, tokenizer)),
                 "overlap": _rounded(overlap),
                 "weight": _rounded(weight),
@@ -112,7 +115,12 @@ def read_samples(path: Path) -> list[Record]:
         UserError: a line before the last is not a JSON object with a step.
     """
     lines = settle(read_records(path), _place)[0] if path.is_file() else []
-    return [line | {"prompt": redact(line["prompt"]), "tokens": redact_tokens(line["tokens"])} for line in lines]
+    return [
+        line
+        | {name: redact(line[name]) for name in ("prompt", "teacher_prompt") if name in line}
+        | {"tokens": redact_tokens(line["tokens"])}
+        for line in lines
+    ]
 
 
 def sample_doubts(path: Path) -> list[str]:
@@ -168,6 +176,14 @@ def ending(record: Record) -> str:
     if record["stopped"]:
         return f"stopped in flight, {record['dropped']} tokens dropped"
     return "ended by itself" if record["finished"] else "cut by the horizon"
+
+
+def _hint(prompt: Prompt, tokenizer: Any) -> Record:
+    """The teacher's prompt as text, where it is another one. The middle of a long one is left out."""
+    if prompt.teacher_ids in (None, prompt.ids):
+        return {}
+    text = redact(_decode(tokenizer, prompt.teacher_ids))
+    return {"teacher_prompt": text if len(text) <= _SHOWN else f"{text[: _SHOWN // 2]} […] {text[-_SHOWN // 2 :]}"}
 
 
 def _decode(tokenizer: Any, ids: Sequence[int]) -> str:

@@ -5,6 +5,8 @@ What the engine would sample is made up instead, so every layout trains on the s
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,7 @@ from prune_opd.config import (
     TrackConfig,
     TrainConfig,
 )
+from prune_opd.config.teacher import EMA
 from prune_opd.data.prompt import Prompt
 from prune_opd.rollout.batch import Response, Rollouts
 from tests.models import VOCAB, write_model
@@ -65,6 +68,7 @@ def build_run(config: TrainConfig, layout: Any, run_dir: Path) -> Any:
     from transformers import AutoTokenizer
 
     from prune_opd.data.prompts import make_sampler
+    from prune_opd.megatron.average import MovingAverage
     from prune_opd.megatron.checkpoint import Checkpoints
     from prune_opd.megatron.model import dtype_of
     from prune_opd.megatron.sync import WeightSync
@@ -78,6 +82,9 @@ def build_run(config: TrainConfig, layout: Any, run_dir: Path) -> Any:
     machine, parallel, dtype = platform.prepare(), config.parallel, dtype_of(config.precision.params)
     sampler = make_sampler(config.data, AutoTokenizer.from_pretrained(config.student), config.seed)
     trainer = Trainer(config.student, config.optimizer, parallel, config.steps, layout, dtype, machine.device)
+    teacher = Teacher(config.model_dirs["teacher"], layout, dtype, machine.device, parallel.microbatch_tokens)
+    if config.teacher == EMA:
+        trainer.average = MovingAverage(teacher, trainer.chunks, config.teacher_ema.decay, config.rollout.bucket_mb)
     no_engine: Any = None
     rollout, phases = RolloutPhase(config, no_engine, sampler), Phases()
     return Run(
@@ -86,7 +93,7 @@ def build_run(config: TrainConfig, layout: Any, run_dir: Path) -> Any:
         machine=machine,
         layout=layout,
         trainer=trainer,
-        teacher=Teacher(config.teacher, layout, dtype, machine.device, parallel.microbatch_tokens),
+        teacher=teacher,
         rollout=rollout,
         sync=WeightSync(config, trainer, rollout, phases.enter),
         controller=make_controller(config.horizon),
@@ -96,15 +103,17 @@ def build_run(config: TrainConfig, layout: Any, run_dir: Path) -> Any:
     )
 
 
-def made_up_rollouts(seed: int = 5) -> Rollouts:
-    """The same on every rank of every layout."""
+def made_up_rollouts(seed: int = 5, hints: Sequence[int] = ()) -> Rollouts:
+    """The same on every rank of every layout. hints: tokens of what the teacher reads before each row; 0: no hint."""
     draw = torch.Generator().manual_seed(seed)
 
     def ids(count: int) -> tuple[int, ...]:
         return tuple(torch.randint(3, VOCAB, (count,), generator=draw).tolist())
 
     prompts = tuple(Prompt(i, ids(3 + 2 * i), None, "test") for i in range(len(LENGTHS)))
-    return Rollouts(prompts, tuple(Response(ids(n), finished=n < 24) for n in LENGTHS))
+    responses = tuple(Response(ids(n), finished=n < 24) for n in LENGTHS)
+    hinted = zip(prompts, hints or [0] * len(prompts), strict=True)
+    return Rollouts(tuple(replace(prompt, teacher_ids=ids(n) if n else None) for prompt, n in hinted), responses)
 
 
 def train_step(run: Any, rollouts: Rollouts) -> dict[str, Any]:

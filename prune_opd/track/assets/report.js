@@ -106,6 +106,8 @@ function startViewer(viewer, runs) {
     drawStrip(sample);
     if (!sample) return;
     text.append(element("span", sample.prompt + "\n", "prompt"));
+    if (sample.teacher_prompt)
+      text.append(element("span", "The teacher reads: " + sample.teacher_prompt + "\n", "prompt"));
     const found = foundTokens(sample);
     sample.tokens.forEach((token, i) => {
       if (i === sample.reliable_length) text.append(element("span", `✂ reliability 0 after ${i} tokens`, "cut"));
