@@ -8,7 +8,8 @@ size that is asked for; what only a GPU has says "not here". Exit code 1 if a st
 
 It takes what is there. With the image's packages all of it runs. On a machine that has torch (2.11 or later, with its
 Triton) and numpy alone, the folder that `make gpu-check-folder` makes brings the rest: megatron-core and a few small
-wheels, but neither vLLM nor Transformer Engine, whose figures are then "not here". scripts/gpu/ has the steps.
+wheels, but neither vLLM nor Transformer Engine, whose figures are then "not here". scripts/gpu/ has the steps. The
+page ends with the seconds of each, beside what was reckoned.
 """
 
 from __future__ import annotations
@@ -29,8 +30,10 @@ from prune_opd import platform
 from prune_opd.megatron.offload import StorageMover
 from scripts.gpu.engine import engine_step
 from scripts.gpu.loss import kernels_step, loss_step, product_step, sizes_step, ties_step
+from scripts.gpu.reload import experts_step, reload_step
 from scripts.gpu.rows import FULL, SMALL, Row, Size, Step
 from scripts.gpu.training import checkpoint_step, memory_step, steps_step, trouble_step
+from scripts.gpu.variants import variants_step
 
 PACKAGES = ("megatron.core", "transformer_engine.pytorch", "fused_weight_gradient_mlp_cuda", "flashinfer", "vllm")
 HOPPER = (9, 0)
@@ -60,6 +63,7 @@ def mover_step(machine: platform.Platform, size: Size) -> Iterator[Row]:
     """Bytes that leave the device and come back: the same ones, and the device has them free in between."""
     tensor = torch.randn(size.moved // 4, device=machine.device)
     exact = tensor.clone()
+    pinned = _pinned(machine)
     mover, there = StorageMover(lambda: [tensor], machine), machine.taken()
     begin = time.perf_counter()
     mover.offload()
@@ -71,6 +75,13 @@ def mover_step(machine: platform.Platform, size: Size) -> Iterator[Row]:
     if there is not None and away is not None:
         share = (there - away) / size.moved
         yield Row("mover", "freed of what has left", f"{share:.0%}", "> 95 %", share > 0.95)
+        times = (_pinned(machine) - pinned) / size.moved
+        yield Row("mover", "pinned for what has left", f"{times:.2f} times as much", "at most twice", times <= 2)
+
+
+def _pinned(machine: platform.Platform) -> int:
+    """Bytes of the host that torch has pinned."""
+    return 0 if machine.is_cpu else int(torch.cuda.host_memory_stats()["allocated_bytes.current"])
 
 
 STEPS: dict[str, Step] = {
@@ -79,6 +90,7 @@ STEPS: dict[str, Step] = {
     "loss": loss_step,
     "ties": ties_step,
     "kernels": kernels_step,
+    "variants": variants_step,
     "sizes": sizes_step,
     "mover": mover_step,
     "steps": steps_step,
@@ -86,7 +98,16 @@ STEPS: dict[str, Step] = {
     "checkpoint": checkpoint_step,
     "memory": memory_step,
     "engine": engine_step,
+    "experts": experts_step,
+    "reload": reload_step,
 }
+# Seconds of each on a Hopper with all packages: reckoned, not measured. Ten minutes in all.
+# fmt: off
+ESTIMATED = {
+    "machine": 15, "product": 5, "loss": 20, "ties": 10, "kernels": 40, "variants": 45, "sizes": 55, "mover": 5,
+    "steps": 35, "trouble": 5, "checkpoint": 10, "memory": 20, "engine": 180, "experts": 75, "reload": 80,
+}
+# fmt: on
 
 
 def run(out: Path, size: Size, steps: dict[str, Step] = STEPS) -> list[Row]:
@@ -109,6 +130,8 @@ def run(out: Path, size: Size, steps: dict[str, Step] = STEPS) -> list[Row]:
                 f"{row.verdict:7} {row.step}: {row.what}: {row.figure}" + (f" ({row.expected})" if row.expected else "")
             )
             _write(out, rows)
+        if not machine.is_cpu:  # the engines' processes find the device as this one found it
+            torch.cuda.empty_cache()
     return rows
 
 
@@ -116,6 +139,10 @@ def _write(out: Path, rows: list[Row]) -> None:
     (out / "gpu-check.json").write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n", encoding="utf-8")
     lines = ["| step | what | figure | expected | |", "|---|---|---|---|---|"]
     lines += [f"| {row.step} | {row.what} | {row.figure} | {row.expected} | {row.verdict} |" for row in rows]
+    lines += ["", "## Seconds of each step", "", "| step | estimated on a Hopper | here |", "|---|--:|--:|"]
+    taken = {row.step: row.seconds for row in rows}  # up to its last row
+    lines += [f"| {step} | {ESTIMATED.get(step, '')} | {seconds:.0f} |" for step, seconds in taken.items()]
+    lines.append(f"| together | {sum(ESTIMATED.get(step, 0) for step in taken)} | {sum(taken.values()):.0f} |")
     (out / "gpu-check.md").write_text("\n".join(["# GPU check", "", *lines, ""]), encoding="utf-8")
 
 

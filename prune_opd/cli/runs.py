@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import typer
 
@@ -107,7 +107,7 @@ def train_config(
     # Rank 0 fills the run directory while the others may still be checking: only rank 0 looks at it.
     looked_at = run_dir if is_main_rank() else None
     refuse(check_everything(config, ranks, looked_at, resume, allow_config_change))
-    config = compiled_if_it_pays(config, ranks, looked_at is not None)
+    config = compiled_if_it_pays(config, ranks, looked_at is not None, _resumed(run_dir, resume))
     for line in changes(config, looked_at, resume) if looked_at else []:
         print(f"changed since the run began: {line}", flush=True)
     for line in check_notes(config) if looked_at else []:
@@ -124,12 +124,33 @@ def train_config(
     return code
 
 
-def compiled_if_it_pays(config: TrainConfig, ranks: int, speaks: bool) -> TrainConfig:
-    """The config with `rollout.enforce_eager` decided where a CPU run leaves it open (plan/compiling.py)."""
+def compiled_if_it_pays(
+    config: TrainConfig, ranks: int, speaks: bool, checkpoint: tuple[str, dict[str, Any]] | None = None
+) -> TrainConfig:
+    """The config with `rollout.enforce_eager` decided where a CPU run leaves it open (plan/compiling.py).
+
+    checkpoint: name and state of the one that the run goes on from. It has the decision of the start that wrote it,
+    which is kept: another number of ranks, planned length or machine may give another one. Raises `UserError` where
+    the model was compiled and cannot be here.
+    """
     if config.rollout.enforce_eager is not None or has_gpu():
         return config
+    compiled = replace(config.rollout, enforce_eager=False)
+    if checkpoint is not None:
+        name, state = checkpoint
+        eager = state["config"]["rollout"].get("enforce_eager")  # None: it was left open, and did not pay
+        if eager is False and (lacking := compiler_problems(compiled, gpu=False)):
+            reason = lacking[0].removesuffix(", or set rollout.enforce_eager=null")
+            raise UserError(
+                f"vLLM compiled the model in the run that {name} is of. {reason}, or go on without compiling: "
+                "rollout.enforce_eager=true"
+            )
+        if speaks:
+            verb, otherwise = "compiles" if eager is False else "does not compile", "true or false decides otherwise"
+            print(f"vLLM {verb} the model, as before {name} (rollout.enforce_eager={otherwise})", flush=True)
+        return replace(config, rollout=replace(config.rollout, enforce_eager=eager))
     layers = ModelSpec.of(model_config("student", config.student), config.student).layers
-    found, compiled = compiling(config, layers, ranks), replace(config.rollout, enforce_eager=False)
+    found = compiling(config, layers, ranks)
     lacking = compiler_problems(compiled, gpu=False) if found.pays else []
     if speaks:
         print(f"{found}; but {lacking[0]}" if lacking else found, flush=True)
@@ -155,16 +176,26 @@ def _default_run_dir(config: TrainConfig) -> Path:
     return Path("runs") / config.name
 
 
+def _resumed(run_dir: Path, resume: str) -> tuple[str, dict[str, Any]] | None:
+    """Name and state of the checkpoint that a start goes on from; None if there is none that can be read."""
+    if resume == "never":
+        return None
+    checkpoint, checkpoints = Path(resume), run_dir / "checkpoints"
+    try:
+        if resume == "auto":
+            checkpoint = checkpoints / (checkpoints / "latest").read_text(encoding="utf-8").strip()
+        state = json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))
+        state["config"]["rollout"], state["step"]  # what a checkpoint of ours has
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return checkpoint.name, state
+
+
 def _is_finished(config: TrainConfig, run_dir: Path) -> bool:
     """Whether the last step's checkpoint and, if wanted, the export of the student are there."""
-    checkpoints = run_dir / "checkpoints"
-    try:
-        latest = checkpoints / (checkpoints / "latest").read_text(encoding="utf-8").strip()
-        step = json.loads((latest / "state.json").read_text(encoding="utf-8"))["step"]
-    except (OSError, ValueError, KeyError):
-        return False
+    resumed = _resumed(run_dir, "auto")
     exported = (run_dir / "hf" / "config.json").is_file() or not config.checkpoint.export_hf
-    return bool(step >= config.steps and exported)
+    return bool(resumed is not None and resumed[1]["step"] >= config.steps and exported)
 
 
 def _is_made(config: SftConfig) -> bool:

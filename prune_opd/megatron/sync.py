@@ -56,10 +56,10 @@ class WeightSync:
             self.enter("parity")
             self.check_parity()
 
-    def check_parity(self) -> None:
+    def check_parity(self) -> float:
         """The engine and the trainer must give the same tokens the same log-probability, or the rollouts are not ours.
 
-        Raises `UserError` naming the difference and the limit.
+        Returns the difference [nats]. Raises `UserError` naming it and the limit.
         """
         config, engine, trainer = self.config, self.rollout.engine, self.trainer
         # At least one for each engine: a reload can fail on one of them alone.
@@ -78,3 +78,4 @@ class WeightSync:
                 f"log-probability of a token (limit in {precision}: {PARITY_LIMIT[precision]:g}): "
                 "the weights in the engine are not the student's"
             )
+        return found

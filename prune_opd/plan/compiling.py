@@ -7,7 +7,8 @@ It does where all engine steps of the run save more CPU seconds than tracing cos
 An engine step makes a token of every response that runs. Its number follows from the planned horizons (plan/lengths.py)
 and evaluations. What it saves is dispatch and unfused kernels, and what tracing costs is compiling them: both grow with
 the layers, so it is the engine steps that decide. The whole run counts, also where this start is one of several, and
-tracing counts as if nothing were kept of it: all starts decide alike. docs/pace.md has the measurements.
+tracing counts as if nothing were kept of it. A start that resumes keeps what its checkpoint has (cli/runs.py).
+docs/pace.md has the measurements.
 """
 
 from __future__ import annotations

@@ -48,12 +48,15 @@ def product_step(machine: Platform, size: Size) -> Iterator[Row]:
 
 def loss_step(machine: Platform, size: Size) -> Iterator[Row]:
     """Gradients of the fused loss against float64 of the same numbers, its time, its memory, and what it waits for."""
-    for dtype, most in ((torch.float32, 1e-4), (torch.bfloat16, 2e-2)):
-        rows = {precision: _gradients(machine, size, dtype, precision) for precision in (dtype, torch.float64)}
-        for which, name in enumerate(("hidden", "weight")):
-            ours, exact = rows[dtype][which].double(), rows[torch.float64][which]
-            error = float((ours - exact).norm() / exact.norm())
-            yield Row("loss", f"{name} gradient, {dtype}", f"{error:.1e}", f"< {most:g}", error < most)
+    for student, teacher, columns in size.pairs:
+        shape = size._replace(hidden=student, teacher_hidden=teacher, vocab=columns)
+        for dtype, most in ((torch.float32, 1e-4), (torch.bfloat16, 2e-2)):
+            rows = {precision: _gradients(machine, shape, dtype, precision) for precision in (dtype, torch.float64)}
+            for which, name in enumerate(("hidden", "weight")):
+                ours, exact = rows[dtype][which].double(), rows[torch.float64][which]
+                error = float((ours - exact).norm() / exact.norm())
+                what = f"{name} gradient, {dtype}, H {student}/{teacher}, V {columns}"
+                yield Row("loss", what, f"{error:.1e}", f"< {most:g}", error < most)
     inputs = _inputs(machine, size, torch.bfloat16, torch.bfloat16)
     _backward(inputs, size, WHOLE)  # allocations and kernels that the first call alone pays for
     chunks = (size.tokens, size.chunk)

@@ -34,7 +34,7 @@ class Size(NamedTuple):
     hidden: int
     teacher_hidden: int
     chunk: int
-    moved: int  # bytes
+    moved: int  # bytes; no power of two, to which pinned memory is rounded up
     pairs: tuple[tuple[int, int, int], ...]
     chunks: tuple[int, ...]
     tied: tuple[int, ...]
@@ -47,12 +47,12 @@ class Size(NamedTuple):
 VOCAB = 151_936
 # fmt: off
 FULL = Size(
-    2048, VOCAB, 1536, 3584, 1024, 2 * 2**30,
+    2048, VOCAB, 1536, 3584, 1024, 5 * 2**28,
     ((1536, 3584, VOCAB), (4096, 5120, VOCAB), (4096, 5120, VOCAB // 8)), (1024, 2048, 4096), (0, 64, 1024),
     layers=28, width=1024, row=4096, rows=4,
 )
 SMALL = Size(
-    48, 512, 32, 40, 16, 2**20, ((32, 40, 512),), (16, 48), (0, 8, 32), layers=1, width=64, row=24, rows=2,
+    48, 512, 32, 40, 16, 5 * 2**18, ((32, 40, 512),), (16, 48), (0, 8, 32), layers=1, width=64, row=24, rows=2,
 )
 # fmt: on
 Step = Callable[[Platform, Size], Iterator[Row]]

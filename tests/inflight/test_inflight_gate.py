@@ -18,6 +18,7 @@ from prune_opd.config import (
     RolloutConfig,
     WeightingConfig,
 )
+from prune_opd.config.rollout import MARGIN
 from prune_opd.errors import ConfigError
 from prune_opd.inflight.certain_events import certain_overlap_events, certain_rejects, greatest_acceptance, one_end
 from prune_opd.inflight.gate import is_spent
@@ -143,6 +144,17 @@ def test_no_error_within_the_margin_makes_a_certain_event_none() -> None:
         lost += int((plain_events(student, teacher) & ~other).sum())
     assert lost > 0  # the plain gate's events do change under such errors
     assert 0 < events.sum() < plain_events(student, teacher).sum()
+
+
+def test_an_engine_that_rounds_its_logits_to_bf16_makes_no_event_certain_that_is_none() -> None:
+    """Up to logits of 64 the rounding, 8 bits, is half of the margin at most (docs/gpu.md, 26)."""
+    student, teacher = (61 + logp for logp in overlap_pair(7))
+    rounded = student.bfloat16().float()
+    events, margin = plain_events(student, teacher), MARGIN["bf16"]
+    assert (rounded - student).abs().max() <= margin / 2
+    assert (plain_events(rounded, teacher) != events).any()  # such an engine's own top-k decides otherwise
+    certain_events = certain(rounded, teacher, margin)
+    assert certain_events.any() and not (certain_events & ~events).any()
 
 
 def test_ties_at_the_last_place_are_undecided() -> None:

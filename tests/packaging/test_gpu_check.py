@@ -16,8 +16,8 @@ import torch
 
 from prune_opd import platform
 from scripts import gpu_check, gpu_check_folder
-from scripts.gpu import engine, loss
-from scripts.gpu.rows import SMALL, Row
+from scripts.gpu import engine, loss, reload, variants
+from scripts.gpu.rows import FULL, SMALL, Row
 from scripts.gpu_check import run
 
 # What a machine has that has torch and numpy: those, what torch itself needs, and Triton.
@@ -61,10 +61,88 @@ def test_every_step_runs_on_a_machine_that_has_torch_alone(tmp_path: Path) -> No
     assert found["machine", "vllm"].figure == found["engine", "runs with vLLM"].figure.replace(" (no vllm)", "")
     gradients = [float(row.figure) for row in rows if row.step == "loss" and "gradient" in row.what]
     assert len(gradients) == 4 and all(0 < error < 2e-2 for error in gradients)
+    for step in ("experts", "reload"):
+        assert {row.figure for row in rows if row.step == step} == {"not here (no vllm)"}
     held = {row.step for row in rows if row.passed}
-    assert held == {"machine", "loss", "ties", "mover", "steps", "trouble", "checkpoint"}  # no CPU holds the others
+    # No CPU holds the others.
+    assert held == {"machine", "loss", "ties", "variants", "mover", "steps", "trouble", "checkpoint"}
     page = (tmp_path / "out" / "gpu-check.md").read_text()
     assert all(f"| {row.step} | {row.what} |" in page for row in rows)
+    assert all(f"\n| {step} | {gpu_check.ESTIMATED[step]} | " in page for step in gpu_check.STEPS)
+
+
+def test_all_steps_are_reckoned_to_take_ten_minutes() -> None:
+    assert gpu_check.ESTIMATED.keys() == gpu_check.STEPS.keys()
+    assert sum(gpu_check.ESTIMATED.values()) <= 600
+
+
+def test_engines_are_compared_after_reloads_of_experts_and_of_fp8(tmp_path: Path) -> None:
+    """With vLLM, in a small size: three syncs and a fresh engine each; what wants a GPU says so."""
+    rows = run(tmp_path, SMALL, {"experts": reload.experts_step, "reload": reload.reload_step})
+    found = {(row.step, row.what): row for row in rows}
+    for step, engine_ in (("experts", "fp32"), ("reload", "fp8_per_channel")):
+        assert found[step, f"{engine_}: |Δ| from the trainer, 3 syncs"].passed
+        beside = found[step, f"{engine_}: beside a fresh engine of the exported weights"]
+        assert beside.passed and beside.figure.startswith("16 of 16 responses alike")
+    assert "69 tensors" in found["experts", "fp32: sync"].figure  # 2 layers × (9 + 8 experts × 3), 2 heads, a norm
+    for step, engine_ in (("experts", "fp8_per_tensor"), ("reload", "fp8_per_block")):
+        assert found[step, engine_].passed is None and "needs a CUDA GPU" in found[step, engine_].figure
+    assert not [row for row in rows if row.passed is False]
+
+
+LOADED = {
+    "tensors": 100, "bytes": 10**9, "buckets": 2, "seconds": [0.2, 0.004, 0.004], "away": [0.01, 0.02, 0.01],
+    "asynchronous": True, "ids": [[5, 6, 7], [8, 9]], "logprobs": [[-1.0, -1.0, -1.0], [-1.0, -1.0]],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs", "wrong"),
+    [
+        ({}, {}, []),
+        ({"seconds": [0.2, 0.1, 0.1]}, {}, ["sync"]),
+        ({"away": [0.01, 0.6, 0.01]}, {}, ["|Δ|"]),
+        ({"asynchronous": False}, {}, ["schedules"]),
+        ({}, {"ids": [[5, 6, 4], [8, 9]]}, ["beside"]),
+        ({}, {"logprobs": [[-1.0, -1.0, -1.1], [-1.0, -1.0]]}, ["beside"]),
+    ],
+    ids=["as it should be", "slow", "far from the trainer", "in step", "another token", "other log-probabilities"],
+)
+def test_what_is_wrong_with_an_engine_after_reloads_fails(
+    ours: dict[str, Any], theirs: dict[str, Any], wrong: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The processes are stand-ins; the figures are held as on a GPU."""
+    found = {"loaded": LOADED | ours, "fresh": LOADED | theirs}
+    monkeypatch.setattr(reload, "_process", lambda kind, folder: found[kind])
+    monkeypatch.setattr(reload.importlib.util, "find_spec", lambda name: object())
+    gpu = platform.Platform("cuda", platform.META, "nccl")
+    rows = list(reload.experts_step(gpu, FULL))
+    assert {row.what.partition(":")[0] for row in rows} == {"bf16", "fp8_per_tensor"}
+    failed = [row.what.partition(": ")[2].split()[0] for row in rows if row.passed is False]
+    assert failed == wrong + wrong  # of both formats
+    assert [row.passed for row in reload.reload_step(gpu, FULL)].count(False) == len(set(wrong) - {"sync"})
+
+
+def test_a_format_whose_engine_falls_over_does_not_keep_the_next_one_from_running(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def falls(kind: str, folder: Path) -> Any:
+        raise RuntimeError("the loaded engine ended with exit code 1: no kernel")
+
+    monkeypatch.setattr(reload, "_process", falls)
+    monkeypatch.setattr(reload.importlib.util, "find_spec", lambda name: object())
+    rows = list(reload.experts_step(platform.Platform("cuda", platform.META, "nccl"), FULL))
+    assert [(row.what, row.passed) for row in rows] == [("bf16", False), ("fp8_per_tensor", False)]
+    assert all("no kernel" in row.figure for row in rows)
+
+
+def test_a_top_k_by_blocks_that_differs_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu = platform.prepare()
+    rows = list(variants._blocks(cpu, SMALL, 18_992))  # a rank's columns at TP 8
+    assert rows[0].what.startswith("top 16 of 18992") and rows[0].passed
+    ties_to_any = lambda values, ids, k: values.topk(k).indices  # noqa: E731
+    monkeypatch.setattr(variants.vocab_parallel, "_largest", ties_to_any)
+    assert not next(variants._blocks(cpu, SMALL, 18_992)).passed
 
 
 def test_the_carried_folder_has_nothing_that_is_compiled_for_one_python(tmp_path: Path) -> None:
@@ -109,12 +187,9 @@ def test_ties_that_are_settled_otherwise_fail(tmp_path: Path, monkeypatch: pytes
     assert [row.passed for row in rows if "rows of equal logits" in row.what][:2] == [False, False]
 
 
-@pytest.mark.parametrize(("code", "steps", "passed"), [(0, 3, True), (0, 2, False), (1, 3, False)])
-def test_a_run_with_vllm_counts_by_its_exit_code_and_its_steps(
-    code: int, steps: int, passed: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The run is a stand-in that writes records as the program does."""
-    record = {"tokens_trained": 9, "mismatch_mean": 1e-3, "time_step": 2.0, "pruned_inflight": 4}
+def _program(code: int, steps: int, stopped: int = 4) -> Any:
+    """A stand-in for a run, which writes records as the program does."""
+    record = {"tokens_trained": 9, "mismatch_mean": 1e-3, "time_step": 2.0, "pruned_inflight": stopped}
 
     def program(command: list[str], **_: Any) -> Any:
         run_dir = Path(command[command.index("--run-dir") + 1])
@@ -122,7 +197,21 @@ def test_a_run_with_vllm_counts_by_its_exit_code_and_its_steps(
         (run_dir / "metrics.jsonl").write_text(f"{json.dumps(record)}\n" * steps)
         return SimpleNamespace(returncode=code, stdout="", stderr="the engine fell over\n")
 
-    monkeypatch.setattr(engine.subprocess, "run", program)
+    return program
+
+
+def test_a_run_that_stops_nothing_in_flight_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine.subprocess, "run", _program(0, 3, stopped=0))
+    monkeypatch.setattr(engine.importlib.util, "find_spec", lambda name: object())
+    rows = list(engine.engine_step(platform.Platform("cuda", platform.META, "nccl"), SMALL))
+    assert [row.what for row in rows if not row.passed] == [engine.STOPPED]
+
+
+@pytest.mark.parametrize(("code", "steps", "passed"), [(0, 3, True), (0, 2, False), (1, 3, False)])
+def test_a_run_with_vllm_counts_by_its_exit_code_and_its_steps(
+    code: int, steps: int, passed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine.subprocess, "run", _program(code, steps))
     monkeypatch.setattr(engine.importlib.util, "find_spec", lambda name: object())
     gpu = platform.Platform("cuda", platform.META, "nccl")
     rows = list(engine.engine_step(gpu, SMALL))

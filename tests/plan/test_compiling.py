@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
 from prune_opd.cli import runs
-from prune_opd.config import TrainConfig
+from prune_opd.config import TrainConfig, to_dict
 from prune_opd.config.overrides import apply_overrides
 from prune_opd.config.recipe import load_recipe
+from prune_opd.errors import UserError
 from prune_opd.plan.compiling import LAYER_SAVES, LAYER_TRACING, compiling
 
 ENOUGH = LAYER_TRACING / LAYER_SAVES  # engine steps
@@ -71,3 +74,49 @@ def test_what_is_set_stays_and_where_there_is_no_compiler_the_line_says_so(
     monkeypatch.setattr(runs, "has_gpu", lambda: True)  # the engine compiles there
     assert runs.compiled_if_it_pays(left_open, 2, True) == left_open
     assert capsys.readouterr().out == ""
+
+
+def checkpoint(run_dir: Path, config: TrainConfig) -> Path:
+    """What a start that decided on `config` leaves of itself."""
+    folder = run_dir / "checkpoints" / "step_000010"
+    folder.mkdir(parents=True)
+    (folder / "state.json").write_text(json.dumps({"step": 10, "config": to_dict(config)}))
+    (folder.parent / "latest").write_text(f"{folder.name}\n")
+    return folder
+
+
+@pytest.mark.parametrize("path", [False, True], ids=["auto", "path"])
+@pytest.mark.parametrize("compiles", [False, True], ids=["eager", "compiled"])
+def test_a_resumed_run_keeps_the_decision_of_its_checkpoint(
+    tmp_path: Path, compiles: bool, path: bool, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The length of the run, from which a new one would follow, has become another."""
+    monkeypatch.setattr(runs, "compiler_problems", lambda rollout, gpu: [])
+    steps = {True: "steps=400", False: "steps=40"}
+    begun, now = (runs.compiled_if_it_pays(recipe(steps[it]), 2, False) for it in (compiles, not compiles))
+    assert (begun.rollout.enforce_eager is False) == compiles != (now.rollout.enforce_eager is False)
+    folder = checkpoint(tmp_path, begun)
+    resumed = runs._resumed(tmp_path, str(folder) if path else "auto")
+    for ranks in (1, 2):
+        kept = runs.compiled_if_it_pays(recipe(steps[not compiles]), ranks, ranks == 2, resumed)
+        assert kept.rollout == begun.rollout
+    verb = "compiles" if compiles else "does not compile"
+    assert capsys.readouterr().out.startswith(f"vLLM {verb} the model, as before step_000010 (")
+    other = recipe(f"rollout.enforce_eager={str(compiles).lower()}")
+    assert runs.compiled_if_it_pays(other, 2, True, resumed) == other  # what is set goes before
+    assert runs.compiled_if_it_pays(recipe(steps[not compiles]), 2, False, runs._resumed(tmp_path, "never")) == now
+
+
+def test_a_run_that_was_compiled_does_not_go_on_in_silence_where_there_is_no_compiler(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint(tmp_path, recipe("rollout.enforce_eager=false"))
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(UserError, match=r"step_000010 is of\. .*\(no-such-compiler\).*rollout.enforce_eager=true$"):
+        runs.compiled_if_it_pays(recipe(), 2, True, runs._resumed(tmp_path, "auto"))
+
+
+@pytest.mark.parametrize("text", ["", "[]", '{"step": 3}', '{"step": 3, "config": null}'])
+def test_a_checkpoint_that_cannot_be_read_decides_nothing(tmp_path: Path, text: str) -> None:
+    (checkpoint(tmp_path, recipe()) / "state.json").write_text(text)
+    assert runs._resumed(tmp_path, "auto") is None
