@@ -152,6 +152,15 @@ def test_inspect_shows_prompts_lengths_and_bad_rows(byte_tokenizer: Any, tmp_pat
     assert "2 prompts" in text and "1 of them have no answer" in text and "1 of 3 rows are bad, lines 3" in text
 
 
+def test_inspect_shows_what_the_teacher_reads(byte_tokenizer: Any, tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "a.jsonl", [{"question": "why?", "reason": "so"}])
+    output = io.StringIO()
+    data = DataConfig(source=str(path), teacher_prompt="{question} For: {reason}")
+    inspect(data, byte_tokenizer, 1, None, Console(file=output, width=100))
+    text = output.getvalue()
+    assert "the teacher reads" in text and "<user>why? For: so</><assistant>" in text
+
+
 @given(st.lists(st.integers(1, 3000), min_size=1, max_size=60))
 def test_the_histogram_counts_every_prompt_once(lengths: list[int]) -> None:
     table = length_table(lengths)

@@ -202,6 +202,11 @@ def test_a_checkpoint_holds_it_all() -> None:
     tail.take(rollouts([0], [5, 7], [Group(prompt(1), (response(7, finished=False), response(4)))]))
     again.load_state_dict(json.loads(json.dumps(tail.state_dict())))
     assert (again.waiting, again.history) == (tail.waiting, tail.history)
+    hinted = dataclasses.replace(prompt(1), teacher_ids=(4, 5, 6))
+    tail.take(rollouts([0], [5, 7], [Group(hinted, (response(7, finished=False), response(4)))]))
+    again.load_state_dict(json.loads(json.dumps(tail.state_dict())))
+    assert again.waiting[-1].prompt == hinted
+    tail.waiting.pop()
     other = LongTail(dataclasses.replace(SETTINGS, responses=3))  # the begun responses do not fit any more
     other.load_state_dict(tail.state_dict())
     assert other.waiting == [Group(prompt(1))]

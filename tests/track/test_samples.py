@@ -1,7 +1,7 @@
 """samples.jsonl: a few responses token by token, from what the loss saw to what is shown of it."""
 
 import json
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -126,6 +126,22 @@ def test_a_record_has_each_token_as_the_loss_saw_it_whatever_micro_batch_it_was_
     assert (stopped["finished"], stopped["stopped"], stopped["dropped"]) == (False, True, 2)
     assert cut["overlap"] == [i / 1000 for i in range(6)] and cut["events"] == [0, 5]
     assert (cut["finished"], cut["stopped"]) == (False, False)
+    assert "teacher_prompt" not in stopped
+
+
+def test_what_the_teacher_reads_stands_in_the_record_where_it_is_another_text_with_its_middle_left_out() -> None:
+    tokenizer, plain = ByteTokenizer(), rollouts("a", "b", "c")
+    hints = [None, "ask 1, and it is b", f"begins {'x' * 2000} ends"]
+    prompts = tuple(
+        replace(prompt, teacher_ids=hint and tuple(tokenizer.encode(hint)))
+        for prompt, hint in zip(plain.prompts, hints, strict=True)
+    )
+    stats = BatchStats(3, 2, 16, CPU, watched=[0, 1, 2])
+    stats.add([0, 1, 2], gate_stats([1, 1, 1], first=0))
+    first, second, third = sample_records(1, 16, Rollouts(prompts, plain.responses), stats, tokenizer)
+    assert "teacher_prompt" not in first and second["teacher_prompt"] == "ask 1, and it is b"
+    shown = third["teacher_prompt"]
+    assert shown.startswith("begins x") and shown.endswith("x ends") and " […] " in shown and len(shown) < 620
 
 
 def test_a_response_that_could_not_be_judged_has_no_numbers() -> None:
