@@ -65,7 +65,7 @@ def step(run: Run) -> None:
         run.refresh()
     with clock("rollout"):
         rollouts = run.generate(horizon, number)  # the in-flight gate stops drifting responses
-    batch = run.train_batch(rollouts)
+    batch = run.train_batch(rollouts, clock)
     result, stats = train_on(run, batch, clock)
     run.tracker.step(
         {

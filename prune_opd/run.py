@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import socket
 import sys
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -36,6 +37,7 @@ from prune_opd.rollout.batch import Rollouts
 from prune_opd.rollout.engine import EngineOptions, RolloutEngine
 from prune_opd.rollout.phase import RolloutPhase
 from prune_opd.rollout.reward import RewardModel, make_reward
+from prune_opd.track.clock import Clock
 from prune_opd.track.samples import sampled_rows
 from prune_opd.track.startup import IMPORTING, StartUp
 from prune_opd.track.tracker import NullTracker, Tracker
@@ -121,14 +123,17 @@ class Run:
             self.inflight.calibrate(self.calibration.usual)
         return self.rollout.generate(horizon, step, self.inflight)
 
-    def train_batch(self, rollouts: Rollouts) -> TrainBatch:
-        """The step's rollouts as the ranks train on them, with a task's rewards if there are any."""
+    def train_batch(self, rollouts: Rollouts, clock: Clock = nullcontext) -> TrainBatch:
+        """The step's rollouts as the ranks train on them, with a task's rewards if there are any (a phase)."""
         from prune_opd.megatron.train_batch import make_batch
 
         updates, budget = self.config.optimizer.updates_per_batch, self.config.parallel.microbatch_tokens
         multiple = self.trainer.chunks[0].token_multiple
         batch = make_batch(rollouts, updates, self.layout.student, budget, multiple, self.machine.device)
-        return batch if self.reward is None else replace(batch, rewards=self.reward(rollouts))
+        if self.reward is None:
+            return batch
+        with clock("reward"):
+            return replace(batch, rewards=self.reward(rollouts))
 
     def new_stats(self, rollouts: Rollouts) -> BatchStats:
         """The next step's; it watches the rows that samples.jsonl gets."""

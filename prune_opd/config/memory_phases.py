@@ -6,7 +6,7 @@
     parity          •                                                          •             •
     rollout                                                                    •             •
     inflight                                        •          •               •             •
-    teacher                                         •          •
+    reward, teacher                                 •          •
     train           •         •          •                     •
     average         •                               •          •
     evaluation                                                                 •             •
@@ -44,6 +44,7 @@ NEEDS: dict[str, tuple[str, ...]] = {
     "parity": (STUDENT, ROLLOUT_WEIGHTS, KV_CACHE),
     "rollout": (ROLLOUT_WEIGHTS, KV_CACHE),
     "inflight": (TEACHER, TEACHER_HEAD, ROLLOUT_WEIGHTS, KV_CACHE),  # a rollout that the teacher watches
+    "reward": (TEACHER, TEACHER_HEAD),  # on the host; what comes next may come
     "teacher": (TEACHER, TEACHER_HEAD),  # a tied head is the embedding too
     "train": (STUDENT, GRADIENTS, OPTIMIZER, TEACHER_HEAD),  # the loss multiplies by the teacher's head
     "average": (STUDENT, TEACHER, TEACHER_HEAD),  # only where the teacher is the student's moving average

@@ -8,7 +8,6 @@ Rank 0 alone scores, so that a function need not give the same twice, and a fail
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -35,7 +34,6 @@ class Rewards:
     advantage_B: tuple[float, ...]
     responses: int
     failed: int
-    seconds: float
 
     def record(self) -> dict[str, Any]:
         """Their part of a step record; the mean is null where no response was scored."""
@@ -48,7 +46,6 @@ class Rewards:
             "reward_scored": len(known) / max(len(self.reward_B), 1),
             "reward_equal_groups": equal_groups(self.reward_B, self.responses),
             "reward_failed": self.failed,
-            "reward_seconds": self.seconds,
         }
 
 
@@ -63,7 +60,6 @@ class RewardModel:
 
     def __call__(self, rollouts: Rollouts) -> Rewards:
         """Collective over the job. Raises `UserError` on all ranks when more than `max_failed` of them fail."""
-        started = time.perf_counter()
         given: list[Any] = [self._score_or_say(rollouts) if dist.get_rank() == 0 else None]
         dist.broadcast_object_list(given)
         if isinstance(given[0], str):
@@ -81,7 +77,6 @@ class RewardModel:
             tuple(self._config.coef * value for value in found),
             self._responses,
             len(failures),
-            time.perf_counter() - started,
         )
 
     def _score_or_say(self, rollouts: Rollouts) -> tuple[list[float | None], list[str]] | str:

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
 
 from prune_opd.platform import Platform
+
+Clock = Callable[[str], AbstractContextManager[Any]]  # what is done in it is the phase that is named
 
 
 class PhaseClock:

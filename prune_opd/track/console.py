@@ -26,7 +26,7 @@ from prune_opd.track.moving import PLAIN, TERMINAL, Moving, is_terminal
 _ALONE = {"evaluation": "evaluating …", "export": "exporting the student …"}
 _PLAIN_WIDTH = 100
 _ETA_WINDOW = 20  # steps whose mean time predicts the rest
-_PHASE_STYLES = dict(zip(PHASES.values(), ("cyan", "blue", "magenta", "yellow"), strict=True)) | {
+_PHASE_STYLES = dict(zip(PHASES.values(), ("cyan", "blue", "red", "magenta", "yellow"), strict=True)) | {
     "other": "bright_black",
     "evaluation": "green",
 }

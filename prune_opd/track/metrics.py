@@ -28,6 +28,7 @@ FILE_NAME = "metrics.jsonl"
 PHASES: dict[str, str] = {
     "time_sync": "weight sync",
     "time_rollout": "rollout",
+    "time_reward": "reward",
     "time_teacher": "teacher",
     "time_train": "train",
 }

@@ -42,6 +42,7 @@ CYCLE = (BLUE, ORANGE, GREEN, PURPLE, RED, TEAL, "#1f2933", "#8a949f")
 PHASE_COLOURS = {
     "weight sync": TEAL,
     "rollout": BLUE,
+    "reward": RED,
     "teacher": PURPLE,
     "train": ORANGE,
     "other": GREY,

@@ -172,7 +172,7 @@ def _phases(fig: Any, run: RunData) -> None:
     ax.set(xlabel="step" if per_bar == 1 else f"step (means of {per_bar})", ylabel="seconds per step")
     ax.grid(axis="x", visible=False)
     count_axis(ax.xaxis)
-    legend(ax, ncols=5, columnspacing=1.0, handlelength=0.9, handletextpad=0.4)
+    legend(ax, ncols=6, columnspacing=1.0, handlelength=0.9, handletextpad=0.4)
 
     names = list(run.summary.phases)[::-1]
     shares = [run.summary.phases[name] / run.summary.seconds for name in names]
@@ -191,6 +191,8 @@ def _memory(fig: Any, run: RunData) -> None:
     ax = axes(fig, "step", "GB")
     for key, label in PHASES.items():
         values = [value / 1e9 for value in run.series(key.replace("time_", "memory_"))]
+        if all(map(math.isnan, values)):  # a phase that the run does not have
+            continue
         trend(ax, run.step_numbers(), values, color=PHASE_COLOURS[label], label=label)
     from_zero(ax)
     count_axis(ax.xaxis)

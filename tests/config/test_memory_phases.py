@@ -54,6 +54,14 @@ def test_a_step_with_everything_on_wakes_loads_sleeps_and_moves_in_this_order() 
     ]
 
 
+def test_scoring_a_steps_responses_moves_nothing_twice() -> None:
+    """It is on the host: the engine sleeps before it instead of after, and the teacher comes."""
+    scored = ("sync", "rollout", "reward", "teacher", "train")
+    with_it, without = (carried_out(EVERYTHING, *phases, *phases) for phases in (scored, STEP))
+    assert [line.partition(": ")[2] for line in with_it] == [line.partition(": ")[2] for line in without]
+    assert not [line for line in with_it if line.startswith("teacher:")]
+
+
 def test_the_engine_is_built_when_all_that_may_move_is_away_and_comes_awake() -> None:
     """vLLM takes its share of what is free: 4B student, gradients and teacher would leave it half of a GPU."""
     done: list[str] = []
@@ -109,7 +117,22 @@ def test_a_checkpoint_has_masters_and_moments_on_the_device() -> None:
 @pytest.mark.parametrize("memory", ALL_SETTINGS)
 def test_every_phase_has_what_it_needs_and_leaving_comes_before_coming(memory: MemoryConfig) -> None:
     resident = frozenset(PARTS)
-    for phase in (*STEP, "sync", "parity", *STEP, "sync", "evaluation", "checkpoint", *STEP, "export"):
+    for phase in (
+        *STEP,
+        "sync",
+        "rollout",
+        "reward",
+        "teacher",
+        "train",
+        "sync",
+        "parity",
+        *STEP,
+        "sync",
+        "evaluation",
+        "checkpoint",
+        *STEP,
+        "export",
+    ):
         happened = transitions(memory, resident, phase)
         coming = [transition.action in ("back", "wake") for transition in happened]
         assert coming == sorted(coming)

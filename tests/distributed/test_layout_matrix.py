@@ -118,6 +118,8 @@ def test_the_comparison_has_something_to_compare(results: dict[str, list[dict[st
     assert sum(value > 0 for value in steps[0]["sampled_tokens"]) > 30  # of the first step, which is a sampled one
     assert len({step["weight_norm"] for step in steps}) == STEPS
     assert all(("stale_ratio_mean" in step) == (reference == "stale") for step in steps)
+    scored = ["reward"] if reference == "reward" else []
+    assert all(step["phases"] == [*scored, "teacher", "train"] for step in steps)
     plain = results["3 updates"][0]["steps"]
     if reference == "reward":  # the first step's rollouts are those of the runs without
         assert steps[0]["overlap"] == plain[0]["overlap"] and steps[0]["grad_norm"] > 1.05 * plain[0]["grad_norm"]

@@ -121,8 +121,9 @@ def train_step(run: Any, rollouts: Rollouts) -> dict[str, Any]:
     from prune_opd.loop import train_on
     from prune_opd.track.clock import PhaseClock
 
-    batch = run.train_batch(rollouts)
-    result, stats = train_on(run, batch, PhaseClock(run.machine, run.phases.enter))
+    clock = PhaseClock(run.machine, run.phases.enter)
+    batch = run.train_batch(rollouts, clock)
+    result, stats = train_on(run, batch, clock)
     return {
         **stats.record(),
         "reliable_length_B": stats.reliable_length_B.tolist(),
@@ -135,6 +136,7 @@ def train_step(run: Any, rollouts: Rollouts) -> dict[str, Any]:
         "updates": result.updates,
         "microbatches": len(batch.microbatches),
         "horizon": run.controller.horizon,
+        "phases": [key.removeprefix("time_") for key in clock.measured if key.startswith("time_")],
     }
 
 

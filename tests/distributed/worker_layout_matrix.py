@@ -140,7 +140,7 @@ REFERENCES = {
 def made_up_rewards(rollouts: Rollouts) -> Rewards:
     """Of either sign, a different one for every response."""
     reward_B = tuple(math.sin(row + sum(ids)) for row, ids in enumerate(rollouts.response_ids))
-    return Rewards(reward_B, tuple(advantages(reward_B, 1, "batch")), responses=1, failed=0, seconds=0.0)
+    return Rewards(reward_B, tuple(advantages(reward_B, 1, "batch")), responses=1, failed=0)
 
 
 def reference_of(case: str) -> str:
