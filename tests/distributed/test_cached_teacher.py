@@ -9,6 +9,7 @@ import pytest
 
 from tests.distributed.ranks import read_ranks, run_ranks
 from tests.distributed.tiny_run import LENGTHS, write_pair
+from tests.distributed.worker_cached_teacher import HINTS
 
 WORKER = Path(__file__).with_name("worker_cached_teacher.py")
 CASES = [
@@ -46,6 +47,7 @@ def test_steps_are_bit_identical(tmp_path: Path, models: Path, ranks: int, layou
     assert not any(step["notes"] for kind in ("first", "second", "only") for step in found[kind])
     assert found["layers"] == 0 and found["files"] == 2 * ROWS
     missing_and_damaged(of_rank)
+    hinted(of_rank)
     if dtype == "fp32":
         trouble(found)
 
@@ -65,6 +67,17 @@ def missing_and_damaged(of_rank: list[dict[str, Any]]) -> None:
     assert all(0 < rows < ROWS for rows in cached(of_rank[0], "repaired"))
     assert repaired[0]["notes"] == [] and "another checksum" in repaired[1]["notes"][0]
     assert cached(of_rank[0], "after") == [ROWS, ROWS]
+
+
+def hinted(of_rank: list[dict[str, Any]]) -> None:
+    """A row is one of what the teacher reads: with other words before it it is another row."""
+    for found in of_rank:
+        plain = [step["step"] for step in found["hinted, plain"]]
+        assert all([step["step"] for step in found[f"hinted, {kind}"]] == plain for kind in ("first", "second"))
+        assert plain != [step["step"] for step in found["plain"]]
+    # Whole micro-batches of rows without a hint are there already; every row with one is not.
+    assert all(rows <= HINTS.count(0) for rows in cached(of_rank[0], "hinted, first"))
+    assert cached(of_rank[0], "hinted, second") == [ROWS, ROWS]
 
 
 def trouble(found: dict[str, Any]) -> None:

@@ -11,6 +11,7 @@ import json
 import shutil
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -38,7 +39,12 @@ LAYOUTS = {
 STEPS = 2
 
 
-def steps(config: TrainConfig, layout: Any, out: Path, count: int = STEPS) -> tuple[list[dict[str, Any]], Any]:
+HINTS = (0, 40, 3, 0, 17, 5, 8)  # tokens of what the teacher reads before each row in place of the prompt
+
+
+def steps(
+    config: TrainConfig, layout: Any, out: Path, count: int = STEPS, hints: Sequence[int] = ()
+) -> tuple[list[dict[str, Any]], Any]:
     """What metrics.jsonl would say of some steps, and the run."""
     run = build_run(config, layout, out)
     notes: list[str] = []
@@ -55,7 +61,7 @@ def steps(config: TrainConfig, layout: Any, out: Path, count: int = STEPS) -> tu
             return result
 
         run.teacher.hidden = timed
-        record = train_step(run, made_up_rollouts(number))
+        record = train_step(run, made_up_rollouts(number, hints))
         run.teacher.hidden = hidden
         found.append({"step": record, "cache": run.teacher.record, "notes": list(notes), "cpu": began})
         notes.clear()
@@ -105,6 +111,9 @@ def main(models: Path, out: Path, name: str, params: str) -> None:
             results["refused"].append(str(error))
     results["repaired"], _ = steps(use, layout, out)
     results["after"], _ = steps(only, layout, out)
+    # The same prompts and responses, before which the teacher reads something else.
+    for kind, config in (("plain", plain), ("first", use), ("second", use)):
+        results[f"hinted, {kind}"], _ = steps(config, layout, out, hints=HINTS)
     if params == "fp32":
         small = replace(cache, dir=str(out / "small"), max_gb=1e-6)
         # A folder without room for a step, and a disk that does not take any row.
