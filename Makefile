@@ -28,7 +28,7 @@ real-pair: setup-real-pair ## Make a pretrained teacher and its damaged student 
 quickstart: setup ## Set up, train on the tiny pair in runs/quickstart, evaluate, write the report
 	$(BIN)/prune-opd train tiny_compatible --run-dir runs/quickstart
 
-TEST_SETUP = setup setup-te-test setup-real-test setup-triton-test setup-launch setup-slurm-test setup-browser-test setup-docs lint
+TEST_SETUP = setup setup-te-test setup-serve setup-real-test setup-triton-test setup-launch setup-slurm-test setup-browser-test setup-docs lint
 
 test: test-packages $(TEST_SETUP) ## Set up, lint, run all tests, print the line coverage
 	@bash scripts/test.sh
@@ -65,6 +65,13 @@ docs: setup-docs ## Build the docs' site: build/site/index.html
 
 setup-browser-test: ## Install Debian's chromium (root only), for the tests that look at the report in a browser
 	@bash scripts/setup_browser_test.sh
+
+setup-serve: setup ## Put what vLLM's server needs beside the CPU set into .venv-serve, for serve-teacher and its test
+	@PYTHON=$(BIN)/python bash scripts/setup_folder.sh serve serve
+
+serve-teacher: setup-serve ## Serve MODEL (a directory) to teacher_server.url=http://127.0.0.1:PORT (8200); OPTIONS go to vLLM
+	@test -n "$(MODEL)" || { echo "error: MODEL is not set: make serve-teacher MODEL=DIR" >&2; exit 2; }
+	PYTHONPATH=.:.venv-serve $(BIN)/python -m prune_opd.elsewhere.server "$(MODEL)" --port $(or $(PORT),8200) $(if $(OPTIONS),-- $(OPTIONS))
 
 lint: setup ## Lint, formatting, types, who imports whom
 	$(BIN)/ruff check .

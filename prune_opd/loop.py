@@ -74,6 +74,7 @@ def step(run: Run) -> None:
             **stats.record(),
             **run.calibration.record(),
             **batch.record(),
+            **run.teacher.record,
             **run.inflight_record(rollouts, stats.reliable_length_B),
             **run.rollout.long_tail.record(rollouts),
             "lengths_by_position": stats.lengths(rollouts.length_B),

@@ -45,6 +45,7 @@ from prune_opd.track.tracker import NullTracker, Tracker
 if TYPE_CHECKING:  # megatron-core is imported after `platform.prepare`
     from prune_opd.megatron.checkpoint import Checkpoints
     from prune_opd.megatron.layout import Layout
+    from prune_opd.megatron.served_teacher import ServedTeacher
     from prune_opd.megatron.sync import WeightSync
     from prune_opd.megatron.teacher import Teacher
     from prune_opd.megatron.train_batch import TrainBatch
@@ -76,7 +77,7 @@ class Run:
     machine: platform.Platform
     layout: Layout
     trainer: Trainer
-    teacher: Teacher
+    teacher: Teacher | ServedTeacher
     rollout: RolloutPhase
     sync: WeightSync
     controller: HorizonController
@@ -145,7 +146,8 @@ class Run:
         bins, logprobs_B, mismatch = config.track.position_bins, rollouts.fresh_logprobs_B, None
         if logprobs_B is not None and config.objective.temperature == 1:  # the engine's are those at temperature 1
             mismatch = Mismatch(logprobs_B, rollouts.engine_B, config.objective.mismatch_bounds, device)
-        ends = terminal_ids(config, self.vocab_size)
+        # What a teacher in a server thinks of all ends is not known.
+        ends = () if config.teacher_server.on else terminal_ids(config, self.vocab_size)
         return BatchStats(responses, bins, config.horizon.max_len, device, watched, early, mismatch, ends)
 
     def move_teacher(self) -> None:
@@ -189,7 +191,7 @@ class Run:
 
     def timed(self, rollouts: Rollouts, horizon: int, times: dict[str, float]) -> dict[str, float]:
         """The clock's part of a step record, and what it says of the speed."""
-        return times if self.meter is None else times | self.meter.record(rollouts, horizon, times)
+        return times if self.meter is None else times | self.meter.record(rollouts, horizon, times, self.teacher.known)
 
     def tokens_at_full_horizon(self, responses: int) -> float | None:
         return None if self.full_response_length is None else responses * self.full_response_length
@@ -270,6 +272,7 @@ def _prepare(config: TrainConfig, run_dir: Path, resume: str, allow_config_chang
     from prune_opd.megatron import layout as layouts
     from prune_opd.megatron.average import MovingAverage
     from prune_opd.megatron.checkpoint import Checkpoints
+    from prune_opd.megatron.make_teacher import make_teacher
     from prune_opd.megatron.model import dtype_of
     from prune_opd.megatron.offload import handlers
     from prune_opd.megatron.self_test import check_teacher
@@ -287,23 +290,22 @@ def _prepare(config: TrainConfig, run_dir: Path, resume: str, allow_config_chang
     sampler = make_sampler(config.data, tokenizer, config.seed, config.rollout.max_prompt_len, extract=extract)
     reward = make_reward(config, tokenizer, sampler)
     parallel, precision, memory = config.parallel, config.precision, config.memory
-    student_fp8, teacher_fp8 = precision.student_fp8, precision.teacher_fp8
     tell(f"student: {config.student}")
     trainer = Trainer(
-        config.student, config.optimizer, parallel, config.steps, layout, dtype, machine.device, student_fp8
+        config.student, config.optimizer, parallel, config.steps, layout, dtype, machine.device, precision.student_fp8
     )
     tell(f"teacher: {config.teacher}")
-    teacher = Teacher(
-        config.model_dirs["teacher"], layout, dtype, machine.device, parallel.microbatch_tokens, teacher_fp8
-    )
-    if config.teacher == EMA:
+    teacher = make_teacher(config, layout, dtype, machine.device, run_dir)
+    if config.teacher == EMA and isinstance(teacher, Teacher):
         trainer.average = MovingAverage(teacher, trainer.chunks, config.teacher_ema.decay, config.rollout.bucket_mb)
     longest = max(config.horizon.max_len, config.evaluation.max_len or 0)
     vocab_size = min(trainer.spec.vocab_size, teacher.spec.vocab_size)
     read = terminal_ids(config, vocab_size)
     must_agree("the ids that end a response", read, "copy the same files of student and teacher to every node")
     tested = check_teacher(config, teacher, sampler, vocab_size)  # before an engine is built: that may take minutes
-    inflight = InflightGate(config, teacher, layout, vocab_size) if config.rollout.inflight.on else None
+    inflight = None
+    if config.rollout.inflight.on and isinstance(teacher, Teacher):  # no server looks: the config refuses it
+        inflight = InflightGate(config, teacher, layout, vocab_size)
     top, ends = inflight.top or 0 if inflight else 0, end_class(config, vocab_size)
     options = EngineOptions(memory.sleep_level, top, parallel.timeout_minutes, ends, tokenizer.eos_token_id)
     tell("starting vLLM")
@@ -353,6 +355,7 @@ def _prepare(config: TrainConfig, run_dir: Path, resume: str, allow_config_chang
         )
         run.tracker.started(startup.lines)
         phases.tracker = run.tracker
+        teacher.note = run.tracker.note
         if memory.on and machine.is_cpu:
             run.tracker.note("memory: a dry run on the CPU; memory.json has what a GPU would do, and nothing moves")
         for note in notes:

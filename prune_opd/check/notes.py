@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from prune_opd.check.elsewhere import cache_notes
 from prune_opd.check.ends import end_notes
 from prune_opd.check.template import template_notes
 from prune_opd.config import TrainConfig
@@ -24,7 +25,7 @@ def check_notes(config: TrainConfig) -> list[str]:
     if any(_through_template(config, source) for source in config.data.sources):
         student, teacher = map(Path, config.model_dirs.values())
         notes += template_notes(student, teacher, config.data)
-    notes += end_notes(config)
+    notes += end_notes(config) + cache_notes(config)
     return [f"note: {note}" for note in notes]
 
 

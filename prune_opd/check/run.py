@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from prune_opd.check import precision
+from prune_opd.check.elsewhere import cache_folder_problems, server_problems
 from prune_opd.check.ends import end_problems
 from prune_opd.check.gpu import cache_problems, import_problems
 from prune_opd.check.machine import compiler_problems, kv_cache_problems, machine_problems, writable_problems
@@ -55,7 +56,7 @@ def check_train(
     problems += _sizes(config, nproc, models) + _precision(config, models)
     if models and models[0].role == "student" and not has_gpu():
         problems += kv_cache_problems(config, models[0].config)
-    problems += _sources(config) + _reward(config)
+    problems += _sources(config) + _reward(config) + cache_folder_problems(config)
     problems += _apex()
     problems += compiler_problems(config.rollout, has_gpu())
     if problem := kernels_problem(config.objective.kernels, has_gpu()):
@@ -77,8 +78,10 @@ def check_everything(
         return problems
     if not problems:  # of models that fit the run
         for model in (_read_model("student", config.student), _read_model("teacher", config.model_dirs["teacher"])):
+            if isinstance(model, _Model) and model.role == "teacher" and config.teacher_server.on:
+                continue  # its weights may be on the server's machine alone
             problems += weight_problems(model.role, model.path, model.config) if isinstance(model, _Model) else []
-    problems += machine_problems(config, run_dir, has_gpu(), precision.cuda_of_torch())
+    problems += server_problems(config) + machine_problems(config, run_dir, has_gpu(), precision.cuda_of_torch())
     return list(dict.fromkeys(problems + (import_problems() + cache_problems() if has_gpu() else [])))
 
 

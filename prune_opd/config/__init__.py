@@ -6,20 +6,20 @@ several parts at once (does TP divide the heads? do the tokenizers agree?) is in
 """
 
 from prune_opd.config.data import DataConfig
+from prune_opd.config.elsewhere import TeacherCacheConfig, TeacherServerConfig
 from prune_opd.config.method import GateConfig, HorizonConfig, ObjectiveConfig, WeightingConfig
 from prune_opd.config.reward import RewardConfig
 from prune_opd.config.rollout import InflightConfig, RolloutConfig
 from prune_opd.config.run import (
     CheckpointConfig,
     EvalConfig,
-    PlanningConfig,
     SurvivalConfig,
-    TrackConfig,
     TrainConfig,
     to_dict,
 )
 from prune_opd.config.sft import CorpusConfig, ModelShape, SftConfig, SftStage
 from prune_opd.config.teacher import TeacherEmaConfig
+from prune_opd.config.track import PlanningConfig, TrackConfig
 from prune_opd.config.training import Fp8Config, MemoryConfig, OptimizerConfig, ParallelConfig, PrecisionConfig
 
 RunConfig = TrainConfig | SftConfig  # what a recipe may return
@@ -45,7 +45,9 @@ __all__ = [
     "SftConfig",
     "SftStage",
     "SurvivalConfig",
+    "TeacherCacheConfig",
     "TeacherEmaConfig",
+    "TeacherServerConfig",
     "TrackConfig",
     "TrainConfig",
     "WeightingConfig",

@@ -29,6 +29,11 @@ HARMLESS = (
     "rollout.gpu_memory_utilization",
     "rollout.logprobs",
     "rollout.parity_every",
+    "teacher_cache",
+    "teacher_server.url",
+    "teacher_server.concurrency",
+    "teacher_server.timeout",
+    "teacher_server.retries",
 )
 NOT_HARMLESS = ("parallel.distributed_optimizer",)  # its checkpoints consist of other parts
 

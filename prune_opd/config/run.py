@@ -8,12 +8,20 @@ import re
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from prune_opd.config.checks import Checked, Count, CountOrZero, Positive, PositiveOrZero, ShareAboveZero
+from prune_opd.config.checks import Checked, Count, CountOrZero, PositiveOrZero, ShareAboveZero
 from prune_opd.config.data import DataConfig
+from prune_opd.config.elsewhere import (
+    TeacherCacheConfig,
+    TeacherServerConfig,
+    check_moving_teacher,
+    check_teacher_cache,
+    check_teacher_server,
+)
 from prune_opd.config.method import GateConfig, HorizonConfig, ObjectiveConfig, WeightingConfig
 from prune_opd.config.reward import RewardConfig
 from prune_opd.config.rollout import MISMATCH_LIMIT, RolloutConfig
 from prune_opd.config.teacher import EMA, STUDENT, TeacherEmaConfig, check_own_teacher
+from prune_opd.config.track import PlanningConfig, TrackConfig
 from prune_opd.config.training import MemoryConfig, OptimizerConfig, ParallelConfig, PrecisionConfig
 from prune_opd.errors import ConfigError
 
@@ -91,34 +99,6 @@ class SurvivalConfig(Checked, name="survival"):
 
 
 @dataclass(frozen=True)
-class TrackConfig(Checked, name="track"):
-    """What a run records beside metrics.jsonl, which is always written."""
-
-    wandb: Literal["offline", "online", "disabled"] = "offline"  # offline: in wandb/ of the run directory, to be synced
-    project: str = "prune-opd"  # wandb's
-    entity: str | None = None  # wandb's: whose project; null: the key's own
-    group: str | None = None  # wandb's: runs of a group are folded into one; a launched sweep is one
-    tags: tuple[str, ...] = ()  # wandb's
-    tensorboard: bool = False  # event files in tensorboard/ of the run directory, too
-    position_bins: Count = 16  # resolution of the overlap-by-position curves
-    samples: CountOrZero = 4  # responses of a sampled step that are kept token by token in samples.jsonl; 0: none
-    samples_every: Count = 10  # steps between sampled steps; the first and the last step are always sampled
-    report: bool = True  # write report.html at the end
-
-
-@dataclass(frozen=True)
-class PlanningConfig(Checked, name="planning"):
-    """What a plan assumes. It changes nothing in a run."""
-
-    gpu: Literal["cpu", "a100", "h100", "h200"] = "cpu"  # what the recipe is made for
-    nodes: Count = 1  # of parallel.nproc ranks each
-    response_length: Count | None = None  # mean tokens at the full horizon (`response_length` of a run's metrics)
-    # FLOP/s of a rank's device at its best, for the MFU in the metrics; null: bf16's of `gpu`, on a CPU no MFU
-    peak_flops: Positive | None = None
-    mean_horizon: Count | None = None  # prune: mean of the window over the run (`horizon` in a run's metrics)
-
-
-@dataclass(frozen=True)
 class TrainConfig(Checked, name=""):
     """One Prune-OPD run. `student` and `teacher` are Hugging Face directories with the same tokenizer.
 
@@ -137,6 +117,8 @@ class TrainConfig(Checked, name=""):
     weighting: WeightingConfig = field(default_factory=WeightingConfig)
     reward: RewardConfig = field(default_factory=RewardConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    teacher_cache: TeacherCacheConfig = field(default_factory=TeacherCacheConfig)
+    teacher_server: TeacherServerConfig = field(default_factory=TeacherServerConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
@@ -170,6 +152,10 @@ class TrainConfig(Checked, name=""):
         check_mismatch(self)
         check_reward(self)
         check_own_teacher(self.teacher, self.teacher_ema, self.precision)
+        check_moving_teacher(self.teacher, self.teacher_cache, self.teacher_server)
+        check_teacher_cache(self.teacher_cache, self.rollout)
+        method = self.gate, self.objective, self.weighting
+        check_teacher_server(self.teacher_server, *method, self.rollout, self.horizon, self.teacher_cache)
 
     @property
     def model_dirs(self) -> dict[str, str]:

@@ -49,6 +49,7 @@ from torch import Tensor
 
 from prune_opd.loss.chunk import Gradients, WithGradients, add_reward, chunk_loss, score_chunk
 from prune_opd.loss.inputs import Head, Method, Tokens, check_buffer, check_kernels, check_options, checked_offsets
+from prune_opd.loss.known_top import KnownTop, KnownTopHead
 from prune_opd.loss.old_policy import OldPolicy
 from prune_opd.loss.stats import GateStats, TokenRecord
 from prune_opd.loss.token_weights import TokenWeights
@@ -58,7 +59,7 @@ from prune_opd.method.objective import on_vocabulary
 
 def distill_loss(
     student: Head,
-    teacher: Head,
+    teacher: Head | KnownTop,
     tokens: Tokens,
     method: Method,
     *,
@@ -73,6 +74,7 @@ def distill_loss(
     token count. Differentiable in student.hidden_NH, whose gradient is whole on every rank of tp_group, and in
     student.weight_VH; the teacher gets no gradient.
 
+    teacher: its head, or what is known of its best ids (loss/known_top.py); the statistics that need more are NaN then.
     tp_group: the ranks that share the vocabulary; None where this rank has all of it.
     chunk: tokens whose logits are alive at a time.
     weight_grad: buffer [V/tp, H], fp32 or of the weight's dtype, that the weight's gradient of loss_sum is added to
@@ -91,7 +93,11 @@ def distill_loss(
     whose logits are not finite, and ValueError for sampled ids outside the vocabulary.
     """
     student_head = OutputHead("student", *student, method.objective.temperature, tokens.vocab_size, tp_group)
-    teacher_head = OutputHead("teacher", *teacher, method.objective.of_teacher, tokens.vocab_size, tp_group)
+    if isinstance(teacher, KnownTop):
+        ids_N, rows = tokens.sampled_ids_N, student_head.shard.rows
+        teacher_head: OutputHead = KnownTopHead(teacher, ids_N, rows, tokens.vocab_size, tp_group)
+    else:
+        teacher_head = OutputHead("teacher", *teacher, method.objective.of_teacher, tokens.vocab_size, tp_group)
     check_options(chunk, policy)
     check_kernels(method.objective.kernels, student.hidden_NH.device)
     offsets = checked_offsets(student_head, teacher_head, tokens, method)
@@ -123,7 +129,7 @@ def distill_loss(
                 scores, loss = add_reward(scores, loss, method.objective, advantage_N, sampled_N)
             record.add(scores, chunk_weights, loss, plain[0], advantage_N)
             gradients.add(part, scores, loss)
-        stats = record.stats(offsets, method)
+        stats = record.stats(offsets, method, teacher_head.whole)
         loss_sum = record.loss_sum()
         grad_hidden_NH, grad_weight_VH = gradients.finish()
 

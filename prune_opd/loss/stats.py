@@ -44,8 +44,8 @@ class GateStats:
     student_entropy_N: Tensor  # over the whole vocabulary [nats]
     teacher_entropy_N: Tensor
     student_mass_N: Tensor  # p of the student's top k ids, together
-    teacher_mass_N: Tensor  # q of the same ids
-    acceptance_N: Tensor  # Σ min(p, q) of the same ids
+    teacher_mass_N: Tensor  # q of the same ids; NaN, like KL and entropy above, where only its best ids are known
+    acceptance_N: Tensor  # Σ min(p, q) of the same ids; likewise
     teacher_logp_N: Tensor  # teacher's log q(y_t)
     reliable_length_B: Tensor  # E, int64
     length_B: Tensor  # int64
@@ -105,13 +105,20 @@ class TokenRecord:
         """Of all chunks, added up in fp64."""
         return torch.cat(self._losses).double().sum().to(self._dtype)
 
-    def stats(self, offsets: Sequence[int], method: Method) -> GateStats:
-        """Of all chunks, and of all ranks that share the tokens. ValueError for broken numbers, on all these ranks."""
+    def stats(self, offsets: Sequence[int], method: Method, whole_teacher: bool = True) -> GateStats:
+        """Of all chunks, and of all ranks that share the tokens. ValueError for broken numbers, on all these ranks.
+
+        whole_teacher: whether the teacher's log-probability is known at every id.
+        """
         sampled_ids_N, _, vocab_size, context, stale_logp_N, *_ = self._tokens
         values_N = [torch.cat(chunks) for chunks in zip(*self._values, strict=True)]
         sums, (sampled_logp_N, teacher_logp_N) = VocabSums.concatenate(self._sums), torch.cat(self._outcomes, dim=1)
         own, moved = (values_N[7:8], values_N[8:]) if method.terminal_ids else ([sampled_logp_N], values_N[7:])
-        values_N = [*values_N[:7], sampled_logp_N, teacher_logp_N, *sums.entropies(), sums.reverse_kl(), *own, *moved]
+        of_both = [*sums.entropies(), sums.reverse_kl()]
+        if not whole_teacher:
+            unknown_N = torch.full_like(sampled_logp_N, math.nan)
+            values_N[5:7], of_both[1:] = [unknown_N] * 2, [unknown_N] * 2
+        values_N = [*values_N[:7], sampled_logp_N, teacher_logp_N, *of_both, *own, *moved]
         stale = [] if stale_logp_N is None else [(own[0] - stale_logp_N).exp()]
         outside = ((sampled_ids_N < 0) | (sampled_ids_N >= vocab_size)).any()
         finite_2 = sums.total_2N1.log().isfinite().all(dim=1).squeeze(1)
@@ -206,7 +213,7 @@ class BatchStats:
         value_SN = torch.stack([value_N.double() for value_N in values])
         self.sums.index_add_(1, bin_N, value_SN)
         value_4N = value_SN[: len(PER_TOKEN)]
-        early_N, acceptance_N = (position_N < self.early_tokens).double(), stats.acceptance_N.double()
+        early_N, acceptance_N = (position_N < self.early_tokens).double(), stats.acceptance_N.double().nan_to_num(nan=0)
         self.early[:3] += torch.stack([early_N, early_N * acceptance_N, early_N * acceptance_N**2]).sum(1)
         self.early[3:].index_add_(0, (stats.overlap_N * self.k).round().long(), early_N)
         self.early_kl += (early_N * stats.reverse_kl_N.double().nan_to_num(nan=0.0)).sum()
@@ -273,6 +280,7 @@ class BatchStats:
         mean = dict(zip(SUMMED, (self.sums.sum(1) / tokens).tolist(), strict=True))
         variance = max(mean["gap_squared"] - mean["gap"] ** 2, 0)
         known = not math.isnan(mean["reverse_kl"])
+        outside = {name: None if math.isnan(mean[name]) else mean[name] for name in (*OUTSIDE, "teacher_logp")}
         ratio, clipped, updated = self.ratio_3.tolist()
         moved = {"ratio_mean": ratio / updated, "clip_fraction": clipped / updated} if updated else {}
         ratio, clipped, stale = self.stale_3.tolist()
@@ -282,8 +290,7 @@ class BatchStats:
             "event_rate": mean["event"],
             "weight_mean": mean["weight"],
             "divergence": mean["divergence"],
-            **{name: mean[name] for name in (*OUTSIDE, "teacher_logp")},
-            "reverse_kl": mean["reverse_kl"] if known else None,
+            **outside,
             "reverse_kl_sampled": mean["gap"],
             "reverse_kl_sampled_stderr": math.sqrt(variance / float(tokens)),
             "reliable_length": self.reliable_length_B.mean().item(),

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from prune_opd.config import TrainConfig
 from prune_opd.errors import NotFiniteLogitsError
-from prune_opd.loss import Head, Method, OldPolicy, Tokens, distill_loss
+from prune_opd.loss import Head, KnownTop, Method, OldPolicy, Tokens, distill_loss
 from prune_opd.loss.context import ContextShard
 from prune_opd.loss.stats import BatchStats
 from prune_opd.method.calibration import Usual, in_force
@@ -25,10 +25,9 @@ class Student(Protocol):
 
 
 class Teacher(Protocol):
-    """What it knows of the teacher (`megatron.teacher.Teacher`): the same of it."""
+    """What it knows of the teacher (`megatron.teacher.Teacher`): what its numbers of some tokens say."""
 
-    @property
-    def head_weight(self) -> Tensor: ...
+    def view(self, hidden_MH: Tensor) -> Head | KnownTop: ...
 
 
 class TeacherHidden(Protocol):
@@ -97,10 +96,7 @@ def gated_loss(
         try:
             loss_sum, tokens, seen = distill_loss(
                 Head(hidden_NH[batch.predicting_M], head_weight_VH),
-                Head(
-                    teacher_hidden_MH if context is None else teacher_hidden_MH[context.index_N],
-                    teacher.head_weight,
-                ),
+                teacher.view(teacher_hidden_MH if context is None else teacher_hidden_MH[context.index_N]),
                 Tokens(
                     batch.sampled_ids_M,
                     batch.cu_responses,

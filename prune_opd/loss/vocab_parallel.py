@@ -69,7 +69,12 @@ def mask_padding_(logits_NV: Tensor, shard: VocabShard) -> Tensor:
 
 
 class OutputHead:
-    """One model's hidden states and output weight on this rank, and the buffer its logits are written to."""
+    """One model's hidden states and output weight on this rank, and the buffer its logits are written to.
+
+    whole: whether its logits are known at every id (loss/known_top.py has one that are not).
+    """
+
+    whole = True
 
     def __init__(
         self,

@@ -39,10 +39,14 @@ class TeacherHidden:
 
 @dataclass(frozen=True)
 class KeptHidden:
-    """Whole rows that the teacher went through already: which ranks hold each, and those of this rank."""
+    """Whole rows that the teacher went through already: which ranks hold each, and those of this rank.
+
+    whole_batches: they are whole micro-batches of the teacher's deal, and the others shall stay as they are.
+    """
 
     holders_of: dict[int, tuple[int, ...]] = field(default_factory=dict)
     of_row: dict[int, Tensor] = field(default_factory=dict)
+    whole_batches: bool = False
 
 
 def replica_of_row(deals: Sequence[Deal]) -> dict[int, int]:

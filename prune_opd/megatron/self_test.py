@@ -15,13 +15,17 @@ from prune_opd.data.prompt import Prompt
 from prune_opd.data.prompts import reference_text
 from prune_opd.data.sampler import Sampler
 from prune_opd.errors import UserError
+from prune_opd.loss import KnownTop
 from prune_opd.loss.vocab_parallel import OutputHead, local_gather, log_normaliser, sum_together
+from prune_opd.megatron.served_teacher import ServedTeacher
 from prune_opd.megatron.teacher import Teacher
 from prune_opd.rollout.balance import deal_any, padded_size
 from prune_opd.rollout.batch import Response, Rollouts
 
 
-def check_teacher(config: TrainConfig, teacher: Teacher, sampler: Sampler, vocab_size: int) -> str | None:
+def check_teacher(
+    config: TrainConfig, teacher: Teacher | ServedTeacher, sampler: Sampler, vocab_size: int
+) -> str | None:
     """Have the teacher score the reference text of the first `survival.teacher_test` prompts.
 
     Of a mixture those of its first source. Collective over the job.
@@ -42,6 +46,8 @@ def check_teacher(config: TrainConfig, teacher: Teacher, sampler: Sampler, vocab
 
     Returns what is to be said of it; None if it is switched off or there is no text. Raises `UserError` on all ranks.
     """
+    if config.teacher_cache.mode == "only" and config.survival.teacher_test:
+        return "teacher: its layers are not loaded (teacher_cache.mode = only), so it is not tested"
     source = sampler.source
     count = min(config.survival.teacher_test, source.size or config.survival.teacher_test)
     pairs = [reference_text(source, index) for index in range(count)]
@@ -63,7 +69,10 @@ def check_teacher(config: TrainConfig, teacher: Teacher, sampler: Sampler, vocab
 
 @torch.no_grad()
 def _score(
-    teacher: Teacher, rows: Sequence[tuple[tuple[int, ...], tuple[int, ...]]], vocab_size: int, config: TrainConfig
+    teacher: Teacher | ServedTeacher,
+    rows: Sequence[tuple[tuple[int, ...], tuple[int, ...]]],
+    vocab_size: int,
+    config: TrainConfig,
 ) -> list[float]:
     """log q of every token of the texts that follow the prompts, on every rank alike."""
     layout, student = teacher.layout, teacher.layout.student
@@ -77,8 +86,11 @@ def _score(
     found: dict[int, list[float]] = {}
     if student.is_last_stage:
         for row in (row for part in dealt[student.dp_rank] for row in part):
-            hidden_NH, weight_VH = hidden.of_row[row], teacher.head_weight
-            head = OutputHead("teacher", hidden_NH, weight_VH, 1.0, vocab_size, student.tp_group)
+            hidden_NH = hidden.of_row[row]
+            if isinstance(view := teacher.view(hidden_NH), KnownTop):
+                found[row] = view.sampled_logp_N.tolist()
+                continue
+            head = OutputHead("teacher", *view, 1.0, vocab_size, student.tp_group)
             chunk = min(config.parallel.loss_chunk_tokens, len(hidden_NH))
             head.allocate(chunk, torch.float32)
             ids_N = torch.tensor(batch.responses[row].ids, device=hidden_NH.device)

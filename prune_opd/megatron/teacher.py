@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
-from itertools import chain
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from prune_opd.config import Fp8Config
+from prune_opd.loss import Head
 from prune_opd.megatron.layout import Layout
-from prune_opd.megatron.model import build
+from prune_opd.megatron.model import HiddenStatesGPT, build
 from prune_opd.megatron.packing import PackedBatch, pack_rows
 from prune_opd.megatron.precision import NO_FP8, transformer_arguments
 from prune_opd.megatron.redistribute import (
@@ -26,6 +26,7 @@ from prune_opd.megatron.redistribute import (
 )
 from prune_opd.megatron.schedule import forward
 from prune_opd.model_spec import ModelSpec
+from prune_opd.process import tell
 from prune_opd.rollout.balance import Deal, deal_any
 from prune_opd.rollout.batch import Rollouts
 from prune_opd.weights.load import read_head
@@ -38,9 +39,13 @@ class Teacher:
     student's TP ranks. It is read from the directory in that cut, so nothing is gathered, and costs each of those ranks
     padded vocabulary / student's TP × hidden numbers.
 
+    Without its layers it has nothing but that head, and all rows must be known already (`elsewhere/`).
+
     A teacher with experts that is cut over TP ranks has sequence parallelism: each rank then sends its own tokens to
     the experts, where otherwise all of them would send the same ones.
     """
+
+    note: Callable[[str], None] = staticmethod(tell)  # gets what a person should know
 
     def __init__(
         self,
@@ -50,25 +55,31 @@ class Teacher:
         device: torch.device,
         token_budget: int,
         fp8: Fp8Config = NO_FP8,
+        layers: bool = True,
     ):
-        cut = ModelSpec.read(model_dir).moe is not None and layout.teacher.tp > 1
+        self.spec = ModelSpec.read(model_dir)
+        cut = self.spec.moe is not None and layout.teacher.tp > 1
         layout = replace(layout, teacher=replace(layout.teacher, sequence_parallel=cut))
         self.layout, self.device, self.token_budget = layout, device, token_budget
-        settings = transformer_arguments(fp8)
-        chunks = build(model_dir, layout.teacher, dtype, trainable=False, head=False, settings=settings)
-        self.chunks = [chunk.to(device) for chunk in chunks]
+        self.record: dict[str, float] = {}  # the last pass's part of a step record
+        self.known: tuple[int, ...] = ()  # rows of the last batch that came from elsewhere
+        self.chunks: list[HiddenStatesGPT] = []
+        if layers:
+            settings = transformer_arguments(fp8)
+            chunks = build(model_dir, layout.teacher, dtype, trainable=False, head=False, settings=settings)
+            self.chunks = [chunk.to(device) for chunk in chunks]
         self.nothing = torch.empty(0, self.spec.hidden, dtype=dtype, device=device)
         self._head_weight = self._read_head(model_dir, dtype) if layout.student.is_last_stage else None
-
-    @property
-    def spec(self) -> ModelSpec:
-        return self.chunks[0].spec
 
     @property
     def head_weight(self) -> Tensor:
         """Rows of the output matrix [V/tp, H] for the student's TP rank; on the student's last stage only."""
         assert self._head_weight is not None, "only the student's last stage computes the loss"
         return self._head_weight
+
+    def view(self, hidden_MH: Tensor) -> Head:
+        """Some tokens' hidden states as the loss takes them."""
+        return Head(hidden_MH, self.head_weight)
 
     def hidden(self, rollouts: Rollouts, deals: Sequence[Deal], kept: KeptHidden | None = None) -> TeacherHidden:
         """The hidden states of the rows that this rank trains on (none but on the student's last stage).
@@ -121,21 +132,33 @@ class Teacher:
         return hidden_of
 
     def _deals(self, rollouts: Rollouts, deals: Sequence[Deal], kept: KeptHidden) -> Sequence[Deal]:
-        """The teacher's deal: with as many replicas as the student has, the student's, so that rows stay put.
+        """`whole_deals` without the rows that are known.
 
-        Not with context parallelism, whose micro-batches are as many times as large: the teacher does not share them.
-        Nor when some rows are known, which would leave holes in the micro-batches, nor when the teacher reads prompts
-        of its own, whose rows do not fill the budget as the student's do.
+        Where these are whole micro-batches, the others stay as they are: a row that is computed has the neighbours that
+        it always has, and so the same hidden states to the last bit. Else the rows that are left are dealt anew.
         """
-        replicas, student = self.layout.teacher.dp, self.layout.student
-        if replicas == student.dp and student.cp == 1 and not kept.holders_of and not rollouts.hinted:
-            return deals
-        rows = sorted(chain.from_iterable(replica_of_row([part]) for part in deals))
-        rows = [row for row in rows if row not in kept.holders_of]
+        whole, known = self.whole_deals(rollouts, deals), kept.holders_of.keys()
+        if not known:
+            return whole
+        if kept.whole_batches:
+            return [[[rows for rows in dealt if not known >= set(rows)] for dealt in part] for part in whole]
+        rows = sorted(replica_of_row(deals).keys() - known)
+        replicas = self.layout.teacher.dp
         return [deal_any(rollouts.teacher_row_length_B, rows, replicas, self.token_budget)] if rows else []
 
+    def whole_deals(self, rollouts: Rollouts, deals: Sequence[Deal]) -> Sequence[Deal]:
+        """The teacher's deal of all rows: with as many replicas as the student has, the student's: rows stay put.
+
+        Not with context parallelism, whose micro-batches are as many times as large: the teacher does not share them.
+        Nor when the teacher reads prompts of its own, whose rows do not fill the budget as the student's do.
+        """
+        replicas, student = self.layout.teacher.dp, self.layout.student
+        if replicas == student.dp and student.cp == 1 and not rollouts.hinted:
+            return deals
+        return [deal_any(rollouts.teacher_row_length_B, sorted(replica_of_row(deals)), replicas, self.token_budget)]
+
     def _read_head(self, model_dir: str | Path, dtype: torch.dtype) -> Tensor:
-        first, tp = self.chunks[0], self.layout.student.groups.tp
-        if self.spec.tied and first.pre_process and self.layout.teacher.tp == tp.size():
-            return first.embedding.word_embeddings.weight  # the very rows
+        tp = self.layout.student.groups.tp
+        if self.spec.tied and self.chunks and self.chunks[0].pre_process and self.layout.teacher.tp == tp.size():
+            return self.chunks[0].embedding.word_embeddings.weight  # the very rows
         return read_head(model_dir, self.spec, tp.rank(), tp.size()).to(self.device, dtype)

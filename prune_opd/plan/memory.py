@@ -106,7 +106,7 @@ def part_bytes(setting: Setting, stages: Stages) -> dict[str, float]:
         phases.STUDENT: ours.all * setting.weight_bytes,
         phases.GRADIENTS: ours.all * GRADIENT_BYTES,
         phases.OPTIMIZER: optimizer_bytes(setting, ours, student),
-        phases.TEACHER: theirs.all * setting.weight_bytes,
+        phases.TEACHER: theirs.all * setting.weight_bytes * setting.teacher_layers,
         phases.TEACHER_HEAD: head * setting.weight_bytes,
         phases.ROLLOUT_WEIGHTS: weights,
         phases.KV_CACHE: setting.gpu.memory * rollout.gpu_memory_utilization - weights - ENGINE_WORKSPACE,
@@ -207,6 +207,8 @@ def teacher_forward(setting: Setting, tokens: float, stage: int) -> float:
     stays (megatron-core's buffer).
     """
     spec, layout, config = setting.teacher, setting.teacher_layout, setting.config
+    if not setting.teacher_layers:
+        return 0.0
     shared = layout.tensor if spec.moe is not None else 1
     stream, attention, feed_forward = _layer_parts(spec, layout.tensor, spec.moe is not None and layout.tensor > 1)
     if spec.moe is not None:
@@ -229,7 +231,7 @@ def hidden_bytes(setting: Setting, tokens: float, longest: float) -> tuple[float
     tokens: of all responses together. longest: of one row, which no replica has less than. Where the teacher lies like
     the student, they are the same (redistribute.py).
     """
-    each = setting.teacher.hidden * setting.weight_bytes
+    each = setting.teacher_token_bytes
     teacher = setting.teacher_layout
     trained_on = max(tokens / setting.student_layout.replicas, longest) * each
     return trained_on if _alike(setting) else tokens * each / (teacher.replicas * teacher.tensor), trained_on
@@ -279,7 +281,10 @@ def _at_start(setting: Setting, parts: dict[str, float]) -> float:
 def _teacher_head(setting: Setting, student: ParallelSizes) -> float:
     """Parameters of the teacher's output matrix, cut as the student's; 0 where it is the teacher's embedding."""
     teacher = setting.teacher_layout
-    if setting.teacher.tied and teacher.tensor == student.tensor and teacher.pipeline == student.pipeline == 1:
+    if setting.config.teacher_server.on:
+        return 0
+    alike = teacher.tensor == student.tensor and teacher.pipeline == student.pipeline == 1
+    if setting.teacher.tied and alike and setting.teacher_layers:
         return 0
     return setting.teacher.padded_vocab(student.tensor) / student.tensor * setting.teacher.hidden
 

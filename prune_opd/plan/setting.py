@@ -35,6 +35,18 @@ class Setting:
         return WEIGHT_BYTES[self.config.precision.params]
 
     @property
+    def teacher_layers(self) -> bool:
+        """Whether the teacher computes here; else its rows come from elsewhere."""
+        return self.config.teacher_cache.mode != "only" and not self.config.teacher_server.on
+
+    @property
+    def teacher_token_bytes(self) -> int:
+        """Bytes of what the loss gets of the teacher for a token: a hidden state, or a server's best ids."""
+        if self.config.teacher_server.on:
+            return 4 * (2 * self.config.teacher_server.k + 1)
+        return self.teacher.hidden * self.weight_bytes
+
+    @property
     def student_layout(self) -> ParallelSizes:
         parallel = self.config.parallel
         tensor = parallel.tensor_size(self.world)

@@ -12,7 +12,7 @@ With f(L) a model's forward pass over L tokens (counts.flops_by_length), of a pr
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from functools import cached_property
 
@@ -36,8 +36,10 @@ def peak_flops(config: TrainConfig) -> float | None:
     return config.planning.peak_flops or (gpu.bf16 if gpu else None)
 
 
-def step_flops(student: ModelSpec, teacher: ModelSpec, rollouts: Rollouts) -> dict[str, float]:
-    """Floating-point operations of a step by phase, of all ranks together."""
+def step_flops(
+    student: ModelSpec, teacher: ModelSpec, rollouts: Rollouts, known: Collection[int] = ()
+) -> dict[str, float]:
+    """Floating-point operations of a step by phase, of all ranks together. known: rows the teacher did not compute."""
     whole, body, teacher_body = (
         flops_by_length(student),
         flops_by_length(student, False),
@@ -51,7 +53,7 @@ def step_flops(student: ModelSpec, teacher: ModelSpec, rollouts: Rollouts) -> di
     heads = (1 + BACKWARD) * student.vocab_size * student.hidden + teacher.vocab_size * teacher.hidden
     return {
         "rollout": decoded + sum(map(body, prompts.values())),
-        "teacher": sum(map(teacher_body, theirs)),
+        "teacher": sum(teacher_body(length) for row, length in enumerate(theirs) if row not in known),
         "train": (1 + BACKWARD) * sum(map(body, lengths)) + 2 * heads * rollouts.tokens,
     }
 
@@ -64,12 +66,17 @@ class SpeedMeter:
         self.peak = peak_flops(config)
         self._planned: dict[int, dict[str, float]] = {}
 
-    def record(self, rollouts: Rollouts, horizon: int, seconds: Mapping[str, float]) -> dict[str, float]:
-        """Its part of a step record. seconds: `time_rollout`, `time_teacher`, `time_train` and `time_step` at least."""
-        flops = step_flops(self.student, self.teacher, rollouts)
+    def record(
+        self, rollouts: Rollouts, horizon: int, seconds: Mapping[str, float], known: Collection[int] = ()
+    ) -> dict[str, float]:
+        """Its part of a step record. seconds: `time_rollout`, `time_teacher`, `time_train` and `time_step` at least.
+
+        known: rows that the teacher did not compute.
+        """
+        flops = step_flops(self.student, self.teacher, rollouts, known)
         flops["step"] = sum(flops.values())
         rows = sum(rollouts.row_length_B)
-        read = sum(rollouts.teacher_row_length_B)
+        read = sum(length for row, length in enumerate(rollouts.teacher_row_length_B) if row not in known)
         tokens = {"rollout": rollouts.generated, "teacher": read, "train": rows, "step": rollouts.generated}
         found: dict[str, float] = {}
         for phase, count in flops.items():

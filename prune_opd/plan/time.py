@@ -119,13 +119,18 @@ def rollout_seconds(setting: Setting, horizon: float, prompt: float, cache_token
 
 
 def teacher_seconds(setting: Setting, rows: list[float]) -> float:
-    """One forward pass without the head, and sending the hidden states to the student's last stage."""
+    """One forward pass without the head, and sending the hidden states to the student's last stage.
+
+    Where a teacher's rows come from elsewhere they are only sent: a disk or a server is not planned.
+    """
     spec, layout = setting.teacher, setting.teacher_layout
     work = _share(setting, rows, layout.replicas, flops_by_length(spec, head=False))
     ranks = layout.tensor * layout.pipeline
     compute = work / ranks / _flops(setting, setting.config.precision.teacher_fp8.on)
     tokens = _share(setting, rows, layout.replicas, float)
-    moved = tokens * spec.hidden * setting.weight_bytes / (setting.link * COLLECTIVE_EFFICIENCY)
+    moved = tokens * setting.teacher_token_bytes / (setting.link * COLLECTIVE_EFFICIENCY)
+    if not setting.teacher_layers:
+        return moved
     traffic = _layer_traffic(setting, spec, layout, tokens, 1) + _stage_traffic(setting, spec, layout, tokens, 1)
     return compute * _bubble(setting, layout, tokens, 1) + traffic + moved
 
@@ -138,7 +143,9 @@ def train_seconds(setting: Setting, rows: list[float]) -> float:
     body = _share(setting, rows, layout.replicas, flops_by_length(spec, head=False)) / ranks
     compute = passes * body / _flops(setting, setting.config.precision.student_fp8.on)
     tokens = _share(setting, rows, layout.replicas, float)
-    heads = (1 + BACKWARD) * spec.vocab_size * spec.hidden + setting.teacher.vocab_size * setting.teacher.hidden
+    heads = (1 + BACKWARD) * spec.vocab_size * spec.hidden
+    if not setting.config.teacher_server.on:
+        heads += setting.teacher.vocab_size * setting.teacher.hidden
     loss = 2 * heads * tokens / (layout.tensor * layout.context) / _flops(setting, False)
     state = largest_rank(spec, layout).all * (4 + 2 * 12 / (layout.replicas if parallel.distributed_optimizer else 1))
     traffic = _layer_traffic(setting, spec, layout, tokens, passes)

@@ -28,6 +28,13 @@ def run_rehearse(
                 f"--rank {rank} is outside the job: {nodes} nodes × parallel.nproc = {config.parallel.nproc} are "
                 f"ranks 0 to {world - 1}"
             )
+    away = {"teacher_cache.mode = only": config.teacher_cache.mode == "only"}
+    away[f"teacher_server.url = {config.teacher_server.url!r}"] = config.teacher_server.on
+    if fields := [field for field, there in away.items() if there]:
+        raise ConfigError(
+            f"{fields[0]}: a teacher that is not in the job is not rehearsed; leave it out, or ask prune-opd plan, "
+            "which knows it"
+        )
     if problems := check_structure(config, world):
         raise ConfigError(f"--nodes {nodes} ({world} ranks): {'; '.join(problems)}")
 

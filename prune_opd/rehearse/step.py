@@ -14,7 +14,7 @@ from unittest import mock
 import torch
 
 from prune_opd import platform
-from prune_opd.config import Fp8Config, TeacherEmaConfig, TrainConfig
+from prune_opd.config import Fp8Config, TeacherCacheConfig, TeacherEmaConfig, TrainConfig
 from prune_opd.config import memory_phases as phases
 from prune_opd.data import tokenizer as tokenizers
 from prune_opd.plan.counts import parameters
@@ -67,6 +67,7 @@ def reduced(config: TrainConfig, nodes: int, cut: Cut, folder: Path) -> TrainCon
         config,
         rollout=replace(rollout, prompts=prompts, oversample=1.0, partial=False, refresh_every=1),
         horizon=replace(config.horizon, strategy="full"),
+        teacher_cache=TeacherCacheConfig(),  # no disk is rehearsed
         precision=replace(config.precision, student_fp8=Fp8Config(), teacher_fp8=Fp8Config()),
         evaluation=replace(config.evaluation, problems=0),
         survival=replace(config.survival, watchdog_minutes=0.0),

@@ -82,7 +82,7 @@ def _blind(first: Sequence[Record], last: Sequence[Record]) -> str | None:
 def _leak(first: Sequence[Record], last: Sequence[Record]) -> str | None:
     (mass, entropy, _), (mass_now, entropy_now, teacher) = (
         [_mean([step[key] for step in window]) for key in ("support_mass", "student_entropy", "teacher_entropy")]
-        if all("support_mass" in step for step in window)
+        if all(step.get("teacher_entropy") is not None for step in window)
         else [0.0, 0.0, 0.0]
         for window in (first, last)
     )

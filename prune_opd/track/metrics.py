@@ -34,8 +34,8 @@ PHASES: dict[str, str] = {
 }
 """The timed phases of a step, in the order in which they run; the rest of `time_step` is "other"."""
 
-CLOCKED = ("time_", "cpu_", "memory_", "taken_", "flops_", "speed_", "mfu_", "planned_")
-"""What the keys begin with that the clock or the machine decides: two runs of the same settings may differ there."""
+CLOCKED = ("time_", "cpu_", "memory_", "taken_", "flops_", "speed_", "mfu_", "planned_", "cache_", "served_")
+"""What the keys begin with that the clock, the machine or its disk decides: there equal runs may differ."""
 
 _NAMED = 8  # places of a file that a sentence names
 _EVAL_PREFIX, _STDERR_SUFFIX = "eval_", "_stderr"

@@ -70,9 +70,9 @@ def build_run(config: TrainConfig, layout: Any, run_dir: Path) -> Any:
     from prune_opd.data.prompts import make_sampler
     from prune_opd.megatron.average import MovingAverage
     from prune_opd.megatron.checkpoint import Checkpoints
+    from prune_opd.megatron.make_teacher import make_teacher
     from prune_opd.megatron.model import dtype_of
     from prune_opd.megatron.sync import WeightSync
-    from prune_opd.megatron.teacher import Teacher
     from prune_opd.megatron.trainer import Trainer
     from prune_opd.method.calibration import Calibration
     from prune_opd.method.horizon import make_controller
@@ -82,7 +82,7 @@ def build_run(config: TrainConfig, layout: Any, run_dir: Path) -> Any:
     machine, parallel, dtype = platform.prepare(), config.parallel, dtype_of(config.precision.params)
     sampler = make_sampler(config.data, AutoTokenizer.from_pretrained(config.student), config.seed)
     trainer = Trainer(config.student, config.optimizer, parallel, config.steps, layout, dtype, machine.device)
-    teacher = Teacher(config.model_dirs["teacher"], layout, dtype, machine.device, parallel.microbatch_tokens)
+    teacher = make_teacher(config, layout, dtype, machine.device, run_dir)
     if config.teacher == EMA:
         trainer.average = MovingAverage(teacher, trainer.chunks, config.teacher_ema.decay, config.rollout.bucket_mb)
     no_engine: Any = None
