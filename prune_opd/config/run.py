@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from prune_opd.config.checks import Checked, Count, CountOrZero, Positive, PositiveOrZero, ShareAboveZero
 from prune_opd.config.data import DataConfig
+from prune_opd.config.lora import LoraConfig
 from prune_opd.config.method import GateConfig, HorizonConfig, ObjectiveConfig, WeightingConfig
 from prune_opd.config.reward import RewardConfig
 from prune_opd.config.rollout import MISMATCH_LIMIT, RolloutConfig
@@ -139,6 +140,7 @@ class TrainConfig(Checked, name=""):
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     precision: PrecisionConfig = field(default_factory=PrecisionConfig)
     memory: MemoryConfig = field(default_factory=MemoryConfig)
@@ -156,8 +158,7 @@ class TrainConfig(Checked, name=""):
         if self.gate is None and self.horizon.strategy in ("prune", "marginal", "adwin"):
             raise ConfigError(
                 f"gate = null with horizon.strategy = {self.horizon.strategy}: the window follows the gate's reliable "
-                "length; "
-                "set a gate or another strategy"
+                "length; set a gate or another strategy"
             )
         extract = self.evaluation.extract
         if extract != "box" and set(self.evaluation.sources or self.data.sources) == {"ledger"}:
