@@ -28,7 +28,7 @@ real-pair: setup-real-pair ## Make a pretrained teacher and its damaged student 
 quickstart: setup ## Set up, train on the tiny pair in runs/quickstart, evaluate, write the report
 	$(BIN)/prune-opd train tiny_compatible --run-dir runs/quickstart
 
-TEST_SETUP = setup setup-te-test setup-serve setup-real-test setup-triton-test setup-launch setup-slurm-test setup-browser-test setup-docs lint
+TEST_SETUP = setup setup-te-test setup-serve setup-real-test setup-triton-test setup-peft-test setup-launch setup-slurm-test setup-browser-test setup-docs lint
 
 test: test-packages $(TEST_SETUP) ## Set up, lint, run all tests, print the line coverage
 	@bash scripts/test.sh
@@ -50,6 +50,9 @@ setup-real-test: setup ## The same for the tests; where pip cannot get it, it sa
 
 setup-triton-test: setup ## Put Triton (200 MB) into .venv-triton, for the tests of the loss's kernels, if pip can get it
 	@PYTHON=$(BIN)/python bash scripts/setup_folder.sh triton triton-test "the tests of the loss's Triton kernels"
+
+setup-peft-test: setup ## Put peft (12 MB) into .venv-peft, for the test of an exported adapter, if pip can get it
+	@PYTHON=$(BIN)/python bash scripts/setup_folder.sh peft peft-test "the test of an exported adapter in peft"
 
 setup-h100: ## Make .venv-h100, the image's CUDA packages on a machine without a GPU (9 GB; compiles for half an hour)
 	@bash scripts/setup_h100.sh

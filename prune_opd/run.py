@@ -199,6 +199,8 @@ class Run:
     def save_checkpoint(self, last: bool = False) -> None:
         """Begin to save. last: after the run's last step."""
         self.phases.enter("checkpoint")
+        from prune_opd.megatron.counted import frozen_sum
+
         rng: list[Any] = [None] * self.layout.world
         dist.all_gather_object(rng, platform.rng_state())
         state = {
@@ -210,6 +212,7 @@ class Run:
             "long_tail": self.rollout.long_tail.state_dict(),
             "inflight": self.inflight.schedule.state_dict() if self.inflight else None,
             "full_response_length": self.full_response_length,
+            "frozen": frozen_sum(self.trainer.chunks) if self.config.lora.on else None,
             "rng": rng,
         }
         whole = not self.config.parallel.distributed_optimizer  # each replica has all of the optimizer's state
@@ -218,7 +221,10 @@ class Run:
 
     def load_checkpoint(self, checkpoint: Path, allow_config_change: bool = False) -> list[str]:
         """Continue where a checkpoint stands. Returns what starts anew, because its settings were allowed to change."""
+        from prune_opd.megatron.counted import check_frozen
+
         state = self.checkpoints.load(checkpoint, self.trainer)
+        check_frozen(self.trainer.chunks, state.get("frozen"), checkpoint, self.config.student)
         if self.trainer.average:
             self.phases.memory.enter("average")
             self.trainer.average.show()
@@ -278,7 +284,7 @@ def _prepare(config: TrainConfig, run_dir: Path, resume: str, allow_config_chang
     from prune_opd.megatron.self_test import check_teacher
     from prune_opd.megatron.sync import WeightSync
     from prune_opd.megatron.teacher import Teacher
-    from prune_opd.megatron.trainer import Trainer
+    from prune_opd.megatron.trainer import Trainer, Tuning
 
     # A collective that gives up sooner than the watchdog would end the run without anybody's stacks.
     patience = max(config.parallel.timeout_minutes, 1.2 * config.survival.watchdog_minutes)
@@ -290,10 +296,9 @@ def _prepare(config: TrainConfig, run_dir: Path, resume: str, allow_config_chang
     sampler = make_sampler(config.data, tokenizer, config.seed, config.rollout.max_prompt_len, extract=extract)
     reward = make_reward(config, tokenizer, sampler)
     parallel, precision, memory = config.parallel, config.precision, config.memory
+    tuning = Tuning(precision.student_fp8, config.lora, config.seed)
     tell(f"student: {config.student}")
-    trainer = Trainer(
-        config.student, config.optimizer, parallel, config.steps, layout, dtype, machine.device, precision.student_fp8
-    )
+    trainer = Trainer(config.student, config.optimizer, parallel, config.steps, layout, dtype, machine.device, tuning)
     tell(f"teacher: {config.teacher}")
     teacher = make_teacher(config, layout, dtype, machine.device, run_dir)
     if config.teacher == EMA and isinstance(teacher, Teacher):

@@ -21,6 +21,7 @@ from prune_opd.data.render import answer_of, excerpt, prompt_of
 from prune_opd.data.rows import Row, read_rows
 from prune_opd.errors import ConfigError
 from prune_opd.model_spec import ModelSpec, model_config, not_built
+from prune_opd.plan.adapters import adapter_parameters
 from prune_opd.plan.counts import parameters
 from prune_opd.plan.memory import MASTERS_AND_MOMENTS
 from prune_opd.plan.setting import WEIGHT_BYTES
@@ -135,6 +136,7 @@ def driver_problems(cuda: tuple[int, ...], version_file: Path = DRIVER_VERSION) 
 def checkpoint_bytes(config: TrainConfig) -> int:
     """Bytes of the checkpoints that a run keeps, of the one that it is writing, and of the exported student.
 
+    Of a run with adapters a checkpoint has these alone.
     Raises `ConfigError` if the student is not known.
     """
     spec = ModelSpec.of(model_config("student", config.student), f"student = {config.student!r}")
@@ -142,7 +144,8 @@ def checkpoint_bytes(config: TrainConfig) -> int:
     masters = MASTERS_AND_MOMENTS - (4 if config.precision.params == "fp32" else 0)
     checkpoint = config.checkpoint
     kept = checkpoint.keep + 1 + (config.steps // checkpoint.keep_every if checkpoint.keep_every else 0)
-    return parameters(spec) * ((weights + masters) * kept + weights * checkpoint.export_hf)
+    trained = adapter_parameters(spec, config.lora) if config.lora.on else parameters(spec)
+    return trained * (weights + masters) * kept + parameters(spec) * weights * checkpoint.export_hf
 
 
 def space_problems(config: TrainConfig, run_dir: Path) -> list[str]:

@@ -17,11 +17,12 @@ from prune_opd.check import precision
 from prune_opd.check.elsewhere import cache_folder_problems, server_problems
 from prune_opd.check.ends import end_problems
 from prune_opd.check.gpu import cache_problems, import_problems
+from prune_opd.check.lora import lora_problems
 from prune_opd.check.machine import compiler_problems, kv_cache_problems, machine_problems, writable_problems
 from prune_opd.check.tokenizer import tokenizer_problems, vocabulary_problems
 from prune_opd.check.weights import weight_problems
 from prune_opd.config import Fp8Config, SftConfig, TrainConfig
-from prune_opd.config.changes import changes, is_harmless
+from prune_opd.config.changes import adapter_problem, changes, is_harmless
 from prune_opd.config.kernels import kernels_problem
 from prune_opd.config.run import extract_problem
 from prune_opd.data.prompts import doubled_names, source_problem
@@ -198,6 +199,7 @@ def _sizes(config: TrainConfig, nproc: int, models: list[_Model]) -> list[str]:
     """Problems of layout, lengths and FP8's matrices, which any machine would have."""
     by_role = {model.role: model.config for model in models}
     problems = layout_problems(config, nproc, by_role) + _lengths(config, models) + _candidates(config, models)
+    problems += lora_problems(config, by_role.get("student"))
     return problems + _precision_sizes(config, nproc, by_role)
 
 
@@ -328,6 +330,8 @@ def _run_dir(config: TrainConfig, run_dir: Path, resume: str, allow_config_chang
         differences = [line for line in changes(config, run_dir, resume) if not is_harmless(line)]
     except ConfigError as error:
         return [f"--run-dir {run_dir}: {'; '.join(str(error).splitlines())}; choose another directory"]
+    if problem := adapter_problem(differences):
+        return [f"--run-dir {run_dir}: {problem}"]
     if differences and not allow_config_change:
         more = len(differences) - SHOWN_DIFFERENCES
         shown = "; ".join(differences[:SHOWN_DIFFERENCES]) + (f"; and {more} more" if more > 0 else "")

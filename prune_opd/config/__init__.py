@@ -7,6 +7,7 @@ several parts at once (does TP divide the heads? do the tokenizers agree?) is in
 
 from prune_opd.config.data import DataConfig
 from prune_opd.config.elsewhere import TeacherCacheConfig, TeacherServerConfig
+from prune_opd.config.lora import LoraConfig
 from prune_opd.config.method import GateConfig, HorizonConfig, ObjectiveConfig, WeightingConfig
 from prune_opd.config.reward import RewardConfig
 from prune_opd.config.rollout import InflightConfig, RolloutConfig
@@ -33,6 +34,7 @@ __all__ = [
     "GateConfig",
     "HorizonConfig",
     "InflightConfig",
+    "LoraConfig",
     "MemoryConfig",
     "ModelShape",
     "ObjectiveConfig",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,8 @@ HARMLESS = (
     "teacher_server.timeout",
     "teacher_server.retries",
 )
+# What decides which tensors a checkpoint has: no flag lets a run go on with another.
+IN_CHECKPOINTS = ("lora.rank", "lora.targets")
 NOT_HARMLESS = ("parallel.distributed_optimizer",)  # its checkpoints consist of other parts
 
 
@@ -75,3 +77,15 @@ def is_harmless(change: str) -> bool:
     """Whether the run stays the same run with this change (a line of `changes`)."""
     key = change.partition(":")[0]
     return key not in NOT_HARMLESS and any(key == name or key.startswith(f"{name}.") for name in HARMLESS)
+
+
+def adapter_problem(found: Sequence[str]) -> str | None:
+    """Why a run cannot go on with these changes (lines of `changes`): its checkpoints have other tensors; or None."""
+    refused = [change for change in found if change.partition(":")[0] in IN_CHECKPOINTS]
+    if not refused:
+        return None
+    return (
+        f"{'; '.join(refused)}: a checkpoint has the adapters of its lora.rank and lora.targets, or every weight, and "
+        "cannot be loaded with others; leave them as they were, or export that run (prune-opd export) and start "
+        "another one from there (student=DIR) in another directory"
+    )

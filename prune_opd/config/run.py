@@ -17,6 +17,7 @@ from prune_opd.config.elsewhere import (
     check_teacher_cache,
     check_teacher_server,
 )
+from prune_opd.config.lora import LoraConfig
 from prune_opd.config.method import GateConfig, HorizonConfig, ObjectiveConfig, WeightingConfig
 from prune_opd.config.reward import RewardConfig
 from prune_opd.config.rollout import MISMATCH_LIMIT, RolloutConfig
@@ -121,6 +122,7 @@ class TrainConfig(Checked, name=""):
     teacher_server: TeacherServerConfig = field(default_factory=TeacherServerConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     precision: PrecisionConfig = field(default_factory=PrecisionConfig)
     memory: MemoryConfig = field(default_factory=MemoryConfig)
@@ -138,8 +140,7 @@ class TrainConfig(Checked, name=""):
         if self.gate is None and self.horizon.strategy in ("prune", "marginal", "adwin"):
             raise ConfigError(
                 f"gate = null with horizon.strategy = {self.horizon.strategy}: the window follows the gate's reliable "
-                "length; "
-                "set a gate or another strategy"
+                "length; set a gate or another strategy"
             )
         extract = self.evaluation.extract
         if extract != "box" and set(self.evaluation.sources or self.data.sources) == {"ledger"}:

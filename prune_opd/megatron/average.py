@@ -21,6 +21,7 @@ import torch.distributed as dist
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from torch import Tensor
 
+from prune_opd.weights.adapters import merged
 from prune_opd.weights.cut import VOCABULARY
 from prune_opd.weights.mapping import Entry, entries, local_parameters
 from prune_opd.weights.stream import Resharder
@@ -105,8 +106,10 @@ class MovingAverage:
     def _student(self) -> Iterator[tuple[str, Tensor]]:
         """The student's weights in the teacher's cut, those of this rank's teacher, by megatron's names."""
         if self.alike:
-            ours = local_parameters(self.chunks)
-            yield from ((name, ours[name]) for name in self.averages)
+            ours, lora = local_parameters(self.chunks), self.chunks[0].lora
+            for name in self.averages:
+                if (weight := merged(name, ours, lora)) is not None:  # it is there: they are alike
+                    yield name, weight
             return
         entry_of = {name: entry for entry in self.entries for name in entry.hf}
         wholes: dict[str, Tensor] = {}

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,8 @@ from megatron.core.transformer.transformer_layer import get_transformer_layer_of
 from torch import Tensor
 
 from prune_opd import platform
+from prune_opd.config import LoraConfig
+from prune_opd.config.lora import NO_LORA
 from prune_opd.errors import UserError
 from prune_opd.megatron.layout import ModelLayout
 from prune_opd.megatron.local_layers import PackedSdpaAttention, RMSNorm, use_rms_norm
@@ -124,19 +127,34 @@ def _expert_settings(moe: MoeSpec, layout: ModelLayout) -> dict[str, Any]:
     }
 
 
-def layer_spec(spec: ModelSpec, *, sparse: bool = False) -> ModuleSpec:
+def layer_spec(spec: ModelSpec, *, sparse: bool = False, fused_norms: bool = True) -> ModuleSpec:
     """One decoder layer, with experts if it is `sparse`: the one place that chooses between the two sets of modules.
 
     Transformer Engine's where it is installed. Else megatron-core's own, with experts one after the other and core
-    attention that takes packed sequences.
+    attention that takes packed sequences. fused_norms: whether a norm may be a part of the linear layer behind it,
+    whose input nobody else then gets.
     """
     experts = spec.moe.experts if spec.moe and sparse else None
     if HAVE_TE:
-        return get_gpt_layer_with_transformer_engine_spec(experts, moe_grouped_gemm=sparse, qk_layernorm=spec.qk_norm)
+        engine = get_gpt_layer_with_transformer_engine_spec(experts, moe_grouped_gemm=sparse, qk_layernorm=spec.qk_norm)
+        return engine if fused_norms else _with_norms_apart(engine)
     layer = get_gpt_layer_local_spec(experts, qk_layernorm=spec.qk_norm, normalization="RMSNorm")
     layer.submodules.self_attention.submodules.core_attention = PackedSdpaAttention
     if sparse:  # checkpoints would call it as if it were fused with a dense layer, and Transformer Engine's would not
         del layer.submodules.sharded_state_dict_keys_map["pre_mlp_layernorm."]
+    return layer
+
+
+def _with_norms_apart(layer: ModuleSpec) -> ModuleSpec:
+    """A layer of Transformer Engine's modules whose norms are modules of their own, as in megatron-core's layers."""
+    from megatron.core.extensions.transformer_engine import TEColumnParallelLinear, TENorm
+
+    parts = layer.submodules
+    parts.input_layernorm = TENorm
+    parts.self_attention.submodules.linear_qkv = TEColumnParallelLinear
+    if parts.mlp.submodules is not None and hasattr(parts.mlp.submodules, "linear_fc1"):  # experts have their norm
+        parts.pre_mlp_layernorm = TENorm
+        parts.mlp.submodules.linear_fc1 = TEColumnParallelLinear
     return layer
 
 
@@ -147,6 +165,7 @@ class HiddenStatesGPT(GPTModel):
     """
 
     spec: ModelSpec
+    lora: LoraConfig = NO_LORA  # of its adapters (lora.py)
 
     def forward(self, batch: PackedBatch) -> Tensor:
         """Packed tokens -> hidden_NH of every token [N, H], the same on every rank of the TP group.
@@ -192,12 +211,14 @@ def build(
     *,
     trainable: bool,
     head: bool = True,
+    fused_norms: bool = True,
     settings: Mapping[str, Any] | None = None,
 ) -> list[HiddenStatesGPT]:
     """This rank's chunks of the model (one but for a virtual pipeline) with its shards of the directory's weights.
 
-    head: with the output matrix, if it is not the embedding's. settings: of `TransformerConfig`, beside the layout's
-    and the model's. A teacher is built without gradients. `UserError` for FP8 that the layers would ignore.
+    head: with the output matrix, if it is not the embedding's. fused_norms: of `layer_spec`. settings: of
+    `TransformerConfig`, beside the layout's and the model's. A teacher is built without gradients. `UserError` for FP8
+    that the layers would ignore.
     """
     spec = ModelSpec.read(model_dir)
     if spec.moe:
@@ -205,7 +226,8 @@ def build(
     own = gradient_fusion(not platform.prepare().is_cpu and trainable)
     config = transformer_config(spec, layout, dtype, **own, **(settings or {}))
     stages = range(layout.vp) if layout.vp > 1 else (None,)
-    chunks = [_build_chunk(spec, config, layout, stage, dtype) for stage in stages]
+    layers = partial(layer_spec, spec, fused_norms=fused_norms)
+    chunks = [_build_chunk(spec, config, layout, stage, layers) for stage in stages]
     if config.fp8:
         _assert_fp8_layers(chunks, str(model_dir))
     if not head and chunks[-1].post_process:
@@ -225,11 +247,15 @@ def _assert_fp8_layers(chunks: list[HiddenStatesGPT], model: str) -> None:
 
 
 def _build_chunk(
-    spec: ModelSpec, config: TransformerConfig, layout: ModelLayout, vp_stage: int | None, dtype: torch.dtype
+    spec: ModelSpec,
+    config: TransformerConfig,
+    layout: ModelLayout,
+    vp_stage: int | None,
+    layers: Callable[..., ModuleSpec],
 ) -> HiddenStatesGPT:
     chunk = HiddenStatesGPT(
         config=config,
-        transformer_layer_spec=_block_spec(spec, config, layout, vp_stage),
+        transformer_layer_spec=_block_spec(spec, config, layout, vp_stage, layers),
         vocab_size=spec.padded_vocab(layout.tp),
         max_sequence_length=spec.max_positions,
         pre_process=layout.groups.pp.rank() == 0 and not vp_stage,
@@ -239,7 +265,7 @@ def _build_chunk(
         parallel_output=True,
         pg_collection=layout.groups,
         vp_stage=vp_stage,
-    ).to(dtype)  # torch's norms are fp32 whatever params_dtype says, and megatron's optimizer wants one dtype
+    ).to(config.params_dtype)  # torch's norms are fp32 whatever it says, and megatron's optimizer wants one dtype
     chunk.spec = spec
     set_frequencies(chunk, spec)
     for module in chunk.modules():
@@ -267,12 +293,16 @@ def release_routing(layer: MoELayer) -> None:
 
 
 def _block_spec(
-    spec: ModelSpec, config: TransformerConfig, layout: ModelLayout, vp_stage: int | None
+    spec: ModelSpec,
+    config: TransformerConfig,
+    layout: ModelLayout,
+    vp_stage: int | None,
+    layer_of: Callable[..., ModuleSpec],
 ) -> TransformerBlockSubmodules:
     """This chunk's layers, and the final norm: ours with local layers, else megatron-core's choice."""
     stage = layout.groups.pp.rank()
     first = get_transformer_layer_offset(config, vp_stage, stage)
     layers = range(first, first + get_num_layers_to_build(config, vp_stage, stage))
-    specs = [layer_spec(spec, sparse=spec.is_sparse(layer)) for layer in layers]
+    specs = [layer_of(sparse=spec.is_sparse(layer)) for layer in layers]
     ours = [use_rms_norm(layer) for layer in specs]
     return TransformerBlockSubmodules(layer_specs=specs, layer_norm=RMSNorm if any(ours) else LayerNormImpl)

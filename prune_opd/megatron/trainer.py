@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -15,13 +15,14 @@ from megatron.core.distributed import DistributedDataParallel, DistributedDataPa
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
 from megatron.core.optimizer import get_megatron_optimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
-from megatron.core.tensor_parallel.layers import param_is_not_tensor_parallel_duplicate
-from megatron.core.transformer.module import param_is_not_shared
 from torch import Tensor
 
-from prune_opd.config import Fp8Config, OptimizerConfig, ParallelConfig
+from prune_opd.config import Fp8Config, LoraConfig, OptimizerConfig, ParallelConfig
+from prune_opd.config.lora import NO_LORA
+from prune_opd.megatron import lora as adapters
 from prune_opd.megatron import optimizer_state
 from prune_opd.megatron.average import MovingAverage
+from prune_opd.megatron.counted import counted
 from prune_opd.megatron.layout import Layout
 from prune_opd.megatron.model import HiddenStatesGPT, build
 from prune_opd.megatron.packing import PackedBatch
@@ -40,6 +41,21 @@ RECOMPUTE: dict[str, dict[str, Any]] = {
     "selective": {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]},
     "full": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
 }
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """How the student's layers compute, and what of them is trained: the adapters of `lora`, or every weight.
+
+    seed: of the adapters' first values.
+    """
+
+    fp8: Fp8Config = NO_FP8
+    lora: LoraConfig = NO_LORA
+    seed: int = 0
+
+
+WHOLE_MODEL = Tuning()
 
 
 @dataclass(frozen=True)
@@ -70,7 +86,7 @@ class StepResult:
 
 
 class Trainer:
-    """Owns the student's parameters, gradients and optimizer state.
+    """Owns the student's parameters, gradients and optimizer state; with adapters the last two are theirs alone.
 
     The learning rate of step s (1-based) is the schedule's value at s: a warm-up of w steps reaches lr at step w, and
     the decay reaches min_lr at step `total_steps`. A step is one update, or one of each minibatch.
@@ -85,12 +101,15 @@ class Trainer:
         layout: Layout,
         dtype: torch.dtype,
         device: torch.device,
-        fp8: Fp8Config = NO_FP8,
+        tuning: Tuning = WHOLE_MODEL,
     ):
-        self.layout, self.device = layout, device
+        self.layout, self.device, self.lora, fp8 = layout, device, tuning.lora, tuning.fp8
         settings = {**RECOMPUTE[parallel.recompute], **transformer_arguments(fp8)}
-        chunks = build(model_dir, layout.student, dtype, trainable=True, settings=settings)
+        fused = not self.lora.on
+        chunks = build(model_dir, layout.student, dtype, trainable=True, fused_norms=fused, settings=settings)
         self.chunks = [chunk.to(device) for chunk in chunks]
+        if self.lora.on:
+            adapters.attach(self.chunks, self.lora, tuning.seed)
         config = self.chunks[0].config
         ddp_config = DistributedDataParallelConfig(
             grad_reduce_in_fp32=True,
@@ -166,13 +185,13 @@ class Trainer:
 
     @torch.no_grad()
     def weight_norm(self) -> float:
-        """Euclidean norm of all parameters of the model, as it is: fp32 products summed up in fp64.
+        """Euclidean norm of all parameters that are trained, as they are: fp32 products summed up in fp64.
 
         Each counts once, wherever it lies and however often. Collective: every rank calls it and gets the same.
         """
-        parameters = (parameter for chunk in self.chunks for parameter in chunk.parameters())
+        parameters = (p for chunk in self.chunks for p in chunk.parameters() if p.requires_grad)
         square = torch.zeros((), dtype=torch.float64, device=self.device)
-        for parameter in _counted(parameters, self.layout.student.groups):
+        for parameter in counted(parameters, self.layout.student.groups):
             square += torch.linalg.vector_norm(parameter, dtype=torch.float32).double().square()
         dist.all_reduce(square)
         return float(square.sqrt())
@@ -223,32 +242,25 @@ class Trainer:
     def sharded_state(self, *, loading: bool, any_layout: bool = True) -> dict[str, Any]:
         """Model and optimizer for megatron's distributed checkpoint, in whatever layout this run has.
 
-        any_layout: whether every layout can load it, or only this one (optimizer_state.py).
+        With adapters they are all there is of the model. any_layout: whether every layout can load it, or only this one
+        (optimizer_state.py).
         """
         metadata = {**optimizer_state.CHECKPOINT_FORMATS[any_layout], "dp_cp_group": self.layout.student.groups.dp_cp}
         if loading:
             optimizer_state.prepare_to_load(self.optimizer)
-        models = {f"model{i}": sharded_model(chunk, metadata) for i, chunk in enumerate(self.chunks)}
+        shards = adapters.sharded_adapters if self.lora.on else sharded_model
+        models = {f"model{i}": shards(chunk, metadata) for i, chunk in enumerate(self.chunks)}
         optimizer = self.optimizer.sharded_state_dict(models, is_loading=loading, metadata=metadata)
         average = {"average": self.average.sharded_state()} if self.average else {}
         return {**models, "optimizer": optimizer, **average}
 
     def load(self, state: dict[str, Any]) -> None:
+        load_chunk = adapters.load_adapters if self.lora.on else load_model
         for i, chunk in enumerate(self.chunks):
-            load_model(chunk, state[f"model{i}"])
+            load_chunk(chunk, state[f"model{i}"])
         optimizer_state.load(self.optimizer, state["optimizer"])
         if self.average:
             self.average.load(state["average"])
-
-
-def _counted(parameters: Iterable[Tensor], groups: Any) -> Iterable[Tensor]:
-    """Those that this rank counts: no replica, no copy of a tied embedding, no duplicate of another TP rank."""
-    for parameter in parameters:
-        expert = not getattr(parameter, "allreduce", True)  # megatron's mark: other replicas than a dense one has
-        replica = (groups.expt_dp if expert else groups.dp_cp).rank() != 0
-        whole = expert or param_is_not_tensor_parallel_duplicate(parameter, groups.tp)
-        if whole and not replica and param_is_not_shared(parameter):
-            yield parameter
 
 
 def _forward_step(

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from prune_opd.config import memory_phases as phases
 from prune_opd.config.teacher import EMA
 from prune_opd.model_spec import ModelSpec
+from prune_opd.plan.adapters import adapters_on_rank, kept_change, merging_bytes, trained
 from prune_opd.plan.counts import Count, ParallelSizes, cache_bytes, largest_rank, on_rank, parameters
 from prune_opd.plan.hardware import ENGINE_WORKSPACE, RESERVED
 from prune_opd.plan.setting import Setting, Stages
@@ -103,9 +104,9 @@ def part_bytes(setting: Setting, stages: Stages) -> dict[str, float]:
     engine = parameters(setting.student) * (1 if rollout.quantization else setting.weight_bytes)
     weights = engine / rollout.tensor_parallel
     return {
-        phases.STUDENT: ours.all * setting.weight_bytes,
-        phases.GRADIENTS: ours.all * GRADIENT_BYTES,
-        phases.OPTIMIZER: optimizer_bytes(setting, ours, student),
+        phases.STUDENT: (ours.all + adapters_on_rank(setting)) * setting.weight_bytes,
+        phases.GRADIENTS: trained(setting, ours).all * GRADIENT_BYTES,
+        phases.OPTIMIZER: optimizer_bytes(setting, trained(setting, ours), student),
         phases.TEACHER: theirs.all * setting.weight_bytes * setting.teacher_layers,
         phases.TEACHER_HEAD: head * setting.weight_bytes,
         phases.ROLLOUT_WEIGHTS: weights,
@@ -151,7 +152,7 @@ def working_bytes(setting: Setting, stages: Stages) -> dict[str, float]:
     of_all = setting.responses * setting.lengths.mean(setting.config.horizon.max_len)
     _, trained_on = hidden_bytes(setting, of_all, longest)
     found = {
-        "sync": _sync_bytes(setting),
+        "sync": max(_sync_bytes(setting), merging_bytes(setting)),
         "rollout": float(ENGINE_WORKSPACE),
         "teacher": teacher_bytes(setting, stages, forward, *hidden_bytes(setting, of_all, longest)),
         "train": tokens * _activation_bytes(setting, stages.student)
@@ -204,7 +205,7 @@ def teacher_forward(setting: Setting, tokens: float, stage: int) -> float:
     Nothing is kept for a backward pass: attention's part of a layer is gone when the feed-forward part is there, and
     experts, one after the other, leave their results alone. What a stage gets and sends on is
     there until the next micro-batch has gone through. The memory in which the student gathers its layers' input
-    stays (megatron-core's buffer).
+    stays (megatron-core's buffer; frozen matrices do without).
     """
     spec, layout, config = setting.teacher, setting.teacher_layout, setting.config
     if not setting.teacher_layers:
@@ -213,7 +214,8 @@ def teacher_forward(setting: Setting, tokens: float, stage: int) -> float:
     stream, attention, feed_forward = _layer_parts(spec, layout.tensor, spec.moe is not None and layout.tensor > 1)
     if spec.moe is not None:
         feed_forward = _dispatched_bytes(spec, shared) + 2 * spec.hidden * spec.moe.per_token / shared
-    gathered = _gathered_bytes(setting.student, setting.student_layout.tensor, config.parallel.sequence_parallel)
+    sequence = config.parallel.sequence_parallel and not config.lora.on
+    gathered = _gathered_bytes(setting.student, setting.student_layout.tensor, sequence)
     messages = (stage > 0) + (stage < layout.pipeline - 1)
     sent = 2 * spec.hidden / shared * messages
     each = stream + max(attention, feed_forward) + gathered + sent
@@ -301,13 +303,15 @@ def _activation_bytes(setting: Setting, stage: int) -> float:
     ring = 4 * spec.kv_heads * spec.head_dim / tensor if layout.context > 1 else 0.0
     full = parallel.recompute == "full"
     kept = spec.layers / layout.pipeline / parallel.virtual_pipeline
-    kept *= kept_bytes(spec, tensor, sequence, parallel.recompute) + (0 if full else ring)
+    own = ring + kept_change(spec, setting.config.lora, tensor, sequence)
+    kept *= kept_bytes(spec, tensor, sequence, parallel.recompute) + (0 if full else own)
     sent = 2 * spec.hidden / (tensor if sequence else 1)
     ends_here = stage == layout.pipeline - 1 and parallel.virtual_pipeline == 1
     beside = sent if stage else 0  # the last gradient that went back, until the next one is there
     beside += 2 * sent if parallel.virtual_pipeline > 1 else 0  # what has come for the next chunk, either way
-    again = layer_bytes(spec, tensor, sequence) + ring if full else 0.0
-    return chunks * (kept + (0 if ends_here else sent)) + beside + again + _backward_bytes(spec, tensor, sequence)
+    again = layer_bytes(spec, tensor, sequence) + own if full else 0.0
+    backward = _backward_bytes(spec, tensor, sequence, setting.config.lora.on)
+    return chunks * (kept + (0 if ends_here else sent)) + beside + again + backward
 
 
 def chunks_under_way(stage: int, stages: int, virtual: int) -> int:
@@ -320,16 +324,17 @@ def chunks_under_way(stage: int, stages: int, virtual: int) -> int:
     return after + 1 if virtual == 1 else 2 * after + (virtual - 1) * stages + 1
 
 
-def _backward_bytes(spec: ModelSpec, tensor: int, sequence_parallel: bool) -> float:
+def _backward_bytes(spec: ModelSpec, tensor: int, sequence_parallel: bool, frozen: bool) -> float:
     """Bytes of a token at the fullest moment of a layer's backward pass, beside what the layer has kept of it.
 
     The gradient of SwiGLU's product and of both its factors, less the product, which is gone by then, or what the
     experts' tokens need on their way; the gradient of the layer's output; gathered from the ranks the layer's input,
-    and of a dense layer the gradient of its output.
+    which frozen matrices do not need, and of a dense layer the gradient of its output.
     """
     shared = tensor if sequence_parallel else 1
     feed_forward = 4 * spec.ffn / tensor if spec.moe is None else _dispatched_bytes(spec, shared)
-    gathered = _gathered_bytes(spec, tensor, sequence_parallel) * (2 if spec.moe is None else 1)
+    times = (spec.moe is None) + (not frozen)
+    gathered = _gathered_bytes(spec, tensor, sequence_parallel) * times
     return feed_forward + 2 * spec.hidden / shared + gathered
 
 

@@ -6,7 +6,7 @@ With f(L) a model's forward pass over L tokens (counts.flops_by_length), of a pr
     rollout   f(P + T) − f(P + stale)  of each response, and f(P) without the head once a prompt: its prefill is shared
     teacher   f(P + T − 1) without the head, of the prompt that the teacher reads
     train     3 × the student's f(P + T − 1) without the head, and the loss's heads at T tokens: three products with the
-              student's, one with the teacher's
+              student's, one with the teacher's; with adapters 2 × and two, and three with each of theirs
     MFU       operations / (seconds × ranks × peak)
 """
 
@@ -16,14 +16,16 @@ from collections.abc import Collection, Mapping
 from dataclasses import replace
 from functools import cached_property
 
-from prune_opd.config import TrainConfig
+from prune_opd.config import LoraConfig, TrainConfig
+from prune_opd.config.lora import NO_LORA
 from prune_opd.errors import ConfigError
 from prune_opd.model_spec import ModelSpec
+from prune_opd.plan.adapters import adapter_flops, backward_products
 from prune_opd.plan.counts import flops_by_length
 from prune_opd.plan.hardware import GPUS
 from prune_opd.plan.memory import plan_memory
 from prune_opd.plan.setting import Setting, setting_of
-from prune_opd.plan.time import BACKWARD, step_time
+from prune_opd.plan.time import step_time
 from prune_opd.rollout.batch import Rollouts
 
 PHASES = ("rollout", "teacher", "train")
@@ -37,7 +39,11 @@ def peak_flops(config: TrainConfig) -> float | None:
 
 
 def step_flops(
-    student: ModelSpec, teacher: ModelSpec, rollouts: Rollouts, known: Collection[int] = ()
+    student: ModelSpec,
+    teacher: ModelSpec,
+    rollouts: Rollouts,
+    known: Collection[int] = (),
+    lora: LoraConfig = NO_LORA,
 ) -> dict[str, float]:
     """Floating-point operations of a step by phase, of all ranks together. known: rows the teacher did not compute."""
     whole, body, teacher_body = (
@@ -50,11 +56,14 @@ def step_flops(
     prompts = {prompt.ids: len(prompt.ids) for prompt, row in rows if row.fresh or not row.ids}
     decoded = sum(whole(len(prompt.ids) + len(row.ids)) - whole(len(prompt.ids) + row.stale) for prompt, row in rows)
     lengths, theirs = ([max(n, 0) for n in of] for of in (rollouts.row_length_B, rollouts.teacher_row_length_B))
-    heads = (1 + BACKWARD) * student.vocab_size * student.hidden + teacher.vocab_size * teacher.hidden
+    passes = 1 + backward_products(lora)
+    heads = passes * student.vocab_size * student.hidden + teacher.vocab_size * teacher.hidden
     return {
         "rollout": decoded + sum(map(body, prompts.values())),
         "teacher": sum(teacher_body(length) for row, length in enumerate(theirs) if row not in known),
-        "train": (1 + BACKWARD) * sum(map(body, lengths)) + 2 * heads * rollouts.tokens,
+        "train": passes * sum(map(body, lengths))
+        + adapter_flops(student, lora, sum(lengths))
+        + 2 * heads * rollouts.tokens,
     }
 
 
@@ -73,7 +82,7 @@ class SpeedMeter:
 
         known: rows that the teacher did not compute.
         """
-        flops = step_flops(self.student, self.teacher, rollouts, known)
+        flops = step_flops(self.student, self.teacher, rollouts, known, self.config.lora)
         flops["step"] = sum(flops.values())
         rows = sum(rollouts.row_length_B)
         read = sum(length for row, length in enumerate(rollouts.teacher_row_length_B) if row not in known)

@@ -6,12 +6,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from prune_opd.model_spec import ModelSpec
+from prune_opd.plan.adapters import WHOLE, adapter_flops, backward_products, trained_on_fullest
 from prune_opd.plan.counts import (
     ParallelSizes,
     active_parameters,
     cache_bytes,
     flops_by_length,
-    largest_rank,
     parameters,
     touched_parameters,
 )
@@ -29,7 +29,6 @@ from prune_opd.plan.hardware import (
 from prune_opd.plan.setting import Setting
 
 PHASES = ("sync", "rollout", "teacher", "train", "all-reduce", "overhead")
-BACKWARD = 2  # operations of the backward pass, in forward passes
 PROMPT_SHARE = 0.25  # mean prompt length as a share of rollout.max_prompt_len; assumed
 
 
@@ -138,17 +137,20 @@ def teacher_seconds(setting: Setting, rows: list[float]) -> float:
 def train_seconds(setting: Setting, rows: list[float]) -> float:
     """The student's forward and backward pass (forward twice with recompute), the loss's two heads, the optimizer."""
     spec, layout, parallel = setting.student, setting.student_layout, setting.config.parallel
-    passes = 1 + BACKWARD + (parallel.recompute == "full")
+    backward = backward_products(setting.config.lora)
+    passes = 1 + backward + (parallel.recompute == "full")
     ranks = layout.tensor * layout.pipeline * layout.context
     body = _share(setting, rows, layout.replicas, flops_by_length(spec, head=False)) / ranks
     compute = passes * body / _flops(setting, setting.config.precision.student_fp8.on)
     tokens = _share(setting, rows, layout.replicas, float)
-    heads = (1 + BACKWARD) * spec.vocab_size * spec.hidden
+    compute += adapter_flops(spec, setting.config.lora, tokens) / ranks / _flops(setting, False)
+    heads = (1 + backward) * spec.vocab_size * spec.hidden
     if not setting.config.teacher_server.on:
         heads += setting.teacher.vocab_size * setting.teacher.hidden
     loss = 2 * heads * tokens / (layout.tensor * layout.context) / _flops(setting, False)
-    state = largest_rank(spec, layout).all * (4 + 2 * 12 / (layout.replicas if parallel.distributed_optimizer else 1))
-    traffic = _layer_traffic(setting, spec, layout, tokens, passes)
+    share = layout.replicas if parallel.distributed_optimizer else 1
+    state = trained_on_fullest(setting).all * (4 + 2 * 12 / share)
+    traffic = _layer_traffic(setting, spec, layout, tokens, 1 + WHOLE + (parallel.recompute == "full"))
     traffic += _stage_traffic(setting, spec, layout, tokens, 2 * parallel.virtual_pipeline)
     bubble = _bubble(setting, layout, tokens, parallel.virtual_pipeline)
     return compute * bubble + loss + traffic + state / (setting.gpu.bandwidth * DECODE_EFFICIENCY)
@@ -157,7 +159,7 @@ def train_seconds(setting: Setting, rows: list[float]) -> float:
 def all_reduce_seconds(setting: Setting) -> float:
     """Gradients in fp32 over the replicas in a ring, not overlapped; the distributed optimizer gathers bf16 instead."""
     layout = setting.student_layout
-    count = largest_rank(setting.student, layout)
+    count = trained_on_fullest(setting)
     bytes_each = 4 + (setting.weight_bytes if setting.config.parallel.distributed_optimizer else 4)
     total = 0.0
     for size, ranks in ((count.dense, layout.replicas * layout.context), (count.experts, layout.expert_replicas)):

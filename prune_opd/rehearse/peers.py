@@ -10,15 +10,16 @@ from unittest import mock
 
 import torch.distributed as dist
 
-from prune_opd.config import ParallelConfig
+from prune_opd.config import LoraConfig, ParallelConfig, TrainConfig
 from prune_opd.model_spec import ModelSpec
 from prune_opd.rehearse.watch import Watch
+from prune_opd.weights.adapters import adapter_entries
 from prune_opd.weights.buckets import Holding
 from prune_opd.weights.mapping import LAYERS, Entry, entries
 
 
 @contextmanager
-def answering(watch: Watch, spec: ModelSpec, parallel: ParallelConfig, world: int) -> Iterator[None]:
+def answering(watch: Watch, spec: ModelSpec, config: TrainConfig, world: int) -> Iterator[None]:
     """The ranks of a student's replica say which shards they have; no rank's evidence stops a response in flight.
 
     spec: of the student.
@@ -29,10 +30,10 @@ def answering(watch: Watch, spec: ModelSpec, parallel: ParallelConfig, world: in
 
     def gather(everyone: list[Any], mine: dict[str, Holding], group: Any) -> None:
         dist.all_gather_object(everyone, mine, group=group)  # for the books
-        dtype = next(iter(mine.values())).dtype
+        dtype, merged = next(iter(mine.values())).dtype, with_adapters(spec, config.lora)
         for place, rank in enumerate(dist.get_process_group_ranks(group)):
-            theirs = holdings(spec, parallel, world, rank)
-            everyone[place] = {name: Holding(*shard, dtype) for name, shard in theirs.items()}
+            theirs = holdings(spec, config.parallel, world, rank)
+            everyone[place] = {name: Holding(*shard, dtype, name in merged) for name, shard in theirs.items()}
         if everyone[group.rank()] != mine:
             raise AssertionError("the rehearsal is wrong about which shards a rank has")
 
@@ -46,6 +47,12 @@ def answering(watch: Watch, spec: ModelSpec, parallel: ParallelConfig, world: in
         stack.enter_context(mock.patch.object(InflightGate, "_decide", decide))
         stack.enter_context(mock.patch.object(self_test, "median", lambda logq: 0.0))  # not all ranks have a text
         yield
+
+
+def with_adapters(spec: ModelSpec, lora: LoraConfig) -> set[str]:
+    """The weights that have an adapter, by megatron name."""
+    linears = (entry.megatron.rpartition(".adapter.")[0] for entry in adapter_entries(spec, lora))
+    return {f"{linear}.weight" for linear in linears} if lora.on else set()
 
 
 def holdings(spec: ModelSpec, parallel: ParallelConfig, world: int, rank: int) -> dict[str, tuple[int, int]]:

@@ -153,7 +153,7 @@ class Rehearsal:
             machine.numbers_from_the_host(),
             machine.marks_of_parameters(),
             kernels.of_a_gpu(),
-            peers.answering(self.watch, self.setting.student, self.config.parallel, self.world),
+            peers.answering(self.watch, self.setting.student, self.config, self.world),
             mock.patch.object(layouts, "initialize", lambda parallel, platform, seed: layouts.arrange(parallel, seed)),
             mock.patch.object(product, "make_sampler", lambda *_, **__: prompts.sampler()),
             mock.patch.object(product, "RolloutEngine", stand_ins.Engine),
@@ -262,6 +262,8 @@ class Rehearsal:
         """Parameters whose gradient is not in megatron's buffer after a backward pass."""
         for chunk in self.run.trainer.chunks:
             for name, parameter in chunk.named_parameters():
+                if not parameter.requires_grad:  # beside adapters
+                    continue
                 buffer = getattr(parameter, "main_grad", None)
                 if buffer is None:
                     yield f"{name}: it has no main_grad"

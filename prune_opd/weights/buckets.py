@@ -19,26 +19,29 @@ ALIGNMENT = 256  # bytes: every tensor begins where any dtype and any copy kerne
 
 @dataclass(frozen=True)
 class Holding:
-    """A shard that a rank has: number `index` of `count`."""
+    """A shard that a rank has: number `index` of `count`. merged: it is made when it is sent (adapters.py)."""
 
     index: int
     count: int
     dtype: torch.dtype
+    merged: bool = False
 
 
 @dataclass(frozen=True)
 class Item:
     """One megatron parameter on its way: the whole Hugging Face tensors it becomes, and who sends each shard.
 
-    owners: of each shard, the rank (in the group) that sends it. everywhere: every rank has it whole. at_home: and
-    as it is asked for, so nothing is sent or copied. offsets: bytes from the start of the bucket, none if at_home.
-    wires: where each shard travels, in bytes, if it does not arrive in its place; else none.
+    owners: of each shard, the rank (in the group) that sends it. everywhere: every rank has it whole. merged: as
+    `Holding` has it. at_home: everywhere, and as it is asked for, so nothing is sent or copied. offsets: bytes from the
+    start of the bucket, none if at_home. wires: where each shard travels, in bytes, if it does not arrive in its place;
+    else none.
     """
 
     entry: Entry
     dtype: torch.dtype
     owners: tuple[int, ...]
     everywhere: bool
+    merged: bool = False
     offsets: tuple[int, ...] = ()
     wires: tuple[int, ...] = ()
 
@@ -48,7 +51,7 @@ class Item:
 
     @property
     def at_home(self) -> bool:
-        return self.everywhere and not self.entry.cut.groups
+        return self.everywhere and not self.entry.cut.groups and not self.merged
 
     def wholes(self, buffer: Tensor) -> tuple[Tensor, ...]:
         """The whole tensors as views of the bucket's buffer [bytes]."""
@@ -112,7 +115,7 @@ def make_items(entries: Iterable[Entry], holdings: Sequence[Mapping[str, Holding
             sends[owner] += numbers
             owners.append(owner)
         everywhere = one.count == 1 and len(holders[0]) == len(holdings)
-        yield Item(entry, one.dtype, tuple(owners), everywhere)
+        yield Item(entry, one.dtype, tuple(owners), everywhere, one.merged)
 
 
 def make_buckets(items: Iterable[Item], bucket_bytes: int, *, staging: bool, in_order: bool = False) -> list[Bucket]:

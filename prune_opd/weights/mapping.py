@@ -12,6 +12,7 @@ from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
+from prune_opd.config import LoraConfig
 from prune_opd.model_spec import ModelSpec
 from prune_opd.weights.cut import COLUMNS, ROWS, VOCABULARY, WHOLE, Cut, Shape
 
@@ -93,6 +94,7 @@ class ModelChunk(Protocol):
     """A megatron-core GPT model, or a pipeline stage's chunk of one, as far as its weights go."""
 
     spec: ModelSpec
+    lora: LoraConfig  # of the adapters that its layers have; off: none
     pg_collection: Any  # megatron's ProcessGroupCollection
     decoder: Any  # its TransformerBlock
     share_embeddings_and_output_weights: bool

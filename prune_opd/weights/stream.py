@@ -25,15 +25,17 @@ import torch.distributed as dist
 from torch import Tensor
 
 from prune_opd.process import progress
+from prune_opd.weights.adapters import adapter_entries, has_adapter, merged, write_peft
 from prune_opd.weights.buckets import Bucket, Holding, Item, make_buckets, make_items
 from prune_opd.weights.checksum import Checksums
 from prune_opd.weights.files import HfDirectoryWriter
-from prune_opd.weights.mapping import ModelChunk, entries, local_parameters
+from prune_opd.weights.mapping import Entry, ModelChunk, entries, local_parameters
 from prune_opd.weights.transport import Buffer, Collectives, Flight, Held, SharedMemory, Transport, on_one_machine
 
 MAX_FILE_BYTES = 5 * 2**30
 MIB = 2**20
 BUCKET_MB = 512
+ADAPTER_FOLDER = "adapter"  # of an exported directory
 # Tensors of a bucket that go to the consumer before the next bucket is sent. Its loops hold on to what they had last:
 # vLLM's to a tensor of the layer before until they come to the next layer's q, k and v. Sent earlier, the next bucket
 # would find that buffer taken, and there would be three.
@@ -44,7 +46,8 @@ class Resharder:
     """The stream of one model, to be started as often as its weights change; buckets and buffers are kept.
 
     transport: "collective", "shared" (memory; on one machine without accelerators), or None for the best there is.
-    in_order: the order of `entries`, for files; else the order in which the ranks are busiest (buckets.py).
+    in_order: the order of `entries`, for files; else the order in which the ranks are busiest (buckets.py). table: what
+    is streamed; None: the model, its adapters merged into the weights that have one (adapters.py).
     """
 
     def __init__(
@@ -54,8 +57,10 @@ class Resharder:
         transport: str | None = None,
         *,
         in_order: bool = False,
+        table: Sequence[Entry] | None = None,
     ):
         self.chunks, self.bucket_bytes, self.in_order = chunks, int(bucket_mb * MIB), in_order
+        self.table = list(entries(chunks[0].spec) if table is None else table)
         self.groups: Any = chunks[0].pg_collection
         self.device = next(chunks[0].parameters()).device
         # The ranks that hold one whole model between them: what the experts are divided over may be more than the rest.
@@ -95,16 +100,16 @@ class Resharder:
     @cached_property
     def buckets(self) -> list[Bucket]:
         """What travels together, in order. Collective, the first time."""
-        parameters, table = local_parameters(self.chunks), list(entries(self.chunks[0].spec))
+        parameters = local_parameters(self.chunks)
         here = {
-            entry.megatron: Holding(*entry.shard_of(self.groups), parameters[entry.megatron].dtype)
-            for entry in table
-            if entry.megatron in parameters
+            name: Holding(*entry.shard_of(self.groups), parameters[name].dtype, has_adapter(name, parameters))
+            for entry in self.table
+            if (name := entry.megatron) in parameters
         }
         holdings: list[Any] = [None] * self.group.size()
         dist.all_gather_object(holdings, here, group=self.group)
         return make_buckets(
-            make_items(table, holdings), self.bucket_bytes, staging=self.transport.staging, in_order=self.in_order
+            make_items(self.table, holdings), self.bucket_bytes, staging=self.transport.staging, in_order=self.in_order
         )
 
     @cached_property
@@ -120,11 +125,10 @@ class Resharder:
         return SharedMemory(self.group) if name == "shared" else Collectives(self.group, self.device)
 
     def _held(self, item: Item, parameters: Mapping[str, Tensor]) -> Held:
-        parameter = parameters.get(item.entry.megatron)
+        shard = merged(item.entry.megatron, parameters, self.chunks[0].lora)
         mine, _ = item.entry.shard_of(self.groups)
         return [
-            item.parts(parameter.detach(), index) if parameter is not None and index == mine else None
-            for index in range(item.count)
+            item.parts(shard, index) if shard is not None and index == mine else None for index in range(item.count)
         ]
 
     def _send(
@@ -181,7 +185,8 @@ class _Sent:
 def export_hf(chunks: Sequence[ModelChunk], source_dir: str | Path, out_dir: str | Path, *, write: bool) -> None:
     """Write a Hugging Face directory that transformers and vLLM load: weights of `chunks`, the rest from `source_dir`.
 
-    Collective; only the rank with `write` touches the disk. Bit-equal to the model's parameters.
+    Collective; only the rank with `write` touches the disk. Bit-equal to the model's parameters. Of a model with
+    adapters these are merged into its weights, and `ADAPTER_FOLDER` in it has them as they are, for `peft`.
     """
     writer = HfDirectoryWriter(Path(out_dir), Path(source_dir), MAX_FILE_BYTES) if write else None
     for name, tensor in Resharder(chunks, in_order=True).stream():
@@ -189,3 +194,10 @@ def export_hf(chunks: Sequence[ModelChunk], source_dir: str | Path, out_dir: str
             writer.add(name, tensor)
     if writer:
         writer.finish()
+    spec, lora = chunks[0].spec, chunks[0].lora
+    if lora.on:
+        table = list(adapter_entries(spec, lora))
+        stream = Resharder(chunks, in_order=True, table=table).stream()
+        tensors = {name: tensor.cpu().clone() for name, tensor in stream if write}
+        if write:
+            write_peft(Path(out_dir) / ADAPTER_FOLDER, spec, lora, str(source_dir), tensors)

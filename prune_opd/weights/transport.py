@@ -191,8 +191,11 @@ class SharedMemory:
 
 
 def _undivided(item: Item, held: Held) -> tuple[Tensor, ...] | None:
-    """The whole tensors where this rank's parameter already is them, without a copy; else None."""
-    mine = held[0] if item.count == 1 and not item.entry.cut.groups else None
+    """The whole tensors where this rank's parameter already is them, without a copy; else None.
+
+    What is merged for the stream goes into the buffer, so that it is let go of with the next bucket.
+    """
+    mine = held[0] if item.count == 1 and not item.entry.cut.groups and not item.merged else None
     return mine if mine is not None and all(part.is_contiguous() for part in mine) else None
 
 

@@ -73,7 +73,7 @@ def build_run(config: TrainConfig, layout: Any, run_dir: Path) -> Any:
     from prune_opd.megatron.make_teacher import make_teacher
     from prune_opd.megatron.model import dtype_of
     from prune_opd.megatron.sync import WeightSync
-    from prune_opd.megatron.trainer import Trainer
+    from prune_opd.megatron.trainer import Trainer, Tuning
     from prune_opd.method.calibration import Calibration
     from prune_opd.method.horizon import make_controller
     from prune_opd.rollout.phase import RolloutPhase
@@ -81,7 +81,8 @@ def build_run(config: TrainConfig, layout: Any, run_dir: Path) -> Any:
 
     machine, parallel, dtype = platform.prepare(), config.parallel, dtype_of(config.precision.params)
     sampler = make_sampler(config.data, AutoTokenizer.from_pretrained(config.student), config.seed)
-    trainer = Trainer(config.student, config.optimizer, parallel, config.steps, layout, dtype, machine.device)
+    tuning, steps = Tuning(lora=config.lora, seed=config.seed), config.steps
+    trainer = Trainer(config.student, config.optimizer, parallel, steps, layout, dtype, machine.device, tuning)
     teacher = make_teacher(config, layout, dtype, machine.device, run_dir)
     if config.teacher == EMA:
         trainer.average = MovingAverage(teacher, trainer.chunks, config.teacher_ema.decay, config.rollout.bucket_mb)

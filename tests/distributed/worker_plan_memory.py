@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 
 from prune_opd import platform
-from prune_opd.config import OptimizerConfig, ParallelConfig, PrecisionConfig, TrainConfig
+from prune_opd.config import LoraConfig, OptimizerConfig, ParallelConfig, PrecisionConfig, TrainConfig
 from prune_opd.config.recipe import load_recipe
 
 CASES: dict[str, dict[str, Any]] = {
@@ -32,7 +32,22 @@ CASES: dict[str, dict[str, Any]] = {
     "qwen2 DP2+dist-opt": {"tensor": 1, "distributed_optimizer": True},
     "qwen3_moe EP2+dist-opt": {"tensor": 1, "expert": 2, "teacher_expert": 2, "distributed_optimizer": True},
     "qwen3_moe TP2+SP EP2": {"tensor": 2, "sequence_parallel": True, "expert": 2},
+    "qwen2 LoRA TP2+SP": {"tensor": 2, "sequence_parallel": True},
+    "qwen2 LoRA TP2": {"tensor": 2},
+    "qwen2 LoRA PP2": {"tensor": 1, "pipeline": 2},
+    "qwen2 LoRA DP2+dist-opt": {"tensor": 1, "distributed_optimizer": True},
+    "qwen2 LoRA DP2 full": {"tensor": 1, "recompute": "full"},
+    "qwen2 LoRA of attention DP2": {"tensor": 1},
+    "qwen2 LoRA of proj TP2+SP": {"tensor": 2, "sequence_parallel": True},
 }
+ATTENTION = LoraConfig(rank=8, targets=("linear_qkv", "linear_proj"))
+ADAPTERS = {"LoRA of attention": ATTENTION, "LoRA of proj": LoraConfig(rank=8, targets=("linear_proj",))}
+
+
+def adapters_of(case: str) -> LoraConfig:
+    """By what the case's name has."""
+    named = next((lora for name, lora in ADAPTERS.items() if name in case), None)
+    return named or LoraConfig(rank=8 if "LoRA" in case else 0)
 
 
 def measured(config: TrainConfig, layout: Any) -> dict[str, float]:
@@ -40,10 +55,10 @@ def measured(config: TrainConfig, layout: Any) -> dict[str, float]:
     from prune_opd.megatron.offload import optimizer_tensors
     from prune_opd.megatron.packing import pack
     from prune_opd.megatron.teacher import Teacher
-    from prune_opd.megatron.trainer import Trainer
+    from prune_opd.megatron.trainer import Trainer, Tuning
 
-    cpu = torch.device("cpu")
-    trainer = Trainer(config.student, OptimizerConfig(lr=1e-4), config.parallel, 1, layout, torch.bfloat16, cpu)
+    cpu, tuning = torch.device("cpu"), Tuning(lora=config.lora)
+    trainer = Trainer(config.student, OptimizerConfig(lr=1e-4), config.parallel, 1, layout, torch.bfloat16, cpu, tuning)
     teacher = Teacher(config.teacher, layout, torch.bfloat16, cpu, 1000)
     ids = [(1, 2, 3, 4)] * 2
     batches = pack(ids, ids, [layout.student.dp_rank], 1000, cpu, trainer.chunks[0].token_multiple)
@@ -85,12 +100,14 @@ def saved(model: Any, batch: Any) -> float:
 
 def planned_activations(config: TrainConfig, setting: Any) -> float:
     """The planner's bytes of a token, as far as `saved` sees them."""
+    from prune_opd.plan.adapters import kept_change
     from prune_opd.plan.memory import kept_bytes
 
     spec, parallel = setting.student, config.parallel
     tensor, shared = parallel.tensor or 1, (parallel.tensor or 1) if parallel.sequence_parallel else 1
     kept = kept_bytes(spec, tensor, parallel.sequence_parallel, parallel.recompute)
     if parallel.recompute != "full":
+        kept += kept_change(spec, config.lora, tensor, parallel.sequence_parallel)
         before_norm = 2 * spec.heads * spec.head_dim / tensor * spec.qk_norm
         kept -= 4 * spec.hidden / shared + before_norm  # inputs of the norms: see `saved`
     if parallel.recompute == "none":
@@ -120,6 +137,7 @@ def main(models: Path, out: Path) -> None:
             teacher=model,
             parallel=ParallelConfig(nproc=world, **settings),
             precision=PrecisionConfig(params="bf16"),
+            lora=adapters_of(case),
         )
         mine = measured(config, layouts.arrange(config.parallel, seed=0))
         gc.collect()

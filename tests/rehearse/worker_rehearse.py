@@ -19,7 +19,7 @@ from unittest import mock
 
 import torch
 
-from prune_opd.config import TrainConfig
+from prune_opd.config import LoraConfig, TrainConfig
 from prune_opd.config.recipe import load_recipe
 from prune_opd.rehearse import machine
 
@@ -125,6 +125,8 @@ LAYOUTS: dict[str, tuple[dict[str, Any], int]] = {
     "CP2 last": ({**RING, "recompute": "none"}, 31),
     "CP4 middle": ({"context": 4, "recompute": "none"}, 16),
     "PP2xCP2 last": ({"context": 2, **PIPELINE}, 31),
+    "LoRA": ({"recompute": "none"}, 31),
+    "LoRA PP4 last": (STAGES, 31),
 }
 LAYERS = 12  # that all of these stages and chunks divide
 
@@ -158,6 +160,7 @@ def recipe(name: str) -> dict[str, Any]:
     config = load_recipe(SMALL if name in LAYOUTS else name)
     assert isinstance(config, TrainConfig)
     config = replace(config, parallel=replace(config.parallel, loss_chunk_tokens=8192, **layout))
+    config = replace(config, lora=LoraConfig(rank=32 if "LoRA" in name else 0))
     nodes = config.planning.nodes
     cut = Cut(layers=LAYERS if name in LAYOUTS else ONE_LAYER, microbatches=1)
     found = rehearse_rank(config, nodes, rank % (nodes * config.parallel.nproc), cut)

@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from tests.distributed.ranks import REPOSITORY, run_ranks
 from tests.models import tensors_of, write_model
 from tests.te import stub
-from tests.te.cases import CASES
+from tests.te.cases import ADAPTERS, CASES
 
 WORKER = Path(__file__).with_name("worker_te_spec.py")
 PACKAGES = REPOSITORY / ".venv-te"
@@ -29,6 +29,8 @@ TE_NAMES = {
     "input_layernorm.weight": "self_attention.linear_qkv.layer_norm_weight",
     "pre_mlp_layernorm.weight": "mlp.linear_fc1.layer_norm_weight",
 }
+# The stub's own refusal, or that of torch's CPU build when Transformer Engine asks for a CUDA stream first.
+REFUSALS = ("StubCalledError: ", "RuntimeError: Tried to instantiate dummy base class _cuda")
 SPARSE = [case for case in CASES if "moe" in case]
 
 Descriptions = dict[str, dict[str, Any]]
@@ -91,9 +93,7 @@ def test_transformer_engines_modules_are_taken_where_it_is_installed(
 
 @pytest.mark.parametrize("case", CASES)
 def test_only_the_local_modules_run_without_a_gpu(te: Descriptions, local: Descriptions, case: str) -> None:
-    # The stub's own refusal, or that of torch's CPU build when Transformer Engine asks for a CUDA stream first.
-    refusals = ("StubCalledError: ", "RuntimeError: Tried to instantiate dummy base class _cuda")
-    assert te[case]["forward"].startswith(refusals)
+    assert te[case]["forward"].startswith(REFUSALS)
     assert local[case]["forward"] == "[4, 64]"
 
 
@@ -103,6 +103,18 @@ def test_the_mapping_covers_exactly_transformer_engines_parameters(te: Descripti
     assert len(te[case]["own names"]) == len(te[case]["entries"])
     beside = te[case]["beside parameters"]
     assert beside and all(name.endswith("_extra_state") for name in beside)  # no weights, and not mapped
+
+
+@pytest.mark.parametrize("case", ADAPTERS)
+def test_a_layer_with_adapters_has_its_norms_apart_and_the_same_names(folder: Path, case: str) -> None:
+    te, local = (json.loads((folder / f"{side}_adapters.json").read_text())[case] for side in ("te", "local"))
+    assert (te["qkv"], te["norm"]) == ("TEColumnParallelLinear", "transformer_engine")
+    assert (local["qkv"], local["norm"]) == ("ColumnParallelLinear", "prune_opd")
+    assert te["own"] == te["entries"] == local["own"] == local["entries"]
+    assert te["trained"] == local["trained"] == [name for name in te["own"] if ".adapter." in name]
+    assert te["sharded"].keys() == local["sharded"].keys()  # two ranks and one: other shapes
+    assert local["forward"] == "[4, 64]"
+    assert te["forward"].startswith(REFUSALS)
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -18,8 +18,8 @@ from typing import Any
 import torch
 
 from prune_opd import platform
-from prune_opd.config import ParallelConfig
-from tests.te.cases import CASES
+from prune_opd.config import LoraConfig, ParallelConfig
+from tests.te.cases import ADAPTERS, CASES
 
 
 def described(chunk: Any, layout: Any) -> dict[str, Any]:
@@ -41,6 +41,27 @@ def described(chunk: Any, layout: Any) -> dict[str, Any]:
         "entries": [entry.megatron for entry in entries(chunk.spec)],
         "beside parameters": sorted(chunk.state_dict().keys() - dict(chunk.named_parameters()).keys()),
         "sharded": sharded_keys(chunk),
+        "forward": forward(chunk, layout),
+    }
+
+
+def with_adapters(model_dir: Path, layout: Any, lora: LoraConfig) -> dict[str, Any]:
+    """A student with adapters: its linear layers and norms, its parameters' names in the whole model, and the table."""
+    from prune_opd.megatron.lora import attach, sharded_adapters
+    from prune_opd.megatron.model import build
+    from prune_opd.weights.adapters import adapter_entries
+    from prune_opd.weights.mapping import entries, local_parameters
+
+    (chunk,) = chunks = build(model_dir, layout, torch.float32, trainable=True, fused_norms=False)
+    attach(chunks, lora, seed=0)
+    layer, here = chunk.decoder.layers[-1], local_parameters(chunks)
+    return {
+        "qkv": type(layer.self_attention.linear_qkv).__name__,
+        "norm": type(layer.input_layernorm).__module__.split(".")[0],
+        "own": sorted(here),
+        "entries": sorted(e.megatron for e in (*entries(chunk.spec), *adapter_entries(chunk.spec, lora))),
+        "trained": sorted(name for name, parameter in here.items() if parameter.requires_grad),
+        "sharded": {name: list(shard.data.shape) for name, shard in sharded_adapters(chunk).items()},
         "forward": forward(chunk, layout),
     }
 
@@ -103,8 +124,10 @@ def main(folder: Path, side: str, saved_by: str | None = None) -> None:
             missing, unexpected = chunk.load_state_dict(state, strict=False)
             descriptions[case]["not loaded"] = [*missing, *unexpected]
             export_hf(chunks, folder / case, out / f"from_{saved_by}", write=job.is_main)
+    adapted = {case: with_adapters(folder / case, job.student, lora) for case, lora in ADAPTERS.items()}
     if job.is_main:
         (folder / f"{side}.json").write_text(json.dumps(descriptions))
+        (folder / f"{side}_adapters.json").write_text(json.dumps(adapted))
     layouts.shutdown()
 
 
