@@ -19,6 +19,7 @@ from scripts import gpu_check, gpu_check_folder
 from scripts.gpu import engine, loss, reload, variants
 from scripts.gpu.rows import FULL, SMALL, Row
 from scripts.gpu_check import run
+from tests.distributed.ranks import REPOSITORY
 
 # What a machine has that has torch and numpy: those, what torch itself needs, and Triton.
 # fmt: off
@@ -69,6 +70,30 @@ def test_every_step_runs_on_a_machine_that_has_torch_alone(tmp_path: Path) -> No
     page = (tmp_path / "out" / "gpu-check.md").read_text()
     assert all(f"| {row.step} | {row.what} |" in page for row in rows)
     assert all(f"\n| {step} | {gpu_check.ESTIMATED[step]} | " in page for step in gpu_check.STEPS)
+
+
+def test_the_steps_of_the_kernels_run_interpreted(tmp_path: Path) -> None:
+    triton = REPOSITORY / ".venv-triton"
+    if not (triton / "triton").is_dir():
+        pytest.skip("Triton is not in .venv-triton: run `make setup-triton-test` (200 MB)")
+    path = os.pathsep.join([str(REPOSITORY), str(triton)])
+    program = [
+        sys.executable,
+        "scripts/gpu_check.py",
+        "--small",
+        "--steps",
+        "kernels",
+        "variants",
+        "--out",
+        str(tmp_path),
+    ]
+    environment = {**os.environ, "PYTHONPATH": path, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(program, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = [Row(**row) for row in json.loads((tmp_path / "gpu-check.json").read_text())]
+    assert not [row for row in rows if row.figure.startswith("not here")]
+    assert len([row for row in rows if row.step == "kernels" and row.passed]) == 6  # objectives × formats
+    assert {row.what: row.passed for row in rows}["gradients by tiles and warps"]
 
 
 def test_all_steps_are_reckoned_to_take_ten_minutes() -> None:
