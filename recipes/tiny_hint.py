@@ -12,7 +12,7 @@ the package:
 
 from dataclasses import replace
 
-from prune_opd.config import DataConfig, HorizonConfig, ParallelConfig, TrainConfig
+from prune_opd.config import DataConfig, ParallelConfig, TrainConfig
 from prune_opd.config.paths import tiny_model
 from prune_opd.recipes.tiny_compatible import tiny_compatible
 from prune_opd.recipes.tiny_hint_student import tiny_hint_student
@@ -33,6 +33,6 @@ def tiny_hint() -> TrainConfig:
             teacher_prompt="{prompt} {solution} <ask>",
             max_teacher_prompt_len=288,
         ),
-        horizon=HorizonConfig(strategy="full", max_len=216),
+        horizon=replace(base.horizon, strategy="full"),
         parallel=ParallelConfig(nproc=1, tensor=1),
     )
