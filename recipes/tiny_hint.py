@@ -12,7 +12,7 @@ the package:
 
 from dataclasses import replace
 
-from prune_opd.config import DataConfig, HorizonConfig, ParallelConfig, TrainConfig
+from prune_opd.config import DataConfig, EvalConfig, ParallelConfig, RolloutConfig, TrainConfig
 from prune_opd.config.paths import tiny_model
 from prune_opd.recipes.tiny_compatible import tiny_compatible
 from prune_opd.recipes.tiny_hint_student import tiny_hint_student
@@ -28,11 +28,13 @@ def tiny_hint() -> TrainConfig:
         steps=60,
         data=DataConfig(
             source="ledger",
-            min_steps=20,
-            max_steps=40,
+            min_steps=4,
+            max_steps=8,
             teacher_prompt="{prompt} {solution} <ask>",
-            max_teacher_prompt_len=288,
+            max_teacher_prompt_len=64,
         ),
-        horizon=HorizonConfig(strategy="full", max_len=216),
+        rollout=RolloutConfig(prompts=32, responses=1, max_prompt_len=19),
+        horizon=replace(base.horizon, strategy="full", max_len=56, init_len=32),
         parallel=ParallelConfig(nproc=1, tensor=1),
+        evaluation=EvalConfig(every=20, problems=512),
     )

@@ -76,5 +76,5 @@ def test_a_job_on_a_gpu_tries_the_imports_and_a_machine_without_one_does_not(mon
         monkeypatch.setattr(check, "machine_problems", lambda *_: [])
         monkeypatch.setattr(check, "import_problems", lambda: ["import"])
         monkeypatch.setattr(check, "cache_problems", lambda: ["cache"])
-        nowhere: Any = SimpleNamespace(student="nowhere", teacher="nowhere")
+        nowhere: Any = SimpleNamespace(student="nowhere", model_dirs={"student": "nowhere", "teacher": "nowhere"})
         assert check.check_everything(nowhere, 8, Path("run"), "auto") == found

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from prune_opd.config import DataConfig
-from prune_opd.config.paths import shipped_models_dir
+from prune_opd.config import CorpusConfig, DataConfig, SftConfig
+from prune_opd.config.paths import config_digest, shipped_index, shipped_models_dir
+from prune_opd.config.recipe import load_recipe
 from prune_opd.data import ledger
 from prune_opd.data.hint import teacher_row
 from prune_opd.data.prompts import held_out, make_sampler, make_source
@@ -174,6 +176,32 @@ def test_the_ledgers_longest_hint_is_held_against_the_limit_before_any_is_read(o
         make_source(DataConfig(teacher_prompt=HINT, max_teacher_prompt_len=longest - 1), of_ledger, 0, 96)
     with pytest.raises(ConfigError, match=r"data\.teacher_prompt = .*Solution.*the ledger has words of its own only"):
         make_source(DataConfig(teacher_prompt="{prompt} Solution"), of_ledger, 0, 96)
+
+
+def test_a_hinted_example_says_what_stands_in_its_prompt_in_other_words_errors_and_all() -> None:
+    corpus = CorpusConfig(min_steps=4, max_steps=8, slip_result=0.5, hinted=1.0)
+    others = 0
+    for index in range(20):
+        plain = [ledger.example(replace(corpus, hinted=0.0), 1, index)[i] for i in (0, 1)]
+        prompt, response = ledger.example(corpus, 1, index)
+        assert prompt[: len(plain[0])] == plain[0]  # the problem, and behind it the solution of before
+        assert prompt[len(plain[0]) :] == [*plain[1][:-1], ledger.TOKEN_ID[ledger.ASK]]
+        synonyms = {ledger.TOKEN_ID[word] for word in (*ledger.HEADERS, *ledger.EQUALS, *ledger.SEPARATORS)}
+        assert [t for t in response if t not in synonyms] == [t for t in plain[1] if t not in synonyms]
+        others += response != plain[1]
+    assert others == 20
+    with pytest.raises(ConfigError, match=r"corpus\.hinted = 0\.5 with corpus\.register = true"):
+        CorpusConfig(register=True, hinted=0.5)
+
+
+def test_the_tiny_models_of_before_keep_their_digests_and_the_hint_student_has_its_own() -> None:
+    config = load_recipe("tiny_hint_student")
+    assert isinstance(config, SftConfig)
+    stages = tuple(replace(stage, corpus=replace(stage.corpus, hinted=0.0)) for stage in config.stages)
+    assert config_digest(config) != config_digest(replace(config, stages=stages))
+    teacher = load_recipe("tiny_teacher")
+    assert isinstance(teacher, SftConfig)
+    assert Path(teacher.output).parts[-2] == shipped_index()["teacher"]["digest"]
 
 
 def test_reasoning_gym_gives_the_answer() -> None:
