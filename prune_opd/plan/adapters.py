@@ -61,7 +61,8 @@ def kept_change(spec: ModelSpec, lora: LoraConfig, tensor: int, sequence_paralle
     """Bytes of a token that a layer with adapters keeps, less those of one whose matrices are trained.
 
     A x of each adapter is more. A frozen matrix without an adapter does not keep its input; attention and norms keep
-    what they have made in any case, which is what proj gets and what qkv's and fc1's inputs come from.
+    what they have made in any case, which is what proj gets and what qkv's and fc1's inputs come from. (The student's
+    first layer keeps nothing of what comes before its first adapter: a plan takes all layers alike.)
     """
     if not lora.on:
         return 0.0

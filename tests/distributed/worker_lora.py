@@ -152,7 +152,6 @@ def first_step_is_the_base(models: Path, layout: Any, dtype: torch.dtype) -> dic
     }
 
 
-@torch.no_grad()
 def average_takes_in_the_adapters(models: Path, out: Path, layout: Any) -> float:
     """Largest difference of a teacher at the moving average from the mean of the student before and after."""
     settings = {"teacher": "ema", "teacher_ema": TeacherEmaConfig(decay=0.5), "lora": LORA}

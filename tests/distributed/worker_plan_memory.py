@@ -38,10 +38,11 @@ CASES: dict[str, dict[str, Any]] = {
     "qwen2 LoRA DP2+dist-opt": {"tensor": 1, "distributed_optimizer": True},
     "qwen2 LoRA DP2 full": {"tensor": 1, "recompute": "full"},
     "qwen2 LoRA of attention DP2": {"tensor": 1},
-    "qwen2 LoRA of proj TP2+SP": {"tensor": 2, "sequence_parallel": True},
+    "qwen2 LoRA of ends TP2+SP": {"tensor": 2, "sequence_parallel": True},
 }
 ATTENTION = LoraConfig(rank=8, targets=("linear_qkv", "linear_proj"))
-ADAPTERS = {"LoRA of attention": ATTENTION, "LoRA of proj": LoraConfig(rank=8, targets=("linear_proj",))}
+ENDS = LoraConfig(rank=8, targets=("linear_qkv", "linear_fc2"))
+ADAPTERS = {"LoRA of attention": ATTENTION, "LoRA of ends": ENDS}
 
 
 def adapters_of(case: str) -> LoraConfig:
