@@ -133,6 +133,11 @@ def _objective_problems(server: TeacherServerConfig, objective: ObjectiveConfig)
         )
     if objective.k > server.k:
         found.append(f"objective.k = {objective.k}: {best}; raise teacher_server.k, or set objective.k={server.k}")
+    if objective.tail == "bucket" and server.k < 2 * objective.k:
+        found.append(
+            f"objective.tail = bucket and objective.k = {objective.k}: {best}; where it is sure, the mass beside "
+            f"these is lost in rounding, so ids beyond them must be known: set teacher_server.k={2 * objective.k}"
+        )
     if objective.baseline != "none":
         found.append(
             f"objective.baseline = {objective.baseline}: it is on the whole vocabulary, and {best}; set "

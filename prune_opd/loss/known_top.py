@@ -64,14 +64,17 @@ class KnownTopHead(OutputHead):
         self._other_N1 = self._rest(there_NK, other_N1, vocab_size)
 
     def _rest(self, there_NK: Tensor, other_N1: Tensor, vocab_size: int) -> Tensor:
-        """Log q [N, 1] of each id that is not known, if they share what is left, but below the least of the best."""
-        double_NC = self._logp_NC.double()
-        tiny = torch.finfo(torch.float32).tiny
-        left_N1 = (1 - double_NC.exp().sum(dim=1, keepdim=True)).clamp(min=tiny)
+        """Log q [N, 1] of each id that is not known, if they share what is left, but below the least of the best.
+
+        Of a teacher that is sure, 1 less the known ids' mass is rounding; that bound is then nearer.
+        """
+        left_N1 = 1 - self._logp_NC.double().exp().sum(dim=1, keepdim=True)
         count_N1 = vocab_size - there_NK.sum(dim=1, keepdim=True) - other_N1.int()
-        even_N1 = left_N1.log() - count_N1.clamp(min=1).log()
-        least_N1 = double_NC[:, :-1].masked_fill(~there_NK, math.inf).amin(dim=1, keepdim=True)
-        return torch.minimum(even_N1, least_N1 - 1e-6).to(self.dtype)
+        even_N1 = left_N1.clamp(min=torch.finfo(torch.float32).tiny).log() - count_N1.clamp(min=1).double().log()
+        least_N1 = self._logp_NC[:, :-1].masked_fill(~there_NK, math.inf).amin(dim=1, keepdim=True)
+        # The next number below, in this very format: an equal one with a lower id would come before it in a top-k.
+        below_N1 = torch.nextafter(least_N1, torch.full_like(least_N1, -math.inf))
+        return torch.minimum(even_N1.to(self.dtype), below_N1)
 
     def align(self, rows: int) -> None:
         """Nothing to exchange: it has the student's part of the vocabulary."""

@@ -37,7 +37,7 @@ OBJECTIVES = {
     "forward": ObjectiveConfig("topk_forward_kl", k=8),
     "sampled": ObjectiveConfig("sampled_token", k=8),
 }
-K = 8
+K = 16
 
 
 def steps(config: TrainConfig, layout: Any, out: Path, count: int = 2) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from prune_opd.errors import ConfigError
 from prune_opd.loss import GateStats, Head, KnownTop, Method, Tokens, distill_loss
 from tests.reference import GATE, NO_WEIGHTING, OBJECTIVES, USUAL, WEIGHTINGS, Case
 
-K = 9
+K = 12  # twice the objectives' k, for the bucket
 FULL = HorizonConfig(strategy="full")
 SERVER = TeacherServerConfig(url="http://127.0.0.1:1", k=K)
 GATES = [
@@ -31,7 +31,8 @@ GATES = [
     dataclasses.replace(GATE, weight_normalisation="mean"),
     GateConfig("teacher_top_p", k=K, w_drop=0.15, top_p=0.6),
     dataclasses.replace(GATE, metric="shared_mass"),
-    *(dataclasses.replace(GATE, metric=metric, alarm=3.0) for metric in ("acceptance", "change_point")),
+    dataclasses.replace(GATE, metric="acceptance", threshold=0.6),
+    dataclasses.replace(GATE, metric="change_point", alarm=3.0),
     dataclasses.replace(GATE, metric="kl_agreement", low_tokens=3, threshold=0.9),
 ]
 
