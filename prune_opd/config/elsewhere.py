@@ -63,7 +63,7 @@ class TeacherServerConfig(Checked, name="teacher_server"):
     url: str | None = None  # http://HOST:PORT; null: the teacher is in the job
     # the id that it must serve; null: that of `teacher`'s weights, NAME-DIGEST, as `make serve-teacher` names it
     model: str | None = None
-    k: Count = 16  # of the teacher's best ids, for each token; at most the server's --max-logprobs
+    top_k: Count = 16  # of the teacher's best ids, for each token; at most the server's --max-logprobs
     concurrency: Count = 8  # requests of a rank that are under way at a time
     timeout: Positive = 120.0  # seconds for a request and its whole answer
     retries: CountOrZero = 4  # of a request that failed, after 1, 2, 4 … seconds
@@ -120,7 +120,7 @@ def check_teacher_server(
 
 
 def _objective_problems(server: TeacherServerConfig, objective: ObjectiveConfig) -> list[str]:
-    best, found = f"the server knows the teacher's {server.k} best ids and the sampled one", []
+    best, found = f"the server knows the teacher's {server.top_k} best ids and the sampled one", []
     if objective.name in WHOLE_VOCABULARY:
         found.append(
             f"objective.name = {objective.name}: it is on the whole vocabulary, and {best}; take topk_forward_kl, "
@@ -131,12 +131,14 @@ def _objective_problems(server: TeacherServerConfig, objective: ObjectiveConfig)
             f"objective.support = {objective.support}: {best}, not the student's; set objective.support=teacher or "
             "intersection"
         )
-    if objective.k > server.k:
-        found.append(f"objective.k = {objective.k}: {best}; raise teacher_server.k, or set objective.k={server.k}")
-    if objective.tail == "bucket" and server.k < 2 * objective.k:
+    if objective.k > server.top_k:
+        found.append(
+            f"objective.k = {objective.k}: {best}; raise teacher_server.top_k, or set objective.k={server.top_k}"
+        )
+    if objective.tail == "bucket" and server.top_k < 2 * objective.k:
         found.append(
             f"objective.tail = bucket and objective.k = {objective.k}: {best}; where it is sure, the mass beside "
-            f"these is lost in rounding, so ids beyond them must be known: set teacher_server.k={2 * objective.k}"
+            f"these is lost in rounding, so ids beyond them must be known: set teacher_server.top_k={2 * objective.k}"
         )
     if objective.baseline != "none":
         found.append(
@@ -158,22 +160,22 @@ def _objective_problems(server: TeacherServerConfig, objective: ObjectiveConfig)
 
 
 def _other_problems(server: TeacherServerConfig, gate: GateConfig | None, weighting: WeightingConfig) -> list[str]:
-    best, found = f"the server knows the teacher's {server.k} best ids and the sampled one", []
+    best, found = f"the server knows the teacher's {server.top_k} best ids and the sampled one", []
     if gate is not None and gate.metric in ("acceptance", "change_point", "kl_agreement"):
         found.append(
             f"gate.metric = {gate.metric}: it needs the teacher's probability of the student's ids, and {best}; take "
             "overlap, overlap_quantile, shared_mass or teacher_top_p"
         )
-    if gate is not None and gate.k > server.k:
-        found.append(f"gate.k = {gate.k}: {best}; raise teacher_server.k, or set gate.k={server.k}")
+    if gate is not None and gate.k > server.top_k:
+        found.append(f"gate.k = {gate.k}: {best}; raise teacher_server.top_k, or set gate.k={server.top_k}")
     if weighting.name in ("entropy_aware", "tip"):
         found.append(
             f"weighting.name = {weighting.name}: it is made of sums over the teacher's whole vocabulary, and {best}; "
             "take iw_opd, sdar or tropd"
         )
-    if weighting.name == "tropd" and weighting.forward_k > server.k:
+    if weighting.name == "tropd" and weighting.forward_k > server.top_k:
         found.append(
-            f"weighting.forward_k = {weighting.forward_k}: {best}; raise teacher_server.k, or set "
-            f"weighting.forward_k={server.k}"
+            f"weighting.forward_k = {weighting.forward_k}: {best}; raise teacher_server.top_k, or set "
+            f"weighting.forward_k={server.top_k}"
         )
     return found

@@ -132,7 +132,7 @@ class TeacherClient:
             raise _PassingError(f"HTTP {answer.status}: {said}")
         raise UserError(
             f"teacher_server.url = {self.url!r} refuses {method} {path} with HTTP {answer.status}: {said}; see that it "
-            "is a vLLM server of the teacher (make serve-teacher), with --max-logprobs of at least teacher_server.k"
+            "is a vLLM server of the teacher (make serve-teacher), with --max-logprobs of at least teacher_server.top_k"
         )
 
     def _strange(self, path: str, answer: Any, reason: Exception) -> UserError:

@@ -37,7 +37,7 @@ def main(
     model: Annotated[Path, typer.Argument(help="The teacher's Hugging Face directory.", metavar="MODEL_DIR")],
     options: Annotated[list[str] | None, typer.Argument(help="Options of vLLM's server, after --.")] = None,
     port: Annotated[int, typer.Option(help="On the loopback.", min=1, max=65535)] = 8200,
-    k: Annotated[int, typer.Option(help="Most ids that a run may ask for: its teacher_server.k.", min=1)] = 32,
+    k: Annotated[int, typer.Option(help="Most ids that a run may ask for: its teacher_server.top_k.", min=1)] = 32,
     name: Annotated[bool, typer.Option("--name", help="Only print the name that it would have.")] = False,
 ) -> None:
     """Serve a teacher to runs with teacher_server.url=http://127.0.0.1:PORT."""

@@ -57,7 +57,7 @@ class ServedTeacher:
         self.record: dict[str, float] = {}
         self.known: tuple[int, ...] = ()
         self.head_weight = torch.empty(0, device=device)
-        self.nothing = torch.empty(0, 2 * self.server.k + 1, dtype=torch.int32, device=device)
+        self.nothing = torch.empty(0, 2 * self.server.top_k + 1, dtype=torch.int32, device=device)
         self.rows: RowCache | None = None
         self.probe = run_dir / PROBE
         self.most = MISMATCH_LIMIT[config.precision.params]
@@ -69,7 +69,7 @@ class ServedTeacher:
     @property
     def identity(self) -> str:
         """Of its rows on disk; the name has the digest of its weights (`check_teacher_server`)."""
-        return hashlib.blake2b(f"{self.name} {self.server.k} best ids".encode(), digest_size=16).hexdigest()
+        return hashlib.blake2b(f"{self.name} {self.server.top_k} best ids".encode(), digest_size=16).hexdigest()
 
     def keep_in(self, store: RowStore) -> None:
         self.rows = RowCache(store, self.layout, NAME, self.nothing)
@@ -116,7 +116,7 @@ class ServedTeacher:
 
     def view(self, best_MC: Tensor) -> KnownTop:
         """Some tokens' numbers as the loss takes them."""
-        ids_MK, logp_MK, sampled_M1 = best_MC.split([self.server.k, self.server.k, 1], dim=1)
+        ids_MK, logp_MK, sampled_M1 = best_MC.split([self.server.top_k, self.server.top_k, 1], dim=1)
         logp_MK, sampled_M1 = (bits.contiguous().view(torch.float32) for bits in (logp_MK, sampled_M1))
         return KnownTop(ids_MK.long(), logp_MK, sampled_M1.squeeze(1))
 
@@ -127,7 +127,7 @@ class ServedTeacher:
             self._check_probe()  # a server that was started again may have another model under the same name
         prompts = rollouts.teacher_prompt_ids
         texts = [(prompts[row], rollouts.responses[row].ids) for row in rows]
-        scores = self.client.score(self.name, texts, self.server.k)
+        scores = self.client.score(self.name, texts, self.server.top_k)
         return {row: _packed(of_row).to(self.device) for row, of_row in zip(rows, scores, strict=True)}
 
     def _meet(self, longest: int) -> None:

@@ -43,7 +43,7 @@ class Setting:
     def teacher_token_bytes(self) -> int:
         """Bytes of what the loss gets of the teacher for a token: a hidden state, or a server's best ids."""
         if self.config.teacher_server.on:
-            return 4 * (2 * self.config.teacher_server.k + 1)
+            return 4 * (2 * self.config.teacher_server.top_k + 1)
         return self.teacher.hidden * self.weight_bytes
 
     @property

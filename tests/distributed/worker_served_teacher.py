@@ -68,7 +68,7 @@ def main(models: Path, out: Path, url: str, name: str) -> None:
         rollout=RolloutConfig(prompts=7, responses=1, refresh_every=0, max_prompt_len=64),
         horizon=HorizonConfig(strategy="full", max_len=32, min_len=4),
     )
-    server = TeacherServerConfig(url=url, k=K, timeout=60.0, retries=1)
+    server = TeacherServerConfig(url=url, top_k=K, timeout=60.0, retries=1)
     results: dict[str, Any] = {}
     for kind, objective in OBJECTIVES.items():
         plain = replace(base, objective=objective)

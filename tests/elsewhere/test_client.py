@@ -28,11 +28,11 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def client(url: str, **settings: Any) -> TeacherClient:
-    return TeacherClient(TeacherServerConfig(url=url, **{"k": 4, "timeout": 5.0, "retries": 2} | settings))
+    return TeacherClient(TeacherServerConfig(url=url, **{"top_k": 4, "timeout": 5.0, "retries": 2} | settings))
 
 
 def score(url: str, **settings: Any) -> list[Scores]:
-    return client(url, **settings).score("teacher", ROWS, settings.get("k", 4))
+    return client(url, **settings).score("teacher", ROWS, settings.get("top_k", 4))
 
 
 def test_it_asks_with_ids_and_gets_each_tokens_best_and_the_sampled_one() -> None:
@@ -186,7 +186,7 @@ def test_an_answer_that_is_none_is_one_error(answer: Callable[[str, Any], Answer
 
 def test_more_ids_than_the_server_gives_are_refused_with_the_setting() -> None:
     with running() as fake:
-        refused(fake.url, r"greater than max allowed: 20.*--max-logprobs of at least teacher_server\.k", k=21)
+        refused(fake.url, r"greater than max allowed: 20.*--max-logprobs of at least teacher_server\.top_k", top_k=21)
 
 
 def test_the_first_error_ends_the_other_requests() -> None:

@@ -47,7 +47,7 @@ def test_the_objectives_that_need_only_its_best_ids_are_let_pass() -> None:
             (["objective.support=student", f"objective.name={name}"], rf"objective\.name = {name}: it is on the whole")
             for name in ("full_vocab_reverse_kl", "full_vocab_forward_kl", "full_vocab_mixed_kl", "full_vocab_jsd")
         ),
-        (["objective.k=32"], r"objective\.k = 32: .*raise teacher_server\.k, or set objective\.k=16"),
+        (["objective.k=32"], r"objective\.k = 32: .*raise teacher_server\.top_k, or set objective\.k=16"),
         (["gate.k=17"], r"gate\.k = 17"),
         (
             ["objective.support=student", "objective.name=sampled_token", "objective.baseline=reverse_kl"],

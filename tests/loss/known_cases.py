@@ -24,7 +24,7 @@ from tests.reference import GATE, NO_WEIGHTING, OBJECTIVES, USUAL, WEIGHTINGS, C
 
 K = 12  # twice the objectives' k, for the bucket
 FULL = HorizonConfig(strategy="full")
-SERVER = TeacherServerConfig(url="http://127.0.0.1:1", k=K)
+SERVER = TeacherServerConfig(url="http://127.0.0.1:1", top_k=K)
 GATES = [
     None,
     GATE,
