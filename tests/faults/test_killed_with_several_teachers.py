@@ -87,9 +87,9 @@ def test_a_third_teacher_is_another_run_and_starts_anew_where_that_is_allowed(
     more = dataclasses.replace(config, steps=STEPS + 1, teachers={**config.teachers, "third": third})
     before = (unbroken / "metrics.jsonl").read_bytes()
     refused = ended_run(more, unbroken)
-    assert (
-        refused.code != 0 and "teachers.third: null →" in refused.output and "--allow-config-change" in refused.output
-    )
+    # `prune-opd train` names the setting first, in the process that starts the ranks (test_several_teachers_config.py).
+    assert refused.code != 0
+    assert "the checkpoint has a horizon for the teachers a, b, this run has a, b, third" in refused.output
     assert (unbroken / "metrics.jsonl").read_bytes() == before
     windows = [steps_of(unbroken)[-1][f"horizon_of_{name}"] for name in "ab"]
     allowed = ended_run(more, unbroken, options=("--allow-config-change",))
