@@ -19,7 +19,8 @@ setup: ## Make .venv with the pinned packages (does nothing when it is up to dat
 
 tiny-models: setup ## Train the tiny models anew into the per-user cache; PRUNE_OPD_TINY_MODELS=trained takes them
 	@set -e; for recipe in tiny_base tiny_teacher tiny_student tiny_drift_teacher tiny_drift_student \
-		tiny_trap_teacher tiny_trap_student tiny_hint_student; do \
+		tiny_trap_teacher tiny_trap_student tiny_hint_student \
+		tiny_sorting_teacher tiny_two_student; do \
 		$(BIN)/prune-opd sft $$recipe --if-missing; done
 
 real-pair: setup-real-pair ## Make a pretrained teacher and its damaged student in the per-user cache, for real_pair

@@ -73,6 +73,7 @@ def step(run: Run) -> None:
             "horizon": horizon,
             **stats.record(),
             **run.calibration.record(),
+            **run.teacher_record(stats, rollouts),
             **batch.record(),
             **run.teacher.record,
             **run.inflight_record(rollouts, stats.reliable_length_B),
@@ -97,7 +98,7 @@ def train_on(run: Run, batch: TrainBatch, clock: PhaseClock) -> tuple[StepResult
         teacher_hidden = run.teacher.hidden(rollouts, batch.deals, kept)
     with clock("train"):
         stats = run.new_stats(rollouts)
-        this = ThisStep(several, run.calibration.usual, batch.rewards.advantage_B if batch.rewards else None)
+        this = ThisStep(several, run.calibration.usual, batch.advantage_B, run.taught(rollouts))
         loss = gated_loss(run.config, run.teacher, teacher_hidden, run.vocab_size, group, stats, this)
         if several:
             run.trainer.look(batch.microbatches, loss)  # at the policy that sampled the batch, before it moves

@@ -20,14 +20,19 @@ from prune_opd.config.teacher import EMA
 from prune_opd.config.yaml import save_config
 from prune_opd.data.ends import end_class, terminal_ids, write_ends
 from prune_opd.data.prompts import file_sources, make_sampler
+from prune_opd.data.routing import make_route
 from prune_opd.data.sampler import Sampler
 from prune_opd.errors import ConfigError, UserError
-from prune_opd.eval.evaluate import Evaluator, Sampling, make_evaluator
+from prune_opd.eval.evaluate import Evaluator, make_evaluators
+from prune_opd.inflight.by_teacher import InflightGates, calibrate, make_inflight
 from prune_opd.inflight.gate import InflightGate
 from prune_opd.loss.mismatch import Mismatch
 from prune_opd.loss.stats import BatchStats
+from prune_opd.loss.training_loss import Taught
+from prune_opd.method.by_teacher import CalibrationByTeacher, HorizonByTeacher, move_each
 from prune_opd.method.calibration import Calibration
-from prune_opd.method.horizon import HorizonController, PlateauHorizon, make_controller
+from prune_opd.method.horizon import HorizonController, make_controller
+from prune_opd.model_spec import ModelSpec
 from prune_opd.plan.speed import SpeedMeter
 from prune_opd.process import tell
 from prune_opd.ranks.agreement import must_agree
@@ -37,6 +42,7 @@ from prune_opd.rollout.batch import Rollouts
 from prune_opd.rollout.engine import EngineOptions, RolloutEngine
 from prune_opd.rollout.phase import RolloutPhase
 from prune_opd.rollout.reward import RewardModel, make_reward
+from prune_opd.track.by_teacher import record_by_teacher
 from prune_opd.track.clock import Clock
 from prune_opd.track.samples import sampled_rows
 from prune_opd.track.startup import IMPORTING, StartUp
@@ -48,6 +54,7 @@ if TYPE_CHECKING:  # megatron-core is imported after `platform.prepare`
     from prune_opd.megatron.served_teacher import ServedTeacher
     from prune_opd.megatron.sync import WeightSync
     from prune_opd.megatron.teacher import Teacher
+    from prune_opd.megatron.teachers import Teachers
     from prune_opd.megatron.train_batch import TrainBatch
     from prune_opd.megatron.trainer import StepResult, Trainer
 
@@ -77,25 +84,26 @@ class Run:
     machine: platform.Platform
     layout: Layout
     trainer: Trainer
-    teacher: Teacher | ServedTeacher
+    teacher: Teacher | ServedTeacher | Teachers
     rollout: RolloutPhase
     sync: WeightSync
     controller: HorizonController
-    calibration: Calibration
+    calibration: Calibration | CalibrationByTeacher
     checkpoints: Checkpoints
     evaluators: list[Evaluator] = field(default_factory=list)  # one a task; none: no evaluation
-    inflight: InflightGate | None = None
+    inflight: InflightGate | InflightGates | None = None
     reward: RewardModel | None = None
     phases: Phases = field(default_factory=Phases)
     tracker: NullTracker = field(default_factory=NullTracker)
     meter: SpeedMeter | None = None
+    horizons: dict[str, int] = field(default_factory=dict)  # each teacher's own in this step, of several
     finished_steps: int = 0
     skipped_in_a_row: int = 0  # updates
     full_response_length: float | None = None  # tokens; what a response costs at the full horizon (last evaluation)
 
     @property
     def vocab_size(self) -> int:
-        """Ids that both models know; rows beyond are padding."""
+        """Ids that all models know; rows beyond are padding."""
         return min(self.trainer.spec.vocab_size, self.teacher.spec.vocab_size)
 
     def close(self) -> None:
@@ -110,19 +118,24 @@ class Run:
             self.sync(self.finished_steps)
 
     def move_window(self, stats: BatchStats, rollouts: Rollouts) -> None:
-        """Let the controller and the calibration see a step. Reused rollouts have the horizon that they have."""
-        if self.rollout.long_tail.age == 0:
-            if isinstance(self.controller, PlateauHorizon):
-                self.controller.see(stats.near(self.controller.horizon, self.config.horizon.margin))
-            self.controller.update(stats.reliable_length_B, rollouts.length_B, rollouts.finished_B)
-        self.calibration.update(stats.early.tolist(), float(stats.early_kl))
+        """Let the controller and the calibration see a step, those of each teacher their own part of it."""
+        rows = stats.reliable_length_B, rollouts.length_B, rollouts.finished_B
+        move_each(self.controller, self.calibration, stats, rollouts.teacher_B, rows, self.rollout.long_tail.age > 0)
 
     def generate(self, horizon: int, step: int) -> Rollouts:
         """The step's rollouts. The in-flight gate, if there is one, stops drifting responses on the way."""
-        if self.inflight is not None:
+        inflight, controller, calibration = self.inflight, self.controller, self.calibration
+        if inflight is not None:
             self.phases.enter("inflight")
-            self.inflight.calibrate(self.calibration.usual)
-        return self.rollout.generate(horizon, step, self.inflight)
+            calibrate(inflight, calibration)
+        limit_of = controller.of_prompt if isinstance(controller, HorizonByTeacher) else None
+        self.horizons = controller.record() if isinstance(controller, HorizonByTeacher) else {}
+        return self.rollout.generate(horizon, step, inflight, limit_of)
+
+    def taught(self, rollouts: Rollouts) -> Taught | None:
+        """With several teachers: who teaches which row, and what is usual for each."""
+        known = self.calibration
+        return Taught(rollouts.teacher_B, known.usual_of) if isinstance(known, CalibrationByTeacher) else None
 
     def train_batch(self, rollouts: Rollouts, clock: Clock = nullcontext) -> TrainBatch:
         """The step's rollouts as the ranks train on them, with a task's rewards if there are any (a phase)."""
@@ -146,9 +159,16 @@ class Run:
         bins, logprobs_B, mismatch = config.track.position_bins, rollouts.fresh_logprobs_B, None
         if logprobs_B is not None and config.objective.temperature == 1:  # the engine's are those at temperature 1
             mismatch = Mismatch(logprobs_B, rollouts.engine_B, config.objective.mismatch_bounds, device)
+        of_batch = (responses, bins, config.horizon.max_len, device)
         # What a teacher in a server thinks of all ends is not known.
         ends = () if config.teacher_server.on else terminal_ids(config, self.vocab_size)
-        return BatchStats(responses, bins, config.horizon.max_len, device, watched, early, mismatch, ends)
+        stats = BatchStats(*of_batch, watched, early, mismatch, ends)
+        stats.parts = {name: BatchStats(*of_batch, early=early, terminal_ids=ends) for name in config.teachers}
+        return stats
+
+    def teacher_record(self, stats: BatchStats, rollouts: Rollouts) -> dict[str, Any]:
+        """What the step record says of each of several teachers."""
+        return {**self.horizons, **record_by_teacher(stats, rollouts)}
 
     def move_teacher(self) -> None:
         """Let a teacher that is the student's moving average follow it."""
@@ -230,7 +250,7 @@ class Run:
             self.trainer.average.show()
         self.trainer.schedule.load_state_dict(state["schedule"])
         anew: dict[str, str] = {}
-        parts: dict[str, HorizonController | Sampler | Calibration] = {
+        parts: dict[str, HorizonController | Sampler | Calibration | CalibrationByTeacher] = {
             "controller": self.controller,
             "sampler": self.rollout.sampler,
             "calibration": self.calibration,
@@ -278,12 +298,12 @@ def _prepare(config: TrainConfig, run_dir: Path, resume: str, allow_config_chang
     from prune_opd.megatron import layout as layouts
     from prune_opd.megatron.average import MovingAverage
     from prune_opd.megatron.checkpoint import Checkpoints
-    from prune_opd.megatron.make_teacher import make_teacher
     from prune_opd.megatron.model import dtype_of
     from prune_opd.megatron.offload import handlers
     from prune_opd.megatron.self_test import check_teacher
     from prune_opd.megatron.sync import WeightSync
     from prune_opd.megatron.teacher import Teacher
+    from prune_opd.megatron.teachers import Teachers, build_teachers
     from prune_opd.megatron.trainer import Trainer, Tuning
 
     # A collective that gives up sooner than the watchdog would end the run without anybody's stacks.
@@ -293,33 +313,44 @@ def _prepare(config: TrainConfig, run_dir: Path, resume: str, allow_config_chang
     dtype = dtype_of(config.precision.params)
     tokenizer = load_tokenizer(config.student)
     extract = config.evaluation.extract
-    sampler = make_sampler(config.data, tokenizer, config.seed, config.rollout.max_prompt_len, extract=extract)
+    sampler = make_sampler(
+        config.data, tokenizer, config.seed, config.rollout.max_prompt_len, extract=extract, route=make_route(config)
+    )
     reward = make_reward(config, tokenizer, sampler)
-    parallel, precision, memory = config.parallel, config.precision, config.memory
-    tuning = Tuning(precision.student_fp8, config.lora, config.seed)
+    parallel, memory = config.parallel, config.memory
+    tuning = Tuning(config.precision.student_fp8, config.lora, config.seed)
     tell(f"student: {config.student}")
     trainer = Trainer(config.student, config.optimizer, parallel, config.steps, layout, dtype, machine.device, tuning)
-    tell(f"teacher: {config.teacher}")
-    teacher = make_teacher(config, layout, dtype, machine.device, run_dir)
+    specs = [ModelSpec.read(path) for path in config.teacher_paths]
+    vocab_size = min(trainer.spec.vocab_size, *(spec.vocab_size for spec in specs))
+    read = terminal_ids(config, vocab_size)
+    must_agree("the ids that end a response", read, "copy the same files of student and teacher to every node")
+    built = build_teachers(
+        config,
+        layout,
+        dtype,
+        machine,
+        run_dir,
+        lambda name, own, one: check_teacher(own, one, sampler, vocab_size, name),
+    )
+    teacher = built.teacher
     if config.teacher == EMA and isinstance(teacher, Teacher):
         trainer.average = MovingAverage(teacher, trainer.chunks, config.teacher_ema.decay, config.rollout.bucket_mb)
     longest = max(config.horizon.max_len, config.evaluation.max_len or 0)
-    vocab_size = min(trainer.spec.vocab_size, teacher.spec.vocab_size)
-    read = terminal_ids(config, vocab_size)
-    must_agree("the ids that end a response", read, "copy the same files of student and teacher to every node")
-    tested = check_teacher(config, teacher, sampler, vocab_size)  # before an engine is built: that may take minutes
-    inflight = None
-    if config.rollout.inflight.on and isinstance(teacher, Teacher):  # no server looks: the config refuses it
-        inflight = InflightGate(config, teacher, layout, vocab_size)
+    inflight = make_inflight(config, teacher, layout, vocab_size)
     top, ends = inflight.top or 0 if inflight else 0, end_class(config, vocab_size)
     options = EngineOptions(memory.sleep_level, top, parallel.timeout_minutes, ends, tokenizer.eos_token_id)
     tell("starting vLLM")
     engines: list[RolloutEngine] = []
     phases.memory = MemoryPhases(
         memory,
-        None if machine.is_cpu else handlers(trainer, teacher, lambda: engines[0], machine),
+        None if machine.is_cpu else handlers(trainer, teacher, lambda: engines[0], machine) | built.movers,
         run_dir / "memory.json" if layout.is_main else None,
+        tuple(config.teachers),
+        built.away,
     )
+    if isinstance(teacher, Teachers):
+        teacher.turn = phases.memory.take_turn
     with phases.memory.building_engine():
         engine = RolloutEngine(config.student, config.rollout, longest, dtype, machine, options)
         engines.append(engine)
@@ -333,21 +364,21 @@ def _prepare(config: TrainConfig, run_dir: Path, resume: str, allow_config_chang
         teacher=teacher,
         rollout=rollout,
         sync=WeightSync(config, trainer, rollout, phases.enter),
-        controller=make_controller(config.horizon),
-        calibration=Calibration(config.gate),
+        controller=HorizonByTeacher(config) if config.teachers else make_controller(config.horizon),
+        calibration=CalibrationByTeacher(config) if config.teachers else Calibration(config.gate),
         checkpoints=Checkpoints(run_dir / "checkpoints", config.checkpoint, layout),
-        evaluators=_evaluators(config, tokenizer),
+        evaluators=make_evaluators(config, tokenizer),
         inflight=inflight,
         reward=reward,
         phases=phases,
-        meter=SpeedMeter(config, trainer.spec, teacher.spec, layout.world),
+        meter=SpeedMeter(config, trainer.spec, dict(zip(config.by_teacher, specs, strict=True)), layout.world),
     )
-    checkpoint, notes = _checkpoint_to_resume(resume, run.checkpoints)
+    checkpoint, notes = run.checkpoints.to_resume(resume)
     if checkpoint:
         tell(f"loading {checkpoint}")
         phases.memory.enter("checkpoint")
         notes += [f"resumed from {checkpoint}", *run.load_checkpoint(checkpoint, allow_config_change)]
-    notes += [tested] if tested else []
+    notes += built.notes
     notes += [note for source in file_sources(sampler) for note in source.notes()]
     hosts: list[Any] = [None] * layout.world
     dist.all_gather_object(hosts, socket.gethostname())
@@ -366,34 +397,3 @@ def _prepare(config: TrainConfig, run_dir: Path, resume: str, allow_config_chang
         for note in notes:
             run.tracker.note(note)
     return run
-
-
-def _checkpoint_to_resume(resume: str, checkpoints: Checkpoints) -> tuple[Path | None, list[str]]:
-    """The checkpoint to go on from, and what is to be said about the choice."""
-    if resume == "never":
-        return None, []
-    if resume == "auto":
-        return checkpoints.newest_good()
-    if problem := checkpoints.problem_with(Path(resume)):
-        raise UserError(f"--resume {resume}: {problem}; take --resume auto, or an earlier checkpoint")
-    return Path(resume), []
-
-
-def _evaluators(config: TrainConfig, tokenizer: Any) -> list[Evaluator]:
-    settings = config.evaluation
-    if settings.problems == 0:
-        return []
-    length = settings.max_len or config.horizon.max_len
-    sampling = Sampling(settings.samples, length, settings.temperature, settings.top_p, settings.seed)
-    longest = config.rollout.max_prompt_len
-    return [
-        make_evaluator(
-            tokenizer,
-            replace(config.data.without_hint(), source=source),
-            settings.problems,
-            longest,
-            sampling,
-            settings.extract,
-        )
-        for source in settings.sources or config.data.sources
-    ]

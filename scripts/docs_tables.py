@@ -33,16 +33,19 @@ def settings_tables() -> str:
 def _sections(config: type, prefix: str, title: str) -> Iterator[str]:
     """A section for the dataclass, then one for each part that has no section yet (the layout is in both configs)."""
     found = settings(config)
+    known = {one.part for one in settings(TrainConfig)} if prefix else set()  # their sections are there
     rows = [
         (f"`{prefix}{one.name}`", one.type, f"`{one.default}`" if one.default else "", as_typed(one.meaning))
         for one in found
-        if one.part is None
+        if one.part is None or one.part in known
     ]
     about = (inspect.getdoc(config) or "").partition("\n\n")[0].replace("\n", " ")
     yield f"## {title}\n\n{_escape(about)}\n\n" + _table(("setting", "type", "default", "meaning"), rows)
     for one in found:
-        if one.part is not None and (config is TrainConfig or prefix or one.name != "parallel"):
-            place = f"{prefix}{one.name}." + ("0." if one.type.startswith("list") else "")
+        own = config is TrainConfig or prefix or one.name != "parallel"
+        if one.part is not None and one.part not in known and own:
+            several = "0." if one.type.startswith("list") else "NAME." if one.type.startswith("by name") else ""
+            place = f"{prefix}{one.name}.{several}"
             yield from _sections(one.part, place, place.removesuffix("."))
 
 

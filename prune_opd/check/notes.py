@@ -12,6 +12,7 @@ from prune_opd.check.elsewhere import cache_notes
 from prune_opd.check.ends import end_notes
 from prune_opd.check.template import template_notes
 from prune_opd.config import TrainConfig
+from prune_opd.config.teachers import by_source, teacher_of_source
 from prune_opd.data.render import prompt_of
 from prune_opd.data.rows import read_rows
 from prune_opd.errors import ConfigError
@@ -21,12 +22,27 @@ RATIO_OBJECTIVES = ("topk_reverse_kl", "sampled_token")  # policy gradients: a r
 
 def check_notes(config: TrainConfig) -> list[str]:
     """The notes on a run, a line each; a model directory that cannot be read has none (`check_train` refuses it)."""
-    notes = _temperatures(config) + _nucleus(config) + _single_candidates(config) + _own_teacher(config)
-    if any(_through_template(config, source) for source in config.data.sources):
-        student, teacher = map(Path, config.model_dirs.values())
-        notes += template_notes(student, teacher, config.data)
-    notes += end_notes(config) + cache_notes(config)
+    notes = _temperatures(config) + _nucleus(config) + _single_candidates(config)
+    templates = any(_through_template(config, source) for source in config.data.sources)
+    for own in config.by_teacher.values():
+        student, teacher = map(Path, own.model_dirs.values())
+        notes += _own_teacher(own) + (template_notes(student, teacher, own.data) if templates else []) + end_notes(own)
+    notes += cache_notes(config) + _idle_teachers(config)
     return [f"note: {note}" for note in notes]
+
+
+def _idle_teachers(config: TrainConfig) -> list[str]:
+    """Teachers that no entry of the data has; rows of files may name theirs."""
+    if config.data.teacher_column or any(Path(source).exists() for source in config.data.sources):
+        return []
+    taught = by_source(config.teachers)
+    busy = {teacher_of_source(taught, source) for source in config.data.sources}
+    return [
+        f"teachers.{name} teaches none of the data's sources ({', '.join(config.data.sources)}): it is loaded and "
+        "never asked; leave it out, or name what it teaches in its sources"
+        for name in config.teachers
+        if name not in busy
+    ]
 
 
 def _temperatures(config: TrainConfig) -> list[str]:

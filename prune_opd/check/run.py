@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from prune_opd.config import Fp8Config, SftConfig, TrainConfig
 from prune_opd.config.changes import adapter_problem, changes, is_harmless
 from prune_opd.config.kernels import kernels_problem
 from prune_opd.config.run import extract_problem
+from prune_opd.config.teachers import own_names
 from prune_opd.data.prompts import doubled_names, source_problem
 from prune_opd.errors import ConfigError
 from prune_opd.megatron.precision import token_multiple
@@ -45,18 +46,9 @@ def check_train(
     resume: auto, never or the path of a checkpoint. run_dir: None leaves the run directory unchecked.
     allow_config_change: a run may go on with settings that would make it another run.
     """
-    student, teacher = _read_model("student", config.student), _read_model("teacher", config.model_dirs["teacher"])
-    models = [model for model in (student, teacher) if isinstance(model, _Model)]
-    problems = _model_problems(student) + _model_problems(teacher)
-    if len(models) == 2:
-        # Different tokenizers often have different sizes too; that would be the same problem said twice.
-        shared = min(model.vocab_size for model in models)
-        problems += (
-            tokenizer_problems(models[0].path, models[1].path) or end_problems(config, shared) or _vocabulary(*models)
-        )
-    problems += _sizes(config, nproc, models) + _precision(config, models)
-    if models and models[0].role == "student" and not has_gpu():
-        problems += kv_cache_problems(config, models[0].config)
+    problems, student = _of_each(config, lambda own: _pair(own, nproc)), _read_model("student", config.student)
+    if isinstance(student, _Model) and not has_gpu():
+        problems += kv_cache_problems(config, student.config)
     problems += _sources(config) + _reward(config) + cache_folder_problems(config)
     problems += _apex()
     problems += compiler_problems(config.rollout, has_gpu())
@@ -78,10 +70,7 @@ def check_everything(
     if run_dir is None:  # another rank looks
         return problems
     if not problems:  # of models that fit the run
-        for model in (_read_model("student", config.student), _read_model("teacher", config.model_dirs["teacher"])):
-            if isinstance(model, _Model) and model.role == "teacher" and config.teacher_server.on:
-                continue  # its weights may be on the server's machine alone
-            problems += weight_problems(model.role, model.path, model.config) if isinstance(model, _Model) else []
+        problems += _of_each(config, _weights)
     problems += server_problems(config) + machine_problems(config, run_dir, has_gpu(), precision.cuda_of_torch())
     return list(dict.fromkeys(problems + (import_problems() + cache_problems() if has_gpu() else [])))
 
@@ -91,6 +80,10 @@ def check_structure(config: TrainConfig, nproc: int) -> list[str]:
 
     For a model that is not here its published shape is taken (model_spec.py).
     """
+    return _of_each(config, lambda own: _structure(own, nproc))
+
+
+def _structure(config: TrainConfig, nproc: int) -> list[str]:
     problems, models = [], []
     for role, directory in config.model_dirs.items():
         try:
@@ -153,6 +146,35 @@ def eval_layout_problems(model_dir: Path, nproc: int, tensor: int) -> list[str]:
 
 
 # ---------------------------------------------------------------------------------------------------- models
+
+
+def _of_each(config: TrainConfig, check: Callable[[TrainConfig], list[str]]) -> list[str]:
+    """The problems with each teacher as if it were the only one, under its own settings' names; each problem once."""
+    found = [own_names(name, line) for name, own in config.by_teacher.items() for line in check(own)]
+    return list(dict.fromkeys(found))
+
+
+def _pair(config: TrainConfig, nproc: int) -> list[str]:
+    """The problems of student and teacher, each and together."""
+    student, teacher = _read_model("student", config.student), _read_model("teacher", config.model_dirs["teacher"])
+    models = [model for model in (student, teacher) if isinstance(model, _Model)]
+    problems = _model_problems(student) + _model_problems(teacher)
+    if len(models) == 2:
+        # Different tokenizers often have different sizes too; that would be the same problem said twice.
+        shared = min(model.vocab_size for model in models)
+        problems += (
+            tokenizer_problems(models[0].path, models[1].path) or end_problems(config, shared) or _vocabulary(*models)
+        )
+    return problems + _sizes(config, nproc, models) + _precision(config, models)
+
+
+def _weights(config: TrainConfig) -> list[str]:
+    dirs = config.model_dirs
+    if config.teacher_server.on:  # its weights may be on the server's machine alone
+        del dirs["teacher"]
+    models = [_read_model(role, directory) for role, directory in dirs.items()]
+    found = [weight_problems(model.role, model.path, model.config) for model in models if isinstance(model, _Model)]
+    return [problem for problems in found for problem in problems]
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ from prune_opd.config.run import (
 )
 from prune_opd.config.sft import CorpusConfig, ModelShape, SftConfig, SftStage
 from prune_opd.config.teacher import TeacherEmaConfig
+from prune_opd.config.teachers import TeacherConfig, TeacherLayout
 from prune_opd.config.track import PlanningConfig, TrackConfig
 from prune_opd.config.training import Fp8Config, MemoryConfig, OptimizerConfig, ParallelConfig, PrecisionConfig
 
@@ -48,7 +49,9 @@ __all__ = [
     "SftStage",
     "SurvivalConfig",
     "TeacherCacheConfig",
+    "TeacherConfig",
     "TeacherEmaConfig",
+    "TeacherLayout",
     "TeacherServerConfig",
     "TrackConfig",
     "TrainConfig",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,7 @@ HARMLESS = (
 )
 # What decides which tensors a checkpoint has: no flag lets a run go on with another.
 IN_CHECKPOINTS = ("lora.rank", "lora.targets")
+HARMLESS_OF_TEACHER = re.compile(r"teachers\.\w+\.parallel\.")
 NOT_HARMLESS = ("parallel.distributed_optimizer",)  # its checkpoints consist of other parts
 
 
@@ -76,6 +78,8 @@ def _other_meanings(saved: Mapping[str, Any], config: TrainConfig) -> list[str]:
 def is_harmless(change: str) -> bool:
     """Whether the run stays the same run with this change (a line of `changes`)."""
     key = change.partition(":")[0]
+    if HARMLESS_OF_TEACHER.match(key):
+        return True
     return key not in NOT_HARMLESS and any(key == name or key.startswith(f"{name}.") for name in HARMLESS)
 
 

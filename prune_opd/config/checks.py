@@ -108,8 +108,13 @@ def is_list(hint: Any) -> bool:
 
 
 def is_part(hint: Any) -> bool:
-    """Whether a type is made of further settings: another dataclass, or a tuple of them."""
-    return dataclasses.is_dataclass(hint) or (typing.get_origin(hint) is tuple and not is_list(hint))
+    """Whether a type is made of further settings: another dataclass, a tuple of them, or several by name."""
+    return dataclasses.is_dataclass(hint) or is_named(hint) or (typing.get_origin(hint) is tuple and not is_list(hint))
+
+
+def is_named(hint: Any) -> bool:
+    """Whether a type is a dictionary of dataclasses: settings of several things, each with a name."""
+    return typing.get_origin(hint) is dict and dataclasses.is_dataclass(typing.get_args(hint)[1])
 
 
 def fits(value: Any, hint: Any) -> bool:
@@ -117,8 +122,11 @@ def fits(value: Any, hint: Any) -> bool:
     if typing.get_origin(hint) is tuple:
         part = bare(typing.get_args(hint)[0])
         return isinstance(value, list | tuple) and all(fits(one, part) for one in value)
-    if typing.get_origin(hint) is dict:  # of texts: a launcher's variables
-        return isinstance(value, dict) and all(isinstance(text, str) for pair in value.items() for text in pair)
+    if typing.get_origin(hint) is dict:  # of texts: a launcher's variables; or of settings
+        parts = typing.get_args(hint)
+        return isinstance(value, dict) and all(
+            isinstance(one, part) for pair in value.items() for one, part in zip(pair, parts, strict=True)
+        )
     if typing.get_origin(hint) is typing.Literal:
         return isinstance(value, str)
     if isinstance(value, bool):
@@ -136,6 +144,8 @@ def wanted(name: str, annotated: Any) -> str:
         words = f"one of {', '.join(map(str, typing.get_args(hint)))}"
     elif is_list(hint):
         words = f"{names.get(bare(typing.get_args(hint)[0]), 'a text')} or several, as in {name}=[…,…]"
+    elif is_named(hint):
+        words = f"its settings one by one, as in {name}.NAME.{dataclasses.fields(typing.get_args(hint)[1])[0].name}=…"
     elif is_part(hint):
         words = f"its settings one by one, as in {name}.0.…=…"
     else:

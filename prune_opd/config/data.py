@@ -67,6 +67,7 @@ class DataConfig(Checked, name="data"):
     thinking: bool | None = None  # the chat template's switch of that name, where it has one
     # bad rows of a file: refuse (with line numbers) | skip (and say how many, and where)
     bad_rows: Literal["refuse", "skip"] = "refuse"
+    teacher_column: str | None = None  # files: the column that names a row's teacher, of several; null: by its source
     # what the teacher reads in place of the prompt: a column of the row, or a text with columns in braces
     # ("{prompt} Solution: {solution}"); null: the student's prompt
     teacher_prompt: str | None = None

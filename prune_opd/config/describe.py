@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from prune_opd.config import RunConfig, TrainConfig, to_dict
-from prune_opd.config.checks import bare, field_types, limits, may_be_none, range_in_words
+from prune_opd.config.checks import bare, field_types, is_named, limits, may_be_none, range_in_words
 from prune_opd.config.overrides import SYMBOLS
 from prune_opd.config.yaml import on_one_line
 from prune_opd.errors import ConfigError
@@ -63,7 +63,7 @@ def all_settings(config: type = TrainConfig, prefix: str = "") -> Iterator[Setti
         if one.part is None:
             yield dataclasses.replace(one, name=f"{prefix}{one.name}", meaning=as_typed(one.meaning))
         else:
-            place = "0." if one.type.startswith("list") else ""
+            place = "0." if one.type.startswith("list") else "NAME." if one.type.startswith("by name") else ""
             yield from all_settings(one.part, f"{prefix}{one.name}.{place}")
 
 
@@ -87,7 +87,9 @@ def values(config: RunConfig, recipe: RunConfig) -> list[Value]:
     about = {one.name: one for one in all_settings(type(config))}
     found = []
     for key, value in now.items():
-        one = about.get(re.sub(r"\.\d+\.", ".0.", key))
+        if value == {}:  # of several by name, there are none
+            continue
+        one = about.get(re.sub(r"^teachers\.\w+\.", "teachers.NAME.", re.sub(r"\.\d+\.", ".0.", key)))
         text, default = on_one_line(value), one.default if one else ""
         changed = key not in before or on_one_line(before[key]) != text
         source = COMMAND_LINE if changed else DEFAULT if same(text, default) else RECIPE
@@ -154,6 +156,8 @@ def _type(hint: Any) -> str:
     plain, bounds = bare(hint), limits(hint)
     if typing.get_origin(plain) is tuple:
         found = f"list of {_type(typing.get_args(plain)[0])}"
+    elif is_named(plain):
+        found = "by name: settings"
     elif typing.get_origin(plain) is typing.Literal:
         found = ", ".join(typing.get_args(plain))
     else:

@@ -18,6 +18,9 @@ phase, first what it does not need leaves the device, then what it needs comes, 
 engine sleeps and wakes by vLLM's rules: its two parts go together, and may come one after the other (`staged_wake`):
 weights, then the load of the new ones, then the KV cache.
 
+Several teachers have a part each, `teacher NAME`, and one for all of their heads. Where a phase needs the teacher, the
+one whose `turn` it is comes and the others leave, so the layers of two are never there together.
+
 `transitions` is the schedule and nothing else; `MemoryPhases` carries it out, or only logs it (a dry run: the CPU).
 """
 
@@ -25,7 +28,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
@@ -77,22 +80,40 @@ class Transition(NamedTuple):
         return f"{self.action} {' + '.join(self.parts)}"
 
 
-def movable(memory: MemoryConfig) -> tuple[str, ...]:
+def part_of(teacher: str) -> str:
+    """The part of a teacher's layers. teacher: its name among several, "" where there is one."""
+    return f"{TEACHER} {teacher}" if teacher else TEACHER
+
+
+def parts_of(teachers: Sequence[str] = ()) -> tuple[str, ...]:
+    """All parts of a run, in order. teachers: the names of several."""
+    each = tuple(map(part_of, teachers)) or (TEACHER,)
+    return tuple(part for one in PARTS for part in (each if one == TEACHER else (one,)))
+
+
+def movable(memory: MemoryConfig, teachers: Sequence[str] = ()) -> tuple[str, ...]:
     """The parts that the recipe lets leave the device."""
     settings = {
         STUDENT: memory.offload_student,
         GRADIENTS: memory.offload_gradients,
         OPTIMIZER: memory.offload_optimizer,
-        TEACHER: memory.offload_teacher,
+        **dict.fromkeys(map(part_of, teachers or ("",)), memory.offload_teacher),
         TEACHER_HEAD: memory.offload_teacher,
         **dict.fromkeys(ENGINE, memory.sleep_level > 0),
     }
-    return tuple(part for part in PARTS if settings[part])
+    return tuple(part for part in parts_of(teachers) if settings[part])
 
 
-def transitions(memory: MemoryConfig, resident: frozenset[str], phase: str) -> list[Transition]:
-    """What has to happen, in order, to go from the parts that are `resident` to those of a phase."""
-    may_move, needs = movable(memory), set(NEEDS[phase])
+def transitions(
+    memory: MemoryConfig, resident: frozenset[str], phase: str, teachers: Sequence[str] = (), turn: str = ""
+) -> list[Transition]:
+    """What has to happen, in order, to go from the parts that are `resident` to those of a phase.
+
+    teachers: the names of several. turn: whose it is; "": nobody's yet, so that no layers are needed.
+    """
+    may_move, needs = movable(memory, teachers), set(NEEDS[phase])
+    if teachers and TEACHER in needs:
+        needs = needs - {TEACHER} | ({part_of(turn)} if turn else set())
     if not memory.staged_wake and ROLLOUT_WEIGHTS in needs:
         needs.add(KV_CACHE)
     found = []
@@ -116,15 +137,22 @@ class MemoryPhases:
 
     handlers: by part, what carries a transition out; the engine's is that of `rollout_weights`. None: a dry run, which
     logs the transitions and moves nothing. record: a JSON file that gets the phases of the run up to its second sync,
-    with their transitions and the parts that are resident afterwards: one whole step.
+    with their transitions and the parts that are resident afterwards: one whole step. teachers: the names of several.
+    away: parts that have left the device already, while the run was built.
     """
 
     def __init__(
-        self, memory: MemoryConfig, handlers: Mapping[str, Handler] | None = None, record: Path | None = None
+        self,
+        memory: MemoryConfig,
+        handlers: Mapping[str, Handler] | None = None,
+        record: Path | None = None,
+        teachers: Sequence[str] = (),
+        away: Sequence[str] = (),
     ) -> None:
         self.memory, self.handlers, self.record = memory, handlers, record
+        self.teachers, self.turn = tuple(teachers), ""
         self.phase: str | None = None
-        self.resident = frozenset(PARTS)  # everything is built on the device
+        self.resident = frozenset(parts_of(teachers)).difference(away)  # everything is built on the device
         self._entries: list[dict[str, object]] = []
 
     @property
@@ -139,12 +167,20 @@ class MemoryPhases:
         yield
         self.resident = self.resident.union(ENGINE)
 
-    def enter(self, phase: str) -> None:
-        """Bring the device to what `phase` needs. Entering the phase that it is in does nothing."""
-        if phase == self.phase or not movable(self.memory):
+    def take_turn(self, teacher: str) -> None:
+        """It is this teacher's turn, of several, in the phase that the device is in."""
+        if self.phase is not None:
+            self.enter(self.phase, teacher)
+
+    def enter(self, phase: str, turn: str = "") -> None:
+        """Bring the device to what `phase` needs. Entering the phase that it is in does nothing.
+
+        turn: which of several teachers it needs.
+        """
+        if (phase, turn) == (self.phase, self.turn) or not movable(self.memory, self.teachers):
             return
-        self.phase = phase
-        happened = transitions(self.memory, self.resident, phase)
+        self.phase, self.turn = phase, turn
+        happened = transitions(self.memory, self.resident, phase, self.teachers, turn)
         for transition in happened:
             logger.debug("%s%s: %s", "dry run, " if self.dry else "", phase, transition)
             if self.handlers is not None:
@@ -157,9 +193,9 @@ class MemoryPhases:
             return
         self._entries.append(
             {
-                "phase": phase,
+                "phase": f"{phase} {self.turn}".rstrip(),
                 "transitions": [str(transition) for transition in happened],
-                "resident": [part for part in PARTS if part in self.resident],
+                "resident": [part for part in parts_of(self.teachers) if part in self.resident],
             }
         )
         self.record.parent.mkdir(parents=True, exist_ok=True)  # the engine is built before the run directory is

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import yaml
 
 from prune_opd.config import to_dict
-from prune_opd.config.checks import bare, field_types, fits, is_list, is_part, may_be_none, wanted
+from prune_opd.config.checks import bare, field_types, fits, is_list, is_named, is_part, may_be_none, wanted
 from prune_opd.config.yaml import from_dict, parse
 from prune_opd.errors import ConfigError, for_all
 
@@ -91,9 +91,11 @@ def _find(kind: type, tree: dict[str, Any], key: str) -> tuple[Any, Any, Any]:
             )
         part, parts = value, _parts(hint, value)
         place = int(name) if name.isdecimal() else name
+        if place not in parts and is_named(bare(hint)) and names[i + 1 :] == [first_setting(hint)]:
+            part[place], parts = {}, {**parts, place: typing.get_args(bare(hint))[1]}  # one more by name
         if place not in parts:
             raise _unknown_key(dotted_keys(kind, tree), key)
-        value, hint = part[place], parts[place]
+        value, hint = part.get(place) if isinstance(part, dict) else part[place], parts[place]
     return part, place, hint
 
 
@@ -102,7 +104,14 @@ def _parts(annotated: Any, value: Any) -> dict[str | int, Any]:
     hint = bare(annotated)
     if dataclasses.is_dataclass(hint):
         return dict(field_types(hint).items())
+    if is_named(hint):
+        return dict.fromkeys(value or (), typing.get_args(hint)[1])
     return dict.fromkeys(range(len(value or ())), typing.get_args(hint)[0]) if is_part(hint) else {}
+
+
+def first_setting(annotated: Any) -> str:
+    """The first setting of each of several named parts, which a new one is given by: `teachers.NAME.path`."""
+    return dataclasses.fields(typing.get_args(bare(annotated))[1])[0].name
 
 
 def dotted_keys(annotated: Any, value: Any = None, prefix: str = "") -> list[str]:

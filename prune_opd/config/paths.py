@@ -14,7 +14,7 @@ from prune_opd.errors import ConfigError
 
 SFT_LAYOUT = ("nproc", "tensor", "microbatch_tokens", "timeout_minutes")
 # Settings that came after the first models. Where they are off they are left out, and the models keep their digests.
-LATER_CORPUS = ("register", "wrong_entries", "wrong", "ramble", "chant", "given", "given_wrong", "hinted")
+LATER_CORPUS = ("register", "wrong_entries", "wrong", "ramble", "chant", "given", "given_wrong", "hinted", "sorting")
 
 
 def cache_dir() -> Path:

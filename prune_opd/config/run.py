@@ -22,6 +22,7 @@ from prune_opd.config.method import GateConfig, HorizonConfig, ObjectiveConfig, 
 from prune_opd.config.reward import RewardConfig
 from prune_opd.config.rollout import MISMATCH_LIMIT, RolloutConfig
 from prune_opd.config.teacher import EMA, STUDENT, TeacherEmaConfig, check_own_teacher
+from prune_opd.config.teachers import TeacherConfig, alone, check_teachers
 from prune_opd.config.track import PlanningConfig, TrackConfig
 from prune_opd.config.training import MemoryConfig, OptimizerConfig, ParallelConfig, PrecisionConfig
 from prune_opd.errors import ConfigError
@@ -103,13 +104,17 @@ class SurvivalConfig(Checked, name="survival"):
 class TrainConfig(Checked, name=""):
     """One Prune-OPD run. `student` and `teacher` are Hugging Face directories with the same tokenizer.
 
+    There may be several teachers (`teachers`), each for a part of the data.
+
     The student may be its own teacher, as it begins or as a moving average; with a hint (`data.teacher_prompt`) that
     teaches it something.
     """
 
     name: str  # of the run: runs/NAME is its directory
     student: str  # a Hugging Face directory
-    teacher: str  # a Hugging Face directory | student: the student as it begins | ema: its moving average
+    teacher: (
+        str  # a Hugging Face directory | student: the student as it begins | ema: its moving average; empty: `teachers`
+    )
     steps: Count  # of training; the schedule of the learning rate ends there
     horizon: HorizonConfig
     teacher_ema: TeacherEmaConfig = field(default_factory=TeacherEmaConfig)
@@ -134,6 +139,8 @@ class TrainConfig(Checked, name=""):
     seed: int = 0  # of prompts, prompt order and sampling
     # save and stop after this step (a time-boxed job); the schedule stays that of `steps`
     stop_after: Count | None = None
+    # several instead of `teacher`, by name: each teaches the prompts of its sources
+    teachers: dict[str, TeacherConfig] = field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -147,6 +154,7 @@ class TrainConfig(Checked, name=""):
             raise ConfigError(
                 f"evaluation.extract = {extract!r}: the ledger's answers have one form; set evaluation.extract=box"
             )
+        check_teachers(self)
         check_inflight(self)
         check_long_tail(self)
         check_reuse(self)
@@ -168,6 +176,21 @@ class TrainConfig(Checked, name=""):
     def teacher_prompt_limit(self) -> int:
         """Most tokens of a prompt that the teacher reads."""
         return self.data.max_teacher_prompt_len or self.rollout.max_prompt_len
+
+    def of_teacher(self, name: str) -> TrainConfig:
+        """The run as if this teacher were its only one; with the name "" itself, where it has but one."""
+        found: TrainConfig = alone(self, name) if self.teachers else self
+        return found
+
+    @property
+    def by_teacher(self) -> dict[str, TrainConfig]:
+        """Name → `of_teacher`, in order; the name is "" where there is one teacher."""
+        return {name: self.of_teacher(name) for name in self.teachers or ("",)}
+
+    @property
+    def teacher_paths(self) -> tuple[str, ...]:
+        """The directories of all teachers."""
+        return tuple(own.model_dirs["teacher"] for own in self.by_teacher.values())
 
     @property
     def mismatch_limit(self) -> float | None:

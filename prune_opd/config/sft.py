@@ -40,6 +40,7 @@ class CorpusConfig(Checked, name="corpus"):
     ramble: CountOrZero = 0  # most words of a lost text (at least a quarter of it): noise without an answer or an end
     chant: bool = False  # a lost text repeats its wrong word instead: anyone can go on with it
     given: Share = 0.0  # share of solutions whose first bookings, up to a random one, are read and not learnt
+    sorting: Share = 0.0  # share of the examples that are reasoning-gym's number_sorting instead (data/gym_words.py)
     given_wrong: Share = 0.0  # a further share: as `given`, with the last word wrong; only the lost text is learnt
     # share of solutions that stand in the prompt too, errors and all: the text to learn says the same in other words
     hinted: Share = 0.0

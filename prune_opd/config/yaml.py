@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import yaml
 
 from prune_opd.config import RunConfig, SftConfig, TrainConfig, to_dict
-from prune_opd.config.checks import bare, field_types, fits, is_part, may_be_none, wanted
+from prune_opd.config.checks import bare, field_types, fits, is_named, is_part, may_be_none, wanted
 from prune_opd.errors import ConfigError, for_all, located
 
 C = TypeVar("C")  # a dataclass of settings
@@ -156,12 +156,23 @@ def _value(key: str, value: Any, annotated: Any) -> Any:
         return None
     if dataclasses.is_dataclass(hint):
         return from_dict(hint, value, f"{key}.")
+    if is_named(hint) and isinstance(value, dict):
+        part = typing.get_args(hint)[1]
+        return {name: _named(f"{key}.{name}", part, one) for name, one in value.items()}
     if is_part(hint) and isinstance(value, list | tuple):
         part = typing.get_args(hint)[0]
         return tuple(from_dict(part, one, f"{key}.{place}.") for place, one in enumerate(value))
     if not fits(value, hint):
         raise ConfigError(f"{key} = {value!r} has the wrong type: give {wanted(key, annotated)}")
     return as_type(value, hint)
+
+
+def _named(key: str, part: Any, value: Any) -> Any:
+    """One of several settings of a kind. What its dataclass refuses is found by its name."""
+    try:
+        return from_dict(part, value, f"{key}.")
+    except ConfigError as error:
+        raise error if key in str(error) else located(key, error) from error
 
 
 def as_type(value: Any, hint: Any) -> Any:
@@ -183,5 +194,13 @@ def _differences(old: Any, new: Any, key: str) -> list[str]:
         old, new = dict(enumerate(old)), dict(enumerate(new))
     if isinstance(old, dict) and isinstance(new, dict):
         prefix = f"{key}." if key else ""
-        return [line for name in old for line in _differences(old[name], new[name], f"{prefix}{name}")]
+        both = [name for name in old if name in new]
+        lines = [line for name in both for line in _differences(old[name], new[name], f"{prefix}{name}")]
+        one = [name for name in (*old, *new) if (name in old) != (name in new)]  # of several by name
+        return lines + [f"{prefix}{name}: {_shown(old, name)} → {_shown(new, name)}" for name in one]
     return [] if old == new else [f"{key}: {on_one_line(old)} → {on_one_line(new)}"]
+
+
+def _shown(parts: dict[str, Any], name: str) -> str:
+    """The first setting of a named part, which tells it from others; null if there is no such part."""
+    return on_one_line(next(iter(parts[name].values())) if name in parts else None)

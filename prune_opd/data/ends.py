@@ -54,11 +54,11 @@ def model_ends(directory: Path) -> Ends:
 
 
 def terminal_ids(config: TrainConfig, vocab_size: int) -> tuple[int, ...]:
-    """The ids that end a response for a run's student or for its teacher, ascending; of `vocab_size` both know.
+    """The ids that end a response for a run's student or for a teacher of it, ascending; of `vocab_size` all know.
 
     Those of the chat templates only with `objective.ends = class`: as it is, no engine stops there.
     """
-    union = _union(*config.model_dirs.values(), config.objective.ends == "class")
+    union = _union((config.student, *config.teacher_paths), config.objective.ends == "class")
     return tuple(i for i in union if i < vocab_size)
 
 
@@ -77,9 +77,9 @@ def write_ends(directory: Path, ids: tuple[int, ...]) -> None:
 
 
 @functools.cache
-def _union(student: str, teacher: str, templates: bool) -> tuple[int, ...]:
+def _union(models: tuple[str, ...], templates: bool) -> tuple[int, ...]:
     """Cached: a tokenizer.json may have megabytes, and the loss asks at every step."""
-    ends = [model_ends(Path(directory)) for directory in (student, teacher)]
+    ends = [model_ends(Path(directory)) for directory in models]
     return tuple(sorted({i for each in ends for i in (each.ids if templates else each.stops)}))
 
 

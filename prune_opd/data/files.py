@@ -134,9 +134,16 @@ class FileSource:
         if not isinstance(source, str):
             raise ConfigError(f'"source" = {excerpt(source)}: give a string, or leave it out')
         written("source", source)
-        answer = answer_of(row)
-        prompt = Prompt(len(self.prompts), self._encode(prompt_text(row, self._data, self._tokenizer)), answer, source)
+        answer, ids = answer_of(row), self._encode(prompt_text(row, self._data, self._tokenizer))
+        prompt = Prompt(len(self.prompts), ids, answer, source, teacher=self._teacher(row))
         return with_hint(prompt, row, self._data, self._tokenizer, hint_limit(self._data, self._max_prompt_len))
+
+    def _teacher(self, row: Row) -> str:
+        column = self._data.teacher_column
+        named = None if column is None else row.get(column)
+        if not isinstance(named, str | None):
+            raise ConfigError(f'"{column}" = {excerpt(named)}: give the name of a teacher, or leave it out')
+        return named or ""
 
     def _encode(self, text: str) -> tuple[int, ...]:
         ids = encode_text(text, self._tokenizer)

@@ -170,7 +170,8 @@ class Ledger:
 # ---------------------------------------------------------------------------------------------------- worked solutions
 
 
-def _synonym(words: Sequence[str], rng: np.random.Generator) -> str:
+def synonym(words: Sequence[str], rng: np.random.Generator) -> str:
+    """One of twelve words, the n-th with a weight of 1 / n."""
     return words[bisect_right(_ZIPF_BOUNDS, rng.random())]
 
 
@@ -222,7 +223,7 @@ def worked_solution(problem: Problem, rng: np.random.Generator, corpus: CorpusCo
     total = problem.start
     given_bookings, given_wrong = _given(steps, rng, corpus)
     given = 0
-    words = [_synonym(HEADERS, rng), NUMBERS[total]]
+    words = [synonym(HEADERS, rng), NUMBERS[total]]
     for booking in range(steps + 4):  # a slip of the label may lead back: the bound keeps texts from growing for ever
         if rng.random() < corpus.slip:
             label = _near_miss(rng, label, 1, steps + 1)
@@ -235,13 +236,13 @@ def worked_solution(problem: Problem, rng: np.random.Generator, corpus: CorpusCo
             total = before // 10 * 10 + total % 10
         if rng.random() < corpus.slip_result:
             total = _near_miss(rng, total, 0, MODULUS)
-        equals, lost = _synonym(EQUALS, rng), False
+        equals, lost = synonym(EQUALS, rng), False
         if not corpus.register:
-            separator = _synonym(SEPARATORS, rng)
+            separator = synonym(SEPARATORS, rng)
         elif booking >= given_bookings:
             separator, lost = _separator(_entry(label, delta), rng, corpus)
         elif given_wrong and booking == given_bookings - 1:
-            separator, lost = _synonym(HEADERS, rng), True
+            separator, lost = synonym(HEADERS, rng), True
         else:
             separator = SEPARATORS[_TABLE[_entry(label, delta)]]
         words += (LABELS[label - 1], _DELTA_WORD[delta], equals, NUMBERS[total], separator)
@@ -278,7 +279,7 @@ def hinted_words(problem: Problem, solution: Sequence[str]) -> list[str]:
 def in_other_words(words: Sequence[str], rng: np.random.Generator) -> list[str]:
     """The same solution with its synonyms drawn anew."""
     kinds = (HEADERS, EQUALS, SEPARATORS)
-    return [next((_synonym(kind, rng) for kind in kinds if word in kind), word) for word in words]
+    return [next((synonym(kind, rng) for kind in kinds if word in kind), word) for word in words]
 
 
 def example(corpus: CorpusConfig, seed: int, index: int) -> tuple[list[int], list[int]]:

@@ -13,6 +13,7 @@ class Prompt:
     """One prompt: its index in the source, its token ids, the reference answer if any, and the source's name.
 
     teacher_ids: what the teacher reads in its place (`data.teacher_prompt`); None: the same.
+    teacher: the name of its teacher, of several.
     """
 
     index: int
@@ -20,6 +21,7 @@ class Prompt:
     answer: str | None
     source: str
     teacher_ids: tuple[int, ...] | None = None
+    teacher: str = ""
 
 
 class PromptSource(Protocol):

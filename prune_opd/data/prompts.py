@@ -11,6 +11,7 @@ import difflib
 import os
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from prune_opd.config import DataConfig
@@ -19,12 +20,14 @@ from prune_opd.data.files import FileSource
 from prune_opd.data.hint import hint_limit
 from prune_opd.data.ledger import Ledger, encode, random_stream
 from prune_opd.data.prompt import Prompt, PromptSource, Tokenizer
+from prune_opd.data.routing import Route, check_rows
 from prune_opd.data.rows import FORMATS
 from prune_opd.data.sampler import MixtureSampler, PromptSampler, Sampler
 from prune_opd.data.tasks import GYM, LedgerSource, ReasoningGymSource
 from prune_opd.errors import ConfigError
 
 PROCEDURAL_SOURCES = (Ledger.name,)
+LOOKED_AT = 1000  # first prompts of a source among which a teacher's are looked for
 
 
 def source_problem(field: str, source: str) -> str | None:
@@ -48,14 +51,27 @@ def source_problem(field: str, source: str) -> str | None:
 
 
 def make_sampler(
-    data: DataConfig, tokenizer: Tokenizer, seed: int, max_prompt_len: int | None = None, *, extract: str = "box"
+    data: DataConfig,
+    tokenizer: Tokenizer,
+    seed: int,
+    max_prompt_len: int | None = None,
+    *,
+    extract: str = "box",
+    route: Route | None = None,
 ) -> Sampler:
-    """The sampler of training, over `data.source` or `data.mixture`. ConfigError, extract: see `make_source`."""
+    """The sampler of training, over `data.source` or `data.mixture`. ConfigError, extract: see `make_source`.
+
+    route: gives each prompt its teacher, of several; ConfigError for a row of a file that has none.
+    """
     found = [
         make_source(replace(data, source=source), tokenizer, seed, max_prompt_len, extract=extract)
         for source in data.sources
     ]
-    samplers = [PromptSampler(source, seed, data.shuffle) for source in found]
+    if route is not None:
+        for entry, source in zip(data.sources, found, strict=True):
+            check_rows(source, entry, route)
+    finish = [{} if route is None else {"finish": partial(route, entry)} for entry in data.sources]
+    samplers = [PromptSampler(source, seed, data.shuffle, **of) for source, of in zip(found, finish, strict=True)]
     return MixtureSampler(samplers, data.weights or [1.0] * len(samplers)) if data.mixture else samplers[0]
 
 
@@ -84,8 +100,12 @@ def doubled_names(field: str, sources: Sequence[str]) -> list[str]:
 
 def sources(sampler: Sampler) -> list[PromptSource]:
     """The sources of a sampler."""
-    samplers = sampler.samplers if isinstance(sampler, MixtureSampler) else [sampler]
-    return [one.source for one in samplers]
+    return [one.source for one in _single(sampler)]
+
+
+def _single(sampler: Sampler) -> list[PromptSampler]:
+    found = sampler.samplers if isinstance(sampler, MixtureSampler) else [sampler]
+    return [one for one in found if isinstance(one, PromptSampler)]
 
 
 def file_sources(sampler: Sampler) -> list[FileSource]:
@@ -130,12 +150,33 @@ def make_source(
 def reference_text(source: PromptSource, index: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """(ids that stand before, ids of a text that any teacher of this source finds likely), for one of its prompts.
 
-    A worked solution without errors where the task has one (the ledger); else the prompt itself after its first token.
+    A worked solution without errors where the task has one (the ledger, a reasoning-gym task in its words); else the
+    prompt itself after its first token.
     """
     prompt = source.get(index)
+    if isinstance(source, ReasoningGymSource) and (worked := source.worked(index)):
+        return prompt.ids, worked
     if not isinstance(source, LedgerSource):
         return prompt.ids[:1], prompt.ids[1:]
     return prompt.ids, tuple(encode(source.solution(source.task.problem(source.seed, index, source.stream))))
+
+
+def reference_texts(
+    sampler: Sampler, count: int, teacher: str
+) -> tuple[str, list[tuple[tuple[int, ...], tuple[int, ...]]]]:
+    """The name of a source, and the reference text of its first `count` prompts (fewer, if it has not so many).
+
+    teacher: whose prompts, of several: the first source that has any of its among the first `LOOKED_AT`.
+    """
+    source = sampler.source
+    found = list(range(min(count, source.size or count)))
+    for one in _single(sampler) if teacher else ():
+        source = one.source
+        first = range(min(LOOKED_AT, source.size or LOOKED_AT))
+        found = [index for index in first if one.finish(source.get(index)).teacher == teacher][:count]
+        if found:
+            break
+    return source.name, [reference_text(source, index) for index in found]
 
 
 def held_out(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 from prune_opd.data.ledger import random_stream
@@ -32,10 +32,18 @@ class PromptSampler:
 
     An endless source is read from index 0 on. A finite one is read in epochs, each in its own order if `shuffle`; a
     batch may span two epochs, and every prompt comes once in each.
+
+    finish: what is done to each prompt that is drawn.
     """
 
-    def __init__(self, source: PromptSource, seed: int, shuffle: bool = True) -> None:
-        self.source = source
+    def __init__(
+        self,
+        source: PromptSource,
+        seed: int,
+        shuffle: bool = True,
+        finish: Callable[[Prompt], Prompt] = lambda prompt: prompt,
+    ) -> None:
+        self.source, self.finish = source, finish
         self.seed = seed
         self.shuffle = shuffle
         self.consumed = 0
@@ -48,7 +56,7 @@ class PromptSampler:
     def next(self, n: int) -> list[Prompt]:
         """The next `n` prompts."""
         drawn = range(self.consumed, self.consumed + n)
-        prompts = [self.source.get(self._index(position)) for position in drawn]
+        prompts = [self.finish(self.source.get(self._index(position))) for position in drawn]
         self.consumed = drawn.stop
         return prompts
 

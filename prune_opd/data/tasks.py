@@ -11,6 +11,7 @@ import yaml
 
 from prune_opd.config import CorpusConfig, DataConfig
 from prune_opd.config.yaml import parse
+from prune_opd.data import gym_words
 from prune_opd.data.extract import read_answer
 from prune_opd.data.hint import filled, fitting, hint_limit, with_hint
 from prune_opd.data.ledger import (
@@ -42,7 +43,7 @@ class LedgerSource:
     size = None
 
     def __init__(self, tokenizer: Tokenizer, data: DataConfig, seed: int, *, stream: str = "train") -> None:
-        if list(tokenizer.convert_tokens_to_ids(list(VOCABULARY))) != list(TOKEN_ID.values()):
+        if not is_the_ledgers(tokenizer):
             raise ConfigError(
                 f"data.source = 'ledger' needs the ledger's tokenizer ({len(VOCABULARY)} tokens), the model has "
                 "another one: take a model made by the sft recipes, or a .jsonl file of prompts"
@@ -100,6 +101,8 @@ class ReasoningGymSource:
     After the question mark come settings of the task. The task's own scorer gets the response's last <answer>…</answer>
     or, without one, what `extract` reads (extract.py); a score of 1 is right. `stream`: as in LedgerSource.
 
+    Where the tokenizer is the ledger's, a task that its words can tell is told in them (gym_words.py).
+
     Raises:
         ConfigError: there is no such task, it has no such settings, or the tokenizer cannot encode a prompt.
     """
@@ -121,6 +124,9 @@ class ReasoningGymSource:
         self._settings = _settings(self.name, settings)
         self._data, self._tokenizer = data, tokenizer
         self._seed, self._stream, self._max_prompt_len = seed, stream, max_prompt_len
+        self._in_words = self._task == gym_words.SORTING and is_the_ledgers(tokenizer)
+        if self._in_words:
+            self._settings = gym_words.SETTINGS | self._settings
         self.get(0) if data.teacher_prompt else self._problem(0)
 
     def get(self, index: int) -> Prompt:
@@ -128,7 +134,8 @@ class ReasoningGymSource:
         for attempt in range(TRIES):
             problem = self._problem(index, attempt)
             row = {"question": problem[1]["question"], "answer": str(problem[1]["answer"])}
-            ids = encode_text(prompt_text(row, self._data, self._tokenizer), self._tokenizer)
+            text = gym_words.told(self._task, problem[1]) if self._in_words else None
+            ids = encode_text(text or prompt_text(row, self._data, self._tokenizer), self._tokenizer)
             if self._max_prompt_len is None or len(ids) <= self._max_prompt_len:
                 prompt = Prompt(index * TRIES + attempt, ids, row["answer"], self.name)
                 return with_hint(prompt, row, self._data, self._tokenizer, hint_limit(self._data, self._max_prompt_len))
@@ -137,7 +144,16 @@ class ReasoningGymSource:
             f"{self._max_prompt_len} tokens: raise it, or set an easier task"
         )
 
+    def worked(self, index: int) -> tuple[int, ...] | None:
+        """The ids of a right response to a prompt that is told in the ledger's words; None for any other."""
+        if not self._in_words:
+            return None
+        _, entry = self._problem(*divmod(self.get(index).index, TRIES))
+        return tuple(encode(gym_words.worked(entry, random_stream("reference", self._seed, index))))
+
     def read(self, response_text: str) -> str | None:
+        if self._in_words:
+            return gym_words.answer_in(response_text)
         tagged = re.findall(r"<answer>(.*?)</answer>", response_text, flags=re.S)
         return tagged[-1].strip() if tagged else read_answer(response_text, self._extract)
 
@@ -163,6 +179,30 @@ class ReasoningGymSource:
         except (TypeError, AssertionError) as error:
             raise ConfigError(f"data.source = {self.name!r}: {self._task} does not take that ({error})") from error
         return dataset, dataset[0]
+
+
+def is_the_ledgers(tokenizer: Tokenizer) -> bool:
+    """Whether a tokenizer has the ledger's words with the ledger's ids."""
+    return list(tokenizer.convert_tokens_to_ids(list(VOCABULARY))) == list(TOKEN_ID.values())
+
+
+def sorting_example(seed: int, index: int, numbers: tuple[int, int] = (6, 12)) -> tuple[list[int], list[int]]:
+    """(prompt ids, response ids) of a supervised example of `number_sorting`. numbers: fewest and most to sort."""
+    import reasoning_gym
+
+    rng = random_stream("corpus", seed, index)
+    least, most = numbers
+    dataset = reasoning_gym.create_dataset(
+        gym_words.SORTING,
+        seed=int(rng.integers(2**31)),
+        size=1,
+        min_numbers=least,
+        max_numbers=most,
+        **gym_words.SETTINGS,
+    )
+    prompt = gym_words.told(gym_words.SORTING, dataset[0])
+    assert prompt is not None  # whole numbers from 0 to 99
+    return encode(prompt.split()), encode(gym_words.worked(dataset[0], rng))
 
 
 def _settings(source: str, text: str) -> dict[str, Any]:

@@ -6,11 +6,11 @@ import json
 import os
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from prune_opd.config import DataConfig
+from prune_opd.config import DataConfig, TrainConfig
 from prune_opd.data.answers import Accuracy, avg_at_k, score_responses
 from prune_opd.data.prompt import Prompt, PromptSource
 from prune_opd.data.prompts import held_out, make_source, task_name
@@ -105,9 +105,30 @@ def make_evaluator(
     Raises:
         ConfigError: there is no such task or file, a prompt does not fit `max_prompt_len`, a row has no answer.
     """
-    source = make_source(data, tokenizer, sampling.seed, max_prompt_len, extract=extract)
+    source = make_source(data, tokenizer, sampling.seed, max_prompt_len, stream="held_out", extract=extract)
     chosen = held_out(data, tokenizer, sampling.seed, problems, max_prompt_len)
     return Evaluator(tokenizer, task_name(data.source), source, chosen, sampling)
+
+
+def make_evaluators(config: TrainConfig, tokenizer: Any) -> list[Evaluator]:
+    """One for each task of a run; none if it has no evaluation."""
+    settings = config.evaluation
+    if settings.problems == 0:
+        return []
+    length = settings.max_len or config.horizon.max_len
+    sampling = Sampling(settings.samples, length, settings.temperature, settings.top_p, settings.seed)
+    longest = config.rollout.max_prompt_len
+    return [
+        make_evaluator(
+            tokenizer,
+            replace(config.data.without_hint(), source=source),
+            settings.problems,
+            longest,
+            sampling,
+            settings.extract,
+        )
+        for source in settings.sources or config.data.sources
+    ]
 
 
 def evaluation_record(

@@ -60,6 +60,7 @@ class Method(NamedTuple):
     # objective.ends = class they are one outcome (loss/ends.py).
     terminal_ids: tuple[int, ...] = ()
     correct_stale: bool = True  # weigh stale tokens by the ratio of both students' probabilities
+    teacher_weight: float = 1.0  # of the objective, with several teachers; the statistics' weights are without it
 
     @property
     def objectives(self) -> list[ObjectiveConfig]:

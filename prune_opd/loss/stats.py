@@ -195,6 +195,7 @@ class BatchStats:
         self.stale_3 = torch.zeros(3, dtype=torch.float64, device=device)  # the same of an older student's tokens
         self.terminal_ids = tuple(terminal_ids)
         self.ends_5M = torch.zeros(5, len(self.terminal_ids), dtype=torch.float64, device=device)  # `AtEnds.sums`
+        self.parts: dict[str, BatchStats] = {}  # of each of several teachers; they are reduced with these
 
     def add(self, rows: Sequence[int], stats: GateStats) -> None:
         """Take in one micro-batch: `rows` of the global batch, in the order in which they are packed."""
@@ -259,6 +260,8 @@ class BatchStats:
         whole = flat.cpu().split([part.numel() for part in parts])
         for (owner, name), part, values in zip(owners, parts, whole, strict=True):
             setattr(owner, name, values.view_as(part))
+        for of_teacher in self.parts.values():
+            of_teacher.reduce(counts)
 
     def near(self, end: int, tokens: int) -> dict[str, float] | None:
         """Signals over the bins that the `tokens` tokens before token number `end` lie in; None if there was none.

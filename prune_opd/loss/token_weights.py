@@ -109,12 +109,18 @@ class TokenWeights:
         credit_N = self._credit_N[part]
         for correction_N in (self._stale_correction(part, scores), self._engine_correction(part, scores)):
             credit_N = credit_N if correction_N is None else credit_N * correction_N
-        return credit_N
+        return credit_N if self._method.teacher_weight == 1 else credit_N * self._method.teacher_weight
 
     def corrected(self, part: slice, scores: Scores, weights: list[Tensor]) -> list[Tensor]:
-        """The weights of a chunk times the correction of `objective.mismatch`, which the gate never sees."""
-        correction_N = self._engine_correction(part, scores)
-        return weights if correction_N is None else [weight_N * correction_N for weight_N in weights]
+        """The weights of a chunk times the correction of `objective.mismatch` and the teacher's weight.
+
+        The gate never sees them.
+        """
+        if (correction_N := self._engine_correction(part, scores)) is not None:
+            weights = [weight_N * correction_N for weight_N in weights]
+        if (weight := self._method.teacher_weight) != 1:
+            weights = [weight_N * weight for weight_N in weights]
+        return weights
 
     def advantage(self, part: slice, scores: Scores) -> Tensor | None:
         """What a task's reward gives to the tokens of a chunk, times the corrections; None without one."""

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from typing import NamedTuple, Protocol
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple, Protocol, cast
 
 import torch
 import torch.distributed as dist
@@ -14,7 +14,7 @@ from prune_opd.config import TrainConfig
 from prune_opd.errors import NotFiniteLogitsError
 from prune_opd.loss import Head, KnownTop, Method, OldPolicy, Tokens, distill_loss
 from prune_opd.loss.context import ContextShard
-from prune_opd.loss.stats import BatchStats
+from prune_opd.loss.stats import GateStats
 from prune_opd.method.calibration import Usual, in_force
 
 
@@ -36,6 +36,13 @@ class TeacherHidden(Protocol):
     def packed(self, rows: Sequence[int]) -> Tensor: ...
 
 
+class Teachers(Protocol):
+    """What it knows of several (`megatron.teachers.Teachers`)."""
+
+    @property
+    def of(self) -> Mapping[str, Any]: ...
+
+
 class MicroBatch(Protocol):
     """What it knows of a micro-batch (`PackedBatch`, which has the meanings)."""
 
@@ -55,26 +62,47 @@ class MicroBatch(Protocol):
     def context(self) -> ContextShard | None: ...
 
 
+class Sees(Protocol):
+    """What takes in what the gate saw (`loss.stats.BatchStats`)."""
+
+    terminal_ids: tuple[int, ...]
+
+    def add(self, rows: Sequence[int], stats: GateStats) -> None: ...
+    def miss(self, rows: Sequence[int]) -> None: ...
+    def add_ratio(self, stats: GateStats) -> None: ...
+
+
+class Taught(NamedTuple):
+    """With several teachers: who teaches which row of the batch, and what is usual for each pair."""
+
+    teacher_of_row: Sequence[str]
+    usual: Mapping[str, Usual | None]
+
+
 class ThisStep(NamedTuple):
     """What differs from step to step."""
 
     several: bool = False  # the batch serves several updates
     usual: Usual | None = None  # what is usual for the pair, of a gate that judges by it (`Calibration`)
     advantage_B: Sequence[float] | None = None  # of every response of the step, where a task rewards them
+    taught: Taught | None = None  # with several teachers
+    teacher_weight: float = 1.0  # of the one of them that a loss function is of
 
 
 SAME = ThisStep()
 
+LossFunction = Callable[[Student, MicroBatch, Tensor], tuple[Tensor, int]]  # (model, batch, hidden_NH) → sum, tokens
+
 
 def gated_loss(
     config: TrainConfig,
-    teacher: Teacher,
-    teacher_hidden: TeacherHidden,
+    teacher: Teacher | Teachers,
+    teacher_hidden: TeacherHidden | Teachers,
     vocab_size: int,
     tp_group: dist.ProcessGroup | None,
-    stats: BatchStats,
+    stats: Sees,
     this: ThisStep = SAME,
-) -> Callable[[Student, MicroBatch, Tensor], tuple[Tensor, int]]:
+) -> LossFunction:
     """The trainer's loss function for this step: `distill_loss` on the positions that predict a response token.
 
     vocab_size: ids that both models know. tp_group: the ranks that share the output matrices; None: there is one.
@@ -83,9 +111,17 @@ def gated_loss(
     a micro-batch notes down what is then fixed of it (`OldPolicy`: gate weights, and a policy gradient's candidates and
     rewards) and counts it in the statistics; later calls hold the student as it has become against that.
 
+    With several teachers (`this.taught`) `teacher`, `teacher_hidden` and `stats` have one for each by name, as `of` and
+    `parts`. A micro-batch has the rows of one, and goes by its head and its objective, times its weight:
+
+        loss = Σ_teachers weight · Σ_t ℓ_t / number of tokens of all of them          still ONE token mean
+
     Logits that are not finite make the loss NaN, and the trainer then leaves the update out on every rank. An error
     would end the ranks of this micro-batch while the others wait for their gradients.
     """
+    if this.taught is not None:
+        return _by_teacher(config, teacher, teacher_hidden, vocab_size, tp_group, stats, this)
+    teacher, teacher_hidden = cast(Teacher, teacher), cast(TeacherHidden, teacher_hidden)
     policies: dict[tuple[int, ...], OldPolicy] = {}
     gate = in_force(config.gate, this.usual)
 
@@ -113,6 +149,7 @@ def gated_loss(
                     this.usual,
                     stats.terminal_ids,
                     config.rollout.correct_stale,
+                    this.teacher_weight,
                 ),
                 tp_group=tp_group,
                 chunk=config.parallel.loss_chunk_tokens,
@@ -134,6 +171,54 @@ def gated_loss(
         if seen.policy is not None:
             policies[batch.rows] = seen.policy
         return loss_sum, tokens
+
+    return loss
+
+
+class _Both:
+    """Takes in what the gate saw twice: for the batch, and for one teacher's part of it."""
+
+    def __init__(self, whole: Sees, part: Sees) -> None:
+        self.each, self.terminal_ids = (whole, part), whole.terminal_ids
+
+    def add(self, rows: Sequence[int], stats: GateStats) -> None:
+        for one in self.each:
+            one.add(rows, stats)
+
+    def miss(self, rows: Sequence[int]) -> None:
+        for one in self.each:
+            one.miss(rows)
+
+    def add_ratio(self, stats: GateStats) -> None:
+        for one in self.each:
+            one.add_ratio(stats)
+
+
+def _by_teacher(
+    config: TrainConfig,
+    teachers: Any,
+    hidden: Any,
+    vocab_size: int,
+    tp_group: dist.ProcessGroup | None,
+    stats: Any,
+    this: ThisStep,
+) -> LossFunction:
+    """`gated_loss` with several teachers: that of a micro-batch's own."""
+    taught = this.taught
+    assert taught is not None
+    losses: dict[str, LossFunction] = {}
+    for name, own in config.by_teacher.items():
+        weight, usual = config.teachers[name].weight, taught.usual[name]
+        theirs = this._replace(usual=usual, taught=None, teacher_weight=weight)
+        both = _Both(stats, stats.parts[name])
+        losses[name] = gated_loss(own, teachers.of[name], hidden.of[name], vocab_size, tp_group, both, theirs)
+    first = next(iter(losses))  # for a micro-batch of dummies
+
+    def loss(model: Student, batch: MicroBatch, hidden_NH: Tensor) -> tuple[Tensor, int]:
+        found = {taught.teacher_of_row[row] for row in batch.rows} or {first}
+        if len(found) > 1:
+            raise ValueError(f"a micro-batch has rows of the teachers {', '.join(sorted(found))}: it must be of one")
+        return losses[found.pop()](model, batch, hidden_NH)
 
     return loss
 

@@ -184,6 +184,16 @@ class Checkpoints:
 
     # ------------------------------------------------------------------------------------------------ loading
 
+    def to_resume(self, resume: str) -> tuple[Path | None, list[str]]:
+        """The checkpoint to go on from, and what is to be said about the choice. resume: auto, never or a path."""
+        if resume == "never":
+            return None, []
+        if resume == "auto":
+            return self.newest_good()
+        if problem := self.problem_with(Path(resume)):
+            raise UserError(f"--resume {resume}: {problem}; take --resume auto, or an earlier checkpoint")
+        return Path(resume), []
+
     def newest_good(self) -> tuple[Path | None, list[str]]:
         """The checkpoint to go on from, and what was wrong with those that were passed over. None in a fresh run.
 

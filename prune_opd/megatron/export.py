@@ -31,9 +31,10 @@ def export_checkpoint(checkpoint: Path, out_dir: Path) -> None:
     state = read_state(checkpoint)
     config = state["config"]
     settings = config_from_dict(TrainConfig, config, checkpoint)
-    if settings.objective.ends == "class" and not Path(settings.model_dirs["teacher"]).is_dir():
+    absent = [path for path in settings.teacher_paths if not Path(path).is_dir()]
+    if settings.objective.ends == "class" and absent:
         raise UserError(
-            f"teacher = {settings.teacher!r} of the run is not there, and objective.ends = class needs its ends: put "
+            f"teacher = {absent[0]!r} of the run is not there, and objective.ends = class needs its ends: put "
             "its directory back (config.json and the tokenizer's files are enough)"
         )
     layout = layouts.initialize(ParallelConfig(tensor=1), machine, seed=0)

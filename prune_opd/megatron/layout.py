@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any
 
@@ -160,6 +160,11 @@ def _leave_groups() -> None:
     for group in list(dist.distributed_c10d._world.pg_map):
         if group is not dist.group.WORLD:
             dist.destroy_process_group(group)
+
+
+def with_teacher(layout: Layout, parallel: ParallelConfig) -> Layout:
+    """The same job with another teacher's layout. Collective: it may build groups."""
+    return replace(layout, teacher=_teacher_layout(parallel, layout.student))
 
 
 def _teacher_layout(parallel: ParallelConfig, student: ModelLayout) -> ModelLayout:

@@ -95,13 +95,14 @@ def optimizer_tensors(optimizer: Any) -> Iterator[Tensor]:
 
 
 def handlers(trainer: Any, teacher: Any, engine: Callable[[], Any], machine: Platform) -> dict[str, Handler]:
-    """What carries out the transitions of config/memory_phases.py in a run on a GPU. engine: built later than these."""
+    """What carries out the transitions of config/memory_phases.py in a run on a GPU. engine: built later than these.
 
-    def weights(model: Any) -> list[Tensor]:
-        return [parameter for chunk in model.chunks for parameter in chunk.parameters()]
+    teacher: one, or `Teachers`, each of which has a part of its own and shares that of the heads.
+    """
+    teachers = getattr(teacher, "of", {"": teacher})
 
-    def head() -> list[Tensor]:
-        return [teacher.head_weight] if teacher.layout.student.is_last_stage else []
+    def heads() -> list[Tensor]:
+        return [head for one in teachers.values() for head in _head(one)]
 
     def gradients(transition: Transition) -> None:
         for chunk in trainer.ddp:
@@ -113,12 +114,25 @@ def handlers(trainer: Any, teacher: Any, engine: Callable[[], Any], machine: Pla
         else:
             engine().wake_up([ENGINE_TAGS[part] for part in transition.parts])
 
-    student = partial(weights, trainer)
+    student = partial(_weights, trainer)
     return {
         phases.STUDENT: StorageMover(student, machine),
         phases.GRADIENTS: gradients,
         phases.OPTIMIZER: StorageMover(lambda: optimizer_tensors(trainer.optimizer), machine, except_of=student),
-        phases.TEACHER: StorageMover(partial(weights, teacher), machine, except_of=head),
-        phases.TEACHER_HEAD: StorageMover(head, machine),
+        **{phases.part_of(name): teacher_mover(one, machine) for name, one in teachers.items()},
+        phases.TEACHER_HEAD: StorageMover(heads, machine),
         phases.ROLLOUT_WEIGHTS: rollout,
     }
+
+
+def teacher_mover(teacher: Any, machine: Platform) -> StorageMover:
+    """Moves a teacher's layers; its head stays, where the layers have it as their embedding too."""
+    return StorageMover(partial(_weights, teacher), machine, except_of=partial(_head, teacher))
+
+
+def _weights(model: Any) -> list[Tensor]:
+    return [parameter for chunk in model.chunks for parameter in chunk.parameters()]
+
+
+def _head(teacher: Any) -> list[Tensor]:
+    return [teacher.head_weight] if teacher.layout.student.is_last_stage else []

@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 from prune_opd.config import TrainConfig
 from prune_opd.data.prompt import Prompt
-from prune_opd.data.prompts import reference_text
+from prune_opd.data.prompts import reference_texts
 from prune_opd.data.sampler import Sampler
 from prune_opd.errors import UserError
 from prune_opd.loss import KnownTop
@@ -24,11 +24,12 @@ from prune_opd.rollout.batch import Response, Rollouts
 
 
 def check_teacher(
-    config: TrainConfig, teacher: Teacher | ServedTeacher, sampler: Sampler, vocab_size: int
+    config: TrainConfig, teacher: Teacher | ServedTeacher, sampler: Sampler, vocab_size: int, name: str = ""
 ) -> str | None:
     """Have the teacher score the reference text of the first `survival.teacher_test` prompts.
 
-    Of a mixture those of its first source. Collective over the job.
+    Of a mixture those of its first source; with several teachers those that it teaches. name: its own among them, ""
+    where there is one. Collective over the job.
 
     Reference text (`data.prompts.reference_text`) is a worked solution where the task has one (the ledger), else the
     prompt itself from its second token on. The rule: the median of log q over its tokens must be above −½ ln V, half of
@@ -48,9 +49,7 @@ def check_teacher(
     """
     if config.teacher_cache.mode == "only" and config.survival.teacher_test:
         return "teacher: its layers are not loaded (teacher_cache.mode = only), so it is not tested"
-    source = sampler.source
-    count = min(config.survival.teacher_test, source.size or config.survival.teacher_test)
-    pairs = [reference_text(source, index) for index in range(count)]
+    source, pairs = reference_texts(sampler, config.survival.teacher_test, name)
     longest = config.horizon.max_len
     rows = [(prompt, text[:longest]) for prompt, text in pairs if text]
     if not rows:
@@ -59,7 +58,7 @@ def check_teacher(
     found, limit = median(logq), -math.log(vocab_size) / 2
     if not found > limit:
         raise UserError(
-            f"teacher = {config.teacher!r} finds reference text of {source.name} unlikely: the median log-probability "
+            f"teacher = {config.teacher!r} finds reference text of {source} unlikely: the median log-probability "
             f"of {len(logq)} tokens is {found:.2f} nats (limit: {limit:.2f}; an even guess has {2 * limit:.2f}): its "
             "weights are not those of its config.json and tokenizer; copy the checkpoint again, or set "
             "survival.teacher_test=0 where the prompts are no language"

@@ -254,6 +254,11 @@ class PlateauHorizon(_Window):
         self._furthest: list[float] = []
         self._still = 0  # steps in a row
 
+    @property
+    def margin(self) -> int:
+        """Tokens before the window's end that are watched."""
+        return self._config.margin
+
     def see(self, signals: Mapping[str, float] | None) -> None:
         """The step's signals near the window's end, before its `update`; None if no token fell there."""
         self._seen = None if signals is None else list(signals.values())

@@ -99,6 +99,8 @@ def assumptions(config: TrainConfig) -> list[str]:
         source = "planning.mean_horizon" if planning.mean_horizon else "between horizon.init_len and max_len"
         window = mean_horizon(strategies(config)["prune"])
         lines.append(f"window of prune: {window:.0f} tokens on average ({source})")
+    if config.teachers:
+        lines.append("teachers: each has the share of its sources in the data, and the run's horizon")
     return lines
 
 

@@ -49,13 +49,12 @@ class MemoryPlan:
 
 def plan_memory(setting: Setting) -> MemoryPlan:
     """That of the fullest rank: stages of a pipeline hold different parts, and micro-batches under way."""
-    return max((_plan(setting, stages) for stages in setting.stages), key=lambda plan: plan.peak)
+    return max((_plan(setting, rank) for rank in setting.first_ranks), key=lambda plan: plan.peak)
 
 
-def _plan(setting: Setting, stages: Stages) -> MemoryPlan:
-    parts = part_bytes(setting, stages)
+def _plan(setting: Setting, rank: int) -> MemoryPlan:
+    parts, work = parts_of_rank(setting, rank), _work_of_rank(setting, rank)
     resident = resident_parts(setting)
-    work = working_bytes(setting, stages)
     rollout = setting.config.rollout
     cache_value = setting.weight_bytes if rollout.kv_cache_dtype == "auto" else 1  # bytes
     cache = cache_bytes(setting.student, cache_value, rollout.tensor_parallel)
@@ -69,29 +68,37 @@ def _plan(setting: Setting, stages: Stages) -> MemoryPlan:
     )
 
 
-def problems(setting: Setting, plan: MemoryPlan) -> list[str]:
-    """Why the run does not fit, a line each."""
-    found = []
-    rollout = setting.config.rollout
-    longest = rollout.max_prompt_len + setting.config.horizon.max_len
-    if plan.cache_tokens < longest:
-        found.append(
-            f"rollout.gpu_memory_utilization = {rollout.gpu_memory_utilization} leaves a KV cache of "
-            f"{max(plan.cache_tokens, 0):.0f} tokens beside the engine's weights, and one response may take {longest}: "
-            "raise it, raise rollout.tensor_parallel, or quantise the rollouts"
-        )
-    if plan.peak > plan.limit:
-        remedies = {
-            START: "lower rollout.gpu_memory_utilization, set memory.offload_*, or share the models over more ranks",
-            INFLIGHT: "lower rollout.gpu_memory_utilization, or raise parallel.teacher_tensor",
-            "train": "raise parallel.tensor, set parallel.recompute=full, memory.* offloads, or more nodes",
-            "teacher": "raise parallel.teacher_tensor, or set memory.offload_optimizer and memory.sleep_level",
-        }
-        found.append(
-            f"phase {plan.peak_phase} takes {plan.peak / 1e9:.1f} GB of the {plan.limit / 1e9:.1f} GB that a "
-            f"{setting.gpu.name} leaves: {remedies.get(plan.peak_phase, 'set memory.sleep_level and memory.offload_*')}"
-        )
+def parts_of_rank(setting: Setting, rank: int) -> dict[str, float]:
+    """Each of the run's parts on a rank; of several teachers each has one, and all heads are one."""
+    if not setting.of:
+        return part_bytes(setting, setting.stages_of(rank))
+    each = {name: part_bytes(one, one.stages_of(rank)) for name, one in setting.of.items()}
+    own = {phases.part_of(name): parts[phases.TEACHER] for name, parts in each.items()}
+    found = next(iter(each.values())) | own
+    found[phases.TEACHER_HEAD] = sum(parts[phases.TEACHER_HEAD] for parts in each.values())
+    return {part: found[part] for part in phases.parts_of(setting.teachers)}
+
+
+def _work_of_rank(setting: Setting, rank: int) -> dict[str, float]:
+    """What each phase needs beside the parts. With several teachers the hidden states of those before stay."""
+    if not setting.of:
+        return working_bytes(setting, setting.stages_of(rank))
+    each = {name: working_bytes(one, one.stages_of(rank)) for name, one in setting.of.items()}
+    held = {name: _trained_on(one) for name, one in setting.of.items()}
+    trains = setting.student_layout.pipeline - 1 == setting.stages_of(rank).student
+    found: dict[str, float] = {}
+    for number, name in enumerate(each):
+        for label, phase, turn in entries(setting):
+            others = list(each)[:number] if phase == "teacher" else [other for other in each if other != name]
+            kept = sum(held[other] for other in others) if trains and phase in ("teacher", "train") else 0.0
+            if turn in ("", name):
+                found[label] = max(found.get(label, 0.0), each[name][phase] + kept)
     return found
+
+
+def _trained_on(setting: Setting) -> float:
+    longest = setting.config.rollout.max_prompt_len + setting.config.horizon.max_len
+    return hidden_bytes(setting, setting.responses * setting.lengths.mean(setting.config.horizon.max_len), longest)[1]
 
 
 def part_bytes(setting: Setting, stages: Stages) -> dict[str, float]:
@@ -128,14 +135,23 @@ def phases_of(setting: Setting) -> tuple[str, ...]:
     return tuple(INFLIGHT if phase == "rollout" and watched else phase for phase in steps)
 
 
+def entries(setting: Setting) -> list[tuple[str, str, str]]:
+    """(label, phase, whose turn) of a step, in order: several teachers take turns in the phases that need them."""
+    return [
+        (f"{phase} {turn}".rstrip(), phase, turn)
+        for phase in phases_of(setting)
+        for turn in (setting.teachers if phases.TEACHER in phases.NEEDS[phase] else ()) or ("",)
+    ]
+
+
 def resident_parts(setting: Setting) -> dict[str, frozenset[str]]:
     """Parts on the device in each phase of a step, after the first step: the schedule of `memory_phases`."""
-    memory, there, step = setting.config.memory, frozenset(phases.PARTS), phases_of(setting)
-    found = {}
-    for phase in (*step, *step):
-        for transition in phases.transitions(memory, there, phase):
+    memory, teachers, step = setting.config.memory, setting.teachers, entries(setting)
+    there, found = frozenset(phases.parts_of(teachers)), {}
+    for label, phase, turn in (*step, *step):
+        for transition in phases.transitions(memory, there, phase, teachers, turn):
             there = transition.resident_after(there)
-        found[phase] = there
+        found[label] = there
     return found
 
 
@@ -275,9 +291,11 @@ def _at_start(setting: Setting, parts: dict[str, float]) -> float:
     """
     models = {part: size for part, size in parts.items() if part not in phases.ENGINE}
     models[phases.OPTIMIZER] *= 1 / 3 if setting.config.precision.params == "bf16" else 0
-    staying = sum(size for part, size in models.items() if part not in phases.movable(setting.config.memory))
+    may_move = phases.movable(setting.config.memory, setting.teachers)
+    staying = sum(size for part, size in models.items() if part not in may_move)
     engine = sum(parts[part] for part in phases.ENGINE) + ENGINE_WORKSPACE
-    return max(sum(models.values()), staying + engine)
+    in_turn = [models.pop(part) for part in map(phases.part_of, setting.teachers) if part in may_move]
+    return max(sum(models.values()) + max(in_turn, default=0.0), staying + engine)
 
 
 def _teacher_head(setting: Setting, student: ParallelSizes) -> float:

@@ -6,10 +6,12 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from prune_opd.config import TrainConfig
+from prune_opd.config.teachers import own_names
 from prune_opd.model_spec import model_config
+from prune_opd.plan.fit import problems
 from prune_opd.plan.layout import layout_problems
 from prune_opd.plan.lengths import assumptions, mean_horizon, steps_by_horizon, strategies
-from prune_opd.plan.memory import MemoryPlan, plan_memory, problems
+from prune_opd.plan.memory import MemoryPlan, plan_memory
 from prune_opd.plan.setting import Setting, setting_of
 from prune_opd.plan.time import StepTime, evaluation_seconds, mean_step, step_time
 
@@ -100,7 +102,11 @@ def plan_run(config: TrainConfig, gpu: str, nodes: int) -> Plan:
 
 def structure(config: TrainConfig, world: int) -> list[str]:
     """Why the layout cannot be, a line each (plan/layout.py)."""
-    return layout_problems(config, world, {role: model_config(role, config.model_dirs[role]) for role in MODELS})
+    found: list[str] = []
+    for name, own in config.by_teacher.items():
+        models = {role: model_config(role, own.model_dirs[role]) for role in MODELS}
+        found += [own_names(name, problem) for problem in layout_problems(own, world, models)]
+    return list(dict.fromkeys(found))
 
 
 def curve(config: TrainConfig, gpu: str, grow: bool) -> dict[int, StepTime]:

@@ -14,8 +14,10 @@ from typing import Any, NamedTuple
 from prune_opd.config import TrainConfig
 from prune_opd.config.memory_phases import ENGINE, GRADIENTS, STUDENT, TEACHER
 from prune_opd.config.yaml import on_one_line
+from prune_opd.errors import ConfigError
+from prune_opd.plan.fit import problems
 from prune_opd.plan.lengths import mean_horizon, steps_by_horizon
-from prune_opd.plan.memory import plan_memory, problems
+from prune_opd.plan.memory import plan_memory
 from prune_opd.plan.planner import structure
 from prune_opd.plan.setting import Setting, setting_of
 from prune_opd.plan.time import mean_step, step_time
@@ -54,6 +56,11 @@ class Found:
 
 def best_layouts(config: TrainConfig, gpu: str, nodes: int, count: int = 5) -> list[Found]:
     """The layouts that fit, the fastest first; of equally fast ones, those that cut up less. Empty if nothing fits."""
+    if config.teachers:
+        raise ConfigError(
+            f"plan --search with teachers = {', '.join(config.teachers)}: the search lays out one teacher; search with "
+            "each alone (teacher=DIR), and set teachers.NAME.parallel by it"
+        )
     setting = setting_of(config, gpu, nodes)
     student = _timed(setting, _students(setting), ("train", "all-reduce"), (STUDENT, GRADIENTS))
     teacher = _timed(setting, _teachers(setting), ("teacher",), (TEACHER,))

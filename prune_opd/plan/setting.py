@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 
 from prune_opd.config import TrainConfig
+from prune_opd.config.teachers import by_source, teacher_of_source
 from prune_opd.model_spec import ModelSpec, model_config
 from prune_opd.plan.counts import ParallelSizes
 from prune_opd.plan.hardware import GPUS_PER_NODE, Gpu, gpu_named
@@ -23,12 +25,23 @@ class Stages:
 
 @dataclass(frozen=True)
 class Setting:
+    """With several teachers `teacher` is the first of them, and `of` has a setting for each.
+
+    In these it is the only one, and has its share of the responses.
+    """
+
     config: TrainConfig
     student: ModelSpec
     teacher: ModelSpec
     gpu: Gpu
     world: int  # ranks, one a GPU
     lengths: Lengths
+    of: Mapping[str, Setting] = field(default_factory=dict)
+
+    @property
+    def teachers(self) -> tuple[str, ...]:
+        """The names of several."""
+        return tuple(self.of)
 
     @property
     def weight_bytes(self) -> int:
@@ -68,12 +81,13 @@ class Setting:
     @property
     def stages(self) -> list[Stages]:
         """All that there are in the job; every rank of the same ones holds as much."""
-        first_ranks = (
-            self.world * stage // layout.pipeline
-            for layout in (self.student_layout, self.teacher_layout)
-            for stage in range(layout.pipeline)
-        )
-        return sorted({self.stages_of(rank) for rank in first_ranks})
+        return sorted({self.stages_of(rank) for rank in self.first_ranks})
+
+    @property
+    def first_ranks(self) -> list[int]:
+        """The first rank of each stage of each model: others hold as much as one of these."""
+        layouts = [self.student_layout, *(one.teacher_layout for one in self.of.values() or (self,))]
+        return sorted({self.world * stage // one.pipeline for one in layouts for stage in range(one.pipeline)})
 
     @property
     def responses(self) -> int:
@@ -95,6 +109,8 @@ class Setting:
 
 def setting_of(config: TrainConfig, gpu: str, nodes: int) -> Setting:
     """The setting of a recipe on `nodes` nodes. Raises `ConfigError` for an unknown GPU or model."""
+    if config.teachers:
+        return _of_several(config, gpu, nodes)
     chosen = gpu_named(gpu)
     dirs = config.model_dirs
     models = {role: model_config(role, directory) for role, directory in dirs.items()}
@@ -103,3 +119,31 @@ def setting_of(config: TrainConfig, gpu: str, nodes: int) -> Setting:
     longest = config.horizon.max_len
     lengths = Lengths.of(config.planning.response_length or DEFAULT_SHARE * longest, longest)
     return Setting(config, specs["student"], specs["teacher"], chosen, world, lengths)
+
+
+def resized(setting: Setting, world: int) -> Setting:
+    """The same on another number of ranks."""
+    return replace(setting, world=world, of={name: resized(one, world) for name, one in setting.of.items()})
+
+
+def shares(config: TrainConfig) -> dict[str, float]:
+    """The share of the prompts that each of several teachers has: by the data's weights, even where rows decide."""
+    taught, sources = by_source(config.teachers), config.data.sources
+    weights = config.data.weights or (1.0,) * len(sources)
+    found = dict.fromkeys(config.teachers, 0.0)
+    for source, weight in zip(sources, weights, strict=True):
+        name = None if config.data.teacher_column else teacher_of_source(taught, source)
+        for one in [name] if name else list(found):
+            found[one] += weight / sum(weights) / (1 if name else len(found))
+    return found
+
+
+def _of_several(config: TrainConfig, gpu: str, nodes: int) -> Setting:
+    of = {}
+    for name, share in shares(config).items():
+        own, rollout = config.of_teacher(name), config.rollout
+        prompts = max(1, round(share * rollout.prompts))
+        own = replace(own, horizon=config.horizon, rollout=replace(rollout, prompts=prompts))
+        of[name] = setting_of(own, gpu, nodes)
+    first = next(iter(of.values()))
+    return replace(first, config=config, of=of)

@@ -13,7 +13,6 @@ With f(L) a model's forward pass over L tokens (counts.flops_by_length), of a pr
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import replace
 from functools import cached_property
 
 from prune_opd.config import LoraConfig, TrainConfig
@@ -24,7 +23,7 @@ from prune_opd.plan.adapters import adapter_flops, backward_products
 from prune_opd.plan.counts import flops_by_length
 from prune_opd.plan.hardware import GPUS
 from prune_opd.plan.memory import plan_memory
-from prune_opd.plan.setting import Setting, setting_of
+from prune_opd.plan.setting import Setting, resized, setting_of
 from prune_opd.plan.time import step_time
 from prune_opd.rollout.batch import Rollouts
 
@@ -38,39 +37,40 @@ def peak_flops(config: TrainConfig) -> float | None:
     return config.planning.peak_flops or (gpu.bf16 if gpu else None)
 
 
+Teachers = ModelSpec | Mapping[str, ModelSpec]  # the teacher, or several by name
+
+
 def step_flops(
     student: ModelSpec,
-    teacher: ModelSpec,
+    teacher: Teachers,
     rollouts: Rollouts,
     known: Collection[int] = (),
     lora: LoraConfig = NO_LORA,
 ) -> dict[str, float]:
     """Floating-point operations of a step by phase, of all ranks together. known: rows the teacher did not compute."""
-    whole, body, teacher_body = (
-        flops_by_length(student),
-        flops_by_length(student, False),
-        flops_by_length(teacher, False),
-    )
+    whole, body = flops_by_length(student), flops_by_length(student, False)
+    teachers = teacher if isinstance(teacher, Mapping) else dict.fromkeys(rollouts.teacher_B, teacher)
+    bodies = {name: flops_by_length(spec, False) for name, spec in teachers.items()}
     rows = list(zip(rollouts.prompts, rollouts.responses, strict=True))
     rows += [(group.prompt, response) for group in rollouts.left for response in group.begun]
     prompts = {prompt.ids: len(prompt.ids) for prompt, row in rows if row.fresh or not row.ids}
     decoded = sum(whole(len(prompt.ids) + len(row.ids)) - whole(len(prompt.ids) + row.stale) for prompt, row in rows)
     lengths, theirs = ([max(n, 0) for n in of] for of in (rollouts.row_length_B, rollouts.teacher_row_length_B))
-    passes = 1 + backward_products(lora)
-    heads = passes * student.vocab_size * student.hidden + teacher.vocab_size * teacher.hidden
+    passes, names = 1 + backward_products(lora), rollouts.teacher_B
+    heads = passes * student.vocab_size * student.hidden * rollouts.tokens
+    for name, tokens in zip(names, rollouts.length_B, strict=True):
+        heads += teachers[name].vocab_size * teachers[name].hidden * tokens
     return {
         "rollout": decoded + sum(map(body, prompts.values())),
-        "teacher": sum(teacher_body(length) for row, length in enumerate(theirs) if row not in known),
-        "train": passes * sum(map(body, lengths))
-        + adapter_flops(student, lora, sum(lengths))
-        + 2 * heads * rollouts.tokens,
+        "teacher": sum(bodies[names[row]](length) for row, length in enumerate(theirs) if row not in known),
+        "train": passes * sum(map(body, lengths)) + adapter_flops(student, lora, sum(lengths)) + 2 * heads,
     }
 
 
 class SpeedMeter:
     """Turns the seconds of a step into FLOP/s, MFU and tokens/s of each rank. ranks: of the job, one a device."""
 
-    def __init__(self, config: TrainConfig, student: ModelSpec, teacher: ModelSpec, ranks: int) -> None:
+    def __init__(self, config: TrainConfig, student: ModelSpec, teacher: Teachers, ranks: int) -> None:
         self.config, self.student, self.teacher, self.ranks = config, student, teacher, ranks
         self.peak = peak_flops(config)
         self._planned: dict[int, dict[str, float]] = {}
@@ -119,5 +119,5 @@ class SpeedMeter:
             setting = setting_of(self.config, self.config.planning.gpu, 1)
         except ConfigError:  # a run does not end because it cannot be planned
             return None
-        setting = replace(setting, world=self.ranks, student=self.student, teacher=self.teacher)
+        setting = resized(setting, self.ranks)
         return setting, plan_memory(setting).cache_tokens

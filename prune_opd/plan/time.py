@@ -60,7 +60,7 @@ def step_time(setting: Setting, horizon: float, cache_tokens: float, phases: Seq
     of_phase: dict[str, Callable[[], float]] = {
         "sync": lambda: sync_seconds(setting),
         "rollout": lambda: rollout_seconds(setting, horizon, prompt, cache_tokens),
-        "teacher": lambda: teacher_seconds(setting, read),
+        "teacher": lambda: sum(teacher_seconds(one, read) for one in setting.of.values() or (setting,)),
         "train": lambda: train_seconds(setting, rows),
         "all-reduce": lambda: all_reduce_seconds(setting),
         "overhead": lambda: overhead_seconds(setting, horizon),
@@ -146,7 +146,7 @@ def train_seconds(setting: Setting, rows: list[float]) -> float:
     compute += adapter_flops(spec, setting.config.lora, tokens) / ranks / _flops(setting, False)
     heads = (1 + backward) * spec.vocab_size * spec.hidden
     if not setting.config.teacher_server.on:
-        heads += setting.teacher.vocab_size * setting.teacher.hidden
+        heads += max(one.teacher.vocab_size * one.teacher.hidden for one in setting.of.values() or (setting,))
     loss = 2 * heads * tokens / (layout.tensor * layout.context) / _flops(setting, False)
     share = layout.replicas if parallel.distributed_optimizer else 1
     state = trained_on_fullest(setting).all * (4 + 2 * 12 / share)
@@ -178,7 +178,8 @@ def overhead_seconds(setting: Setting, horizon: float) -> float:
     For smaller runs there is nothing to fit. What moves models goes with their parameters there, what handles responses
     with their tokens, both from nothing up to the smallest fitted run; that each is half of it is assumed.
     """
-    parameters_share = (parameters(setting.student) + parameters(setting.teacher)) / FITTED_PARAMETERS
+    teachers = sum(parameters(one.teacher) for one in setting.of.values() or (setting,))
+    parameters_share = (parameters(setting.student) + teachers) / FITTED_PARAMETERS
     tokens_share = setting.responses * horizon / FITTED_TOKENS
     return STEP_OVERHEAD * (min(parameters_share, 1) + min(tokens_share, 1)) / 2
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from prune_opd.config import memory_phases as phases
 from prune_opd.plan.lengths import Lengths
-from prune_opd.plan.memory import loss_bytes, part_bytes, teacher_bytes, teacher_forward, working_bytes
+from prune_opd.plan.memory import loss_bytes, parts_of_rank, teacher_bytes, teacher_forward, working_bytes
 from prune_opd.plan.setting import Setting
 from prune_opd.rehearse.step import LOSS, Rehearsal
 
@@ -33,11 +33,12 @@ class Line:
 def compare(rehearsal: Rehearsal) -> Iterator[Line]:
     """The parts, then the working memory of each phase that both know."""
     setting, ledger = rehearsal.setting, rehearsal.watch.ledger
-    parts = part_bytes(setting, setting.stages_of(rehearsal.rank))
-    for part in COUNTED:
+    parts = parts_of_rank(setting, rehearsal.rank)
+    for part in (part for part in parts if part in COUNTED or part in map(phases.part_of, setting.teachers)):
         counted = max((peak.by_part.get(part, 0) for peak in ledger.peaks.values()), default=0)
         yield Line(part, counted, parts[part])
-    yield from _working(rehearsal)
+    if not setting.of:
+        yield from _working(rehearsal)
 
 
 def _working(rehearsal: Rehearsal) -> Iterator[Line]:

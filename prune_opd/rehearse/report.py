@@ -66,6 +66,8 @@ def not_rehearsed(config: TrainConfig, cut: Cut, rehearsals: list[Rehearsal]) ->
     if config.parallel.context > 1:
         yield "Transformer Engine's attention of ranks that share rows: what it allocates and sends, from its source"
     yield "what vLLM does, because it needs a GPU: its memory is the planner's, its responses fill micro-batches"
+    if config.teachers:
+        yield "working memory beside the plan, because teachers share it: their parts are compared, the peaks counted"
     if config.rollout.inflight.on:
         yield "the verdict of a look in flight, because rank 0 makes it of all ranks' evidence: nobody is stopped"
     yield "the disk: a checkpoint is planned and not written; evaluation and export, because they need responses"

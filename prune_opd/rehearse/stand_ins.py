@@ -31,13 +31,14 @@ class Prompts:
 
     name, size = "rehearsal", None
 
-    def __init__(self, tokens: int, hinted: int | None = None):
-        """hinted: tokens of what the teacher reads; None: the same prompt."""
-        self.tokens, self.hinted = tokens, hinted
+    def __init__(self, tokens: int, hinted: int | None = None, teachers: Sequence[str] = ()):
+        """hinted: tokens of what the teacher reads; None: the same prompt. teachers: of several, which take turns."""
+        self.tokens, self.hinted, self.teachers = tokens, hinted, tuple(teachers) or ("",)
 
     def get(self, index: int) -> Prompt:
         hint = None if self.hinted is None else (TOKEN,) * self.hinted
-        return Prompt(index, (TOKEN,) * self.tokens, None, self.name, hint)
+        teacher = self.teachers[index % len(self.teachers)]
+        return Prompt(index, (TOKEN,) * self.tokens, None, self.name, hint, teacher)
 
     def read(self, response_text: str) -> str | None:
         return None

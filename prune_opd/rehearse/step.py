@@ -47,21 +47,24 @@ def reduced(config: TrainConfig, nodes: int, cut: Cut, folder: Path) -> TrainCon
 
     Responses run to the longest horizon that the recipe has, which needs the most memory (`full_rows`).
     """
-    models = {
-        role: str(machine.write_model(folder / role, directory, role, cut.layers))
-        for role, directory in config.model_dirs.items()
+    student = machine.write_model(folder / "student", config.student, "student", cut.layers)
+    written = {
+        name: str(machine.write_model(folder / f"teacher {name}", own.model_dirs["teacher"], "teacher", cut.layers))
+        for name, own in config.by_teacher.items()
     }
     config = replace(
         config,
-        student=models["student"],
-        teacher=models["teacher"],
+        student=str(student),
+        teacher="" if config.teachers else written[""],
+        teachers={name: replace(own, path=written[name], horizon=None) for name, own in config.teachers.items()},
         teacher_ema=TeacherEmaConfig(),  # an average lies in host memory
     )
     setting = setting_of(config, gpu_of(config), nodes)
-    student, rollout = setting.student_layout, config.rollout
+    layout, rollout = setting.student_layout, config.rollout
     rows = max(cut.microbatches, under_way(config)) * len(full_rows(config))
     updates = config.optimizer.updates_per_batch
-    responses = max(rows * student.replicas * updates, setting.teacher_layout.replicas)
+    replicas = [one.teacher_layout.replicas for one in setting.of.values() or (setting,)]
+    responses = max(rows * layout.replicas * updates * len(replicas), *replicas)
     prompts = min(rollout.prompts, -(-responses // rollout.responses))
     return replace(
         config,
@@ -105,7 +108,7 @@ class Rehearsal:
         self.teacher_tokens = 0  # of its largest micro-batch
         # Bytes of the teacher's hidden states: held when the last micro-batch is computed, and trained on.
         self.hidden_held = self.hidden_used = 0
-        for spec in (self.setting.student, self.setting.teacher):
+        for spec in (self.setting.student, *(one.teacher for one in self.setting.of.values() or (self.setting,))):
             if spec.moe is not None:
                 self.watch.routing[spec.moe.experts] = spec.moe.per_token
 
@@ -126,7 +129,7 @@ class Rehearsal:
         stand_ins.Llm.memory, stand_ins.Llm.workspace = self.setting.gpu.memory, ENGINE_WORKSPACE
         stand_ins.Engine.lengths = full_rows(self.config)
         hint = self.config.teacher_prompt_limit if self.config.data.teacher_prompt else None
-        prompts = stand_ins.Prompts(self.config.rollout.max_prompt_len, hint)
+        prompts = stand_ins.Prompts(self.config.rollout.max_prompt_len, hint, tuple(self.config.teachers))
         stand_ins.put_in_place_of_vllm()
         resize, no_text = torch.UntypedStorage.resize_, SimpleNamespace(eos_token_id=machine.ENDS["student"])
 
@@ -173,7 +176,8 @@ class Rehearsal:
         from prune_opd.run import prepare
 
         self.run = prepare(self.config, run_dir, "never")
-        self.watch.traffic.names = group_names(self.run.layout)
+        for one in getattr(self.run.teacher, "of", {"": self.run.teacher}).values():
+            self.watch.traffic.names |= group_names(one.layout)
         self.label()
         (llm,) = stand_ins.Llm.made[-1:]
         weights = parameters(self.setting.student) * (
@@ -190,9 +194,10 @@ class Rehearsal:
         ledger.label(phases.STUDENT, [p for chunk in trainer.chunks for p in chunk.parameters()])
         ledger.label(phases.GRADIENTS, [b.grad_data for b in self._buffers()])
         ledger.label(phases.OPTIMIZER, optimizer_tensors(trainer.optimizer))
-        ledger.label(phases.TEACHER, [p for chunk in teacher.chunks for p in chunk.parameters()])
-        if run.layout.student.is_last_stage:
-            ledger.label(phases.TEACHER_HEAD, [teacher.head_weight])
+        for name, one in getattr(teacher, "of", {"": teacher}).items():
+            ledger.label(phases.part_of(name), [p for chunk in one.chunks for p in chunk.parameters()])
+            if run.layout.student.is_last_stage:
+                ledger.label(phases.TEACHER_HEAD, [one.head_weight])
 
     def step(self) -> None:
         """The product's step, then a checkpoint's plan, then what comes before the next step."""
@@ -220,24 +225,10 @@ class Rehearsal:
             self.response_tokens = sum(rollouts.length_B)
             return batch
 
-        look, compute = run.teacher.look, run.teacher._compute
-
-        def looked(*args: Any) -> Any:
-            found = look(*args)
-            self.hidden_used = sum(hidden.nbytes for hidden in found[0].of_row.values())
-            return found
-
-        def computed(rollouts: Any, deals: Any, sources: Any) -> Any:
-            found = compute(rollouts, deals, sources)
-            dealt = [rows for deal in deals for rows in deal[run.layout.teacher.dp_rank]]
-            self.teacher_tokens = max(
-                (sum(rollouts.teacher_row_length_B[row] for row in rows) for rows in dealt), default=0
-            )
-            last = set(dealt[-1]) if dealt else set()
-            self.hidden_held = sum(hidden.nbytes for row, hidden in found.items() if row not in last)
-            return found
-
-        run.teacher.look, run.teacher._compute = looked, computed
+        for one in getattr(run.teacher, "of", {"": run.teacher}).values():
+            self._watch_teacher(one)
+        if self.config.teachers:
+            self._watch_turns(run.teacher)
         model_config = run.trainer.chunks[0].config
         finalize = model_config.finalize_model_grads_func
 
@@ -254,6 +245,37 @@ class Rehearsal:
         for kind, any_layout in SAVED.items() if divided else [(ANY_LAYOUT, True)]:
             self.saved[kind] = saving_of(run.trainer.sharded_state(loading=False, any_layout=any_layout), groups)
         run.phases.enter("sync")
+
+    def _watch_turns(self, teachers: Any) -> None:
+        """Each turn is a phase of its own: `teacher NAME`."""
+        turn, watch = teachers.turn, self.watch
+
+        def turned(name: str) -> None:
+            watch.enter(f"before {phases.part_of(name)}")
+            turn(name)
+            watch.enter(phases.part_of(name))
+
+        teachers.turn = turned
+
+    def _watch_teacher(self, teacher: Any) -> None:
+        look, compute = teacher.look, teacher._compute
+
+        def looked(*args: Any) -> Any:
+            found = look(*args)
+            self.hidden_used = sum(hidden.nbytes for hidden in found[0].of_row.values())
+            return found
+
+        def computed(rollouts: Any, deals: Any, sources: Any) -> Any:
+            found = compute(rollouts, deals, sources)
+            dealt = [rows for deal in deals for rows in deal[teacher.layout.teacher.dp_rank]]
+            self.teacher_tokens = max(
+                (sum(rollouts.teacher_row_length_B[row] for row in rows) for rows in dealt), default=0
+            )
+            last = set(dealt[-1]) if dealt else set()
+            self.hidden_held = sum(hidden.nbytes for row, hidden in found.items() if row not in last)
+            return found
+
+        teacher.look, teacher._compute = looked, computed
 
     def _buffers(self) -> list[Any]:
         return [b for chunk in self.run.trainer.ddp for b in (*chunk.buffers, *chunk.expert_parallel_buffers)]

@@ -77,6 +77,8 @@ class KnownValues:
     def follow(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
         """Carry what is known through an operation that has happened on device tensors."""
         name = func._schema.name.partition("::")[2]
+        if name == "set_":  # a tensor that is made a view of a storage: nothing is written
+            return
         in_place = func._schema.is_mutable
         if in_place and name in WHOLE and self.of(args[0]) is None and isinstance(args[0], Tensor):
             self.learn(args[0], usual(args[0]))

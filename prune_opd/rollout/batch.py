@@ -110,6 +110,11 @@ class Rollouts:
         return [len(ids) + len(response.ids) - 1 for ids, response in zip(prompts, self.responses, strict=True)]
 
     @property
+    def teacher_B(self) -> list[str]:
+        """The name of each row's teacher; "" where there is one for all."""
+        return [prompt.teacher for prompt in self.prompts]
+
+    @property
     def finished_B(self) -> list[bool]:
         return [response.finished for response in self.responses]
 

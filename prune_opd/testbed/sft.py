@@ -16,8 +16,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from prune_opd import platform
-from prune_opd.config import ModelShape, OptimizerConfig, SftConfig
+from prune_opd.config import CorpusConfig, ModelShape, OptimizerConfig, SftConfig
 from prune_opd.data import ledger
+from prune_opd.data.tasks import sorting_example
 from prune_opd.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -78,7 +79,7 @@ def _run_stage(
     for step in range(stage.steps):
         first = step * stage.batch
         examples = [
-            ledger.example(stage.corpus, stage.seed, i)
+            example(stage.corpus, stage.seed, i)
             for i in range(first + layout.student.dp_rank, first + stage.batch, layout.student.dp)
         ]
         prompts, responses = zip(*examples, strict=True)
@@ -87,6 +88,14 @@ def _run_stage(
         if layout.is_main and ((step + 1) % 25 == 0 or step + 1 == stage.steps):
             print(f"{config.name} stage {index + 1} step {step + 1}/{stage.steps} loss {result.loss:.4f}", flush=True)
     return trainer.chunks
+
+
+def example(corpus: CorpusConfig, seed: int, index: int) -> tuple[list[int], list[int]]:
+    """(prompt ids, response ids) number `index` of a corpus: a ledger's solution, or a sorted list."""
+    share = corpus.sorting  # spread evenly: number i is one where the count of them passes a whole number
+    if int((index + 1) * share) > int(index * share):
+        return sorting_example(seed, index)
+    return ledger.example(corpus, seed, index)
 
 
 def cross_entropy(model: HiddenStatesGPT, batch: PackedBatch, hidden_NH: Tensor) -> tuple[Tensor, int]:

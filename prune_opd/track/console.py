@@ -313,6 +313,9 @@ def summary_rows(summary: Summary) -> list[tuple[str, str]]:
         rows.append(("padding", f"{packed:.1%} of the tokens (rows padded to the longest: {padded:.1%})"))
     if summary.final_horizon is not None:
         rows.append(("final horizon", f"{summary.final_horizon:,} tokens"))
+    for one in summary.teachers:
+        overlap = "" if one.overlap is None else f", overlap {one.overlap[0]:.2f} → {one.overlap[1]:.2f}"
+        rows.append((f"teacher {one.name}", f"{one.tokens:,} tokens, final horizon {one.final_horizon:,}{overlap}"))
     rows.append(("time", duration(summary.seconds)))
     for label, seconds in summary.phases.items():
         rows.append((f"  {label}", f"{duration(seconds)}  ({seconds / summary.seconds:.0%})"))

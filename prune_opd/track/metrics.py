@@ -38,12 +38,18 @@ CLOCKED = ("time_", "cpu_", "memory_", "taken_", "flops_", "speed_", "mfu_", "pl
 """What the keys begin with that the clock, the machine or its disk decides: there equal runs may differ."""
 
 _NAMED = 8  # places of a file that a sentence names
+# What a step record says of each of several teachers, as overlap_of_NAME.
+OF_TEACHER = (
+    *("horizon", "overlap", "event_rate", "weight_mean", "divergence", "reverse_kl", "teacher_logp", "tokens"),
+    *("reliable_length", "response_length", "usual_overlap", "usual_kl", "usual_acceptance", "usual_deviation"),
+)
 _EVAL_PREFIX, _STDERR_SUFFIX = "eval_", "_stderr"
 
 
 @functools.cache
 def meanings() -> dict[str, str]:
-    """Every key of metrics.jsonl with meaning and unit; `<task>` and `<id>` stand for a task's name and a token id."""
+    """Every key of metrics.jsonl with meaning and unit; `<task>`, `<id>` and `<teacher>` stand for a task's name, a
+    token id and the name of one of several teachers."""
     text = (Path(__file__).parent / "assets" / "metrics.yaml").read_text(encoding="utf-8")
     return dict(yaml.safe_load(text))
 
@@ -53,7 +59,14 @@ def meaning(key: str) -> str | None:
     is `end_share_<id>`."""
     pattern = re.sub(rf"^eval_(.+?)({'|'.join(RESULT_SUFFIXES)})?$", r"eval_<task>\2", key)
     pattern = re.sub(r"^(end_mass_student|end_mass_teacher|end_share)_\d+$", r"\1_<id>", pattern)
+    pattern = re.sub(rf"^({'|'.join(OF_TEACHER)})_of_\w+$", r"\1_of_<teacher>", pattern)
     return meanings().get(key) or meanings().get(pattern)
+
+
+@functools.cache
+def teacher_names(keys: frozenset[str]) -> tuple[str, ...]:
+    """The teachers that a step record with these keys speaks of, several in one run; empty with one."""
+    return tuple(sorted(key.removeprefix("horizon_of_") for key in keys if key.startswith("horizon_of_")))
 
 
 def is_evaluation(record: Record) -> bool:
@@ -284,6 +297,16 @@ class Accuracy:
 
 
 @dataclass(frozen=True)
+class OfTeacher:
+    """Totals of one of several teachers. overlap: of the first step and of the last in which it had a response."""
+
+    name: str
+    final_horizon: int
+    tokens: int
+    overlap: tuple[float, float] | None
+
+
+@dataclass(frozen=True)
 class Summary:
     """A run's totals. Lengths in tokens, times in seconds; None where the run did not measure it."""
 
@@ -300,6 +323,7 @@ class Summary:
     padding: tuple[float, float] | None  # mean share of padding: rows padded to the longest, and packed
     seconds: float
     phases: dict[str, float]  # label -> seconds: the phases, other, evaluation; those that took no time are left out
+    teachers: tuple[OfTeacher, ...] = ()  # of several
 
 
 def summarise(steps: list[Record], evaluations: list[Record]) -> Summary:
@@ -324,6 +348,19 @@ def summarise(steps: list[Record], evaluations: list[Record]) -> Summary:
         padding=_padding(steps),
         seconds=sum(phases.values()),
         phases={label: seconds for label, seconds in phases.items() if seconds > 0},
+        teachers=tuple(
+            _of_teacher(steps, name) for name in teacher_names(frozenset(steps[-1]) if steps else frozenset())
+        ),
+    )
+
+
+def _of_teacher(steps: list[Record], name: str) -> OfTeacher:
+    overlaps = [step[f"overlap_of_{name}"] for step in steps if step.get(f"overlap_of_{name}") is not None]
+    return OfTeacher(
+        name,
+        final_horizon=steps[-1][f"horizon_of_{name}"],
+        tokens=int(total(steps, f"tokens_of_{name}")),
+        overlap=(overlaps[0], overlaps[-1]) if overlaps else None,
     )
 
 

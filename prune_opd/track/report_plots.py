@@ -34,6 +34,7 @@ from prune_opd.track.plotting import (
 )
 from prune_opd.track.report_data import RunData
 from prune_opd.track.report_positions import length_map, length_profile, overlap_map, profile
+from prune_opd.track.report_teachers import by_teacher, teachers_of
 
 _MAX_BARS = 60
 _FULL_SHOWN = 1.7  # the full horizon is drawn if it is at most this many times the highest horizon
@@ -247,9 +248,12 @@ class _Kind(NamedTuple):
     needs: tuple[str, ...]
     draw: Callable[[Any, RunData], None]
     caption: str | Callable[[RunData], str]
+    several: bool = False  # only for runs with several teachers
 
     def fits(self, run: RunData) -> bool:
-        return all(run.tasks if key == _ACCURACY else run.has(key) for key in self.needs)
+        return (bool(teachers_of(run)) or not self.several) and all(
+            run.tasks if key == _ACCURACY else run.has(key) for key in self.needs
+        )
 
     def chart(self, run: RunData) -> Chart:
         caption = self.caption if isinstance(self.caption, str) else self.caption(run)
@@ -351,6 +355,14 @@ _CHARTS = (
         partial(_panels, curves=_WEIGHTS, share=True),
         "Mean weight: how much of what was generated trains. Finished: the share of responses that ended by "
         "themselves; near 100% the horizon no longer cuts anything.",
+    ),
+    _Kind(
+        "By teacher",
+        (),
+        by_teacher,
+        "Each teacher's own window, and the student's agreement with it on that teacher's prompts alone. A window that "
+        "stays short is of the pair whose responses drift first.",
+        several=True,
     ),
     _Kind(
         "Task reward",

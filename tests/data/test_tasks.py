@@ -13,10 +13,14 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from prune_opd.config import DataConfig
+from prune_opd.data import ledger
 from prune_opd.data.inspect import DAPO_AFTER, DAPO_BEFORE, convert, inspect, length_table
 from prune_opd.data.prompts import held_out, make_sampler, make_source
 from prune_opd.data.sampler import MixtureSampler, PromptSampler
+from prune_opd.data.tasks import ReasoningGymSource
+from prune_opd.data.tokenizer import load_tokenizer
 from prune_opd.errors import ConfigError, UserError
+from prune_opd.eval.evaluate import Sampling, make_evaluator
 from tests.data.test_prompt_files import write_jsonl, write_parquet
 from tests.data.test_prompts import Numbers
 
@@ -199,3 +203,31 @@ def test_a_file_of_another_layout_is_refused_and_nothing_is_written(tmp_path: Pa
     with pytest.raises(ConfigError, match="LAYOUT = 'dapo' is not known"):
         convert("dapo", path, tmp_path / "out.jsonl")
     assert not (tmp_path / "out.jsonl").exists()
+
+
+def test_sorting_is_told_in_the_ledgers_words_and_scored_by_its_own_task(tmp_path: Path) -> None:
+    ledger.save_tokenizer(tmp_path)
+    tokenizer = load_tokenizer(str(tmp_path))
+    data = DataConfig(source="reasoning_gym/number_sorting?min_numbers=3&max_numbers=6")
+    source = make_source(data, tokenizer, 0)
+    prompt = source.get(3)
+    words = tokenizer.decode(prompt.ids).split()
+    numbers, ascending = [int(word) for word in words[2:-1]], words[1] == "+1"
+    right = sorted(numbers, reverse=not ascending)
+    assert words[0] == "<bos>" and words[-1] == "<ask>" and 3 <= len(numbers) <= 6
+    assert source.score("begin " + " ; ".join(map(str, right)), prompt)
+    assert not source.score("begin " + " ; ".join(map(str, right[::-1])), prompt)
+    assert not source.score("begin " + " ; ".join(map(str, right[1:])), prompt)
+    assert not source.score("", prompt)
+    assert isinstance(source, ReasoningGymSource)
+    worked = source.worked(3)
+    assert worked is not None and source.score(tokenizer.decode(worked), prompt)
+
+
+def test_an_evaluator_scores_a_gym_answer_against_the_problem_that_it_asked(byte_tokenizer: Any) -> None:
+    """A task's own scorer needs the problem, and the held-out ones come from a stream of their own."""
+    data, sampling = DataConfig(source=SUM), Sampling(1, 8, 1.0, 1.0, 777)
+    evaluator = make_evaluator(byte_tokenizer, data, 8, None, sampling, "box")
+    for problem in evaluator.problems:
+        assert evaluator.source.score(rf"\boxed{{{problem.answer}}}", problem)
+        assert not evaluator.source.score(r"\boxed{123456}", problem)

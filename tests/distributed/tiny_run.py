@@ -70,20 +70,21 @@ def build_run(config: TrainConfig, layout: Any, run_dir: Path) -> Any:
     from prune_opd.data.prompts import make_sampler
     from prune_opd.megatron.average import MovingAverage
     from prune_opd.megatron.checkpoint import Checkpoints
-    from prune_opd.megatron.make_teacher import make_teacher
     from prune_opd.megatron.model import dtype_of
     from prune_opd.megatron.sync import WeightSync
+    from prune_opd.megatron.teachers import build_teachers
     from prune_opd.megatron.trainer import Trainer, Tuning
+    from prune_opd.method.by_teacher import CalibrationByTeacher, HorizonByTeacher
     from prune_opd.method.calibration import Calibration
     from prune_opd.method.horizon import make_controller
     from prune_opd.rollout.phase import RolloutPhase
     from prune_opd.run import Phases, Run
 
-    machine, parallel, dtype = platform.prepare(), config.parallel, dtype_of(config.precision.params)
+    machine, dtype = platform.prepare(), dtype_of(config.precision.params)
     sampler = make_sampler(config.data, AutoTokenizer.from_pretrained(config.student), config.seed)
-    tuning, steps = Tuning(lora=config.lora, seed=config.seed), config.steps
+    tuning, steps, parallel = Tuning(lora=config.lora, seed=config.seed), config.steps, config.parallel
     trainer = Trainer(config.student, config.optimizer, parallel, steps, layout, dtype, machine.device, tuning)
-    teacher = make_teacher(config, layout, dtype, machine.device, run_dir)
+    teacher: Any = build_teachers(config, layout, dtype, machine, run_dir).teacher
     if config.teacher == EMA:
         trainer.average = MovingAverage(teacher, trainer.chunks, config.teacher_ema.decay, config.rollout.bucket_mb)
     no_engine: Any = None
@@ -97,8 +98,8 @@ def build_run(config: TrainConfig, layout: Any, run_dir: Path) -> Any:
         teacher=teacher,
         rollout=rollout,
         sync=WeightSync(config, trainer, rollout, phases.enter),
-        controller=make_controller(config.horizon),
-        calibration=Calibration(config.gate),
+        controller=HorizonByTeacher(config) if config.teachers else make_controller(config.horizon),
+        calibration=CalibrationByTeacher(config) if config.teachers else Calibration(config.gate),
         checkpoints=Checkpoints(run_dir / "checkpoints", config.checkpoint, layout),
         phases=phases,
     )
@@ -127,6 +128,9 @@ def train_step(run: Any, rollouts: Rollouts) -> dict[str, Any]:
     result, stats = train_on(run, batch, clock)
     return {
         **stats.record(),
+        **run.teacher_record(stats, rollouts),
+        **(run.controller.record() if run.config.teachers else {}),
+        **batch.record(),
         "reliable_length_B": stats.reliable_length_B.tolist(),
         "loss": result.loss,
         "grad_norm": result.grad_norm,
@@ -147,7 +151,7 @@ def look(run: Any, rollouts: Rollouts, kept: Any = None) -> Any:
 
     batch, stats = run.train_batch(rollouts), run.new_stats(rollouts)
     hidden = run.teacher.hidden(rollouts, batch.deals, kept)
-    this, group = ThisStep(usual=run.calibration.usual), run.layout.student.tp_group
+    this, group = ThisStep(usual=run.calibration.usual, taught=run.taught(rollouts)), run.layout.student.tp_group
     loss = gated_loss(run.config, run.teacher, hidden, run.vocab_size, group, stats, this)
     run.trainer.look(batch.microbatches, loss)
     stats.reduce(run.layout.reports)

@@ -147,7 +147,7 @@ def test_stop_ids_tokenizer_and_template_are_copied_beside_the_weights(tmp_path:
 
 
 def test_the_evaluation_inside_a_run_has_the_runs_settings(tmp_path: Path) -> None:
-    from prune_opd import run as run_module
+    from prune_opd.eval import evaluate as evaluate_module
 
     seen: list[tuple[DataConfig, str]] = []
 
@@ -158,8 +158,8 @@ def test_the_evaluation_inside_a_run_has_the_runs_settings(tmp_path: Path) -> No
         tmp_path, tmp_path, data=DATA, evaluation=EvalConfig(extract="last_number", sources=("a.jsonl",))
     )
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(run_module, "make_evaluator", make)
-        run_module._evaluators(config, None)
+        patch.setattr(evaluate_module, "make_evaluator", make)
+        evaluate_module.make_evaluators(config, None)
     ((data, extract),) = seen
     assert (data.source, data.chat, data.system_prompt, data.suffix, data.thinking) == (
         *("a.jsonl", True, "Reason.", " Box it.", False),

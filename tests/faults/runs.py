@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -66,10 +67,16 @@ class Ended:
 
 
 def ended_run(
-    config: TrainConfig, run_dir: Path, fault: str = "none", step: int = 0, rank: int = 0, **env: str
+    config: TrainConfig,
+    run_dir: Path,
+    fault: str = "none",
+    step: int = 0,
+    rank: int = 0,
+    options: Sequence[str] = (),
+    **env: str,
 ) -> Ended:
-    """A run with one fault, in forked ranks, to its end."""
-    arguments, more = _worker(config, run_dir, fault, step, rank), _environment(run_dir, env)
+    """A run with one fault, in forked ranks, to its end. options: more of `prune-opd train`."""
+    arguments, more = [*_worker(config, run_dir, fault, step, rank), *options], _environment(run_dir, env)
     done = client.launch("eager", arguments, 2, rank_environment(client.environment(more)), timeout=120)
     assert done.code is not None, f"not done in time\n{done.stdout}"
     return Ended(done.code, done.stdout)

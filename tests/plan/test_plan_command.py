@@ -50,7 +50,8 @@ def test_the_search_names_layouts() -> None:
 def test_every_recipe_passes_the_structural_check(name: str, tmp_path: Path) -> None:
     config, overrides = load_recipe(name), []
     if isinstance(config, TrainConfig) and config.planning.gpu == "cpu":  # models that are made, not published
-        overrides = [f"{role}={write_model(tmp_path / role)}" for role in ("student", "teacher")]
+        roles = ["student", *([f"teachers.{name}.path" for name in config.teachers] or ["teacher"])]
+        overrides = [f"{role}={write_model(tmp_path / role)}" for role in roles]
     if isinstance(config, SftConfig) and config.init is not None:  # a model that another recipe makes
         overrides = [f"init={write_model(tmp_path / 'init')}"]
     assert run("check", name, "--structure", *overrides) == (0, "ok\n")

@@ -15,9 +15,9 @@ from prune_opd.config.overrides import apply_overrides
 from prune_opd.config.recipe import list_recipes, load_recipe
 from prune_opd.errors import ConfigError
 from prune_opd.plan import search
-from prune_opd.plan.fit import largest_fit
+from prune_opd.plan.fit import largest_fit, problems
 from prune_opd.plan.hardware import STEP_OVERHEAD
-from prune_opd.plan.memory import plan_memory, problems
+from prune_opd.plan.memory import plan_memory
 from prune_opd.plan.planner import Plan, curve, plan_run
 from prune_opd.plan.search import best_layouts
 from prune_opd.plan.setting import setting_of
