@@ -217,8 +217,8 @@ class Rehearsal:
 
         deal = run.train_batch
 
-        def dealt(rollouts: Any) -> Any:
-            batch = deal(rollouts)
+        def dealt(*args: Any) -> Any:
+            rollouts, batch = args[0], deal(*args)
             self.tokens = max(len(one.ids_N) for one in batch.microbatches)
             self.predicting = max(len(one.predicting_M) for one in batch.microbatches)
             self.microbatches = len(batch.microbatches)

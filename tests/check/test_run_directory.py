@@ -87,6 +87,11 @@ HARMLESS_CHANGES = {
     "rollout.gpu_memory_utilization": "rollout.gpu_memory_utilization=0.4",
     "rollout.logprobs": "rollout.logprobs=false",
     "rollout.parity_every": "rollout.parity_every=5",
+    "teacher_cache": "teacher_cache.max_gb=5",
+    "teacher_server.url": "teacher_server.url=null",  # of a pair whose objective no server can give
+    "teacher_server.concurrency": "teacher_server.concurrency=2",
+    "teacher_server.timeout": "teacher_server.timeout=5",
+    "teacher_server.retries": "teacher_server.retries=1",
 }
 
 

@@ -32,8 +32,8 @@ GATES = [
     GateConfig("teacher_top_p", k=K, w_drop=0.15, top_p=0.6),
     dataclasses.replace(GATE, metric="shared_mass"),
     dataclasses.replace(GATE, metric="acceptance", threshold=0.6),
-    dataclasses.replace(GATE, metric="change_point", alarm=3.0),
-    dataclasses.replace(GATE, metric="kl_agreement", low_tokens=3, threshold=0.9),
+    dataclasses.replace(GATE, metric="change_point", alarm=3.0, k=K),
+    dataclasses.replace(GATE, metric="kl_agreement", low_tokens=1, threshold=0.2),
 ]
 
 
