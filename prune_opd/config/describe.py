@@ -59,12 +59,15 @@ def settings(config: type) -> list[Setting]:
 
 def all_settings(config: type = TrainConfig, prefix: str = "") -> Iterator[Setting]:
     """Every plain setting of a config with its dotted name, parts in the order of the dataclasses."""
+    return (one for one in _with_parts(config, prefix) if one.part is None)
+
+
+def _with_parts(config: type, prefix: str = "") -> Iterator[Setting]:
     for one in settings(config):
-        if one.part is None:
-            yield dataclasses.replace(one, name=f"{prefix}{one.name}", meaning=as_typed(one.meaning))
-        else:
+        yield dataclasses.replace(one, name=f"{prefix}{one.name}", meaning=as_typed(one.meaning))
+        if one.part is not None:
             place = "0." if one.type.startswith("list") else "NAME." if one.type.startswith("by name") else ""
-            yield from all_settings(one.part, f"{prefix}{one.name}.{place}")
+            yield from _with_parts(one.part, f"{prefix}{one.name}.{place}")
 
 
 def matching(pattern: str) -> list[Setting]:
@@ -84,7 +87,7 @@ def matching(pattern: str) -> list[Setting]:
 def values(config: RunConfig, recipe: RunConfig) -> list[Value]:
     """Every setting of `config`. recipe: the same without what the command line has set."""
     now, before = _flat(to_dict(config)), _flat(to_dict(recipe))
-    about = {one.name: one for one in all_settings(type(config))}
+    about = {one.name: one for one in _with_parts(type(config))}  # a part may be null
     found = []
     for key, value in now.items():
         if value == {}:  # of several by name, there are none
