@@ -33,7 +33,8 @@ from tests.distributed.tiny_run import build_run, made_up_rollouts, train_config
 BATCH = {"microbatch_tokens": 64, "loss_chunk_tokens": 16}
 LAYOUTS = {"TP": ParallelConfig(tensor=None, **BATCH), "DP": ParallelConfig(tensor=1, **BATCH)}
 OBJECTIVES = {
-    "reverse": ObjectiveConfig(k=8, support="teacher", tail="bucket"),
+    "reverse": ObjectiveConfig(k=8, support="teacher"),
+    "bucket": ObjectiveConfig(k=8, support="teacher", tail="bucket"),
     "forward": ObjectiveConfig("topk_forward_kl", k=8),
     "sampled": ObjectiveConfig("sampled_token", k=8),
 }
