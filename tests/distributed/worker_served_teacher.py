@@ -96,7 +96,7 @@ def main(models: Path, out: Path, url: str, name: str) -> None:
         "other name": refusal(built(teacher_server=other)),
         "nobody": refusal(built(teacher_server=nobody)),
         "too long": refusal(built(horizon=long, rollout=replace(base.rollout, max_prompt_len=64))),
-        "too many ids": refusal(lambda: steps(replace(served, teacher_server=replace(server, k=40)), layout, many)),
+        "too many ids": refusal(lambda: steps(replace(served, teacher_server=replace(server, top_k=40)), layout, many)),
     }
     # The same name, and another model behind it: what the run has begun with says otherwise.
     probe = out / "sampled" / "served" / "teacher_probe.json"
