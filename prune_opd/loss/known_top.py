@@ -1,9 +1,10 @@
 """A teacher of which only its best ids are known, and the sampled one: what a server tells (elsewhere/client.py).
 
 The loss is made of both models' logits. Such a teacher gets some: log q at the ids that are known, and what is left of
-its mass evenly on all others. Their exponentials sum to 1, so that a log-probability comes out as it was told; no other
-id is above the least of the best ones; and the mass outside any set of known ids is exact. So the sampled token, the
-teacher's top-k, its nucleus and the rest beside a set of its best ids are what they are, and all that is made of them.
+its mass evenly on all others. Their exponentials sum to 1, so that a log-probability comes out as it was told, and no
+other id is above the least of the best ones. So the sampled token, the teacher's top-k and its nucleus are what they
+are, and all that is made of them. The rest beside a set of its best ids is 1 less theirs; where that is but rounding,
+the known ones in it and a bound of the others: for a bucket `check_teacher_server` asks for as many ids again.
 
 What is not: its log-probability of another id, and every sum over its vocabulary. `check_teacher_server`
 (config/elsewhere.py) refuses the settings that need these, and the statistics have NaN in their place.

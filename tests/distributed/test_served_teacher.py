@@ -92,25 +92,29 @@ def wait_for(url: str, process: subprocess.Popen[bytes], log: Path) -> None:
 def test_it_teaches_the_same(tmp_path: Path, models: Path, server: str, ranks: int, layout: str) -> None:
     run_ranks(WORKER, ranks, [models, tmp_path, server, layout], timeout=500)
     of_rank = read_ranks(tmp_path, ranks)
-    for kind in ("reverse", "forward", "sampled"):
+    for kind in ("reverse", "bucket", "forward", "sampled"):
         for found in of_rank:
             here, there = found[kind]["in the job"], found[kind]["served"]
             assert here["layers"] > 0 == there["layers"] and there["record"]["served_rows"] == len(LENGTHS)
             for ours, theirs in zip(there["steps"], here["steps"], strict=True):
-                alike(ours, theirs)
+                alike(ours, theirs, 1e-2 if kind == "bucket" else 1e-3)
     kept_on_disk(of_rank[0])
     refused(of_rank)
 
 
-def alike(ours: dict[str, Any], theirs: dict[str, Any]) -> None:
-    """Two engines in fp32: `MISMATCH_LIMIT` bounds their difference in a log-probability, a fiftieth of it is seen."""
+def alike(ours: dict[str, Any], theirs: dict[str, Any], tolerance: float) -> None:
+    """Two engines in fp32: `MISMATCH_LIMIT` bounds their difference in a log-probability, a fiftieth of it is seen.
+
+    The text is made up, so both models find it very unlikely (−118 nats a token), and a loss multiplies by that. The
+    mass that a sure teacher leaves outside its best ids is known to rounding only: the bucket is as far off as that.
+    """
     for name in UNKNOWN:
         assert ours[name] is None and theirs[name] is not None, name
     assert abs(ours["teacher_logp"] - theirs["teacher_logp"]) < 0.1 * MISMATCH_LIMIT["fp32"]
     for name in ("overlap", "event_rate", "weight_mean", "reliable_length_B", "tokens", "updates", "microbatches"):
         assert ours[name] == theirs[name], name
     for name in ("loss", "divergence", "grad_norm", "weight_norm", "student_entropy"):
-        assert math.isclose(ours[name], theirs[name], rel_tol=1e-4, abs_tol=1e-6), name
+        assert math.isclose(ours[name], theirs[name], rel_tol=tolerance, abs_tol=1e-6), name
 
 
 def kept_on_disk(found: dict[str, Any]) -> None:

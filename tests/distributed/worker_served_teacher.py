@@ -33,7 +33,8 @@ from tests.distributed.tiny_run import build_run, made_up_rollouts, train_config
 BATCH = {"microbatch_tokens": 64, "loss_chunk_tokens": 16}
 LAYOUTS = {"TP": ParallelConfig(tensor=None, **BATCH), "DP": ParallelConfig(tensor=1, **BATCH)}
 OBJECTIVES = {
-    "reverse": ObjectiveConfig(k=8, support="teacher", tail="bucket"),
+    "reverse": ObjectiveConfig(k=8, support="teacher"),
+    "bucket": ObjectiveConfig(k=8, support="teacher", tail="bucket"),
     "forward": ObjectiveConfig("topk_forward_kl", k=8),
     "sampled": ObjectiveConfig("sampled_token", k=8),
 }
@@ -95,7 +96,7 @@ def main(models: Path, out: Path, url: str, name: str) -> None:
         "other name": refusal(built(teacher_server=other)),
         "nobody": refusal(built(teacher_server=nobody)),
         "too long": refusal(built(horizon=long, rollout=replace(base.rollout, max_prompt_len=64))),
-        "too many ids": refusal(lambda: steps(replace(served, teacher_server=replace(server, k=40)), layout, many)),
+        "too many ids": refusal(lambda: steps(replace(served, teacher_server=replace(server, top_k=40)), layout, many)),
     }
     # The same name, and another model behind it: what the run has begun with says otherwise.
     probe = out / "sampled" / "served" / "teacher_probe.json"

@@ -93,7 +93,10 @@ def right(gate: GateConfig | None, objective: ObjectiveConfig, weighting: Weight
 
 
 def right_once(case: Case, gate: GateConfig | None, objective: ObjectiveConfig, weighting: WeightingConfig) -> bool:
-    ours, whole = KnownCase.of(case).leaves(torch.float64), case.leaves(torch.float64)
+    """With as few ids as the settings could do with."""
+    needed = [objective.k * (2 if objective.tail == "bucket" else 1), gate.k if gate else 1]
+    k = max(*needed, weighting.forward_k if weighting.name == "tropd" else 1)
+    ours, whole = KnownCase.of(case, k).leaves(torch.float64), case.leaves(torch.float64)
     losses = [case.fused(gate, objective, weighting, chunk=7)[0] for case in (ours, whole)]
     for loss in losses:
         loss.backward()
