@@ -111,7 +111,7 @@ def planned_activations(config: TrainConfig, setting: Any) -> float:
         kept += kept_change(spec, config.lora, tensor, parallel.sequence_parallel)
         before_norm = 2 * spec.heads * spec.head_dim / tensor * spec.qk_norm
         kept -= 4 * spec.hidden / shared + before_norm  # inputs of the norms: see `saved`
-    if parallel.recompute == "none":
+    if parallel.recompute == "none" and (not config.lora.on or "linear_proj" in config.lora.targets):
         kept += 2 * spec.heads * spec.head_dim / tensor  # our CPU attention: outputs of segments, then all in one piece
     return spec.layers * kept
 

@@ -125,7 +125,7 @@ LAYOUTS: dict[str, tuple[dict[str, Any], int]] = {
     "CP2 last": ({**RING, "recompute": "none"}, 31),
     "CP4 middle": ({"context": 4, "recompute": "none"}, 16),
     "PP2xCP2 last": ({"context": 2, **PIPELINE}, 31),
-    "LoRA": ({"recompute": "none"}, 31),
+    "LoRA PP2xCP2 last": ({"context": 2, **PIPELINE}, 31),
     "LoRA PP4 last": (STAGES, 31),
 }
 LAYERS = 12  # that all of these stages and chunks divide
