@@ -15,7 +15,7 @@ from prune_opd.cli.complete import recipe_names, setting_names
 from prune_opd.cli.look import settings_, show
 from prune_opd.config import DataConfig, TrainConfig
 from prune_opd.config.describe import COMMAND_LINE, DEFAULT, RECIPE, all_settings, matching, values
-from prune_opd.config.overrides import dotted_keys
+from prune_opd.config.overrides import apply_overrides, dotted_keys
 from prune_opd.config.paths import shipped_models_dir
 from prune_opd.config.recipe import list_recipes, load_recipe
 from prune_opd.config.yaml import save_config
@@ -45,7 +45,10 @@ def test_every_setting_of_every_recipe_is_shown_with_its_meaning(name: str) -> N
     found = values(config, config)
     assert all(one.meaning for one in found)
     if isinstance(config, TrainConfig):
-        assert {one.key for one in found} <= set(dotted_keys(TrainConfig))
+        of_teachers = {one.key for one in found if one.key.startswith("teachers.")}
+        assert {one.key for one in found} - of_teachers <= set(dotted_keys(TrainConfig))
+        plain = [f"{one.key}={one.value}" for one in found if one.key in of_teachers]
+        assert apply_overrides(config, plain) == config  # a teacher's settings can be written as they are shown
 
 
 def test_defaults_of_numbers_are_told_from_what_a_recipe_wrote() -> None:
