@@ -351,8 +351,7 @@ def _backward_bytes(spec: ModelSpec, tensor: int, sequence_parallel: bool, froze
     """
     shared = tensor if sequence_parallel else 1
     feed_forward = 4 * spec.ffn / tensor if spec.moe is None else _dispatched_bytes(spec, shared)
-    times = (spec.moe is None) + (not frozen)
-    gathered = _gathered_bytes(spec, tensor, sequence_parallel) * times
+    gathered = _gathered_bytes(spec, tensor, sequence_parallel) * ((spec.moe is None) + (not frozen))
     return feed_forward + 2 * spec.hidden / shared + gathered
 
 

@@ -50,7 +50,7 @@ def test_a_step_saves_the_weights_gradients() -> None:
 def test_operations_of_frozen_matrices_are_two_thirds_and_the_adapters_own() -> None:
     spec = setting_of(recipe(), "h100", 4).student
     lora = LoraConfig(rank=32)
-    full, ours = (step_flops(spec, spec, rollouts((4, 5)), one) for one in (LoraConfig(), lora))
+    full, ours = (step_flops(spec, spec, rollouts((4, 5)), (), one) for one in (LoraConfig(), lora))
     own = 6 * adapter_parameters(spec, lora) * 8  # a row of 4 + 5 tokens predicts from 8
     heads = 2 * 5 * spec.vocab_size * spec.hidden  # the teacher's product with its head
     assert ours["train"] - own - heads == pytest.approx((full["train"] - heads) * 2 / 3)
