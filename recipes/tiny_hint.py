@@ -25,7 +25,7 @@ def tiny_hint() -> TrainConfig:
         name="tiny_hint",
         student=tiny_model(tiny_hint_student()),
         teacher="student",
-        steps=60,
+        steps=48,
         data=DataConfig(
             source="ledger",
             min_steps=4,
@@ -33,8 +33,9 @@ def tiny_hint() -> TrainConfig:
             teacher_prompt="{prompt} {solution} <ask>",
             max_teacher_prompt_len=64,
         ),
-        rollout=RolloutConfig(prompts=32, responses=1, max_prompt_len=19),
+        rollout=RolloutConfig(prompts=192, responses=1, max_prompt_len=19),
         horizon=replace(base.horizon, strategy="full", max_len=56, init_len=32),
         parallel=ParallelConfig(nproc=1, tensor=1),
-        evaluation=EvalConfig(every=20, problems=512),
+        optimizer=replace(base.optimizer, lr=1e-3, min_lr=1e-4),
+        evaluation=EvalConfig(every=12, problems=512),
     )
