@@ -20,8 +20,9 @@ from rich.text import Text
 
 from prune_opd.config.run import READERS, REGEX
 from prune_opd.process import watch
-from prune_opd.track.metrics import PHASES, Record, Summary, full_kl, readable, summarise, task_names, total
+from prune_opd.track.metrics import PHASES, Record, full_kl, readable, task_names, total
 from prune_opd.track.moving import PLAIN, TERMINAL, Moving, is_terminal
+from prune_opd.track.summary import Summary, summarise
 
 _ALONE = {"evaluation": "evaluating …", "export": "exporting the student …"}
 _PLAIN_WIDTH = 100

@@ -13,10 +13,11 @@ import yaml
 
 from prune_opd.config.yaml import parse
 from prune_opd.errors import UserError
-from prune_opd.track.metrics import FILE_NAME, Record, Summary, read_doubts, read_metrics, summarise, total
+from prune_opd.track.metrics import FILE_NAME, Record, read_doubts, read_metrics, total
 from prune_opd.track.redact import redact
 from prune_opd.track.samples import FILE_NAME as SAMPLES
 from prune_opd.track.samples import read_samples, sample_doubts
+from prune_opd.track.summary import Summary, summarise
 
 
 @dataclass(frozen=True)
