@@ -19,10 +19,10 @@ from prune_opd.track.metrics import (
     meanings,
     read_doubts,
     read_metrics,
-    summarise,
     task_names,
 )
 from prune_opd.track.samples import sample_doubts
+from prune_opd.track.summary import summarise
 from prune_opd.track.tracker import Tracker
 
 
