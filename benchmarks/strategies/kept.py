@@ -31,7 +31,7 @@ def settings_digest(config: TrainConfig) -> str:
     So a setting that is new since changes nothing. A default that has changed does not show.
     """
     found = {key: value for key, value in to_dict(config).items() if key not in BESIDE}
-    plain = to_dict(TrainConfig(name="", student="", teacher="", steps=1, horizon=HorizonConfig("full")))
+    plain = to_dict(TrainConfig(name="", student="", teacher="any", steps=1, horizon=HorizonConfig("full")))
     return hashlib.blake2b(json.dumps(_differences(found, plain), sort_keys=True).encode(), digest_size=6).hexdigest()
 
 
