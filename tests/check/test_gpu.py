@@ -5,15 +5,13 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import pytest
 
 from prune_opd.check import gpu
 from prune_opd.check import run as check
 from prune_opd.check.gpu import CACHES, cache_problems, import_problems
-from prune_opd.config import TeacherServerConfig
+from prune_opd.config import HorizonConfig, TrainConfig
 
 
 def package(folder: Path, name: str, text: str) -> None:
@@ -77,6 +75,5 @@ def test_a_job_on_a_gpu_tries_the_imports_and_a_machine_without_one_does_not(mon
         monkeypatch.setattr(check, "machine_problems", lambda *_: [])
         monkeypatch.setattr(check, "import_problems", lambda: ["import"])
         monkeypatch.setattr(check, "cache_problems", lambda: ["cache"])
-        nowhere: Any = SimpleNamespace(student="nowhere", model_dirs={"student": "nowhere", "teacher": "nowhere"})
-        nowhere.teacher_server = TeacherServerConfig()
+        nowhere = TrainConfig("run", student="nowhere", teacher="nowhere", steps=1, horizon=HorizonConfig("full"))
         assert check.check_everything(nowhere, 8, Path("run"), "auto") == found
