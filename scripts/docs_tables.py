@@ -16,6 +16,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from benchmarks.strategies.kept import tables as comparison_tables  # noqa: E402
 from prune_opd.config import SftConfig, TrainConfig  # noqa: E402
 from prune_opd.config.describe import as_typed, settings  # noqa: E402
 from prune_opd.track.metrics import meanings  # noqa: E402
@@ -87,12 +88,6 @@ def recipes_table() -> str:
     from prune_opd.config.recipe import list_recipes
 
     return _table(("recipe", "what it is"), [(f"`{name}`", about) for name, about in list_recipes().items()])
-
-
-def comparison_tables() -> str:
-    from benchmarks.strategies.kept import tables
-
-    return tables()
 
 
 def _table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
