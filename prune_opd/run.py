@@ -40,6 +40,7 @@ from prune_opd.ranks.lease import end_if_lost
 from prune_opd.ranks.signals import Watchdog
 from prune_opd.rollout.batch import Rollouts
 from prune_opd.rollout.engine import EngineOptions, RolloutEngine
+from prune_opd.rollout.long_tail import LongTail
 from prune_opd.rollout.phase import RolloutPhase
 from prune_opd.rollout.reward import RewardModel, make_reward
 from prune_opd.track.by_teacher import record_by_teacher
@@ -250,21 +251,20 @@ class Run:
             self.trainer.average.show()
         self.trainer.schedule.load_state_dict(state["schedule"])
         anew: dict[str, str] = {}
-        parts: dict[str, HorizonController | Sampler | Calibration | CalibrationByTeacher] = {
+        parts: dict[str, HorizonController | Sampler | Calibration | CalibrationByTeacher | LongTail] = {
             "controller": self.controller,
             "sampler": self.rollout.sampler,
             "calibration": self.calibration,
+            "long_tail": self.rollout.long_tail,  # of the sampler's prompts
         }
         for name, part in parts.items():
             try:
-                if name in state:  # an older version's checkpoint has no calibration
+                if name in state and not (name == "long_tail" and "sampler" in anew):  # an older version's has fewer
                     part.load_state_dict(state[name])
             except ConfigError as error:
                 if not allow_config_change:
                     raise
                 anew[name] = f"the {name} starts anew: {error}"
-        if "long_tail" in state and "sampler" not in anew:  # an older version's checkpoint has none
-            self.rollout.long_tail.load_state_dict(state["long_tail"])
         if self.inflight and state.get("inflight"):
             self.inflight.schedule.load_state_dict(state["inflight"])
         self.full_response_length = state["full_response_length"]

@@ -172,6 +172,16 @@ def pair_recipe(pair: str, overrides: Sequence[str] = ()) -> TrainConfig:
         raise ConfigError(
             f"pair {pair!r}: its recipe must be of a distillation with a gate; name one, like tiny_compatible"
         )
+    if config.teachers:  # each has a window of its own, which no method would set, and no cuts are replayed
+        raise ConfigError(
+            f"pair {pair!r} has teachers = {', '.join(config.teachers)}: methods are compared on a pair with one "
+            "teacher; name one, like tiny_compatible"
+        )
+    if config.teacher_cache.on:
+        raise ConfigError(
+            f"teacher_cache.mode = {config.teacher_cache.mode} with the pair {pair!r}: a run that finds another's rows "
+            "would seem to cost less; set teacher_cache.mode=off"
+        )
     return config
 
 

@@ -12,7 +12,7 @@ from prune_opd.check.elsewhere import cache_notes
 from prune_opd.check.ends import end_notes
 from prune_opd.check.template import template_notes
 from prune_opd.config import TrainConfig
-from prune_opd.config.teachers import by_source, teacher_of_source
+from prune_opd.config.teachers import by_source, own_names, teacher_of_source
 from prune_opd.data.render import prompt_of
 from prune_opd.data.rows import read_rows
 from prune_opd.errors import ConfigError
@@ -24,9 +24,10 @@ def check_notes(config: TrainConfig) -> list[str]:
     """The notes on a run, a line each; a model directory that cannot be read has none (`check_train` refuses it)."""
     notes = _temperatures(config) + _nucleus(config) + _single_candidates(config)
     templates = any(_through_template(config, source) for source in config.data.sources)
-    for own in config.by_teacher.values():
+    for name, own in config.by_teacher.items():
         student, teacher = map(Path, own.model_dirs.values())
-        notes += _own_teacher(own) + (template_notes(student, teacher, own.data) if templates else []) + end_notes(own)
+        found = _own_teacher(own) + (template_notes(student, teacher, own.data) if templates else []) + end_notes(own)
+        notes += [own_names(name, note) for note in found]
     notes += cache_notes(config) + _idle_teachers(config)
     return [f"note: {note}" for note in notes]
 

@@ -110,8 +110,8 @@ class DataConfig(Checked, name="data"):
                 )
 
     def without_hint(self) -> DataConfig:
-        """The same with one prompt for both models: for problems that no teacher reads."""
-        return replace(self, teacher_prompt=None, max_teacher_prompt_len=None)
+        """The same without what is of teachers: for problems that none reads."""
+        return replace(self, teacher_column=None, teacher_prompt=None, max_teacher_prompt_len=None)
 
     @property
     def sources(self) -> tuple[str, ...]:

@@ -135,6 +135,8 @@ class ReasoningGymSource:
             problem = self._problem(index, attempt)
             row = {"question": problem[1]["question"], "answer": str(problem[1]["answer"])}
             text = gym_words.told(self._task, problem[1]) if self._in_words else None
+            if text is not None:
+                row["question"] = text  # what a hint stands beside is what the student reads
             ids = encode_text(text or prompt_text(row, self._data, self._tokenizer), self._tokenizer)
             if self._max_prompt_len is None or len(ids) <= self._max_prompt_len:
                 prompt = Prompt(index * TRIES + attempt, ids, row["answer"], self.name)

@@ -97,7 +97,7 @@ class InflightGates:
         kept = self.kept.holders_of
         return record | {
             "teacher_tokens_inflight": sum(gate.teacher_tokens for gate in gates),
-            "teacher_tokens_reused": sum(rollouts.row_length_B[row] for row in kept),
+            "teacher_tokens_reused": sum(rollouts.teacher_row_length_B[row] for row in kept),
             "inflight_checks": sum(gate.checks for gate in gates),
             "time_inflight": sum(gate.seconds for gate in gates),
         }

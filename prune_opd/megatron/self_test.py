@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 
 from prune_opd.config import TrainConfig
+from prune_opd.config.teachers import own_names
 from prune_opd.data.prompt import Prompt
 from prune_opd.data.prompts import reference_texts
 from prune_opd.data.sampler import Sampler
@@ -57,12 +58,13 @@ def check_teacher(
     logq = _score(teacher, rows, vocab_size, config)
     found, limit = median(logq), -math.log(vocab_size) / 2
     if not found > limit:
-        raise UserError(
+        problem = (
             f"teacher = {config.teacher!r} finds reference text of {source} unlikely: the median log-probability "
             f"of {len(logq)} tokens is {found:.2f} nats (limit: {limit:.2f}; an even guess has {2 * limit:.2f}): its "
             "weights are not those of its config.json and tokenizer; copy the checkpoint again, or set "
             "survival.teacher_test=0 where the prompts are no language"
         )
+        raise UserError(own_names(name, problem))
     return f"teacher: reference text has a median log-probability of {found:.2f} nats (limit: {limit:.2f})"
 
 

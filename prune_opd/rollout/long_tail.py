@@ -21,10 +21,10 @@ from dataclasses import asdict, replace
 from statistics import fmean
 from typing import Any
 
-from prune_opd.config import RolloutConfig
+from prune_opd.config import RolloutConfig, TrainConfig
 from prune_opd.data.prompt import Prompt
 from prune_opd.data.sampler import Sampler
-from prune_opd.errors import UserError
+from prune_opd.errors import ConfigError, UserError
 from prune_opd.rollout.batch import Group, Response, Rollouts
 from prune_opd.rollout.request import NOTHING, Row
 
@@ -35,10 +35,12 @@ class LongTail:
     """The groups that wait for the next step, and how long each prompt's responses were the last time.
 
     Both are saved in checkpoints. Prompts of an endless source never come again and are not remembered.
+
+    taught: the settings that give prompts their teachers and hints (`taught_by`), which waiting prompts have already.
     """
 
-    def __init__(self, settings: RolloutConfig, endless: bool = False) -> None:
-        self.settings, self.endless = settings, endless
+    def __init__(self, settings: RolloutConfig, endless: bool = False, taught: Mapping[str, Any] | None = None) -> None:
+        self.settings, self.endless, self.taught = settings, endless, taught or {}
         self.waiting: list[Group] = []
         self.age = 0  # steps since the rollouts were generated that the last step trained on
         self.history: dict[str, float] = {}  # mean length [tokens] by prompt
@@ -135,12 +137,28 @@ class LongTail:
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint needs: plain JSON values."""
         waiting = [asdict(group) for group in self.waiting]
-        return {"history": self.history, "waiting": waiting, "age": self.age, "of": self._identity()}
+        return {
+            "history": self.history,
+            "waiting": waiting,
+            "age": self.age,
+            "of": self._identity(),
+            "taught": self.taught,
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue from a `state_dict`. Under other settings, responses that had begun start anew."""
+        """Continue from a `state_dict`. Under other settings, responses that had begun start anew.
+
+        ConfigError where waiting prompts have the teachers or hints of other settings; they are given up then.
+        """
         self.history, self.age = dict(state["history"]), state.get("age", 0)
-        groups = [_group(entry) for entry in state["waiting"]]
+        groups, self.waiting = [_group(entry) for entry in state["waiting"]], []
+        then = state.get("taught") or self.taught  # an older version's has none
+        if groups and (others := [name for name in self.taught if then.get(name) != self.taught[name]]):
+            changes = "; ".join(f"{name} = {then.get(name)!r}, this run has {self.taught[name]!r}" for name in others)
+            raise ConfigError(
+                f"the checkpoint's {len(groups)} waiting prompts had {changes}: restore that to resume, or start a new "
+                "run"
+            )
         fits = all(len(group.begun) in (0, self.settings.responses) for group in groups)
         fits = fits and (self.settings.partial or self.settings.reuses)
         fits = fits and state.get("of", self._identity()) == self._identity()  # an older version's has none
@@ -150,6 +168,16 @@ class LongTail:
         """What the waiting groups are: left behind, to go on with; or whole, a step's `prompts` after the other."""
         settings = self.settings
         return [settings.responses, settings.partial, settings.refresh_every, settings.prompts * settings.reuses]
+
+
+def taught_by(config: TrainConfig) -> dict[str, Any]:
+    """The settings that decide who teaches a prompt and what its teacher reads, by name; plain JSON values."""
+    data = config.data
+    return {
+        "teachers' sources": {name: [*one.sources] for name, one in config.teachers.items()},
+        "data.teacher_column": data.teacher_column,
+        "data.teacher_prompt": data.teacher_prompt,
+    }
 
 
 def started_prompts(settings: RolloutConfig) -> int:

@@ -9,7 +9,7 @@ from prune_opd.data.prompt import Prompt
 from prune_opd.data.sampler import Sampler
 from prune_opd.rollout.batch import Rollouts
 from prune_opd.rollout.engine import RolloutEngine
-from prune_opd.rollout.long_tail import LongTail
+from prune_opd.rollout.long_tail import LongTail, taught_by
 from prune_opd.rollout.request import TokenSampling
 from prune_opd.rollout.stepwise import Watch
 
@@ -19,7 +19,7 @@ class RolloutPhase:
 
     def __init__(self, config: TrainConfig, engine: RolloutEngine, sampler: Sampler) -> None:
         self.config, self.engine, self.sampler = config, engine, sampler
-        self.long_tail = LongTail(config.rollout, sampler.endless)
+        self.long_tail = LongTail(config.rollout, sampler.endless, taught_by(config))
         # (horizon, responses, step) → most tokens of each response
         self.limits: Callable[[int, int, int], list[int]] = lambda horizon, responses, step: [horizon] * responses
 

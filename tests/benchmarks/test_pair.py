@@ -136,6 +136,15 @@ def test_what_cannot_be_measured_is_refused_in_one_line(prompts: Path, tmp_path:
     assert "tiny_student" in refusal("tiny_student")
 
 
+def test_what_is_no_pair_that_reads_the_same_text_is_refused() -> None:
+    assert "teachers = ledger, sorting: a pair has one" in refusal("tiny_two_teachers")
+    assert "teacher = student: the student is its own" in refusal("tiny_hint")
+    hint = "data.teacher_prompt={prompt} {solution}"
+    assert "would not have its hint" in refusal("tiny_hint", f"teacher={TEACHER}", hint)
+    with pytest.raises(ConfigError, match="teacher = student"):
+        full_opd("tiny_hint", QUICK)
+
+
 def test_a_broken_prompt_is_named_without_a_traceback(tmp_path: Path) -> None:
     file = tmp_path / "broken.jsonl"
     file.write_text('{"question": ""}\n')

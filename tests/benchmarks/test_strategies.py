@@ -52,6 +52,13 @@ def test_a_method_differs_from_full_opd_in_what_it_names_only(pair: str, method:
     assert named - changed <= {"horizon.rho"}  # the recipe may have it already
 
 
+def test_a_recipe_with_several_teachers_or_rows_on_disk_is_refused() -> None:
+    with pytest.raises(ConfigError, match="'tiny_two_teachers' has teachers = ledger, sorting"):
+        pair_recipe("tiny_two_teachers")
+    with pytest.raises(ConfigError, match=r"teacher_cache\.mode = use with the pair 'tiny_compatible'"):
+        pair_recipe("tiny_compatible", ["teacher_cache.mode=use", "teacher_cache.dir=rows"])
+
+
 def test_full_opd_weighs_every_token_one_and_keeps_what_it_measures_with() -> None:
     own, full = recipe(), method_config(recipe(), METHODS[0])
     assert own.gate is not None and full.gate is not None

@@ -56,6 +56,13 @@ def give_template(directory: str, template: str, as_file: bool = False) -> None:
         )
 
 
+def test_a_note_on_one_of_several_teachers_has_its_setting(pair: TrainConfig) -> None:
+    path = f"teachers.twin.sources=[{pair.data.source}]"
+    assert only(notes(pair, "teacher=", "teachers.twin.path=student", path)).startswith(
+        "note: teachers.twin.path = student with data.teacher_prompt = null"
+    )
+
+
 def test_a_plain_run_has_no_notes(pair: TrainConfig) -> None:
     assert notes(pair) == []
     assert notes(pair, "rollout.temperature=0.7", "objective.temperature=0.7") == []

@@ -210,6 +210,21 @@ def test_reasoning_gym_gives_the_answer() -> None:
     assert text_of(prompt.teacher_ids) == f"{text_of(prompt.ids)} = {prompt.answer}"
 
 
+def test_evaluation_problems_have_no_teacher(tmp_path: Path) -> None:
+    rows = [{"prompt": "p", "answer": "1", "by": 3}]
+    with pytest.raises(ConfigError, match='"by" = 3: give the name of a teacher'):
+        source(tmp_path, rows, teacher_column="by")
+    data = DataConfig(source=str(tmp_path / "rows.jsonl"), teacher_column="by").without_hint()
+    assert make_source(data, Letters(), 0).get(0).teacher == ""
+
+
 def test_evaluation_problems_have_no_hint(of_ledger: Any) -> None:
     data = DataConfig(teacher_prompt=HINT, max_teacher_prompt_len=300).without_hint()
     assert all(prompt.teacher_ids is None for prompt in held_out(data, of_ledger, 7, 3))
+
+
+def test_a_sorting_problem_in_the_ledgers_words_is_hinted_in_them_too(of_ledger: Any) -> None:
+    sorting = "reasoning_gym/number_sorting?min_numbers=6&max_numbers=12"
+    data = DataConfig(source=sorting, teacher_prompt="{prompt} {question}", max_teacher_prompt_len=99)
+    prompt = make_source(data, of_ledger, 0, 96).get(0)
+    assert prompt.teacher_ids == 2 * prompt.ids

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,12 +20,14 @@ from prune_opd.config import (
     WeightingConfig,
 )
 from prune_opd.config.rollout import MARGIN
+from prune_opd.data.prompt import Prompt
 from prune_opd.errors import ConfigError
 from prune_opd.inflight.certain_events import certain_overlap_events, certain_rejects, greatest_acceptance, one_end
 from prune_opd.inflight.gate import is_spent
 from prune_opd.loss.ends import fold_
 from prune_opd.loss.vocab_parallel import VocabShard
 from prune_opd.method.gate import overlap_events, overlap_ratio, top_p_reject
+from prune_opd.rollout.batch import Response, Rollouts
 from tests.fake_models import train_config
 
 GATE = GateConfig(k=4, threshold=0.5, w_drop=0.2, w_base=0.0)
@@ -233,3 +236,20 @@ def test_candidates_that_are_ends_become_one_with_their_mass() -> None:
     assert close[2].item() == pytest.approx(math.log(2)) and close[1][0, 2].exp().item() == pytest.approx(0.1)
     half = one_end(torch.tensor([[20, 5]]), torch.tensor([[0.5, 0.2]]).log(), (3, 20), 1.0)[2]
     assert half.item() == pytest.approx(math.log(0.7 / 0.5))  # the missing one has at most the last candidate's
+
+
+def test_the_gates_of_several_teachers_count_what_each_reads_of_a_row_that_it_knows() -> None:
+    from prune_opd.inflight.by_teacher import InflightGates
+    from prune_opd.megatron.redistribute import KeptHidden
+
+    def gate(row: int) -> Any:
+        own = {"kept": KeptHidden({row: (0,)}), "teacher_tokens": 5, "checks": 1, "seconds": 0.5}
+        return SimpleNamespace(record=lambda *_: {"pruned_inflight": 1}, **own)
+
+    gates = InflightGates.__new__(InflightGates)  # without models
+    gates.of = {"a": gate(0), "b": gate(2)}
+    prompts = [Prompt(i, (1, 2), None, "x", teacher_ids=(1,) * (10 + i), teacher="aab"[i]) for i in range(3)]
+    batch = Rollouts(tuple(prompts), (Response((3, 4), finished=True),) * 3)
+    record = gates.record(batch, torch.zeros(3))
+    assert record["teacher_tokens_reused"] == (10 + 2 - 1) + (12 + 2 - 1)
+    assert (record["teacher_tokens_inflight"], record["inflight_checks"], record["pruned_inflight"]) == (10, 2, 1)

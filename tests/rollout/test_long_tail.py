@@ -12,11 +12,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from prune_opd.config import ObjectiveConfig, RolloutConfig
+from prune_opd.config import DataConfig, ObjectiveConfig, RolloutConfig
+from prune_opd.config.teachers import TeacherConfig
 from prune_opd.data.prompt import Prompt
 from prune_opd.errors import ConfigError
 from prune_opd.rollout.batch import Group, Response, Rollouts
-from prune_opd.rollout.long_tail import LongTail, Race, begun_rows, deal_to_engines, started_prompts
+from prune_opd.rollout.long_tail import LongTail, Race, begun_rows, deal_to_engines, started_prompts, taught_by
 from prune_opd.rollout.request import new_rows
 from prune_opd.rollout.stepwise import RACE_GAP
 from tests.distributed.ranks import read_ranks, run_ranks
@@ -210,6 +211,25 @@ def test_a_checkpoint_holds_it_all() -> None:
     other = LongTail(dataclasses.replace(SETTINGS, responses=3))  # the begun responses do not fit any more
     other.load_state_dict(tail.state_dict())
     assert other.waiting == [Group(prompt(1))]
+
+
+def test_waiting_prompts_with_other_teachers_or_hints_are_given_up() -> None:
+    here = Path(".")
+    one, hinted = train_config(here, here), train_config(here, here, data=DataConfig(teacher_prompt="solution"))
+    teachers = {name: TeacherConfig("elsewhere", (source,)) for name, source in (("a", "ledger"), ("b", "other"))}
+    several = dataclasses.replace(one, teacher="", teachers=teachers)
+    for then, now in ((one, several), (several, one), (one, hinted)):
+        tail = LongTail(SETTINGS, taught=taught_by(then))
+        tail.take(rollouts([0], [5, 7], [Group(prompt(1), (response(7, finished=False), response(4)))]))
+        saved = json.loads(json.dumps(tail.state_dict()))
+        LongTail(SETTINGS, taught=taught_by(then)).load_state_dict(saved)
+        again = LongTail(SETTINGS, taught=taught_by(now))
+        with pytest.raises(
+            ConfigError, match=r"the checkpoint's 1 waiting prompts had (teachers|data\.teacher_prompt)"
+        ):
+            again.load_state_dict(saved)
+        assert (again.waiting, again.history) == ([], tail.history)
+        again.load_state_dict(saved | {"waiting": []})
 
 
 def test_nothing_is_recorded_where_every_prompt_is_kept() -> None:

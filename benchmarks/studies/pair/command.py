@@ -36,6 +36,7 @@ from prune_opd.config import (
 )
 from prune_opd.config.overrides import apply_overrides
 from prune_opd.config.recipe import load_recipe
+from prune_opd.config.teacher import EMA, STUDENT
 from prune_opd.config.yaml import save_config
 from prune_opd.errors import ConfigError
 
@@ -155,10 +156,30 @@ def pair_config(words: list[str], prompts: Path | None, max_len: int | None, k: 
         config = TrainConfig("pair", student, teacher, 1, horizon, data=DataConfig(source=str(prompts)))
     else:
         raise ConfigError(f"{len(names)} names ({', '.join(names)}): give STUDENT TEACHER, or one RECIPE")
-    config = _one_process(apply_overrides(config, [word for word in words if OVERRIDE.match(word)]), max_len, k, seed)
+    config = apply_overrides(config, [word for word in words if OVERRIDE.match(word)])
+    refuse_other_teachers(config)
+    config = _one_process(config, max_len, k, seed)
     if problems := check_train(config, 1, None, "never"):
         raise ConfigError("\n".join(problems))
     return config
+
+
+def refuse_other_teachers(config: TrainConfig) -> None:
+    """ConfigError for what a pair of models that read the same text does not have."""
+    if config.teachers:
+        raise ConfigError(
+            f"teachers = {', '.join(config.teachers)}: a pair has one teacher; name a recipe with one, or give "
+            "STUDENT TEACHER --prompts FILE to prune-opd bench pair"
+        )
+    if config.teacher in (STUDENT, EMA):
+        raise ConfigError(
+            f"teacher = {config.teacher}: the student is its own teacher, and one model is no pair; set teacher=DIR"
+        )
+    if config.data.teacher_prompt is not None:
+        raise ConfigError(
+            f"data.teacher_prompt = {config.data.teacher_prompt!r}: both models are measured on the same text, so the "
+            "teacher would not have its hint; set data.teacher_prompt=null data.max_teacher_prompt_len=null"
+        )
 
 
 def _one_process(config: TrainConfig, max_len: int | None, k: int | None, seed: int) -> TrainConfig:

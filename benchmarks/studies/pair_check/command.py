@@ -28,6 +28,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from benchmarks.common import BENCH, Out, Quick, Report, measure, table
+from benchmarks.studies.pair.command import refuse_other_teachers
 from prune_opd.config import EvalConfig, ParallelConfig, TrainConfig
 from prune_opd.config.recipe import load_recipe
 from prune_opd.config.yaml import save_config
@@ -206,6 +207,7 @@ def full_opd(pair: str, settings: Settings) -> TrainConfig:
             f"PAIR = {pair!r} is no recipe that distils a ledger pair with a gate: take tiny_compatible or tiny_drift; "
             "`prune-opd bench pair` measures any pair"
         )
+    refuse_other_teachers(config)
     steps = settings.steps or config.steps
     half = max(1, steps // 2)
     return replace(
