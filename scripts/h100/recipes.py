@@ -18,7 +18,7 @@ from unittest import mock
 from prune_opd.check import gpu
 from prune_opd.check import run as check
 from prune_opd.cli.runs import check as command
-from prune_opd.config import TrainConfig
+from prune_opd.config import RunConfig, TrainConfig
 from prune_opd.config.recipe import list_recipes, load_recipe
 from prune_opd.model_spec import model_config
 from scripts.h100.imports import compiled
@@ -43,20 +43,31 @@ def imports() -> list[str]:
 
 def as_on_a_gpu(config: TrainConfig) -> list[str]:
     world = config.planning.nodes * config.parallel.nproc
-    models = [
-        check._Model(role, Path(getattr(config, role)), model_config(role, getattr(config, role)))
-        for role in ("student", "teacher")
+    pairs = [
+        (own, [check._Model(role, Path(where), model_config(role, where)) for role, where in own.model_dirs.items()])
+        for own in config.by_teacher.values()
     ]
     with (
         mock.patch.object(check, "has_gpu", lambda: True),
         mock.patch.object(check, "import_problems", imports),
         mock.patch.object(gpu, "IMPORT_SECONDS", PATIENCE),
     ):
-        found = check._sizes(config, world, models) + check._precision(config, models)
-        if all(Path(model.path, "config.json").is_file() for model in models):
+        found = [
+            line for own, models in pairs for line in check._sizes(own, world, models) + check._precision(own, models)
+        ]
+        if all(Path(model.path, "config.json").is_file() for _, models in pairs for model in models):
             with tempfile.TemporaryDirectory() as folder:
                 found += check.check_everything(config, config.parallel.nproc, Path(folder) / "run")
     return [line for line in found if not line.startswith(NOT_HERE)]
+
+
+def made_here(config: RunConfig) -> list[Path]:
+    """The tiny models that a recipe begins with: directories of this machine, not names of published models."""
+    if isinstance(config, TrainConfig):
+        found = [where for own in config.by_teacher.values() for where in own.model_dirs.values()]
+    else:
+        found = [config.init or ""]
+    return [path for path in map(Path, found) if path.is_absolute()]
 
 
 def main() -> int:
@@ -68,8 +79,8 @@ def main() -> int:
         config = load_recipe(name)
         found = [line for line in (structure(name),) if line]
         here = ""
-        if not isinstance(config, TrainConfig) and config.init and not Path(config.init).is_dir():
-            print(f"{name}: it begins with a model that `make tiny-models` makes, and that is not here")
+        if not all(map(Path.is_dir, made_here(config))):
+            print(f"{name}: it begins with a model that `prune-opd sft` makes, and that is not here")
             continue
         if isinstance(config, TrainConfig):
             found += as_on_a_gpu(config)
