@@ -54,7 +54,9 @@ def start(folder: Path) -> None:
         os.chdir(SOURCE)  # slipcover names files from here; registered first, this comes last
         seen = {name: file["executed_lines"] for name, file in notes.get_coverage()["files"].items()}
         text = json.dumps({name: lines for name, lines in seen.items() if lines})
-        (folder / f"{os.getpid()}-{time.time_ns()}.json").write_text(text, encoding="utf-8")
+        part = folder / f"{os.getpid()}-{time.time_ns()}.part"
+        part.write_text(text, encoding="utf-8")
+        part.rename(part.with_suffix(".json"))  # a process that is killed while it writes leaves nothing either
 
     atexit.register(write)
 
