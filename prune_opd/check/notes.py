@@ -6,6 +6,7 @@ them before its verdict and `prune-opd train` before it starts. Nothing heavy is
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 from prune_opd.check.elsewhere import cache_notes
@@ -28,7 +29,7 @@ def check_notes(config: TrainConfig) -> list[str]:
         student, teacher = map(Path, own.model_dirs.values())
         found = _own_teacher(own) + (template_notes(student, teacher, own.data) if templates else []) + end_notes(own)
         notes += [own_names(name, note) for note in found]
-    notes += cache_notes(config) + _idle_teachers(config)
+    notes += cache_notes(config) + _served(config) + _idle_teachers(config)
     return [f"note: {note}" for note in notes]
 
 
@@ -111,6 +112,21 @@ def _own_teacher(config: TrainConfig) -> list[str]:
     return [
         f"teacher = {config.teacher} with data.teacher_prompt = null: it reads what the student reads, so it "
         "begins with nothing to teach; set data.teacher_prompt if that is no control"
+    ]
+
+
+def _served(config: TrainConfig) -> list[str]:
+    """A server of another number format than the run's: vLLM takes the directory's unless it is told."""
+    path = Path(config.model_dirs["teacher"], "config.json")
+    if not config.teacher_server.on or not path.is_file():
+        return []
+    found = json.loads(path.read_text(encoding="utf-8"))
+    dtype = found.get("dtype") or found.get("torch_dtype")
+    if config.precision.params != "fp32" or dtype in (None, "float32"):
+        return []
+    return [
+        f"teacher_server.url with precision.params = fp32: a vLLM server takes {dtype} for {config.teacher}, as its "
+        "config.json says; start it with --dtype float32 for the numbers of a teacher in the job"
     ]
 
 

@@ -197,3 +197,14 @@ def test_the_recipes_of_the_repository_have_only_known_notes() -> None:
     }
     assert {name for name, lines in found.items() if lines} <= {"tiny_drift", "tiny_trap"}
     assert "gate.k = 1" in only(found["tiny_drift"])
+
+
+def test_a_server_that_takes_the_directorys_number_format_is_noted() -> None:
+    served = ["teacher_server.url=http://127.0.0.1:1", "objective.support=teacher", "gate.metric=overlap"]
+    pair = load_recipe("tiny_compatible", served)
+    assert isinstance(pair, TrainConfig)
+    (line,) = (line for line in check_notes(pair) if "teacher_server.url" in line)
+    assert "takes bfloat16" in line and "--dtype float32" in line
+    same = load_recipe("tiny_compatible", [*served, "precision.params=bf16"])
+    assert isinstance(same, TrainConfig)
+    assert not [line for line in check_notes(same) if "teacher_server.url" in line]
