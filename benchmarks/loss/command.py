@@ -30,7 +30,7 @@ from benchmarks.common import (
     with_trl,
 )
 
-CONTENDERS = ("ours", "ours_no_buffer", "ours_full", "naive", "trl", "liger", "nemo_rl", "floor")
+CONTENDERS = ("ours", "ours_no_metrics", "ours_no_buffer", "ours_full", "naive", "trl", "liger", "nemo_rl", "floor")
 PACKAGES = {"trl": "trl", "liger": "liger_kernel"}  # of the contenders that need one
 SAME_KIND = {"trl": "ours_full", "liger": "ours_full", "nemo_rl": "ours"}  # a rival → ours that does as much
 IN_BF16 = ("ours", "floor")
@@ -38,6 +38,7 @@ COUNTED = ("topk_reverse_kl", "full_vocab_reverse_kl")  # by count.py
 PATHS = ("torch", "triton")  # objective.kernels
 SAME_LOSS = 1e-4  # relative
 OVER_FLOOR = 1.25  # time of ours over the floor's, at most
+METRICS_TIME, METRICS_MEMORY = 1.03, 1.02  # of ours over ours without what only metrics need, at most
 TIMES = {"time": "wall", "cpu": "cpu"}
 MEMORY = {"peak extra memory MiB": "{extra_bytes!m:.0f}"}
 
@@ -201,7 +202,7 @@ def _compare_bf16(raw: list[dict[str, Any]], vocab: int) -> dict[str, Any]:
 def _compare(raw: list[dict[str, Any]], vocab: int) -> dict[str, Any]:
     """Medians and ratios at one vocabulary, and the targets that apply."""
     by_name = _by_name(raw, "contest", vocab)
-    ours, naive, floor = by_name["ours"], by_name["naive"], by_name["floor"]
+    ours, naive, floor, plain = (by_name[name] for name in ("ours", "naive", "floor", "ours_no_metrics"))
     apart = abs(ours["loss"] - naive["loss"]) / abs(naive["loss"])
     ratios = {
         "extra_naive_over_ours": naive["extra_bytes"] / ours["extra_bytes"],
@@ -210,6 +211,8 @@ def _compare(raw: list[dict[str, Any]], vocab: int) -> dict[str, Any]:
         "time_ours_over_floor": ours["wall_s"] / floor["wall_s"],
         "cpu_ours_over_naive": ours["cpu_s"] / naive["cpu_s"],
         "cpu_ours_over_floor": ours["cpu_s"] / floor["cpu_s"],
+        "cpu_ours_over_ours_no_metrics": ours["cpu_s"] / plain["cpu_s"],
+        "extra_ours_over_ours_no_metrics": ours["extra_bytes"] / plain["extra_bytes"],
     }
     for rival, name in SAME_KIND.items():
         if rival in by_name:
@@ -224,6 +227,9 @@ def _compare(raw: list[dict[str, Any]], vocab: int) -> dict[str, Any]:
             if rival in by_name:
                 targets.append(Target(f"time, {name} / {rival}", ratios[f"time_{name}_over_{rival}"], 1))
         targets.append(Target("time, ours / floor", ratios["time_ours_over_floor"], OVER_FLOOR))
+        metrics = "ours / ours without the metrics' sums"
+        targets.append(Target(f"CPU, {metrics}", ratios["cpu_ours_over_ours_no_metrics"], METRICS_TIME))
+        targets.append(Target(f"memory, {metrics}", ratios["extra_ours_over_ours_no_metrics"], METRICS_MEMORY))
     if vocab == max(Settings.vocabularies):
         memory = "peak extra memory, naive / ours"
         targets.insert(0, Target(memory, ratios["extra_naive_over_ours"], 25, at_least=True))

@@ -1,6 +1,7 @@
 """One measurement of the loss: one contender, forward and backward, in a process of its own.
 
     ours            distill_loss with its default gate and objective
+    ours_no_metrics the same without the sums that only metrics need: what those cost
     ours_no_buffer  the same, where the weight has no gradient buffer yet: it allocates and returns its own gradient
     naive           the same loss written plainly: fp32 logits of all tokens × vocabulary of both models, autograd
     ours_full       distill_loss with full_vocab_reverse_kl and no gate: the loss of trl and liger
@@ -26,6 +27,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -34,8 +36,10 @@ from benchmarks.common import answer, cpu_time, peak_memory, reset_peak
 from benchmarks.loss import rivals
 from benchmarks.loss.rivals import Inputs
 from prune_opd.config import GateConfig, ObjectiveConfig
-from prune_opd.loss import Head, Method, Tokens, distill_loss
+from prune_opd.loss import Head, Method, Tokens, distill_loss, passes
 from prune_opd.loss.products import add_weight_gradient_, hidden_gradient_, logits_
+from prune_opd.loss.vocab_parallel import row_blocks
+from prune_opd.loss.vocab_sums import Apart, VocabSums
 from prune_opd.method.gate import apply_gate_packed, overlap_events, overlap_ratio
 
 RESPONSES = 4  # that the tokens are split into
@@ -53,6 +57,24 @@ def ours(x: Inputs) -> Tensor | None:
 def ours_full(x: Inputs) -> Tensor | None:
     """The whole vocabulary's reverse KL, with no gate: what trl and liger compute."""
     return _fused(x, Method(None, ObjectiveConfig("full_vocab_reverse_kl")))
+
+
+def ours_no_metrics(x: Inputs) -> Tensor | None:
+    """`ours` with the normalisers alone; entropies and full KL come out as NaN."""
+    with mock.patch.object(passes, "vocab_sums_", _normalisers_):
+        return ours(x)
+
+
+def _normalisers_(
+    logits_2NW: Tensor, scratch_2RW: Tensor, maximum_2N1: Tensor, keep_logs: bool, apart: Apart | None
+) -> VocabSums:
+    """What `vocab_sums_` would be without metrics: logits to exponentials in their place, and the sums of those."""
+    assert not keep_logs and apart is None  # the published form needs neither
+    total_2N1 = torch.empty_like(maximum_2N1)
+    for part in row_blocks(logits_2NW):
+        exp_2RW = logits_2NW[:, part].sub_(maximum_2N1[:, part]).exp_()
+        torch.sum(exp_2RW, dim=2, keepdim=True, out=total_2N1[:, part])
+    return VocabSums(total_2N1, total_2N1.new_full((logits_2NW.shape[1], 2, 2), torch.nan))
 
 
 def _fused(x: Inputs, method: Method) -> Tensor:
@@ -109,6 +131,7 @@ def floor(x: Inputs) -> Tensor | None:
 
 CONTENDERS: dict[str, Callable[[Inputs], Tensor | None]] = {
     "ours": ours,
+    "ours_no_metrics": ours_no_metrics,
     "ours_no_buffer": ours,
     "naive": naive,
     "ours_full": ours_full,

@@ -49,7 +49,7 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> Measured:
 
 
 def test_every_contender_is_measured_in_a_process_of_its_own(measured: Measured) -> None:
-    contenders = {"ours", "ours_no_buffer", "ours_full", "naive", "nemo_rl", "floor"}
+    contenders = {"ours", "ours_no_metrics", "ours_no_buffer", "ours_full", "naive", "nemo_rl", "floor"}
     contenders |= {"trl", "liger"} - measured.result["skipped"].keys()
     assert measured.part["contenders"].keys() == contenders
     in_bf16 = measured.result["bf16"][0]["contenders"]
@@ -71,6 +71,9 @@ def test_ratios_are_those_of_the_medians(measured: Measured) -> None:
     assert ratios["extra_naive_over_ours_no_buffer"] == naive["extra_bytes"] / alone["extra_bytes"]
     assert ratios["time_ours_over_naive"] == ours["wall_s"] / naive["wall_s"]
     assert ratios["time_ours_over_floor"] == ours["wall_s"] / floor["wall_s"]
+    plain = measured.part["contenders"]["ours_no_metrics"]
+    assert ratios["cpu_ours_over_ours_no_metrics"] == ours["cpu_s"] / plain["cpu_s"]
+    assert ratios["extra_ours_over_ours_no_metrics"] == ours["extra_bytes"] / plain["extra_bytes"]
 
 
 def test_bf16_has_a_floor_of_its_own_and_the_same_loss(measured: Measured) -> None:
@@ -87,7 +90,7 @@ def test_bf16_has_a_floor_of_its_own_and_the_same_loss(measured: Measured) -> No
 def test_ours_and_naive_compute_the_same_loss_and_gradients(measured: Measured) -> None:
     naive = measured.part["contenders"]["naive"]
     assert measured.part["same_loss"]
-    for name in ("ours", "ours_no_buffer"):
+    for name in ("ours", "ours_no_metrics", "ours_no_buffer"):
         row = measured.part["contenders"][name]
         assert row["loss"] == pytest.approx(naive["loss"], rel=1e-4)
         assert row["grad_norms"] == pytest.approx(naive["grad_norms"], rel=1e-4)
