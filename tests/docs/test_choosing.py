@@ -1,4 +1,4 @@
-"""docs/choosing.md recommends nothing that docs/comparison.md does not show, and names every rival there is."""
+"""docs/choosing.md recommends nothing that docs/second-start.md does not show, and names every rival there is."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from benchmarks.strategies.plan import METHODS, RIVALS
 from benchmarks.studies.pair.rules import KINDS
 from tests.docs.pages import ROOT, text
 
-CHOOSING, COMPARISON = (text(ROOT / "docs" / name) for name in ("choosing.md", "comparison.md"))
+CHOOSING, COMPARISON = (text(ROOT / "docs" / name) for name in ("choosing.md", "second-start.md"))
 # The method of a row by its title in the comparison, for the settings that stand in the choice.
 TITLES = {
     "`horizon.strategy=marginal gate.w_base=0.5`": "ours: marginal window, w_base .5",
