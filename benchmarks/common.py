@@ -154,6 +154,11 @@ def cpu_time() -> float:
 def reset_peak() -> int:
     """Start the kernel's peak of resident memory anew. Returns what is resident now [bytes]."""
     Path("/proc/self/clear_refs").write_text("5")
+    return resident()
+
+
+def resident() -> int:
+    """What is resident of this process now [bytes]."""
     return _resident("VmRSS")
 
 

@@ -55,6 +55,7 @@ RECIPE = "tiny_compatible"
 SAME_FOR_ALL = ("parallel.tensor=1", "evaluation.problems=0", "track.wandb=disabled", "checkpoint.every=0")
 TARGET = 1.5  # our tokens per second over TRL's
 OURS, TRL = "benchmarks.peers.ours", "benchmarks.peers.trl"
+MEMORY = "memory_"  # of memory.py: bytes by owner after a step
 PHASES = ("time_sync", "time_rollout", "time_teacher", "time_train")
 
 
@@ -204,6 +205,7 @@ def join_ranks(
             "peak_bytes": sum(one["peak_bytes"] for one in ranks),
             "tokens": record.get("tokens_generated") or sum(one["tokens"] for one in ranks),
             **{phase: record[phase] for phase in PHASES if phase in record},
+            **{key: sum(one[key] for one in ranks) for key in ranks[0] if key.startswith(MEMORY)},
         }
         for ranks, record in zip(steps, metrics or [{}] * len(steps), strict=True)
     ]
@@ -224,6 +226,7 @@ def summarise(steps: list[dict[str, Any]], warmup: int) -> dict[str, Any]:
         "timed_steps": len(timed),
         "peak_bytes": max(step["peak_bytes"] for step in steps),
         "phases_s": {phase: median(step[phase] for step in timed) for phase in PHASES if phase in timed[0]},
+        "owners_bytes": {key.removeprefix(MEMORY): size for key, size in steps[-1].items() if key.startswith(MEMORY)},
         "tokens_so_far": so_far,
         "steps": steps,
     }
@@ -265,6 +268,18 @@ def accuracy_at(curve: Sequence[dict[str, Any]], tokens: float) -> float:
 # ---------------------------------------------------------------------------------------------------- printing
 
 
+def print_memory(contenders: dict[str, Any], console: Console) -> None:
+    """Resident memory of all ranks after the last step by owner, and how much more a step takes at its peak."""
+    names = list(dict.fromkeys(owner for row in contenders.values() for owner in row["owners_bytes"]))
+    columns = {"": "{owner}"} | {name: f"{{{name}!m:.0f}}" for name in contenders}
+    rows = [
+        {"owner": owner} | {name: row["owners_bytes"].get(owner) for name, row in contenders.items()} for owner in names
+    ]
+    above = {name: row["peak_bytes"] - sum(row["owners_bytes"].values()) for name, row in contenders.items()}
+    rows.append({"owner": "more at the peak"} | above)
+    console.print(table("resident memory of all ranks after the last step, MiB", columns, rows))
+
+
 def print_result(result: dict[str, Any], console: Console) -> None:
     settings = result["settings"]
     console.print(
@@ -286,6 +301,7 @@ def print_result(result: dict[str, Any], console: Console) -> None:
         phases = ", ".join(f"{phase.removeprefix('time_')} {time:.2f}" for phase, time in row["phases_s"].items())
         rows.append({"name": name, "ratio": result["ratios"][name], "phases": phases, **row})
     console.print(table("a whole step", columns, rows))
+    print_memory(result["contenders"], console)
     columns = {"": "{name}", "updates": "{step}", "tokens": "{tokens:,}", "accuracy": "{accuracy:.1%} ± {stderr:.1%}"}
     at_equal = result["accuracy_at_equal_tokens"]
     columns[f"after {result['equal_tokens']:,} tokens"] = "{at_equal:.1%}"

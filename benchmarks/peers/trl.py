@@ -8,10 +8,13 @@ that DistillationTrainer replaces it. Its vLLM mode cannot run on a CPU, so it g
 from __future__ import annotations
 
 import os
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common import answer, rank
+from benchmarks.common import answer, rank, resident
+from benchmarks.peers.memory import by_owner
+from benchmarks.peers.ours import states
 from benchmarks.peers.turns import Step, Turns
 from prune_opd.config import OptimizerConfig, TrainConfig
 from prune_opd.config.yaml import load_config
@@ -39,8 +42,11 @@ def train(folder: str, steps: int, save_at: list[int], threads: int) -> list[Ste
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(config.student, padding_side="left")
+    from trl import DistillationTrainer  # type: ignore[import-not-found]  # noqa: F401  its imports are no model's memory
+
+    imports = resident()
     trainer, turns = make_trainer(config, tokenizer, home, steps), Turns(home)
-    trainer.add_callback(_taking_turns(trainer, turns, home, save_at))
+    trainer.add_callback(_taking_turns(trainer, turns, imports, home, save_at))
     trainer.train()
     return turns.steps
 
@@ -48,7 +54,7 @@ def train(folder: str, steps: int, save_at: list[int], threads: int) -> list[Ste
 def make_trainer(config: TrainConfig, tokenizer: Any, folder: Path, steps: int) -> Any:
     """A DistillationTrainer that does what the recipe does at the full horizon, in fp32 and with no checkpointing."""
     import torch
-    from trl import DistillationConfig, DistillationTrainer  # type: ignore[import-not-found]  # in .venv-bench
+    from trl import DistillationConfig, DistillationTrainer  # in .venv-bench
 
     optimizer = config.optimizer
     if optimizer.schedule != "linear":
@@ -111,7 +117,18 @@ def prompt_rows(config: TrainConfig, tokenizer: Any, steps: int) -> list[dict[st
     return [{"prompt": text} for text in texts]
 
 
-def _taking_turns(trainer: Any, turns: Turns, folder: Path, save_at: list[int]) -> Any:
+def owned(trainer: Any) -> dict[str, Any]:
+    """Who owns which of a rank's tensors between two steps; the gradients are gone then."""
+    student = [*trainer.model.parameters()]
+    return {
+        "student": student,
+        "gradients": [weight.grad for weight in student if weight.grad is not None],
+        "optimizer": states(getattr(trainer.optimizer, "optimizer", trainer.optimizer)),
+        "teacher": [*trainer.teacher_model.parameters()],
+    }
+
+
+def _taking_turns(trainer: Any, turns: Turns, imports: int, folder: Path, save_at: list[int]) -> Any:
     """A callback that waits for each step's turn, times it from generation to the optimizer, and saves the student."""
     from transformers import TrainerCallback
 
@@ -121,7 +138,8 @@ def _taking_turns(trainer: Any, turns: Turns, folder: Path, save_at: list[int]) 
 
         def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             masks = [batch["completion_mask"] for batch in trainer._buffered_inputs]
-            turns.end(state.global_step, tokens=sum(int(mask.sum()) for mask in masks))  # this rank's
+            owners = partial(by_owner, imports, owned(trainer))
+            turns.end(state.global_step, owners, tokens=sum(int(mask.sum()) for mask in masks))  # this rank's
             if state.global_step in save_at and rank() == 0:
                 out = folder / f"hf-{state.global_step}"
                 trainer.accelerator.unwrap_model(trainer.model).save_pretrained(out)

@@ -12,6 +12,7 @@ A contender whose last step is done ends, which is the end of its last turn. Whe
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -40,10 +41,14 @@ class Turns:
             time.sleep(POLL_SECONDS)
         self._wall, self._cpu = time.perf_counter(), cpu_time()
 
-    def end(self, step: int, **record: float) -> None:
-        """The step is over; `record` is added to it. CPU seconds are of all threads, the peak of the whole process."""
+    def end(self, step: int, owners: Callable[[], dict[str, float]] = dict, **record: float) -> None:
+        """The step is over; `record` is added to it, and what `owners` then says, in no time that is measured.
+
+        CPU seconds are of all threads, the peak of the whole process.
+        """
         wall, cpu = time.perf_counter() - self._wall, cpu_time() - self._cpu
         self.steps.append({"step": step, "wall_s": wall, "cpu_s": cpu, "peak_bytes": peak_memory(), **record})
+        self.steps[-1] |= owners()
 
 
 class Contest:
