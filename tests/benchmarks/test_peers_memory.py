@@ -1,4 +1,4 @@
-"""Resident memory by owner: pages that nothing has written are nobody's, a shared storage counts once, the rest is left."""
+"""Resident memory by owner: unwritten pages are nobody's, a shared storage counts once, the rest is what is left."""
 
 from __future__ import annotations
 
