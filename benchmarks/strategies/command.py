@@ -30,6 +30,9 @@ QUICK_METHODS = ["full", "prune", "random"]
 Pairs = Annotated[list[str] | None, typer.Argument(metavar="[PAIR …]", help=f"Recipes; {' and '.join(PAIRS)} if none.")]
 Seeds = Annotated[int, typer.Option(min=1, help="Runs of every method on every pair.")]
 NAMES = ", ".join([*(method.name for method in METHODS), RIVALS])
+FirstSeed = Annotated[
+    int, typer.Option(min=FIRST_SEED, help="Where they begin: a machine takes up seeds that no kept run has.")
+]
 Methods = Annotated[list[str] | None, typer.Option(metavar="NAME", help=f"Again for more; one of {NAMES}.")]
 Set = Annotated[list[str] | None, typer.Option(metavar="KEY=VALUE", help="Of the recipe, before a method changes it.")]
 Jobs = Annotated[int, typer.Option(min=1, help="Runs side by side, one core each.")]
@@ -41,6 +44,7 @@ def run(
     out: Out = BENCH,
     quick: Quick = False,
     seeds: Seeds = 3,
+    first_seed: FirstSeed = FIRST_SEED,
     methods: Methods = None,
     jobs: Jobs = 2,
     set: Set = None,
@@ -55,7 +59,7 @@ def run(
         raise ConfigError(f"--jobs {jobs} is more than this process has cores ({len(os.sched_getaffinity(0))})")
     recipes = {pair: pair_recipe(pair, [*settings.overrides, *(set or ())]) for pair in dict.fromkeys(pairs or PAIRS)}
     chosen = choose(QUICK_METHODS if quick and not methods else methods)
-    numbers = [FIRST_SEED + i for i in range(1 if quick else seeds)]
+    numbers = [first_seed + i for i in range(1 if quick else seeds)]
     specs = plan(recipes, chosen, numbers, settings)
     swept_pair = list(recipes)[-1]
     swept_seeds = [] if quick or "prune" not in {method.name for method in chosen} else numbers[:sweep_seeds]

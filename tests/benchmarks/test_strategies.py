@@ -202,20 +202,21 @@ def test_a_run_that_fails_ends_the_benchmark_with_its_last_words_and_keeps_what_
 @pytest.mark.timeout(400)
 def test_quick_run_of_the_command_is_real_and_resumes(tmp_path: Path) -> None:
     command = ["bench", "strategies", "tiny_compatible", "--quick", "--methods", "inflight", "--methods", "random"]
+    command += ["--first-seed", "1003"]
     for again in (False, True):
         done = run_command(*command, "--jobs", "1", folder=tmp_path)
         assert done.code == 0, done.stdout + done.stderr
         result = json.loads((tmp_path / "bench" / "strategies.json").read_text())
         rows = {row["method"]: row for row in result["pairs"]["tiny_compatible"]["rows"]}
         assert list(rows) == ["full", "prune", "inflight", "random"]
-        assert ("tiny_compatible/full/1001" in done.stdout) != again
+        assert ("tiny_compatible/full/1003" in done.stdout) != again
     full, prune, inflight, random = (rows[name] for name in ("full", "prune", "inflight", "random"))
     assert full["runs"][0]["horizon"] == [216, 216]
     assert 0 < prune["tokens_generated"] < full["tokens_generated"]
     assert all(row["phases_cpu_s"][phase] > 0 for row in (full, prune) for phase in ("rollout", "teacher", "train"))
     assert prune["step"]["looks"] == 0 < inflight["step"]["looks"] and inflight["step"]["teacher_tokens"] > 0
     assert inflight["runs"][0]["horizon"][0] == prune["runs"][0]["horizon"][0]
-    runs = [tmp_path / "bench" / "strategies" / "tiny_compatible" / name / "1001" for name in ("inflight", "prune")]
+    runs = [tmp_path / "bench" / "strategies" / "tiny_compatible" / name / "1003" for name in ("inflight", "prune")]
     stopped, whole = (read_metrics(run / FILE_NAME)[0][0]["tokens_generated"] for run in runs)
     assert stopped <= whole
     assert random["runs"][0]["horizon"] == prune["runs"][0]["horizon"]
