@@ -31,6 +31,7 @@ MAKING = (
 # What it imports beside them on a CPU: 150 modules, a CPU second a rank.
 MAKING_ON_CPU = (
     "vllm.entrypoints.llm",
+    "vllm.entrypoints.launchers.cli_args",
     "vllm.plugins.lora_resolvers.hf_hub_resolver",
     "vllm.model_executor.layers.quantization.online.base",
     "vllm.model_executor.layers.quantization.compressed_tensors.utils",
@@ -97,18 +98,22 @@ def _import_cpu_worker() -> None:
     """Import what making an engine on a CPU imports, and let vLLM put its CPU kernels in Triton's places.
 
     A rank has torch's own names until it makes an engine: the two modules that replace them are forgotten here, and so
-    imported again there. Putting the kernels in place walks through all modules, .9 CPU seconds a rank, and giving back
-    what `gc.freeze` keeps costs as much when an engine is closed: here both are done once.
+    imported again there. Putting the kernels in place walks through all modules, .9 CPU seconds a rank, giving back
+    what `gc.freeze` keeps costs as much when an engine is closed, and setting up vLLM's loggers .6: here all is done
+    once.
     """
     import gc
 
     import torch
+    from vllm.config.logging import LoggingConfig
+    from vllm.logger import configure_logging_if_needed
     from vllm.platforms import current_platform
 
     owners = (torch, torch.cuda, torch.accelerator, torch.Tensor)
     before = [dict(vars(owner)) for owner in owners]
     _import((WORKER, *MAKING_ON_CPU))
     current_platform.register_triton_kernel_overrides()
+    configure_logging_if_needed(LoggingConfig())
     type(current_platform).register_triton_kernel_overrides = classmethod(lambda cls: None)
     gc.unfreeze = lambda: None
     for owner, names in zip(owners, before, strict=True):
