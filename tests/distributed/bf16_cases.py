@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 
 from prune_opd.config import ObjectiveConfig, WeightingConfig
+from tests.distributed.answers import ANSWERS
 from tests.distributed.shards import sharded, whole
 from tests.sharp import SHARP_CASES, Gradients, gradients, sharp_case
 
@@ -16,7 +17,9 @@ SHARP = sharp_case()
 
 def compare_sharp(group: dist.ProcessGroup, objective: ObjectiveConfig, weighting: WeightingConfig) -> dict[str, float]:
     """Both gradients against float64 of the same bf16 inputs on one rank; the errors are those of whole vectors."""
-    expected = gradients(SHARP, objective, weighting, torch.float64)
+    expected: Gradients = ANSWERS.find(
+        ("sharp", SHARP, objective, weighting), lambda: gradients(SHARP, objective, weighting, torch.float64)
+    )
     shard = gradients(sharded(SHARP, group), objective, weighting, tp_group=group)
     got = Gradients(shard.hidden_NH, whole(shard.weight_VH, len(expected.weight_VH), group))
     hidden, weight = got.error(expected)
@@ -27,3 +30,5 @@ BF16_CASES: dict[str, Callable[[dist.ProcessGroup], dict[str, float]]] = {
     f"{name}, sharp": lambda group, o=objective, w=weighting: compare_sharp(group, o, w)
     for name, (objective, weighting) in SHARP_CASES.items()
 }
+# Those with a weighting of tokens.
+BF16_WEIGHTED = {f"{name}, sharp" for name, (_, weighting) in SHARP_CASES.items() if weighting.name != "none"}

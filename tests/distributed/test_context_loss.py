@@ -15,11 +15,17 @@ WORKER = Path(__file__).with_name("worker_context_loss.py")
 Results = list[dict[str, Any]]  # of every rank
 
 
+@pytest.fixture(scope="module")
+def answers(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of the reference: the first launch writes the file, the second reads it."""
+    return tmp_path_factory.mktemp("context_loss") / "answers.pt"
+
+
 @pytest.fixture(scope="module", params=[(1, 2), (2, 2)], ids=lambda param: f"tp {param[0]} cp {param[1]}")
-def results(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Results:
+def results(request: pytest.FixtureRequest, answers: Path, tmp_path_factory: pytest.TempPathFactory) -> Results:
     tp, cp = request.param
     folder = tmp_path_factory.mktemp("context_loss")
-    run_ranks(WORKER, tp * cp, [folder, str(tp), str(cp)], timeout=120)
+    run_ranks(WORKER, tp * cp, [folder, str(tp), str(cp), answers], timeout=120)
     return read_ranks(folder, tp * cp)
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from tests.distributed.ranks import read_ranks, run_ranks
-from tests.distributed.worker_distill import CASES
+from tests.distributed.worker_distill import cases
 from tests.sharp import SHARP_TOLERANCE
 
 WORKER = Path(__file__).with_name("worker_distill.py")
@@ -17,24 +17,34 @@ TOLERANCE = {"float32": 2e-5, "bfloat16": 1e-2, "sharp": SHARP_TOLERANCE}  # by 
 Results = list[dict[str, Any]]  # of every rank
 
 
-def launch(folder: Path, ranks: int, tensor_parallel: int) -> Results:
-    run_ranks(WORKER, ranks, [folder, str(tensor_parallel)], timeout=300)
-    return read_ranks(folder, ranks)
-
-
 # One rank; two in one group; two groups of two side by side (a group's ranks are not the world's); one group of four.
-@pytest.fixture(
-    scope="module", params=[(1, 1), (2, 2), (4, 2), (4, 4)], ids=lambda param: f"{param[0]} ranks tp {param[1]}"
+LAUNCHES = {f"{ranks} ranks tp {tp}": (ranks, tp) for ranks, tp in ((1, 1), (2, 2), (4, 2), (4, 4))}
+
+
+@pytest.fixture(scope="module")
+def launches(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Results]:
+    """The first one leaves the reference's answers, which the others read."""
+    answers, found = tmp_path_factory.mktemp("distill") / "answers.pt", {}
+    for name, (ranks, tensor_parallel) in LAUNCHES.items():
+        folder = tmp_path_factory.mktemp("distill")
+        run_ranks(WORKER, ranks, [folder, str(tensor_parallel), answers], timeout=300)
+        found[name] = read_ranks(folder, ranks)
+    return found
+
+
+@pytest.fixture(params=LAUNCHES)
+def results(request: pytest.FixtureRequest, launches: dict[str, Results]) -> Results:
+    return launches[request.param]
+
+
+@pytest.mark.parametrize(
+    ("name", "case"), [(name, case) for name, (ranks, _) in LAUNCHES.items() for case in cases(ranks)]
 )
-def results(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Results:
-    ranks, tensor_parallel = request.param
-    return launch(tmp_path_factory.mktemp("distill"), ranks, tensor_parallel)
-
-
-@pytest.mark.parametrize("case", CASES)
-def test_value_gradients_and_statistics_equal_the_reference_on_every_rank(results: Results, case: str) -> None:
+def test_value_gradients_and_statistics_equal_the_reference_on_every_rank(
+    launches: dict[str, Results], name: str, case: str
+) -> None:
     tolerance = TOLERANCE.get(case.split()[-1], 1e-9)
-    for rank in results:
+    for rank in launches[name]:
         assert rank[case]["loss"] <= tolerance
         assert rank[case]["hidden_gradient"] <= tolerance
         assert rank[case]["weight_gradient"] <= tolerance

@@ -1,6 +1,6 @@
 """Ranks of test_context_loss.py: responses shared among context-parallel ranks, against the reference of the whole.
 
-    torchrun … worker_context_loss.py OUT_FOLDER TP CP
+    torchrun … worker_context_loss.py OUT_FOLDER TP CP ANSWERS
 
 Neighbouring ranks hold vocabulary shards of the same tokens; context-parallel ranks are TP apart, as megatron has them.
 Writes rank<r>.json like worker_distill.py.
@@ -22,10 +22,10 @@ from torch import Tensor
 
 from prune_opd.config import GateConfig, ObjectiveConfig, WeightingConfig
 from prune_opd.loss.context import ContextShard
+from tests.distributed.answers import ANSWERS, Answer, of_reference, of_update
 from tests.distributed.worker_distill import BUCKET, DISCOUNTED, error, is_aligned, sharded, statistics_error, whole
 from tests.ending import CLASS, ending_case
 from tests.reference import GATE, NO_WEIGHTING, OBJECTIVE, WEIGHTINGS, Case, make_case
-from tests.reference_update import reference_update
 
 LONG = make_case(lengths=(9, 0, 1, 14, 0, 30))
 ENDING = ending_case(lengths=(9, 0, 1, 14, 0, 30))
@@ -70,14 +70,14 @@ class Ranks:
         dist.all_reduce(total, group=self.cp_group)
         return total
 
-    def errors(self, loss: Tensor, mine: Case, context: ContextShard, expected_loss: Tensor, expected: Case) -> dict:
-        """Both losses have had their backward."""
+    def errors(self, loss: Tensor, mine: Case, context: ContextShard, answer: Answer) -> dict:
+        """The loss has had its backward."""
         hidden, weight = mine.gradients()
-        expected_hidden, expected_weight = expected.gradients()
+        rows = len(answer.weight_gradient)
         return {
-            "loss": error(self.sum(loss), expected_loss.detach()),
-            "hidden_gradient": error(hidden, expected_hidden[context.index_N]),
-            "weight_gradient": error(whole(self.sum(weight), len(expected_weight), self.tp_group), expected_weight),
+            "loss": error(self.sum(loss), answer.loss),
+            "hidden_gradient": error(hidden, answer.hidden_gradient[context.index_N]),
+            "weight_gradient": error(whole(self.sum(weight), rows, self.tp_group), answer.weight_gradient),
         }
 
 
@@ -90,9 +90,7 @@ def compare(
     case: Case = LONG,
 ) -> dict[str, float]:
     rounded = case.leaves(dtype)
-    expected = rounded.leaves(torch.float64)
-    reference = expected.reference(gate, objective, weighting)
-    reference.loss_sum.backward()
+    answer, reference = of_reference(rounded, gate, objective, weighting)
     mine, context = ranks.part(rounded, dtype)
     loss, count, stats = mine.fused(
         gate, objective, chunk=7, tp_group=ranks.tp_group, weighting=weighting, context=context
@@ -113,7 +111,7 @@ def compare(
         alone = rounded.fused(gate, objective, weighting=weighting)[2]
         assert stats.ends_5M is not None and alone.ends_5M is not None
         same &= torch.allclose(stats.ends_5M, alone.ends_5M, rtol=1e-9)
-    errors = ranks.errors(loss, mine, context, reference.loss_sum, expected)
+    errors = ranks.errors(loss, mine, context, answer)
     aligned = is_aligned(mine, ranks.tp_group, objective, weighting)
     return {**errors, "statistics": statistics_error(stats, reference, aligned) if same else math.inf}
 
@@ -123,15 +121,13 @@ def compare_update(ranks: Ranks, objective: ObjectiveConfig = OBJECTIVE, case: C
     before, context = ranks.part(case, torch.float64)
     kept = before.fused(objective=objective, policy="keep", chunk=7, tp_group=ranks.tp_group, context=context)[2]
     moved = case.moved()
-    expected = moved.leaves(torch.float64)
-    reference = reference_update(case, expected, GATE, objective, NO_WEIGHTING)
-    reference.backward()
+    answer = of_update(case, moved, GATE, objective, NO_WEIGHTING)
     mine, context = ranks.part(moved, torch.float64)
     loss, _, stats = mine.fused(
         objective=objective, policy=kept.policy, chunk=5, tp_group=ranks.tp_group, context=context
     )
     loss.backward()
-    errors = ranks.errors(loss, mine, context, reference, expected)
+    errors = ranks.errors(loss, mine, context, answer)
     whole_kept = case.fused(objective=objective, policy="keep")[2]
     alone = moved.fused(objective=objective, policy=whole_kept.policy)[2]
     wrong = [error(stats.weight_N, kept.weight_N), error(stats.overlap_N, alone.overlap_N)]
@@ -212,16 +208,18 @@ def wrong_index(ranks: Ranks) -> dict[str, str]:
     return raised
 
 
-def main(folder: Path, tp: int, cp: int) -> None:
+def main(folder: Path, tp: int, cp: int, answers: Path) -> None:
     dist.init_process_group("gloo")
+    ANSWERS.open(answers)
     ranks = Ranks(tp, cp)
     results: dict[str, dict] = {name: run(ranks) for name, run in CASES.items()}
     for other in (broken_hidden, wrong_index):
         results[other.__name__] = other(ranks)
     (folder / f"rank{ranks.rank}.json").write_text(json.dumps(results))
+    ANSWERS.save()
     dist.barrier()
     dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]))
+    main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), Path(sys.argv[4]))

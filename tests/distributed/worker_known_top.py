@@ -1,6 +1,6 @@
 """Ranks of test_known_top_tp.py: a teacher that is known at its best ids only, over a tensor-parallel group.
 
-    torchrun … worker_known_top.py OUT TP
+    torchrun … worker_known_top.py OUT TP ANSWERS
 
 Groups of TP ranks; of several groups each has a part of the tokens, as context-parallel ranks have. Rank r writes
 OUT/rank<r>.json: how far value, gradients and statistics are from the plain reference on the whole teacher.
@@ -19,6 +19,7 @@ import torch.distributed as dist
 
 from prune_opd.config import GateConfig, ObjectiveConfig, WeightingConfig
 from prune_opd.loss import KnownTop
+from tests.distributed.answers import ANSWERS, of_reference
 from tests.distributed.shards import error, sharded
 from tests.distributed.worker_context_loss import Ranks
 from tests.distributed.worker_distill import compare_update, gradient_errors
@@ -38,9 +39,7 @@ def compare(
 ) -> dict[str, float]:
     rounded = CASE.leaves(dtype)
     assert isinstance(rounded, KnownCase) and rounded.known is not None
-    expected = rounded.leaves(torch.float64)
-    reference = expected.reference(gate, objective, weighting)
-    reference.loss_sum.backward()
+    answer, reference = of_reference(rounded, gate, objective, weighting)
     if ranks.cp == 1:
         mine, context = sharded(rounded, ranks.tp_group).leaves(dtype), None
     else:
@@ -50,9 +49,9 @@ def compare(
     loss, _, stats = mine.fused(gate, objective, weighting, context, chunk=7, tp_group=ranks.tp_group)
     loss.backward()
     if context is None:
-        errors = gradient_errors(loss, mine, reference.loss_sum, expected, ranks.tp_group)
+        errors = gradient_errors(loss, mine, answer, ranks.tp_group)
     else:
-        errors = ranks.errors(loss, mine, context, reference.loss_sum, expected)
+        errors = ranks.errors(loss, mine, context, answer)
     same = stats.event_N.tolist() == reference.event and stats.reliable_length_B.tolist() == reference.reliable_length
     seen = {"weight_N": reference.weight, "divergence_N": reference.divergence}
     apart = max(error(getattr(stats, name), torch.tensor(of, dtype=torch.float64)) for name, of in seen.items())
@@ -60,8 +59,9 @@ def compare(
     return {**errors, "statistics": apart if same and unknown else math.inf}
 
 
-def main(folder: Path, tp: int) -> None:
+def main(folder: Path, tp: int, answers: Path) -> None:
     dist.init_process_group("gloo")
+    ANSWERS.open(answers)
     ranks = Ranks(tp, dist.get_world_size() // tp)
     results = {describe(objective): compare(ranks, GATE, objective) for objective in SERVED_OBJECTIVES}
     results |= {f"{describe(o)} float32": compare(ranks, GATE, o, torch.float32) for o in SERVED_OBJECTIVES}
@@ -76,9 +76,10 @@ def main(folder: Path, tp: int) -> None:
         ):
             results[f"moved student, {describe(objective)}"] = compare_update(ranks.tp_group, objective, CASE)
     (folder / f"rank{ranks.rank}.json").write_text(json.dumps(results))
+    ANSWERS.save()
     dist.barrier()
     dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]))
+    main(Path(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]))
