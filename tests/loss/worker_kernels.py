@@ -1,6 +1,6 @@
 """Ranks of test_kernels.py: the loss with Triton's kernels, interpreted, against the float64 reference.
 
-    TRITON_INTERPRET=1 torchrun … worker_kernels.py OUT_FOLDER
+    TRITON_INTERPRET=1 torchrun … worker_kernels.py OUT_FOLDER ANSWERS
 
 All ranks share the vocabulary. Each writes rank<r>.json: {case: {"loss": …, "hidden_gradient": …, …}} as
 tests/distributed/worker_distill.py does, whose comparisons these are. Blocks and tiles are smaller than on a GPU, so
@@ -26,6 +26,7 @@ from prune_opd.config import GateConfig, ObjectiveConfig, WeightingConfig
 from prune_opd.loss import products, triton_passes, vocab_parallel
 from prune_opd.loss.triton_passes import TritonPasses
 from tests.distributed import worker_distill
+from tests.distributed.answers import ANSWERS
 from tests.distributed.shards import sharded, whole
 from tests.distributed.worker_distill import (
     BUCKET,
@@ -200,9 +201,20 @@ def broken(group: dist.ProcessGroup) -> dict[str, str]:
 
 
 def cases(ranks: int) -> dict[str, Run]:
-    """In bf16 the weightings are tried on one rank: on more they differ from fp32 in nothing but the products."""
-    in_bf16 = IN_BF16 if ranks == 1 else {name: run for name, run in IN_BF16.items() if name.endswith(", none, sharp")}
-    return {**IN_FP32, **in_bf16, **ROUNDED, **OTHERS}
+    """On one rank every weighting is tried with every objective, in fp32 and in bf16.
+
+    On more, with two objectives, and not in bf16, where they differ from fp32 in nothing but the products.
+    """
+    if ranks == 1:
+        return {**IN_FP32, **IN_BF16, **ROUNDED, **OTHERS}
+    with_all = (describe(worker_distill.OBJECTIVE), "full_vocab_reverse_kl")
+    in_fp32 = {
+        f"{name}, {kind} float32": IN_FP32[f"{name}, {kind} float32"]
+        for name in map(describe, OBJECTIVES)
+        for kind in ("none", *(weighting.name for weighting in WEIGHTINGS if name in with_all))
+    }
+    in_bf16 = {name: run for name, run in IN_BF16.items() if name.endswith(", none, sharp")}
+    return {**in_fp32, **in_bf16, **ROUNDED, **OTHERS}
 
 
 def touched(group: dist.ProcessGroup) -> dict[str, Any]:
@@ -246,17 +258,19 @@ def accesses(group: dist.ProcessGroup, objective: ObjectiveConfig) -> list[float
     return [count * 4 / size for count in counted.values()]
 
 
-def main(folder: Path) -> None:
+def main(folder: Path, answers: Path) -> None:
     dist.init_process_group("gloo")
+    ANSWERS.open(answers)
     get_ready()
     group = dist.group.WORLD
     assert group is not None
     runs = {**cases(dist.get_world_size()), "twins": twins, "broken": broken, "touched": touched}
     results = {name: run(group) for name, run in runs.items()}
     (folder / f"rank{dist.get_rank()}.json").write_text(json.dumps(results))
+    ANSWERS.save()
     dist.barrier()
     dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), Path(sys.argv[2]))
