@@ -1,4 +1,5 @@
-"""`prune-opd bench loss --quick` through the real command. No absolute times: other work shares the machine."""
+"""`prune-opd bench loss --quick`, its measurements in forks and two in new processes. No absolute times: other work
+shares the machine."""
 
 from __future__ import annotations
 
@@ -16,31 +17,57 @@ from benchmarks.loss.measure import make_inputs
 from benchmarks.loss.rivals import nemo_rl
 from prune_opd.config import ObjectiveConfig
 from prune_opd.loss import Head, Method, Tokens, distill_loss
+from tests.forked.client import REPOSITORY
+from tests.forked.command import run_command
 
 COMMAND = Path(sys.executable).with_name("prune-opd")
+# Each process that has it leaves a line in the file `imported`: its program, and whether it had torch at its end.
 AT_EXIT = """
 import atexit, os, sys
 atexit.register(lambda: open(os.environ["IMPORTED"], "a").write(f"{sys.argv[0]} {'torch' in sys.modules}\\n"))
 """
+# The command with measurements that are there already, and two that are made: by a contender and by the count.
+REPLAY = """
+import json, sys
+from pathlib import Path
+from benchmarks.loss import command
+from prune_opd.cli import main
+
+measured, made, measure = json.loads(Path(sys.argv[1]).read_text()), set(), command.measure
+
+def replay(module, request, *more, **options):
+    if module not in made:
+        made.add(module)
+        (found,) = measure(module, request, *more, **options)
+        assert found, module
+    return [measured["raw"].pop(0) if module == "benchmarks.loss.measure" else measured["counted"]]
+
+command.measure = replay
+sys.argv = ["prune-opd", "bench", "loss", "--quick"]
+main.main()
+"""
 
 
-def bench(folder: Path, *args: str) -> subprocess.CompletedProcess[str]:
-    """The command, run in `folder`, where `imported` gets a line a process: its program and whether it had torch."""
+def fresh(folder: Path, *command: Any) -> tuple[subprocess.CompletedProcess[str], list[str]]:
+    """A command in new interpreters, run in `folder`; and what its processes left in `imported`."""
     (folder / "site").mkdir(exist_ok=True)
     (folder / "site" / "sitecustomize.py").write_text(AT_EXIT)
-    path = os.pathsep.join([str(folder / "site"), *filter(None, [os.environ.get("PYTHONPATH")])])
+    path = os.pathsep.join(map(str, filter(None, [folder / "site", REPOSITORY, os.environ.get("PYTHONPATH")])))
     env = {**os.environ, "PYTHONPATH": path, "IMPORTED": str(folder / "imported"), "COLUMNS": "160"}
-    return subprocess.run([COMMAND, "bench", *args], cwd=folder, env=env, capture_output=True, text=True)
+    done = subprocess.run(list(map(str, command)), cwd=folder, env=env, capture_output=True, text=True)
+    return done, (folder / "imported").read_text().splitlines()
 
 
 class Measured:
+    """`prune-opd bench loss --quick`, whose processes are forked."""
+
     def __init__(self, folder: Path) -> None:
-        done = bench(folder, "loss", "--quick")
-        assert done.returncode == 0, done.stderr
+        done = run_command("bench", "loss", "--quick", folder=folder, env={"COLUMNS": "160"})
+        assert done.code == 0, done.stderr
         self.stdout = done.stdout
-        self.result: dict[str, Any] = json.loads((folder / "bench" / "loss.json").read_text())
+        self.file = folder / "bench" / "loss.json"
+        self.result: dict[str, Any] = json.loads(self.file.read_text())
         self.part: dict[str, Any] = self.result["vocabularies"][0]
-        self.imported = (folder / "imported").read_text().splitlines()
 
 
 @pytest.fixture(scope="module")
@@ -48,16 +75,13 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> Measured:
     return Measured(tmp_path_factory.mktemp("bench"))
 
 
-def test_every_contender_is_measured_in_a_process_of_its_own(measured: Measured) -> None:
+def test_every_contender_is_measured(measured: Measured) -> None:
     contenders = {"ours", "ours_no_metrics", "ours_no_buffer", "ours_full", "naive", "nemo_rl", "floor"}
     contenders |= {"trl", "liger"} - measured.result["skipped"].keys()
     assert measured.part["contenders"].keys() == contenders
     in_bf16 = measured.result["bf16"][0]["contenders"]
     assert in_bf16.keys() == {"ours", "floor"}
     assert len(measured.result["raw"]) == len(contenders) + len(in_bf16) + len(measured.result["growth"])
-    counting = 1  # the kernels, on tensors without data
-    with_torch = [line.endswith("True") for line in measured.imported].count(True)
-    assert with_torch == len(measured.result["raw"]) + counting
     for row in measured.result["raw"]:
         assert all(seconds > 0 for seconds in row["wall_s"] + row["cpu_s"])
 
@@ -137,13 +161,19 @@ def test_table_names_every_contender(measured: Measured) -> None:
     assert all(name in measured.stdout for name in measured.part["contenders"])
 
 
-def test_command_itself_imports_no_torch(measured: Measured) -> None:
-    (line,) = (line for line in measured.imported if line.split()[0].endswith("prune-opd"))
-    assert line.endswith("False")
+def test_a_measurement_is_a_new_process_and_the_command_itself_imports_no_torch(
+    measured: Measured, tmp_path: Path
+) -> None:
+    done, imported = fresh(tmp_path, sys.executable, "-c", REPLAY, measured.file)
+    assert done.returncode == 0, done.stderr
+    assert all(name in done.stdout for name in measured.part["contenders"])
+    with_torch = {line.split()[0]: line.endswith("True") for line in imported}
+    assert len(imported) == 3 and with_torch.pop("prune-opd") is False
+    assert [Path(name).name for name in with_torch] == ["measure.py", "count.py"] and all(with_torch.values())
 
 
 def test_unknown_benchmark_is_one_line_with_the_nearest_name(tmp_path: Path) -> None:
-    answer = bench(tmp_path, "lost")
+    answer, _ = fresh(tmp_path, COMMAND, "bench", "lost")
     assert answer.returncode == 2
     assert answer.stderr == "error: there is no benchmark 'lost': did you mean 'loss'?\n"
     assert not (tmp_path / "bench").exists()

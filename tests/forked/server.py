@@ -97,6 +97,8 @@ def launch(job: dict[str, Any], out: int, err: int) -> int:
     os.umask(job["umask"])
     os.environ.clear()
     os.environ.update(job["environment"])
+    paths = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+    sys.path[1:1] = [path for path in paths if path and path not in sys.path]  # a new interpreter would have them
     os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # as `platform.prepare` does, which has run already
     return run_ranks(job["arguments"], job["ranks"]) if job["ranks"] else run_command(job["arguments"])
 
