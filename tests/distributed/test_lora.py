@@ -140,16 +140,29 @@ def test_a_teacher_at_the_moving_average_takes_in_the_adapters(results: dict[str
 # ---------------------------------------------------------------------------------------------------- peft
 
 
-@pytest.mark.parametrize("case", ["one", "TP2+SP", "bf16 one", "qwen2 one"])
-def test_peft_gives_the_logits_of_the_trainer_and_of_the_merged_model(folder: Path, results: Any, case: str) -> None:
+IN_PEFT = ("one", "TP2+SP", "bf16 one", "qwen2 one")
+
+
+@pytest.fixture(scope="module")
+def peft(folder: Path) -> dict[str, Any]:
+    """Of each case, what peft makes of its export."""
     packages = Path(__file__).parents[2] / ".venv-peft"
     if not packages.is_dir():
         pytest.skip("peft is not there: make setup-peft-test puts it into .venv-peft, if pip can get it")
-    model = "qwen2" if "qwen2" in case else "qwen3"
-    worker, out = WORKER.with_name("worker_peft.py"), folder / f"peft {case}.json"
-    arguments = [folder / "models" / model / "student", folder / "out" / case / "hf", out]
+    worker, out = WORKER.with_name("worker_peft.py"), {case: folder / f"peft {case}.json" for case in IN_PEFT}
+    arguments: list[Path] = []
+    for case in IN_PEFT:
+        student = folder / "models" / ("qwen2" if "qwen2" in case else "qwen3") / "student"
+        arguments += [student, folder / "out" / case / "hf", out[case]]
     run_ranks(worker, 1, arguments, timeout=120, env={"PYTHONPATH": f"{WORKER.parents[2]}:{packages}"}, kind="fresh")
-    found = json.loads(out.read_text())
+    return {case: json.loads(path.read_text()) for case, path in out.items()}
+
+
+@pytest.mark.parametrize("case", IN_PEFT)
+def test_peft_gives_the_logits_of_the_trainer_and_of_the_merged_model(
+    peft: dict[str, Any], results: dict[str, Any], case: str
+) -> None:
+    found = peft[case]
     assert found["rank"] == LORA.rank and found["adapters"] == LAYERS * 7
     if "bf16" in case:  # merged weights are rounded, as all of a bf16 model is
         assert found["mean difference"] < 1.5 * found["mean difference of bf16"]

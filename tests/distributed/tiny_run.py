@@ -5,6 +5,7 @@ What the engine would sample is made up instead, so every layout trains on the s
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -63,10 +64,15 @@ def train_config(folder: Path, tensor: int, **changes: Any) -> TrainConfig:
     return TrainConfig(**(settings | changes))
 
 
-def build_run(config: TrainConfig, layout: Any, run_dir: Path) -> Any:
-    """`run.prepare` without an engine, an evaluator and a tracker."""
+@functools.cache
+def tokenizer_of(model: str) -> Any:
     from transformers import AutoTokenizer
 
+    return AutoTokenizer.from_pretrained(model)
+
+
+def build_run(config: TrainConfig, layout: Any, run_dir: Path) -> Any:
+    """`run.prepare` without an engine, an evaluator and a tracker."""
     from prune_opd.data.prompts import make_sampler
     from prune_opd.megatron.average import MovingAverage
     from prune_opd.megatron.checkpoint import Checkpoints
@@ -81,7 +87,7 @@ def build_run(config: TrainConfig, layout: Any, run_dir: Path) -> Any:
     from prune_opd.run import Phases, Run
 
     machine, dtype = platform.prepare(), dtype_of(config.precision.params)
-    sampler = make_sampler(config.data, AutoTokenizer.from_pretrained(config.student), config.seed)
+    sampler = make_sampler(config.data, tokenizer_of(config.student), config.seed)
     tuning, steps, parallel = Tuning(lora=config.lora, seed=config.seed), config.steps, config.parallel
     trainer = Trainer(config.student, config.optimizer, parallel, steps, layout, dtype, machine.device, tuning)
     teacher: Any = build_teachers(config, layout, dtype, machine, run_dir).teacher

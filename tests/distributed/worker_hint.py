@@ -24,10 +24,10 @@ from prune_opd.rollout.batch import Rollouts
 from prune_opd.rollout.request import NOTHING
 from tests.distributed.tiny_run import build_run, made_up_rollouts, train_config, train_step, whole_parameters
 
-STEPS, RESUMED_AT = 3, 2
+STEPS, RESUMED_AT = 2, 1
 DECAY = 0.75
 HINTS = (40, 0, 3, 21, 60, 0, 11)  # tokens of what the teacher reads, by row; 0: the student's prompt
-BUDGETS = (48, 4096)  # tokens of a micro-batch: a row or two, and all rows together
+BUDGETS = (64, 4096)  # tokens of a micro-batch: a row or two, and all rows together
 LAYOUTS: dict[str, dict[str, Any]] = {
     "TP2 | TP1": {"tensor": 2, "teacher_tensor": 1},
     "TP2 | TP2": {"tensor": 2},

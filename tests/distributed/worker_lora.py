@@ -25,7 +25,7 @@ from prune_opd.config.lora import TARGETS
 from prune_opd.config.teacher import TeacherEmaConfig
 from tests.distributed.tiny_run import build_run, made_up_rollouts, train_config, train_step, whole_parameters
 
-STEPS = 3
+STEPS = 2
 BUDGET = 48  # tokens: several micro-batches on every rank
 LORA = LoraConfig(rank=4, alpha=8.0)
 LAYOUTS: dict[int, dict[str, dict[str, Any]]] = {

@@ -1,6 +1,6 @@
-"""One process of test_lora.py that has `peft`: the student with the exported adapter, and the merged one.
+"""One process of test_lora.py that has `peft`: students with the exported adapter, and merged ones.
 
-worker_peft.py STUDENT EXPORTED OUT
+worker_peft.py STUDENT EXPORTED OUT [STUDENT EXPORTED OUT …]
 """
 
 from __future__ import annotations
@@ -47,4 +47,5 @@ def main(student: Path, exported: Path, out: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]), Path(sys.argv[3]))
+    for first in range(1, len(sys.argv), 3):
+        main(*map(Path, sys.argv[first : first + 3]))
