@@ -64,3 +64,12 @@ def tiny_model(which: str) -> Path:
     if not (path / "model.safetensors").exists():
         pytest.fail(f"{path} is missing: make tiny-models", pytrace=False)
     return path
+
+
+def check_ages(steps: list[dict[str, Any]], ages: list[int]) -> None:
+    """Steps whose rollouts are reused generate nothing and know how far the student has moved since."""
+    assert [step["rollout_age"] for step in steps] == ages
+    for step in steps:
+        reused = step["rollout_age"] > 0
+        assert (step["tokens_generated"] == 0) == reused and step["stale_tokens"] == reused * step["tokens_trained"]
+        assert ("stale_ratio_mean" in step) == reused

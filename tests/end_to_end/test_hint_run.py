@@ -10,7 +10,15 @@ import pytest
 from tests.end_to_end.runs import BARE, forked, steps_of, train, without_times
 
 HINT = ("data.teacher_prompt={prompt} {solution} <ask>", "data.max_teacher_prompt_len=288")
-SETTINGS = ("steps=4", "rollout.prompts=8", "optimizer.lr=1e-3", *BARE)
+SETTINGS = ("steps=3", "rollout.prompts=8", "optimizer.lr=1e-3", *BARE)
+TWO_STEPS = (
+    *SETTINGS,
+    "steps=2",
+    "parallel.nproc=1",
+    "parallel.tensor=1",
+    "checkpoint.every=0",
+    "checkpoint.last=false",
+)
 # The average in another layout than the student's, and a gate that looks at the responses on the way.
 AVERAGED = (
     "teacher=ema",
@@ -58,15 +66,15 @@ def test_the_teachers_prompt_is_in_metrics_and_samples(stopped: Path) -> None:
 
 
 def test_a_hint_that_says_nothing_changes_nothing(tmp_path: Path) -> None:
-    plain = train(tmp_path / "plain", *SETTINGS, "checkpoint.every=0")
-    same = train(tmp_path / "same", *SETTINGS, "checkpoint.every=0", "data.teacher_prompt={prompt}")
+    plain = train(tmp_path / "plain", *TWO_STEPS)
+    same = train(tmp_path / "same", *TWO_STEPS, "data.teacher_prompt={prompt}")
     assert without_times(same) == without_times(plain)
 
 
 def test_a_frozen_student_without_a_hint_teaches_nothing_and_with_one_something(tmp_path: Path) -> None:
     """Nothing but rounding, that is: Adam takes a whole step however small a gradient is, so later steps have some."""
-    two_steps = (*SETTINGS, "steps=2", "parallel.nproc=1", "parallel.tensor=1", "teacher=student")
-    first, second = train(tmp_path / "control", *two_steps)
+    first, second = train(tmp_path / "control", *TWO_STEPS, "teacher=student")
     assert first["loss"] == first["reverse_kl"] == first["grad_norm"] == first["event_rate"] == 0
     assert abs(second["loss"]) < 1e-5 and second["reverse_kl"] < 1e-6 and second["event_rate"] == 0
-    assert train(tmp_path / "hint", *two_steps, *HINT)[0]["reverse_kl"] > 1e-3
+    (hinted,) = train(tmp_path / "hint", *TWO_STEPS, "teacher=student", "stop_after=1", *HINT)
+    assert hinted["reverse_kl"] > 1e-3

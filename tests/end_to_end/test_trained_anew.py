@@ -9,7 +9,7 @@ import pytest
 
 from prune_opd.config import TrainConfig
 from prune_opd.config.recipe import load_recipe
-from tests.end_to_end.runs import prune_opd
+from tests.end_to_end.runs import forked
 
 
 def test_a_model_trained_anew_is_found_through_the_setting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -18,8 +18,8 @@ def test_a_model_trained_anew_is_found_through_the_setting(tmp_path: Path, monke
     pair = load_recipe("tiny_compatible")
     assert isinstance(pair, TrainConfig)
     with pytest.raises(AssertionError, match=r"student = .*there is no such directory.*`make tiny-models`"):
-        prune_opd("check", "tiny_compatible")
+        forked("check", "tiny_compatible")
     few = ("stages.0.steps=1", "stages.0.batch=2", "stages.1.steps=1", "stages.1.batch=2", "parallel.nproc=1")
-    prune_opd("sft", "tiny_base", f"output={pair.student}", *few)
+    forked("sft", "tiny_base", f"output={pair.student}", *few)
     shutil.copytree(pair.student, pair.teacher)
-    assert prune_opd("check", "tiny_compatible") == "ok\n"
+    assert forked("check", "tiny_compatible") == "ok\n"
