@@ -97,16 +97,20 @@ def test_it_teaches_the_same(tmp_path: Path, models: Path, server: str, ranks: i
             here, there = found[kind]["in the job"], found[kind]["served"]
             assert here["layers"] > 0 == there["layers"] and there["record"]["served_rows"] == len(LENGTHS)
             for ours, theirs in zip(there["steps"], here["steps"], strict=True):
-                alike(ours, theirs, *((1e-2, 1e-2) if kind == "bucket" else (1e-3, 1e-6)))
+                # A bucket's loss (−.25) is what is left of terms as large as the divergence (14.2): 2e-3 of that.
+                loss_nats = 2e-3 * theirs["divergence"] if kind == "bucket" else 1e-6
+                alike(ours, theirs, *((1e-2, 1e-2) if kind == "bucket" else (1e-3, 1e-6)), loss_nats)
     kept_on_disk(of_rank[0])
     refused(of_rank)
 
 
-def alike(ours: dict[str, Any], theirs: dict[str, Any], relative: float, nats: float) -> None:
+def alike(ours: dict[str, Any], theirs: dict[str, Any], relative: float, nats: float, loss_nats: float) -> None:
     """Two engines in fp32: `MISMATCH_LIMIT` bounds their difference in a log-probability, a fiftieth of it is seen.
 
     The text is made up, so both models find it very unlikely (−118 nats a token), and a loss multiplies by that. The
     mass that a sure teacher leaves outside its best ids is known to rounding only: the bucket is as far off as that.
+    How far is a matter of the processor: .02 nats of loss with vLLM's kernels for AVX2, below .01 with those for
+    AVX-512.
     """
     for name in UNKNOWN:
         assert ours[name] is None and theirs[name] is not None, name
@@ -114,7 +118,8 @@ def alike(ours: dict[str, Any], theirs: dict[str, Any], relative: float, nats: f
     for name in ("overlap", "event_rate", "weight_mean", "reliable_length_B", "tokens", "updates", "microbatches"):
         assert ours[name] == theirs[name], name
     for name in ("loss", "divergence", "grad_norm", "weight_norm", "student_entropy"):
-        assert math.isclose(ours[name], theirs[name], rel_tol=relative, abs_tol=nats), name
+        near = loss_nats if name == "loss" else nats
+        assert math.isclose(ours[name], theirs[name], rel_tol=relative, abs_tol=near), (name, ours[name], theirs[name])
 
 
 def kept_on_disk(found: dict[str, Any]) -> None:
