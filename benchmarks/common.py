@@ -238,7 +238,9 @@ class _Cell(string.Formatter):
     """`str.format` in which `{bytes!m}` is in MiB, and None is nothing."""
 
     def convert_field(self, value: Any, conversion: Any) -> Any:
-        return value / MIB if conversion == "m" else super().convert_field(value, conversion)
+        if conversion != "m":
+            return super().convert_field(value, conversion)
+        return None if value is None else value / MIB
 
     def format_field(self, value: Any, format_spec: str) -> str:
         return "" if value is None else str(super().format_field(value, format_spec))

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import io
+
 import torch
+from rich.console import Console
 
 from benchmarks.common import resident
+from benchmarks.peers.command import print_memory
 from benchmarks.peers.memory import by_owner, present_bytes
 
 MIB = 2**20
@@ -31,3 +35,12 @@ def test_owners_and_the_rest_are_all_that_is_resident() -> None:
     assert 32 * MIB <= found["memory_student"] < 33 * MIB
     assert 48 * MIB <= found["memory_teacher"] < 49 * MIB
     assert abs(sum(found.values()) - resident()) < MIB
+
+
+def test_the_table_has_an_owner_that_one_contender_has_not() -> None:
+    rows = {"ours": {"imports": 100 * MIB, "kv_cache": 7 * MIB}, "trl": {"imports": 50 * MIB}}
+    console = Console(file=io.StringIO(), width=100)
+    print_memory({name: {"owners_bytes": row, "peak_bytes": 120 * MIB} for name, row in rows.items()}, console)
+    lines = [line.replace("│", " ").split() for line in console.file.getvalue().splitlines()]
+    assert ["kv_cache", "7"] in lines and ["imports", "100", "50"] in lines
+    assert ["more", "at", "the", "peak", "13", "70"] in lines
