@@ -39,8 +39,9 @@ def test_owners_and_the_rest_are_all_that_is_resident() -> None:
 
 def test_the_table_has_an_owner_that_one_contender_has_not() -> None:
     rows = {"ours": {"imports": 100 * MIB, "kv_cache": 7 * MIB}, "trl": {"imports": 50 * MIB}}
-    console = Console(file=io.StringIO(), width=100)
+    written = io.StringIO()
+    console = Console(file=written, width=100)
     print_memory({name: {"owners_bytes": row, "peak_bytes": 120 * MIB} for name, row in rows.items()}, console)
-    lines = [line.replace("│", " ").split() for line in console.file.getvalue().splitlines()]
+    lines = [line.replace("│", " ").split() for line in written.getvalue().splitlines()]
     assert ["kv_cache", "7"] in lines and ["imports", "100", "50"] in lines
     assert ["more", "at", "the", "peak", "13", "70"] in lines
