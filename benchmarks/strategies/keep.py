@@ -14,9 +14,15 @@ from benchmarks.strategies.runs import finished
 
 def run(out: Out = BENCH) -> int:
     """Keep what has finished below DIR/strategies. Returns 0."""
-    number = keep(KEPT, finished_lines(out / "strategies", environment()["cpu"]))
+    number = keep(KEPT, finished_lines(out / "strategies", processor()))
     print(f"{number} runs added to {KEPT}")
     return 0
+
+
+def processor() -> str:
+    """Its name, and which of vLLM's kernels it has: they round differently, so a seed's rollouts are others."""
+    wide = "avx512f" in Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    return f"{environment()['cpu']}, {'AVX-512' if wide else 'AVX2'}"
 
 
 def finished_lines(folder: Path, processor: str) -> list[Line]:
