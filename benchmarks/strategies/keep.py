@@ -1,22 +1,62 @@
-"""`prune-opd bench keep`: adds the comparison's finished runs to the repository's, docs/strategies.jsonl."""
+"""`prune-opd bench keep`: adds the comparison's finished runs to the repository's, after running what these lack."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
 
 from benchmarks.common import BENCH, Out, environment
-from benchmarks.strategies.kept import KEPT, Line, keep, settings_digest
-from benchmarks.strategies.plan import Settings
+from benchmarks.strategies.command import FirstSeed, Jobs, Methods, Seeds
+from benchmarks.strategies.kept import KEPT, Line, keep, read_kept, settings_digest
+from benchmarks.strategies.plan import FIRST_SEED, RunSpec, Settings, choose, pair_recipe, plan
 from benchmarks.strategies.rank import Wanted
 from benchmarks.strategies.results import run_numbers
-from benchmarks.strategies.runs import finished
+from benchmarks.strategies.runs import finished, run_all
+
+LAST_ONLY = Settings(problems_between=8, evaluations=1)  # what is kept of a run has no curve
+
+Pairs = Annotated[
+    list[str] | None, typer.Argument(metavar="[PAIR …]", help="Recipes whose missing runs run first; none: no run.")
+]
 
 
-def run(out: Out = BENCH) -> int:
-    """Keep what has finished below DIR/strategies. Returns 0."""
-    number = keep(KEPT, finished_lines(out / "strategies", processor()))
-    print(f"{number} runs added to {KEPT}")
+def run(
+    pairs: Pairs = None,
+    out: Out = BENCH,
+    methods: Methods = None,
+    seeds: Seeds = 5,
+    first_seed: FirstSeed = FIRST_SEED,
+    jobs: Jobs = 2,
+) -> int:
+    """Run what docs/strategies.jsonl lacks of the pairs from this kind of processor; keep what is finished. Returns 0.
+
+    What is finished below DIR/strategies is kept too if a run fails or the command is stopped by Ctrl-C.
+    """
+    folder, here = out / "strategies", processor()
+    recipes = {pair: pair_recipe(pair) for pair in pairs or ()}
+    specs = plan(recipes, choose(methods), range(first_seed, first_seed + seeds), LAST_ONLY) if recipes else []
+    try:
+        run_all(missing(specs, read_kept(), here), folder, jobs, Console())
+    finally:
+        number = keep(KEPT, finished_lines(folder, here))
+        print(f"{number} runs added to {KEPT}")
     return 0
+
+
+def missing(specs: Sequence[RunSpec], kept: Sequence[Line], processor: str) -> list[RunSpec]:
+    """The runs that no kept line of the processor has, and those whose windows a missing control replays."""
+    known = {(line["pair"], line["method"], line["seed"], line["settings"], line["processor"]) for line in kept}
+
+    def lacking(spec: RunSpec) -> bool:
+        return (spec.pair, spec.method.name, spec.seed, settings_digest(spec.config), processor) not in known
+
+    wanted = [spec for spec in specs if lacking(spec)]
+    sources = {f"{spec.pair}/{spec.method.against}/{spec.seed}" for spec in wanted if spec.method.replays}
+    return [spec for spec in specs if spec in wanted or spec.key in sources]
 
 
 def processor() -> str:

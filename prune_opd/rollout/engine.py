@@ -24,6 +24,7 @@ from prune_opd.errors import UserError
 from prune_opd.model_spec import ModelSpec, model_config
 from prune_opd.platform import Platform, untouched_rng
 from prune_opd.process import progress, watched
+from prune_opd.rollout import cpu_norm
 from prune_opd.rollout.batch import Response, Rollouts
 from prune_opd.rollout.kv_cache import cache_bytes, give_pages_back
 from prune_opd.rollout.long_tail import Race, deal_to_engines
@@ -140,6 +141,7 @@ class RolloutEngine:
             value = dtype.itemsize if rollout.kv_cache_dtype == "auto" else 1
             token_bytes, limit = spec.kv_bytes(value, rollout.tensor_parallel), int(rollout.kv_cache_gb * 2**30)
             return {
+                **({} if self.compiled else cpu_norm.engine_arguments()),
                 "kv_cache_memory_bytes": cache_bytes(limit, rollout.max_num_seqs, max_model_len, token_bytes),
                 # After part of a prefill vLLM rewinds the request's generator, which a CPU generator cannot do.
                 "enable_chunked_prefill": False,

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.strategies.keep import finished_lines
+from benchmarks.strategies.keep import LAST_ONLY, finished_lines, missing
 from benchmarks.strategies.kept import KEPT, Line, compared, keep, read_kept, settings_digest, table, valid
-from benchmarks.strategies.plan import METHODS, Settings, method_config, run_config
+from benchmarks.strategies.plan import METHODS, Settings, choose, method_config, plan, run_config
 from benchmarks.strategies.rank import Wanted
 from tests.benchmarks.strategies_runs import recipe, write_metrics
 
@@ -46,6 +46,19 @@ def test_finished_runs_are_kept_once_and_quick_ones_not(tmp_path: Path) -> None:
     assert valid(found) == found
     assert (keep(file, found), keep(file, found), keep(file, [{**found[0], "processor": "b"}])) == (1, 0, 1)
     assert read_kept(file)[0] == found[0]
+
+
+def test_only_runs_that_the_processor_lacks_are_made_and_what_a_missing_control_replays() -> None:
+    specs = plan({"tiny_compatible": recipe()}, choose(["popd", "replay"]), [1001, 1002], LAST_ONLY)
+    names = [spec.method.name for spec in specs]
+    assert missing(specs, [], "a") == specs
+    kept = [line(name, 0.5, seed=seed) for name in ("full", "popd", "prune") for seed in (1001, 1002)]
+    assert missing(specs, kept, "b") == specs
+    of_before = [{**line("popd", 0.5), "settings": "of before"}, *kept[:2], *kept[3:]]
+    keys = {spec.key.removeprefix("tiny_compatible/") for spec in missing(specs, of_before, "a")}
+    assert keys == {"popd/1001", "prune/1001", "prune/1002", "replay/1001", "replay/1002"}
+    assert missing(specs, [*kept, line("replay", 0.5), line("replay", 0.5, seed=1002)], "a") == []
+    assert sorted(set(names)) == ["full", "popd", "prune", "replay"]
 
 
 def test_a_run_of_other_settings_than_now_is_not_shown() -> None:

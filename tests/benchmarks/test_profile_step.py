@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import cProfile
 import importlib.util
-import pstats
 import re
+import time
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from scripts.profile_step import ROWS, STEP, Function, shares
+from scripts.profile_step import ROWS, STEP, Function, Samples
 
 
 @pytest.mark.parametrize("function", [*ROWS, STEP], ids=lambda function: function.label)
@@ -25,23 +23,41 @@ def test_every_function_of_the_table_is_in_its_file(function: Function) -> None:
 
 
 def test_shares_are_those_of_the_step_with_callees() -> None:
-    def entry(calls: int, seconds: float) -> tuple[Any, ...]:
-        return calls, calls, 0.0, seconds, {}
+    samples = Samples()
+    samples.seen.update(
+        {
+            ("/here/prune_opd/loop.py", "step"): 400,
+            ("/there/vllm/v1/engine/llm_engine.py", "step"): 300,
+            ("/there/vllm/model_executor/layers/linear.py", "apply"): 60,
+            ("/there/vllm/v1/layers/linear.py", "apply"): 40,
+            ("/here/prune_opd/megatron/layout.py", "step"): 900,
+        }
+    )
+    shares = {function.label: samples.share(function) for function in ROWS}
+    assert shares["vLLM: an engine step"] == 0.75 and shares["– – linear layers"] == 0.15
+    assert shares["teacher"] is None
 
-    stats = {
-        ("/here/prune_opd/loop.py", 60, "step"): entry(1, 4.0),
-        ("/there/vllm/v1/engine/llm_engine.py", 319, "step"): entry(96, 3.0),
-        ("/there/vllm/model_executor/layers/linear.py", 229, "apply"): entry(5, 0.5),
-        ("/there/vllm/model_executor/layers/linear.py", 400, "apply"): entry(2, 0.5),
-        ("/here/prune_opd/megatron/layout.py", 1, "step"): entry(1, 9.0),
-    }
-    assert shares(stats) == [("vLLM: an engine step", 96, 0.75), ("– – linear layers", 7, 0.25)]
+
+def _longer() -> None:
+    _busy(0.3)
 
 
-def test_a_profile_of_python_has_that_form() -> None:
-    profile = cProfile.Profile()
-    profile.enable()
-    re.compile("a step")
-    profile.disable()
-    stats: Any = pstats.Stats(profile)
-    assert all(len(key) == 3 and len(value) == 5 for key, value in stats.stats.items())
+def _busy(seconds: float, depth: int = 3) -> None:
+    """A function that calls itself: it counts once a look."""
+    if depth:
+        return _busy(seconds, depth - 1)
+    end = time.process_time() + seconds
+    while time.process_time() < end:
+        pass
+    return None
+
+
+def test_looks_follow_the_cpu_time() -> None:
+    samples = Samples()
+    with samples.taken():
+        _longer()
+        time.sleep(0.3)  # no CPU time, no look
+        _busy(0.1)
+    busy, longer = samples.seen[__file__, "_busy"], samples.seen[__file__, "_longer"]
+    assert 0.9 * samples.number <= busy <= samples.number
+    assert 0.65 < longer / busy < 0.85

@@ -10,6 +10,7 @@ import pytest
 
 from prune_opd.check.machine import compiler_problems
 from prune_opd.config import RolloutConfig
+from prune_opd.rollout.cpu_norm import PROVIDER
 from tests.distributed.ranks import read_ranks, run_ranks
 from tests.distributed.tiny_run import write_pair
 from tests.rollout.worker_engine import EOS, LENGTHS, MANY, MAX_TOKENS, RESPONSES
@@ -202,6 +203,20 @@ def test_vllm_compiles_the_model_when_it_is_asked_to_and_nothing_later(launches:
     for name, ranks in launches.items():
         graphs = 1 if LAUNCHES[name][-1] == "compiled" else 0
         assert all(rank["compiled graphs"] == {"at first": graphs, "in the end": graphs} for rank in ranks), name
+
+
+def test_an_eager_engine_has_the_kernel_of_rmsnorm_and_a_compiled_one_torch(launches: dict[str, Results]) -> None:
+    for name, ranks in launches.items():
+        compiled = LAUNCHES[name][-1] == "compiled"
+        assert all(rank["norms"]["first"] == ("native" if compiled else PROVIDER) for rank in ranks), name
+
+
+def test_the_kernel_of_rmsnorm_is_torchs_up_to_rounding(launches: dict[str, Results]) -> None:
+    """fp32: a few roundings in another order. bf16: torch rounds once more, before the weight."""
+    for name, ranks in launches.items():
+        for rank in ranks if LAUNCHES[name][-1] != "compiled" else []:
+            assert max(rank["norms"]["torch.float32"]) <= 4 and max(rank["norms"]["torch.bfloat16"]) <= 1
+            assert all(rank["norms"]["left to torch"])
 
 
 def test_construction_load_and_generate_leave_the_global_generators_alone(results: Results) -> None:

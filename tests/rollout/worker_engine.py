@@ -188,6 +188,43 @@ class SharedMemory:
         return [dict(zip(("path", "in use", "others", "shared"), each, strict=True)) for each in everyone]
 
 
+def norms() -> dict[str, Any]:
+    """The RMSNorm of the engine: who is asked first, its distance from vLLM's torch operations, what it leaves to them.
+
+    Distances in machine epsilons of the largest value.
+    """
+    from vllm import ir
+
+    found: dict[str, Any] = {"first": ir.ops.rms_norm.get_priority()[0]}
+    ours = ir.ops.rms_norm.impls.get(found["first"]), ir.ops.fused_add_rms_norm.impls.get(found["first"])
+    theirs = ir.ops.rms_norm.impls["native"], ir.ops.fused_add_rms_norm.impls["native"]
+    for dtype in (torch.float32, torch.bfloat16):
+        generator = torch.Generator().manual_seed(3)
+        product, residual, weight = (
+            torch.randn(shape, generator=generator).to(dtype) for shape in ((24, 160), (24, 96), (96,))
+        )
+        heads, inner = product[:, 64:].view(24, 3, 32), product[:, 64:].contiguous()  # strided, as queries and keys are
+
+        def apart(first: Any, second: Any, dtype: torch.dtype = dtype) -> float:
+            distance = (torch.as_tensor(first).double() - second.double()).abs().max() / second.double().abs().max()
+            return float(distance) / torch.finfo(dtype).eps
+
+        pair = [each.func_impl_fn(inner, residual, weight, 1e-6) for each in (ours[1], theirs[1])]
+        found[str(dtype)] = [
+            apart(ours[0].func_impl_fn(heads, weight[:32], 1e-6), theirs[0].func_impl_fn(heads, weight[:32], 1e-6)),
+            apart(ours[0].func_impl_fn(inner, weight, 1e-6), theirs[0].func_impl_fn(inner, weight, 1e-6)),
+            *(apart(*each) for each in zip(*pair, strict=True)),
+        ]
+    fits = ours[0].supports_args
+    found["left to torch"] = [
+        not fits(inner, None, 1e-6),
+        not fits(inner, weight.float(), 1e-6),
+        not fits(inner, weight, 1e-6, 16),
+        not ours[1].supports_args(product[:, 64:], residual, weight, 1e-6),
+    ]
+    return found
+
+
 def main(
     models: Path, out: Path, pipeline: int, rollout_tp: int, max_num_seqs: int, kv_cache_gb: float, compiled: bool
 ) -> None:
@@ -254,6 +291,7 @@ def main(
 
     results["compared"] = {str(every): checks.compared(every) for every in (0, 2, 1)}
     results["error of a second load that does nothing"] = checks.second_load_that_does_nothing()
+    results["norms"] = norms()
     results["compiled graphs"] = {"at first": graphs, "in the end": compiled_graphs()}
     results["rng changed"] = checks.rng_changed
     results["threads"] = [checks.threads, torch.get_num_threads()]
