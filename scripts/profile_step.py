@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import signal
+import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -60,15 +61,21 @@ SECONDS = 0.002  # between two looks, of CPU time
 
 
 class Samples:
-    """How often each function was on the stack. `seen`: (file, name) → number, of `number` looks."""
+    """How long each function was on the stack. `seconds`: (file, name) → CPU seconds of the `whole`.
+
+    A look comes when Python's next instruction begins, so a long call into C has one, at its end. Each look has the CPU
+    time since the one before.
+    """
 
     def __init__(self) -> None:
-        self.number, self.seen = 0, Counter[tuple[str, str]]()
+        self.whole, self.seconds = 0.0, Counter[tuple[str, str]]()
+        self._last = 0.0
 
     @contextmanager
     def taken(self) -> Iterator[None]:
-        """Look while the block runs. A signal handler does it, so what C takes counts for the line that called it."""
-        before = signal.signal(signal.SIGPROF, lambda _, frame: self.look(frame))
+        """Look while the block runs."""
+        before = signal.signal(signal.SIGPROF, lambda _, frame: self.look(frame, time.process_time()))
+        self._last = time.process_time()
         signal.setitimer(signal.ITIMER_PROF, SECONDS, SECONDS)
         try:
             yield
@@ -76,22 +83,24 @@ class Samples:
             signal.setitimer(signal.ITIMER_PROF, 0)
             signal.signal(signal.SIGPROF, before)
 
-    def look(self, frame: FrameType | None) -> None:
+    def look(self, frame: FrameType | None, now: float) -> None:
         stack = set()  # a function that calls itself counts once
         while frame is not None:
             stack.add((frame.f_code.co_filename, frame.f_code.co_name))
             frame = frame.f_back
-        self.number += 1
-        self.seen.update(stack)
+        passed, self._last = now - self._last, now
+        self.whole += passed
+        for function in stack:
+            self.seconds[function] += passed
 
     def share(self, function: Function) -> float | None:
         """Of the steps; None if it was never seen."""
-        return self._count(function) / self._count(STEP) if self._count(function) else None
+        return self._of(function) / self._of(STEP) if self._of(function) else None
 
-    def _count(self, function: Function) -> int:
+    def _of(self, function: Function) -> float:
         return sum(
-            number
-            for (file, name), number in self.seen.items()
+            seconds
+            for (file, name), seconds in self.seconds.items()
             if name == function.name and file.endswith(f"/{function.file}")
         )
 
@@ -115,13 +124,11 @@ def main() -> None:
             for _ in range(given.steps):
                 windows.append(run.controller.horizon)
                 loop.step(run)
-    print(
-        f"steps {given.step} to {given.step + given.steps - 1}, windows {windows}: {samples.number * SECONDS:.2f} CPU s"
-    )
+    print(f"steps {given.step} to {given.step + given.steps - 1}, windows {windows}: {samples.whole:.2f} CPU s")
     for function in ROWS:
         if (share := samples.share(function)) is not None:
             print(f"| {function.label} | {share:.1%} |")
-    lines = [f"{count / samples.number:.2%} {file} {name}" for (file, name), count in samples.seen.most_common()]
+    lines = [f"{seconds / samples.whole:.2%} {file} {name}" for (file, name), seconds in samples.seconds.most_common()]
     (given.run_dir / "profile.txt").write_text("\n".join(lines), encoding="utf-8")
     run.close()
 

@@ -18,8 +18,8 @@ from dataclasses import dataclass
 from prune_opd.config import TrainConfig
 from prune_opd.plan.lengths import mean_horizon
 
-# CPU seconds of a rank with the tiny models of four layers: 6.6 ms an engine step of 24 rows, 5.6 compiled (AVX2); 55 to
-# trace and compile with nothing kept.
+# CPU seconds of a rank with the tiny models of four layers: 6.6 ms an engine step of 24 rows, 5.6 compiled (AVX2); 55
+# to trace and compile with nothing kept.
 LAYER_SAVES, LAYER_TRACING = 0.001 / 4, 55.0 / 4
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import re
 import time
@@ -24,7 +25,7 @@ def test_every_function_of_the_table_is_in_its_file(function: Function) -> None:
 
 def test_shares_are_those_of_the_step_with_callees() -> None:
     samples = Samples()
-    samples.seen.update(
+    samples.seconds.update(
         {
             ("/here/prune_opd/loop.py", "step"): 400,
             ("/there/vllm/v1/engine/llm_engine.py", "step"): 300,
@@ -58,6 +59,19 @@ def test_looks_follow_the_cpu_time() -> None:
         _longer()
         time.sleep(0.3)  # no CPU time, no look
         _busy(0.1)
-    busy, longer = samples.seen[__file__, "_busy"], samples.seen[__file__, "_longer"]
-    assert 0.9 * samples.number <= busy <= samples.number
+    busy, longer = samples.seconds[__file__, "_busy"], samples.seconds[__file__, "_longer"]
+    assert 0.9 * samples.whole <= busy <= samples.whole
     assert 0.65 < longer / busy < 0.85
+
+
+def _in_c() -> None:
+    hashlib.pbkdf2_hmac("sha256", b"a", b"b", 400_000)  # one call, a tenth of a second or more
+
+
+def test_a_long_call_into_c_has_its_whole_time() -> None:
+    samples, before = Samples(), time.process_time()
+    with samples.taken():
+        _in_c()
+        taken = time.process_time() - before
+        _busy(taken)
+    assert 0.4 < samples.seconds[__file__, "_in_c"] / samples.whole < 0.6
