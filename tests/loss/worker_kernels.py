@@ -10,13 +10,10 @@ that a small vocabulary has several of both and the last ones are not full.
 from __future__ import annotations
 
 import dataclasses
-import functools
 import json
-import math
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
@@ -44,6 +41,7 @@ from tests.distributed.worker_distill import (
     twin_case,
 )
 from tests.ending import CLASS, ending_case
+from tests.loss.quick_interpreter import quicken
 from tests.loss.test_bf16 import stand_in
 from tests.reference import GATE, NO_WEIGHTING, OBJECTIVES, WEIGHTINGS, Case, describe, make_case
 from tests.sharp import Gradients, gradients, sharp_case
@@ -68,12 +66,10 @@ Run = Callable[[dist.ProcessGroup], dict[str, Any]]
 
 def get_ready() -> None:
     """Small blocks and tiles; kernels for whatever is given a group, so that everything else is what it is held to."""
-    from triton.runtime import interpreter
-
     for module in (vocab_parallel, triton_passes):
         module.BLOCK = 16
     triton_passes.TILE = 64
-    plain_fused, plain_patch, patched = Case.fused, interpreter._patch_lang, set()
+    plain_fused = Case.fused
 
     def fused(
         case: Case, gate: Any = GATE, objective: Any = worker_distill.OBJECTIVE, *args: Any, **options: Any
@@ -82,50 +78,9 @@ def get_ready() -> None:
             objective = dataclasses.replace(objective, kernels="triton")
         return plain_fused(case, gate, objective, *args, **options)
 
-    def patch_once(fn: Any) -> Any:
-        """The interpreter takes most of its time for putting its functions in the language's places at every call."""
-        if id(fn.__globals__) not in patched:
-            patched.add(id(fn.__globals__))
-            plain_patch(fn)
-        return SimpleNamespace(restore=lambda: None)
-
     Case.fused = fused  # type: ignore[method-assign]
-    interpreter._patch_lang = patch_once
-    remember_types()
+    quicken()
     worker_distill.PLAIN = SMALL
-
-
-def remember_types() -> None:
-    """The interpreter takes a third of its time for making the types of intermediate results anew; they are few."""
-    from triton.language import core
-    from triton.runtime import interpreter
-
-    plain_dtype, plain_block = interpreter._get_np_dtype, core.block_type.__init__
-    dtypes: dict[str, Any] = {}
-    blocks: dict[Any, dict[str, Any]] = {}
-
-    def dtype(of: Any) -> Any:
-        if of.name not in dtypes:
-            dtypes[of.name] = plain_dtype(of)
-        return dtypes[of.name]
-
-    def block(self: Any, element_ty: Any, shape: Any) -> None:
-        key = (element_ty.name, *map(int, shape))
-        if key not in blocks:
-            plain_block(self, element_ty, shape)
-            blocks[key] = {name: value for name, value in self.__dict__.items() if name != "element_ty"}
-        self.__dict__.update(blocks[key], element_ty=element_ty)
-
-    @functools.cache
-    def sizes(shape: tuple[int, ...]) -> tuple[Any, Any]:
-        return core.constexpr(math.prod(shape)), core.tuple([core.constexpr(size) for size in shape])
-
-    def tensor(self: Any, handle: Any, type: Any) -> None:
-        self.handle, self.type, self.dtype = handle, type, type.scalar
-        self.numel, self.shape = sizes(type.shape if type.is_block() else ())
-
-    interpreter._get_np_dtype = dtype
-    core.block_type.__init__, core.tensor.__init__ = block, tensor
 
 
 def compare_sharp(
