@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import heapq
 import math
 from collections.abc import Sequence
 from itertools import pairwise
@@ -16,7 +15,9 @@ from prune_opd.config import ObjectiveConfig, WeightingConfig
 def top_ids(logits_V: Tensor, k: int) -> list[int]:
     """The k best ids of one token, ties to the lower id."""
     values = logits_V.tolist()
-    return heapq.nsmallest(k, range(len(values)), key=lambda v: (-values[v], v))
+    least = sorted(values, reverse=True)[:k][-1]
+    among = [v for v, value in enumerate(values) if value >= least]
+    return sorted(among, key=lambda v: (-values[v], v))[:k]
 
 
 def with_one_end(logits_NV: Tensor, ids: Sequence[int]) -> Tensor:

@@ -54,8 +54,10 @@ def reference_update(
     old: Case, moved: Case, gate: GateConfig | None, objective: ObjectiveConfig, weighting: WeightingConfig
 ) -> Tensor:
     """Loss of a student that has moved since its batch was sampled: weights and rewards of `old`, a ratio to it."""
-    weights = old.reference(gate, objective, weighting).weight
-    gate_weights = old.reference(gate, objective).weight
+    with torch.no_grad():
+        weights = gate_weights = old.reference(gate, objective, weighting).weight
+        if weighting.name in ("entropy_aware", "tropd"):  # their forward KL has the gate's own
+            gate_weights = old.reference(gate, objective).weight
     size, heat = moved.vocab_size, objective.temperature
 
     def student(case: Case) -> Tensor:

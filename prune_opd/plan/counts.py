@@ -39,8 +39,7 @@ class ParallelSizes:
 def parameters(spec: ModelSpec) -> int:
     """Parameters in the Hugging Face directory: without padding, a tied head counted once."""
     heads = 1 if spec.tied else 2
-    layers = sum(_layer(spec, layer, 1, 1).all for layer in range(spec.layers))
-    return heads * spec.vocab_size * spec.hidden + layers + spec.hidden
+    return heads * spec.vocab_size * spec.hidden + _layers(spec, 0, spec.layers, 1, 1).all + spec.hidden
 
 
 def active_parameters(spec: ModelSpec) -> int:
@@ -54,8 +53,8 @@ def on_rank(spec: ModelSpec, layout: ParallelSizes, stage: int, head: bool = Tru
     head: whether the last stage has the output matrix (the teacher's has not: megatron/teacher.py).
     """
     per_stage = spec.layers // layout.pipeline
-    counts = [_layer(spec, stage * per_stage + i, layout.tensor, layout.expert) for i in range(per_stage)]
-    dense, experts = sum(count.dense for count in counts), sum(count.experts for count in counts)
+    layers = _layers(spec, stage * per_stage, per_stage, layout.tensor, layout.expert)
+    dense, experts = layers.dense, layers.experts
     rows = spec.padded_vocab(layout.tensor) // layout.tensor * spec.hidden
     first, last = stage == 0, stage == layout.pipeline - 1
     dense += rows * first + spec.hidden * last  # embedding, final norm
@@ -100,17 +99,19 @@ def _attention(spec: ModelSpec, tensor: int) -> int:
     return (matrices + (width + 2 * groups) * spec.qkv_bias) // tensor + 2 * spec.head_dim * spec.qk_norm
 
 
-def _layer(spec: ModelSpec, layer: int, tensor: int, expert: int) -> Count:
-    """Parameters of a layer on one rank.
+def _layers(spec: ModelSpec, begin: int, count: int, tensor: int, expert: int) -> Count:
+    """Parameters of `count` layers on one rank. A search asks for many layouts, so layers of a kind are counted once.
 
     megatron-core keeps norms and the router whole on every TP rank, and this project keeps each expert whole.
     """
-    dense = _attention(spec, tensor) + 2 * spec.hidden
-    if not spec.is_sparse(layer):
-        return Count(dense + 3 * spec.hidden * spec.ffn // tensor)
     moe = spec.moe
-    assert moe is not None  # a sparse layer has experts
-    return Count(dense + spec.hidden * moe.experts, 3 * spec.hidden * moe.ffn * moe.experts // expert)
+    sparse = sum(moe.sparse[begin : begin + count]) if moe else 0
+    dense = count * (_attention(spec, tensor) + 2 * spec.hidden)
+    dense += (count - sparse) * (3 * spec.hidden * spec.ffn // tensor)
+    if moe is None:
+        return Count(dense)
+    one = 3 * spec.hidden * moe.ffn * moe.experts // expert
+    return Count(dense + sparse * spec.hidden * moe.experts, sparse * one)
 
 
 def _active_layer(spec: ModelSpec, layer: int) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from dataclasses import dataclass
 
 from prune_opd.config import memory_phases as phases
@@ -260,7 +261,7 @@ def _looked_at(setting: Setting) -> float:
     config, rows = setting.config, setting.responses
     lengths = setting.lengths.quantiles(min(rows, 512), config.horizon.max_len)
     looks = config.rollout.inflight.looks(config.horizon.max_len)
-    reached = [look * sum(length >= look for length in lengths) / len(lengths) for look in looks]
+    reached = [look * (len(lengths) - bisect_left(lengths, look)) / len(lengths) for look in looks]  # they ascend
     return rows * max(reached, default=0.0)
 
 

@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import FuncFormatter, MaxNLocator, PercentFormatter
@@ -77,7 +79,7 @@ def pictures(chart: Chart, with_png: bool) -> tuple[str, bytes | None]:
         if with_png:
             figure.set_layout_engine("none")
         buffer = io.StringIO()
-        figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
+        FigureCanvasSVG(figure).print_svg(buffer, metadata={"Date": None, "Creator": None})
         width, height = (round(side * _DPI) for side in SIZE)
     return recoloured(buffer.getvalue(), width, height), png
 
@@ -110,8 +112,9 @@ def drawn(chart: Chart) -> Figure:
 
 
 def _bytes(figure: Figure) -> bytes:
+    """As a PNG. `Figure.savefig` would draw it twice, the first time for the layout, which drawing makes anyway."""
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", facecolor=figure.get_facecolor())
+    FigureCanvasAgg(figure).print_png(buffer)
     return buffer.getvalue()
 
 

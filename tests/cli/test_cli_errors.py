@@ -1,7 +1,8 @@
 """Bad input through the real `prune-opd` command: one `error:` line, the right exit code, nothing written, no torch.
 
 A process that must answer in seconds may not import torch, megatron, vLLM or transformers: a `sitecustomize` in the
-command's path writes down at exit which of them it had imported.
+command's path writes down at exit which of them it had imported. Most of the commands here are forks of a process that
+has imported the command line, and so has its hook (`tests/forked/`); some are started as a user does.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from prune_opd.config.paths import recipes_dir
 from prune_opd.config.recipe import load_recipe
 from prune_opd.config.yaml import save_config
 from tests.fake_models import TOKENS, tokenizer, train_config, with_weights, write_model
+from tests.forked import client
 
 COMMAND = Path(sys.executable).with_name("prune-opd")
 AT_EXIT = """
@@ -54,7 +56,7 @@ class Answer:
 class Workplace:
     """A directory with a pair of fake models, a recipe for them, and the command run inside it."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, hook: Path) -> None:
         self.folder = folder / "work"
         self.student = with_weights(write_model(self.folder / "student"))
         self.teacher = with_weights(write_model(self.folder / "teacher"))
@@ -62,11 +64,9 @@ class Workplace:
         save_config(self.config, self.folder / "fake.yaml")
         self.recipe = self.folder / "fake.py"
         self.recipe.write_text(RECIPE.format(config=str(self.folder / "fake.yaml")), encoding="utf-8")
-        (folder / "hook").mkdir()
-        (folder / "hook" / "sitecustomize.py").write_text(AT_EXIT, encoding="utf-8")
         self.imported = folder / "imported"
         self.env = os.environ | {
-            "PYTHONPATH": os.pathsep.join([str(folder / "hook"), *filter(None, [os.environ.get("PYTHONPATH")])]),
+            "PYTHONPATH": os.pathsep.join([str(hook), *filter(None, [os.environ.get("PYTHONPATH")])]),
             "PYTHONDONTWRITEBYTECODE": "1",
             "IMPORTED": str(self.imported),
             "PRUNE_OPD_CACHE": str(self.folder / "cache"),
@@ -80,23 +80,37 @@ class Workplace:
         )
         return Answer(done.returncode, done.stdout, done.stderr)
 
+    def fork(self, *args: str | Path) -> Answer:
+        environment = client.environment(self.env)
+        done = client.launch("light", args, 0, environment, folder=self.folder, timeout=60, apart=True)
+        assert done.code is not None, args
+        return Answer(done.code, done.stdout, done.stderr)
+
     def files(self) -> dict[str, bytes | None]:
         paths = sorted(self.folder.rglob("*"))
         return {str(path.relative_to(self.folder)): path.read_bytes() if path.is_file() else None for path in paths}
 
-    def refuse(self, *args: str | Path) -> Answer:
-        """Run a command that must fail at once: nothing written, nothing heavy imported."""
+    def refuse(self, *args: str | Path, anew: bool = False) -> Answer:
+        """Run a command that must fail at once: nothing written, nothing heavy imported. anew: no fork."""
         before = self.files()
-        answer = self.run(*args)
+        answer = self.run(*args) if anew else self.fork(*args)
         assert answer.code != 0
         assert self.files() == before
         assert self.imported.read_text(encoding="utf-8").strip() == "done"
         return answer
 
 
+@pytest.fixture(scope="module")
+def hook(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory of the Python path."""
+    folder = tmp_path_factory.mktemp("hook")
+    (folder / "sitecustomize.py").write_text(AT_EXIT, encoding="utf-8")
+    return folder
+
+
 @pytest.fixture
-def place(tmp_path: Path) -> Workplace:
-    return Workplace(tmp_path)
+def place(tmp_path: Path, hook: Path) -> Workplace:
+    return Workplace(tmp_path, hook)
 
 
 def test_the_hook_sees_heavy_imports(place: Workplace) -> None:
@@ -104,11 +118,16 @@ def test_the_hook_sees_heavy_imports(place: Workplace) -> None:
     assert place.imported.read_text(encoding="utf-8").strip() == "done torch"
 
 
+def test_a_fork_has_the_hook_and_nothing_heavy(place: Workplace) -> None:
+    assert place.fork("recipes").stdout == place.run("recipes").stdout
+    assert place.imported.read_text(encoding="utf-8").splitlines() == ["done ", "done "]
+
+
 # ---------------------------------------------------------------------------------------------------- recipe, overrides
 
 
 def test_unknown_recipe(place: Workplace) -> None:
-    answer = place.refuse("train", "tiny_compatibel")
+    answer = place.refuse("train", "tiny_compatibel", anew=True)
     assert answer.code == 2
     assert answer.error.startswith("recipe 'tiny_compatibel' is not known: did you mean tiny_compatible")
 
@@ -122,14 +141,14 @@ def test_unknown_recipe(place: Workplace) -> None:
 )
 @pytest.mark.parametrize("command", ["train", "check"])
 def test_bad_override(place: Workplace, command: str, override: str, error: str) -> None:
-    answer = place.refuse(command, place.recipe, override)
+    answer = place.refuse(command, place.recipe, override, anew=override == "gate=null")
     assert answer.code == 2
     assert answer.error.startswith(error)
 
 
 def test_a_recipe_of_the_other_kind(place: Workplace) -> None:
     assert "run `prune-opd sft tiny_base`" in place.refuse("train", "tiny_base").error
-    assert "run `prune-opd train tiny_compatible`" in place.run("sft", "tiny_compatible").error
+    assert "run `prune-opd train tiny_compatible`" in place.fork("sft", "tiny_compatible").error
 
 
 # ---------------------------------------------------------------------------------------------------- checks
@@ -223,7 +242,7 @@ def test_sft_if_missing_does_nothing_when_the_model_is_there(place: Workplace) -
     save_config(made, output / "sft_config.yaml")
     (output / "model.safetensors").write_bytes(b"")
     before = place.files()
-    answer = place.run("sft", "tiny_base", f"output={output}", "--if-missing")
+    answer = place.fork("sft", "tiny_base", f"output={output}", "--if-missing")
     assert (answer.code, answer.stdout) == (0, f"{output} is there already\n")
     assert place.files() == before
 
@@ -260,7 +279,7 @@ def test_a_chat_setting_for_the_ledger_is_refused_not_ignored(place: Workplace) 
 
 def test_the_recipes_are_listed(place: Workplace) -> None:
     names = {path.stem for path in recipes_dir().glob("[!_]*.py")}
-    assert {line.split()[0] for line in place.run("recipes").stdout.splitlines()} == names
+    assert {line.split()[0] for line in place.fork("recipes").stdout.splitlines()} == names
 
 
 @pytest.mark.parametrize("args", [["--help"], ["train", "--help"], ["recipes"]])

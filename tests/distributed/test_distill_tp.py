@@ -37,9 +37,7 @@ def results(request: pytest.FixtureRequest, launches: dict[str, Results]) -> Res
     return launches[request.param]
 
 
-@pytest.mark.parametrize(
-    ("name", "case"), [(name, case) for name, (ranks, _) in LAUNCHES.items() for case in cases(ranks)]
-)
+@pytest.mark.parametrize(("name", "case"), [(name, case) for name, of in LAUNCHES.items() for case in cases(*of)])
 def test_value_gradients_and_statistics_equal_the_reference_on_every_rank(
     launches: dict[str, Results], name: str, case: str
 ) -> None:

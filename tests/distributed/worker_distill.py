@@ -25,7 +25,7 @@ from prune_opd.config import GateConfig, ObjectiveConfig, WeightingConfig
 from prune_opd.loss import GateStats
 from prune_opd.loss.vocab_parallel import VocabShard, local_gather, log_normaliser, sum_together, topk
 from tests.distributed.answers import ANSWERS, Answer, of_reference, of_update, seen_alone
-from tests.distributed.bf16_cases import BF16_CASES, BF16_WEIGHTED
+from tests.distributed.bf16_cases import BF16_CASES, is_tried
 from tests.distributed.shards import error, is_aligned, sharded, whole
 from tests.ending import AS_CLASS, CLASS, ending_case
 from tests.reference import (
@@ -304,9 +304,8 @@ CASES: dict[str, Callable[[dist.ProcessGroup], dict[str, float]]] = {
 }
 
 
-def cases(ranks: int) -> dict[str, Callable[[dist.ProcessGroup], dict[str, float]]]:
-    """In bf16 weightings are tried on one rank and two: on more they differ from fp32 in nothing but the products."""
-    return {name: run for name, run in CASES.items() if ranks <= 2 or name not in BF16_WEIGHTED}
+def cases(ranks: int, tp: int) -> dict[str, Callable[[dist.ProcessGroup], dict[str, float]]]:
+    return {name: run for name, run in CASES.items() if is_tried(name, ranks, tp)}
 
 
 def raw_all_reduce_loss(case: Case, group: dist.ProcessGroup) -> Tensor:
@@ -384,7 +383,7 @@ def main(folder: Path, tensor_parallel: int, answers: Path) -> None:
     rank, world = dist.get_rank(), dist.get_world_size()
     groups = [dist.new_group(list(range(first, first + tensor_parallel))) for first in range(0, world, tensor_parallel)]
     group = groups[rank // tensor_parallel]
-    results: dict[str, dict] = {name: run(group) for name, run in cases(world).items()}
+    results: dict[str, dict] = {name: run(group) for name, run in cases(world, tensor_parallel).items()}
     for other in (raw_all_reduce, top_k_of_ties, broken_hidden, too_few_rows):
         results[other.__name__] = other(group)
     (folder / f"rank{rank}.json").write_text(json.dumps(results))

@@ -39,14 +39,17 @@ from prune_opd.ranks.launcher import shell_code
 
 PR_SET_CHILD_SUBREAPER = 36
 MESSAGE = 1 << 20  # bytes
-# What kinds of launches find imported beside nothing at all ("bare"), as `prune_opd/cli/ready.py` has it.
+# What kinds of launches find imported beside nothing at all ("bare") and the command line alone, without torch
+# ("light"), as `prune_opd/cli/ready.py` has it.
 KINDS = {"compiled": "train/compiled", "eager": "train/eager"}
 TOO = ("prune_opd.track.report",)  # what a run imports at its end
 
 
 def get_ready(kind: str) -> None:
     """Import what the launches need, in the order of a rank."""
-    if kind == "bare":
+    if kind in ("bare", "light"):
+        if kind == "light":
+            importlib.import_module("prune_opd.cli.main")
         return
     os.environ.update(rank_environment(os.environ))
     from prune_opd import platform

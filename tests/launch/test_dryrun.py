@@ -3,11 +3,13 @@
 To write the golden files anew: GOLDEN=write pytest tests/launch/test_dryrun.py
 """
 
+import json
 import os
 import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -25,19 +27,47 @@ if not PYTHON.is_file():
     pytestmark = pytest.mark.skip(reason="make setup-launch has not run")
 
 
-def dry_run(home: Path, *words: str) -> subprocess.CompletedProcess[str]:
-    env = {**os.environ, "NEMORUN_HOME": str(home), "WANDB_API_KEY": "planted-8ab0", "PYTHONPATH": ""}
-    command = [str(PYTHON), "-m", "launch", "submit", *words, "--dry-run"]
-    return subprocess.run(command, cwd=REPOSITORY, env=env, capture_output=True, text=True, timeout=120, check=False)
+DryRun = Callable[..., subprocess.CompletedProcess[str]]
+
+
+@pytest.fixture(scope="module")
+def dry_run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[DryRun]:
+    """`python -m launch submit words… --dry-run`, in a fork (`dry_runs.py`); anew: in a new interpreter."""
+    server = subprocess.Popen(
+        [PYTHON, Path(__file__).with_name("dry_runs.py")],
+        cwd=REPOSITORY,
+        env={**os.environ, "PYTHONPATH": ""},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+
+    def run(home: Path, *words: str, anew: bool = False) -> subprocess.CompletedProcess[str]:
+        env = {**os.environ, "NEMORUN_HOME": str(home), "WANDB_API_KEY": "planted-8ab0", "PYTHONPATH": ""}
+        line = ["submit", *words, "--dry-run"]
+        if anew:
+            command = [str(PYTHON), "-m", "launch", *line]
+            return subprocess.run(command, cwd=REPOSITORY, env=env, capture_output=True, text=True, timeout=120)
+        assert server.stdin is not None and server.stdout is not None
+        files = [tmp_path_factory.mktemp("dry_run") / name for name in ("out", "err")]
+        print(json.dumps([line, env, *map(str, files)]), file=server.stdin, flush=True)
+        code = int(server.stdout.readline())
+        return subprocess.CompletedProcess(line, code, *(file.read_text(encoding="utf-8") for file in files))
+
+    yield run
+    server.communicate(timeout=30)
 
 
 @pytest.fixture(scope="module", params=NAMES)
-def printed(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str, Path]:
+def printed(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, dry_run: DryRun
+) -> tuple[str, str, Path]:
     """A cluster file's name, what the dry run printed, and NeMo-Run's home."""
     home = tmp_path_factory.mktemp("home") / "nemorun"
     nodes = ["--nodes", "2", "--ranks", "1"] if request.param.startswith("slurm") else []
     task = ["--evaluate", "my task's.jsonl"] if request.param.startswith("slurm") else []
-    done = dry_run(home, "tiny_compatible", "name=a b$c", "--cluster", request.param, *nodes, *task)
+    anew = request.param == "slurm"
+    done = dry_run(home, "tiny_compatible", "name=a b$c", "--cluster", request.param, *nodes, *task, anew=anew)
     assert done.returncode == 0, done.stderr
     text = done.stdout.replace(str(home), "/HOME").replace(str(REPOSITORY), "/REPOSITORY")
     return request.param, re.sub(r"tiny_compatible_\d+", "tiny_compatible_ID", text), home
@@ -97,8 +127,8 @@ def test_one_task_a_node_and_no_retries_of_nemo_runs(printed: tuple[str, str, Pa
         (["tiny_compatible", "--cluster", "slurm", "--ranks", "3"], "parallel.tensor = 3"),
     ],
 )
-def test_bad_input_never_exits_with_0(tmp_path: Path, words: list[str], said: str) -> None:
-    done = dry_run(tmp_path / "home", *words)
+def test_bad_input_never_exits_with_0(tmp_path: Path, dry_run: DryRun, words: list[str], said: str) -> None:
+    done = dry_run(tmp_path / "home", *words, anew="--ranks" in words)
     assert done.returncode != 0
     assert said in done.stderr
     assert "Traceback" not in done.stderr
@@ -120,7 +150,7 @@ esac
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_an_own_recipe_travels_with_the_script_and_with_the_job(name: str, tmp_path: Path) -> None:
+def test_an_own_recipe_travels_with_the_script_and_with_the_job(name: str, tmp_path: Path, dry_run: DryRun) -> None:
     recipe, home, programs = tmp_path / "own.py", tmp_path / "home", tmp_path / "bin"
     recipe.write_text(OWN, encoding="utf-8")
     settings = yaml.safe_load((REPOSITORY / "launch" / "clusters" / f"{name}.yaml").read_text(encoding="utf-8"))

@@ -102,6 +102,7 @@ def test_the_check_of_a_gpu_compares_both_paths(path: str, tmp_path: Path) -> No
     environment = {**os.environ, "PYTHONPATH": path, "TRITON_INTERPRET": "1"}
     program = (
         "import sys; from pathlib import Path; from scripts.gpu_check import SMALL, kernels_step, run; "
+        "from tests.loss.quick_interpreter import quicken; quicken(); "
         "run(Path(sys.argv[1]), SMALL._replace(tokens=6, vocab=96), {'kernels': kernels_step})"
     )
     command = [sys.executable, "-c", program, str(tmp_path)]

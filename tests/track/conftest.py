@@ -9,7 +9,16 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from synthetic import KEY, PASSWORD, SCRIPT, TEXT, VALUE, write_run
 
+from prune_opd.track import report
 from prune_opd.track.report import write_report
+
+
+@pytest.fixture
+def first_chart(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reports have but the first of their charts, which take most of the time: for tests of the text around them."""
+    for name in ("run_charts", "comparison_charts"):
+        plain = getattr(report, name)
+        monkeypatch.setattr(report, name, lambda runs, plain=plain: plain(runs)[:1])
 
 
 @pytest.fixture(scope="session")

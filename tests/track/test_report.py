@@ -130,6 +130,7 @@ def settings_table(text: str) -> dict[str, list[str]]:
     return {name: values for name, *values in cells}
 
 
+@pytest.mark.usefixtures("first_chart")
 def test_a_comparison_begins_with_the_settings_that_differ_and_no_others(tmp_path: Path) -> None:
     runs = [
         write_run(tmp_path / "a", name="one", steps=2, evaluate_every=0, student="models/" + 80 * "x"),
@@ -149,6 +150,7 @@ def test_a_comparison_begins_with_the_settings_that_differ_and_no_others(tmp_pat
     )
 
 
+@pytest.mark.usefixtures("first_chart")
 def test_runs_with_the_same_settings_say_so(tmp_path: Path) -> None:
     runs = [write_run(tmp_path / name, name=name, steps=2, evaluate_every=0) for name in ("a", "b")]
     write_report(runs, tmp_path / "comparison.html")
@@ -187,6 +189,7 @@ def test_a_run_with_little_to_show_still_has_a_report(tmp_path: Path, case: str)
     assert "img" in page.tags
 
 
+@pytest.mark.usefixtures("first_chart")
 def test_a_report_says_how_many_answers_could_be_read_and_notes_where_few_could(tmp_path: Path) -> None:
     run = write_run(tmp_path, steps=3, evaluate_every=0)
     first, last = evaluation_record(0, 3), evaluation_record(3, 3)
@@ -199,6 +202,7 @@ def test_a_report_says_how_many_answers_could_be_read_and_notes_where_few_could(
     assert page.text.count("could be read") == 1 and "only 3 of 48 answers to gsm could be read" in page.text
 
 
+@pytest.mark.usefixtures("first_chart")
 def test_a_report_of_damaged_or_doubled_files_says_so_in_the_page_and_on_the_terminal(
     tmp_path: Path,
 ) -> None:

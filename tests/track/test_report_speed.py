@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import pytest
 from synthetic import write_run
 
 from prune_opd.track.metrics import meaning
@@ -32,6 +33,7 @@ def test_the_plan_stands_beside_what_was_measured() -> None:
     assert (train["s a step"], train["planned s"], train["MFU"], train["planned MFU"]) == ("2", "1", "20.0%", "40.0%")
 
 
+@pytest.mark.usefixtures("first_chart")
 def test_the_report_has_the_table_and_an_older_run_has_none(tmp_path: Path) -> None:
     assert speed_table([{"step": 1, "time_step": 1.0}]) == "" == speed_table([])
     run = write_run(tmp_path / "run", steps=4)
