@@ -4,7 +4,7 @@ The contenders start once and then take turns of a few steps, so that what else 
 
     ours_opd          the recipe with plain OPD at the full horizon: what TRL does, too
     ours_prune        the recipe's own strategy
-    ours_eager        ours_opd with the recipe's own engine, which is not compiled, for a few steps
+    ours_eager        ours_opd with the engine that so short a run has by itself: it is not compiled
     trl               TRL's DistillationTrainer as two data-parallel ranks of one thread: its better layout here
     trl_one_process   the same as one process of two threads, for a few steps: what `python train.py` gives
 
@@ -81,7 +81,7 @@ CONTENDERS = (
     Contender("ours_opd", OURS, overrides=(*FULL, *COMPILED)),
     Contender("trl", TRL, overrides=FULL),
     Contender("ours_prune", OURS, overrides=COMPILED),
-    Contender("ours_eager", OURS, overrides=FULL, steps=6),
+    Contender("ours_eager", OURS, overrides=FULL),
     Contender("trl_one_process", TRL, ranks=None, threads=2, overrides=FULL, steps=6),
 )
 
