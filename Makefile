@@ -105,7 +105,7 @@ bench-reshard: setup ## Measure the weight stream against bare collectives and t
 bench-fp8-noise: setup ## Count the drift events that FP8 noise alone makes: bench/fp8-noise.json
 	$(BIN)/prune-opd bench fp8-noise
 
-bench-peers: setup-bench ## Measure our training step against TRL's: bench/peers.json (about 4 minutes)
+bench-peers: setup-bench ## Measure our training step against TRL's: bench/peers.json (about 8 minutes)
 	$(BIN)/prune-opd bench peers
 
 bench-start: setup ## Measure what a start costs, new interpreters against forked ranks: bench/start.json (about 5 minutes)

@@ -5,7 +5,7 @@
 One rank trains N - 1 steps, then COUNT under a sampler, which looks at the stack every two milliseconds of CPU time.
 Prints each function of ROWS that was seen, with its share of the steps, callees included; RUN_DIR/profile.txt
 has every function. A profiler that notes each call (cProfile) will not do: it made vLLM's scheduler, many short calls,
-look four times as large as it is, and the model's forward half as large.
+look six times as large as it is.
 """
 
 from __future__ import annotations

@@ -11,13 +11,24 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Annotated, Any
 
 import typer
 
 from benchmarks.common import BENCH, Out, Quick, Report
-from benchmarks.strategies.plan import FIRST_SEED, METHODS, RIVALS, Settings, choose, pair_recipe, plan, sweep_plan
+from benchmarks.strategies.plan import (
+    FIRST_SEED,
+    METHODS,
+    RIVALS,
+    RunSpec,
+    Settings,
+    choose,
+    pair_recipe,
+    plan,
+    sweep_plan,
+)
 from benchmarks.strategies.results import in_points, markdown, pair_rows, sweep_rows, verdicts
 from benchmarks.strategies.runs import run_all
 from prune_opd.check.run import check_train
@@ -55,8 +66,6 @@ def run(
     Raises ConfigError or UserError before the first run for a pair or a method that cannot run.
     """
     settings = QUICK if quick else Settings()
-    if jobs > len(os.sched_getaffinity(0)):
-        raise ConfigError(f"--jobs {jobs} is more than this process has cores ({len(os.sched_getaffinity(0))})")
     recipes = {pair: pair_recipe(pair, [*settings.overrides, *(set or ())]) for pair in dict.fromkeys(pairs or PAIRS)}
     chosen = choose(QUICK_METHODS if quick and not methods else methods)
     numbers = [first_seed + i for i in range(1 if quick else seeds)]
@@ -65,9 +74,7 @@ def run(
     swept_seeds = [] if quick or "prune" not in {method.name for method in chosen} else numbers[:sweep_seeds]
     specs += sweep_plan(swept_pair, recipes[swept_pair], swept_seeds, settings)
     path, folder = out / "strategies.json", out / "strategies"
-    problems = {line for spec in specs for line in check_train(spec.config, 1, None, "never")}
-    if problems:
-        raise UserError("\n".join(sorted(problems)))
+    check(specs, jobs)
 
     began, report = time.time(), Report(path, quick, settings)
     results = run_all(specs, folder, jobs, report.console)
@@ -96,6 +103,15 @@ def run(
 
     report.name_files(write_charts(path))
     return 0
+
+
+def check(specs: Sequence[RunSpec], jobs: int) -> None:
+    """ConfigError for more jobs than cores, UserError with what `check` says of runs that cannot run."""
+    if jobs > len(os.sched_getaffinity(0)):
+        raise ConfigError(f"--jobs {jobs} is more than this process has cores ({len(os.sched_getaffinity(0))})")
+    problems = {line for spec in specs for line in check_train(spec.config, 1, None, "never")}
+    if problems:
+        raise UserError("\n".join(sorted(problems)))
 
 
 def notes(pair: dict[str, Any], seeds: list[int], settings: Settings) -> list[str]:

@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 
 from benchmarks.common import BENCH, Out, environment
-from benchmarks.strategies.command import FirstSeed, Jobs, Methods, Seeds
+from benchmarks.strategies.command import FirstSeed, Jobs, Methods, Seeds, check
 from benchmarks.strategies.kept import KEPT, Line, keep, read_kept, settings_digest
 from benchmarks.strategies.plan import FIRST_SEED, RunSpec, Settings, choose, pair_recipe, plan
 from benchmarks.strategies.rank import Wanted
@@ -35,12 +35,16 @@ def run(
     """Run what docs/strategies.jsonl lacks of the pairs from this kind of processor; keep what is finished. Returns 0.
 
     What is finished below DIR/strategies is kept too if a run fails or the command is stopped by Ctrl-C.
+    Raises ConfigError or UserError before the first run for a pair or a method that cannot run.
     """
     folder, here = out / "strategies", processor()
     recipes = {pair: pair_recipe(pair) for pair in pairs or ()}
-    specs = plan(recipes, choose(methods), range(first_seed, first_seed + seeds), LAST_ONLY) if recipes else []
+    specs = plan(recipes, choose(methods), range(first_seed, first_seed + seeds), LAST_ONLY)
+    specs = missing(specs, read_kept(), here)
+    if specs:
+        check(specs, jobs)
     try:
-        run_all(missing(specs, read_kept(), here), folder, jobs, Console())
+        run_all(specs, folder, jobs, Console())
     finally:
         number = keep(KEPT, finished_lines(folder, here))
         print(f"{number} runs added to {KEPT}")
