@@ -6,6 +6,7 @@ To write the golden files anew: GOLDEN=write pytest tests/launch/test_dryrun.py
 import json
 import os
 import re
+import select
 import shutil
 import subprocess
 import sys
@@ -51,6 +52,9 @@ def dry_run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[DryRun]:
         assert server.stdin is not None and server.stdout is not None
         files = [tmp_path_factory.mktemp("dry_run") / name for name in ("out", "err")]
         print(json.dumps([line, env, *map(str, files)]), file=server.stdin, flush=True)
+        if not select.select([server.stdout], [], [], 120)[0]:
+            server.kill()
+            raise AssertionError(f"not done after 120 s: {words}")
         code = int(server.stdout.readline())
         return subprocess.CompletedProcess(line, code, *(file.read_text(encoding="utf-8") for file in files))
 
