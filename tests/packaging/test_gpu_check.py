@@ -72,21 +72,21 @@ def test_every_step_runs_on_a_machine_that_has_torch_alone(tmp_path: Path) -> No
     assert all(f"\n| {step} | {gpu_check.ESTIMATED[step]} | " in page for step in gpu_check.STEPS)
 
 
-def test_the_kernels_variants_run_interpreted(tmp_path: Path) -> None:
-    """The step `kernels` itself: tests/loss/test_kernels.py."""
+def test_the_steps_of_the_kernels_run_interpreted(tmp_path: Path) -> None:
+    """By Triton's interpreter as it is, which other tests quicken (tests/loss/quick_interpreter.py)."""
     triton = REPOSITORY / ".venv-triton"
     if not (triton / "triton").is_dir():
         pytest.skip("Triton is not in .venv-triton: run `make setup-triton-test` (200 MB)")
     path = os.pathsep.join([str(REPOSITORY), str(triton)])
-    program = "from tests.loss.quick_interpreter import quicken; from scripts import gpu_check; quicken(); "
-    command = [sys.executable, "-c", f"{program}exit(gpu_check.main())", "--small", "--steps", "variants", "--out"]
+    program = [sys.executable, "scripts/gpu_check.py", "--small", "--steps", "kernels", "variants", "--out"]
     environment = {**os.environ, "PYTHONPATH": path, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(
-        [*command, str(tmp_path)], cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=600
+        [*program, str(tmp_path)], cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=600
     )
     assert done.returncode == 0, done.stdout + done.stderr
     rows = [Row(**row) for row in json.loads((tmp_path / "gpu-check.json").read_text())]
     assert not [row for row in rows if row.figure.startswith("not here")]
+    assert len([row for row in rows if row.step == "kernels" and row.passed]) == 6  # objectives × formats
     assert {row.what: row.passed for row in rows}["gradients by tiles and warps"]
 
 
