@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import math
 import os
 import platform
 import re
@@ -19,6 +20,7 @@ import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from statistics import fmean, stdev
 from typing import Annotated, Any, TypeVar
 
 import psutil
@@ -219,6 +221,11 @@ class Report:
     def name_files(self, *more: Path) -> None:
         """The last line of a benchmark: where the results are."""
         self.console.print(", ".join(f"[bold]{path}[/]" for path in (self.path, *more)), soft_wrap=True)
+
+
+def mean_and_error(values: Sequence[float]) -> tuple[float, float | None]:
+    """Mean and its standard error; None for one value."""
+    return fmean(values), stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
 
 
 def environment() -> dict[str, Any]:

@@ -4,20 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 
 from benchmarks.common import BENCH, Out, environment
 from benchmarks.strategies.command import FirstSeed, Jobs, Methods, Seeds, check
-from benchmarks.strategies.kept import KEPT, Line, keep, read_kept, settings_digest
+from benchmarks.strategies.kept import EVERY, KEPT, Line, identity, keep, read_kept, settings_digest, valid
 from benchmarks.strategies.plan import FIRST_SEED, RunSpec, Settings, choose, pair_recipe, plan
 from benchmarks.strategies.rank import Wanted
 from benchmarks.strategies.results import run_numbers
 from benchmarks.strategies.runs import finished, run_all
 
-LAST_ONLY = Settings(problems_between=8, evaluations=1)  # what is kept of a run has no curve
+SIZE = Settings(problems_between=64)  # what is between the start and the end only draws curves
 
 Pairs = Annotated[
     list[str] | None, typer.Argument(metavar="[PAIR …]", help="Recipes whose missing runs run first; none: no run.")
@@ -34,12 +34,13 @@ def run(
 ) -> int:
     """Run what docs/strategies.jsonl lacks of the pairs from this kind of processor; keep what is finished. Returns 0.
 
-    What is finished below DIR/strategies is kept too if a run fails or the command is stopped by Ctrl-C.
+    Writes DIR/kept.html: tables and curves of all that is kept. What is finished below DIR/strategies is kept too if a
+    run fails or the command is stopped by Ctrl-C.
     Raises ConfigError or UserError before the first run for a pair or a method that cannot run.
     """
     folder, here = out / "strategies", processor()
-    recipes = {pair: pair_recipe(pair) for pair in pairs or ()}
-    specs = plan(recipes, choose(methods), range(first_seed, first_seed + seeds), LAST_ONLY)
+    recipes = {pair: pair_recipe(pair, SIZE.overrides) for pair in pairs or ()}
+    specs = plan(recipes, choose(methods), range(first_seed, first_seed + seeds), SIZE)
     specs = missing(specs, read_kept(), here)
     if specs:
         check(specs, jobs)
@@ -48,23 +49,23 @@ def run(
     finally:
         number = keep(KEPT, finished_lines(folder, here))
         print(f"{number} runs added to {KEPT}")
+    from benchmarks.strategies.kept_page import write_kept_page  # matplotlib: only now
+
+    write_kept_page(valid(read_kept()), out / "kept.html")
+    print(f"{out / 'kept.html'}")
     return 0
 
 
 def missing(specs: Sequence[RunSpec], kept: Sequence[Line], processor: str) -> list[RunSpec]:
     """The runs that no kept line of the processor has, and those whose windows a missing control replays."""
-    known = {(line["pair"], line["method"], line["seed"], line["settings"], line["processor"]) for line in kept}
-
-    def lacking(spec: RunSpec) -> bool:
-        return (spec.pair, spec.method.name, spec.seed, settings_digest(spec.config), processor) not in known
-
-    wanted = [spec for spec in specs if lacking(spec)]
+    known = {identity(line) for line in kept}
+    wanted = [spec for spec in specs if identity(_known_by(spec.key, Wanted(spec.config, 0), processor)) not in known]
     sources = {f"{spec.pair}/{spec.method.against}/{spec.seed}" for spec in wanted if spec.method.replays}
     return [spec for spec in specs if spec in wanted or spec.key in sources]
 
 
 def processor() -> str:
-    """Its name, and which of vLLM's kernels it has: they round differently, so a seed's rollouts are others."""
+    """Its name, and which of vLLM's kernels it has: they may round differently, and a seed's rollouts be others."""
     wide = "avx512f" in Path("/proc/cpuinfo").read_text(encoding="utf-8")
     return f"{environment()['cpu']}, {'AVX-512' if wide else 'AVX2'}"
 
@@ -75,22 +76,36 @@ def finished_lines(folder: Path, processor: str) -> list[Line]:
     for path in sorted(folder.glob("*/*/*/wanted.json")):
         wanted = Wanted.read(path.parent)
         records = finished(wanted, path.parent)
-        pair, method, seed = path.parent.parts[-3:]
         if records is None or wanted.config.evaluation.problems != Settings.problems:
             continue
-        run = run_numbers(*records)
-        lines.append(
-            {
-                "pair": pair,
-                "method": method,
-                "seed": int(seed),
-                "settings": settings_digest(wanted.config),
-                "processor": processor,
-                "accuracy": round(run["accuracy"], 5),
-                "tokens_generated": round(run["tokens_generated"]),
-                "cpu_s": {phase: round(seconds, 2) for phase, seconds in run["phases_cpu_s"].items()},
-                "last_window": run["horizon"][-1],
-                "overlap_at_start": round(run["overlap"][0], 4),
-            }
-        )
+        known_by = _known_by("/".join(path.parent.parts[-3:]), wanted, processor)
+        lines.append({**known_by, **_kept_numbers(run_numbers(*records))})
     return lines
+
+
+def _known_by(key: str, wanted: Wanted, processor: str) -> Line:
+    """What tells the run of a RunSpec's key from all others."""
+    pair, method, seed = key.split("/")
+    settings, compiled = settings_digest(wanted.config), wanted.config.rollout.enforce_eager is False
+    return {
+        "pair": pair,
+        "method": method,
+        "seed": int(seed),
+        "settings": settings,
+        "processor": processor,
+        "compiled": compiled,
+    }
+
+
+def _kept_numbers(run: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "accuracy": round(run["accuracy"], 5),
+        "tokens_generated": round(run["tokens_generated"]),
+        "cpu_s": {phase: round(seconds, 2) for phase, seconds in run["phases_cpu_s"].items()},
+        "last_window": run["horizon"][-1],
+        "overlap_at_start": round(run["overlap"][0], 4),
+        # For the curves: evaluations as [step, response tokens until then, accuracy], others at every `EVERY`th step.
+        "evaluations": [[at["step"], round(at["tokens"]), round(at["accuracy"], 4)] for at in run["curve"]],
+        "windows": run["horizon"][::EVERY],
+        "overlaps": [round(value, 3) for value in run["overlap"][::EVERY]],
+    }

@@ -9,18 +9,18 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
-from statistics import fmean, stdev
+from statistics import fmean
 from typing import Any
 
 import numpy as np
 
-from benchmarks.strategies.plan import METHODS, STOP, Method, sweeps
+from benchmarks.common import mean_and_error
+from benchmarks.strategies.plan import COST, METHODS, STOP, Method, sweeps
 from benchmarks.strategies.runs import Result
 from prune_opd.config import TrainConfig
 from prune_opd.track.metrics import Record, task_names, total
 
 PHASES = ("sync", "rollout", "teacher", "train")
-COST = ("rollout", "teacher", "train")  # what training costs: the target's definition
 PRUNING = ("prune", "prune_w0", "prune_paper", "prune_top_p", "marginal", "marginal_paper", "inflight", "kat")
 TRUNCATED = ("topd_10", "topd_25", "fixed", "full")  # fixed windows, from the shortest to all
 SAVED, MOST_COST = 0.376, 1.05  # the targets
@@ -40,11 +40,6 @@ class Verdict:
 
     def __str__(self) -> str:
         return f"{'reached' if self.reached else 'missed'}: {self.pair}, {self.method}: {self.target}: {self.numbers}"
-
-
-def mean_and_error(values: Sequence[float]) -> tuple[float, float | None]:
-    """Mean and its standard error; None for one value."""
-    return fmean(values), stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
 
 
 def generated(steps: list[Record]) -> float:

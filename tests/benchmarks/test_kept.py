@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.strategies.keep import LAST_ONLY, finished_lines, missing
-from benchmarks.strategies.kept import KEPT, Line, compared, keep, read_kept, settings_digest, table, valid
-from benchmarks.strategies.plan import METHODS, Settings, choose, method_config, plan, run_config
+from benchmarks.strategies.keep import SIZE, finished_lines, missing
+from benchmarks.strategies.kept import KEPT, Line, compared, keep, read_kept, rows, settings_digest, table, valid
+from benchmarks.strategies.kept_page import write_kept_page
+from benchmarks.strategies.plan import METHODS, Settings, choose, method_config, pair_recipe, plan, run_config
 from benchmarks.strategies.rank import Wanted
 from tests.benchmarks.strategies_runs import recipe, write_metrics
 
@@ -29,6 +30,8 @@ def test_a_method_is_known_by_its_settings_and_not_by_its_seed_or_files() -> Non
     assert settings_digest(as_run) == settings_digest(method_config(recipe(), prune))
     assert settings_digest(as_run) != settings_digest(method_config(recipe(), full))
     assert as_run.gate is not None
+    eager = replace(as_run, rollout=replace(as_run.rollout, enforce_eager=True))
+    assert settings_digest(eager) == settings_digest(as_run), "compiled engines make the same tokens"
     assert settings_digest(replace(as_run, gate=replace(as_run.gate, k=3))) != settings_digest(as_run)
 
 
@@ -43,22 +46,25 @@ def test_finished_runs_are_kept_once_and_quick_ones_not(tmp_path: Path) -> None:
     (runs / "tiny_compatible" / "full" / "1003").mkdir()
     found = finished_lines(runs, "a")
     assert [(at["seed"], at["accuracy"], at["last_window"]) for at in found] == [(1001, 0.25, 100 + recipe().steps)]
+    assert found[0]["evaluations"] == [[0, 0, 0.1], [recipe().steps, 100 * recipe().steps, 0.25]]
+    assert found[0]["windows"][:3] == [101, 106, 111], "every fifth step"
     assert valid(found) == found
     assert (keep(file, found), keep(file, found), keep(file, [{**found[0], "processor": "b"}])) == (1, 0, 1)
     assert read_kept(file)[0] == found[0]
 
 
 def test_only_runs_that_the_processor_lacks_are_made_and_what_a_missing_control_replays() -> None:
-    specs = plan({"tiny_compatible": recipe()}, choose(["popd", "replay"]), [1001, 1002], LAST_ONLY)
-    names = [spec.method.name for spec in specs]
+    pairs = {"tiny_compatible": pair_recipe("tiny_compatible", SIZE.overrides)}
+    specs = plan(pairs, choose(["popd", "replay"]), [1001, 1002], SIZE)
     assert missing(specs, [], "a") == specs
-    kept = [line(name, 0.5, seed=seed) for name in ("full", "popd", "prune") for seed in (1001, 1002)]
-    assert missing(specs, kept, "b") == specs
-    of_before = [{**line("popd", 0.5), "settings": "of before"}, *kept[:2], *kept[3:]]
+    eager = [line(name, 0.5, seed=seed) for name in ("full", "popd", "prune", "replay") for seed in (1001, 1002)]
+    kept = [{**one, "compiled": True} for one in eager]
+    assert missing(specs, kept, "b") == missing(specs, eager, "a") == specs
+    of_before = [{**one, "settings": "of before"} if one["method"] == "popd" else one for one in kept[:-2]]
     keys = {spec.key.removeprefix("tiny_compatible/") for spec in missing(specs, of_before, "a")}
-    assert keys == {"popd/1001", "prune/1001", "prune/1002", "replay/1001", "replay/1002"}
-    assert missing(specs, [*kept, line("replay", 0.5), line("replay", 0.5, seed=1002)], "a") == []
-    assert sorted(set(names)) == ["full", "popd", "prune", "replay"]
+    controls = {f"{name}/{seed}" for name in ("prune", "replay") for seed in (1001, 1002)}
+    assert keys == {"popd/1001", "popd/1002", *controls}
+    assert missing(specs, kept, "a") == []
 
 
 def test_a_run_of_other_settings_than_now_is_not_shown() -> None:
@@ -76,18 +82,40 @@ def test_a_run_is_compared_with_full_opd_of_its_seed_and_processor() -> None:
         *(line("popd", accuracy, 60, seed) for accuracy, seed in ((0.52, 1001), (0.64, 1002))),
         line("popd", 0.9, 60, 1001, "b"),
     ]
-    (first, second) = compared(lines, "tiny_compatible")["popd"]
-    assert first == (pytest.approx(2), pytest.approx(0.4), pytest.approx(0.2), 200)
-    assert second[0] == pytest.approx(4)
+    found = compared(lines, "tiny_compatible")["popd"]
+    assert list(found) == [1001, 1002]
+    first = found[1001]
+    assert (first.points, first.tokens, first.cpu) == (pytest.approx(2), pytest.approx(0.4), pytest.approx(0.2))
+    assert found[1002].points == pytest.approx(4)
+
+
+def test_a_seed_counts_once_as_its_last_machine_ran_it() -> None:
+    lines = [line(name, accuracy) for name, accuracy in (("full", 0.5), ("popd", 0.52))]
+    compiled = {"processor": "b", "compiled": True}
+    again = [{**line("full", 0.6), **compiled}, {**line("popd", 0.65), **compiled}]
+    assert compared([*lines, *again], "tiny_compatible")["popd"][1001].points == pytest.approx(5)
+    eager = {**again[1], "compiled": False}  # beside which no full OPD has run
+    (row,) = [row for row in rows([*lines, eager], "tiny_compatible") if row.method.name == "popd"]
+    assert (row.points, row.error) == (pytest.approx(2), None)
 
 
 def test_the_table_marks_who_is_not_beaten_in_points_and_tokens() -> None:
     runs = {"full": (0.5, 100), "popd": (0.52, 60), "topd_25": (0.4, 30), "prune": (0.51, 70)}
     lines = [line(name, *numbers, seed=seed) for name, numbers in runs.items() for seed in (1001, 1002)]
-    rows = {row.split(" | ")[0]: row for row in table(lines, "tiny_compatible").splitlines()[2:]}
-    front = {name.strip("| ") for name, row in rows.items() if "●" in row}
+    shown = {row.split(" | ")[0]: row for row in table(lines, "tiny_compatible").splitlines()[2:]}
+    front = {name.strip("| ") for name, row in shown.items() if "●" in row}
     assert front == {"POPD", "TOPD .25"}
-    assert "| 2 | +2.0 ± 0.0 | 40% | 20% | 200 | ● |" in rows["| POPD"]
+    assert "| 2 | +2.0 ± 0.0 | 40% | 20% | 200 | ● |" in shown["| POPD"]
+
+
+def test_the_page_has_a_table_and_curves_of_each_pair_also_without_kept_curves(tmp_path: Path) -> None:
+    curves = {"evaluations": [[0, 0, 0.1], [50, 90, 0.5]], "windows": [100, 120], "overlaps": [0.5, 0.9]}
+    lines = [line("full", 0.5), {**line("popd", 0.6, 70), **curves}, {**line("full", 0.5), "pair": "tiny_drift"}]
+    write_kept_page(lines, tmp_path / "kept.html")
+    page = (tmp_path / "kept.html").read_text(encoding="utf-8")
+    assert page.count('class="compare"') == 2
+    assert page.count("<figure>") == 8
+    assert "<td>POPD</td><td>1</td><td>+10.0</td><td>30%</td>" in page
 
 
 def test_all_that_the_repository_keeps_is_of_methods_and_settings_that_there_are() -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from benchmarks.common import mean_and_error
 from benchmarks.strategies.charts import write_charts
 from benchmarks.strategies.plan import (
     METHODS,
@@ -16,7 +17,6 @@ from benchmarks.strategies.plan import (
 from benchmarks.strategies.results import (
     Verdict,
     markdown,
-    mean_and_error,
     pair_rows,
     run_numbers,
     stop_verdicts,
