@@ -93,8 +93,9 @@ check: setup ## Check RECIPE (default tiny_compatible) without training it
 setup-bench: setup ## Put what the benchmarks compare with (trl, liger) into .venv-bench
 	@PYTHON=$(BIN)/python bash scripts/setup_folder.sh bench bench
 
-bench: setup ## Compare the strategies on the tiny pairs: bench/strategies.html (hours; goes on where it stopped)
-	$(BIN)/prune-opd bench strategies
+bench: setup ## The comparison on the tiny pairs: what docs/strategies.jsonl lacks, bench/kept.html (hours; goes on where it stopped)
+	@set -e; for recipe in tiny_trap_teacher tiny_trap_student; do $(BIN)/prune-opd sft $$recipe --if-missing; done
+	$(BIN)/prune-opd bench keep tiny_compatible tiny_drift tiny_trap
 
 bench-loss: setup-bench ## Measure the loss against full logits, TRL, Liger, NeMo-RL and its floor: bench/loss.json (about 20 minutes)
 	$(BIN)/prune-opd bench loss

@@ -22,6 +22,7 @@ from benchmarks.strategies.plan import (
     FIRST_SEED,
     METHODS,
     RIVALS,
+    TABLE,
     RunSpec,
     Settings,
     choose,
@@ -40,7 +41,7 @@ QUICK_METHODS = ["full", "prune", "random"]
 
 Pairs = Annotated[list[str] | None, typer.Argument(metavar="[PAIR …]", help=f"Recipes; {' and '.join(PAIRS)} if none.")]
 Seeds = Annotated[int, typer.Option(min=1, help="Runs of every method on every pair.")]
-NAMES = ", ".join([*(method.name for method in METHODS), RIVALS])
+NAMES = ", ".join([*(method.name for method in METHODS), RIVALS, TABLE])
 FirstSeed = Annotated[
     int, typer.Option(min=FIRST_SEED, help="Where they begin: a machine takes up seeds that no kept run has.")
 ]

@@ -12,7 +12,7 @@ from rich.console import Console
 from benchmarks.common import BENCH, Out, environment
 from benchmarks.strategies.command import FirstSeed, Jobs, Methods, Seeds, check
 from benchmarks.strategies.kept import EVERY, KEPT, Line, identity, keep, read_kept, settings_digest, valid
-from benchmarks.strategies.plan import FIRST_SEED, RunSpec, Settings, choose, pair_recipe, plan
+from benchmarks.strategies.plan import FIRST_SEED, TABLE, RunSpec, Settings, choose, pair_recipe, plan
 from benchmarks.strategies.rank import Wanted
 from benchmarks.strategies.results import run_numbers
 from benchmarks.strategies.runs import finished, run_all
@@ -34,13 +34,14 @@ def run(
 ) -> int:
     """Run what docs/strategies.jsonl lacks of the pairs from this kind of processor; keep what is finished. Returns 0.
 
+    Without --methods: the table's.
     Writes DIR/kept.html: tables and curves of all that is kept. What is finished below DIR/strategies is kept too if a
     run fails or the command is stopped by Ctrl-C.
     Raises ConfigError or UserError before the first run for a pair or a method that cannot run.
     """
     folder, here = out / "strategies", processor()
     recipes = {pair: pair_recipe(pair, SIZE.overrides) for pair in pairs or ()}
-    specs = plan(recipes, choose(methods), range(first_seed, first_seed + seeds), SIZE)
+    specs = plan(recipes, choose(methods or [TABLE]), range(first_seed, first_seed + seeds), SIZE)
     specs = missing(specs, read_kept(), here)
     if specs:
         check(specs, jobs)

@@ -46,6 +46,7 @@ FASTOPD = ("horizon.strategy=fastopd", "horizon.step={eighth}", "horizon.margin=
 NO_MEMORY = (*FOLLOW, "gate.memory=false", "gate.w_drop=1")
 STOP_AT_ALL = STOP[:-1]  # without a price: KAT looks always
 RIVALS = "rivals"
+TABLE = "table"  # what docs/comparison.md shows: one form of each idea, without the variants that others stand for
 
 
 @dataclass(frozen=True)
@@ -96,6 +97,12 @@ METHODS = (
     Method("inflight_full", "full rollouts + in-flight stop (ours)", (W_DROP, *STOP), "full_gated", named_only=True),
     Method("iw_opd", "IW-OPD", ("weighting.name=iw_opd",)),
     Method(
+        "full_vocab",
+        "full OPD, KL over the whole vocabulary",
+        ("objective.name=full_vocab_reverse_kl",),
+        named_only=True,
+    ),
+    Method(
         "semi_opd", "Semi-OPD: rollouts of the initial student", (ONCE, "rollout.correct_stale=false"), group=RIVALS
     ),
     Method("semi_opd_corrected", "Semi-OPD, stale tokens corrected", (ONCE,), group=RIVALS),
@@ -120,6 +127,12 @@ METHODS = (
     Method("replay", "control: POPD that replays Prune's windows", (), "prune", replays=True),
     Method("random", "control: random cuts with the mean of Prune's windows", (), "prune", replays=True, scatter=True),
 )
+
+IN_TABLE = {
+    *("full", "topd_25", "popd", "prune_paper", "prune_w0", "prune", "change_point", "from_the_top", "full_vocab"),
+    *("semi_opd", "semi_opd_corrected", "refresh_4", "kat", "kat_window", "adwin", "fastopd", "esr", "sdar", "tropd"),
+    *("no_memory", "sampled", "vopd", "gamma_opd", "replay", "random"),
+}
 
 
 @dataclass(frozen=True)
@@ -155,7 +168,7 @@ def choose(names: Sequence[str] | None) -> list[Method]:
     ConfigError for a name that no method has.
     """
     known = {method.name: method for method in METHODS}
-    groups = {group: {method.name for method in METHODS if method.group == group} for group in (RIVALS,)}
+    groups = {RIVALS: {method.name for method in METHODS if method.group == RIVALS}, TABLE: IN_TABLE}
     for name in names or ():
         if name not in {**known, **groups}:
             raise ConfigError(f"--methods {name!r} is not known: the methods are {', '.join([*known, *groups])}")

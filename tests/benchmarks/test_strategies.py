@@ -13,6 +13,7 @@ import pytest
 from rich.console import Console
 
 from benchmarks.strategies.plan import (
+    IN_TABLE,
     METHODS,
     Method,
     RunSpec,
@@ -87,6 +88,8 @@ def test_a_method_that_does_not_exist_is_refused_and_a_control_brings_what_it_re
     rivals = [method.name for method in choose(["rivals"])]
     assert {"full", "prune", "kat", "semi_opd", "adwin", "fastopd", "vopd"} < set(rivals) and "popd" not in rivals
     assert "kat" not in {method.name for method in choose(None)}
+    table = {method.name for method in choose(["table"])}
+    assert table == IN_TABLE > set(rivals) - {"prune"}, "what its methods are compared with is in it too"
     assert [method.name for method in choose(["inflight_full"])] == ["full", "full_gated", "inflight_full"]
     assert not {"full_gated", "inflight_full"} & {method.name for method in choose(None)}
 
