@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
+from prune_opd.cli import ready
 from prune_opd.cli.worker import protect_files, run_reported
 from prune_opd.config import HorizonConfig, TrainConfig, to_dict
 from prune_opd.config.yaml import from_dict
@@ -87,6 +88,7 @@ class FewerBetween(Evaluator):
 def train(folder: Path) -> int:
     """This process's run. Returns its exit code."""
     interruption = Interruption()  # before the heavy imports: a job may be stopped while it starts
+    ready.get_ready("train/compiled")
     from prune_opd.loop import train_to_end
     from prune_opd.run import prepare
 

@@ -12,7 +12,7 @@ import importlib
 import os
 import sys
 
-from prune_opd.process import has_gpu, rank_environment
+from prune_opd.process import has_gpu, rank_environment, uncollected
 
 # Every engine imports these before `platform.compiling`, which is for the model alone.
 ENGINE = ("vllm", "vllm.v1.sample.sampler")
@@ -59,6 +59,7 @@ SAMPLE = ("train", "eval")  # they have an engine
 EAGER = "eager"
 
 
+@uncollected()
 def get_ready(kind: str) -> None:
     """Import what the ranks of a command need.
 

@@ -18,6 +18,7 @@ import torch.distributed as dist
 
 from prune_opd.config import ParallelConfig
 from prune_opd.platform import Platform
+from prune_opd.ranks.gloo import share_device
 
 
 @dataclass(frozen=True)
@@ -118,6 +119,7 @@ def initialize(parallel: ParallelConfig, platform: Platform, seed: int) -> Layou
         os.environ.setdefault(name, value)
     if platform.is_cpu:
         torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+        share_device()
     dist.init_process_group(platform.backend, timeout=timedelta(minutes=parallel.timeout_minutes))
     return arrange(parallel, seed)
 

@@ -33,7 +33,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from prune_opd.process import end_with_parent, rank_environment
+from prune_opd.process import end_with_parent, rank_environment, uncollected
 from prune_opd.ranks.forked import fork, keep_pages, make_seats, run_fresh, why_not
 from prune_opd.ranks.launcher import shell_code
 
@@ -45,6 +45,7 @@ KINDS = {"compiled": "train/compiled", "eager": "train/eager"}
 TOO = ("prune_opd.track.report",)  # what a run imports at its end
 
 
+@uncollected()
 def get_ready(kind: str) -> None:
     """Import what the launches need, in the order of a rank."""
     if kind in ("bare", "light"):
