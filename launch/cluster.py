@@ -127,8 +127,10 @@ def load_cluster(name_or_path: str) -> Cluster:
     try:
         _check_texts("", data)
         more: dict[str, Any] = {}
+        if isinstance(data, dict) and "more" in data:
+            raise ConfigError("more is no field of a cluster file: write the fields of the executor beside the others")
         if isinstance(data, dict) and data.get("kind") == "slurm":
-            unknown = {name: value for name, value in data.items() if name not in OWN or name == "more"}
+            unknown = {name: value for name, value in data.items() if name not in OWN}
             more = executor_fields(unknown, OWN)
             data = {name: value for name, value in data.items() if name not in more}
         cluster = from_dict(Cluster, data)

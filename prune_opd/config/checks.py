@@ -125,7 +125,9 @@ def fits(value: Any, hint: Any) -> bool:
     if typing.get_origin(hint) is dict:  # of texts: a launcher's variables; or of settings
         parts = typing.get_args(hint)
         return isinstance(value, dict) and all(
-            isinstance(one, part) for pair in value.items() for one, part in zip(pair, parts, strict=True)
+            part is Any or isinstance(one, part)
+            for pair in value.items()
+            for one, part in zip(pair, parts, strict=True)
         )
     if typing.get_origin(hint) is typing.Literal:
         return isinstance(value, str)

@@ -29,7 +29,7 @@ def share_device() -> None:
         (last,) = (*given, *named.values()) or (NO_TIME_GIVEN,)
         if isinstance(last, timedelta):
             options = gloo._Options()
-            options._devices = _devices(os.getpid())
+            options._devices = devices(os.getpid())
             options._threads = THREADS * len(options._devices)
             options._timeout = last
             last = options
@@ -40,8 +40,8 @@ def share_device() -> None:
 
 
 @functools.cache
-def _devices(process: int) -> list[Any]:
-    """Those of this process: a fork has lost the thread. On the interfaces that GLOO_SOCKET_IFNAME names, as torch."""
+def devices(process: int) -> list[Any]:
+    """One for each interface in GLOO_SOCKET_IFNAME, as torch has it; a fork has its own, since it lacks the thread."""
     gloo: Any = dist.ProcessGroupGloo
     names = [name for name in os.environ.get("GLOO_SOCKET_IFNAME", "").split(",") if name]
     return [gloo.create_device(interface=name) for name in names] or [gloo.create_default_device()]

@@ -92,6 +92,16 @@ def test_all_ranks_report_the_same_numbers(results: dict[str, list[dict[str, Any
 
 
 @pytest.mark.parametrize(("ranks", "case"), CASES)
+def test_all_groups_of_a_rank_share_a_device(results: dict[str, list[dict[str, Any]]], ranks: int, case: str) -> None:
+    """Layout after layout, with some thirty groups each: a device of each group's own would be a thread of its own."""
+    assert [rank["socket_threads"] for rank in results[case]] == [1] * ranks
+
+
+def test_a_device_is_made_for_each_interface_that_is_named(results: dict[str, list[Any]]) -> None:
+    assert results["devices of two interfaces"] == [2]
+
+
+@pytest.mark.parametrize(("ranks", "case"), CASES)
 def test_the_teacher_has_no_gradients_and_no_optimizer_state(
     results: dict[str, list[dict[str, Any]]], ranks: int, case: str
 ) -> None:

@@ -12,6 +12,7 @@ import dataclasses
 import gc
 import json
 import math
+import os
 import sys
 import time
 from pathlib import Path
@@ -23,6 +24,7 @@ import torch.distributed as dist
 from prune_opd import platform
 from prune_opd.config import ParallelConfig
 from prune_opd.method.advantage import advantages
+from prune_opd.ranks import gloo
 from prune_opd.rollout.batch import Response, Rollouts
 from prune_opd.rollout.reward import Rewards
 from tests.distributed.tiny_run import OPTIMIZER, build_run, made_up_rollouts, train_config, train_step
@@ -210,6 +212,20 @@ def train(models: Path, out: Path, reference: str, layout: Any, parallel: Parall
     }
 
 
+def socket_threads() -> int:
+    """Threads of this process that wait for gloo's sockets, each of which wakes up 100 times a second."""
+    names = (path.read_text().strip() for path in Path("/proc/self/task").glob("*/comm"))
+    return sum(name == "gloo_tcp_loop" for name in names)
+
+
+def devices_of_two_interfaces() -> int:
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo,lo"
+    try:
+        return len(gloo.devices(-1))
+    finally:
+        del os.environ["GLOO_SOCKET_IFNAME"]
+
+
 def main(models: Path, out: Path) -> None:
     machine = platform.prepare()
     from prune_opd.megatron import layout as layouts
@@ -226,6 +242,7 @@ def main(models: Path, out: Path) -> None:
             run, result = train(models, out, reference, layout, alone)
             export_hf(run.trainer.chunks, models / pair / "student", out / reference, write=True)
             results[reference] = [result]
+        results["devices of two interfaces"] = [devices_of_two_interfaces()]
     else:
         for case, settings in cases(layout.world).items():
             parallel = ParallelConfig(microbatch_tokens=BUDGET, **settings)
@@ -233,6 +250,7 @@ def main(models: Path, out: Path) -> None:
             model.PackedSdpaAttention = GatheredSdpaAttention if parallel.context > 1 else PackedSdpaAttention
             run, result = train(models, out, reference, layouts.arrange(parallel, seed=0), parallel)
             result["parameters"] = farthest_from_reference(run, out / reference)
+            result["socket_threads"] = socket_threads()
             del run
             gc.collect()
             everyone: list[Any] = [None] * layout.world

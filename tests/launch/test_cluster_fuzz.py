@@ -148,7 +148,14 @@ def test_any_text_and_any_bytes_are_refused_in_lines(text: str | bytes, with_exe
     read_or_refused(text)
 
 
-@pytest.mark.parametrize("key", ["time", "nodes", "environment", "secrets", "container_mounts", "ssh", "gres", "x"])
+@pytest.mark.parametrize(
+    "key", ["time", "nodes", "environment", "secrets", "container_mounts", "ssh", "gres", "x", "more"]
+)
 def test_every_odd_value_at_every_kind_of_field(key: str, with_executor: None) -> None:
     for value in SNIPPETS:
         read_or_refused(f"kind: slurm\naccount: a\n{key}: {value}\n")
+
+
+@pytest.mark.parametrize("value", ["{}", "{a: b}", "{? '' : null}"])
+def test_where_the_executors_fields_are_kept_is_no_field(value: str, with_executor: None) -> None:
+    assert not read_or_refused(f"kind: slurm\naccount: a\nmore: {value}\n")
