@@ -129,6 +129,24 @@ print("end")
     assert run_ranks(script(tmp_path, text), 1) == "end\nthread\nhandler\n"
 
 
+@pytest.mark.parametrize("memory", [False, True])
+def test_c_libraries_tidy_up_where_there_is_shared_memory_and_nothing_of_the_parents_is_tidied_up(
+    tmp_path: Path, memory: bool
+) -> None:
+    """As vLLM takes its shared memory away. What an import has left to its exit handlers is the server's."""
+    text = f"""
+import builtins, ctypes, mmap, os, weakref
+print(len(weakref.finalize._registry))
+heard = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(lambda _: os.write(1, b"tidied up") and None)
+ctypes.PyDLL(None).__cxa_atexit(heard, None, None)
+with open("/dev/shm/prune-opd-test-{os.getpid()}", "w+b") as file:
+    os.unlink(file.name)
+    file.truncate(4096)
+    builtins.kept = heard, mmap.mmap(file.fileno(), 4096) if {memory} else None
+"""
+    assert run_ranks(script(tmp_path, text), 1) == "0\n" + ("tidied up" if memory else "")
+
+
 def test_launches_that_differ_in_what_is_read_at_import_have_servers_of_their_own(tmp_path: Path) -> None:
     keys = {
         client.server_key("eager", client.environment(env))
