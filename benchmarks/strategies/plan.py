@@ -129,9 +129,9 @@ METHODS = (
 )
 
 IN_TABLE = {
-    *("full", "topd_25", "popd", "prune_paper", "prune_w0", "prune", "change_point", "from_the_top", "full_vocab"),
+    *("full", "topd_25", "popd", "prune_paper", "prune_w0", "prune", "marginal_paper", "change_point", "from_the_top"),
     *("semi_opd", "semi_opd_corrected", "refresh_4", "kat", "kat_window", "adwin", "fastopd", "esr", "sdar", "tropd"),
-    *("no_memory", "sampled", "vopd", "gamma_opd", "replay", "random"),
+    *("no_memory", "sampled", "vopd", "gamma_opd", "full_vocab", "replay", "random"),
 }
 
 

@@ -1,22 +1,30 @@
-"""docs/choosing.md recommends nothing that docs/second-start.md does not show, and names every rival there is."""
+"""docs/choosing.md recommends what the comparison shows (docs/second-start.md, kept runs), and names every rival."""
 
 from __future__ import annotations
 
 import re
+from statistics import fmean
 from typing import NamedTuple
 
 import pytest
 
+from benchmarks.common import mean_and_error
+from benchmarks.strategies.kept import compared, read_kept, valid
 from benchmarks.strategies.plan import METHODS, RIVALS
 from benchmarks.studies.pair.rules import KINDS
 from tests.docs.pages import ROOT, text
 
 CHOOSING, COMPARISON = (text(ROOT / "docs" / name) for name in ("choosing.md", "second-start.md"))
-# The method of a row by its title in the comparison, for the settings that stand in the choice.
-TITLES = {
-    "`horizon.strategy=marginal gate.w_base=0.5`": "ours: marginal window, w_base .5",
-    "`horizon.strategy=prune gate.w_base=0`": "Prune-OPD overlap, w_base 0",
+# The comparison's method by what stands in the choice.
+CHOSEN = {
+    "`horizon.strategy=marginal gate.w_base=0.5`": "marginal_paper",
+    "`horizon.strategy=prune gate.w_base=0`": "prune_w0",
+    "KAT with the pair's own threshold": "kat_window",
 }
+TITLES = {method.name: method.title for method in METHODS}
+PAIRS = {"compatible": "tiny_compatible", "drift": "tiny_drift", "trap": "tiny_trap"}
+KEPT_RUNS = valid(read_kept())
+OF_PROBLEMS = 2.0  # points: what 512 problems alone do to the difference of two runs
 HEADINGS = {"compatible": "The compatible pair", "drift": "The drift pair"}
 
 
@@ -65,10 +73,22 @@ def test_every_kind_of_pair_that_the_rules_know_has_a_row() -> None:
 def test_a_choice_with_numbers_is_on_the_front_of_the_comparison(kind: str) -> None:
     row, others = CHOICES[kind], comparison_of(kind)
     mine = shown(in_points(row))
-    assert others[TITLES[row["take"]]] == mine, "the page's numbers are the comparison's"
+    assert others[TITLES[CHOSEN[row["take"]]]] == mine, "the page's numbers are the comparison's"
     assert mine.points + mine.error >= 0, "below full OPD by more than its error"
     better = [name for name, other in others.items() if other.points > mine.points and other.saved > mine.saved]
     assert not better, better
+
+
+@pytest.mark.parametrize("kind", PAIRS)
+def test_no_kept_run_speaks_against_a_choice(kind: str) -> None:
+    """No method has clearly more points, over the seeds that both have, and saves more tokens."""
+    found = compared(KEPT_RUNS, PAIRS[kind])
+    mine = found.get(CHOSEN[CHOICES[kind]["take"]], {})
+    for name, runs in found.items():
+        both = sorted(set(runs) & set(mine))
+        if both and fmean(runs[seed].tokens for seed in both) > fmean(mine[seed].tokens for seed in both):
+            gap, error = mean_and_error([runs[seed].points - mine[seed].points for seed in both])
+            assert gap <= 2 * max(error or 0.0, OF_PROBLEMS / len(both) ** 0.5), f"{name}: {gap:+.1f} points"
 
 
 def test_a_choice_without_numbers_claims_none() -> None:
