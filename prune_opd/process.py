@@ -78,7 +78,7 @@ def rank_environment(env: Mapping[str, str]) -> dict[str, str]:
 
 @contextmanager
 def uncollected() -> Iterator[None]:
-    """No garbage collection in here: for imports, whose objects stay. It was a fifth of their CPU seconds."""
+    """No garbage collection in here: for imports, whose objects stay. It was a sixth of their CPU seconds."""
     enabled = gc.isenabled()
     gc.disable()
     try:

@@ -11,11 +11,13 @@ from rich.console import Console
 
 from benchmarks.common import BENCH, Out, environment
 from benchmarks.strategies.command import FirstSeed, Jobs, Methods, Seeds, check
-from benchmarks.strategies.kept import EVERY, KEPT, Line, identity, keep, read_kept, settings_digest, valid
+from benchmarks.strategies.kept import EVERY, KEPT, RUN, Line, identity, keep, read_kept, settings_digest, valid
 from benchmarks.strategies.plan import FIRST_SEED, TABLE, RunSpec, Settings, choose, pair_recipe, plan
 from benchmarks.strategies.rank import Wanted
 from benchmarks.strategies.results import run_numbers
 from benchmarks.strategies.runs import finished, run_all
+from prune_opd.config import TrainConfig
+from prune_opd.config.paths import shipped_models_dir
 
 SIZE = Settings(problems_between=64)  # what is between the start and the end only draws curves
 
@@ -32,7 +34,7 @@ def run(
     first_seed: FirstSeed = FIRST_SEED,
     jobs: Jobs = 2,
 ) -> int:
-    """Run what docs/strategies.jsonl lacks of the pairs from this kind of processor; keep what is finished. Returns 0.
+    """Run what docs/strategies.jsonl lacks of the pairs (`missing`); keep what is finished. Returns 0.
 
     Without --methods: the table's.
     Writes DIR/kept.html: tables and curves of all that is kept. What is finished below DIR/strategies is kept too if a
@@ -58,11 +60,23 @@ def run(
 
 
 def missing(specs: Sequence[RunSpec], kept: Sequence[Line], processor: str) -> list[RunSpec]:
-    """The runs that no kept line of the processor has, and those whose windows a missing control replays."""
-    known = {identity(line) for line in kept}
-    wanted = [spec for spec in specs if identity(_known_by(spec.key, Wanted(spec.config, 0), processor)) not in known]
-    sources = {f"{spec.pair}/{spec.method.against}/{spec.seed}" for spec in wanted if spec.method.replays}
-    return [spec for spec in specs if spec in wanted or spec.key in sources]
+    """The runs that no kept line has: of this processor, or of any where both models come with the package.
+
+    With them full OPD on this machine, beside which they count, and the runs whose windows a control replays.
+    """
+    known, anywhere = {identity(line) for line in kept}, {identity(line, RUN) for line in kept}
+    lines = {spec.key: _known_by(spec.key, spec.config, processor) for spec in specs}
+    here = {key for key, line in lines.items() if identity(line) in known}
+    there = {spec.key for spec in specs if _is_shipped(spec.config) and identity(lines[spec.key], RUN) in anywhere}
+    wanted = [spec for spec in specs if spec.key not in here | there]
+    beside = {f"{spec.pair}/full/{spec.seed}" for spec in wanted} - here
+    beside |= {f"{spec.pair}/{spec.method.against}/{spec.seed}" for spec in wanted if spec.method.replays}
+    return [spec for spec in specs if spec in wanted or spec.key in beside]
+
+
+def _is_shipped(config: TrainConfig) -> bool:
+    """Whether a run begins with models that come with the package: it then was the same on every machine so far."""
+    return all(Path(str(model)).parent == shipped_models_dir() for model in (config.student, config.teacher))
 
 
 def processor() -> str:
@@ -79,22 +93,21 @@ def finished_lines(folder: Path, processor: str) -> list[Line]:
         records = finished(wanted, path.parent)
         if records is None or wanted.config.evaluation.problems != Settings.problems:
             continue
-        known_by = _known_by("/".join(path.parent.parts[-3:]), wanted, processor)
+        known_by = _known_by("/".join(path.parent.parts[-3:]), wanted.config, processor)
         lines.append({**known_by, **_kept_numbers(run_numbers(*records))})
     return lines
 
 
-def _known_by(key: str, wanted: Wanted, processor: str) -> Line:
+def _known_by(key: str, config: TrainConfig, processor: str) -> Line:
     """What tells the run of a RunSpec's key from all others."""
     pair, method, seed = key.split("/")
-    settings, compiled = settings_digest(wanted.config), wanted.config.rollout.enforce_eager is False
     return {
         "pair": pair,
         "method": method,
         "seed": int(seed),
-        "settings": settings,
+        "settings": settings_digest(config),
         "processor": processor,
-        "compiled": compiled,
+        "compiled": config.rollout.enforce_eager is False,
     }
 
 

@@ -61,9 +61,12 @@ def keep(path: Path, lines: Iterable[Line]) -> int:
     return len(new)
 
 
-def identity(line: Line) -> tuple[str, ...]:
-    """What tells a run from all others: pair, method, seed, settings, processor, whether the engine was compiled."""
-    return tuple(str(line.get(key, False)) for key in ("pair", "method", "seed", "settings", "processor", "compiled"))
+RUN, MACHINE = ("pair", "method", "seed", "settings"), ("processor", "compiled")
+
+
+def identity(line: Line, keys: Sequence[str] = (*RUN, *MACHINE)) -> tuple[str, ...]:
+    """What tells a run from all others; `RUN` alone: from all but the same run on another machine."""
+    return tuple(str(line.get(key, False)) for key in keys)
 
 
 def valid(lines: Sequence[Line]) -> list[Line]:

@@ -10,17 +10,24 @@ import pytest
 from benchmarks.strategies.keep import SIZE, finished_lines, missing
 from benchmarks.strategies.kept import KEPT, Line, compared, keep, read_kept, rows, settings_digest, table, valid
 from benchmarks.strategies.kept_page import write_kept_page
-from benchmarks.strategies.plan import METHODS, Settings, choose, method_config, pair_recipe, plan, run_config
+from benchmarks.strategies.plan import METHODS, RunSpec, Settings, choose, method_config, pair_recipe, plan, run_config
 from benchmarks.strategies.rank import Wanted
 from tests.benchmarks.strategies_runs import recipe, write_metrics
 
 BY_NAME = {method.name: method for method in METHODS}
 
 
-def line(method: str, accuracy: float, tokens: int = 100, seed: int = 1001, processor: str = "a") -> Line:
+def line(
+    method: str,
+    accuracy: float,
+    tokens: int = 100,
+    seed: int = 1001,
+    processor: str = "a",
+    pair: str = "tiny_compatible",
+) -> Line:
     cost = {"sync": 9.0, "rollout": tokens / 50, "teacher": 1.0, "train": 1.0}
-    settings = settings_digest(method_config(recipe(), BY_NAME[method]))
-    known = {"pair": "tiny_compatible", "method": method, "seed": seed, "settings": settings, "processor": processor}
+    settings = settings_digest(method_config(recipe(pair), BY_NAME[method]))
+    known = {"pair": pair, "method": method, "seed": seed, "settings": settings, "processor": processor}
     return {**known, "accuracy": accuracy, "tokens_generated": tokens, "cpu_s": cost, "last_window": 200}
 
 
@@ -53,18 +60,32 @@ def test_finished_runs_are_kept_once_and_quick_ones_not(tmp_path: Path) -> None:
     assert read_kept(file)[0] == found[0]
 
 
+def keys_of(specs: list[RunSpec]) -> set[str]:
+    return {spec.key.partition("/")[2] for spec in specs}
+
+
 def test_only_runs_that_the_processor_lacks_are_made_and_what_a_missing_control_replays() -> None:
-    pairs = {"tiny_compatible": pair_recipe("tiny_compatible", SIZE.overrides)}
+    pairs = {"tiny_trap": pair_recipe("tiny_trap", SIZE.overrides)}
     specs = plan(pairs, choose(["popd", "replay"]), [1001, 1002], SIZE)
     assert missing(specs, [], "a") == specs
-    eager = [line(name, 0.5, seed=seed) for name in ("full", "popd", "prune", "replay") for seed in (1001, 1002)]
+    methods = ("full", "popd", "prune", "replay")
+    eager = [line(name, 0.5, seed=seed, pair="tiny_trap") for name in methods for seed in (1001, 1002)]
     kept = [{**one, "compiled": True} for one in eager]
     assert missing(specs, kept, "b") == missing(specs, eager, "a") == specs
     of_before = [{**one, "settings": "of before"} if one["method"] == "popd" else one for one in kept[:-2]]
-    keys = {spec.key.removeprefix("tiny_compatible/") for spec in missing(specs, of_before, "a")}
     controls = {f"{name}/{seed}" for name in ("prune", "replay") for seed in (1001, 1002)}
-    assert keys == {"popd/1001", "popd/1002", *controls}
+    assert keys_of(missing(specs, of_before, "a")) == {"popd/1001", "popd/1002", *controls}
     assert missing(specs, kept, "a") == []
+
+
+def test_with_models_of_the_package_a_run_on_any_machine_will_do_beside_full_opd_of_the_same_one() -> None:
+    pairs = {"tiny_compatible": pair_recipe("tiny_compatible", SIZE.overrides)}
+    specs = plan(pairs, choose(["popd", "esr"]), [1001], SIZE)
+    kept = [line(name, 0.5) for name in ("full", "popd", "esr")]
+    assert missing(specs, kept, "b") == []
+    assert keys_of(missing(specs, kept[:2], "b")) == {"full/1001", "esr/1001"}
+    here = {**kept[0], "processor": "b", "compiled": True}
+    assert keys_of(missing(specs, [*kept[:2], here], "b")) == {"esr/1001"}
 
 
 def test_a_run_of_other_settings_than_now_is_not_shown() -> None:
