@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from html import escape
 from pathlib import Path
@@ -75,8 +75,8 @@ def pair_charts(rows: Sequence[Row]) -> list[Chart]:
     ]
 
 
-def _style(index: int) -> dict[str, Any]:
-    return {"color": CYCLE[index % len(CYCLE)], "linestyle": ("-", "--", ":")[index // len(CYCLE) % 3]}
+def style(index: int) -> dict[str, Any]:
+    return {"color": CYCLE[index % len(CYCLE)], "linestyle": ("-", "--", ":", "-.")[index // len(CYCLE) % 4]}
 
 
 def _cost(figure: Any, rows: Sequence[Row], key: str, label: str) -> None:
@@ -86,7 +86,7 @@ def _cost(figure: Any, rows: Sequence[Row], key: str, label: str) -> None:
         errors = {"xerr": row[f"{key}_stderr"], "yerr": row["accuracy_stderr"]}
         ax.errorbar(row[key], row["accuracy"], **errors, **look, linestyle="none", capsize=2, elinewidth=0.8)
     ax.set_xlim(left=0)
-    _accuracy_by_count(ax)
+    accuracy_by_count(ax)
 
 
 def _curves(figure: Any, rows: Sequence[Row], key: str, label: str) -> None:
@@ -94,27 +94,36 @@ def _curves(figure: Any, rows: Sequence[Row], key: str, label: str) -> None:
     for i, row in enumerate(rows):
         curves = [run["curve"] for run in row["runs"]]
         x, y = ([fmean(p[name] for p in points) for points in zip(*curves, strict=True)] for name in (key, "accuracy"))
-        ax.plot(x, y, label=row["method"], marker=MARKERS[i % len(MARKERS)], markersize=3, **_style(i))
-    _accuracy_by_count(ax)
+        ax.plot(x, y, label=row["method"], marker=MARKERS[i % len(MARKERS)], markersize=3, **style(i))
+    accuracy_by_count(ax)
 
 
-def _accuracy_by_count(ax: Any) -> None:
+def accuracy_by_count(ax: Any, size: int = 7) -> None:
     accuracy_axis(ax)
     count_axis(ax.xaxis)
-    legend(ax, ncols=5, fontsize=7)
+    legend(ax, ncols=5, fontsize=size)
 
 
 def _series(figure: Any, rows: Sequence[Row], key: str, label: str) -> None:
-    ax = axes(figure, "step", label)
-    for i, row in enumerate(rows):
-        values = [fmean(at) for at in zip(*(run[key] for run in row["runs"]), strict=True)]
-        ax.plot(range(1, len(values) + 1), values, label=row["method"], **_style(i))
-    if key != "overlap":
-        from_zero(ax)
+    named = {row["method"]: [run[key] for run in row["runs"]] for row in rows}
+    ax = series(figure, label, named, zero=key != "overlap")
     if key == "event_rate":
         percent_axis(ax.yaxis)
+
+
+def series(
+    figure: Any, label: str, named: Mapping[str, Sequence[Sequence[float]]], zero: bool, every: int = 1, size: int = 7
+) -> Any:
+    """The mean of each method's curves over the steps. every: steps between two values. size: of the legend's text."""
+    ax = axes(figure, "step", label)
+    for i, (name, curves) in enumerate(named.items()):
+        values = [fmean(at) for at in zip(*curves, strict=True)]
+        ax.plot(range(1, 1 + every * len(values), every), values, label=name, **style(i))
+    if zero:
+        from_zero(ax)
     count_axis(ax.xaxis)
-    legend(ax, ncols=4, fontsize=7)
+    legend(ax, ncols=4, fontsize=size)
+    return ax
 
 
 def _positions(figure: Any, rows: Sequence[Row]) -> None:
@@ -142,6 +151,11 @@ def _sweep(figure: Any, rows: Sequence[Row]) -> None:
 
 
 def _table(rows: Sequence[Row]) -> str:
-    lines = [f"<tr>{''.join(f'<th>{escape(name)}</th>' for name in COLUMNS)}</tr>"]
-    lines += [f"<tr>{''.join(f'<td>{escape(cell(row))}</td>' for cell in COLUMNS.values())}</tr>" for row in rows]
+    return compare_table(COLUMNS, ([cell(row) for cell in COLUMNS.values()] for row in rows))
+
+
+def compare_table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+    """A table of methods as HTML, from its cells as text."""
+    lines = [f"<tr>{''.join(f'<th>{escape(name)}</th>' for name in head)}</tr>"]
+    lines += [f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in row)}</tr>" for row in rows]
     return f'<div class="wide"><table class="compare">{"".join(lines)}</table></div>'

@@ -9,12 +9,13 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from benchmarks.strategies.charts import MARKERS, accuracy_by_count, compare_table, series, style
 from benchmarks.strategies.kept import EVERY, HEAD, Line, Row, cells, rows
-from prune_opd.track.plotting import CYCLE, Chart, accuracy_axis, axes, count_axis, from_zero, legend, percent_axis
+from prune_opd.track.plotting import CYCLE, Chart, axes, legend, percent_axis
 from prune_opd.track.report import grid, write_page
 
 OURS, FIXED = ("change_point", "from_the_top"), ("full", "topd_25", "esr")
-MARKERS = "osD^v<>P*XphHd"
+SMALL = 6  # points: a legend of some twenty methods
 NOTE = "Points are to full OPD of the same seed, mean ± standard error over seeds. ●: none has more and saves more."
 
 
@@ -23,7 +24,7 @@ def write_kept_page(lines: Sequence[Line], path: Path) -> None:
     body = [f"<header><h1>The comparison's kept runs</h1><p>{escape(NOTE)}</p></header>"]
     for pair in dict.fromkeys(line["pair"] for line in lines):
         found = rows(lines, pair)
-        body += [f"<h2>{escape(pair)}</h2>", _table(found), grid(pair_charts(found))]
+        body += [f"<h2>{escape(pair)}</h2>", compare_table(HEAD, map(cells, found)), grid(pair_charts(found))]
     write_page("The comparison's kept runs", body, path)
 
 
@@ -47,10 +48,6 @@ def pair_charts(found: Sequence[Row]) -> list[Chart]:
     ]
 
 
-def _style(place: int) -> dict[str, Any]:
-    return {"color": CYCLE[place % len(CYCLE)], "linestyle": ("-", "--", ":", "-.")[place // len(CYCLE) % 4]}
-
-
 def _front(figure: Any, found: Sequence[Row]) -> None:
     ax = axes(figure, "response tokens saved", "points to full OPD")
     ax.axhline(0, color="#8a949f", linewidth=0.8)
@@ -60,7 +57,7 @@ def _front(figure: Any, found: Sequence[Row]) -> None:
         big = 8 if row.method.name in OURS else 5
         ax.errorbar(row.tokens, row.points, yerr=row.error, markersize=big, linestyle="none", capsize=2, **look)
     percent_axis(ax.xaxis)
-    legend(ax, ncols=5, fontsize=6)
+    legend(ax, ncols=5, fontsize=SMALL)
 
 
 def _accuracy(figure: Any, found: Sequence[Row]) -> None:
@@ -68,30 +65,15 @@ def _accuracy(figure: Any, found: Sequence[Row]) -> None:
     for place, row in enumerate(found):
         if curves := _of_all(row, "evaluations"):
             points = [[fmean(column) for column in zip(*at, strict=True)] for at in zip(*curves, strict=True)]
-            ax.plot([at[1] for at in points], [at[2] for at in points], label=row.method.name, **_style(place))
-    accuracy_axis(ax)
-    count_axis(ax.xaxis)
-    legend(ax, ncols=5, fontsize=6)
+            ax.plot([at[1] for at in points], [at[2] for at in points], label=row.method.name, **style(place))
+    accuracy_by_count(ax, SMALL)
 
 
 def _series(figure: Any, found: Sequence[Row], key: str, label: str) -> None:
-    ax = axes(figure, "step", label)
-    for place, row in enumerate(found):
-        if curves := _of_all(row, key):
-            values = [fmean(at) for at in zip(*curves, strict=True)]
-            ax.plot([1 + EVERY * i for i in range(len(values))], values, label=row.method.name, **_style(place))
-    if key == "windows":
-        from_zero(ax)
-    count_axis(ax.xaxis)
-    legend(ax, ncols=5, fontsize=6)
+    named = {row.method.name: curves for row in found if (curves := _of_all(row, key))}
+    series(figure, label, named, zero=key == "windows", every=EVERY, size=SMALL)
 
 
 def _of_all(row: Row, key: str) -> list[list[Any]]:
     """The curves of the seeds that have one: the first lines were kept without."""
     return [run.line[key] for run in row.runs.values() if key in run.line]
-
-
-def _table(found: Sequence[Row]) -> str:
-    lines = [f"<tr>{''.join(f'<th>{escape(name)}</th>' for name in HEAD)}</tr>"]
-    lines += [f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in cells(row))}</tr>" for row in found]
-    return f'<div class="wide"><table class="compare">{"".join(lines)}</table></div>'

@@ -84,6 +84,8 @@ def test_no_kept_run_speaks_against_a_choice(kind: str) -> None:
     """No method has clearly more points, over the seeds that both have, and saves more tokens."""
     found = compared(KEPT_RUNS, PAIRS[kind])
     mine = found.get(CHOSEN[CHOICES[kind]["take"]], {})
+    if not mine:
+        pytest.skip(f"no run of the choice for a pair of the kind {kind} is kept yet")
     for name, runs in found.items():
         both = sorted(set(runs) & set(mine))
         if both and fmean(runs[seed].tokens for seed in both) > fmean(mine[seed].tokens for seed in both):
