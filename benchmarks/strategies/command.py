@@ -1,7 +1,7 @@
 """`prune-opd bench strategies`: the papers' comparison on the tiny pairs, every method from the same start.
 
 plan.py      the methods, as changes of full OPD, and the order of the runs
-runs.py      one process a run (rank.py), resumable
+runs.py      one process a run (rank.py), resumable; judged.py: a pair without problems
 results.py   the rows of the tables, and whether the targets were reached
 kept.py      the runs that the repository keeps, and the table of docs/comparison.md; keep.py adds to them
 charts.py    accuracy against cost, dynamics, sweeps
@@ -18,6 +18,7 @@ from typing import Annotated, Any
 import typer
 
 from benchmarks.common import BENCH, Out, Quick, Report
+from benchmarks.strategies.judged import held_out
 from benchmarks.strategies.plan import (
     FIRST_SEED,
     METHODS,
@@ -111,6 +112,9 @@ def check(specs: Sequence[RunSpec], jobs: int) -> None:
     if jobs > len(os.sched_getaffinity(0)):
         raise ConfigError(f"--jobs {jobs} is more than this process has cores ({len(os.sched_getaffinity(0))})")
     problems = {line for spec in specs for line in check_train(spec.config, 1, None, "never")}
+    for config in {spec.pair: spec.config for spec in specs}.values():
+        if not config.evaluation.problems:
+            held_out(config)
     if problems:
         raise UserError("\n".join(sorted(problems)))
 

@@ -11,6 +11,7 @@ from rich.console import Console
 
 from benchmarks.common import BENCH, Out, environment
 from benchmarks.strategies.command import FirstSeed, Jobs, Methods, Seeds, check
+from benchmarks.strategies.judged import kept_numbers, read_judged
 from benchmarks.strategies.kept import EVERY, KEPT, RUN, Line, identity, keep, read_kept, settings_digest, valid
 from benchmarks.strategies.plan import FIRST_SEED, TABLE, RunSpec, Settings, choose, pair_recipe, plan
 from benchmarks.strategies.rank import Wanted
@@ -50,7 +51,7 @@ def run(
     try:
         run_all(specs, folder, jobs, Console())
     finally:
-        number = keep(KEPT, finished_lines(folder, here))
+        number = keep(KEPT, valid(finished_lines(folder, here)))
         print(f"{number} runs added to {KEPT}")
     from benchmarks.strategies.kept_page import write_kept_page  # matplotlib: only now
 
@@ -62,13 +63,20 @@ def run(
 def missing(specs: Sequence[RunSpec], kept: Sequence[Line], processor: str) -> list[RunSpec]:
     """The runs that no kept line has: of this processor, or of any where both models come with the package.
 
-    With them full OPD on this machine, beside which they count, and the runs whose windows a control replays.
+    A method that is full OPD itself on a pair has none. With them full OPD on this machine, beside which they count,
+    and the runs whose windows a control replays.
     """
     known, anywhere = {identity(line) for line in kept}, {identity(line, RUN) for line in kept}
     lines = {spec.key: _known_by(spec.key, spec.config, processor) for spec in specs}
+    full = {(line["pair"], line["settings"]) for line in lines.values() if line["method"] == "full"}
+    again = {
+        spec.key
+        for spec in specs
+        if spec.method.name != "full" and not spec.method.replays and (spec.pair, lines[spec.key]["settings"]) in full
+    }
     here = {key for key, line in lines.items() if identity(line) in known}
     there = {spec.key for spec in specs if _is_shipped(spec.config) and identity(lines[spec.key], RUN) in anywhere}
-    wanted = [spec for spec in specs if spec.key not in here | there]
+    wanted = [spec for spec in specs if spec.key not in here | there | again]
     beside = {f"{spec.pair}/full/{spec.seed}" for spec in wanted} - here
     beside |= {f"{spec.pair}/{spec.method.against}/{spec.seed}" for spec in wanted if spec.method.replays}
     return [spec for spec in specs if spec in wanted or spec.key in beside]
@@ -91,10 +99,13 @@ def finished_lines(folder: Path, processor: str) -> list[Line]:
     for path in sorted(folder.glob("*/*/*/wanted.json")):
         wanted = Wanted.read(path.parent)
         records = finished(wanted, path.parent)
-        if records is None or wanted.config.evaluation.problems != Settings.problems:
+        if records is None or wanted.config.evaluation.problems not in (0, Settings.problems):
             continue
-        known_by = _known_by("/".join(path.parent.parts[-3:]), wanted.config, processor)
-        lines.append({**known_by, **_kept_numbers(run_numbers(*records))})
+        line = _known_by("/".join(path.parent.parts[-3:]), wanted.config, processor)
+        line |= _kept_numbers(run_numbers(*records))
+        if judged := read_judged(path.parent):
+            line["judged"] = kept_numbers(judged)
+        lines.append(line)
     return lines
 
 

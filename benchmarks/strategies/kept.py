@@ -35,6 +35,7 @@ def settings_digest(config: TrainConfig) -> str:
     """
     found = {key: value for key, value in to_dict(config).items() if key not in BESIDE}
     found["rollout"].pop("enforce_eager")  # a compiled engine makes the same tokens
+    found["data"]["mixture"] = tuple(Path(source).name for source in config.data.mixture)  # wherever they lie
     plain = to_dict(TrainConfig(name="", student="", teacher="any", steps=1, horizon=HorizonConfig("full")))
     return hashlib.blake2b(json.dumps(_differences(found, plain), sort_keys=True).encode(), digest_size=6).hexdigest()
 

@@ -37,7 +37,9 @@ STOP = (
 # The rivals, in our reading (docs/choosing.md). Whatever their papers do not give is the recipe's, a default of the
 # setting, or a share of max_len: an eighth. KAT's threshold is the pair's own, before any training: the largest of .1,
 # .03, .01, .003 and .001 that stops at most 5 % of the teacher's own responses to 24 prompts of seed 77.
-KAT_THRESHOLD = {"tiny_compatible": 0.001, "tiny_drift": 0.01, "tiny_trap": 0.01}
+KAT_THRESHOLD = {"tiny_compatible": 0.001, "tiny_drift": 0.01, "tiny_trap": 0.01, "real_pair": 0.1}
+# A pair whose recipe is too long for a comparison and names no constants of POPD: it is at full length after 16 steps.
+SHORTER = {"real_pair": ("steps=20", "horizon.increment=8", "horizon.interval=4")}
 KAT = ("gate.metric=kl_agreement", "gate.threshold={kat}", "gate.k=16", "gate.low_tokens={eighth}", "gate.w_drop=1")
 SAMPLED, BASELINE = "objective.name=sampled_token", "objective.baseline=reverse_kl"
 ONCE = "rollout.refresh_every=0"
@@ -182,7 +184,7 @@ def choose(names: Sequence[str] | None) -> list[Method]:
 
 def pair_recipe(pair: str, overrides: Sequence[str] = ()) -> TrainConfig:
     """The recipe of a pair. ConfigError for one that is no distillation or has no gate to measure with."""
-    config = apply_overrides(load_recipe(pair), list(overrides))
+    config = apply_overrides(load_recipe(pair), [*SHORTER.get(pair, ()), *overrides])
     if not isinstance(config, TrainConfig) or config.gate is None:
         raise ConfigError(
             f"pair {pair!r}: its recipe must be of a distillation with a gate; name one, like tiny_compatible"
@@ -221,21 +223,27 @@ def method_config(recipe: TrainConfig, method: Method, common: Sequence[str] = (
 
 
 def run_config(recipe: TrainConfig, method: Method, seed: int, settings: Settings) -> TrainConfig:
-    """The config of one run: one rank, no files but its metrics, the benchmark's evaluation problems."""
+    """The config of one run: one rank, no files but its metrics, the benchmark's evaluation problems.
+
+    Where the recipe has no problems, like the real pair's, the student is exported and judged (judged.py).
+    """
     common = [
         f"name={recipe.name}-{method.name}",
         f"seed={seed}",
         "parallel.nproc=1",
-        f"evaluation.seed={EVALUATION_SEEDS + seed}",
-        f"evaluation.problems={settings.problems}",
-        f"evaluation.every={-(-recipe.steps // settings.evaluations)}",
         "evaluation.generations=0",
         "checkpoint.every=0",
         "checkpoint.last=false",
-        "checkpoint.export_hf=false",
+        f"checkpoint.export_hf={'false' if recipe.evaluation.problems else 'true'}",
         "track.wandb=disabled",
         "track.report=false",
     ]
+    if recipe.evaluation.problems:
+        common += [
+            f"evaluation.seed={EVALUATION_SEEDS + seed}",
+            f"evaluation.problems={settings.problems}",
+            f"evaluation.every={-(-recipe.steps // settings.evaluations)}",
+        ]
     return method_config(recipe, method, common)
 
 

@@ -1,6 +1,7 @@
 """One run of the comparison: `prune-opd train` on one rank, with what no recipe needs.
 
-Evaluations before the last one take fewer problems: they only draw the curves. A control replays the windows of another
+Evaluations before the last one take fewer problems: they only draw the curves; a run without problems is judged at its
+end. A control replays the windows of another
 run, whatever its own responses look like, or gives each response a random limit around them.
 
     python -m benchmarks.strategies.rank FOLDER        trains what `Wanted.write` left in FOLDER
@@ -17,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
+from benchmarks.strategies.judged import judge
 from prune_opd.cli import ready
 from prune_opd.cli.worker import protect_files, run_reported
 from prune_opd.config import HorizonConfig, TrainConfig, to_dict
@@ -103,7 +105,11 @@ def train(folder: Path) -> int:
         run.controller = Replay(config.horizon, wanted.windows)
     if wanted.scatter:
         run.rollout.limits = scattered(config.horizon.max_len, config.seed)
-    return train_to_end(run, interruption)
+    code = train_to_end(run, interruption)
+    if code == 0 and not config.evaluation.problems:
+        del run  # two models' memory
+        judge(config, folder)
+    return code
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ from typing import Any
 from rich.console import Console
 
 from benchmarks.common import last_words
+from benchmarks.strategies.judged import judged_evaluations
 from benchmarks.strategies.plan import RunSpec
 from benchmarks.strategies.rank import Wanted
 from prune_opd.errors import UserError
@@ -35,6 +36,8 @@ def finished(wanted: Wanted, folder: Path) -> tuple[list[Record], list[Record]] 
         if Wanted.read(folder) != wanted:
             return None
         steps, evaluations = read_metrics(folder / FILE_NAME)
+        if not wanted.config.evaluation.problems:
+            evaluations = judged_evaluations(wanted.config, folder)
     except (UserError, OSError, ValueError):  # none yet, or another version's
         return None
     complete = len(steps) == wanted.config.steps and evaluations and evaluations[-1]["step"] == wanted.config.steps
