@@ -23,7 +23,7 @@ from prune_opd.config import RolloutConfig
 from prune_opd.errors import UserError
 from prune_opd.model_spec import ModelSpec, model_config
 from prune_opd.platform import Platform, untouched_rng
-from prune_opd.process import progress, watched
+from prune_opd.process import progress, uncollected, watched
 from prune_opd.rollout import cpu_norm
 from prune_opd.rollout.batch import Response, Rollouts
 from prune_opd.rollout.kv_cache import cache_bytes, give_pages_back
@@ -108,7 +108,9 @@ class RolloutEngine:
 
             platform.prepare_vllm()
             compiled = platform.compiling() if self.compiled and machine.is_cpu else nullcontext()
-            with compiled, in_our_words(rollout, machine.is_cpu, max_model_len):
+            # A seventh of what compiling costs this process. On a GPU garbage would count as what the model needs.
+            collecting = uncollected() if machine.is_cpu else nullcontext()
+            with compiled, collecting, in_our_words(rollout, machine.is_cpu, max_model_len):
                 self.llm: Any = LLM(
                     model=model_dir,
                     skip_tokenizer_init=options.end_id is not None,
