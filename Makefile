@@ -34,7 +34,7 @@ TEST_SETUP = setup setup-te-test setup-serve setup-real-test setup-triton-test s
 test: test-packages $(TEST_SETUP) ## Set up, lint, run all tests, print the line coverage
 	@bash scripts/test.sh
 
-test-fast: setup ## Only the tests that start no ranks (about two minutes)
+test-fast: setup ## Only the tests that start no ranks (about three minutes)
 	$(BIN)/pytest -m "not ranks" -n 2 --dist loadfile
 
 test-packages: ## Say which Debian packages `make test` is about to install, if any

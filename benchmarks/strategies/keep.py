@@ -83,7 +83,7 @@ def missing(specs: Sequence[RunSpec], kept: Sequence[Line], processor: str) -> l
 
 
 def _is_shipped(config: TrainConfig) -> bool:
-    """Whether a run begins with models that come with the package: it then was the same on every machine so far."""
+    """Whether a run begins with models that come with the package: all machines had the same tokens so far."""
     return all(Path(str(model)).parent == shipped_models_dir() for model in (config.student, config.teacher))
 
 
