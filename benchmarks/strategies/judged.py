@@ -10,16 +10,17 @@ from __future__ import annotations
 import json
 import math
 import shutil
+from dataclasses import asdict, replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from benchmarks.studies.judge.command import Settings
 from prune_opd.config import TrainConfig
 from prune_opd.errors import ConfigError
 from prune_opd.track.metrics import Record
 
 FILE_NAME = "judged.json"
-PROMPTS, TOKENS, SEED = 24, 48, 1234  # of all files together; at most, of a response; of the responses
 TEXTS = ("own", "given")
 KEPT = ("reverse_kl", "reverse_kl_stderr", "student_entropy", "teacher_entropy")
 
@@ -40,10 +41,15 @@ def held_out(config: TrainConfig) -> list[Path]:
 
 def judge(config: TrainConfig, folder: Path) -> None:
     """Compare the students before and after the run in `folder`, leave the numbers, and remove the exported one."""
-    from benchmarks.studies.judge.measure import measure
+    from benchmarks.studies.judge.measure import measure  # torch: only now
 
-    files, models = list(map(str, held_out(config))), [str(config.student), str(folder / "hf")]
-    found = measure(models, str(config.teacher), files, PROMPTS, min(TOKENS, config.horizon.max_len), 1, 8, SEED)
+    settings = replace(Settings(), tokens=min(Settings.tokens, config.horizon.max_len), greedy=1)
+    found = measure(
+        models=[str(config.student), str(folder / "hf")],
+        teacher=str(config.teacher),
+        files=[str(file) for file in held_out(config)],
+        **asdict(settings),
+    )
     before, after = ({text: row[text] for text in TEXTS} for row in found["models"])
     part = folder / f"{FILE_NAME}.part"
     part.write_text(json.dumps({"before": before, "after": after}), encoding="utf-8")

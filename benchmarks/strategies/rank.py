@@ -1,8 +1,8 @@
 """One run of the comparison: `prune-opd train` on one rank, with what no recipe needs.
 
 Evaluations before the last one take fewer problems: they only draw the curves; a run without problems is judged at its
-end. A control replays the windows of another
-run, whatever its own responses look like, or gives each response a random limit around them.
+end. A control replays the windows of another run, whatever its own responses look like, or gives each response a random
+limit around them.
 
     python -m benchmarks.strategies.rank FOLDER        trains what `Wanted.write` left in FOLDER
 """

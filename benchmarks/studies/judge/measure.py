@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -164,7 +165,7 @@ def _teacher_text(directory: Path, teacher: Any, tokenizer: Any, texts: list[str
         return Text(kept["ids"], kept["mask"], kept["start"])
     text, _ = generate(teacher, tokenizer, texts, tokens, seed)
     file.parent.mkdir(parents=True, exist_ok=True)
-    part = file.with_suffix(".part")
+    part = file.with_suffix(f".{os.getpid()}")  # another process may write the same
     torch.save({"ids": text.ids, "mask": text.mask, "start": text.start}, part)
     part.rename(file)
     return text
